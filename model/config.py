@@ -1,0 +1,38 @@
+"""Shape of the network and of its initial values, torch-free; the values stand in configs/model."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Backend(Enum):
+    """Implementations of the kernels a run can ask for; `auto` takes the fastest that is present."""
+
+    auto = "auto"
+    reference = "reference"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes by the names of the Mamba paper (arXiv 2312.00752) and of Falcon Mamba (arXiv 2410.05355, table 1)."""
+
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    norm_eps: float  # block and final RMSNorm
+    mixer_norm_eps: float  # weightless RMSNorm of dt, B and C
+    mixer_norms: bool  # False is plain Mamba-1
+    embedding_std: float
+    dt_min: float  # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
+    dt_max: float
+    dt_floor: float
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layer", "d_inner", "d_state", "d_conv", "dt_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.dt_floor <= self.dt_min <= self.dt_max:
+            raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")

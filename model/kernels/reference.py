@@ -1,0 +1,118 @@
+"""The specification in plain torch: what every other backend must equal, forward and backward.
+
+Axes: b batch, l sequence, d channel (d_inner), n state (d_state), k taps (d_conv).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # tokens whose [b, l, d, n] tensors live at once; a longer sequence recomputes them in the backward
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, in fp32 (fp64 for fp64), returned in the type of x."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * weight
+    return normed.to(x.dtype)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Depthwise causal convolution followed by SiLU.
+
+    x [b, l, d], weight [d, k] with the newest tap last, bias [d]. starts [b, l] bool marks the first token of a
+    document: taps never reach behind it. Returns [b, l, d].
+    """
+    length, taps = x.shape[1], weight.shape[1]
+    out = bias + weight[:, -1] * x
+    visible = None if starts is None else torch.ones_like(starts)
+    for back in range(1, min(taps, length)):
+        past = F.pad(x[:, :-back], (0, 0, back, 0))
+        if starts is not None:
+            # a tap `back` tokens behind is visible while none of the tokens from here back to it opens a document
+            opened = F.pad(starts[:, : length - back + 1], (back - 1, 0))
+            visible = visible & ~opened
+            past = past * visible.unsqueeze(-1)
+        out = out + weight[:, -1 - back] * past
+    return F.silu(out)
+
+
+class LinearRecurrence(torch.autograd.Function):
+    """h_t = a_t * h_(t-1) + x_t along axis 0, with the adjoint recurrence as its backward: linear in length."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, a: Tensor, x: Tensor, first: Tensor) -> Tensor:
+        """a, x [l, ...], first [...] the state before t = 0; returns every h [l, ...]."""
+        h = torch.empty_like(x)
+        state = first
+        for t in range(x.shape[0]):
+            state = torch.addcmul(x[t], a[t], state, out=h[t])
+        ctx.save_for_backward(a, h, first)
+        return h
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Adjoint: g_t = dh_t + a_(t+1) g_(t+1); dx = g, da_t = g_t h_(t-1), dfirst = a_0 g_0."""
+        a, h, first = ctx.saved_tensors  # type: ignore[attr-defined]
+        g = torch.empty_like(grad_h)
+        g[-1] = grad_h[-1]
+        for t in range(grad_h.shape[0] - 2, -1, -1):
+            torch.addcmul(grad_h[t], a[t + 1], g[t + 1], out=g[t])
+        grad_a = torch.empty_like(g)
+        torch.mul(g[1:], h[:-1], out=grad_a[1:])
+        torch.mul(g[0], first, out=grad_a[0])
+        return grad_a, g, a[0] * g[0]
+
+
+def _scan_chunk(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scan of one chunk, time first: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d, n]."""
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    if keep is not None:
+        decay = decay * keep[:, :, None, None]
+    h = LinearRecurrence.apply(decay, (dt * u).unsqueeze(-1) * B.unsqueeze(2), state)
+    return (h @ C.unsqueeze(-1)).squeeze(-1), h[-1]
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Selective state space with gate (arXiv 2312.00752, section 3; Euler for B, zero-order hold for A).
+
+    dt_t = softplus(dt_t + dt_bias); s_t = exp(dt_t A) s_(t-1) + dt_t B_t u_t; y_t = (<s_t, C_t> + D u_t) SiLU(z_t).
+    u, dt, z [b, l, d]; A [d, n]; B, C [b, l, n]; D, dt_bias [d]; starts [b, l] bool: the state is forgotten before
+    such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64 for fp64).
+    Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
+    """
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
+    dt_ = F.softplus(dt_ + dt_bias)
+    keep = None if starts is None else (~starts).to(wide)
+    if state is None:
+        state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    steps = [x.transpose(0, 1).split(CHUNK) for x in (u_, dt_, B, C)]
+    keeps = [None] * len(steps[0]) if keep is None else keep.transpose(0, 1).split(CHUNK)
+    outputs = []
+    recompute = u.shape[1] > CHUNK and torch.is_grad_enabled()
+    for u_c, dt_c, B_c, C_c, keep_c in zip(*steps, keeps, strict=True):
+        if recompute:
+            y, state = checkpoint(_scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False)
+        else:
+            y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, keep_c, state)
+        outputs.append(y)
+    y = torch.cat(outputs).transpose(0, 1) + D * u_
+    return (y * F.silu(z.to(wide))).to(u.dtype), state

@@ -1,0 +1,115 @@
+"""How the model is cut over tensor-parallel ranks, and the one function that builds a rank's model.
+
+The cut table serves initial values, checkpoints and export: whoever holds a part can say which part of what it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.init import initialize
+from model.kernels import Kernels
+from model.mamba import FalconMamba
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A parameter split along `dim`; with parts > 1 each of the stacked parts is split by itself (in_proj: x over z)."""
+
+    dim: int
+    parts: int = 1
+
+
+CUTS = {
+    "embedding.weight": Cut(0),
+    "mixer.in_proj.weight": Cut(0, parts=2),
+    "mixer.conv_weight": Cut(0),
+    "mixer.conv_bias": Cut(0),
+    "mixer.x_proj.weight": Cut(1),
+    "mixer.dt_proj.weight": Cut(0),
+    "mixer.dt_bias": Cut(0),
+    "mixer.A_log": Cut(0),
+    "mixer.D": Cut(0),
+    "mixer.out_proj.weight": Cut(1),
+    "lm_head.weight": Cut(0),
+}
+
+
+def cut_of(name: str) -> Cut | None:
+    """How a parameter is cut; None means every rank holds all of it."""
+    return next((cut for suffix, cut in CUTS.items() if name.endswith(suffix)), None)
+
+
+def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
+    """The part of a full parameter that tensor-parallel rank `rank` of `size` holds."""
+    cut = cut_of(name)
+    if cut is None or size == 1:
+        return full
+    return torch.cat([part.chunk(size, cut.dim)[rank] for part in full.chunk(cut.parts, cut.dim)], cut.dim)
+
+
+def unshard(name: str, shards: list[Tensor]) -> Tensor:
+    """The full parameter from the parts of all tensor-parallel ranks, in rank order; inverse of shard."""
+    cut = cut_of(name)
+    if cut is None or len(shards) == 1:
+        return shards[0]
+    by_part = zip(*(piece.chunk(cut.parts, cut.dim) for piece in shards), strict=True)
+    return torch.cat([piece for part in by_part for piece in part], cut.dim)
+
+
+def check_divisible(config: ModelConfig, size: int) -> None:
+    """Raise ValueError unless a tensor-parallel size divides what it cuts."""
+    for field in ("d_inner", "vocab_size"):
+        if getattr(config, field) % size:
+            raise ValueError(f"parallel.tensor_parallel {size} does not divide model.{field} {getattr(config, field)}")
+
+
+def build(
+    config: ModelConfig,
+    kernels: Kernels,
+    seed: int,
+    device: torch.device,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    recompute: bool = False,
+) -> FalconMamba:
+    """A rank's model in fp32: empty on meta, cut, allocated, filled, marked, in this order.
+
+    With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of host memory.
+    """
+    check_divisible(config, tp_size)
+    with torch.device("meta"):
+        model = FalconMamba(config, kernels)
+        if tp_size > 1:
+            _put_parallel_layers(model, config, tp_size)
+    model.recompute = recompute
+    model.to_empty(device=device)
+    initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
+    for name, parameter in model.named_parameters():
+        cut = cut_of(name)
+        # DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the gradient norm
+        parameter.tensor_model_parallel = cut is not None and tp_size > 1  # type: ignore[attr-defined]
+    return model
+
+
+def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
+    """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by smaller ones."""
+    # imported here: megatron-core takes seconds to import and one rank needs none of it
+    from model.tensor_parallel import ColumnParallel, RowParallel, SummedRowParallel, VocabParallel, cross_entropy
+
+    c = config
+    model.embedding = VocabParallel(c.vocab_size, c.d_model)
+    for layer in model.layers:
+        mixer = layer.mixer
+        mixer.in_proj = ColumnParallel(c.d_model, 2 * c.d_inner)
+        mixer.x_proj = SummedRowParallel(c.d_inner, c.dt_rank + 2 * c.d_state)
+        # its input's gradient is summed over ranks by x_proj's output, together with those of B and C
+        mixer.dt_proj = ColumnParallel(c.dt_rank, c.d_inner, sum_input_gradient=False)
+        mixer.out_proj = RowParallel(c.d_inner, c.d_model)
+        for name, parameter in list(mixer.named_parameters(recurse=False)):
+            setattr(mixer, name, nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])))
+    model.lm_head = ColumnParallel(c.d_model, c.vocab_size)
+    model.cross_entropy = cross_entropy

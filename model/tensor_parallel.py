@@ -1,0 +1,80 @@
+"""megatron-core's parallel layers with the call signature of torch's, for model/parallel.py to put in place.
+
+The only module of the model that knows megatron-core. Layers are built without initial values (model/init.py owns
+those). Collectives per block: forward x_proj and out_proj sum, backward x_proj's output and in_proj's input sum.
+"""
+
+import torch
+from megatron.core import ModelParallelConfig, tensor_parallel
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+
+def _config() -> ModelParallelConfig:
+    # use_cpu_initialization makes the layers allocate on the current default device (meta) and not on CUDA;
+    # fused gradient accumulation needs apex
+    return ModelParallelConfig(
+        use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False
+    )
+
+
+class ColumnParallel(tensor_parallel.ColumnParallelLinear):
+    """Linear whose output features are split; each rank returns its own."""
+
+    def __init__(self, inputs: int, outputs: int, sum_input_gradient: bool = True) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=_config(),
+            init_method=nn.init.zeros_,
+            bias=False,
+            disable_grad_reduce=not sum_input_gradient,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x [..., inputs], the same on every rank -> [..., outputs / size]."""
+        return super().forward(x)[0]
+
+
+class RowParallel(tensor_parallel.RowParallelLinear):
+    """Linear whose input features are split; the partial outputs are summed over ranks."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=_config(),
+            init_method=nn.init.zeros_,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs / size] -> [..., outputs], the same on every rank."""
+        return super().forward(x)[0]
+
+
+class SummedRowParallel(RowParallel):
+    """RowParallel whose output feeds split computation: its gradient is partial on every rank and is summed too.
+
+    Mamba-1's x_proj: dt, B and C come from all channels and act on all channels. Without the backward sum the loss
+    is equal and the gradient is silently wrong.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs / size] -> [..., outputs], the same on every rank."""
+        return copy_to_tensor_model_parallel_region(super().forward(x))
+
+
+class VocabParallel(tensor_parallel.VocabParallelEmbedding):
+    """Embedding whose rows are split; the lookups are summed over ranks."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width, init_method=nn.init.zeros_, config=_config())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy per token over split vocabulary columns: logits [t, vocab_size / size], labels [t] -> [t] fp32."""
+    wide = logits.clone() if logits.dtype in (torch.float32, torch.float64) else logits.float()  # changed in place
+    return tensor_parallel.vocab_parallel_cross_entropy(wide, labels)

@@ -1,0 +1,141 @@
+"""Tensors on disk without pickle: checkpoints as pieces by name and slice, and folders of safetensors files.
+
+A checkpoint folder holds `rank-NNNNN.safetensors` (flat fp32 pieces), `rank-NNNNN.json` (what each piece is),
+`state.json` (the run's place in its token stream) and `manifest.json` (size and SHA-256 of every other file, written
+last). A piece is a range of the flattened part of a tensor that one tensor-parallel rank holds, so any layout of ranks
+can read any other's. Reading costs the bytes asked for; indices grow with tensors x ranks, not with parameters.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from model.parallel import cut_of, shard, unshard
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of the flattened part of tensor `name` on tensor-parallel rank tp_rank."""
+
+    kind: str  # "param", "exp_avg" or "exp_avg_sq"
+    name: str
+    shape: tuple[int, ...]  # of the full tensor
+    tp_rank: int
+    tp_size: int
+    start: int
+    numel: int
+
+    @property
+    def key(self) -> str:
+        """Name of the piece inside its safetensors file."""
+        return f"{self.kind}/{self.name}/{self.tp_rank}/{self.start}"
+
+
+def part_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
+    """Shape of the part of a tensor that one of tp_size ranks holds."""
+    cut = cut_of(name)
+    if cut is None or tp_size == 1:
+        return shape
+    return tuple(extent // tp_size if axis == cut.dim else extent for axis, extent in enumerate(shape))
+
+
+class Pieces:
+    """The tensors of one checkpoint folder, assembled on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where: dict[tuple[str, str], list[tuple[Piece, Path]]] = {}
+        for index in sorted(folder.glob("rank-*.json")):
+            for raw in json.loads(index.read_text(encoding="utf-8")):
+                piece = Piece(**{**raw, "shape": tuple(raw["shape"])})
+                self.where.setdefault((piece.kind, piece.name), []).append((piece, index.with_suffix(".safetensors")))
+
+    def full(self, kind: str, name: str) -> Tensor:
+        """The whole tensor, fp32 on the CPU."""
+        piece = self.where[kind, name][0][0]
+        cut = cut_of(name)
+        ranks = range(piece.tp_size if cut is not None else 1)
+        shape = part_shape(name, piece.shape, piece.tp_size)
+        return unshard(name, [self._flat(kind, name, rank, 0, prod(shape)).view(shape) for rank in ranks])
+
+    def range(self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int) -> Tensor:
+        """A range of the flattened part that rank tp_rank of tp_size holds, whatever layout wrote the checkpoint."""
+        if (kind, name) not in self.where:
+            raise KeyError(f"{self.folder} has no {kind} of {name}")
+        if self.where[kind, name][0][0].tp_size == tp_size or cut_of(name) is None:
+            rank = tp_rank if cut_of(name) is not None else 0
+            return self._flat(kind, name, rank, start, numel)
+        return shard(name, self.full(kind, name), tp_rank, tp_size).flatten()[start : start + numel]
+
+    def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> Tensor:
+        out = torch.empty(numel)
+        filled = 0
+        for piece, path in self.where[kind, name]:
+            low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if piece.tp_rank != tp_rank or low >= high:
+                continue
+            with safe_open(path, framework="pt") as file:
+                out[low - start : high - start] = file.get_slice(piece.key)[low - piece.start : high - piece.start]
+            filled += high - low
+        if filled != numel:
+            raise ValueError(f"{self.folder} holds {filled} of {numel} elements of {kind} {name}")
+        return out
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint folder must not be read, or None: every file of its manifest is read and hashed."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            return f"{name} is missing or not a plain file of the folder"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256_of(path) != sha256:
+            return f"{name} does not hash to its manifest's SHA-256"
+    return None
+
+
+def newest(checkpoints: Path) -> Iterator[Path]:
+    """Committed checkpoint folders, newest first; the caller verifies before use."""
+    found = [path for path in checkpoints.glob("step-*") if path.suffix != ".part"]
+    yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that was passed over."""
+    passed = []
+    for folder in newest(checkpoints):
+        why = fault(folder)
+        if why is None:
+            return folder, passed
+        passed.append(f"checkpoint {folder} is not used: {why}")
+    return None, passed
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state

@@ -1,0 +1,122 @@
+"""The model equals transformers' FalconMamba: logits, loss and every gradient, and the round trip is bit-equal."""
+
+import pytest
+import torch
+from model.config import ModelConfig
+from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
+from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
+from model.init import decays
+from model.kernels import REFERENCE
+from model.mamba import FalconMamba
+from model.parallel import build
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+from tests.tiny import TINY, model_of
+
+
+def hf_twin(config: ModelConfig) -> FalconMambaForCausalLM:
+    """A random transformers model of the same shape, with weights of the size of a trained one's."""
+    torch.manual_seed(7)
+    twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, eos=11, dtype="float32")))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5))
+    return twin.train()
+
+
+def import_from(twin: FalconMambaForCausalLM, config: ModelConfig) -> FalconMamba:
+    theirs = twin.state_dict()
+    model = FalconMamba(config, REFERENCE)
+    model.load_state_dict({ours: from_hf(ours, theirs[name]) for ours, name in tensor_names(config.n_layer)})
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 7, 300])
+def test_equals_transformers(length: int) -> None:
+    twin = hf_twin(TINY)
+    model = import_from(twin, TINY)
+    tokens = torch.randint(0, TINY.vocab_size, (2, length + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = twin(inputs, use_cache=False).logits
+    torch.testing.assert_close(model.logits(inputs), logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    ours = model(inputs, targets).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    theirs.backward()
+    ours.backward()
+    gradients = dict(twin.named_parameters())
+    for name, hf_name in tensor_names(TINY.n_layer):
+        expected = from_hf(name, gradients[hf_name].grad)
+        actual = model.get_parameter(name).grad
+        error = (actual - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error <= 1e-5, (name, float(error))
+
+
+def test_round_trip_is_bit_equal() -> None:
+    twin = hf_twin(TINY)
+    model = import_from(twin, TINY)
+    theirs = twin.state_dict()
+    back = {name: to_hf(ours, model.get_parameter(ours).detach()) for ours, name in tensor_names(TINY.n_layer)}
+    assert list(back) == list(theirs)  # also the order, which decides how tensors fall into files
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+    assert model_config(hf_config(TINY, eos=11, dtype="float32")) == TINY
+
+
+def test_released_config_is_read() -> None:
+    released = {
+        "model_type": "falcon_mamba", "expand": 16, "hidden_size": 4096, "intermediate_size": 8192, "state_size": 16,
+        "conv_kernel": 4, "num_hidden_layers": 64, "vocab_size": 65024, "layer_norm_epsilon": 1e-5,
+        "time_step_rank": 256, "time_step_floor": 1e-4, "time_step_max": 0.1, "time_step_min": 1e-3,
+        "tie_word_embeddings": False, "use_bias": False, "use_conv_bias": True, "initializer_range": 0.1,
+    }  # fmt: skip
+    assert parameter_count(model_config(released)) == 7_272_665_088
+    assert matmul_parameters(model_config(released)) == 6_994_001_920
+    assert train_flops_per_token(model_config(released)) == 6 * 6_994_001_920
+    with pytest.raises(ValueError, match="falcon_mamba"):
+        model_config({"model_type": "llama"})
+
+
+def test_shapes_table_is_the_model() -> None:
+    with torch.device("meta"):
+        model = FalconMamba(TINY)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_shapes(TINY)
+    assert list(parameter_shapes(TINY)) == [name for name, _ in tensor_names(TINY.n_layer)] or set(
+        parameter_shapes(TINY)
+    ) == {name for name, _ in tensor_names(TINY.n_layer)}
+
+
+def test_initial_values_follow_the_table() -> None:
+    model = model_of(TINY)
+    mixer = model.layers[0].mixer
+    dt = torch.nn.functional.softplus(mixer.dt_bias)
+    assert TINY.dt_min * 0.99 <= dt.min() and dt.max() <= TINY.dt_max * 1.01
+    assert torch.equal(mixer.A_log[3], torch.arange(1, TINY.d_state + 1).float().log())
+    assert torch.equal(mixer.D, torch.ones_like(mixer.D))
+    for weight, bound in (
+        (mixer.in_proj.weight, TINY.d_model**-0.5),
+        (mixer.dt_proj.weight, TINY.dt_rank**-0.5),
+        (mixer.out_proj.weight, (TINY.d_inner * TINY.n_layer) ** -0.5),
+        (mixer.conv_weight, TINY.d_conv**-0.5),
+    ):
+        assert 0.9 * bound < weight.abs().max() <= bound
+    assert abs(model.embedding.weight.std().item() / TINY.embedding_std - 1) < 0.05
+    other = build(TINY, REFERENCE, seed=1, device=torch.device("cpu"))
+    assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(model_of(TINY).lm_head.weight, model.lm_head.weight)
+
+
+def test_decay_rule_by_name() -> None:
+    decayed = {name.rsplit("layers.0.", 1)[-1] for name in parameter_shapes(TINY) if decays(name)}
+    expected = {f"mixer.{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    expected |= {"mixer.conv_weight", "embedding.weight", "lm_head.weight"}
+    assert {name for name in decayed if not name.startswith("layers.")} == expected
+
+
+def test_recompute_changes_no_bit() -> None:
+    tokens = torch.randint(0, TINY.vocab_size, (2, 33))
+    gradients = []
+    for recompute in (False, True):
+        model = build(TINY, REFERENCE, 0, torch.device("cpu"), recompute=recompute)
+        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -11,7 +11,7 @@ class Backend(Enum):
     reference = "reference"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelConfig:
     """Sizes by the names of the Mamba paper (arXiv 2312.00752) and of Falcon Mamba (arXiv 2410.05355, table 1)."""
 

@@ -9,7 +9,9 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # tokens whose [b, l, d, n] tensors live at once; a longer sequence recomputes them in the backward
+# The scan works on [l, b, d, n] tensors, d_state times the size of its inputs, a chunk of time steps at a time.
+CHUNK_ELEMENTS = 2**20  # of one such tensor: 4 MB in fp32, small enough for caches and for malloc to use again
+KEPT_ELEMENTS = 2**26  # of a whole sequence; beyond it chunks keep their first state and are computed again
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -104,10 +106,11 @@ def selective_scan(
     keep = None if starts is None else (~starts).to(wide)
     if state is None:
         state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    steps = [x.transpose(0, 1).split(CHUNK) for x in (u_, dt_, B, C)]
-    keeps = [None] * len(steps[0]) if keep is None else keep.transpose(0, 1).split(CHUNK)
+    chunk = max(1, CHUNK_ELEMENTS // state.numel())
+    recompute = u.shape[1] * state.numel() > KEPT_ELEMENTS and torch.is_grad_enabled()
+    steps = [x.transpose(0, 1).split(chunk) for x in (u_, dt_, B, C)]
+    keeps = [None] * len(steps[0]) if keep is None else keep.transpose(0, 1).split(chunk)
     outputs = []
-    recompute = u.shape[1] > CHUNK and torch.is_grad_enabled()
     for u_c, dt_c, B_c, C_c, keep_c in zip(*steps, keeps, strict=True):
         if recompute:
             y, state = checkpoint(_scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False)

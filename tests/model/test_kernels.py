@@ -35,7 +35,8 @@ def document_starts(length: int) -> Tensor:
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_scan_equals_the_recurrence(length: int, resets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "CHUNK", 16)  # 40 tokens then take three chunks, the last one short
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 2 * 5 * 3)  # 40 tokens then take three chunks
+    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * 2 * 5 * 3)  # and 40 are too many to keep
     starts = document_starts(length) if resets else None
     inputs = scan_inputs(length)
     state = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,98 @@
+"""From a command line to typed configuration, and from a user's mistake to one clear line.
+
+Every entry script is `@command(Schema)` over a function of that schema. Hydra composes configs/ with the overrides;
+the sections that the schema names are converted to dataclasses (wrong keys and types are refused, __post_init__ checks
+run); nothing untyped survives. The lowest folder that may read files holds this, so that data, eval, train and launch
+share it without breaking the order of imports.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import InputError
+
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+Schema = TypeVar("Schema")
+
+
+def convert(schema: type[Schema], config: DictConfig) -> Schema:
+    """The sections of a composed config that `schema` names, checked and typed; other sections are left alone."""
+    if OmegaConf.is_missing(config.run, "name"):
+        names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
+        raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
+    sections = {field.name: config[field.name] for field in dataclasses.fields(schema) if field.name in config}  # type: ignore[arg-type]
+    values = OmegaConf.create(sections)
+    whole_numbers(schema, values)
+    typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    return typed
+
+
+def whole_numbers(schema: type, values: DictConfig) -> None:
+    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be written either way."""
+    for key, wanted in get_type_hints(schema).items():
+        if key not in values or OmegaConf.is_missing(values, key):
+            continue
+        value = values[key]
+        if dataclasses.is_dataclass(wanted) and isinstance(value, DictConfig):
+            whole_numbers(wanted, value)  # type: ignore[arg-type]
+        elif wanted is int and isinstance(value, float) and value.is_integer():
+            values[key] = int(value)
+
+
+def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
+    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or input.
+
+    HYDRA_FULL_ERROR=1 in the environment shows the traceback instead.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
+        composed: list[DictConfig] = []
+        # hydra's part ends with the composed config, so that what follows is not dressed in its own error handling
+        compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(composed.append)
+
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra passes exceptions on; the line below is ours
+            try:
+                compose()
+                for config in composed:
+                    main(checked(schema, config))
+            except (InputError, HydraException, OmegaConfBaseException) as error:
+                if show_traceback:
+                    raise
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+                sys.exit(2)
+
+        return run
+
+    return decorate
+
+
+def checked(schema: type[Schema], config: DictConfig) -> Schema:
+    """convert, with a failed check of a section as an InputError."""
+    try:
+        return convert(schema, config)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line, with the full key where the config library knows it."""
+    key = getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    if error.__cause__ is not None and isinstance(error, HydraException):
+        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1] if line.strip() not in lines]
+    return (f"{key}: " if key else "") + "; ".join(lines)

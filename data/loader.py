@@ -1,0 +1,107 @@
+"""From a position in the run's token stream to a batch; the position is the loader's whole state.
+
+A sequence is one cut of a block. Its number inside the stage, not the rank that reads it, decides what it holds, so any
+number of ranks, workers and micro-batches see the same samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.config import DataConfig, InputError
+from data.mixture import Indices, PlannedStage, Plan
+from data.shards import Manifest, Shards, read_manifest, sha256_of
+from data.tokenizer import EOS
+
+
+@dataclass
+class Batch:
+    """A micro-batch of b sequences of l tokens."""
+
+    tokens: Tensor  # [b, l] int64
+    targets: Tensor  # [b, l] int64: tokens one place on
+    starts: Tensor | None  # [b, l] bool, first tokens of documents; None when state is not reset
+    source: Tensor  # [b] int64, index into Plan.sources
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        move = [None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts)]
+        return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
+
+
+def document_starts(tokens: Tensor) -> Tensor:
+    """True where a document begins: after every eos. tokens [b, l] -> [b, l] bool; the first column is False."""
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == EOS
+    return starts
+
+
+def tokenizer_path(config: DataConfig) -> Path:
+    """Where the vocabulary of the shards lies."""
+    return Path(config.folder) / "tokenizer" / "tokenizer.json"
+
+
+def source_folder(config: DataConfig, source: str) -> Path:
+    """Where the shards of a source lie."""
+    return Path(config.folder) / "shards" / source
+
+
+def open_manifests(config: DataConfig) -> dict[str, Manifest]:
+    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file."""
+    path = tokenizer_path(config)
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same overrides")
+    expected = sha256_of(path)
+    manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
+    for name, manifest in manifests.items():
+        if manifest.tokenizer_sha256 != expected:
+            raise InputError(
+                f"shards of {name} were made with another tokenizer than {path}; run `python data/prepare.py` again"
+            )
+    return manifests
+
+
+def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
+    """The order of all blocks of the run, from its config and its manifests."""
+    tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
+    files = {name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()}
+    return Plan(config, tokens, files)
+
+
+class Loader:
+    """Reads the sequences of a plan."""
+
+    def __init__(self, plan: Plan, manifests: dict[str, Manifest]) -> None:
+        config = plan.config
+        self.plan = plan
+        self.reset_state = config.reset_state
+        self.shards = [Shards(source_folder(config, name), manifests[name], "train") for name in plan.sources]
+
+    def read(self, stage: PlannedStage, numbers: Indices) -> Batch:
+        """The sequences with the given numbers inside a stage, as one micro-batch."""
+        cuts = self.plan.block_tokens // stage.seq_len
+        source, block = self.plan.blocks_of(stage, numbers // cuts)
+        offset = block * self.plan.block_tokens + numbers % cuts * stage.seq_len
+        rows = [self.shards[s].read(int(o), stage.seq_len + 1) for s, o in zip(source, offset, strict=True)]
+        ids = torch.from_numpy(np.stack(rows))
+        tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        starts = document_starts(tokens) if self.reset_state else None
+        return Batch(tokens, targets, starts, torch.from_numpy(source))
+
+    def share(self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int) -> Iterator[tuple[Batch, bool]]:
+        """This rank's micro-batches of the global batch of `sequences` at position `token`, and whether each counts.
+
+        Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so that it takes part
+        in the collectives of the step.
+        """
+        stage = self.plan.stage_at(token)
+        first = (token - stage.first_token) // stage.seq_len
+        low, high = (sequences * r // ranks for r in (rank, rank + 1))
+        if low == high:
+            yield self.read(stage, np.array([first])), False
+        for start in range(low, high, micro_batch):
+            yield self.read(stage, np.arange(first + start, first + min(start + micro_batch, high))), True

@@ -1,0 +1,117 @@
+"""Token shards on disk: memory-mapped reading and the manifest that pins them.
+
+A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train", "heldout"),
+datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended by eos.
+Opening costs one small JSON file and one memory map per file; nothing in memory grows with the corpus.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.config import InputError
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
+DTYPE = np.dtype("<u2")
+
+
+@dataclass
+class ShardFile:
+    """One `.ds` file, named relative to the folder of its source."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """What a source's shards are and where they come from."""
+
+    source: str
+    licence: str
+    recipe: str
+    recipe_sha256: str  # of the recipe's settings and code, so that a changed recipe is seen
+    tokenizer_sha256: str
+    eos: int
+    splits: dict[str, list[ShardFile]]
+
+    def tokens(self, split: str) -> int:
+        """Number of tokens in a split."""
+        return sum(file.tokens for file in self.splits[split])
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into place at once: a reader sees the whole file or none."""
+    part = folder / (MANIFEST + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of one source.
+
+    Raises InputError when it is absent, when a file lies outside the folder, is missing or has another size.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"no shards at {folder}: build them with `python data/prepare.py` and the same overrides")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
+        manifest = Manifest(**{**raw, "splits": splits})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a manifest ({error}); remove {folder} and prepare the data again") from error
+    for file in (file for split in splits.values() for file in split):
+        check_file(folder, file)
+    return manifest
+
+
+def check_file(folder: Path, file: ShardFile) -> None:
+    """Refuse a shard that leaves its folder, is missing or has another length than the manifest says."""
+    path = folder / file.name
+    if folder.resolve() not in path.resolve().parents:
+        raise InputError(f"{folder / MANIFEST} names {file.name}, which lies outside its folder")
+    size = path.stat().st_size if path.is_file() else -1
+    if size != file.tokens * DTYPE.itemsize:
+        state = "is missing" if size < 0 else f"has {size} bytes instead of {file.tokens * DTYPE.itemsize}"
+        raise InputError(f"shard {path} {state}; remove {folder} and prepare the data again")
+
+
+class Shards:
+    """The concatenated tokens of one split of a source, readable at any position."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+        files = [file for file in manifest.splits[split] if file.tokens]
+        self.starts = np.cumsum([0] + [file.tokens for file in files])
+        self.maps = [np.memmap(folder / file.name, dtype=DTYPE, mode="r") for file in files]
+        self.tokens = int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as int64 [count], across file borders; the caller stays inside."""
+        assert 0 <= start and start + count <= self.tokens, (start, count, self.tokens)
+        out = np.empty(count, dtype=np.int64)
+        filled = 0
+        index = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while filled < count:
+            offset = start + filled - int(self.starts[index])
+            piece = self.maps[index][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            index += 1
+        return out

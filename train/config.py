@@ -1,0 +1,163 @@
+"""The whole configuration of a run as dataclasses: types, and the checks between sections. Torch-free.
+
+The values stand in configs/, each in one place.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from data.config import DataConfig
+from eval.config import Eval, Run
+from model.config import Backend, ModelConfig
+
+
+class Device(Enum):
+    """Where a rank computes; `auto` is CUDA when there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Type of matrix products; parameters, residual, norms, scan and optimizer are fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    """Which activations the backward computes again instead of keeping them."""
+
+    none = "none"
+    full = "full"  # each block keeps its input alone
+
+
+@dataclass
+class Optim:
+    """AdamW and the clipping of its gradient."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # on matrices; the rule by name is model.init.decays
+    clip_norm: float  # of the global gradient
+
+    def __post_init__(self) -> None:
+        if self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches clipping off)")
+
+
+@dataclass
+class ScheduleConfig:
+    """Warmup-stable-decay over tokens, with a linear batch ramp."""
+
+    peak_lr: float
+    min_lr: float
+    warmup_tokens: int
+    decay_tokens: int  # counted from the end of the last stage
+    batch_start: int  # sequences
+    batch_end: int
+    ramp_tokens: int
+    batch_scaling: bool  # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_lr <= self.peak_lr:
+            raise ValueError("schedule needs 0 < min_lr <= peak_lr")
+        if not 1 <= self.batch_start <= self.batch_end:
+            raise ValueError("schedule needs 1 <= batch_start <= batch_end")
+        if min(self.warmup_tokens, self.decay_tokens, self.ramp_tokens) < 0:
+            raise ValueError("schedule.warmup_tokens, decay_tokens and ramp_tokens must not be negative")
+
+
+@dataclass
+class Parallel:
+    """How one step is spread over ranks and memory."""
+
+    tensor_parallel: int
+    zero_stage: int
+    micro_batch_tokens: int  # of one forward; sequences per micro-batch follow from the stage's seq_len
+    recompute: Recompute
+    precision: Precision
+    kernels: Backend
+
+    def __post_init__(self) -> None:
+        if self.zero_stage != 1:
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; only ZeRO stage 1 is available")
+        if self.tensor_parallel < 1 or self.micro_batch_tokens < 1:
+            raise ValueError("parallel.tensor_parallel and parallel.micro_batch_tokens must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """When the training state is saved, and how many states are kept."""
+
+    every_tokens: int
+    keep_last: int
+
+    def __post_init__(self) -> None:
+        if self.every_tokens < 1 or self.keep_last < 1:
+            raise ValueError("checkpoint.every_tokens and checkpoint.keep_last must be at least 1")
+
+
+@dataclass
+class MetricsConfig:
+    """Where numbers go besides metrics.jsonl."""
+
+    wandb_project: str | None  # None writes no W&B run
+    console_seconds: float  # a plain console shows a line at most this often
+
+
+@dataclass
+class Cluster:
+    """The machines a run is planned for; at run time the launcher's ranks count."""
+
+    device: Device
+    nodes: int
+    ranks_per_node: int
+    memory_gib: float | None  # of one rank's device; None asks the machine
+    peak_tflops: float | None  # dense, of one rank, in the run's precision; None measures a matrix product
+
+
+@dataclass
+class RunConfig:
+    """One run."""
+
+    run: Run
+    model: ModelConfig
+    data: DataConfig
+    optim: Optim
+    schedule: ScheduleConfig
+    parallel: Parallel
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    cluster: Cluster
+    eval: Eval
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens
+        if self.schedule.decay_tokens > tokens:
+            raise ValueError(f"schedule.decay_tokens {self.schedule.decay_tokens} exceeds the stages' {tokens} tokens")
+        if self.data.tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
+                f"{self.model.vocab_size}: some ids would have no embedding"
+            )
+        for field in ("d_inner", "vocab_size"):
+            if getattr(self.model, field) % self.parallel.tensor_parallel:
+                raise ValueError(
+                    f"parallel.tensor_parallel {self.parallel.tensor_parallel} does not divide model.{field} "
+                    f"{getattr(self.model, field)}"
+                )
+        longest = max(stage.seq_len for stage in self.data.stages)
+        if self.parallel.micro_batch_tokens < longest:
+            raise ValueError(
+                f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} does not hold one sequence of the "
+                f"longest stage ({longest} tokens)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run: every stage in whole blocks."""
+        block = self.data.block_tokens
+        return sum(stage.tokens // block * block for stage in self.data.stages)

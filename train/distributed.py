@@ -1,0 +1,108 @@
+"""Process groups, device and teardown of one rank, and the view of them that DeepSpeed wants.
+
+megatron-core's parallel_state owns the groups; it feeds the tensor-parallel layers and, through Mpu, DeepSpeed.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from data.config import InputError
+from train.config import Device
+
+# said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
+warnings.filterwarnings("ignore", message=".*Apex.*")
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+
+def choose_device(wanted: Device) -> str:
+    """"cuda" or "cpu"; raises InputError when CUDA is asked for and absent."""
+    present = torch.cuda.is_available()
+    if wanted is Device.cuda and not present:
+        raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
+    return "cuda" if present and wanted is not Device.cpu else "cpu"
+
+
+def available_memory(device: str) -> int:
+    """Bytes that this machine's device has: of one GPU in all, or free for all ranks of a CPU machine."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def ranks(device: str, tensor_parallel: int) -> Iterator[Ranks]:
+    """Join the world that the launcher's environment names (one rank without a launcher), and leave it at the end."""
+    from megatron.core import parallel_state
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % tensor_parallel:
+        raise InputError(f"parallel.tensor_parallel {tensor_parallel} does not divide the {world} ranks of the launcher")
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=False)
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=world,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=tensor_parallel,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            device=torch.device(device, local) if device == "cuda" else torch.device("cpu"),
+        )
+        dist.barrier()  # nobody leaves while another still speaks to it
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class Mpu:
+    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means tensor parallel there."""
+
+    def __getattr__(self, name: str) -> Any:
+        from megatron.core import parallel_state
+
+        translated = {
+            "get_model_parallel_group": "get_tensor_model_parallel_group",
+            "get_model_parallel_rank": "get_tensor_model_parallel_rank",
+            "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
+        }
+        # DeepSpeed turns its Ulysses sequence parallelism on when it finds this one
+        if name == "initialize_sequence_parallel":
+            raise AttributeError(name)
+        return getattr(parallel_state, translated.get(name, name))

@@ -1,0 +1,203 @@
+"""Where the numbers of a run go: metrics.jsonl, the console, and W&B when there is one.
+
+The file is the record; the others are views of it and can neither delay nor stop the run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.config import MetricsConfig
+
+Record = dict[str, Any]
+
+
+class Metrics:
+    """All sinks of one run; only its first rank makes one."""
+
+    def __init__(self, folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int, total: int) -> None:
+        """`tokens` is where the run goes on: records of a lost future behind it are dropped. `total` ends the run."""
+        self.file = JsonLines(folder / "metrics.jsonl", tokens)
+        self.console = LiveConsole(total) if sys.stdout.isatty() else PlainConsole(total, config.console_seconds)
+        project = config.wandb_project
+        self.wandb = Wandb(project, name, folder, run_config) if project is not None else None
+
+    def log(self, record: Record) -> None:
+        """Write one step's record everywhere."""
+        self.file.write(record)
+        self.console.show(record)
+        if self.wandb is not None:
+            self.wandb.log(record)
+
+    def close(self) -> None:
+        """Flush and stop every sink."""
+        self.file.close()
+        self.console.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+
+class JsonLines:
+    """One JSON object per line, in the order of tokens, without duplicates across restarts."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        kept = [line for line in read_lines(path) if line["tokens"] <= tokens]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        part.rename(path)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: Record) -> None:
+        """Append a record; values that JSON lacks (NaN, infinity) become null."""
+        self.file.write(json.dumps(finite(record)) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(record: Record, total: int) -> str:
+    """One step in one line."""
+    return (
+        f"{record['stage']:>8} {record['tokens'] / total:6.1%} of {short(total)} tokens  step {record['step']:<6d} "
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  batch {record['batch']}x{record['seq_len']}  "
+        f"grad {record['grad_norm']:.2f}  {short(record['tokens_per_second'])} tok/s  MFU {record['mfu']:.0%}"
+    )
+
+
+def short(count: float) -> str:
+    """A count with three digits and a unit: 1.8M, 5.8T."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000 or unit == "T":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+class PlainConsole:
+    """A line now and then, for logs."""
+
+    def __init__(self, total: int, seconds: float) -> None:
+        self.total = total
+        self.seconds = seconds
+        self.next = 0.0
+
+    def show(self, record: Record) -> None:
+        """Print the record when enough time has passed, and always the last one."""
+        if time.monotonic() >= self.next or record["tokens"] >= self.total:
+            self.next = time.monotonic() + self.seconds
+            left = (self.total - record["tokens"]) / max(record["tokens_per_second"], 1e-9)
+            print(f"{summary(record, self.total)}  {left / 60:.1f} min left", flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LiveConsole:
+    """A progress bar, for terminals."""
+
+    def __init__(self, total: int) -> None:
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.total = total
+        self.progress = Progress(*columns, console=Console())
+        self.task = self.progress.add_task("starting", total=total)
+        self.progress.start()
+
+    def show(self, record: Record) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=record["tokens"], description=summary(record, self.total))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self.progress.stop()
+
+
+class Wandb:
+    """W&B in a thread of its own: whatever it does, the run neither waits nor fails.
+
+    Online with WANDB_API_KEY in the environment, else offline into the run's folder; offline too when the server does
+    not answer. The run id follows from the folder, so that a restarted run goes on in the same W&B run.
+    """
+
+    ANSWER_SECONDS = 15.0
+    CLOSE_SECONDS = 15.0
+
+    def __init__(self, project: str, name: str, folder: Path, run_config: Record) -> None:
+        digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        self.settings = {"project": project, "name": name, "id": f"{name}-{digest}", "dir": str(folder)}
+        self.run_config = run_config
+        self.queue: queue.Queue[Record | None] = queue.Queue(100_000)
+        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, record: Record) -> None:
+        """Hand a record over; when the thread is stuck or dead and the queue full, it is in metrics.jsonl still."""
+        if self.thread.is_alive() and not self.queue.full():
+            self.queue.put_nowait(record)
+
+    def close(self) -> None:
+        """Let the thread finish, for a bounded time."""
+        self.queue.put(None, timeout=1) if not self.queue.full() else None
+        self.thread.join(self.CLOSE_SECONDS)
+        if self.thread.is_alive():
+            print("warning: W&B is still busy and is left behind; metrics.jsonl is complete", flush=True)
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (record := self.queue.get()) is not None:
+                run.log(flatten(finite(record)), step=record["step"])
+            run.finish()
+        except Exception as error:  # whatever W&B raises must not reach the run; the message says what is lost
+            print(f"warning: W&B is off ({type(error).__name__}: {error}); metrics.jsonl is complete", flush=True)
+
+    def _start(self) -> Any:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=self.ANSWER_SECONDS, console="off", silent=True)
+        arguments = {**self.settings, "config": self.run_config, "resume": "allow", "settings": settings}
+        if not os.environ.get("WANDB_API_KEY"):
+            return wandb.init(mode="offline", **arguments)
+        try:
+            return wandb.init(mode="online", **arguments)
+        except Exception as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
+            print(f"warning: W&B does not answer ({type(error).__name__}); it goes on offline", flush=True)
+            return wandb.init(mode="offline", **arguments)
+
+
+def flatten(record: Record, prefix: str = "") -> Record:
+    """Nested records with slashes in their keys, as W&B groups them."""
+    flat: Record = {}
+    for key, value in record.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return flat

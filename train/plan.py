@@ -1,0 +1,68 @@
+"""What a run needs of memory, compute and time, from its config alone. Torch-free."""
+
+from dataclasses import dataclass
+
+from data.config import InputError
+from model.flops import parameter_count, train_flops_per_token
+from train.config import Recompute, RunConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one rank needs, by what they hold."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def needs(config: RunConfig, ranks: int) -> Needs:
+    """Memory of one of `ranks` ranks.
+
+    fp32 parameters and gradients are whole on every data-parallel rank, master weights and two moments are cut over
+    them (ZeRO-1). Activations are what one micro-batch keeps for the backward with fused kernels: per token and layer
+    the residual in fp32 and x|z, conv output, dt, x_dbl and the scan's output in the products' type; with full
+    recompute the residual alone, plus one layer.
+    """
+    c, tp = config.model, config.parallel.tensor_parallel
+    per_rank = parameter_count(c) // tp
+    data_parallel = max(1, ranks // tp)
+    width = 2 if config.parallel.precision.value == "bf16" else 4
+    layer = width * (5 * c.d_inner // tp + c.dt_rank + 2 * c.d_state + c.d_model)
+    residual = 4 * c.d_model
+    layers = c.n_layer if config.parallel.recompute is Recompute.none else 1
+    activations = config.parallel.micro_batch_tokens * (c.n_layer * residual + layers * layer)
+    return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations)
+
+
+def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:
+    """Raise InputError when the ranks of this machine need more than the `available` bytes of their device.
+
+    `ranks_here` ranks share the memory of a CPU; a GPU serves one.
+    """
+    need = needs(config, ranks)
+    sharing = ranks_here if device == "cpu" else 1
+    if need.total * sharing <= available:
+        return
+    count = f"{sharing} ranks of this machine need" if sharing > 1 else "a rank needs"
+    raise InputError(
+        f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit here: {count} "
+        f"{need.total * sharing / GIB:.1f} GiB (of one rank: parameters {need.parameters / GIB:.1f}, gradients "
+        f"{need.gradients / GIB:.1f}, optimizer {need.optimizer / GIB:.1f}, activations "
+        f"{need.activations / GIB:.1f}), the {device} has {available / GIB:.1f} GiB. Run +experiment=demo here, a "
+        f"larger parallel.tensor_parallel, or {config.run.name} on the machines of its cluster config "
+        f"({config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks; see `python launch/plan.py`)"
+    )
+
+
+def days(config: RunConfig, ranks: int, mfu: float, peak_tflops: float) -> float:
+    """Days that the run takes at a model FLOPs utilisation."""
+    return train_flops_per_token(config.model) * config.tokens / (ranks * peak_tflops * 1e12 * mfu) / 86400

@@ -1,0 +1,73 @@
+"""Tokens seen -> learning rate, batch, context and stage. Pure and torch-free: nothing of it is checkpointed.
+
+Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak, exponential decay
+peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens; BatchScaling keeps lr / sqrt(batch)
+constant while the batch grows. How warmup and BatchScaling combine is published nowhere: they multiply here.
+"""
+
+import math
+from dataclasses import dataclass
+
+from data.config import DataConfig
+from train.config import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Now:
+    """What the step that begins at a token count does."""
+
+    lr: float
+    batch: int  # sequences
+    seq_len: int
+    stage: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step reads."""
+        return self.batch * self.seq_len
+
+
+class Schedule:
+    """The schedule of one run."""
+
+    def __init__(self, config: ScheduleConfig, data: DataConfig) -> None:
+        self.config = config
+        self.edges: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
+        end = 0
+        for stage in data.stages:
+            end += stage.tokens // data.block_tokens * data.block_tokens
+            self.edges.append((end, stage.seq_len, stage.name))
+        self.total = end
+
+    def batch(self, tokens: int) -> int:
+        """Sequences of a full step that begins at `tokens`: linear from batch_start to batch_end."""
+        c = self.config
+        if tokens >= c.ramp_tokens:
+            return c.batch_end
+        return c.batch_start + (c.batch_end - c.batch_start) * tokens // c.ramp_tokens
+
+    def lr(self, tokens: int, batch: int) -> float:
+        """Learning rate of a step of `batch` sequences that ends at `tokens`."""
+        c = self.config
+        lr = c.peak_lr
+        if c.batch_scaling:
+            lr *= math.sqrt(batch / c.batch_end)
+        if tokens < c.warmup_tokens:
+            lr *= tokens / c.warmup_tokens
+        into_decay = tokens - (self.total - c.decay_tokens)
+        if into_decay > 0:
+            lr *= (c.min_lr / c.peak_lr) ** (into_decay / c.decay_tokens)
+        return lr
+
+    def at(self, tokens: int) -> Now:
+        """The step that begins at `tokens`, which lies in [0, total).
+
+        A step never crosses a stage's edge: the last one before it is as short as it must be. The rate is that of a
+        full batch, so that a short step is no exception to the schedule; it is taken where the step ends, so that the
+        first step learns and the last one reaches min_lr.
+        """
+        assert 0 <= tokens < self.total, tokens
+        edge, seq_len, stage = next(entry for entry in self.edges if tokens < entry[0])
+        full = self.batch(tokens)
+        batch = min(full, (edge - tokens) // seq_len)
+        return Now(self.lr(tokens + batch * seq_len, full), batch, seq_len, stage)

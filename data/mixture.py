@@ -102,6 +102,7 @@ class Plan:
     def __init__(self, config: DataConfig, tokens: dict[str, int], fingerprints: dict[str, str]) -> None:
         """`tokens` are the train tokens of every source, `fingerprints` what its manifest says it is."""
         self.config = config
+        self.seed = config.seed
         self.sources = list(config.sources)
         self.block_tokens = config.block_tokens
         # one token of lookahead: the last target of the last block must exist
@@ -144,7 +145,7 @@ class Plan:
     def _hash(self, fingerprints: dict[str, str]) -> str:
         """What decides the order of tokens, in one SHA-256: a resumed run must find it unchanged."""
         facts = {
-            "seed": self.config.seed,
+            "seed": self.seed,
             "block_tokens": self.block_tokens,
             "sources": {name: [self.blocks[name], fingerprints[name]] for name in self.sources},
             "stages": [[s.name, s.seq_len, s.tokens, config.mixture] for s, config in zip(self.stages, self.config.stages, strict=True)],
@@ -168,5 +169,5 @@ class Plan:
             epoch = nth // size
             for number in np.unique(epoch[source == index]):
                 rows = (source == index) & (epoch == number)
-                block[rows] = permute(nth[rows] % size, size, f"{self.config.seed}/{name}/{number}")
+                block[rows] = permute(nth[rows] % size, size, f"{self.seed}/{name}/{number}")
         return source, block

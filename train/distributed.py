@@ -20,6 +20,7 @@ from train.config import Device
 
 # said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
+warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
@@ -43,12 +44,15 @@ class Ranks:
         return self.rank == 0
 
 
-def choose_device(wanted: Device) -> str:
-    """"cuda" or "cpu"; raises InputError when CUDA is asked for and absent."""
-    present = torch.cuda.is_available()
-    if wanted is Device.cuda and not present:
+def present_device(wanted: Device) -> str:
+    """The device that a rank gets on this machine, "cuda" or "cpu"."""
+    return "cuda" if wanted is not Device.cpu and torch.cuda.is_available() else "cpu"
+
+
+def check_device(wanted: Device, present: str) -> None:
+    """Raise InputError when a GPU is asked for and absent: a run does not fall back to the CPU in silence."""
+    if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
-    return "cuda" if present and wanted is not Device.cpu else "cpu"
 
 
 def available_memory(device: str) -> int:

@@ -156,7 +156,8 @@ def _deepspeed(device: str) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # a killed compile leaves a lock file on which every later run hangs for ever
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # a killed compile leaves a lock file on which every later run hangs for ever; setting the whole table also spares
+    # the probing of every op, which runs compilers
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
 

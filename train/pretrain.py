@@ -30,10 +30,11 @@ def plain(value: Any) -> Any:
 def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    from train.distributed import available_memory, choose_device, ranks
+    from train.distributed import available_memory, check_device, present_device, ranks
 
-    device = choose_device(config.cluster.device)
+    device = present_device(config.cluster.device)
     check_memory(config, world, local_world, device, available_memory(device))
+    check_device(config.cluster.device, device)
     open_manifests(config.data)  # missing data is said before groups and models are built
     with ranks(device, config.parallel.tensor_parallel) as here:
         from train.loop import Trainer

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent) if __name__ == "__main__" else sys.path[0]
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import matplotlib
 

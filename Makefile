@@ -1,0 +1,36 @@
+# `make demo` and `make test` set themselves up; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+RANKS ?= 2
+OVERRIDES ?=
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED := 1
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: .venv/installed  ## the virtual environment with everything pinned
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: $(PYTHON) is older than 3.11; set PYTHON=python3.12 or so'; exit 2; }
+	@command -v g++ >/dev/null || { echo 'error: g++ is missing: apt-get install g++'; exit 2; }
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## raw text -> trained and exported model -> scores, in minutes on two cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh $(OVERRIDES)
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: install  ## style, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,36 @@
+"""A trained model out of a run's newest valid checkpoint."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data.config import InputError
+from eval.config import EvaluationConfig
+from model.kernels import REFERENCE
+from model.mamba import FalconMamba
+from model.weights import Pieces, newest_valid, read_state
+
+
+def find(config: EvaluationConfig) -> Path:
+    """The newest checkpoint that verifies; raises InputError when there is none or it holds another model."""
+    folder, passed = newest_valid(config.run.checkpoints)
+    for line in passed:
+        print(f"warning: {line}", flush=True)
+    if folder is None:
+        raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
+    if read_state(folder)["model"] != asdict(config.model):
+        raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
+    return folder
+
+
+def load(config: EvaluationConfig, folder: Path) -> FalconMamba:
+    """The model of a checkpoint in fp32 on the CPU, ready to evaluate."""
+    pieces = Pieces(folder)
+    with torch.device("meta"):
+        model = FalconMamba(config.model, REFERENCE)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(pieces.full("param", name))
+    return model.eval()

@@ -1,0 +1,84 @@
+"""Evaluate a run: `python eval/run.py +experiment=NAME` writes eval.json and prints a sample of generated text.
+
+Bits per byte of held-out text come from our model and the newest checkpoint; the sample comes from transformers and
+the exported folder, as a user of the model would get it.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+from rich.table import Table
+
+from data.command import command
+from data.config import InputError
+from eval import checkpoint
+from eval.config import Eval, EvaluationConfig
+from eval.heldout import Score, evaluate
+from model.weights import read_state
+
+
+@command(EvaluationConfig)
+def main(config: EvaluationConfig) -> None:
+    """Score the held-out text of every source, then generate."""
+    folder = checkpoint.find(config)
+    model = checkpoint.load(config, folder)
+    scores: dict[str, Score] = {}
+    settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
+    for name, score in evaluate(model, config.data, *settings):
+        print(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens", flush=True)
+        scores[name] = score
+    scores["all"] = total(list(scores.values()))
+    Console().print(table(scores))
+    sample = generate(config.run.hf, config.eval)
+    result = {
+        "checkpoint": folder.name,
+        "tokens": read_state(folder)["tokens"],
+        "heldout": {name: asdict(score) for name, score in scores.items()},
+        "sample": {"prompt": config.eval.prompt, "text": sample},
+    }
+    path = config.run.folder / "eval.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"sample from {config.run.hf}:\n{sample}\n\nscores: {path}", flush=True)
+
+
+def total(scores: list[Score]) -> Score:
+    """All sources as one text."""
+    if not scores:
+        raise InputError("no source has held-out tokens: raise data.heldout_percent and prepare the data again")
+    tokens, size = sum(score.tokens for score in scores), sum(score.bytes for score in scores)
+    loss = sum(score.loss * score.tokens for score in scores) / tokens
+    bits = sum(score.bits_per_byte * score.bytes for score in scores) / size
+    unigram = sum(score.unigram_bits_per_byte * score.bytes for score in scores) / size
+    return Score(tokens, size, loss, bits, unigram)
+
+
+def table(scores: dict[str, Score]) -> Table:
+    """Scores for a reader."""
+    grid = Table("source", "tokens", "bytes", "loss", "bits per byte", "unigram")
+    for name, s in scores.items():
+        numbers = (f"{s.tokens:,}", f"{s.bytes:,}", f"{s.loss:.3f}", f"{s.bits_per_byte:.3f}")
+        grid.add_row(name, *numbers, f"{s.unigram_bits_per_byte:.3f}")
+    return grid
+
+
+def generate(folder: Path, config: Eval) -> str:
+    """Prompt and continuation by transformers, sampled with a fixed seed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    if not folder.is_dir():
+        raise InputError(f"no exported model at {folder}: run `python eval/export.py` with the same overrides first")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    set_seed(0)
+    inputs = tokenizer(config.prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=config.new_tokens, do_sample=True, temperature=0.7, top_k=50)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The data order: bijective, seeded, apportioned, without repeats, and the same for every world size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.config import DataConfig, InputError
+from data.loader import Loader, compile_plan, document_starts, open_manifests
+from data.mixture import PERIOD, Plan, deal, permute
+from data.tokenizer import EOS
+
+from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
+def test_permutation_is_bijective_and_keyed(size: int) -> None:
+    images = permute(np.arange(size), size, "0/web/0")
+    assert np.array_equal(np.sort(images), np.arange(size))
+    assert np.array_equal(permute(np.array([size - 1]), size, "0/web/0"), images[-1:])  # seeking gives the same
+    if size >= 64:
+        other = permute(np.arange(size), size, "0/web/1")
+        assert (images == other).mean() < 0.1 and (images == np.arange(size)).mean() < 0.1
+        assert abs(np.corrcoef(np.arange(size), images)[0, 1]) < 0.35
+
+
+def test_permutation_seeks_in_a_corpus_of_the_real_size() -> None:
+    size = 5_800_000_000_000 // 8192
+    images = permute(np.array([0, size // 2, size - 1]), size, "key")
+    assert len(set(images.tolist())) == 3 and images.min() >= 0 and images.max() < size
+
+
+@pytest.mark.parametrize("shares", [[1], [50, 40, 10], [0.1, 99.9], [1, 1, 1], [90, 4, 3, 2.5, 0.5]])
+def test_dealing_keeps_every_prefix_in_proportion(shares: list[float]) -> None:
+    owner, turn = deal(shares)
+    exact = np.array(shares) / sum(shares)
+    for index, share in enumerate(exact):
+        had = np.cumsum(owner == index)
+        assert np.abs(had - share * np.arange(1, PERIOD + 1)).max() < 1.5
+        assert np.array_equal(turn[owner == index], np.arange(had[-1]))
+
+
+def plan_of(config: DataConfig, blocks: int = 60) -> Plan:
+    tokens = {name: blocks * BLOCK + 1 for name in config.sources}
+    return Plan(config, tokens, {name: name for name in config.sources})
+
+
+def all_blocks(plan: Plan) -> list[tuple[int, int]]:
+    read = []
+    for stage in plan.stages:
+        source, block = plan.blocks_of(stage, np.arange(stage.tokens // BLOCK))
+        read += list(zip(source.tolist(), block.tolist(), strict=True))
+    return read
+
+
+def test_no_block_is_read_twice_within_an_epoch(tmp_path: Path) -> None:
+    plan = plan_of(corpus_config(tmp_path))
+    read = all_blocks(plan)
+    assert len(read) == plan.tokens // BLOCK == 52
+    assert len(set(read)) == len(read)  # cursors carry over from stage to stage
+    realised = np.bincount([source for source, _ in read], minlength=2)
+    assert dict(zip(SOURCES, realised.tolist(), strict=True)) == plan.read
+    assert abs(realised[0] - (15 + 10 + 3)) <= 2  # 3/4 of 20, 1/2 of 20, 1/4 of 12
+
+
+def test_a_second_epoch_has_another_order(tmp_path: Path) -> None:
+    plan = plan_of(corpus_config(tmp_path), blocks=14)
+    order = [block for source, block in all_blocks(plan) if source == 0]
+    first, second = order[:14], order[14:28]
+    assert sorted(first) == list(range(14)) == sorted(second) and first != second
+
+
+def test_seed_changes_the_order_and_the_hash(tmp_path: Path) -> None:
+    config = corpus_config(tmp_path)
+    before = plan_of(config)
+    config.seed = 6
+    after = plan_of(config)
+    assert all_blocks(before) != all_blocks(after) and before.hash != after.hash
+    assert plan_of(config).hash == after.hash
+
+
+def test_too_many_epochs_are_refused_before_training(tmp_path: Path) -> None:
+    config = corpus_config(tmp_path)
+    config.sources["sums"].max_epochs = 1.0
+    with pytest.raises(InputError, match=r"read 1,\d+ tokens of sums, which has 640 .*max_epochs"):
+        plan_of(config, blocks=10)
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    config = make_corpus(tmp_path_factory.mktemp("corpus"))
+    manifests = open_manifests(config)
+    return Loader(compile_plan(config, manifests), manifests)
+
+
+def test_every_world_size_reads_the_same_samples(loader: Loader) -> None:
+    """The global batch at any position, over ranks that may hold none, one or many sequences."""
+    stage = loader.plan.stages[1]
+    for token, sequences in ((0, 5), (stage.first_token, 3), (stage.first_token + 64, 7)):
+        expected = next(loader.share(token, sequences, 0, 1, 1000))[0]
+        for ranks in (2, 3, 4, 8):
+            for micro_batch in (1, 2):
+                batches = [list(loader.share(token, sequences, rank, ranks, micro_batch)) for rank in range(ranks)]
+                assert all(batches)  # a rank without a sequence takes part all the same
+                counted = [batch for rank in batches for batch, counts in rank if counts]
+                assert torch.equal(torch.cat([batch.tokens for batch in counted]), expected.tokens)
+                assert torch.equal(torch.cat([batch.source for batch in counted]), expected.source)
+
+
+def test_longer_contexts_read_the_same_blocks(loader: Loader) -> None:
+    """Context growth cuts blocks otherwise and changes neither their order nor their tokens."""
+    short, long = loader.plan.stages[0], loader.plan.stages[1]
+    number = np.arange(8)
+    as_16 = loader.read(short, number).tokens.reshape(-1)
+    object.__setattr__(short, "seq_len", 32)
+    as_32 = loader.read(short, number[:4]).tokens.reshape(-1)
+    object.__setattr__(short, "seq_len", 16)
+    assert torch.equal(as_16, as_32)
+    assert long.seq_len == 32
+
+
+def test_targets_are_the_next_tokens(loader: Loader) -> None:
+    batch = loader.read(loader.plan.stages[2], np.arange(3))
+    assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+    source, block = loader.plan.blocks_of(loader.plan.stages[2], np.arange(1))
+    after = loader.shards[source[0]].read(int(block[0]) * BLOCK + 32, 1)  # the lookahead of the first cut
+    assert batch.targets[0, -1] == after[0]
+
+
+def test_document_starts() -> None:
+    tokens = torch.tensor([[EOS, 5, EOS, EOS, 7], [3, 4, 5, 6, EOS]])
+    assert document_starts(tokens).tolist() == [[False, True, False, True, True], [False] * 5]

@@ -1,0 +1,39 @@
+"""Run a function on several gloo ranks in processes of their own."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def run_ranks(world_size: int, jobs: list[Job]) -> None:
+    """Call one `function(*arguments)` after another on every rank, each with a launcher's environment of its own.
+
+    One set of processes does all jobs: starting one costs seconds. Raises with a failing rank's traceback.
+    """
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]  # all open at once, so that all differ
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    mp.spawn(_rank, (world_size, ports, jobs), nprocs=world_size)
+
+
+def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    for port, (function, arguments) in zip(ports, jobs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            function(*arguments)
+        except BaseException:
+            raise RuntimeError(f"rank {rank}:\n{traceback.format_exc()}") from None

@@ -1,0 +1,106 @@
+"""Every experiment composes, converts and builds on meta; mistakes are one clear line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data.command import CONFIGS, one_line
+from data.config import InputError
+from hydra.errors import HydraException
+from model.flops import parameter_count
+from model.mamba import FalconMamba
+from omegaconf.errors import OmegaConfBaseException
+from train.plan import check_memory, needs
+from train.schedule import Schedule
+
+from tests.compose import run_config
+
+ROOT = Path(CONFIGS).parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+def test_the_named_experiments_exist() -> None:
+    assert {"7b", "1b", "130m", "demo"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_builds_on_meta(experiment: str) -> None:
+    config = run_config(experiment)
+    with torch.device("meta"):
+        model = FalconMamba(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config.model)
+    assert Schedule(config.schedule, config.data).total == config.tokens
+    assert config.run.name == experiment
+
+
+def test_7b_is_the_published_model() -> None:
+    config = run_config("7b")
+    assert parameter_count(config.model) == 7_272_665_088
+    assert abs(config.tokens - 5.8e12) < 5 * 8192
+    fits = needs(config, 256).total / 2**30
+    assert fits < config.cluster.memory_gib, f"the 7b needs {fits:.0f} GiB of a rank"
+
+
+def test_token_counts_may_be_floats_that_are_whole() -> None:
+    assert run_config("demo", "schedule.decay_tokens=1e5").schedule.decay_tokens == 100_000
+    with pytest.raises(OmegaConfBaseException):
+        run_config("demo", "schedule.decay_tokens=1.5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optim.lrr=1"], "optim.lrr"),
+        (["+optim.lrr=1"], "optim.lrr"),
+        (["optim.eps=tiny"], "optim.eps"),
+        (["parallel.recompute=some"], "expected one of"),
+        (["schedule.min_lr=1"], "min_lr <= peak_lr"),
+        (["schedule.decay_tokens=10000000000"], "exceeds the stages"),
+        (["parallel.tensor_parallel=3"], "does not divide"),
+        (["parallel.micro_batch_tokens=100"], "does not hold one sequence"),
+        (["data.tokenizer.vocab_size=8192"], "exceeds model.vocab_size"),
+        (["data.block_tokens=300"], "does not divide data.block_tokens"),
+        (["parallel.zero_stage=7"], "zero_stage"),
+        (["model.d_model=0"], "at least 1"),
+    ],
+)
+def test_a_mistake_is_named_on_one_line(overrides: list[str], says: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as raised:
+        run_config("demo", *overrides)
+    line = one_line(raised.value)
+    assert says in line and "\n" not in line
+
+
+def test_an_unknown_source_in_a_mixture_is_named() -> None:
+    stages = "data.stages=[{name: a, tokens: 1024, seq_len: 128, mixture: {webb: 1}}]"
+    with pytest.raises(ValueError, match="webb"):
+        run_config("demo", stages)
+
+
+def test_a_machine_too_small_is_told_what_to_run() -> None:
+    config = run_config("7b")
+    with pytest.raises(InputError) as raised:
+        check_memory(config, ranks=2, ranks_here=2, device="cpu", available=24 * 2**30)
+    text = str(raised.value)
+    assert "GiB" in text and "has 24.0 GiB" in text and "+experiment=demo" in text and "32 nodes" in text
+    check_memory(run_config("demo"), 2, 2, "cpu", 2 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["train/pretrain.py", "+experiment=7b"], "+experiment=demo"),
+        (["train/pretrain.py", "+experiment=demo", "data.folder=/nonexistent"], "data/prepare.py"),
+        (["train/pretrain.py", "+experiment=demo", "optim.lrr=1"], "optim.lrr"),
+        (["eval/export.py", "+experiment=demo", "run.dir=/nonexistent"], "no checkpoint"),
+        (["train/pretrain.py"], "+experiment=NAME"),
+    ],
+)
+def test_the_command_says_it_without_a_traceback(command: list[str], says: str) -> None:
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0], result.stderr
+    assert "Traceback" not in result.stderr + result.stdout

@@ -1,0 +1,206 @@
+"""One rank = two data-parallel ranks = two tensor-parallel ranks, and resumed = uninterrupted, on any layout.
+
+A handful of short runs over a made-up corpus: their losses, norms, gradients and final weights are compared.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data.config import InputError
+from eval.config import Eval, Run
+from model.config import Backend
+from model.flops import parameter_shapes
+from model.kernels import REFERENCE
+from model.parallel import build, unshard
+from model.weights import Pieces, fault, newest
+from train.config import (
+    CheckpointConfig, Cluster, Device, MetricsConfig, Optim, Parallel, Precision, Recompute, RunConfig, ScheduleConfig,
+)  # fmt: skip
+from train.distributed import ranks
+from train.loop import Trainer
+
+from tests.corpus import corpus_config, make_corpus
+from tests.distributed import run_ranks
+from tests.tiny import TINY
+
+
+def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
+    """A run of 27 steps: batches ramp from 3 to 8 (uneven on two ranks), contexts 16 and 32, clipping at work."""
+    return RunConfig(
+        run=Run(name, str(root / name), 0),
+        model=TINY,
+        data=corpus_config(root / "data"),
+        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8),
+        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 3, 8, 1500, True),
+        parallel=Parallel(tensor_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
+        checkpoint=CheckpointConfig(every_tokens=400, keep_last=100),
+        metrics=MetricsConfig(None, 60.0),
+        cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
+        eval=Eval(32, 4, 1000, "a", 8, "float32"),
+    )
+
+
+def train(run: RunConfig) -> None:
+    """A whole run, or the rest of it."""
+    run.run.folder.mkdir(parents=True, exist_ok=True)
+    with ranks("cpu", run.parallel.tensor_parallel) as here:
+        Trainer(run, here, {}).run()
+
+
+def train_from(root: Path, source: str, run: RunConfig) -> None:
+    """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are still to come."""
+    if os.environ.get("RANK", "0") == "0":
+        second = list(newest(root / source / "checkpoints"))[-2]
+        shutil.copytree(second, run.run.checkpoints / second.name)
+    train(run)
+
+
+def gradients(root: Path, tensor_parallel: int, name: str) -> None:
+    """One backward pass without an engine; every rank saves the gradients it holds."""
+    tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
+    with ranks("cpu", tensor_parallel) as here:
+        model = build(TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size)
+        loss = model(tokens[:, :-1], tokens[:, 1:], starts).mean()
+        loss.backward()
+        held = {key: parameter.grad for key, parameter in model.named_parameters()}
+        torch.save({"loss": loss.detach(), **held}, root / f"{name}-{here.tp_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_corpus(folder / "data")
+    gradients(folder, 1, "gradients-tp1")
+    train(config(folder, "dp1"))
+    jobs = [
+        (gradients, (folder, 2, "gradients-tp2")),
+        (train, (config(folder, "dp2"),)),
+        (train, (config(folder, "tp2", tensor_parallel=2),)),
+        (train_from, (folder, "dp2", config(folder, "dp2-resumed"))),
+        (train_from, (folder, "dp1", config(folder, "dp1-to-tp2", tensor_parallel=2))),
+    ]
+    run_ranks(2, jobs)
+    train_from(folder, "tp2", config(folder, "tp2-to-dp1"))
+    return folder
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(root: Path, name: str) -> Pieces:
+    return Pieces(next(newest(root / name / "checkpoints")))
+
+
+def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:
+    """Loss, norm and rate of every step, or of the steps that run `like` has."""
+    first = records(root, like or name)[0]["step"]
+    return torch.tensor([[r["loss"], r["grad_norm"], r["lr"]] for r in records(root, name) if r["step"] >= first])
+
+
+def assert_same_weights(left: Pieces, right: Pieces, tolerance: float) -> None:
+    for name in parameter_shapes(TINY):
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            a, b = left.full(kind, name), right.full(kind, name)
+            assert torch.equal(a, b) if tolerance == 0 else (a - b).norm() <= tolerance * b.norm() + 1e-9, (kind, name)
+
+
+def test_runs_cover_what_they_claim(root: Path) -> None:
+    steps = records(root, "dp1")
+    assert {step["batch"] % 2 for step in steps} == {0, 1}
+    assert {step["seq_len"] for step in steps} == {16, 32}
+    assert {step["stage"] for step in steps} == {"short", "long", "decay"}
+    assert min(step["grad_norm"] for step in steps) > 0.1 and max(step["grad_norm"] for step in steps) > 0.8
+    assert steps[-1]["tokens"] == 52 * 64 and steps[0]["loss"] - steps[-1]["loss"] > 1
+    assert set(steps[-1]["source_loss"]) == {"prose", "sums"} and not any(step["skipped"] for step in steps)
+
+
+@pytest.mark.parametrize("other", ["dp2", "tp2"])
+def test_two_ranks_equal_one(root: Path, other: str) -> None:
+    torch.testing.assert_close(curve(root, other), curve(root, "dp1"), rtol=3e-5, atol=0)
+    assert_same_weights(final(root, other), final(root, "dp1"), 1e-3)
+
+
+def test_tensor_parallel_gradients_equal_one_rank(root: Path) -> None:
+    """Parameter by parameter: a missing all-reduce in the backward leaves the loss equal."""
+    whole = torch.load(root / "gradients-tp1-0.pt", weights_only=True)
+    parts = [torch.load(root / f"gradients-tp2-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert torch.equal(parts[0]["loss"], parts[1]["loss"])
+    torch.testing.assert_close(parts[0].pop("loss"), whole.pop("loss"))
+    for name, expected in whole.items():
+        actual = unshard(name, [part[name] for part in parts])
+        assert (actual - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(root: Path) -> None:
+    resumed = records(root, "dp2-resumed")
+    assert resumed[0]["step"] > 1 and resumed[0]["stage"] == "short" and resumed[0]["batch"] < resumed[-1]["batch"]
+    assert torch.equal(curve(root, "dp2-resumed"), curve(root, "dp2", like="dp2-resumed"))
+    assert_same_weights(final(root, "dp2-resumed"), final(root, "dp2"), 0)
+
+
+@pytest.mark.parametrize("moved", ["dp1-to-tp2", "tp2-to-dp1"])
+def test_another_layout_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
+    torch.testing.assert_close(curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0)
+    assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)
+
+
+def test_a_finished_run_stays_as_it_is(root: Path) -> None:
+    before = (root / "dp1" / "metrics.jsonl").read_bytes()
+    train(config(root, "dp1"))
+    assert (root / "dp1" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_another_config_is_refused(root: Path) -> None:
+    other = config(root, "dp1")
+    other.data.seed += 1
+    with pytest.raises(InputError, match="another data plan"):
+        train(other)
+    other = replace(config(root, "dp1"), model=replace(TINY, norm_eps=1e-4))
+    with pytest.raises(InputError, match="another model"):
+        train(other)
+
+
+def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
+    for folder in newest(root / "tp2" / "checkpoints"):
+        assert fault(folder) is None
+        assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    assert not list((root / "tp2" / "checkpoints").glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "escape"])
+def test_a_damaged_checkpoint_is_passed_over(root: Path, damage: str, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "damaged" / "checkpoints")
+    best, second = list(newest(tmp_path / "damaged" / "checkpoints"))[:2]
+    spoil(best, damage)
+    run = replace(config(root, "dp1"), run=Run("damaged", str(tmp_path / "damaged"), 0))
+    train(run)
+    assert f"{best} is not used" in capsys.readouterr().out
+    steps = records(tmp_path, "damaged")
+    assert steps[0]["step"] == int(second.name.removeprefix("step-")) + 1
+    torch.testing.assert_close(steps[-1]["loss"], records(root, "dp2")[-1]["loss"], rtol=3e-5, atol=0)
+
+
+def spoil(folder: Path, damage: str) -> None:
+    weights = folder / "rank-00001.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(data[:-4])
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{")
+    elif damage == "escape":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["../../../metrics.jsonl"] = {"bytes": 1, "sha256": "0" * 64}
+        (folder / "manifest.json").write_text(json.dumps(manifest))

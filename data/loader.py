@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, InputError
-from data.mixture import Indices, PlannedStage, Plan
+from data.mixture import Indices, Plan, PlannedStage
 from data.shards import Manifest, Shards, read_manifest, sha256_of
 from data.tokenizer import EOS
 
@@ -29,7 +29,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        move = [None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts)]
+        move = [
+            None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts)
+        ]
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
 
 
@@ -92,7 +94,9 @@ class Loader:
         starts = document_starts(tokens) if self.reset_state else None
         return Batch(tokens, targets, starts, torch.from_numpy(source))
 
-    def share(self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int) -> Iterator[tuple[Batch, bool]]:
+    def share(
+        self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int
+    ) -> Iterator[tuple[Batch, bool]]:
         """This rank's micro-batches of the global batch of `sequences` at position `token`, and whether each counts.
 
         Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so that it takes part

@@ -1,10 +1,10 @@
 """Which block comes n-th: a pure, seeded function of the data config and the sizes of the sources.
 
-A block is `block_tokens` consecutive tokens of a source (read with one token of lookahead). Inside a source, blocks come
-in the order of a keyed permutation, a new key per epoch. Over sources, a stage's mixture is dealt by low-discrepancy
-apportionment: after any n blocks a source has had its share of n to within one block. Everything is computed from
-indices: no shuffled index exists, seeking costs O(1), memory grows with stages x sources only. A source's cursor carries
-over from stage to stage, so nothing is read twice before everything was read once.
+A block is `block_tokens` consecutive tokens of a source, read with one token of lookahead. Inside a source, blocks
+come in the order of a keyed permutation, a new key per epoch. Over sources, a stage's mixture is dealt by
+low-discrepancy apportionment: after any n blocks a source has had its share of n to within one block. Everything is
+computed from indices: no shuffled index exists, seeking costs O(1), memory grows with stages x sources only. A source's
+cursor carries over from stage to stage, so nothing is read twice before everything was read once.
 """
 
 import hashlib
@@ -148,7 +148,10 @@ class Plan:
             "seed": self.seed,
             "block_tokens": self.block_tokens,
             "sources": {name: [self.blocks[name], fingerprints[name]] for name in self.sources},
-            "stages": [[s.name, s.seq_len, s.tokens, config.mixture] for s, config in zip(self.stages, self.config.stages, strict=True)],
+            "stages": [
+                [s.name, s.seq_len, s.tokens, config.mixture]
+                for s, config in zip(self.stages, self.config.stages, strict=True)
+            ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -104,7 +104,7 @@ class Shards:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as int64 [count], across file borders; the caller stays inside."""
-        assert 0 <= start and start + count <= self.tokens, (start, count, self.tokens)
+        assert start >= 0 and start + count <= self.tokens, (start, count, self.tokens)
         out = np.empty(count, dtype=np.int64)
         filled = 0
         index = int(np.searchsorted(self.starts, start, side="right")) - 1

@@ -1,7 +1,9 @@
 """A trained model out of a run's newest valid checkpoint."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +11,7 @@ from data.config import InputError
 from eval.config import EvaluationConfig
 from model.kernels import REFERENCE
 from model.mamba import FalconMamba
-from model.weights import Pieces, newest_valid, read_state
+from model.weights import MANIFEST, Pieces, newest_valid, read_state
 
 
 def find(config: EvaluationConfig) -> Path:
@@ -22,6 +24,17 @@ def find(config: EvaluationConfig) -> Path:
     if read_state(folder)["model"] != asdict(config.model):
         raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
     return folder
+
+
+def identity(folder: Path, config: EvaluationConfig) -> dict[str, Any]:
+    """What a result was made of: equal to the stored one, the result still holds and need not be made again."""
+    manifest = (folder / MANIFEST).read_bytes()
+    return {
+        "checkpoint": folder.name,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "tokens": read_state(folder)["tokens"],
+        "settings": asdict(config.eval),
+    }
 
 
 def load(config: EvaluationConfig, folder: Path) -> FalconMamba:

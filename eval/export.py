@@ -23,6 +23,7 @@ from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from eval import checkpoint
 from eval.config import EvaluationConfig
+from eval.twin import load as transformers_twin
 from model.hf import hf_config, tensor_names, to_hf
 from model.mamba import FalconMamba
 from model.weights import Pieces
@@ -32,10 +33,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
 
 
-@command(EvaluationConfig)
-def main(config: EvaluationConfig) -> None:
-    """Export, reload, compare."""
+def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
+    """Write, reload, compare; the folder takes its place only when the logits agree."""
     folder = checkpoint.find(config)
+    made_of, record = checkpoint.identity(folder, config), config.run.folder / "export.json"
+    if config.run.hf.is_dir() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_of:
+        print(f"reused: {config.run.hf} holds {folder.name}", flush=True)
+        return
     try:
         description = hf_config(config.model, EOS, config.eval.dtype)
     except ValueError as error:
@@ -44,7 +48,7 @@ def main(config: EvaluationConfig) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     print(f"exporting {folder} as {config.eval.dtype}", flush=True)
-    write_weights(part, stream(folder, config), MAX_FILE_BYTES)
+    write_weights(part, stream(folder, config), max_bytes)
     write_json(part / "config.json", description)
     write_json(part / "generation_config.json", {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS})
     for name in TOKENIZER_FILES:
@@ -53,8 +57,10 @@ def main(config: EvaluationConfig) -> None:
     difference = compare(part, checkpoint.load(config, folder), getattr(torch, config.eval.dtype))
     if difference > TOLERANCE:
         raise InputError(f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to look at")
+    record.unlink(missing_ok=True)
     shutil.rmtree(config.run.hf, ignore_errors=True)
     part.rename(config.run.hf)
+    write_json(record, made_of)
     print(f"logits agree to {difference:.1e}; the model lies in {config.run.hf}", flush=True)
 
 
@@ -81,7 +87,7 @@ def write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_bytes
     if len(files) == 1:
         _part(folder, 0).rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         _part(folder, number).rename(folder / final)
@@ -112,14 +118,14 @@ def compare(folder: Path, model: FalconMamba, dtype: torch.dtype) -> float:
 
     Both compute in fp32, ours from weights that were rounded to the exported type as the folder's were.
     """
-    from transformers import AutoModelForCausalLM
-
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    twin = transformers_twin(folder)
     model = model.to(dtype).float()
     tokens = torch.randint(0, model.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
     ours, theirs = model.logits(tokens), twin(tokens, use_cache=False).logits
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
+
+main = command(EvaluationConfig)(export)
 
 if __name__ == "__main__":
     main()

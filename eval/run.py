@@ -19,13 +19,20 @@ from data.config import InputError
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
 from eval.heldout import Score, evaluate
-from model.weights import read_state
+from eval.twin import load as transformers_twin
 
 
 @command(EvaluationConfig)
 def main(config: EvaluationConfig) -> None:
     """Score the held-out text of every source, then generate."""
     folder = checkpoint.find(config)
+    made_of, path = checkpoint.identity(folder, config), config.run.folder / "eval.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {key: before.get(key) for key in made_of} == made_of:
+            show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
+            print(f"\nreused: {path}", flush=True)
+            return
     model = checkpoint.load(config, folder)
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
@@ -33,17 +40,17 @@ def main(config: EvaluationConfig) -> None:
         print(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens", flush=True)
         scores[name] = score
     scores["all"] = total(list(scores.values()))
-    Console().print(table(scores))
     sample = generate(config.run.hf, config.eval)
-    result = {
-        "checkpoint": folder.name,
-        "tokens": read_state(folder)["tokens"],
-        "heldout": {name: asdict(score) for name, score in scores.items()},
-        "sample": {"prompt": config.eval.prompt, "text": sample},
-    }
-    path = config.run.folder / "eval.json"
+    show(scores, sample)
+    result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"sample from {config.run.hf}:\n{sample}\n\nscores: {path}", flush=True)
+    print(f"\nscores: {path}", flush=True)
+
+
+def show(scores: dict[str, Score], sample: str) -> None:
+    """Scores and sample for a reader."""
+    Console().print(table(scores))
+    print(f"sample of the exported model:\n{sample}", flush=True)
 
 
 def total(scores: list[Score]) -> Score:
@@ -68,12 +75,12 @@ def table(scores: dict[str, Score]) -> Table:
 
 def generate(folder: Path, config: Eval) -> str:
     """Prompt and continuation by transformers, sampled with a fixed seed."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     if not folder.is_dir():
         raise InputError(f"no exported model at {folder}: run `python eval/export.py` with the same overrides first")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers_twin(folder)
     set_seed(0)
     inputs = tokenizer(config.prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=config.new_tokens, do_sample=True, temperature=0.7, top_k=50)

@@ -32,7 +32,9 @@ def main(config: RunConfig) -> None:
         rows.add_row(f"memory of a rank, {name}", f"{getattr(need, name) / GIB:.1f} GiB")
     if cluster.memory_gib is not None:
         rows.add_row("memory of a rank, present", f"{cluster.memory_gib:.0f} GiB")
-    rows.add_row("checkpoint", f"{12 * parameter_count(config.model) / GIB:.1f} GiB, {config.checkpoint.keep_last} kept")
+    rows.add_row(
+        "checkpoint", f"{12 * parameter_count(config.model) / GIB:.1f} GiB, {config.checkpoint.keep_last} kept"
+    )
     if cluster.peak_tflops is not None:
         for mfu in MFU:
             rows.add_row(f"days at {mfu:.0%} MFU", f"{days(config, ranks, mfu, cluster.peak_tflops):.1f}")

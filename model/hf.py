@@ -65,7 +65,9 @@ def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
     if not config.mixer_norms:
         raise ValueError("model.mixer_norms is false: that is plain Mamba, which FalconMambaForCausalLM cannot express")
     if config.d_inner % config.d_model:
-        raise ValueError(f"model.d_inner {config.d_inner} is no multiple of d_model {config.d_model}, as expand must be")
+        raise ValueError(
+            f"model.d_inner {config.d_inner} is no multiple of d_model {config.d_model}, as expand must be"
+        )
     return {
         "architectures": ["FalconMambaForCausalLM"],
         "model_type": "falcon_mamba",

@@ -104,7 +104,7 @@ class FalconMamba(nn.Module):
         return self.lm_head(self.hidden(tokens, starts))
 
     def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Cross entropy per token in nats, [b, l] fp32, of targets [b, l]; logits exist for LOSS_CHUNK tokens at once."""
+        """Cross entropy per token in nats of targets [b, l] -> [b, l]; logits exist for LOSS_CHUNK tokens at once."""
         hidden = self.hidden(tokens, starts).flatten(0, 1)
         losses = [
             checkpoint(self._losses, states, labels, use_reentrant=False)

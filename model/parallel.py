@@ -4,6 +4,7 @@ The cut table serves initial values, checkpoints and export: whoever holds a par
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from model.mamba import FalconMamba
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter split along `dim`; with parts > 1 each of the stacked parts is split by itself (in_proj: x over z)."""
+    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj: x over z)."""
 
     dim: int
     parts: int = 1
@@ -103,7 +104,7 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
     c = config
     model.embedding = VocabParallel(c.vocab_size, c.d_model)
     for layer in model.layers:
-        mixer = layer.mixer
+        mixer: Any = layer.mixer
         mixer.in_proj = ColumnParallel(c.d_model, 2 * c.d_inner)
         mixer.x_proj = SummedRowParallel(c.d_inner, c.dt_rank + 2 * c.d_state)
         # its input's gradient is summed over ranks by x_proj's output, together with those of B and C

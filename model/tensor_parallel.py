@@ -31,7 +31,7 @@ class ColumnParallel(tensor_parallel.ColumnParallelLinear):
             disable_grad_reduce=not sum_input_gradient,
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs], the same on every rank -> [..., outputs / size]."""
         return super().forward(x)[0]
 

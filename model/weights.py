@@ -126,7 +126,7 @@ def newest(checkpoints: Path) -> Iterator[Path]:
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that was passed over."""
-    passed = []
+    passed: list[str] = []
     for folder in newest(checkpoints):
         why = fault(folder)
         if why is None:

@@ -1,7 +1,8 @@
 """Configurations as the entry points get them, without a process."""
 
-from data.command import CONFIGS, convert
 from hydra import compose, initialize_config_dir
+
+from data.command import CONFIGS, convert
 from train.config import RunConfig
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.loader import source_folder, tokenizer_path
 from data.shards import DTYPE, SPLITS, Manifest, ShardFile, sha256_of, write_manifest
@@ -31,17 +32,20 @@ def corpus_config(folder: Path, vocab_size: int = 96) -> DataConfig:
     )
 
 
-def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 7) -> DataConfig:
-    """Write shards, manifests and a stand-in tokenizer file; returns the config that reads them."""
+def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 6) -> DataConfig:
+    """Write shards, manifests and, where there is no tokenizer, a stand-in; returns the config that reads them."""
     config = corpus_config(folder, vocab_size)
-    tokenizer_path(config).parent.mkdir(parents=True)
-    tokenizer_path(config).write_text("{}")
+    if not tokenizer_path(config).is_file():
+        tokenizer_path(config).parent.mkdir(parents=True)
+        tokenizer_path(config).write_text("{}")
     for number, name in enumerate(SOURCES):
         home = source_folder(config, name)
         home.mkdir(parents=True)
         splits = {}
         for split in SPLITS:
-            splits[split] = [_shard(home, f"{split}_{part}.ds", number, part, tokens // 2, vocab_size) for part in (0, 1)]
+            splits[split] = [
+                _shard(home, f"{split}_{part}.ds", number, part, tokens // 2, vocab_size) for part in (0, 1)
+            ]
         manifest = Manifest(name, "CC0-1.0", "curated", "0" * 64, sha256_of(tokenizer_path(config)), EOS, splits)
         write_manifest(home, manifest)
     return config

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 

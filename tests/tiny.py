@@ -1,6 +1,7 @@
 """A model small enough for every test, with all sizes unequal so that a swapped axis shows."""
 
 import torch
+
 from model.config import ModelConfig
 from model.kernels import REFERENCE
 from model.mamba import FalconMamba

@@ -76,7 +76,10 @@ class Checkpoints:
         files = self._gather(part, self._write_pieces(part, engine))
         if self.ranks.first:
             write_synced(part / "state.json", {"format": FORMAT, **asdict(state)})
-            files["state.json"] = {"bytes": (part / "state.json").stat().st_size, "sha256": sha256_of(part / "state.json")}
+            files["state.json"] = {
+                "bytes": (part / "state.json").stat().st_size,
+                "sha256": sha256_of(part / "state.json"),
+            }
             write_synced(part / MANIFEST, {"files": files})
             sync_folder(part)
             part.rename(final)

@@ -69,7 +69,9 @@ def ranks(device: str, tensor_parallel: int) -> Iterator[Ranks]:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % tensor_parallel:
-        raise InputError(f"parallel.tensor_parallel {tensor_parallel} does not divide the {world} ranks of the launcher")
+        raise InputError(
+            f"parallel.tensor_parallel {tensor_parallel} does not divide the {world} ranks of the launcher"
+        )
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
     if device == "cuda":
         torch.cuda.set_device(local)

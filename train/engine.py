@@ -160,4 +160,3 @@ def _deepspeed(device: str) -> Any:
     # the probing of every op, which runs compilers
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed
-

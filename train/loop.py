@@ -32,7 +32,7 @@ class Trainer:
     """One rank's share of a run."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, run_config: dict[str, Any]) -> None:
-        """Build everything and go on from the newest checkpoint that verifies. `run_config` is config for the record."""
+        """Build everything, go on from the newest checkpoint that verifies; `run_config` is config for the record."""
         self.config, self.ranks = config, ranks
         manifests = open_manifests(config.data)
         self.plan = compile_plan(config.data, manifests)
@@ -58,6 +58,7 @@ class Trainer:
         self.metrics: Metrics | None = None
         if ranks.first:
             self._say(kernels.name)
+        if ranks.first and self.state.tokens < self.schedule.total:
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
             self.metrics = Metrics(*arguments, tokens=self.state.tokens, total=self.schedule.total)
 
@@ -121,9 +122,7 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": sum(nats) / sum(tokens),
-            "source_loss": {
-                name: n / t for name, n, t in zip(self.plan.sources, nats, tokens, strict=True) if t
-            },
+            "source_loss": {name: n / t for name, n, t in zip(self.plan.sources, nats, tokens, strict=True) if t},
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
             "lr": now.lr,
@@ -172,7 +171,9 @@ class Trainer:
         print(f"epochs over the run: {epochs}", flush=True)
         if kernels == "reference" and ranks.device.type == "cuda":
             print("warning: the reference kernels are far too slow for a GPU run", flush=True)
-        if self.state.tokens:
+        if self.state.tokens == self.schedule.total:
+            print(f"reused: the run is complete at step {self.state.step}", flush=True)
+        elif self.state.tokens:
             print(f"going on at step {self.state.step}, {self.state.tokens:,} tokens", flush=True)
 
     @staticmethod

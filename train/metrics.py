@@ -25,7 +25,9 @@ Record = dict[str, Any]
 class Metrics:
     """All sinks of one run; only its first rank makes one."""
 
-    def __init__(self, folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int, total: int) -> None:
+    def __init__(
+        self, folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int, total: int
+    ) -> None:
         """`tokens` is where the run goes on: records of a lost future behind it are dropped. `total` ends the run."""
         self.file = JsonLines(folder / "metrics.jsonl", tokens)
         self.console = LiveConsole(total) if sys.stdout.isatty() else PlainConsole(total, config.console_seconds)
@@ -185,7 +187,7 @@ class Wandb:
         import wandb
 
         settings = wandb.Settings(init_timeout=self.ANSWER_SECONDS, console="off", silent=True)
-        arguments = {**self.settings, "config": self.run_config, "resume": "allow", "settings": settings}
+        arguments: Record = {**self.settings, "config": self.run_config, "resume": "allow", "settings": settings}
         if not os.environ.get("WANDB_API_KEY"):
             return wandb.init(mode="offline", **arguments)
         try:

@@ -31,7 +31,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     """
     length, taps = x.shape[1], weight.shape[1]
     out = bias + weight[:, -1] * x
-    visible = None if starts is None else torch.ones_like(starts)
+    visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     for back in range(1, min(taps, length)):
         past = F.pad(x[:, :-back], (0, 0, back, 0))
         if starts is not None:
@@ -57,7 +57,7 @@ class LinearRecurrence(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Adjoint: g_t = dh_t + a_(t+1) g_(t+1); dx = g, da_t = g_t h_(t-1), dfirst = a_0 g_0."""
         a, h, first = ctx.saved_tensors  # type: ignore[attr-defined]
         g = torch.empty_like(grad_h)

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from data.config import DataConfig, InputError
 from data.loader import Loader, compile_plan, document_starts, open_manifests
 from data.mixture import PERIOD, Plan, deal, permute
 from data.tokenizer import EOS
-
 from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus
 
 

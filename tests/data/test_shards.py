@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from data.config import DataConfig, InputError
 from data.loader import open_manifests, source_folder, tokenizer_path
 from data.shards import DTYPE, MANIFEST, Shards, read_manifest
-
 from tests.corpus import make_corpus
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from model.kernels import reference
 from torch import Tensor
+
+from model.kernels import reference
 
 
 def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,9 @@ def test_scan_equals_the_recurrence(length: int, resets: bool, monkeypatch: pyte
     results = []
     for scan in (naive_scan, reference.selective_scan):
         y, last = scan(*inputs, starts=starts, state=state)
-        gradients = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + last.sum(), [*inputs, state])
+        gradients = torch.autograd.grad(
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + last.sum(), [*inputs, state]
+        )
         results.append([y, last, *gradients])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
 from model.config import ModelConfig
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
 from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
@@ -9,8 +11,6 @@ from model.init import decays
 from model.kernels import REFERENCE
 from model.mamba import FalconMamba
 from model.parallel import build
-from transformers import FalconMambaConfig, FalconMambaForCausalLM
-
 from tests.tiny import TINY, model_of
 
 
@@ -20,7 +20,9 @@ def hf_twin(config: ModelConfig) -> FalconMambaForCausalLM:
     twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, eos=11, dtype="float32")))
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+            )
     return twin.train()
 
 

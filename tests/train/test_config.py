@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
 from data.command import CONFIGS, one_line
 from data.config import InputError
-from hydra.errors import HydraException
 from model.flops import parameter_count
 from model.mamba import FalconMamba
-from omegaconf.errors import OmegaConfBaseException
+from tests.compose import run_config
 from train.plan import check_memory, needs
 from train.schedule import Schedule
-
-from tests.compose import run_config
 
 ROOT = Path(CONFIGS).parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

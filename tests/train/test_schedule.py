@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from train.schedule import Schedule
 
 from tests.compose import run_config
+from train.schedule import Schedule
 
 GT = 10**9
 

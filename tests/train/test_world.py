@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from data.config import InputError
 from eval.config import Eval, Run
 from model.config import Backend
@@ -19,15 +20,23 @@ from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
 from model.weights import Pieces, fault, newest
-from train.config import (
-    CheckpointConfig, Cluster, Device, MetricsConfig, Optim, Parallel, Precision, Recompute, RunConfig, ScheduleConfig,
-)  # fmt: skip
-from train.distributed import ranks
-from train.loop import Trainer
-
 from tests.corpus import corpus_config, make_corpus
 from tests.distributed import run_ranks
 from tests.tiny import TINY
+from train.config import (
+    CheckpointConfig,
+    Cluster,
+    Device,
+    MetricsConfig,
+    Optim,
+    Parallel,
+    Precision,
+    Recompute,
+    RunConfig,
+    ScheduleConfig,
+)  # fmt: skip
+from train.distributed import ranks
+from train.loop import Trainer
 
 
 def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:

@@ -1,0 +1,162 @@
+"""Export and evaluation on a small checkpoint with a real vocabulary."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.config import DataConfig, InputError
+from data.loader import source_folder, tokenizer_path
+from data.shards import DTYPE, read_manifest
+from data.tokenizer import EOS
+from data.tokenizer import load as load_tokenizer
+from data.tokenizer import train as train_tokenizer
+from eval import checkpoint
+from eval.config import Eval, EvaluationConfig, Run
+from eval.export import export
+from eval.heldout import evaluate, unigram_bits
+from eval.run import generate, total
+from model.hf import hf_config
+from model.kernels import REFERENCE
+from model.mamba import FalconMamba
+from model.parallel import build
+from tests.corpus import corpus_config, make_corpus
+from tests.tiny import TINY
+from train.checkpoint import Checkpoints, State
+from train.config import CheckpointConfig, Optim
+from train.distributed import ranks
+from train.engine import ZeroEngine
+
+MODEL = replace(TINY, vocab_size=288)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
+    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level vocabulary."""
+    root = tmp_path_factory.mktemp("eval")
+    data: DataConfig = corpus_config(root / "data", vocab_size=288)
+    tokenizer_path(data).parent.mkdir(parents=True)
+    text = [f"def f{i}(x):\n    return x + {i}\n" for i in range(50)]
+    train_tokenizer(iter(text), 288, tokenizer_path(data).parent)
+    make_corpus(root / "data", vocab_size=280)
+    run = Run("small", str(root / "run"), 0)
+    with ranks("cpu", 1) as here:
+        model = build(MODEL, REFERENCE, 0, here.device)
+        engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0), here)
+        state = State(0, 0, 0, "", {**MODEL.__dict__})
+        Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
+    return EvaluationConfig(run, MODEL, data, Eval(16, 3, 500, "def f", 8, "float32"))
+
+
+@pytest.fixture(scope="module")
+def exported(config: EvaluationConfig) -> Path:
+    export(config, max_bytes=40_000)
+    return config.run.hf
+
+
+def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationConfig) -> None:
+    written = json.loads((exported / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False and written["mixer_rms_eps"] == 1e-6
+    assert written["expand"] == 2 and written["intermediate_size"] == 48
+    assert written["eos_token_id"] == written["bos_token_id"] == written["pad_token_id"] == EOS
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    total_size = 0
+    for name in files:
+        with safe_open(exported / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            sizes = [file.get_tensor(key).nbytes for key in file.keys()]  # noqa: SIM118
+        total_size += sum(sizes)
+        assert sum(sizes) <= 40_000 or len(sizes) == 1
+    assert index["metadata"]["total_size"] == total_size
+    assert not list(exported.glob("part-*")) and not (config.run.folder / "hf.part").exists()
+
+
+def test_transformers_gives_our_logits_and_its_cache_path_too(exported: Path, config: EvaluationConfig) -> None:
+    ours = checkpoint.load(config, checkpoint.find(config))
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    tokens = torch.randint(12, 280, (1, 9))
+    with torch.no_grad():
+        expected = ours.logits(tokens)
+        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        cache, steps = None, []
+        for t in range(tokens.shape[1]):
+            out = theirs(tokens[:, t : t + 1], cache_params=cache, use_cache=True)
+            cache = out.cache_params
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_loads_and_generates(exported: Path, config: EvaluationConfig) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.eos_token_id == EOS and tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
+    assert generate(exported, config.eval).startswith("def f")
+
+
+def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").parent.mkdir(parents=True)
+    (folder / "checkpoints").symlink_to(config.run.checkpoints)
+    bf16 = replace(config, run=Run("bf16", str(folder), 0), eval=replace(config.eval, dtype="bfloat16"))
+    export(bf16)
+    assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
+
+
+def test_a_wrong_export_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x)
+    before = (config.run.hf / "config.json").stat().st_mtime_ns
+    with pytest.raises(InputError, match="logits differ"):
+        export(config)
+    assert (config.run.hf / "config.json").stat().st_mtime_ns == before
+
+
+def test_plain_mamba_has_no_such_folder() -> None:
+    with pytest.raises(ValueError, match="mixer_norms"):
+        hf_config(replace(MODEL, mixer_norms=False), EOS, "float32")
+    with pytest.raises(ValueError, match="no multiple"):
+        hf_config(replace(MODEL, d_inner=50), EOS, "float32")
+
+
+def test_bits_per_byte(config: EvaluationConfig) -> None:
+    """Of a model that knows nothing: ln(vocab) nats a token, over the bytes that those tokens are."""
+    model: FalconMamba = checkpoint.load(config, checkpoint.find(config))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    scores = dict(evaluate(model, config.data, seq_len=16, batch=3, max_tokens=500))
+    tokenizer = load_tokenizer(tokenizer_path(config.data))
+    for name, score in scores.items():
+        folder = source_folder(config.data, name)
+        files = read_manifest(folder).splits["heldout"]
+        ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(int)[1:501]
+        size = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)  # byte level: a character stands for a byte
+        assert score.tokens == 500 and score.bytes == size
+        assert score.loss == pytest.approx(math.log(288), rel=1e-5)
+        assert score.bits_per_byte == pytest.approx(500 * math.log2(288) / size, rel=1e-5)
+        counts = np.bincount(ids)
+        entropy = -sum(c * math.log2(c / 500) for c in counts if c)
+        assert score.unigram_bits_per_byte == pytest.approx(entropy / size)
+    everything = total(list(scores.values()))
+    assert everything.tokens == 1000 and everything.loss == pytest.approx(math.log(288), rel=1e-5)
+
+
+def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
+    """The score does not depend on how many windows are taken at once."""
+    model = checkpoint.load(config, checkpoint.find(config))
+    one = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=333))
+    many = dict(evaluate(model, config.data, seq_len=16, batch=7, max_tokens=333))
+    assert all(one[name].loss == pytest.approx(many[name].loss, rel=1e-6) for name in one)
+    assert unigram_bits(torch.tensor([3, 3, 4, 4])) == pytest.approx(4.0)
+
+
+def test_errors_name_the_fix(config: EvaluationConfig) -> None:
+    with pytest.raises(InputError, match="train first"):
+        checkpoint.find(replace(config, run=Run("x", "/nonexistent", 0)))
+    with pytest.raises(InputError, match="eval/export.py"):
+        generate(Path("/nonexistent"), config.eval)

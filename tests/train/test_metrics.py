@@ -1,0 +1,86 @@
+"""metrics.jsonl is complete and without duplicates; W&B can neither delay nor stop a run."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.config import MetricsConfig
+from train.metrics import JsonLines, Metrics, Wandb, flatten, read_lines, short
+from train.report import draw
+
+
+def record(step: int, **extra: Any) -> dict[str, Any]:
+    fields = {"stage": "a", "loss": 5.0, "source_loss": {"web": 5.0}, "lr": 1e-3, "batch": 4, "seq_len": 16}
+    rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1}
+    return {"step": step, "tokens": step * 64, **fields, **rates, **extra}
+
+
+def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, tokens=0)
+    for step in (1, 2, 3):
+        first.write(record(step))
+    first.close()
+    path.write_text(path.read_text() + '{"step": 4, "tok')  # killed while writing
+    again = JsonLines(path, tokens=128)
+    again.write(record(3, loss=4.0))
+    again.close()
+    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 5.0), (2, 5.0), (3, 4.0)]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "m.jsonl", 0)
+    sink.write(record(1, loss=float("nan"), source_loss={"web": float("inf")}))
+    line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line["loss"] is None and line["source_loss"] == {"web": None}
+
+
+def test_wandb_that_does_not_answer_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(Wandb, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 1.0)
+    begun = time.monotonic()
+    metrics = Metrics(tmp_path, "run", MetricsConfig("project", 0.0), {"a": {"b": 1}}, tokens=0, total=6400)
+    for step in range(1, 101):
+        metrics.log(record(step))
+    assert time.monotonic() - begun < 1.0, "logging waited for W&B"
+    metrics.close()
+    assert time.monotonic() - begun < 6.0, "closing waited for W&B"
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
+    assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    sink = Wandb("project", "run", tmp_path, {"a": 1})
+    sink.log(record(1))
+    sink.close()
+    assert not sink.thread.is_alive() and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_failing_wandb_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(self: Wandb) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(Wandb, "_start", fail)
+    sink = Wandb("project", "run", tmp_path, {})
+    sink.log(record(1))
+    sink.close()
+    assert "W&B is off (RuntimeError: no space)" in capsys.readouterr().out
+
+
+def test_counts_and_keys_for_readers() -> None:
+    assert [short(x) for x in (7, 1799168, 5.8e12)] == ["7", "1.8M", "5.8T"]
+    assert flatten({"a": {"b": 1}, "c": 2}) == {"a/b": 1, "c": 2}
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    lines = [record(step, stage="a" if step < 5 else "b", loss=6 - step / 10) for step in range(1, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = draw(tmp_path).read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.kernels import REFERENCE, Kernels
 from model.kernels.reference import rms_norm
 
-LOSS_CHUNK = 4096  # tokens whose logits live at once; the backward computes them again
+LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes them again
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,8 @@ import torch
 
 from data.config import InputError
 from eval.config import EvaluationConfig
-from model.kernels import REFERENCE
+from model.config import Backend
+from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
 from model.weights import MANIFEST, Pieces, newest_valid, read_state
 
@@ -39,9 +40,9 @@ def identity(folder: Path, config: EvaluationConfig) -> dict[str, Any]:
 
 def load(config: EvaluationConfig, folder: Path) -> FalconMamba:
     """The model of a checkpoint in fp32 on the CPU, ready to evaluate."""
-    pieces = Pieces(folder)
+    pieces, kernels = Pieces(folder), kernels_of(Backend.auto, "cpu")
     with torch.device("meta"):
-        model = FalconMamba(config.model, REFERENCE)
+        model = FalconMamba(config.model, kernels)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

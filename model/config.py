@@ -9,6 +9,7 @@ class Backend(Enum):
 
     auto = "auto"
     reference = "reference"
+    cpu = "cpu"
 
 
 @dataclass

@@ -4,6 +4,7 @@ import torch
 
 from model.config import ModelConfig
 from model.kernels import REFERENCE
+from model.kernels.interface import Kernels
 from model.mamba import FalconMamba
 from model.parallel import build
 
@@ -13,6 +14,6 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def model_of(config: ModelConfig, seed: int = 0) -> FalconMamba:
-    """A freshly initialised model on the CPU."""
-    return build(config, REFERENCE, seed, torch.device("cpu"))
+def model_of(config: ModelConfig, seed: int = 0, kernels: Kernels = REFERENCE, device: str = "cpu") -> FalconMamba:
+    """A freshly initialised model."""
+    return build(config, kernels, seed, torch.device(device))

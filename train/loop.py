@@ -15,7 +15,7 @@ from torch import Tensor
 from data.config import InputError
 from data.loader import Batch, Loader, compile_plan, open_manifests
 from model.flops import parameter_count, train_flops_per_token
-from model.kernels import load
+from model.kernels import MissingBackend, load
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
 from train.config import Precision, Recompute, RunConfig
@@ -38,7 +38,10 @@ class Trainer:
         self.plan = compile_plan(config.data, manifests)
         self.loader = Loader(self.plan, manifests)
         self.schedule = Schedule(config.schedule, config.data)
-        kernels = load(config.parallel.kernels)
+        try:
+            kernels = load(config.parallel.kernels, ranks.device.type)
+        except MissingBackend as error:
+            raise InputError(str(error)) from error
         self.model = build(
             config.model,
             kernels,

@@ -1,50 +1,27 @@
 """One interface to the model's expensive operations, several implementations, chosen once per run and said aloud."""
 
-from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
-
 from model.config import Backend
-from model.kernels import reference
+from model.kernels import cpu, reference
+from model.kernels.interface import Kernels
+from model.kernels.ops import register
 
 
-class CausalConv1d(Protocol):
-    """See model.kernels.reference.causal_conv1d, the specification."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor: ...
-
-
-class SelectiveScan(Protocol):
-    """See model.kernels.reference.selective_scan, the specification."""
-
-    def __call__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: Tensor,
-        dt_bias: Tensor,
-        starts: Tensor | None = None,
-        state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The operations of one backend."""
-
-    name: str
-    causal_conv1d: CausalConv1d
-    selective_scan: SelectiveScan
+class MissingBackend(ValueError):
+    """A backend was asked for that cannot run here; the message says how to get it."""
 
 
 REFERENCE = Kernels("reference", reference.causal_conv1d, reference.selective_scan)
+CPU = register(cpu, "cpu", "cpu")
 
 
-def load(backend: Backend) -> Kernels:
-    """The kernels of a backend; today the reference serves every choice, so `auto` resolves to it."""
-    return REFERENCE
+def load(backend: Backend, device: str) -> Kernels:
+    """The kernels of a backend for "cpu" or "cuda"; raises MissingBackend with the fix when it cannot run there."""
+    if backend is Backend.auto:
+        backend = Backend.cpu if device == "cpu" and cpu.missing() is None else Backend.reference
+    if backend is Backend.reference:
+        return REFERENCE
+    if device != "cpu":
+        raise MissingBackend("parallel.kernels is cpu, but the run's device is cuda: choose auto")
+    if (why := cpu.missing()) is not None:
+        raise MissingBackend(f"parallel.kernels is cpu, but there is {why}")
+    return CPU

@@ -14,9 +14,14 @@ CHUNK_ELEMENTS = 2**19  # of one such tensor: 2 MB in fp32, small enough for cac
 KEPT_ELEMENTS = 2**26  # of a whole sequence; beyond it chunks keep their first state and are computed again
 
 
+def computing_type(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64: what sums are taken in, whatever the inputs' type."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, in fp32 (fp64 for fp64), returned in the type of x."""
-    wide = x.double() if x.dtype == torch.float64 else x.float()
+    wide = x.to(computing_type(x))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         normed = normed * weight
@@ -27,9 +32,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     """Depthwise causal convolution followed by SiLU.
 
     x [b, l, d], weight [d, k] with the newest tap last, bias [d]. starts [b, l] bool marks the first token of a
-    document: taps never reach behind it. Returns [b, l, d].
+    document: taps never reach behind it. Computes in fp32 (fp64 for fp64). Returns [b, l, d] in the type of x.
     """
-    length, taps = x.shape[1], weight.shape[1]
+    length, taps, dtype = x.shape[1], weight.shape[1], x.dtype
+    x, weight, bias = (t.to(computing_type(x)) for t in (x, weight, bias))
     out = bias + weight[:, -1] * x
     visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     for back in range(1, min(taps, length)):
@@ -40,7 +46,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
             visible = visible & ~opened
             past = past * visible.unsqueeze(-1)
         out = out + weight[:, -1 - back] * past
-    return F.silu(out)
+    return F.silu(out).to(dtype)
 
 
 class LinearRecurrence(torch.autograd.Function):
@@ -100,7 +106,7 @@ def selective_scan(
     such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64 for fp64).
     Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
     """
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    wide = computing_type(u)
     u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
     dt_ = F.softplus(dt_ + dt_bias)
     keep = None if starts is None else (~starts).to(wide)

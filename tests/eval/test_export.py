@@ -111,6 +111,7 @@ def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, t
 
 def test_a_wrong_export_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x)
+    (config.run.folder / "export.json").unlink()
     before = (config.run.hf / "config.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="logits differ"):
         export(config)

@@ -1,15 +1,26 @@
-"""The reference kernels equal a naive recurrence in fp64, forward and every gradient, with and without resets."""
+"""Every backend equals a naive recurrence in fp64: forward and all gradients, with and without resets and states."""
+
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
-from model.kernels import reference
+from model.config import Backend
+from model.kernels import CPU, REFERENCE, MissingBackend, cpu, load, reference
+from model.kernels.interface import Kernels
+from tests.tiny import TINY, model_of
+
+PATHS = ["avx512", "avx2", "portable"]
+PATHS = PATHS[PATHS.index(cpu.instruction_set()) :]  # this processor runs its own path and all narrower ones
 
 
 def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[Tensor, Tensor]:
     """The formula, one token at a time, left to autograd."""
-    dt = torch.nn.functional.softplus(dt + dt_bias)
+    dt = F.softplus(dt + dt_bias)
     h = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=u.dtype) if state is None else state
     outputs = []
     for t in range(u.shape[1]):
@@ -17,76 +28,247 @@ def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[
             h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
         outputs.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
-    return torch.stack(outputs, 1) * torch.nn.functional.silu(z), h
+    return torch.stack(outputs, 1) * F.silu(z), h
 
 
-def scan_inputs(length: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    b, d, n = 2, 5, 3
-    shapes = [(b, length, d), (b, length, d), (d, n), (b, length, n), (b, length, n), (d,), (b, length, d), (d,)]
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    inputs[2] = -inputs[2].exp()
-    return [x.requires_grad_() for x in inputs]
+def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Every tap of every token, one at a time."""
+    rows = []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            total, back = bias, 0
+            while True:
+                total = total + weight[:, -1 - back] * x[b, t - back]
+                if back + 1 >= weight.shape[1] or back >= t or (starts is not None and bool(starts[b, t - back])):
+                    break
+                back += 1
+            rows.append(total)
+    return F.silu(torch.stack(rows).view_as(x))
 
 
-def document_starts(length: int) -> Tensor:
-    return torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < 0.2
+@dataclass
+class Case:
+    """One random problem."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    resets: float = 0.0  # probability that a token opens a document
+    first: bool = False  # a state comes in
+    dt: float = -2.0  # mean of dt before softplus
+    seed: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+        """u, dt, A, B, C, D, z, dt_bias; `rounded` is the type whose values they have."""
+        generator = torch.Generator().manual_seed(self.seed)
+        b, l, d, n = self.batch, self.length, self.channels, self.states
+        shapes = [(b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,)]
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tensors[1] += self.dt
+        tensors[2] = -tensors[2].exp()
+        return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
+
+    def starts(self) -> Tensor | None:
+        if self.resets == 0:
+            return None
+        return torch.rand(self.batch, self.length, generator=torch.Generator().manual_seed(self.seed + 1)) < self.resets
+
+    def state(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> Tensor | None:
+        if not self.first:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        shape = (self.batch, self.channels, self.states)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(rounded or dtype).to(dtype).requires_grad_()
+
+    def weights(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        tensors = [
+            torch.randn(s, generator=generator, dtype=torch.float64) for s in ((self.channels, 4), (self.channels,))
+        ]
+        return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
 
 
-@pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize("length", [1, 9, 40])
-def test_scan_equals_the_recurrence(length: int, resets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 2 * 5 * 3)  # 40 tokens then take three chunks
-    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * 2 * 5 * 3)  # and 40 are too many to keep
-    starts = document_starts(length) if resets else None
-    inputs = scan_inputs(length)
-    state = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+def scan_results(scan, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """y, last state and all gradients, detached."""
+    inputs, state = case.inputs(dtype, rounded), case.state(dtype, rounded)
+    y, last = scan(*inputs, starts=case.starts(), state=state)
+    weight = torch.cos(torch.arange(last.numel(), dtype=torch.float64)).view_as(last)
+    loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (last.double() * weight).sum()
+    gradients = torch.autograd.grad(loss, inputs if state is None else [*inputs, state])
+    return [y.detach(), last.detach(), *gradients]
+
+
+def conv_results(conv, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """Output and all gradients, detached."""
+    inputs = [case.inputs(dtype, rounded)[0], *case.weights(dtype, rounded)]
+    out = conv(*inputs, case.starts())
+    loss = (out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum()
+    return [out.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    """Every output and gradient against fp64 of the same values: error relative to the larger of its norm and 1."""
+    for results, ours, naive in (
+        (scan_results, kernels.selective_scan, naive_scan),
+        (conv_results, kernels.causal_conv1d, naive_conv),
+    ):
+        pairs = zip(results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True)
+        for index, (actual, expected) in enumerate(pairs):
+            error = (actual.double() - expected).norm() / expected.norm().clamp(min=1.0)
+            assert error <= tolerance, (kernels.name, results.__name__, case, index, float(error))
+
+
+CASES = [
+    Case(1, 1, 16, 16),
+    Case(2, 40, 48, 16),
+    Case(2, 37, 5, 3, resets=0.2, first=True),
+    Case(3, 17, 33, 6, resets=1.0),  # every token opens a document
+    Case(1, 64, 130, 16, resets=0.05, first=True),  # more than one group of channels
+    Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
+    Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_in_fp64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_step = case.batch * case.channels * case.states
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * one_step)  # several chunks, the last one short
+    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * one_step)  # and the longer cases compute them again
+    assert_equal(REFERENCE, case, torch.float64, 1e-11)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_in_fp32(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", lambda: path)
+    assert_equal(CPU, case, torch.float32, 1e-5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        st.integers(1, 3),
+        st.integers(1, 70),
+        st.integers(1, 40),
+        st.integers(1, 20),
+        resets=st.sampled_from([0.0, 0.1, 0.5]),
+        first=st.booleans(),
+        dt=st.sampled_from([-10.0, -2.0, 0.0, 8.0]),
+        seed=st.integers(0, 1000),
+    )  # fmt: skip
+)
+def test_cpu_on_random_shapes(case: Case) -> None:
+    assert_equal(CPU, case, torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
+def test_bf16_in_and_out(kernels: Kernels) -> None:
+    """Arithmetic in fp32 on bf16 values: the error is that of rounding the results, 2^-9 each."""
+    case = Case(2, 40, 32, 16, resets=0.1)
+    assert_equal(kernels, case, torch.bfloat16, 4e-3)
+    y, last = kernels.selective_scan(*case.inputs(torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
+
+
+def test_rows_of_wider_tensors_are_read_in_place() -> None:
+    """u and z are halves of in_proj's output, B and C parts of x_proj's."""
+    case = Case(2, 20, 32, 16)
+    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in case.inputs(torch.float32))
+    xz, BC = torch.cat([u, z], -1), torch.cat([B, C], -1)
+    halves, parts = xz.chunk(2, -1), BC.chunk(2, -1)
+    expected, _ = CPU.selective_scan(u, dt, A, B, C, D, z, dt_bias)
+    actual, _ = CPU.selective_scan(halves[0], dt, A, *parts, D, halves[1], dt_bias)
+    assert torch.equal(actual, expected)
+    assert cpu._rows(halves[0]).data_ptr() == xz.data_ptr()
+
+
+def test_cpu_is_deterministic_for_any_number_of_threads() -> None:
+    case = Case(3, 50, 300, 16, resets=0.1)
     results = []
-    for scan in (naive_scan, reference.selective_scan):
-        y, last = scan(*inputs, starts=starts, state=state)
-        gradients = torch.autograd.grad(
-            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + last.sum(), [*inputs, state]
-        )
-        results.append([y, last, *gradients])
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                scan_results(CPU.selective_scan, case, torch.float32)
+                + conv_results(CPU.causal_conv1d, case, torch.float32)
+            )
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_conv_equals_torch() -> None:
-    x = torch.randn(2, 11, 5, dtype=torch.float64)
-    weight, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    expected = torch.nn.functional.conv1d(x.transpose(1, 2), weight.unsqueeze(1), bias, padding=3, groups=5)[..., :11]
-    expected = torch.nn.functional.silu(expected).transpose(1, 2)
-    torch.testing.assert_close(reference.causal_conv1d(x, weight, bias), expected)
-    short = reference.causal_conv1d(x[:, :2], weight, bias)  # shorter than the taps
-    torch.testing.assert_close(short, expected[:, :2])
-
-
-@pytest.mark.parametrize("cuts", [[4], [1, 2, 3], [7, 9]])
-def test_resets_isolate_documents(cuts: list[int]) -> None:
-    """Packed documents give what each gives alone."""
-    length = 12
-    inputs = [x.detach() for x in scan_inputs(length)]
-    weight, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    starts = torch.zeros(2, length, dtype=torch.bool)
+@pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("cuts", [[4], [0, 1, 2, 3], [7, 9]])
+def test_resets_isolate_documents(cuts: list[int], kernels: Kernels) -> None:
+    """Packed documents give bit for bit what each gives alone."""
+    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
+    weight, bias = (x.detach() for x in Case(2, 40, 16, 4).weights(torch.float32))
+    starts = torch.zeros(2, 40, dtype=torch.bool)
     starts[:, cuts] = True
-    u, dt, A, B, C, D, z, dt_bias = inputs
-    packed_conv = reference.causal_conv1d(u, weight, bias, starts)
-    packed_scan, _ = reference.selective_scan(*inputs, starts=starts)
-    edges = [0, *cuts, length]
+    conv = kernels.causal_conv1d(u, weight, bias, starts)
+    scan, _ = kernels.selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, starts=starts, state=torch.ones(2, 16, 4) * (0 in cuts)
+    )
+    edges = sorted({0, *cuts, 40})
     for low, high in zip(edges, edges[1:], strict=False):
-        part = slice(low, high)
-        alone = reference.causal_conv1d(u[:, part], weight, bias)
-        torch.testing.assert_close(packed_conv[:, part], alone, rtol=1e-12, atol=1e-12)
-        alone, _ = reference.selective_scan(u[:, part], dt[:, part], A, B[:, part], C[:, part], D, z[:, part], dt_bias)
-        torch.testing.assert_close(packed_scan[:, part], alone, rtol=1e-12, atol=1e-12)
+        p = slice(low, high)
+        torch.testing.assert_close(conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), rtol=1e-6, atol=1e-6)
+        alone, _ = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias)
+        torch.testing.assert_close(scan[:, p], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
+def test_a_sequence_in_two_halves_is_the_whole(kernels: Kernels) -> None:
+    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 45, 16, 4).inputs(torch.float32))
+    whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
+    state, parts = None, []
+    for p in (slice(0, 19), slice(19, 45)):
+        y, state = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_obey_torch() -> None:
+    """Fake and autograd rules: shapes, strides, aliasing, and gradients under tracing."""
+    case = Case(2, 9, 16, 4, resets=0.2, first=True)
+    inputs, state = case.inputs(torch.float32), case.state(torch.float32)
+    ops = torch.ops.falcon_cpu
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ops.selective_scan.default, (inputs, case.starts(), state), test_utils=checks)
+    torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
+
+
+def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:
+    tokens = torch.randint(0, TINY.vocab_size, (2, 21))
+    model = model_of(TINY, kernels=CPU)
+    expected = model(tokens[:, :-1], tokens[:, 1:])
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens[:, :-1], tokens[:, 1:]), expected)
+    with torch.device("meta"):
+        shape = model_of(TINY, kernels=CPU, device="meta").logits(torch.empty(2, 20, dtype=torch.int64)).shape
+    assert shape == (2, 20, TINY.vocab_size)
+
+
+def test_backends_are_chosen_by_name_and_presence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(Backend.reference, "cpu") is REFERENCE and load(Backend.cpu, "cpu") is CPU
+    assert load(Backend.auto, "cpu") is CPU
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load(Backend.auto, "cpu") is REFERENCE
+    with pytest.raises(MissingBackend, match=r"apt-get install g\+\+"):
+        load(Backend.cpu, "cpu")
+    with pytest.raises(MissingBackend, match="choose auto"):
+        load(Backend.cpu, "cuda")
 
 
 def test_backward_cost_grows_linearly() -> None:
-    """Tensors that the backward allocates grow with length, not with its square."""
+    """Tensors that the reference's backward allocates grow with length, not with its square."""
     sizes = []
     for length in (64, 128):
-        inputs = scan_inputs(length)
+        inputs = replace(CASES[1], length=length).inputs()
         with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
             reference.selective_scan(*inputs)[0].sum().backward()
         sizes.append(sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()))
@@ -95,6 +277,5 @@ def test_backward_cost_grows_linearly() -> None:
 
 def test_rms_norm() -> None:
     x = torch.randn(3, 7)
-    expected = torch.nn.functional.rms_norm(x, (7,), eps=1e-6)
-    torch.testing.assert_close(reference.rms_norm(x, None, 1e-6), expected)
+    torch.testing.assert_close(reference.rms_norm(x, None, 1e-6), F.rms_norm(x, (7,), eps=1e-6))
     assert reference.rms_norm(x.bfloat16(), None, 1e-6).dtype == torch.bfloat16

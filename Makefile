@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RANKS ?= 2
-OVERRIDES ?=
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
@@ -21,7 +20,7 @@ install: .venv/installed  ## the virtual environment with everything pinned
 	@touch $@
 
 demo: install  ## raw text -> trained and exported model -> scores, in minutes on two cores
-	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh $(OVERRIDES)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest

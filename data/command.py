@@ -9,6 +9,7 @@ share it without breaking the order of imports.
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -21,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.config import InputError
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+USER_ERROR = 2  # exit code of a mistake that the user can mend; launch/torchrun.py knows it too
+SPEAKING_SECONDS = 2.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
 Schema = TypeVar("Schema")
 
 
@@ -29,6 +32,9 @@ def convert(schema: type[Schema], config: DictConfig) -> Schema:
     if OmegaConf.is_missing(config.run, "name"):
         names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
         raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
+    known = {"run"} | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
+    if unknown := sorted(str(key) for key in config if key not in known):
+        raise InputError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     sections = {field.name: config[field.name] for field in dataclasses.fields(schema) if field.name in config}  # type: ignore[arg-type]
     values = OmegaConf.create(sections)
     whole_numbers(schema, values)
@@ -49,7 +55,8 @@ def whole_numbers(schema: type, values: DictConfig) -> None:
 
 
 def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
-    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or input.
+    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or input,
+    or when the system refuses a file.
 
     HYDRA_FULL_ERROR=1 in the environment shows the traceback instead.
     """
@@ -66,12 +73,14 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
                 compose()
                 for config in composed:
                     main(checked(schema, config))
-            except (InputError, HydraException, OmegaConfBaseException) as error:
+            except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
                 if show_traceback:
                     raise
-                if os.environ.get("RANK", "0") == "0":
+                if os.environ.get("LOCAL_RANK", "0") == "0":
                     print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-                sys.exit(2)
+                else:
+                    time.sleep(SPEAKING_SECONDS)
+                sys.exit(USER_ERROR)
 
         return run
 

@@ -53,6 +53,8 @@ class DataConfig:
     stages: list[Stage]
 
     def __post_init__(self) -> None:
+        if self.block_tokens < 1 or self.workers < 1 or any(source.tasks < 1 for source in self.sources.values()):
+            raise ValueError("data.block_tokens, data.workers and every source's tasks must be at least 1")
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:
@@ -64,6 +66,10 @@ class DataConfig:
             )
         for stage in self.stages:
             self._check_stage(stage)
+
+    def tokens_of(self, stage: Stage) -> int:
+        """Tokens of a stage in whole blocks."""
+        return stage.tokens // self.block_tokens * self.block_tokens
 
     def _check_stage(self, stage: Stage) -> None:
         if stage.seq_len < 1 or self.block_tokens % stage.seq_len:

@@ -2,9 +2,10 @@
 
 A block is `block_tokens` consecutive tokens of a source, read with one token of lookahead. Inside a source, blocks
 come in the order of a keyed permutation, a new key per epoch. Over sources, a stage's mixture is dealt by
-low-discrepancy apportionment: after any n blocks a source has had its share of n to within one block. Everything is
-computed from indices: no shuffled index exists, seeking costs O(1), memory grows with stages x sources only. A source's
-cursor carries over from stage to stage, so nothing is read twice before everything was read once.
+low-discrepancy apportionment: after any n blocks a source has had its share of n, rounded to 1/10,000, to within about
+one block. Everything is computed from indices: no shuffled index exists, seeking costs O(1), memory grows with
+stages x sources only. A source's cursor carries over from stage to stage, so nothing is read twice before everything
+was read once.
 """
 
 import hashlib
@@ -60,6 +61,8 @@ def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
     counts = np.floor(exact).astype(np.int64)
     for index in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
         counts[index] += 1
+    if counts.min() == 0:
+        raise InputError(f"a mixture holds a share below {1 / PERIOD:.2%}: raise it, or leave its source out")
     owner = np.empty(PERIOD, dtype=np.int16)
     turn = np.empty(PERIOD, dtype=np.int64)
     dealt = np.zeros(len(shares), dtype=np.int64)
@@ -114,7 +117,7 @@ class Plan:
             named = [name for name in self.sources if stage.mixture.get(name, 0.0) > 0]
             owner, turn = deal([stage.mixture[name] for name in named])
             owner = np.array([self.sources.index(name) for name in named], dtype=np.int16)[owner]
-            length = stage.tokens // config.block_tokens
+            length = config.tokens_of(stage) // config.block_tokens
             per_period = np.bincount(owner, minlength=len(self.sources))
             planned = PlannedStage(
                 stage.name, stage.seq_len, first, length * config.block_tokens, owner, turn, per_period, cursor
@@ -147,7 +150,8 @@ class Plan:
         facts = {
             "seed": self.seed,
             "block_tokens": self.block_tokens,
-            "sources": {name: [self.blocks[name], fingerprints[name]] for name in self.sources},
+            "reset_state": self.config.reset_state,
+            "sources": [[name, self.blocks[name], fingerprints[name]] for name in self.sources],  # their order decides
             "stages": [
                 [s.name, s.seq_len, s.tokens, config.mixture]
                 for s, config in zip(self.stages, self.config.stages, strict=True)

@@ -1,6 +1,6 @@
 """A trained model out of a run's newest valid checkpoint."""
 
-import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from eval.config import EvaluationConfig
 from model.config import Backend
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
-from model.weights import MANIFEST, Pieces, newest_valid, read_state
+from model.weights import MANIFEST, Pieces, newest_valid, read_state, sha256_of
 
 
 def find(config: EvaluationConfig) -> Path:
     """The newest checkpoint that verifies; raises InputError when there is none or it holds another model."""
-    folder, passed = newest_valid(config.run.checkpoints)
-    for line in passed:
-        print(f"warning: {line}", flush=True)
+    folder, faults = newest_valid(config.run.checkpoints)
+    for damaged, why in faults.items():
+        print(f"warning: checkpoint {damaged} is not used: {why}", flush=True)
     if folder is None:
         raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
     if read_state(folder)["model"] != asdict(config.model):
@@ -27,15 +27,29 @@ def find(config: EvaluationConfig) -> Path:
     return folder
 
 
-def identity(folder: Path, config: EvaluationConfig) -> dict[str, Any]:
-    """What a result was made of: equal to the stored one, the result still holds and need not be made again."""
-    manifest = (folder / MANIFEST).read_bytes()
+def identity(folder: Path) -> dict[str, Any]:
+    """Which checkpoint a result was made of."""
     return {
         "checkpoint": folder.name,
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "manifest_sha256": sha256_of(folder / MANIFEST),
         "tokens": read_state(folder)["tokens"],
-        "settings": asdict(config.eval),
     }
+
+
+def write_result(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON result into place at once."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.rename(path)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A stored result; empty when there is none or it is damaged, so that it is made anew."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def load(config: EvaluationConfig, folder: Path) -> FalconMamba:

@@ -45,6 +45,8 @@ class Eval:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"eval.dtype is {self.dtype!r}; choose float32 or bfloat16")
+        if min(self.seq_len, self.batch, self.max_tokens, self.new_tokens) < 1:
+            raise ValueError("eval.seq_len, batch, max_tokens and new_tokens must be at least 1")
 
 
 @dataclass

@@ -26,8 +26,9 @@ from eval.config import EvaluationConfig
 from eval.twin import load as transformers_twin
 from model.hf import hf_config, tensor_names, to_hf
 from model.mamba import FalconMamba
-from model.weights import Pieces
+from model.weights import Pieces, sha256_of
 
+RECORD = "export.json"
 MAX_FILE_BYTES = 5_000_000_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
@@ -36,8 +37,10 @@ TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit:
 def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     """Write, reload, compare; the folder takes its place only when the logits agree."""
     folder = checkpoint.find(config)
-    made_of, record = checkpoint.identity(folder, config), config.run.folder / "export.json"
-    if config.run.hf.is_dir() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_of:
+    tokenizer = sha256_of(tokenizer_path(config.data))
+    made_of = {**checkpoint.identity(folder), "dtype": config.eval.dtype, "tokenizer_sha256": tokenizer}
+    record = config.run.folder / RECORD
+    if checkpoint.read_result(record) == {**made_of, "files": sizes(config.run.hf)}:
         print(f"reused: {config.run.hf} holds {folder.name}", flush=True)
         return
     try:
@@ -55,13 +58,18 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         shutil.copy(tokenizer_path(config.data).parent / name, part / name)
     print("loading it with transformers and comparing logits", flush=True)
     difference = compare(part, checkpoint.load(config, folder), getattr(torch, config.eval.dtype))
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:  # also when it is not a number
         raise InputError(f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to look at")
     record.unlink(missing_ok=True)
     shutil.rmtree(config.run.hf, ignore_errors=True)
     part.rename(config.run.hf)
-    write_json(record, made_of)
+    checkpoint.write_result(record, {**made_of, "files": sizes(config.run.hf)})
     print(f"logits agree to {difference:.1e}; the model lies in {config.run.hf}", flush=True)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Size of every file of a folder."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}
 
 
 def stream(folder: Path, config: EvaluationConfig) -> Iterator[tuple[str, Tensor]]:

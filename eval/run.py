@@ -4,6 +4,7 @@ Bits per byte of held-out text come from our model and the newest checkpoint; th
 the exported folder, as a user of the model would get it.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -15,24 +16,31 @@ from rich.console import Console
 from rich.table import Table
 
 from data.command import command
-from data.config import InputError
+from data.config import DataConfig, InputError
+from data.loader import source_folder
+from data.shards import MANIFEST, sha256_of
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
+from eval.export import RECORD, sizes
 from eval.heldout import Score, evaluate
 from eval.twin import load as transformers_twin
 
 
-@command(EvaluationConfig)
-def main(config: EvaluationConfig) -> None:
+def evaluation(config: EvaluationConfig) -> None:
     """Score the held-out text of every source, then generate."""
     folder = checkpoint.find(config)
-    made_of, path = checkpoint.identity(folder, config), config.run.folder / "eval.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in made_of} == made_of:
-            show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
-            print(f"\nreused: {path}", flush=True)
-            return
+    exported = checkpoint.read_result(config.run.folder / RECORD)
+    if exported.get("checkpoint") != folder.name or sizes(config.run.hf) != exported["files"]:
+        raise InputError(
+            f"{config.run.hf} does not hold {folder.name}: run `python eval/export.py`, same overrides, first"
+        )
+    made_of = {**checkpoint.identity(folder), "settings": asdict(config.eval), "data": data_sha256(config.data)}
+    path = config.run.folder / "eval.json"
+    before = checkpoint.read_result(path)
+    if {key: before.get(key) for key in made_of} == made_of:
+        show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
+        print(f"\nreused: {path}", flush=True)
+        return
     model = checkpoint.load(config, folder)
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
@@ -43,8 +51,14 @@ def main(config: EvaluationConfig) -> None:
     sample = generate(config.run.hf, config.eval)
     show(scores, sample)
     result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    checkpoint.write_result(path, result)
     print(f"\nscores: {path}", flush=True)
+
+
+def data_sha256(config: DataConfig) -> str:
+    """What the held-out text is: the manifests of all sources, and whether state is reset between documents."""
+    manifests = [sha256_of(source_folder(config, name) / MANIFEST) for name in config.sources]
+    return hashlib.sha256(json.dumps([manifests, config.reset_state]).encode()).hexdigest()
 
 
 def show(scores: dict[str, Score], sample: str) -> None:
@@ -77,8 +91,6 @@ def generate(folder: Path, config: Eval) -> str:
     """Prompt and continuation by transformers, sampled with a fixed seed."""
     from transformers import AutoTokenizer, set_seed
 
-    if not folder.is_dir():
-        raise InputError(f"no exported model at {folder}: run `python eval/export.py` with the same overrides first")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = transformers_twin(folder)
     set_seed(0)
@@ -86,6 +98,8 @@ def generate(folder: Path, config: Eval) -> str:
     ids = model.generate(**inputs, max_new_tokens=config.new_tokens, do_sample=True, temperature=0.7, top_k=50)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
+
+main = command(EvaluationConfig)(evaluation)
 
 if __name__ == "__main__":
     main()

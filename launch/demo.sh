@@ -11,10 +11,10 @@ stage() {
     printf '== %s took %d s\n' "$name" "$((SECONDS - begin))"
 }
 
-stage data     python data/prepare.py +experiment=demo "$@"
-stage train    torchrun --nproc-per-node "${RANKS:-2}" train/pretrain.py +experiment=demo "$@"
-stage export   python eval/export.py +experiment=demo "$@"
-stage evaluate python eval/run.py +experiment=demo "$@"
+stage data     python data/prepare.py +experiment=demo
+stage train    torchrun --nproc-per-node "${RANKS:-2}" train/pretrain.py +experiment=demo
+stage export   python eval/export.py +experiment=demo
+stage evaluate python eval/run.py +experiment=demo
 
 cat <<'END'
 

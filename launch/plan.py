@@ -28,7 +28,7 @@ def main(config: RunConfig) -> None:
     rows.add_row("tokens", f"{config.tokens:,}")
     rows.add_row("training FLOPs per token", f"{train_flops_per_token(config.model):.4g}")
     rows.add_row("training FLOPs", f"{train_flops_per_token(config.model) * config.tokens:.3g}")
-    for name in ("parameters", "gradients", "optimizer", "activations", "total"):
+    for name in ("parameters", "gradients", "optimizer", "activations", "buffers", "total"):
         rows.add_row(f"memory of a rank, {name}", f"{getattr(need, name) / GIB:.1f} GiB")
     if cluster.memory_gib is not None:
         rows.add_row("memory of a rank, present", f"{cluster.memory_gib:.0f} GiB")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes them again
+
 
 class Backend(Enum):
     """Implementations of the kernels a run can ask for; `auto` takes the fastest that is present."""
@@ -37,3 +39,9 @@ class ModelConfig:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.dt_floor <= self.dt_min <= self.dt_max:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
+
+    def check_cut(self, ranks: int) -> None:
+        """Raise ValueError unless a number of tensor-parallel ranks divides what is cut over them."""
+        for name in ("d_inner", "vocab_size"):
+            if getattr(self, name) % ranks:
+                raise ValueError(f"parallel.tensor_parallel {ranks} does not divide model.{name} {getattr(self, name)}")

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig
+from model.config import LOSS_CHUNK, ModelConfig
 from model.kernels import REFERENCE, Kernels
 from model.kernels.reference import rms_norm
-
-LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes them again
 
 
 class RMSNorm(nn.Module):

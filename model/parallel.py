@@ -60,13 +60,6 @@ def unshard(name: str, shards: list[Tensor]) -> Tensor:
     return torch.cat([piece for part in by_part for piece in part], cut.dim)
 
 
-def check_divisible(config: ModelConfig, size: int) -> None:
-    """Raise ValueError unless a tensor-parallel size divides what it cuts."""
-    for field in ("d_inner", "vocab_size"):
-        if getattr(config, field) % size:
-            raise ValueError(f"parallel.tensor_parallel {size} does not divide model.{field} {getattr(config, field)}")
-
-
 def build(
     config: ModelConfig,
     kernels: Kernels,
@@ -81,7 +74,7 @@ def build(
 
     With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of host memory.
     """
-    check_divisible(config, tp_size)
+    config.check_cut(tp_size)
     with torch.device("meta"):
         model = FalconMamba(config, kernels)
         if tp_size > 1:

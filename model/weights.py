@@ -8,6 +8,7 @@ can read any other's. Reading costs the bytes asked for; indices grow with tenso
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,8 @@ from torch import Tensor
 from model.parallel import cut_of, shard, unshard
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,14 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[tuple[str, str], list[tuple[Piece, Path]]] = {}
-        for index in sorted(folder.glob("rank-*.json")):
-            for raw in json.loads(index.read_text(encoding="utf-8")):
-                piece = Piece(**{**raw, "shape": tuple(raw["shape"])})
-                self.where.setdefault((piece.kind, piece.name), []).append((piece, index.with_suffix(".safetensors")))
+        for name in read_manifest(folder):  # a file that it does not name was not verified and is not read
+            if name.startswith("rank-") and name.endswith(".json"):
+                path = folder / name
+                for raw in json.loads(path.read_text(encoding="utf-8")):
+                    piece = Piece(**{**raw, "shape": tuple(raw["shape"])})
+                    self.where.setdefault((piece.kind, piece.name), []).append(
+                        (piece, path.with_suffix(".safetensors"))
+                    )
 
     def full(self, kind: str, name: str) -> Tensor:
         """The whole tensor, fp32 on the CPU."""
@@ -79,16 +86,18 @@ class Pieces:
 
     def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> Tensor:
         out = torch.empty(numel)
-        filled = 0
-        for piece, path in self.where[kind, name]:
+        filled = start  # pieces follow each other without gap or overlap
+        for piece, path in sorted(self.where[kind, name], key=lambda entry: entry[0].start):
             low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if piece.tp_rank != tp_rank or low >= high:
                 continue
+            if low != filled:
+                break
             with safe_open(path, framework="pt") as file:
                 out[low - start : high - start] = file.get_slice(piece.key)[low - piece.start : high - piece.start]
-            filled += high - low
-        if filled != numel:
-            raise ValueError(f"{self.folder} holds {filled} of {numel} elements of {kind} {name}")
+            filled = high
+        if filled != start + numel:
+            raise ValueError(f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}")
         return out
 
 
@@ -98,44 +107,55 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (size in bytes, SHA-256) of a checkpoint's manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+
+
 def fault(folder: Path) -> str | None:
     """Why a checkpoint folder must not be read, or None: every file of its manifest is read and hashed."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
+    ranks = sorted(name.removesuffix(".json") for name in files if name.endswith(".json") and name != STATE)
+    wanted = {STATE} | {f"{rank}{suffix}" for rank in ranks for suffix in (".json", ".safetensors")}
+    if not ranks or set(files) != wanted or ranks != [f"rank-{number:05d}" for number in range(len(ranks))]:
+        return f"{MANIFEST} does not list {STATE} and two files of every rank"
     for name, (size, sha256) in files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file():
             return f"{name} is missing or not a plain file of the folder"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256_of(path) != sha256:
             return f"{name} does not hash to its manifest's SHA-256"
+    if (found := read_state(folder).get("format")) != FORMAT:
+        return f"its format is {found}, this code reads {FORMAT}"
     return None
 
 
 def newest(checkpoints: Path) -> Iterator[Path]:
     """Committed checkpoint folders, newest first; the caller verifies before use."""
-    found = [path for path in checkpoints.glob("step-*") if path.suffix != ".part"]
+    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that was passed over."""
-    passed: list[str] = []
+def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and what is wrong with each newer one."""
+    faults: dict[Path, str] = {}
     for folder in newest(checkpoints):
         why = fault(folder)
         if why is None:
-            return folder, passed
-        passed.append(f"checkpoint {folder} is not used: {why}")
-    return None, passed
+            return folder, faults
+        faults[folder] = why
+    return None, faults
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return state

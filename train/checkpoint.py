@@ -9,6 +9,7 @@ Cost: each rank writes 12 bytes per parameter it owns (weights and two moments, 
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from model.weights import MANIFEST, Pieces, newest, newest_valid, read_state, sha256_of
+from model.weights import FORMAT, MANIFEST, STATE, Pieces, newest, newest_valid, read_state, sha256_of
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 from train.engine import Engine
-
-FORMAT = 1
 
 
 @dataclass
@@ -48,9 +47,12 @@ class Checkpoints:
         """The newest checkpoint that verifies, the same on every rank; the first rank reads and hashes it."""
         step = torch.full((1,), -1, dtype=torch.int64)
         if self.ranks.first:
-            found, passed = newest_valid(self.folder)
-            for line in passed:
-                print(f"warning: {line}", flush=True)
+            found, faults = newest_valid(self.folder)
+            for damaged, why in faults.items():
+                # out of the way: retention counts good ones, and the step will be saved anew
+                aside = damaged.with_name(f"{damaged.name}.damaged-{time.time_ns()}")
+                print(f"warning: checkpoint {damaged} is not used: {why}; it is kept as {aside.name}", flush=True)
+                damaged.rename(aside)
             if found is not None:
                 step[0] = int(found.name.removeprefix("step-"))
         dist.broadcast(step, src=0)
@@ -75,11 +77,8 @@ class Checkpoints:
         dist.barrier()
         files = self._gather(part, self._write_pieces(part, engine))
         if self.ranks.first:
-            write_synced(part / "state.json", {"format": FORMAT, **asdict(state)})
-            files["state.json"] = {
-                "bytes": (part / "state.json").stat().st_size,
-                "sha256": sha256_of(part / "state.json"),
-            }
+            write_synced(part / STATE, {"format": FORMAT, **asdict(state)})
+            files[STATE] = {"bytes": (part / STATE).stat().st_size, "sha256": sha256_of(part / STATE)}
             write_synced(part / MANIFEST, {"files": files})
             sync_folder(part)
             part.rename(final)
@@ -92,8 +91,7 @@ class Checkpoints:
         """This rank's tensors and their index; returns the names of both files."""
         pieces = list(engine.pieces())
         stem = f"rank-{self.ranks.rank:05d}"
-        # clones: pieces are ranges of shared flat tensors, which safetensors refuses to guess about
-        save_file({piece.key: tensor.clone() for piece, tensor in pieces}, part / f"{stem}.safetensors")
+        save_file({piece.key: tensor for piece, tensor in pieces}, part / f"{stem}.safetensors")
         with (part / f"{stem}.safetensors").open("rb") as file:
             os.fsync(file.fileno())
         write_synced(part / f"{stem}.json", [asdict(piece) for piece, _ in pieces])

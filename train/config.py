@@ -46,6 +46,8 @@ class Optim:
     def __post_init__(self) -> None:
         if self.clip_norm <= 0:
             raise ValueError(f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches clipping off)")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+            raise ValueError("optim needs beta1 and beta2 in [0, 1), eps > 0 and weight_decay >= 0")
 
 
 @dataclass
@@ -143,12 +145,7 @@ class RunConfig:
                 f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
                 f"{self.model.vocab_size}: some ids would have no embedding"
             )
-        for field in ("d_inner", "vocab_size"):
-            if getattr(self.model, field) % self.parallel.tensor_parallel:
-                raise ValueError(
-                    f"parallel.tensor_parallel {self.parallel.tensor_parallel} does not divide model.{field} "
-                    f"{getattr(self.model, field)}"
-                )
+        self.model.check_cut(self.parallel.tensor_parallel)
         longest = max(stage.seq_len for stage in self.data.stages)
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
@@ -159,5 +156,4 @@ class RunConfig:
     @property
     def tokens(self) -> int:
         """Tokens of the whole run: every stage in whole blocks."""
-        block = self.data.block_tokens
-        return sum(stage.tokens // block * block for stage in self.data.stages)
+        return sum(self.data.tokens_of(stage) for stage in self.data.stages)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import InputError
-from train.config import Device
+from train.config import Device, Parallel, Precision
 
 # said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
@@ -49,8 +49,10 @@ def present_device(wanted: Device) -> str:
     return "cuda" if wanted is not Device.cpu and torch.cuda.is_available() else "cpu"
 
 
-def check_device(wanted: Device, present: str) -> None:
-    """Raise InputError when a GPU is asked for and absent: a run does not fall back to the CPU in silence."""
+def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
+    """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
+    if present == "cpu" and parallel.precision is Precision.bf16 and parallel.tensor_parallel > 1:
+        raise InputError("megatron-core's layers take bf16 on GPUs alone: set parallel.precision=fp32 for the CPU")
     if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 

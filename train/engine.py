@@ -17,9 +17,9 @@ from model.parallel import cut_of
 from model.weights import Piece, Pieces
 from train.config import Optim
 from train.distributed import Mpu, Ranks
+from train.plan import REDUCE_BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET = 500_000_000  # elements reduced at once: DeepSpeed's default, 2 GB of fp32
 
 
 class Engine(Protocol):
@@ -73,8 +73,8 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": 1,
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
+                "reduce_bucket_size": REDUCE_BUCKET,
+                "allgather_bucket_size": REDUCE_BUCKET,
                 "overlap_comm": ranks.device.type == "cuda",
             },
         }
@@ -111,7 +111,7 @@ class ZeroEngine:
                     start=fragment.start,
                     numel=tensor.numel(),
                 )
-                yield piece, tensor.detach().cpu()
+                yield piece, tensor.detach().to("cpu", copy=True)  # the masters are ranges of one flat tensor
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """See Engine."""

@@ -56,17 +56,25 @@ class Trainer:
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
         self._resume()
         self.skipped = 0
-        self.peak = peak_flops(config.cluster, config.parallel.precision, ranks.device)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.metrics: Metrics | None = None
         if ranks.first:
             self._say(kernels.name)
         if ranks.first and self.state.tokens < self.schedule.total:
+            self.peak = peak_flops(config.cluster, config.parallel.precision, ranks.device)
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
             self.metrics = Metrics(*arguments, tokens=self.state.tokens, total=self.schedule.total)
 
     def run(self) -> None:
         """Train to the end of the last stage."""
+        try:
+            self._steps()
+        finally:
+            self.reader.shutdown()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _steps(self) -> None:
         every = self.config.checkpoint.every_tokens
         pending = self._read(self.state.tokens)
         while self.state.tokens < self.schedule.total:
@@ -75,17 +83,14 @@ class Trainer:
             batches = pending.result()
             waited = time.perf_counter() - begun
             pending = self._read(self.state.tokens + now.tokens)
-            record = self._step(now, batches)
+            result = self._step(now, batches)
             before, self.state.tokens = self.state.tokens, self.state.tokens + now.tokens
             self.state.step += 1
             seconds = time.perf_counter() - begun
             if self.metrics is not None:
-                self.metrics.log(self._record(now, record, seconds, waited))
+                self.metrics.log(self._record(now, result, seconds, waited))
             if self.state.tokens // every > before // every or self.state.tokens == self.schedule.total:
                 self.checkpoints.save(self.state, self.engine)
-        self.reader.shutdown()
-        if self.metrics is not None:
-            self.metrics.close()
 
     def _step(self, now: Now, batches: list[tuple[Batch, bool]]) -> dict[str, Any]:
         """Forward, backward and update of one global batch; returns the losses and norms of the step."""
@@ -93,7 +98,8 @@ class Trainer:
         autocast = self.config.parallel.precision is Precision.bf16
         for index, (batch, counts) in enumerate(batches):
             batch = batch.to(self.ranks.device)
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast):
+            # without its cache, which would hold a bf16 copy of every weight until the forward ends
+            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                 losses = self.model(batch.tokens, batch.targets, batch.starts)
             # the mean over the tokens of the global batch, whoever holds them
             self.engine.backward(losses.sum() * (counts / now.tokens), last=index == len(batches) - 1)

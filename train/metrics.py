@@ -8,6 +8,7 @@ import json
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -156,7 +157,8 @@ class Wandb:
 
     def __init__(self, project: str, name: str, folder: Path, run_config: Record) -> None:
         digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        self.settings = {"project": project, "name": name, "id": f"{name}-{digest}", "dir": str(folder)}
+        run_id = re.sub(r"[^A-Za-z0-9_-]", "-", f"{name}-{digest}")
+        self.settings = {"project": project, "name": name, "id": run_id, "dir": str(folder)}
         self.run_config = run_config
         self.queue: queue.Queue[Record | None] = queue.Queue(100_000)
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -194,6 +196,7 @@ class Wandb:
             return wandb.init(mode="online", **arguments)
         except Exception as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
             print(f"warning: W&B does not answer ({type(error).__name__}); it goes on offline", flush=True)
+            wandb.teardown()  # its service still holds the id of the run that failed to start
             return wandb.init(mode="offline", **arguments)
 
 

@@ -1,12 +1,14 @@
 """What a run needs of memory, compute and time, from its config alone. Torch-free."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from data.config import InputError
+from model.config import LOSS_CHUNK
 from model.flops import parameter_count, train_flops_per_token
 from train.config import Recompute, RunConfig
 
 GIB = 2**30
+REDUCE_BUCKET = 100_000_000  # elements that DeepSpeed reduces and gathers at once: 0.4 GB of fp32, two in flight
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,12 @@ class Needs:
     gradients: int
     optimizer: int
     activations: int
+    buffers: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 def needs(config: RunConfig, ranks: int) -> Needs:
@@ -29,8 +32,9 @@ def needs(config: RunConfig, ranks: int) -> Needs:
 
     fp32 parameters and gradients are whole on every data-parallel rank, master weights and two moments are cut over
     them (ZeRO-1). Activations are what one micro-batch keeps for the backward with fused kernels: per token and layer
-    the residual in fp32 and x|z, conv output, dt, x_dbl and the scan's output in the products' type; with full
-    recompute the residual alone, plus one layer.
+    the residual in fp32 and x|z, conv output, dt, x_dbl and the scan's output in the products' type, and in bf16 the
+    layer's cast weights; with full recompute the residual alone, plus one layer. Buffers are two reduction buckets and
+    the logits of a chunk of the loss with their gradient.
     """
     c, tp = config.model, config.parallel.tensor_parallel
     per_rank = parameter_count(c) // tp
@@ -40,7 +44,10 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     residual = 4 * c.d_model
     layers = c.n_layer if config.parallel.recompute is Recompute.none else 1
     activations = config.parallel.micro_batch_tokens * (c.n_layer * residual + layers * layer)
-    return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations)
+    if width == 2:
+        activations += 2 * per_rank * layers // c.n_layer
+    buffers = 2 * 4 * min(REDUCE_BUCKET, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
+    return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations, buffers)
 
 
 def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:
@@ -53,13 +60,13 @@ def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, av
     if need.total * sharing <= available:
         return
     count = f"{sharing} ranks of this machine need" if sharing > 1 else "a rank needs"
+    parts = ", ".join(f"{field.name} {getattr(need, field.name) / GIB:.1f}" for field in fields(need))
     raise InputError(
         f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit here: {count} "
-        f"{need.total * sharing / GIB:.1f} GiB (of one rank: parameters {need.parameters / GIB:.1f}, gradients "
-        f"{need.gradients / GIB:.1f}, optimizer {need.optimizer / GIB:.1f}, activations "
-        f"{need.activations / GIB:.1f}), the {device} has {available / GIB:.1f} GiB. Run +experiment=demo here, a "
-        f"larger parallel.tensor_parallel, or {config.run.name} on the machines of its cluster config "
-        f"({config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks; see `python launch/plan.py`)"
+        f"{need.total * sharing / GIB:.1f} GiB (of one rank: {parts}), the {device} has {available / GIB:.1f} GiB. "
+        f"Run +experiment=demo here, a larger parallel.tensor_parallel, or {config.run.name} on the machines of its "
+        f"cluster config ({config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks; see "
+        "`python launch/plan.py`)"
     )
 
 

@@ -34,7 +34,7 @@ def main(config: RunConfig) -> None:
 
     device = present_device(config.cluster.device)
     check_memory(config, world, local_world, device, available_memory(device))
-    check_device(config.cluster.device, device)
+    check_device(config.cluster.device, device, config.parallel)
     open_manifests(config.data)  # missing data is said before groups and models are built
     with ranks(device, config.parallel.tensor_parallel) as here:
         from train.loop import Trainer
@@ -42,8 +42,12 @@ def main(config: RunConfig) -> None:
         record = plain(asdict(config))
         if here.first:
             config.run.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(record), config.run.folder / "config.yaml")
-        Trainer(config, here, record).run()
+        trainer = Trainer(config, here, record)  # refuses a folder that holds another run, before its record changes
+        if here.first:
+            part = config.run.folder / "config.yaml.part"
+            OmegaConf.save(OmegaConf.create(record), part)
+            part.rename(config.run.folder / "config.yaml")
+        trainer.run()
         if here.first:
             from train.report import draw
 

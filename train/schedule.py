@@ -35,7 +35,7 @@ class Schedule:
         self.edges: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
         end = 0
         for stage in data.stages:
-            end += stage.tokens // data.block_tokens * data.block_tokens
+            end += data.tokens_of(stage)
             self.edges.append((end, stage.seq_len, stage.name))
         self.total = end
 

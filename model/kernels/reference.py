@@ -106,6 +106,22 @@ def selective_scan(
     such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64 for fp64).
     Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
     """
+    with torch.autocast(u.device.type, enabled=False):
+        return _selective_scan(u, dt, A, B, C, D, z, dt_bias, starts, state)
+
+
+def _selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     wide = computing_type(u)
     u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
     dt_ = F.softplus(dt_ + dt_bias)

@@ -70,6 +70,20 @@ def test_a_second_epoch_has_another_order(tmp_path: Path) -> None:
     assert sorted(first) == list(range(14)) == sorted(second) and first != second
 
 
+def test_the_hash_knows_what_decides_the_stream(tmp_path: Path) -> None:
+    before = plan_of(corpus_config(tmp_path)).hash
+    swapped = corpus_config(tmp_path)
+    swapped.sources = dict(reversed(swapped.sources.items()))
+    resets = corpus_config(tmp_path)
+    resets.reset_state = not resets.reset_state
+    assert len({before, plan_of(swapped).hash, plan_of(resets).hash}) == 3
+
+
+def test_a_share_too_small_to_deal_is_refused() -> None:
+    with pytest.raises(InputError, match="below 0.01%"):
+        deal([1.0, 1e-5])
+
+
 def test_seed_changes_the_order_and_the_hash(tmp_path: Path) -> None:
     config = corpus_config(tmp_path)
     before = plan_of(config)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from eval import checkpoint
 from eval.config import Eval, EvaluationConfig, Run
 from eval.export import export
 from eval.heldout import evaluate, unigram_bits
-from eval.run import generate, total
+from eval.run import evaluation, generate, total
 from model.hf import hf_config
 from model.kernels import REFERENCE
 from model.mamba import FalconMamba
@@ -159,5 +160,28 @@ def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
 def test_errors_name_the_fix(config: EvaluationConfig) -> None:
     with pytest.raises(InputError, match="train first"):
         checkpoint.find(replace(config, run=Run("x", "/nonexistent", 0)))
+
+
+def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, exported: Path, capsys: Any) -> None:
+    export(config, max_bytes=40_000)
+    evaluation(config)
+    evaluation(config)
+    assert "reused" in capsys.readouterr().out.splitlines()[-1]
+    evaluation(replace(config, data=replace(config.data, reset_state=False)))  # another way to read the same text
+    assert "reused" not in capsys.readouterr().out.splitlines()[-1]
+    (config.run.folder / "eval.json").write_text('{"checkp')  # cut short
+    evaluation(config)
+    weights = next(exported.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(InputError, match="eval/export.py"):
-        generate(Path("/nonexistent"), config.eval)
+        evaluation(config)
+    export(config, max_bytes=40_000)
+    assert "reused" not in capsys.readouterr().out.splitlines()[-1]
+    evaluation(config)
+
+
+def test_a_logit_that_is_not_a_number_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.export.compare", lambda *arguments: float("nan"))
+    (config.run.folder / "export.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="logits differ"):
+        export(config)

@@ -54,6 +54,10 @@ def test_token_counts_may_be_floats_that_are_whole() -> None:
     [
         (["optim.lrr=1"], "optim.lrr"),
         (["+optim.lrr=1"], "optim.lrr"),
+        (["+shedule.peak_lr=5"], "no section shedule"),
+        (["data.block_tokens=0"], "at least 1"),
+        (["optim.beta1=2"], "beta1"),
+        (["eval.batch=0"], "at least 1"),
         (["optim.eps=tiny"], "optim.eps"),
         (["parallel.recompute=some"], "expected one of"),
         (["schedule.min_lr=1"], "min_lr <= peak_lr"),
@@ -86,6 +90,14 @@ def test_a_machine_too_small_is_told_what_to_run() -> None:
     text = str(raised.value)
     assert "GiB" in text and "has 24.0 GiB" in text and "+experiment=demo" in text and "32 nodes" in text
     check_memory(run_config("demo"), 2, 2, "cpu", 2 * 2**30)
+
+
+def test_torchrun_leaves_the_line_as_the_last_word() -> None:
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [torchrun, "--nproc-per-node", "2", "train/pretrain.py", "+experiment=demo", "optim.lrr=1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: Could not override 'optim.lrr'") == 1
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,28 @@ def test_wandb_that_does_not_answer_costs_nothing(tmp_path: Path, monkeypatch: p
     metrics.close()
     assert time.monotonic() - begun < 6.0, "closing waited for W&B"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
+    assert metrics.wandb is not None
+    metrics.wandb.thread.join(60)  # in this process another test starts W&B
     assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_wandb_that_does_not_answer_keeps_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(Wandb, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 60.0)
+    sink = Wandb("project", "a/b:c", tmp_path, {})
+    for step in range(1, 21):
+        sink.log(record(step, marker=f"record-{step}"))
+    sink.close()
+    assert not sink.thread.is_alive()
+    said = capsys.readouterr().out
+    assert "goes on offline" in said and "W&B is off" not in said
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert all(f"record-{step}".encode() in stored for step in range(1, 21))
 
 
 def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from model.config import Backend
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
-from model.weights import Pieces, fault, newest
+from model.weights import Pieces, fault, newest, sha256_of
 from tests.corpus import corpus_config, make_corpus
 from tests.distributed import run_ranks
 from tests.tiny import TINY
@@ -36,17 +36,18 @@ from train.config import (
     ScheduleConfig,
 )  # fmt: skip
 from train.distributed import ranks
+from train.engine import ZeroEngine
 from train.loop import Trainer
 
 
 def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
-    """A run of 27 steps: batches ramp from 3 to 8 (uneven on two ranks), contexts 16 and 32, clipping at work."""
+    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and 32, clipping."""
     return RunConfig(
         run=Run(name, str(root / name), 0),
         model=TINY,
         data=corpus_config(root / "data"),
         optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8),
-        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 3, 8, 1500, True),
+        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
         parallel=Parallel(tensor_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
         checkpoint=CheckpointConfig(every_tokens=400, keep_last=100),
         metrics=MetricsConfig(None, 60.0),
@@ -123,7 +124,7 @@ def assert_same_weights(left: Pieces, right: Pieces, tolerance: float) -> None:
 
 def test_runs_cover_what_they_claim(root: Path) -> None:
     steps = records(root, "dp1")
-    assert {step["batch"] % 2 for step in steps} == {0, 1}
+    assert {1, 2, 3, 8} <= {step["batch"] for step in steps}
     assert {step["seq_len"] for step in steps} == {16, 32}
     assert {step["stage"] for step in steps} == {"short", "long", "decay"}
     assert min(step["grad_norm"] for step in steps) > 0.1 and max(step["grad_norm"] for step in steps) > 0.8
@@ -161,6 +162,49 @@ def test_another_layout_goes_on_from_a_checkpoint(root: Path, moved: str) -> Non
     assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)
 
 
+def test_bf16_follows_fp32(root: Path) -> None:
+    """Products in bf16, everything else in fp32: the same curve to the precision of bf16."""
+    run = config(root, "bf16")
+    run.parallel.precision = Precision.bf16
+    train(run)
+    bf16, fp32 = curve(root, "bf16")[:, 0], curve(root, "dp1")[:, 0]
+    assert not torch.equal(bf16, fp32)
+    torch.testing.assert_close(bf16, fp32, rtol=1e-2, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(root: Path) -> None:
+    """The update is skipped: weights and moments stay byte for byte, and the next one is as if it had not been."""
+    tokens = torch.randint(0, TINY.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
+    results = []
+    for factors in ([1.0, 1.0], [1.0, float("nan"), float("inf"), 1.0]):
+        with ranks("cpu", 1) as here:
+            model = build(TINY, REFERENCE, 0, here.device)
+            engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0), here)
+            for factor in factors:
+                before = {piece.key: tensor for piece, tensor in engine.pieces()}
+                engine.backward(model(tokens[:, :-1], tokens[:, 1:]).mean() * factor, last=True)
+                norm, skipped = engine.clip_and_step(1e-3)
+                after = {piece.key: tensor for piece, tensor in engine.pieces()}
+                same = all(torch.equal(before[key], after[key]) for key in before)
+                assert skipped == same == (factor != 1.0)
+                assert (norm < 100) == (factor == 1.0)
+            results.append(after)
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "kept" / "checkpoints")
+    first, second = list(newest(tmp_path / "kept" / "checkpoints"))[:2]
+    spoil(first, "flip")
+    (tmp_path / "kept" / "checkpoints" / "step-backup").mkdir()  # somebody's own folder
+    run = replace(
+        config(root, "dp1"), run=Run("kept", str(tmp_path / "kept"), 0), checkpoint=CheckpointConfig(10**9, 1)
+    )
+    train(run)
+    left = list(newest(tmp_path / "kept" / "checkpoints"))
+    assert len(left) == 1 and fault(left[0]) is None and left[0].name > second.name
+
+
 def test_a_finished_run_stays_as_it_is(root: Path) -> None:
     before = (root / "dp1" / "metrics.jsonl").read_bytes()
     train(config(root, "dp1"))
@@ -184,7 +228,7 @@ def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
     assert not list((root / "tp2" / "checkpoints").glob("*.part"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "escape"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty", "escape", "format"])
 def test_a_damaged_checkpoint_is_passed_over(root: Path, damage: str, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "damaged" / "checkpoints")
     best, second = list(newest(tmp_path / "damaged" / "checkpoints"))[:2]
@@ -192,6 +236,7 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, damage: str, tmp_path: 
     run = replace(config(root, "dp1"), run=Run("damaged", str(tmp_path / "damaged"), 0))
     train(run)
     assert f"{best} is not used" in capsys.readouterr().out
+    assert list(best.parent.glob(f"{best.name}.damaged-*"))
     steps = records(tmp_path, "damaged")
     assert steps[0]["step"] == int(second.name.removeprefix("step-")) + 1
     torch.testing.assert_close(steps[-1]["loss"], records(root, "dp2")[-1]["loss"], rtol=3e-5, atol=0)
@@ -209,6 +254,15 @@ def spoil(folder: Path, damage: str) -> None:
         weights.unlink()
     elif damage == "manifest":
         (folder / "manifest.json").write_text("{")
+    elif damage == "empty":
+        (folder / "manifest.json").write_text('{"files": {}}')
+    elif damage == "format":
+        state = json.loads((folder / "state.json").read_text()) | {"format": 99}
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        size, digest = (folder / "state.json").stat().st_size, sha256_of(folder / "state.json")
+        manifest["files"]["state.json"] = {"bytes": size, "sha256": digest}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     elif damage == "escape":
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"]["../../../metrics.jsonl"] = {"bytes": 1, "sha256": "0" * 64}

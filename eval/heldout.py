@@ -64,7 +64,8 @@ def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
 def _window_nats(model: FalconMamba, config: DataConfig, rows: Tensor) -> float:
     tokens, targets = rows[:, :-1], rows[:, 1:]
     starts = document_starts(tokens) if config.reset_state else None
-    return float(model(tokens, targets, starts).double().sum())
+    losses, _ = model(tokens, targets, starts)
+    return float(losses.double().sum())
 
 
 def unigram_bits(ids: Tensor) -> float:

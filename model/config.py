@@ -11,7 +11,9 @@ class Backend(Enum):
 
     auto = "auto"
     reference = "reference"
-    cpu = "cpu"
+    cpu = "cpu"  # C++
+    cuda = "cuda"  # ours
+    mamba_ssm = "mamba_ssm"  # the public CUDA kernels
 
 
 @dataclass

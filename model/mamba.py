@@ -7,12 +7,11 @@ The modules hold mathematics alone; model/parallel.py puts sharded linears in th
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.config import LOSS_CHUNK, ModelConfig
 from model.kernels import REFERENCE, Kernels
-from model.kernels.reference import rms_norm
+from model.kernels.reference import computing_type, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +54,7 @@ class Mixer(nn.Module):
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
         if self.norms:
             dt, B, C = (rms_norm(part, None, self.norm_eps) for part in (dt, B, C))
-        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+        A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
         y, _ = self.kernels.selective_scan(u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts)
         return self.out_proj(y)
 
@@ -89,7 +88,7 @@ class FalconMamba(nn.Module):
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""
         h = self.embedding(tokens)
-        h = h.float() if h.dtype != torch.float64 else h
+        h = h.to(computing_type(h))
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(layer, h, starts, use_reentrant=False)
@@ -101,20 +100,26 @@ class FalconMamba(nn.Module):
         """Next-token scores [b, l, vocab_size] of tokens [b, l]; under tensor parallelism this rank's columns."""
         return self.lm_head(self.hidden(tokens, starts))
 
-    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Cross entropy per token in nats of targets [b, l] -> [b, l]; logits exist for LOSS_CHUNK tokens at once."""
+    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets [b, l].
+
+        Head and loss work on LOSS_CHUNK tokens at a time, and again in the backward: all logits never exist at once.
+        The second result is what a z-loss penalises (its square); it costs nothing while nobody asks its gradient.
+        """
         hidden = self.hidden(tokens, starts).flatten(0, 1)
-        losses = [
+        chunks = [
             checkpoint(self._losses, states, labels, use_reentrant=False)
             for states, labels in zip(hidden.split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True)
         ]
-        return torch.cat(losses).view_as(targets)
+        losses, log_sums = (torch.cat(parts).view_as(targets) for parts in zip(*chunks, strict=True))
+        return losses, log_sums
 
-    def _losses(self, states: Tensor, labels: Tensor) -> Tensor:
+    def _losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.cross_entropy(self.lm_head(states), labels)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy per token in nats: logits [t, vocab_size], labels [t] -> [t], in fp32 (fp64 for fp64)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, labels, reduction="none")
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats and log-sum-exp: logits [t, vocab_size], labels [t] -> both [t], fp32 (fp64 for fp64)."""
+    wide = logits.to(computing_type(logits))
+    log_sum = wide.logsumexp(-1)
+    return log_sum - wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1), log_sum

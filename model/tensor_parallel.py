@@ -4,10 +4,14 @@ The only module of the model that knows megatron-core. Layers are built without 
 those). Collectives per block: forward x_proj and out_proj sum, backward x_proj's output and in_proj's input sum.
 """
 
-import torch
-from megatron.core import ModelParallelConfig, tensor_parallel
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
+
+from model.kernels.reference import computing_type
 
 
 def _config() -> ModelParallelConfig:
@@ -74,7 +78,11 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
         super().__init__(rows, width, init_method=nn.init.zeros_, config=_config())
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy per token over split vocabulary columns: logits [t, vocab_size / size], labels [t] -> [t] fp32."""
-    wide = logits.clone() if logits.dtype in (torch.float32, torch.float64) else logits.float()  # changed in place
-    return tensor_parallel.vocab_parallel_cross_entropy(wide, labels)
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy and log-sum-exp over split vocabulary columns: logits [t, vocab_size / size], labels [t] -> [t]."""
+    wide = logits.to(computing_type(logits))
+    loss = tensor_parallel.vocab_parallel_cross_entropy(wide.clone(), labels)  # changes its input
+    local = labels - parallel_state.get_tensor_model_parallel_rank() * wide.shape[-1]
+    here = (local >= 0) & (local < wide.shape[-1])
+    own = wide.gather(-1, local.clamp(0, wide.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) * here
+    return loss, loss + reduce_from_tensor_model_parallel_region(own)

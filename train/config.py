@@ -42,12 +42,15 @@ class Optim:
     eps: float
     weight_decay: float  # on matrices; the rule by name is model.init.decays
     clip_norm: float  # of the global gradient
+    z_loss: float  # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0 is none
 
     def __post_init__(self) -> None:
         if self.clip_norm <= 0:
             raise ValueError(f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches clipping off)")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
-            raise ValueError("optim needs beta1 and beta2 in [0, 1), eps > 0 and weight_decay >= 0")
+        if not (
+            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and min(self.weight_decay, self.z_loss) >= 0
+        ):
+            raise ValueError("optim needs beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0 and z_loss >= 0")
 
 
 @dataclass

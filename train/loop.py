@@ -100,9 +100,12 @@ class Trainer:
             batch = batch.to(self.ranks.device)
             # without its cache, which would hold a bf16 copy of every weight until the forward ends
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-                losses = self.model(batch.tokens, batch.targets, batch.starts)
+                losses, log_sums = self.model(batch.tokens, batch.targets, batch.starts)
+            total = losses.sum()
+            if self.config.optim.z_loss > 0:
+                total = total + self.config.optim.z_loss * log_sums.square().sum()
             # the mean over the tokens of the global batch, whoever holds them
-            self.engine.backward(losses.sum() * (counts / now.tokens), last=index == len(batches) - 1)
+            self.engine.backward(total * (counts / now.tokens), last=index == len(batches) - 1)
             if counts:
                 self._count(sums, batch.source, losses.detach())
         grad_norm, skipped = self.engine.clip_and_step(now.lr)

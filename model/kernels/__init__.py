@@ -1,7 +1,9 @@
 """One interface to the model's expensive operations, several implementations, chosen once per run and said aloud."""
 
+from typing import Any
+
 from model.config import Backend
-from model.kernels import cpu, reference
+from model.kernels import cpu, cuda, mamba_ssm, reference
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 
@@ -12,16 +14,26 @@ class MissingBackend(ValueError):
 
 REFERENCE = Kernels("reference", reference.causal_conv1d, reference.selective_scan)
 CPU = register(cpu, "cpu", "cpu")
+CUDA = register(cuda, "cuda", "cuda")
+MAMBA_SSM = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
+
+# per device, fastest first; the order on GPUs is by design (see LOG.md: not measured yet)
+BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
+    "cpu": [(Backend.cpu, cpu, CPU)],
+    "cuda": [(Backend.cuda, cuda, CUDA), (Backend.mamba_ssm, mamba_ssm, MAMBA_SSM)],
+}
 
 
 def load(backend: Backend, device: str) -> Kernels:
     """The kernels of a backend for "cpu" or "cuda"; raises MissingBackend with the fix when it cannot run there."""
+    offered = BACKENDS[device]
     if backend is Backend.auto:
-        backend = Backend.cpu if device == "cpu" and cpu.missing() is None else Backend.reference
+        return next((kernels for _, module, kernels in offered if module.missing() is None), REFERENCE)
     if backend is Backend.reference:
         return REFERENCE
-    if device != "cpu":
-        raise MissingBackend("parallel.kernels is cpu, but the run's device is cuda: choose auto")
-    if (why := cpu.missing()) is not None:
-        raise MissingBackend(f"parallel.kernels is cpu, but there is {why}")
-    return CPU
+    for name, module, kernels in offered:
+        if name is backend:
+            if (why := module.missing()) is not None:
+                raise MissingBackend(f"parallel.kernels is {backend.value}, but there is {why}")
+            return kernels
+    raise MissingBackend(f"parallel.kernels is {backend.value}, but the run's device is {device}: choose auto")

@@ -46,7 +46,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
         run=Run(name, str(root / name), 0),
         model=TINY,
         data=corpus_config(root / "data"),
-        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8),
+        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
         schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
         parallel=Parallel(tensor_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
         checkpoint=CheckpointConfig(every_tokens=400, keep_last=100),
@@ -77,7 +77,8 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
     starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
     with ranks("cpu", tensor_parallel) as here:
         model = build(TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size)
-        loss = model(tokens[:, :-1], tokens[:, 1:], starts).mean()
+        losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], starts)
+        loss = losses.mean() + 1e-2 * log_sums.square().mean()
         loss.backward()
         held = {key: parameter.grad for key, parameter in model.named_parameters()}
         torch.save({"loss": loss.detach(), **held}, root / f"{name}-{here.tp_rank}.pt")
@@ -179,10 +180,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path) -> None:
     for factors in ([1.0, 1.0], [1.0, float("nan"), float("inf"), 1.0]):
         with ranks("cpu", 1) as here:
             model = build(TINY, REFERENCE, 0, here.device)
-            engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0), here)
+            engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
             for factor in factors:
                 before = {piece.key: tensor for piece, tensor in engine.pieces()}
-                engine.backward(model(tokens[:, :-1], tokens[:, 1:]).mean() * factor, last=True)
+                engine.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
                 norm, skipped = engine.clip_and_step(1e-3)
                 after = {piece.key: tensor for piece, tensor in engine.pieces()}
                 same = all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,97 @@
+"""The public CUDA kernels, mamba-ssm's scan and causal-conv1d, composed so that they are this model.
+
+`mamba_inner_fn` is never used: it norms dt after dt_proj and passes no gradient through the norms of dt, B and C. The
+public Mamba-1 scan knows no document boundaries. Here a separating step is put before every first token of a document:
+with dt so large that every state decays to zero and with nothing coming in, it is an exact reset, forward and backward.
+It makes rows longer by the largest number of boundaries in one of them. The convolution takes boundaries as they are.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTALL = (
+    "MAMBA_KEEP_CUDA_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation "
+    "mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0"
+)
+FORGET = 1e6  # dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
+HOLD = -1e6  # dt of a step behind a row's end: softplus gives 0, the state stays
+
+
+def missing() -> str | None:
+    """Why these kernels cannot be used here, with the fix; None when they can."""
+    # mamba-ssm installs without its Mamba-1 extension unless MAMBA_KEEP_CUDA_BUILD is set: ask for the extensions
+    for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
+        if importlib.util.find_spec(extension) is None:
+            return f"no {extension}: {INSTALL}"
+    if not torch.cuda.is_available():
+        return "no GPU that torch sees"
+    return None
+
+
+def _functions() -> tuple[Any, Any]:
+    from causal_conv1d import causal_conv1d_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return causal_conv1d_fn, selective_scan_fn
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    """See model.kernels.reference.causal_conv1d."""
+    conv, _ = _functions()
+    documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return conv(x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See model.kernels.reference.selective_scan; a first state is refused, since the public kernel takes none."""
+    if state is not None:
+        raise ValueError("mamba-ssm's scan takes no first state: set parallel.kernels to cuda or reference")
+    places = None
+    if starts is not None:
+        places, length = _places(starts)
+        u, B, C, z = (_spread(x, places, length) for x in (u, B, C, z))
+        dt = _spread(dt, places, length, empty=_empty_steps(starts, places, length))
+    _, scan = _functions()
+    rows = [x.transpose(1, 2).contiguous() for x in (u, dt, B, C, z)]
+    y, last = scan(
+        rows[0], rows[1], A.float(), rows[2], rows[3], D.float(), z=rows[4], delta_bias=dt_bias.float(),
+        delta_softplus=True, return_last_state=True,
+    )  # fmt: skip
+    y = y.transpose(1, 2)
+    return y if places is None else y.gather(1, places.unsqueeze(-1).expand(-1, -1, y.shape[2])), last
+
+
+def _places(starts: Tensor) -> tuple[Tensor, int]:
+    """Where each token goes when every first token has a separating step before it: [b, l], and the new length."""
+    shift = starts.cumsum(1)
+    places = torch.arange(starts.shape[1], device=starts.device) + shift
+    return places, starts.shape[1] + int(shift[:, -1].max())
+
+
+def _empty_steps(starts: Tensor, places: Tensor, length: int) -> Tensor:
+    """dt of the steps that hold no token, [b, length, 1]: FORGET before first tokens, HOLD behind a row's end."""
+    behind = torch.arange(length, device=starts.device) > places[:, -1:]
+    return torch.where(behind, HOLD, FORGET).unsqueeze(-1)
+
+
+def _spread(x: Tensor, places: Tensor, length: int, empty: Tensor | None = None) -> Tensor:
+    """x [b, l, c] at its places in [b, length, c]; `empty` (default zeros) is what stands elsewhere."""
+    out = x.new_zeros(x.shape[0], length, x.shape[2])
+    if empty is not None:
+        out = out + empty.to(x.dtype)
+    return out.scatter(1, places.unsqueeze(-1).expand(-1, -1, x.shape[2]), x)

@@ -1,0 +1,122 @@
+"""Problems for kernels, the formula in fp64, and what being equal means."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.kernels.interface import Kernels
+
+
+def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[Tensor, Tensor]:
+    """The formula, one token at a time, left to autograd."""
+    dt = F.softplus(dt + dt_bias)
+    h = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=u.dtype) if state is None else state
+    outputs = []
+    for t in range(u.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
+    return torch.stack(outputs, 1) * F.silu(z), h
+
+
+def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Every tap of every token, one at a time."""
+    rows = []
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            total, back = bias, 0
+            while True:
+                total = total + weight[:, -1 - back] * x[b, t - back]
+                if back + 1 >= weight.shape[1] or back >= t or (starts is not None and bool(starts[b, t - back])):
+                    break
+                back += 1
+            rows.append(total)
+    return F.silu(torch.stack(rows).view_as(x))
+
+
+@dataclass
+class Case:
+    """One random problem."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    resets: float = 0.0  # probability that a token opens a document
+    first: bool = False  # a state comes in
+    dt: float = -2.0  # mean of dt before softplus
+    seed: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+        """u, dt, A, B, C, D, z, dt_bias; `rounded` is the type whose values they have."""
+        generator = torch.Generator().manual_seed(self.seed)
+        b, l, d, n = self.batch, self.length, self.channels, self.states
+        shapes = [(b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,)]
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        tensors[1] += self.dt
+        tensors[2] = -tensors[2].exp()
+        return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
+
+    def starts(self) -> Tensor | None:
+        if self.resets == 0:
+            return None
+        return torch.rand(self.batch, self.length, generator=torch.Generator().manual_seed(self.seed + 1)) < self.resets
+
+    def state(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> Tensor | None:
+        if not self.first:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        shape = (self.batch, self.channels, self.states)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(rounded or dtype).to(dtype).requires_grad_()
+
+    def weights(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        tensors = [
+            torch.randn(s, generator=generator, dtype=torch.float64) for s in ((self.channels, 4), (self.channels,))
+        ]
+        return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
+
+
+def scan_results(scan, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """y, last state and all gradients, detached."""
+    inputs, state = case.inputs(dtype, rounded), case.state(dtype, rounded)
+    y, last = scan(*inputs, starts=case.starts(), state=state)
+    weight = torch.cos(torch.arange(last.numel(), dtype=torch.float64)).view_as(last)
+    loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (last.double() * weight).sum()
+    gradients = torch.autograd.grad(loss, inputs if state is None else [*inputs, state])
+    return [y.detach(), last.detach(), *gradients]
+
+
+def conv_results(conv, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """Output and all gradients, detached."""
+    inputs = [case.inputs(dtype, rounded)[0], *case.weights(dtype, rounded)]
+    out = conv(*inputs, case.starts())
+    loss = (out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum()
+    return [out.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    """Every output and gradient against fp64 of the same values: error relative to the larger of its norm and 1."""
+    for results, ours, naive in (
+        (scan_results, kernels.selective_scan, naive_scan),
+        (conv_results, kernels.causal_conv1d, naive_conv),
+    ):
+        pairs = zip(results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True)
+        for index, (actual, expected) in enumerate(pairs):
+            error = (actual.double() - expected).norm() / expected.norm().clamp(min=1.0)
+            assert error <= tolerance, (kernels.name, results.__name__, case, index, float(error))
+
+
+CASES = [
+    Case(1, 1, 16, 16),
+    Case(2, 40, 48, 16),
+    Case(2, 37, 5, 3, resets=0.2, first=True),
+    Case(3, 17, 33, 6, resets=1.0),  # every token opens a document
+    Case(1, 64, 130, 16, resets=0.05, first=True),  # more than one group of channels
+    Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
+    Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
+]

@@ -1,0 +1,175 @@
+"""Our CUDA kernels: compiled for sm_90 and counted without a GPU, their logic run on an emulator, all on a GPU."""
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.config import Backend
+from model.kernels import CUDA, MissingBackend, cuda, load, mamba_ssm
+from model.kernels.interface import Kernels
+from model.kernels.ops import register
+from tests.cuda import emulated
+from tests.model.cases import CASES, Case, assert_equal, scan_results
+
+GPU = torch.cuda.is_available()
+# what the design needs: the forward runs four blocks of 256 threads an SM, the backward two, out of 65,536 registers
+REGISTERS = {"scan_forward": 64, "scan_backward": 128, "conv_forward": 64, "conv_backward": 64}
+
+
+@pytest.fixture(scope="module")
+def emulation() -> Kernels:
+    """The cuda backend with launches sent to the emulator."""
+    kernels = register(cuda, "emulated", "cpu")
+    before, cuda.launch = cuda.launch, emulated.launch
+    yield kernels
+    cuda.launch = before
+
+
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("source", ["mamba_scan.cu", "mamba_conv.cu"])
+def test_compiles_for_hopper_without_spills(source: str, bf16: int) -> None:
+    log = io.StringIO()
+    cuda.compile_source(source, bf16, "sm_90", log)
+    parts = re.findall(r"Compiling entry function '(\w+)'(.*?)Used (\d+) registers", log.getvalue(), flags=re.S)
+    assert {name for name, _, _ in parts} == {name for name in REGISTERS if name.split("_")[0] in source}
+    for name, properties, registers in parts:
+        assert "0 bytes spill stores, 0 bytes spill loads" in properties, (name, properties)
+        assert int(registers) <= REGISTERS[name], (name, registers)
+
+
+def test_host_and_kernels_agree_on_sizes() -> None:
+    scan, conv = ((cuda.FOLDER / name).read_text() for name in ("mamba_scan.cu", "mamba_conv.cu"))
+    for text, name, value in (
+        (scan, "CHANNELS", cuda.CHANNELS), (scan, "STATES", cuda.STATES), (scan, "CHUNK", cuda.CHUNK),
+        (scan, "THREADS", cuda.SCAN_THREADS), (conv, "TAPS", cuda.TAPS), (conv, "SEGMENT", cuda.SEGMENT),
+        (conv, "THREADS", cuda.CONV_THREADS),
+    ):  # fmt: skip
+        assert re.search(rf"#define {name} {value}\b", text), name
+    program = [
+        '#include "emulator.h"', "float4 shared_memory[1];", '#include "mamba_scan.cu"',
+        f'static_assert(sizeof(Backward) == {cuda.BACKWARD_SHARED}, "shared memory of the backward");',
+    ]  # fmt: skip
+    flags = ["-fsyntax-only", "-std=c++17", "-DBF16=1", f"-I{cuda.FOLDER}", f"-I{emulated.HERE}", "-xc++", "-"]
+    subprocess.run(["g++", *flags], input="\n".join(program), text=True, check=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_emulated_in_fp32(case: Case, emulation: Kernels) -> None:
+    assert_equal(emulation, case, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES[2], Case(2, 65, 66, 16, resets=0.1)], ids=str)
+def test_emulated_in_bf16(case: Case, emulation: Kernels) -> None:
+    assert_equal(emulation, case, torch.bfloat16, 8e-3)  # also the gradient that comes in is rounded, 2^-9
+
+
+def test_no_thread_depends_on_another_without_a_barrier(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads run to each barrier in rising and in falling order; a race would give two results."""
+    case = Case(2, 70, 80, 16, resets=0.1, first=True)
+    rising = scan_results(emulation.selective_scan, case, torch.float32)
+    monkeypatch.setattr(emulated, "FALLING", True)
+    falling = scan_results(emulation.selective_scan, case, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(rising, falling, strict=True))
+
+
+def test_models_that_do_not_fit_are_refused(emulation: Kernels) -> None:
+    inputs = Case(1, 4, 8, 17).inputs(torch.float32)
+    with pytest.raises(ValueError, match="d_state 17 exceeds"):
+        emulation.selective_scan(*inputs)
+    with pytest.raises(ValueError, match="d_conv 5 exceeds"):
+        emulation.causal_conv1d(inputs[0], torch.ones(8, 5), torch.ones(8))
+
+
+def public_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+    """selective_scan_fn of mamba-ssm as its documentation has it: channels before time, no boundaries."""
+    assert delta_softplus and return_last_state and u.is_contiguous()
+    from tests.model.cases import naive_scan
+
+    y, last = naive_scan(
+        *(x.transpose(1, 2) for x in (u, delta)),
+        A,
+        *(x.transpose(1, 2) for x in (B, C)),
+        D,
+        z.transpose(1, 2),
+        delta_bias,
+    )
+    return y.transpose(1, 2), last
+
+
+def public_conv(x, weight, bias, seq_idx, activation):
+    """causal_conv1d_fn: channels before time, documents by number."""
+    from tests.model.cases import naive_conv
+
+    assert activation == "silu"
+    starts = None
+    if seq_idx is not None:
+        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return naive_conv(x.transpose(1, 2), weight, bias, starts).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.first], ids=str)
+def test_public_kernels_are_composed_correctly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the two public functions: layouts, resets by separating steps, and all gradients."""
+    monkeypatch.setattr(mamba_ssm, "_functions", lambda: (public_conv, public_scan))
+    kernels = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
+    assert_equal(kernels, case, torch.float64, 1e-6)  # the composition hands A over in fp32
+    with pytest.raises(ValueError, match="first state"):
+        kernels.selective_scan(*case.inputs(), state=torch.zeros(1))
+
+
+@pytest.mark.skipif(GPU, reason="a GPU is here")
+def test_a_missing_gpu_or_package_is_named() -> None:
+    with pytest.raises(MissingBackend, match=r"no GPU|cuda-core"):
+        load(Backend.cuda, "cuda")
+    with pytest.raises(MissingBackend, match="MAMBA_KEEP_CUDA_BUILD=TRUE"):
+        load(Backend.mamba_ssm, "cuda")
+    assert load(Backend.auto, "cuda").name == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [*CASES, Case(2, 2000, 256, 16, resets=0.01, first=True)], ids=str)
+def test_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
+    with torch.device("cuda"):
+        assert_equal(on_gpu(CUDA), case, dtype, 1e-4 if dtype is torch.float32 else 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU or mamba_ssm.missing() is not None, reason="no GPU with mamba-ssm and causal-conv1d")
+@pytest.mark.parametrize("case", [c for c in CASES if not c.first], ids=str)
+def test_public_kernels_on_the_gpu(case: Case) -> None:
+    kernels = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
+    assert_equal(on_gpu(kernels), case, torch.float32, 1e-3)
+
+
+def on_gpu(kernels: Kernels) -> Kernels:
+    """A backend that takes and gives CPU tensors, for tests that compare there."""
+
+    def move(function):
+        def call(*arguments, **named):
+            there = [x.cuda() if torch.is_tensor(x) else x for x in arguments]
+            result = function(*there, **{key: x.cuda() if torch.is_tensor(x) else x for key, x in named.items()})
+            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+        return call
+
+    return Kernels(kernels.name, move(kernels.causal_conv1d), move(kernels.selective_scan))
+
+
+def test_sources_travel_with_the_package() -> None:
+    import tomllib
+
+    root = Path(__file__).resolve().parents[2]
+    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "model.kernels"
+    ]
+    present = {path.suffix for path in cuda.FOLDER.iterdir() if path.suffix not in (".py", "")} - {".pyc"}
+    assert {f"*{suffix}" for suffix in present} == set(shipped)
+    assert sys.modules["model.kernels.cuda"] is cuda

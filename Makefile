@@ -5,7 +5,7 @@ RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format
+.PHONY: help install demo test check format bench
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,3 +33,6 @@ check: install  ## style, lint, types
 format: install  ## mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -m tests.bench.gpu
+	$(BIN)/python -m tests.bench.cpu

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import LOSS_CHUNK, ModelConfig
+from model.config import ModelConfig
 from model.kernels import REFERENCE, Kernels
+from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.reference import computing_type, rms_norm
 
 
@@ -83,7 +84,7 @@ class FalconMamba(nn.Module):
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.cross_entropy = cross_entropy
+        self.linear_cross_entropy = linear_cross_entropy
 
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""
@@ -103,23 +104,8 @@ class FalconMamba(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets [b, l].
 
-        Head and loss work on LOSS_CHUNK tokens at a time, and again in the backward: all logits never exist at once.
         The second result is what a z-loss penalises (its square); it costs nothing while nobody asks its gradient.
         """
         hidden = self.hidden(tokens, starts).flatten(0, 1)
-        chunks = [
-            checkpoint(self._losses, states, labels, use_reentrant=False)
-            for states, labels in zip(hidden.split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True)
-        ]
-        losses, log_sums = (torch.cat(parts).view_as(targets) for parts in zip(*chunks, strict=True))
-        return losses, log_sums
-
-    def _losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cross_entropy(self.lm_head(states), labels)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy in nats and log-sum-exp: logits [t, vocab_size], labels [t] -> both [t], fp32 (fp64 for fp64)."""
-    wide = logits.to(computing_type(logits))
-    log_sum = wide.logsumexp(-1)
-    return log_sum - wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1), log_sum
+        losses, log_sums = self.linear_cross_entropy(hidden, self.lm_head, targets.flatten())
+        return losses.view_as(targets), log_sums.view_as(targets)

@@ -92,7 +92,13 @@ def build(
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
     """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by smaller ones."""
     # imported here: megatron-core takes seconds to import and one rank needs none of it
-    from model.tensor_parallel import ColumnParallel, RowParallel, SummedRowParallel, VocabParallel, cross_entropy
+    from model.tensor_parallel import (
+        ColumnParallel,
+        RowParallel,
+        SummedRowParallel,
+        VocabParallel,
+        linear_cross_entropy,
+    )
 
     c = config
     model.embedding = VocabParallel(c.vocab_size, c.d_model)
@@ -106,4 +112,4 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
         for name, parameter in list(mixer.named_parameters(recurse=False)):
             setattr(mixer, name, nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])))
     model.lm_head = ColumnParallel(c.d_model, c.vocab_size)
-    model.cross_entropy = cross_entropy
+    model.linear_cross_entropy = linear_cross_entropy

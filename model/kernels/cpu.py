@@ -131,7 +131,7 @@ class Prepared:
         self.pad_n = next(n for n in STATES if n >= self.states) - self.states
         self.u, self.dt, self.z = (_rows(self.wide(x)) for x in (u, dt, z))
         self.B, self.C = (_rows(F.pad(x, (0, self.pad_n))) if self.pad_n else _rows(x) for x in (B, C))
-        self.A = F.pad(A.float().t() * LOG2E, (0, self.pad_d, 0, self.pad_n)).contiguous()
+        self.A = self.inner(A.unsqueeze(0)).mul_(LOG2E)
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
         self.first = None if state is None else self.inner(state)
         self.starts, flags = _flags(starts)
@@ -146,7 +146,10 @@ class Prepared:
 
     def inner(self, state: Tensor) -> Tensor:
         """A state [b, d, n] as padded [b, n, d]."""
-        return F.pad(state.float().transpose(1, 2), (0, self.pad_d, 0, self.pad_n)).contiguous()
+        state = state.float().transpose(1, 2)
+        if self.pad_d or self.pad_n:
+            state = F.pad(state, (0, self.pad_d, 0, self.pad_n))
+        return state.clone(memory_format=torch.contiguous_format)
 
     def outer(self, state: Tensor) -> Tensor:
         """Padded [b, n, d] as a state [b, d, n]."""
@@ -191,10 +194,15 @@ def scan_backward(
         ctypes.byref(p.arguments), _pointer(kept), _pointer(dy), _pointer(dlast), ctypes.byref(pointers)
     )
     c, s = p.channels, p.states
-    gradients = [du[..., :c], ddt[..., :c], dA.sum(0).t()[:c, :s], dB.sum(0)[..., :s], dC.sum(0)[..., :s]]
-    gradients += [dD.sum(0)[:c], dz[..., :c], dbias.sum(0)[:c], p.outer(dfirst)]
+    gradients = [du[..., :c], ddt[..., :c], total(dA).t()[:c, :s], total(dB)[..., :s], total(dC)[..., :s]]
+    gradients += [total(dD)[:c], dz[..., :c], total(dbias)[:c], p.outer(dfirst)]
     types = [x.dtype for x in inputs] + [torch.float32 if state is None else state.dtype]
     return [gradient.contiguous().to(dtype) for gradient, dtype in zip(gradients, types, strict=True)]
+
+
+def total(parts: Tensor) -> Tensor:
+    """Sum over the first axis; a single part is taken as it is."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, pad: int) -> tuple[ConvArguments, list[Any]]:
@@ -229,5 +237,5 @@ def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     dweight = torch.zeros(x.shape[0], weight.shape[1], channels + pad)
     dbias = torch.zeros(x.shape[0], channels + pad)
     lib.causal_conv_backward(ctypes.byref(arguments), *(_pointer(t) for t in (dout, dx, dweight, dbias)))
-    gradients = [dx[..., :channels], dweight.sum(0).t()[:channels], dbias.sum(0)[:channels]]
+    gradients = [dx[..., :channels], total(dweight).t()[:channels], total(dbias)[:channels]]
     return [g.contiguous().to(t.dtype) for g, t in zip(gradients, (x, weight, bias), strict=True)]

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if W >= 8
+#include <immintrin.h>
+#endif
 
 #ifndef W
 #error "compile with -DW=16, 8 or 4"
@@ -17,35 +20,51 @@ typedef float V __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 static const int CHUNK = 16;    // time steps between kept states: a chunk's states and decays stay in the first-level cache
-static const int GROUP = 128;   // channels of a piece of work
+static const int GROUP = 256;   // channels of a piece of work
 static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 static inline V splat(float x) { return x - V{}; }
 static inline V load(const float *p) { return *(const V *)p; }
 static inline void store(float *p, V x) { *(V *)p = x; }
-static inline V select(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
-static inline V maximum(V a, V b) { return select(a > b, a, b); }
+static inline V select(I mask, V yes, V no) { return mask ? yes : no; }
 static inline float sum(V x) {
+#if W == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
     float s = 0;
     for (int i = 0; i < W; i++) s += x[i];
     return s;
 }
 
-// 2^x for x <= 127, relative error about 2e-7; below -126 it stays at 2^-126, which is nothing beside any state.
-static inline V exp2v(V x) {
-    x = maximum(x, splat(-126.0f));
-    const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-    V r = x + shift;
-    I e = (I)r << 23;
-    V f = x - (r - shift);
+// 2^x for x <= 127, relative error about 2e-7: the whole part of x goes to the exponent, 2^f of the rest in [-1/2, 1/2]
+// is a polynomial. The largest x that gives 2^-126 or less may stop there, which is nothing beside any state.
+static inline V power(V f) {
     V p = splat(1.3395279e-3f);
     p = p * f + splat(9.6178371e-3f);
     p = p * f + splat(5.5503324e-2f);
     p = p * f + splat(2.4022652e-1f);
     p = p * f + splat(6.9314718e-1f);
-    p = p * f + splat(1.0f);
-    return (V)((I)p + e);
+    return p * f + splat(1.0f);
 }
+#if W == 16
+static inline V exp2v(V x) {
+    const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (V)_mm512_scalef_ps((__m512)power(x - (V)whole), whole);
+}
+static inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+#if W == 8
+static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+static inline V maximum(V a, V b) { return select(a > b, a, b); }
+#endif
+static inline V exp2v(V x) {
+    x = maximum(x, splat(-126.0f));
+    const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    const V r = x + shift;
+    return (V)((I)power(x - (r - shift)) + ((I)r << 23));
+}
+#endif
 
 static inline V expv(V x) { return exp2v(x * splat(LOG2E)); }
 static inline V sigmoid(V x) {
@@ -123,8 +142,10 @@ template <int N>
 static void scan_backward(const Scan &s, const float *kept, const float *dy, const float *dlast, const Gradients &g,
                           int64_t b, int64_t group, int64_t d0, int64_t d1) {
     const int64_t L = s.length, D = s.channels, CH = chunks_of(L), width = d1 - d0;
-    // per chunk: the state before each step and after the last, the decays, and what each step's channels need
-    std::vector<float> H((CHUNK + 1) * N * W), E(CHUNK * N * W), T(CHUNK * 7 * W), SB(CHUNK * N * W), SC(CHUNK * N * W);
+    // per chunk: states before each step, decays, per step (dL/dy, dt, dt u, u, sigmoid, sums of gh B and ga A), and the
+    // terms of dB and dC, summed over channels a vector at a time
+    const int FIELDS = 7;
+    std::vector<float> H(CHUNK * N * W), E(CHUNK * N * W), T(CHUNK * FIELDS * W), SB(CHUNK * N * W), SC(CHUNK * N * W);
     std::vector<float> G(N * width);  // adjoint of the state, from chunk to chunk
     for (int n = 0; n < N; n++)
         for (int64_t d = d0; d < d1; d += W)
@@ -137,62 +158,73 @@ static void scan_backward(const Scan &s, const float *kept, const float *dy, con
         for (int64_t d = d0; d < d1; d += W) {
             const V skip = load(s.D + d), bias = load(s.bias + d);
             V dD = V{}, dbias = V{};
-            {  // forward again, keeping every state and decay
-                V h[N];
-                for (int n = 0; n < N; n++) h[n] = load(kept + ((b * CH + c) * N + n) * D + d);
-                for (int k = 0; k < steps; k++) {
-                    const int64_t row = b * L + t0 + k;
-                    const bool opens = s.starts && s.starts[row];
-                    const V u = load(s.u + row * s.u_row + d), x = load(s.dt + row * s.dt_row + d) + bias;
-                    const V z = load(s.z + row * s.z_row + d), gate = sigmoid(z), dt = softplus(x), du = dt * u;
-                    const V dout = load(dy + row * D + d);
-                    const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row;
-                    V y0 = skip * u, y1 = V{};
-#pragma GCC unroll 16
-                    for (int n = 0; n < N; n++) {
-                        const V e = opens ? V{} : exp2v(dt * load(s.A + n * D + d));
-                        store(&H[(k * N + n) * W], h[n]);
-                        store(&E[(k * N + n) * W], e);
-                        h[n] = e * h[n] + du * splat(Bt[n]);
-                        if (n & 1) y1 += h[n] * splat(Ct[n]);
-                        else y0 += h[n] * splat(Ct[n]);
-                    }
-                    const V gy = dout * z * gate;
-                    store(g.z + row * D + d, dout * (y0 + y1) * gate * (splat(1.0f) + z * (splat(1.0f) - gate)));
-                    dD += gy * u;
-                    float *at = &T[k * 7 * W];
-                    store(at, gy), store(at + W, dt), store(at + 2 * W, du), store(at + 3 * W, u), store(at + 4 * W, sigmoid(x));
-                }
-                for (int n = 0; n < N; n++) store(&H[(steps * N + n) * W], h[n]);
-            }
-            V adj[N], dA[N];
-            for (int n = 0; n < N; n++) adj[n] = load(&G[n * width + d - d0]), dA[n] = V{};
-            for (int k = steps - 1; k >= 0; k--) {
+            V h[N];  // forward again, keeping every state and decay
+            for (int n = 0; n < N; n++) h[n] = load(kept + ((b * CH + c) * N + n) * D + d);
+            for (int k = 0; k < steps; k++) {
                 const int64_t row = b * L + t0 + k;
-                const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row, *at = &T[k * 7 * W];
-                const V gy = load(at), dt = load(at + W), du = load(at + 2 * W), u = load(at + 3 * W);
-                V sdu = V{}, sdt = V{};
+                const bool opens = s.starts && s.starts[row];
+                const V u = load(s.u + row * s.u_row + d), x = load(s.dt + row * s.dt_row + d) + bias;
+                const V z = load(s.z + row * s.z_row + d), gate = sigmoid(z), dt = softplus(x), du = dt * u;
+                const V dout = load(dy + row * D + d), gy = dout * z * gate;
+                const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row;
+                V y0 = skip * u, y1 = V{};
 #pragma GCC unroll 16
                 for (int n = 0; n < N; n++) {
                     const int i = (k * N + n) * W;
-                    const V gh = gy * splat(Ct[n]) + adj[n];
-                    store(&SC[i], load(&SC[i]) + gy * load(&H[i + N * W]));
-                    store(&SB[i], load(&SB[i]) + gh * du);
-                    sdu += gh * splat(Bt[n]);
-                    adj[n] = gh * load(&E[i]);
-                    const V ga = adj[n] * load(&H[i]);
-                    dA[n] += ga * dt;
-                    sdt += ga * load(s.A + n * D + d);
+                    const V e = opens ? V{} : exp2v(dt * load(s.A + n * D + d));
+                    store(&H[i], h[n]);
+                    store(&E[i], e);
+                    h[n] = e * h[n] + du * splat(Bt[n]);
+                    store(&SC[i], load(&SC[i]) + gy * h[n]);
+                    if (n & 1) y1 += h[n] * splat(Ct[n]);
+                    else y0 += h[n] * splat(Ct[n]);
                 }
-                store(g.u + row * D + d, sdu * dt + gy * skip);
-                const V dx = (sdu * u + sdt * splat(LN2)) * load(at + 4 * W);
+                store(g.z + row * D + d, dout * (y0 + y1) * gate * (splat(1.0f) + z * (splat(1.0f) - gate)));
+                dD += gy * u;
+                float *at = &T[k * FIELDS * W];
+                store(at, gy), store(at + W, dt), store(at + 2 * W, du), store(at + 3 * W, u), store(at + 4 * W, sigmoid(x));
+                store(at + 5 * W, V{}), store(at + 6 * W, V{});
+            }
+            const int M = N < 8 ? N : 8;  // states at a time: their adjoints, gradients and A fit the registers
+            for (int n0 = 0; n0 < N; n0 += M) {
+                V adj[M], dA[M], a[M];
+                for (int n = 0; n < M; n++) {
+                    adj[n] = load(&G[(n0 + n) * width + d - d0]);
+                    a[n] = load(s.A + (n0 + n) * D + d);
+                    dA[n] = V{};
+                }
+                for (int k = steps - 1; k >= 0; k--) {
+                    const int64_t row = b * L + t0 + k;
+                    const float *Bt = s.B + row * s.B_row + n0, *Ct = s.C + row * s.C_row + n0;
+                    float *at = &T[k * FIELDS * W];
+                    const V gy = load(at), dt = load(at + W), du = load(at + 2 * W);
+                    V sdu = load(at + 5 * W), sdt = load(at + 6 * W);
+#pragma GCC unroll 8
+                    for (int n = 0; n < M; n++) {
+                        const int i = (k * N + n0 + n) * W;
+                        const V gh = gy * splat(Ct[n]) + adj[n];
+                        store(&SB[i], load(&SB[i]) + gh * du);
+                        sdu += gh * splat(Bt[n]);
+                        adj[n] = gh * load(&E[i]);
+                        const V ga = adj[n] * load(&H[i]);
+                        dA[n] += ga * dt;
+                        sdt += ga * a[n];
+                    }
+                    store(at + 5 * W, sdu), store(at + 6 * W, sdt);
+                }
+                for (int n = 0; n < M; n++) {
+                    store(&G[(n0 + n) * width + d - d0], adj[n]);
+                    float *p = g.A + (b * N + n0 + n) * D + d;
+                    store(p, load(p) + dA[n]);
+                }
+            }
+            for (int k = 0; k < steps; k++) {
+                const int64_t row = b * L + t0 + k;
+                const float *at = &T[k * FIELDS * W];
+                const V sdu = load(at + 5 * W), dx = (sdu * load(at + 3 * W) + load(at + 6 * W) * splat(LN2)) * load(at + 4 * W);
+                store(g.u + row * D + d, sdu * load(at + W) + load(at) * skip);
                 store(g.dt + row * D + d, dx);
                 dbias += dx;
-            }
-            for (int n = 0; n < N; n++) {
-                store(&G[n * width + d - d0], adj[n]);
-                float *p = g.A + (b * N + n) * D + d;
-                store(p, load(p) + dA[n]);
             }
             store(g.D + b * D + d, load(g.D + b * D + d) + dD);
             store(g.bias + b * D + d, load(g.bias + b * D + d) + dbias);

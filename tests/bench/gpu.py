@@ -1,0 +1,235 @@
+"""GPU benchmark: `python -m tests.bench.gpu`. Ceilings, then every operation, a layer and a rank's step of the 7B.
+
+Each backend that is present is measured on the same random inputs, which rotate past the L2 cache; medians; ratios are
+to `cuda`, ours. Results are checked against fp64 on a short problem before anything is timed. `--device cpu --small`
+runs the same code on tiny sizes without a GPU, to see that it works; its times mean nothing.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.flops import train_flops_per_token
+from model.kernels import BACKENDS, REFERENCE
+from model.kernels.cross_entropy import linear_cross_entropy
+from model.kernels.interface import Kernels
+from model.mamba import Block, FalconMamba
+from tests.bench.timing import Row, median_seconds, show, with_ratios, write
+from tests.compose import run_config
+from tests.model.cases import Case, assert_equal
+
+L2_BYTES = 128 * 2**20  # of inputs that rotate: more than an H100's or H200's 50 MiB
+
+
+class Bench:
+    """One device, its backends, and the rows measured so far."""
+
+    def __init__(
+        self, device: torch.device, config: ModelConfig, length: int, batches: list[int], budget: float
+    ) -> None:
+        self.device, self.config, self.length, self.batches, self.budget = device, config, length, batches, budget
+        self.dtype = torch.bfloat16
+        self.rows: list[Row] = []
+        self.missing: dict[str, str] = {}
+        self.backends: dict[str, Kernels] = {}
+        for name, module, kernels in BACKENDS[device.type]:
+            if (why := module.missing()) is None:
+                self.backends[name.value] = kernels
+            else:
+                self.missing[name.value] = why
+        if device.type == "cpu":
+            self.backends["reference"] = REFERENCE
+        self.missing["jax-linear-attention"] = "a rival in JAX on Python 3.12; its run is not written yet"
+
+    def time(self, what: str, shape: str, who: str, call: Callable[[], Any]) -> float:
+        """Measure and keep a row."""
+        seconds, runs = median_seconds(call, self.device, self.budget, least=5)
+        self.rows.append(Row(what, shape, who, seconds, runs))
+        return seconds
+
+    def ceilings(self, size: int, copied: int) -> None:
+        """A square matrix product in bf16 and a copy."""
+        left, right = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
+        seconds = self.time("matrix product, bf16", f"{size}^3", "torch", lambda: left @ right)
+        print(f"matrix product: {2 * size**3 / seconds / 1e12:.1f} TFLOP/s", flush=True)
+        source = torch.empty(copied, device=self.device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        seconds = self.time("copy", f"{copied / 2**30:.2f} GiB", "torch", lambda: target.copy_(source))
+        print(f"copy: {2 * copied / seconds / 1e12:.3f} TB/s read and written", flush=True)
+
+    def check(self) -> None:
+        """Every backend against the formula in fp64 before its time means anything."""
+        case = Case(2, 100, 64, self.config.d_state, resets=0.0)
+        for kernels in self.backends.values():
+            assert_equal(_through(kernels, self.device), case, torch.float32, 1e-3)
+
+    def scan_inputs(self, batch: int, seed: int) -> list[Tensor]:
+        """Inputs as at initialisation: A = -(1..n), dt log-uniform."""
+        c, generator = self.config, torch.Generator(self.device).manual_seed(seed)
+        kwargs: dict[str, Any] = {"device": self.device, "generator": generator}
+        u, z = (torch.randn(batch, self.length, c.d_inner, **kwargs).to(self.dtype) for _ in range(2))
+        B, C = (torch.randn(batch, self.length, c.d_state, **kwargs).to(self.dtype) for _ in range(2))
+        dt = torch.empty(batch, self.length, c.d_inner, device=self.device).uniform_(-6.9, -2.3, generator=generator)
+        A = -torch.arange(1.0, c.d_state + 1, device=self.device).repeat(c.d_inner, 1)
+        ones, zeros = (f(c.d_inner, device=self.device) for f in (torch.ones, torch.zeros))
+        return [x.requires_grad_() for x in (u, dt.to(self.dtype), A, B, C, ones, z, zeros)]
+
+    def rotation(self, make: Callable[[int], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        """Inputs that change from call to call, so that none is found in the cache."""
+        first = make(0)
+        copies = 1 + min(15, L2_BYTES // max(1, sum(x.nbytes for x in first)))
+        held = [first] + [make(seed) for seed in range(1, copies)]
+        turn = iter(range(10**9))
+        return lambda: held[next(turn) % copies]
+
+    def scans(self) -> None:
+        """Scan forward, and forward with backward, per backend."""
+        for batch in self.batches:
+            inputs = self.rotation(lambda seed, batch=batch: self.scan_inputs(batch, seed))
+            weight = torch.randn(batch, self.length, self.config.d_inner, device=self.device, dtype=self.dtype)
+            shape = f"B {batch}, L {self.length}"
+            for name, kernels in self.backends.items():
+                scan = kernels.selective_scan
+
+                def both(scan: Any = scan, inputs: Any = inputs, weight: Tensor = weight) -> Any:
+                    held = inputs()
+                    return torch.autograd.grad(scan(*held)[0], held, weight)
+
+                with torch.no_grad():
+                    self.time("scan, forward", shape, name, lambda scan=scan, inputs=inputs: scan(*inputs()))
+                seconds = self.time("scan, forward and backward", shape, name, both)
+                per_token = 1e6 * seconds / (batch * self.length) * self.config.n_layer
+                print(
+                    f"{name}, {shape}: scan {per_token:.2f} us per token over {self.config.n_layer} layers", flush=True
+                )
+
+    def convolutions(self) -> None:
+        """Convolution and SiLU, forward and backward together."""
+        c = self.config
+        for batch in self.batches:
+
+            def make(seed: int, batch: int = batch) -> list[Tensor]:
+                x = torch.randn(batch, self.length, c.d_inner, device=self.device).to(self.dtype)
+                weight = torch.randn(c.d_inner, c.d_conv, device=self.device)
+                return [t.requires_grad_() for t in (x, weight, torch.zeros(c.d_inner, device=self.device))]
+
+            inputs = self.rotation(make)
+            for name, kernels in self.backends.items():
+
+                def both(conv: Any = kernels.causal_conv1d, inputs: Any = inputs) -> Any:
+                    held = inputs()
+                    out = conv(*held)
+                    return torch.autograd.grad(out, held, torch.ones_like(out))
+
+                self.time("conv and SiLU, forward and backward", f"B {batch}, L {self.length}", name, both)
+
+    def loss(self) -> None:
+        """Head and cross entropy, forward and backward: ours in chunks, and torch with all logits."""
+        c = self.config
+        hidden = torch.randn(self.length, c.d_model, device=self.device).requires_grad_()
+        head = nn.Linear(c.d_model, c.vocab_size, bias=False, device=self.device)
+        labels = torch.randint(0, c.vocab_size, (self.length,), device=self.device)
+
+        def plain() -> Any:
+            return nn.functional.cross_entropy(head(hidden).float(), labels).backward()
+
+        ours, all_logits = (lambda: linear_cross_entropy(hidden, head, labels)[0].mean().backward()), plain
+        for name, call in ((next(iter(self.backends)), ours), ("torch, all logits", all_logits)):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                self.time("head and loss, forward and backward", f"{self.length} tokens", name, call)
+
+    def layers(self) -> None:
+        """One whole block, forward and backward, micro-batch 1."""
+        x = torch.randn(1, self.length, self.config.d_model, device=self.device).requires_grad_()
+        for name, kernels in self.backends.items():
+            with self.device:
+                block = _filled(Block(self.config, kernels))
+
+            def step(block: Block = block) -> Any:
+                with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                    out = block(x, None)
+                return out.square().mean().backward()
+
+            self.time("one layer, forward and backward", f"B 1, L {self.length}", name, step)
+
+    def rank(self, n_layer: int) -> None:
+        """Forward and backward of one data-parallel rank, micro-batch 1, with embedding, head and loss."""
+        config = replace(self.config, n_layer=n_layer)
+        tokens = torch.randint(0, config.vocab_size, (1, self.length + 1), device=self.device)
+        for name, kernels in self.backends.items():
+            with self.device:
+                model = _filled(FalconMamba(config, kernels))
+            model.recompute = True
+
+            def step(model: FalconMamba = model) -> Any:
+                with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                    losses, _ = model(tokens[:, :-1], tokens[:, 1:])
+                return losses.mean().backward()
+
+            shape = f"{n_layer} layers, full recompute, L {self.length}"
+            seconds = self.time("one rank's forward and backward", shape, name, step)
+            rate = self.length / seconds
+            tflops = rate * train_flops_per_token(config) / 1e12
+            print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
+            del model
+
+
+def _filled(module: nn.Module) -> nn.Module:
+    """Small random parameters: times do not depend on them."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-0.01, 0.01)
+    return module
+
+
+def _through(kernels: Kernels, device: torch.device) -> Kernels:
+    """A backend that takes and gives CPU tensors."""
+
+    def move(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            there = {key: x.to(device) if torch.is_tensor(x) else x for key, x in named.items()}
+            result = function(*(x.to(device) if torch.is_tensor(x) else x for x in arguments), **there)
+            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+        return call
+
+    return Kernels(kernels.name, move(kernels.causal_conv1d), move(kernels.selective_scan))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
+    parser.add_argument("--layers", type=int, default=16, help="layers of the rank's step; 64 is the 7B")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU; --device cpu --small runs the code without one")
+    config = run_config("demo").model if arguments.small else run_config("7b").model
+    length, batches = (64, [1, 2]) if arguments.small else (8192, [1, 2, 4])
+    device = torch.device(arguments.device)
+    bench = Bench(device, config, length, batches, budget=0.05 if arguments.small else 2.0)
+    bench.ceilings(*((64, 2**16) if arguments.small else (8192, 2 * 2**30)))
+    bench.check()
+    bench.scans()
+    bench.convolutions()
+    bench.loss()
+    bench.layers()
+    bench.rank(2 if arguments.small else arguments.layers)
+    ours = "cuda" if arguments.device == "cuda" else "cpu"
+    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, tiny sizes: not a measurement"
+    show(with_ratios(bench.rows, ours), hardware)
+    for name, why in bench.missing.items():
+        print(f"not measured: {name} ({why})")
+    if not arguments.no_record:
+        print(write(bench.rows, "gpu", hardware, bench.missing, {"length": length}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Timing, tables and records that both benchmarks share."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One measurement: seconds are medians of `runs`."""
+
+    what: str
+    shape: str
+    who: str
+    seconds: float
+    runs: int
+    ratio: float | None = None  # this one's seconds over ours
+
+
+def median_seconds(
+    call: Callable[[], Any], device: torch.device, budget: float = 3.0, least: int = 5
+) -> tuple[float, int]:
+    """Median over at least `least` runs and about `budget` seconds, after a warm-up; CUDA events on a GPU."""
+    call()
+    times: list[float] = []
+    spent = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - spent < budget and len(times) < 200):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            begun = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times), len(times)
+
+
+def with_ratios(rows: list[Row], ours: str) -> list[Row]:
+    """Fill each row's ratio to ours, where ours was measured on the same problem."""
+    base = {(row.what, row.shape): row.seconds for row in rows if row.who == ours}
+    for row in rows:
+        if (row.what, row.shape) in base:
+            row.ratio = row.seconds / base[row.what, row.shape]
+    return rows
+
+
+def show(rows: list[Row], title: str) -> None:
+    """The rows as a table."""
+    table = Table("what", "shape", "who", "ms", "times ours", title=title)
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.what, row.shape, row.who, f"{1e3 * row.seconds:.3f}", ratio)
+    Console(width=120).print(table)
+
+
+def write(rows: list[Row], name: str, hardware: str, missing: dict[str, str], notes: dict[str, Any]) -> Path:
+    """Write the rows with date, hardware, commit and versions; returns the file."""
+    packages = ("torch", "transformers", "mambapy", "mamba-ssm", "causal-conv1d", "cuda-core")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    now = datetime.now(UTC)
+    record = {
+        "date": now.isoformat(timespec="seconds"),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "versions": versions,
+        "missing": missing,
+        "notes": notes,
+        "rows": [asdict(row) for row in rows],
+    }
+    path = RESULTS / f"{name}-{now:%Y-%m-%d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

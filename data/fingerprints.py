@@ -29,24 +29,31 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def recipe_sha256(cfg: DataConfig, source: Source) -> str:
+Listing = tuple[str, dict[str, list[Any]]] | None  # kind, and [bytes, time of change] by name; None for the host's text
+
+
+def list_input(source: Source) -> Listing:
+    """The files of a source's input, looked at once: the whole build works from this list."""
+    return None if source.input == HOST else raw_files(source.input)
+
+
+def recipe_sha256(cfg: DataConfig, source: Source, listing: Listing) -> str:
     """Hash of all that decides a source's shards but the vocabulary: settings, code, versions, files of input.
 
     The input's place and times are left out: the same files elsewhere give the same shards.
     """
-    if source.input == HOST:
-        text: Any = platform.python_version()
-    else:
-        kind, files = raw_files(source.input)
+    text: Any = platform.python_version()
+    if listing is not None:
+        kind, files = listing
         text = [kind, {name: size for name, (size, _) in files.items()}]
     code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
     versions = [version(package) for package in PACKAGES]
     return digest(source.recipe, source.tasks, text, code, versions, cfg.seed, cfg.heldout_percent)
 
 
-def clean_key(source: Source) -> str:
+def clean_key(source: Source, listing: Listing) -> str:
     """Hash of all that decides a source's clean documents, the times of its input files included."""
-    text: Any = platform.python_version() if source.input == HOST else [source.input, *raw_files(source.input)]
+    text: Any = platform.python_version() if listing is None else [source.input, *listing]
     code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
     return digest(source.recipe, source.tasks, text, code, [version(package) for package in PACKAGES])
 

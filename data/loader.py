@@ -64,6 +64,11 @@ def open_manifests(config: DataConfig) -> dict[str, Manifest]:
             raise InputError(
                 f"shards of {name} were made with another tokenizer than {path}; run `python data/prepare.py` again"
             )
+        if manifest.vocab_size > config.tokenizer.vocab_size:
+            raise InputError(
+                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, data.tokenizer.vocab_size is "
+                f"{config.tokenizer.vocab_size}: give the overrides that the data was prepared with"
+            )
     return manifests
 
 

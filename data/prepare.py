@@ -16,6 +16,7 @@ from data.command import command
 from data.config import DataConfig, InputError
 from data.counts import Step, check_yield, read_counts, reasons
 from data.pipelines import Clean, Sharding
+from data.recipes.readers import pin_files
 from data.shards import SPLITS, Manifest, ShardFile, sha256_of, write_manifest
 from data.workers import Workers, exclusive
 
@@ -35,7 +36,8 @@ class Preparation:
         self.workers = workers
         self.folder = Path(cfg.folder)
         self.started = time.monotonic()
-        self.keys = {name: fingerprints.clean_key(source) for name, source in cfg.sources.items()}
+        self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
+        self.keys = {name: fingerprints.clean_key(source, self.listings[name]) for name, source in cfg.sources.items()}
         self.steps: dict[str, list[Step]] = {}
         self.cleans: dict[str, Clean] = {}
         self.manifests: dict[str, Manifest] = {}
@@ -54,6 +56,8 @@ class Preparation:
                 continue
             recipes.load(source.recipe)  # imports before the fork, and refuses before the first document
             place = fingerprints.construction(self.folder, f"clean/{name}", self.keys[name])
+            if (listing := self.listings[name]) is not None:
+                pin_files(place, listing[0], list(listing[1]))
             jobs[name] = [(pipelines.clean_task, source, place, rank) for rank in range(source.tasks)]
         self.workers.run("clean", jobs, self.finish_clean)
 
@@ -100,7 +104,7 @@ class Preparation:
             return
         place = fingerprints.construction(self.folder, "tokenizer", key)
         if settings.path is not None:
-            tokenizer.adopt(Path(settings.path), settings.sha256, place)
+            tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
         else:
             cleans = [self.cleans[name] for name in self.cfg.sources]  # not in the order in which they ended
             arguments = (self.cfg.heldout_percent, settings.train_megabytes * 10**6, settings.vocab_size, place)
@@ -132,9 +136,10 @@ class Preparation:
     def manifest_of(self, name: str, tokenizer_sha256: str) -> Manifest:
         """The manifest that a source's shards must have, without its files."""
         source = self.cfg.sources[name]
-        recipe = fingerprints.recipe_sha256(self.cfg, source)
+        size = tokenizer.size_of(tokenizer.load(self.folder / "tokenizer" / tokenizer.FILE))
+        recipe = fingerprints.recipe_sha256(self.cfg, source, self.listings[name])
         splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
-        return Manifest(name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, splits)
+        return Manifest(name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, size, splits)
 
     def take_up(self, name: str, results: list[Manifest | None]) -> None:
         """Keep the manifest of shards that were found complete."""

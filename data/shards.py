@@ -40,6 +40,7 @@ class Manifest:
     recipe_sha256: str  # of the recipe's settings and code, so that a changed recipe is seen
     tokenizer_sha256: str
     eos: int
+    vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one
     splits: dict[str, list[ShardFile]]
 
     def tokens(self, split: str) -> int:

@@ -100,9 +100,19 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     return tokenizer
 
 
-def adopt(path: Path, sha256: str | None, out: Path) -> Tokenizer:
-    """Copy an existing tokenizer.json, byte for byte, into the folder `out`, checked as `load` does."""
+def size_of(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding needs for a vocabulary: the highest id and one."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
+
+
+def adopt(path: Path, sha256: str | None, vocab_size: int, out: Path) -> Tokenizer:
+    """Copy an existing tokenizer.json, byte for byte, into the folder `out`, checked as `load` does.
+
+    Raises InputError when it has more than `vocab_size` ids.
+    """
     tokenizer = load(path, sha256)
+    if (size := size_of(tokenizer)) > vocab_size:
+        raise InputError(f"{path} has {size} ids: set data.tokenizer.vocab_size, now {vocab_size}, to {size} or more")
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / FILE)
     write_transformers_files(out)

@@ -46,7 +46,9 @@ def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 6
             splits[split] = [
                 _shard(home, f"{split}_{part}.ds", number, part, tokens // 2, vocab_size) for part in (0, 1)
             ]
-        manifest = Manifest(name, "CC0-1.0", "curated", "0" * 64, sha256_of(tokenizer_path(config)), EOS, splits)
+        manifest = Manifest(
+            name, "CC0-1.0", "curated", "0" * 64, sha256_of(tokenizer_path(config)), EOS, vocab_size, splits
+        )
         write_manifest(home, manifest)
     return config
 

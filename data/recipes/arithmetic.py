@@ -173,4 +173,4 @@ def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
 
 def steps(source: Source, folder: Path) -> list[PipelineStep]:
     """Clean documents of `source`; made to be clean, or taken as they are from a folder of mathematics."""
-    return [Rows(problems) if source.input == HOST else open_input(source.input)]
+    return [Rows(problems) if source.input == HOST else open_input(source.input, folder)]

@@ -5,9 +5,11 @@ whatever files lie in the folder when a task starts. These read a list of files 
 `total`, `forwarded` and `dropped_<reason>` as its filters do, so that documents in = out + dropped can be asserted.
 """
 
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,6 +23,7 @@ from loguru import logger
 from data.config import InputError
 
 HOST = "host"
+PINNED = "input.json"
 SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "parquet": (".parquet",),
@@ -144,11 +147,16 @@ def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
     return kinds[0], {name: [info["size"], str(info.get("mtime", info.get("ETag")))] for name, info in details.items()}
 
 
-def open_input(folder: str, html: bool = False) -> Counted:
-    """The reader for a folder's kind of files; web archives only for a recipe that extracts text from `html`."""
-    kind, files = raw_files(folder)
-    if kind == "warc" and not html:
+def pin_files(place: Path, kind: str, files: list[str]) -> None:
+    """Fix the list of input files of a build: a file that arrives while tasks run belongs to the next build."""
+    (place / PINNED).write_text(json.dumps({"kind": kind, "files": files}), encoding="utf-8")
+
+
+def open_input(folder: str, place: Path, html: bool = False) -> Counted:
+    """The reader of the files pinned in `place`; web archives only for a recipe that extracts text from `html`."""
+    pinned = json.loads((place / PINNED).read_text(encoding="utf-8"))
+    if pinned["kind"] == "warc" and not html:
         raise InputError(f"input folder {folder} holds web archives: use recipe web, which extracts their text")
-    reader: Counted = {"jsonl": Jsonl, "parquet": Parquet, "warc": Warc}[kind](folder)
-    reader.files = list(files)
+    reader: Counted = {"jsonl": Jsonl, "parquet": Parquet, "warc": Warc}[pinned["kind"]](folder)
+    reader.files = pinned["files"]
     return reader

@@ -24,6 +24,6 @@ def host_files() -> Iterator[dict[str, Any]]:
 
 def steps(source: Source, folder: Path) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    reader = Rows(host_files) if source.input == HOST else open_input(source.input)
+    reader = Rows(host_files) if source.input == HOST else open_input(source.input, folder)
     # Lines above 1,000 characters and few letters mean data or minified code.
     return [reader, Handwritten(), Plausible(min_chars=100, min_letters=0.4, max_line=1000)]

@@ -54,5 +54,5 @@ def host_pages() -> Iterator[dict[str, Any]]:
 
 def steps(source: Source, folder: Path) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    reader = Rows(host_pages) if source.input == HOST else open_input(source.input)
+    reader = Rows(host_pages) if source.input == HOST else open_input(source.input, folder)
     return [reader, Plausible(min_chars=200, min_letters=0.5, max_line=5000)]

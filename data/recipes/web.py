@@ -25,14 +25,15 @@ REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html
 # What is dropped must not depend on how busy the machine is; datatrove's second per page would make it so.
 TIMEOUT_SECONDS = 60
 
-# Technical pages repeat signatures and list terms, and the word splitter counts every bracket as a word without
-# letters. Gopher's own values, in brackets, drop nearly all of them.
-REPETITION = {
+# Gopher's published values (datatrove's defaults) hold for crawls. The host's help pages repeat signatures and list
+# terms, and the word splitter counts every bracket as a word without letters: Gopher's values, in brackets, drop nearly
+# all of them.
+HOST_REPETITION = {
     "dup_line_frac": 0.4,  # [0.3]
     "dup_line_char_frac": 0.3,  # [0.2]
     "dup_n_grams": ((5, 0.45), (6, 0.4), (7, 0.35), (8, 0.3), (9, 0.25), (10, 0.2)),  # [0.15 ... 0.10]
 }
-QUALITY = {
+HOST_QUALITY = {
     "max_non_alpha_words_ratio": 0.4,  # the least share of words with a letter [0.8]
     "min_stop_words": 1,  # [2]
 }
@@ -139,9 +140,11 @@ def steps(source: Source, folder: Path) -> list[PipelineStep]:
 
     Language identification is left out: its model must be downloaded, and the host's text is English.
     """
-    reader = HostPages(str(folder / "raw")) if source.input == HOST else open_input(source.input, html=True)
+    reader = HostPages(str(folder / "raw")) if source.input == HOST else open_input(source.input, folder, html=True)
     pipeline: list[PipelineStep] = [reader]
     if isinstance(reader, Warc):
         # deduplicate keeps a memory across pages, so a page's text would depend on the pages before it.
         pipeline.append(Trafilatura(favour_precision=True, timeout=TIMEOUT_SECONDS, deduplicate=False))
-    return [*pipeline, GopherRepetitionFilter(**REPETITION), GopherQualityFilter(**QUALITY)]
+    if source.input == HOST:
+        return [*pipeline, GopherRepetitionFilter(**HOST_REPETITION), GopherQualityFilter(**HOST_QUALITY)]
+    return [*pipeline, GopherRepetitionFilter(), GopherQualityFilter()]

@@ -12,7 +12,7 @@ import pytest
 from data import counts, pipelines, recipes
 from data.config import InputError, Source
 from data.recipes import arithmetic, curated, host, source_code, technical, web
-from data.recipes.readers import open_input, raw_files
+from data.recipes.readers import open_input, pin_files, raw_files
 
 PROSE = (
     "The river rises in the hills to the north of the town and runs, with many turns, to the sea. In the spring it "
@@ -25,8 +25,17 @@ def folder_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
     return Source(recipe, str(folder), "CC0-1.0", 1.0, tasks)
 
 
+def pin(folder: str, place: Path) -> Path:
+    """Fix the input files of a build, as prepare does."""
+    place.mkdir(exist_ok=True)
+    kind, files = raw_files(folder)
+    pin_files(place, kind, list(files))
+    return place
+
+
 def run(source: Source, place: Path) -> tuple[list[dict[str, str]], list[counts.Step]]:
     """Clean documents of a source, and the counts of its steps."""
+    pin(source.input, place)
     for rank in range(source.tasks):
         pipelines.clean_task(source, place, rank)
     files = sorted(place.glob("*.jsonl.gz"))
@@ -57,6 +66,31 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert "b.jsonl.gz:1: dropped as corrupt" in log
 
 
+def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path) -> None:
+    """Tasks of one build share one list: with a list each, they would read some files twice and some never."""
+    raw, place = tmp_path / "raw", tmp_path / "clean"
+    for name in ("b", "d"):
+        write_rows(raw / f"{name}.jsonl", [{"text": PROSE + name}])
+    source = folder_source("curated", raw, tasks=2)
+    pin(source.input, place)
+    pipelines.clean_task(source, place, 0)
+    write_rows(raw / "a.jsonl", [{"text": PROSE + "a"}])
+    pipelines.clean_task(source, place, 1)
+    rows = [json.loads(line) for path in sorted(place.glob("*.jsonl.gz")) for line in gzip.open(path)]
+    assert [row["text"][-1] for row in rows] == ["b", "d"]
+
+
+def test_crawls_meet_the_published_thresholds(tmp_path: Path) -> None:
+    """The host's help pages need milder ones; folders do not get them."""
+    (tmp_path / "raw").mkdir()
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
+    place = pin(str(tmp_path / "raw"), tmp_path / "place")
+    crawl = web.steps(folder_source("web", tmp_path / "raw"), place)[-1]
+    host_pages = web.steps(Source("web", "host", "PSF-2.0", 1.0, 1), tmp_path)[-1]
+    assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
+    assert (host_pages.max_non_alpha_words_ratio, host_pages.min_stop_words) == (0.4, 1)
+
+
 def test_parquet_is_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -84,7 +118,7 @@ def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
         raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
     with pytest.raises(InputError, match="use recipe web"):
-        open_input(str(tmp_path))
+        open_input(str(tmp_path), pin(str(tmp_path), tmp_path / "place"))
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):
         raw_files(str(tmp_path))
@@ -94,7 +128,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps({"text": PROSE}).encode() * 50)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"a.jsonl.gz is damaged .* fetch it again"):
-        list(open_input(str(tmp_path)).run())
+        list(open_input(str(tmp_path), pin(str(tmp_path), tmp_path / "place")).run())
 
 
 def test_web_archives_give_text(tmp_path: Path) -> None:

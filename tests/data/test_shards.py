@@ -67,6 +67,12 @@ def test_another_tokenizer_is_refused(config: DataConfig) -> None:
         open_manifests(config)
 
 
+def test_ids_beyond_the_vocabulary_are_refused(config: DataConfig) -> None:
+    config.tokenizer.vocab_size = 50
+    with pytest.raises(InputError, match="ids up to 95, data.tokenizer.vocab_size is 50"):
+        open_manifests(config)
+
+
 def test_missing_data_names_the_command(config: DataConfig) -> None:
     (source_folder(config, "prose") / MANIFEST).unlink()
     with pytest.raises(InputError, match=r"data/prepare.py"):

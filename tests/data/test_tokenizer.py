@@ -101,7 +101,10 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_adopting_copies_the_file(folder: Path, tmp_path: Path) -> None:
-    tokenizer.adopt(folder / tokenizer.FILE, None, tmp_path / "copy")
+    size = tokenizer.size_of(tokenizer.load(folder / tokenizer.FILE))
+    tokenizer.adopt(folder / tokenizer.FILE, None, size, tmp_path / "copy")
+    with pytest.raises(InputError, match=f"has {size} ids: set data.tokenizer.vocab_size, now {size - 1}"):
+        tokenizer.adopt(folder / tokenizer.FILE, None, size - 1, tmp_path / "other")
     names = {path.name for path in folder.iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     for name in names:

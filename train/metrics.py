@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from train.config import MetricsConfig
 
@@ -89,12 +91,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(record: Record, total: int) -> str:
-    """One step in one line."""
+def summary(record: Record) -> str:
+    """One step in a line that fits a terminal of 80 columns."""
     return (
-        f"{record['stage']:>8} {record['tokens'] / total:6.1%} of {short(total)} tokens  step {record['step']:<6d} "
-        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  batch {record['batch']}x{record['seq_len']}  "
-        f"grad {record['grad_norm']:.2f}  {short(record['tokens_per_second'])} tok/s  MFU {record['mfu']:.0%}"
+        f"step {record['step']} loss {record['loss']:.3f} lr {record['lr']:.1e} "
+        f"batch {record['batch']}x{record['seq_len']} grad {record['grad_norm']:.2f} "
+        f"{short(record['tokens_per_second'])} tok/s MFU {record['mfu']:.0%}"
     )
 
 
@@ -120,29 +122,32 @@ class PlainConsole:
         if time.monotonic() >= self.next or record["tokens"] >= self.total:
             self.next = time.monotonic() + self.seconds
             left = (self.total - record["tokens"]) / max(record["tokens_per_second"], 1e-9)
-            print(f"{summary(record, self.total)}  {left / 60:.1f} min left", flush=True)
+            place = f"{record['stage']:>8} {record['tokens'] / self.total:6.1%} of {short(self.total)} tokens"
+            print(f"{place}  {summary(record)}  {left / 60:.1f} min left", flush=True)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
 class LiveConsole:
-    """A progress bar, for terminals."""
+    """A progress bar with the last step under it, for terminals."""
 
     def __init__(self, total: int) -> None:
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.total = total
-        self.progress = Progress(*columns, console=Console())
+        columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=total)
-        self.progress.start()
+        self.last = Text("", no_wrap=True)
+        self.live = Live(Group(self.progress, self.last), refresh_per_second=4)
+        self.live.start()
 
     def show(self, record: Record) -> None:
-        """Move the bar."""
-        self.progress.update(self.task, completed=record["tokens"], description=summary(record, self.total))
+        """Move the bar and replace the line."""
+        self.progress.update(self.task, completed=record["tokens"], description=record["stage"])
+        self.last.plain = summary(record)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
-        self.progress.stop()
+        self.live.stop()
 
 
 class Wandb:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from train.config import MetricsConfig
-from train.metrics import JsonLines, Metrics, Wandb, flatten, read_lines, short
+from train.metrics import JsonLines, LiveConsole, Metrics, Wandb, flatten, read_lines, short
 from train.report import draw
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
     fields = {"stage": "a", "loss": 5.0, "source_loss": {"web": 5.0}, "lr": 1e-3, "batch": 4, "seq_len": 16}
     rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1}
-    return {"step": step, "tokens": step * 64, **fields, **rates, **extra}
+    return {"step": step, "tokens": step * 64} | fields | rates | extra
 
 
 def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
@@ -105,3 +105,14 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = draw(tmp_path).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_a_terminal_shows_the_last_step_in_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console = LiveConsole(total=6400)
+    console.show(
+        record(1_400_000, tokens=3200, batch=2048, seq_len=8192, lr=1.23e-4, tokens_per_second=1.1e6, grad_norm=12.34)
+    )
+    console.close()
+    assert console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
+    assert console.last.plain.startswith("step 1400000 ") and len(console.last.plain) <= 80

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -120,3 +121,16 @@ CASES = [
     Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
     Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
 ]
+
+# any of them, for hypothesis
+CASE = st.builds(
+    Case,
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.integers(1, 16),
+    resets=st.sampled_from([0.0, 0.1, 0.5]),
+    first=st.booleans(),
+    dt=st.sampled_from([-10.0, -2.0, 0.0, 8.0]),
+    seed=st.integers(0, 1000),
+)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from torch.nn import functional as F
 
 from model.config import Backend
@@ -15,7 +16,7 @@ from model.kernels import CUDA, MissingBackend, cuda, load, mamba_ssm
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from tests.cuda import emulated
-from tests.model.cases import CASES, Case, assert_equal, scan_results
+from tests.model.cases import CASE, CASES, Case, assert_equal, scan_results
 
 GPU = torch.cuda.is_available()
 # what the design needs: the forward runs four blocks of 256 threads an SM, the backward two, out of 65,536 registers
@@ -67,6 +68,12 @@ def test_emulated_in_fp32(case: Case, emulation: Kernels) -> None:
 @pytest.mark.parametrize("case", [CASES[2], Case(2, 65, 66, 16, resets=0.1)], ids=str)
 def test_emulated_in_bf16(case: Case, emulation: Kernels) -> None:
     assert_equal(emulation, case, torch.bfloat16, 8e-3)  # also the gradient that comes in is rounded, 2^-9
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CASE)
+def test_emulated_on_random_shapes(emulation: Kernels, case: Case) -> None:
+    assert_equal(emulation, case, torch.float32, 2e-5)
 
 
 def test_no_thread_depends_on_another_without_a_barrier(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

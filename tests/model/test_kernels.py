@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from model.config import Backend
 from model.kernels import CPU, REFERENCE, MissingBackend, cpu, load, reference
 from model.kernels.interface import Kernels
-from tests.model.cases import CASES, Case, assert_equal, conv_results, scan_results
+from tests.model.cases import CASE, CASES, Case, assert_equal, conv_results, scan_results
 from tests.tiny import TINY, model_of
 
 PATHS = ["avx512", "avx2", "portable"]
@@ -34,19 +33,7 @@ def test_cpu_in_fp32(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.builds(
-        Case,
-        st.integers(1, 3),
-        st.integers(1, 70),
-        st.integers(1, 40),
-        st.integers(1, 20),
-        resets=st.sampled_from([0.0, 0.1, 0.5]),
-        first=st.booleans(),
-        dt=st.sampled_from([-10.0, -2.0, 0.0, 8.0]),
-        seed=st.integers(0, 1000),
-    )  # fmt: skip
-)
+@given(CASE)
 def test_cpu_on_random_shapes(case: Case) -> None:
     assert_equal(CPU, case, torch.float32, 2e-5)
 

@@ -63,7 +63,7 @@ def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
     settings = cfg.tokenizer
     code = sha256_of(ROOT / "tokenizer.py")
     if settings.path is not None:
-        return digest(sha256_of(Path(settings.path)), code)
+        return digest(sha256_of(Path(settings.path)), settings.vocab_size, code)  # a smaller size is checked again
     numbers = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
     return digest(clean_keys, numbers, code, version("tokenizers"))
 

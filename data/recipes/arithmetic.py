@@ -1,4 +1,4 @@
-"""Worked arithmetic: problems with their solutions step by step, made by a seeded generator.
+"""Mathematics: a folder of it, or worked arithmetic, problems solved step by step by a seeded generator.
 
 MinHash must never run on this: datatrove maps every number to 0 before hashing, and all problems would be one.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Source
+from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, Rows, open_input
 
 REQUIRES = ("orjson",)
@@ -172,5 +173,10 @@ def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
 
 
 def steps(source: Source, folder: Path) -> list[PipelineStep]:
-    """Clean documents of `source`; made to be clean, or taken as they are from a folder of mathematics."""
-    return [Rows(problems) if source.input == HOST else open_input(source.input, folder)]
+    """Clean documents of `source`; nothing is written to `folder`. Problems are made to be clean.
+
+    A folder may hold any mathematics. Formulas have few letters, so only what is nearly all digits or signs is dropped.
+    """
+    if source.input == HOST:
+        return [Rows(problems)]
+    return [open_input(source.input, folder), Plausible(min_chars=100, min_letters=0.1, max_line=100_000)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from data import tokenizer
 from data.config import DataConfig, InputError, Source, Stage, TokenizerConfig
 from data.pipelines import split_of
-from data.prepare import prepare
+from data.prepare import Preparation, prepare
 from data.shards import SPLITS, Shards, read_manifest, sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +160,40 @@ def test_changed_input_is_seen(base: DataConfig, tmp_path: Path) -> None:
     (raw / "b.jsonl").write_text("\n".join(json.dumps(document(i)) for i in range(60, 90)) + "\n{broken\n")
     prepare(cfg)
     assert len(texts(cfg, "left", "train") + texts(cfg, "left", "heldout")) == 90
+
+
+def test_input_that_arrives_meanwhile_waits_for_the_next_launch(
+    base: DataConfig, built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of files is taken once: a later name that sorts first would displace the files of every later task."""
+    shutil.copytree(base.sources["left"].input, tmp_path / "raw")
+    left = replace(base.sources["left"], input=str(tmp_path / "raw"))
+    cfg = replace(base, folder=str(tmp_path / "data"), sources={**base.sources, "left": left})
+    clean = Preparation.clean
+
+    def late(self: Preparation) -> None:
+        rows = [json.dumps(document(1000 + i)) for i in range(40)]
+        (tmp_path / "raw" / "+late.jsonl").write_text("\n".join(rows) + "\n")
+        clean(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preparation, "clean", late)
+        prepare(cfg)
+    assert outputs(cfg) == outputs(built), "as if it had not been there, recipe hash and all"
+    right = outputs(cfg, "right")
+    prepare(cfg)
+    assert len(texts(cfg, "left", "train") + texts(cfg, "left", "heldout")) == 160
+    assert outputs(cfg, "right") == right
+
+
+def test_vocabulary_must_fit_even_when_it_is_there_already(base: DataConfig, tmp_path: Path) -> None:
+    cfg = replace(base, folder=str(tmp_path))
+    prepare(replace(cfg, tokenizer=replace(cfg.tokenizer, vocab_size=400)))
+    before = outputs(cfg)
+    assert read_manifest(tmp_path / "shards" / "left").vocab_size == 300
+    with pytest.raises(InputError, match="has 300 ids: set data.tokenizer.vocab_size, now 280, to 300 or more"):
+        prepare(replace(cfg, tokenizer=replace(cfg.tokenizer, vocab_size=280)))
+    assert outputs(cfg) == before
 
 
 @pytest.mark.parametrize("mark", ["clean/*/*/datatrove/completions/*", "shards/*/*/datatrove-train/completions/*"])

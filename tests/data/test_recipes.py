@@ -8,12 +8,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from data import counts, pipelines, recipes
 from data.config import InputError, Source
 from data.recipes import arithmetic, curated, host, source_code, technical, web
 from data.recipes.readers import open_input, pin_files, raw_files
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 PROSE = (
     "The river rises in the hills to the north of the town and runs, with many turns, to the sea. In the spring it "
     "carries the snow of the mountains, and the fields on both sides have to be kept dry with ditches that the farmers "
@@ -89,6 +91,21 @@ def test_crawls_meet_the_published_thresholds(tmp_path: Path) -> None:
     host_pages = web.steps(Source("web", "host", "PSF-2.0", 1.0, 1), tmp_path)[-1]
     assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
     assert (host_pages.max_non_alpha_words_ratio, host_pages.min_stop_words) == (0.4, 1)
+    repetition = web.steps(folder_source("web", tmp_path / "raw"), place)[-2]
+    assert (repetition.dup_line_frac, repetition.dup_line_char_frac) == (0.3, 0.2)
+    assert [share for _, share in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
+
+
+def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
+    """As configs/data/falcon_mamba.yaml cleans mathematics: a floor of half letters would drop both."""
+    formulas = (
+        "Let x^2 + y^2 = 25 with 0 < x < y. Then (x + y)^2 - 2*x*y = 25, so x = 3, y = 4, x*y = 12, x + y = 7. " * 3
+    )
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": formulas}, {"text": "1 2 4 8 16 32 64 " * 40}])
+    recipe = OmegaConf.load(CONFIGS / "falcon_mamba.yaml").sources.math.recipe
+    rows, steps = run(folder_source(recipe, tmp_path / "raw"), tmp_path / "clean")
+    assert [row["text"] for row in rows] == [formulas] and steps[1].dropped == {"few_letters": 1}
+    assert not run(folder_source("curated", tmp_path / "raw"), tmp_path / "curated")[0]
 
 
 def test_parquet_is_read(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from data import tokenizer
 from data.config import InputError
@@ -98,6 +98,13 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     other.save(str(tmp_path / "other.json"))
     with pytest.raises(InputError, match="Falcon's layout"):
         tokenizer.load(tmp_path / "other.json")
+
+
+def test_ids_may_leave_gaps() -> None:
+    """The size is what an embedding needs: the highest id counts, not the number of tokens."""
+    gaps = Tokenizer(models.WordLevel({"a": 0, "bcd": 11, "ef": 40}, unk_token="a"))
+    assert (gaps.get_vocab_size(), tokenizer.size_of(gaps)) == (3, 41)
+    assert tokenizer.byte_lengths(gaps)[[0, 11, 40]].tolist() == [1, 3, 2]
 
 
 def test_adopting_copies_the_file(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from ctypes import POINTER, Structure, c_float, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ PATHS = {  # instruction set -> its flags
     "portable": ["-DW=4"],
 }
 STATES = (4, 8, 16, 32)  # numbers of states that the loops are built for; others are padded with zeros
+WIDTHS = {"avx512": 16, "avx2": 8, "portable": 4}  # channels of a vector
+CHUNK = 16  # of mamba_cpu.cpp
 LOG2E = 1.4426950408889634
 Pointer = POINTER(c_float)
 
@@ -91,11 +94,15 @@ def library(path: str) -> ctypes.CDLL:
     target = home / f"mamba_cpu-{path}-{key[:16]}.so"
     if not target.is_file():
         home.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")  # ranks may compile at once; each renames its own
-        result = subprocess.run([*command, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+        # ranks, on several machines perhaps, may compile at once; each renames a file of its own into place
+        handle, part = tempfile.mkstemp(dir=home, suffix=".part")
+        os.close(handle)
+        result = subprocess.run([*command, str(SOURCE), "-o", part], capture_output=True, text=True)
         if result.returncode:
+            os.unlink(part)
             raise RuntimeError(f"compiling {SOURCE.name} failed:\n{result.stderr}")
-        part.rename(target)
+        os.chmod(part, 0o755)
+        os.replace(part, target)
     return ctypes.CDLL(str(target))
 
 
@@ -117,8 +124,13 @@ def _flags(starts: Tensor | None) -> tuple[Tensor | None, Any]:
 def _rows(x: Tensor) -> Tensor:
     """fp32 with neighbouring channels adjacent and one distance between all rows [b, l]; copies only when needed."""
     x = x.float()
-    regular = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if regular else x.contiguous()
+    regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if regular else x.clone(memory_format=torch.contiguous_format)
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements between neighbouring rows of x [b, l, d]; the stride of an axis of length 1 says nothing."""
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
 class Prepared:
@@ -128,14 +140,14 @@ class Prepared:
         u, dt, A, B, C, D, z, dt_bias = inputs
         self.batch, self.length, self.channels, self.states = *u.shape, A.shape[1]
         self.pad_d = -self.channels % lib.vector_width()
-        self.pad_n = next(n for n in STATES if n >= self.states) - self.states
+        self.pad_n = padded_states(self.states) - self.states
         self.u, self.dt, self.z = (_rows(self.wide(x)) for x in (u, dt, z))
         self.B, self.C = (_rows(F.pad(x, (0, self.pad_n))) if self.pad_n else _rows(x) for x in (B, C))
         self.A = self.inner(A.unsqueeze(0)).mul_(LOG2E)
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
         self.first = None if state is None else self.inner(state)
         self.starts, flags = _flags(starts)
-        rows = [x.stride(1) for x in (self.u, self.dt, self.z, self.B, self.C)]
+        rows = [row_stride(x) for x in (self.u, self.dt, self.z, self.B, self.C)]
         sizes = (self.batch, self.length, self.channels + self.pad_d, self.states + self.pad_n)
         tensors = [_pointer(x) for x in (self.u, self.dt, self.z, self.A, self.B, self.C, self.D, self.bias)]
         self.arguments = ScanArguments(*sizes, *tensors, *rows, torch.get_num_threads(), flags, _pointer(self.first))
@@ -160,11 +172,17 @@ class Prepared:
         return torch.empty(shape, dtype=torch.float32)
 
 
+def padded_states(states: int) -> int:
+    """The number of states that a loop is built for; raises ValueError above the largest."""
+    if states > STATES[-1]:
+        raise ValueError(f"model.d_state {states} exceeds the {STATES[-1]} states of the C++ kernels: use reference")
+    return next(n for n in STATES if n >= states)
+
+
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
     """An empty tensor of the shape that scan_forward keeps for the backward."""
-    width, steps = 16, 16
-    channels = -(-u.shape[2] // width) * width
-    return u.new_empty(u.shape[0], -(-u.shape[1] // steps), A.shape[1], channels, dtype=torch.float32)
+    channels = -(-u.shape[2] // WIDTHS[instruction_set()]) * WIDTHS[instruction_set()]
+    return u.new_empty(u.shape[0], -(-u.shape[1] // CHUNK), padded_states(A.shape[1]), channels, dtype=torch.float32)
 
 
 def scan_forward(inputs: list[Tensor], starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +192,7 @@ def scan_forward(inputs: list[Tensor], starts: Tensor | None, state: Tensor | No
     d, n, chunks = p.channels + p.pad_d, p.states + p.pad_n, -(-p.length // lib.chunk_steps())
     y, last, kept = p.new(p.batch, p.length, d), p.new(p.batch, n, d), p.new(p.batch, chunks, n, d)
     lib.selective_scan_forward(ctypes.byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
-    return y[..., : p.channels].to(inputs[0].dtype), p.outer(last), kept
+    return y[..., : p.channels].to(inputs[0].dtype).contiguous(), p.outer(last), kept
 
 
 def scan_backward(
@@ -213,7 +231,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, pad: i
     held, flags = _flags(starts)
     sizes = (x.shape[0], x.shape[1], x.shape[2] + pad, weight.shape[1])
     tensors = (_pointer(rows), _pointer(taps), _pointer(shift))
-    return ConvArguments(*sizes, *tensors, rows.stride(1), torch.get_num_threads(), flags), [rows, taps, shift, held]
+    return ConvArguments(*sizes, *tensors, row_stride(rows), torch.get_num_threads(), flags), [rows, taps, shift, held]
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:

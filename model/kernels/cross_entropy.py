@@ -35,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """d logits = (dloss + dlog_sum) softmax - dloss onehot; sums over chunks are taken in fp32."""
         hidden, weight, labels, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
         dtype, chunk = ctx.dtype, ctx.chunk  # type: ignore[attr-defined]
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sums.dtype)
         head = weight.to(dtype)
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
@@ -46,7 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(dtype)
             grad_hidden[rows] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.kernels.cpu import row_stride
+
 FOLDER = Path(__file__).parent
 # sizes that the sources fix; a test compares them with the text
 CHANNELS, STATES, CHUNK, SCAN_THREADS = 64, 16, 32, 256
@@ -27,10 +29,13 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the sources' BF16
 
 def missing() -> str | None:
     """Why these kernels cannot be used here, with the fix; None when they can."""
-    if importlib.util.find_spec("cuda.core") is None:
-        return "no cuda-core: pip install -e '.[gpu]' (it brings NVRTC; nvcc is not needed)"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "no cuda-core: pip install 'cuda-core[cu13]' (it brings NVRTC; nvcc is not needed)"
     if not torch.cuda.is_available():
         return "no GPU that torch sees"
+    properties: Any = torch.cuda.get_device_properties(0)
+    if properties.major < 8 or properties.shared_memory_per_block_optin < BACKWARD_SHARED:
+        return f"no GPU with bf16 and {BACKWARD_SHARED} bytes of shared memory a block (A100, H100 and later have them)"
     return None
 
 
@@ -48,6 +53,9 @@ def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
     return Program((FOLDER / name).read_text(encoding="utf-8"), "c++", options).compile("cubin", logs=log)
 
 
+_compiled = functools.cache(compile_source)  # once for all kernels of a source
+
+
 @functools.cache
 def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
     """A kernel loaded on a device, allowed its shared memory."""
@@ -56,7 +64,7 @@ def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
 
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = compile_source(source, bf16, f"sm_{major}{minor}").get_kernel(name)
+    kernel = _compiled(source, bf16, f"sm_{major}{minor}").get_kernel(name)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(attribute, shared, int(kernel.handle), device)
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -81,10 +89,15 @@ def launch(
     from cuda.core import launch as enqueue
 
     device = next(x for x in arguments if isinstance(x, Tensor)).device
-    kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
-    stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    values = [ctypes.c_void_p(_address(x)) if x is None or isinstance(x, Tensor) else x for x in arguments]
-    enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *values)
+    with torch.cuda.device(device):
+        kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
+        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *parameters(arguments))
+
+
+def parameters(arguments: Arguments) -> list[Any]:
+    """Arguments as cuda-core takes them: pointers as plain integers, sizes as ctypes."""
+    return [_address(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
 
 
 def _address(x: Tensor | None) -> int:
@@ -94,9 +107,9 @@ def _address(x: Tensor | None) -> int:
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [b, l, d] in a type: neighbouring channels adjacent, rows equally apart and aligned for pairs of channels."""
     x = x.to(dtype)
-    regular = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    aligned = x.stride(1) % 2 == 0 and x.data_ptr() % (2 * x.element_size()) == 0
-    return x if regular and aligned else x.contiguous()
+    regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
+    aligned = row_stride(x) % 2 == 0 and x.data_ptr() % (2 * x.element_size()) == 0
+    return x if regular and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -125,7 +138,7 @@ class Prepared:
         self.A = self.state(A[None] * LOG2E)[0]
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
         self.starts = _flags(starts)
-        self.rows = [ctypes.c_longlong(x.stride(1)) for x in (self.u, self.dt, self.z, self.B, self.C)]
+        self.rows = [ctypes.c_longlong(row_stride(x)) for x in (self.u, self.dt, self.z, self.B, self.C)]
         self.sizes = [ctypes.c_int(self.length), ctypes.c_int(self.d)]
         self.inputs = [self.u, self.dt, self.z, self.A, self.B, self.C, self.D, self.bias, self.starts]
         self.grid = (self.d // CHANNELS, self.batch, 1)
@@ -194,7 +207,7 @@ class PreparedConv:
         self.bias, self.starts = F.pad(bias.float(), (0, self.pad)).contiguous(), _flags(starts)
         self.segments = -(-self.length // SEGMENT)
         self.grid = (-(-self.d // (2 * CONV_THREADS)), self.segments, self.batch)
-        self.tail = [ctypes.c_int(self.length), ctypes.c_int(self.d), ctypes.c_longlong(self.x.stride(1))]
+        self.tail = [ctypes.c_int(self.length), ctypes.c_int(self.d), ctypes.c_longlong(row_stride(self.x))]
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:

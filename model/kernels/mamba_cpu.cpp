@@ -59,7 +59,7 @@ static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b
 static inline V maximum(V a, V b) { return select(a > b, a, b); }
 #endif
 static inline V exp2v(V x) {
-    x = maximum(x, splat(-126.0f));
+    x = maximum(splat(-126.0f), x);  // in this order a NaN stays one
     const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
     const V r = x + shift;
     return (V)((I)power(x - (r - shift)) + ((I)r << 23));

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 INSTALL = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation "
@@ -42,8 +43,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     """See model.kernels.reference.causal_conv1d."""
     conv, _ = _functions()
     documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    return conv(x.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
+    pad = -x.shape[2] % 8  # the public kernel wants multiples of 8 channels
+    weight, bias = F.pad(weight.to(x.dtype), (0, 0, 0, pad)), F.pad(bias.to(x.dtype), (0, pad))
+    rows = F.pad(x, (0, pad)) if pad else x
+    out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
+    return out[..., : x.shape[2]]
 
 
 def selective_scan(

@@ -76,6 +76,21 @@ def test_emulated_on_random_shapes(emulation: Kernels, case: Case) -> None:
     assert_equal(emulation, case, torch.float32, 2e-5)
 
 
+def test_the_driver_takes_our_arguments(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real argument lists go through cuda-core's own conversion, which refuses types that it does not know."""
+    handler = pytest.importorskip("cuda.core._kernel_arg_handler")
+    seen = []
+
+    def launch(*arguments) -> None:
+        handler.ParamHolder(cuda.parameters(arguments[-1]))
+        seen.append(arguments[1])
+        emulated.launch(*arguments)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    assert_equal(emulation, CASES[2], torch.float32, 1e-5)
+    assert sorted(seen) == ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+
+
 def test_no_thread_depends_on_another_without_a_barrier(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads run to each barrier in rising and in falling order; a race would give two results."""
     case = Case(2, 70, 80, 16, resets=0.1, first=True)
@@ -113,7 +128,7 @@ def public_conv(x, weight, bias, seq_idx, activation):
     """causal_conv1d_fn: channels before time, documents by number."""
     from tests.model.cases import naive_conv
 
-    assert activation == "silu"
+    assert activation == "silu" and x.shape[1] % 8 == 0
     starts = None
     if seq_idx is not None:
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
@@ -144,8 +159,7 @@ def test_a_missing_gpu_or_package_is_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*CASES, Case(2, 2000, 256, 16, resets=0.01, first=True)], ids=str)
 def test_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
-    with torch.device("cuda"):
-        assert_equal(on_gpu(CUDA), case, dtype, 1e-4 if dtype is torch.float32 else 6e-3)
+    assert_equal(on_gpu(CUDA), case, dtype, 1e-4 if dtype is torch.float32 else 8e-3)
 
 
 @pytest.mark.gpu

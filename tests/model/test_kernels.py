@@ -106,14 +106,47 @@ def test_a_sequence_in_two_halves_is_the_whole(kernels: Kernels) -> None:
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
 
 
-def test_operators_obey_torch() -> None:
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake and autograd rules: shapes, strides, aliasing, and gradients under tracing."""
-    case = Case(2, 9, 16, 4, resets=0.2, first=True)
+    monkeypatch.setattr(cpu, "instruction_set", lambda: path)
     inputs, state = case.inputs(torch.float32), case.state(torch.float32)
     ops = torch.ops.falcon_cpu
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.selective_scan.default, (inputs, case.starts(), state), test_utils=checks)
     torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("which", [0, 1, 2, 6])
+def test_what_is_not_a_number_stays_so(which: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that diverges must show it: no input's NaN may vanish in the arithmetic."""
+    monkeypatch.setattr(cpu, "instruction_set", lambda: path)
+    inputs = [x.detach() for x in Case(1, 9, 16, 4).inputs(torch.float32)]
+    inputs[which] = inputs[which].clone()
+    inputs[which].view(-1)[0] = float("nan")
+    assert CPU.selective_scan(*inputs)[0].isnan().any()
+    assert CPU.causal_conv1d(inputs[0], torch.full((16, 4), float("nan")), torch.ones(16)).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16), (4, 1, 16), (1, 1, 16)])
+def test_strides_of_axes_of_length_one_say_nothing(shape: tuple[int, int, int]) -> None:
+    wide = torch.randn(shape[1], shape[0], 64)
+    x = wide[..., :16].transpose(0, 1)  # rows 64 apart, whatever stride the axis of length 1 shows
+    weight, bias = torch.randn(16, 4), torch.randn(16)
+    expected = REFERENCE.causal_conv1d(x, weight, bias)
+    torch.testing.assert_close(CPU.causal_conv1d(x, weight, bias), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_states_are_refused() -> None:
+    with pytest.raises(ValueError, match="d_state 33 exceeds"):
+        CPU.selective_scan(*Case(1, 3, 16, 33).inputs(torch.float32))
+
+
+def test_sizes_agree_with_the_source() -> None:
+    lib = cpu.active()
+    assert lib.chunk_steps() == cpu.CHUNK and lib.vector_width() == cpu.WIDTHS[cpu.instruction_set()]
 
 
 def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:

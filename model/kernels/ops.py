@@ -12,8 +12,6 @@ from torch import Tensor
 
 from model.kernels.interface import Kernels
 
-INPUTS = 8  # u, dt, A, B, C, D, z, dt_bias
-
 
 def register(backend: Any, name: str, device: str) -> Kernels:
     """Operators `falcon_<name>::...` over a module with scan_forward, scan_backward, conv_forward and conv_backward."""

@@ -107,37 +107,22 @@ def selective_scan(
     Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
     """
     with torch.autocast(u.device.type, enabled=False):
-        return _selective_scan(u, dt, A, B, C, D, z, dt_bias, starts, state)
-
-
-def _selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    dt_bias: Tensor,
-    starts: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    wide = computing_type(u)
-    u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
-    dt_ = F.softplus(dt_ + dt_bias)
-    keep = None if starts is None else (~starts).to(wide)
-    if state is None:
-        state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    chunk = max(1, CHUNK_ELEMENTS // state.numel())
-    recompute = u.shape[1] * state.numel() > KEPT_ELEMENTS and torch.is_grad_enabled()
-    steps = [x.transpose(0, 1).split(chunk) for x in (u_, dt_, B, C)]
-    keeps = [None] * len(steps[0]) if keep is None else keep.transpose(0, 1).split(chunk)
-    outputs = []
-    for u_c, dt_c, B_c, C_c, keep_c in zip(*steps, keeps, strict=True):
-        if recompute:
-            y, state = checkpoint(_scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False)
-        else:
-            y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, keep_c, state)
-        outputs.append(y)
-    y = torch.cat(outputs).transpose(0, 1) + D * u_
-    return (y * F.silu(z.to(wide))).to(u.dtype), state
+        wide = computing_type(u)
+        u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
+        dt_ = F.softplus(dt_ + dt_bias)
+        keep = None if starts is None else (~starts).to(wide)
+        if state is None:
+            state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+        chunk = max(1, CHUNK_ELEMENTS // state.numel())
+        recompute = u.shape[1] * state.numel() > KEPT_ELEMENTS and torch.is_grad_enabled()
+        steps = [x.transpose(0, 1).split(chunk) for x in (u_, dt_, B, C)]
+        keeps = [None] * len(steps[0]) if keep is None else keep.transpose(0, 1).split(chunk)
+        outputs = []
+        for u_c, dt_c, B_c, C_c, keep_c in zip(*steps, keeps, strict=True):
+            if recompute:
+                y, state = checkpoint(_scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False)
+            else:
+                y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, keep_c, state)
+            outputs.append(y)
+        y = torch.cat(outputs).transpose(0, 1) + D * u_
+        return (y * F.silu(z.to(wide))).to(u.dtype), state

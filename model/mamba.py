@@ -5,27 +5,41 @@ k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r, befor
 The modules hold mathematics alone; model/parallel.py puts sharded linears in their place.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.kernels import REFERENCE, Kernels
-from model.kernels.cross_entropy import linear_cross_entropy
-from model.kernels.reference import computing_type, rms_norm
+from model.kernels.carry import continued_conv, last_taps
+from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
+from model.kernels.reference import computing_type, product_type
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers of all tokens so far; its size does not depend on their number."""
+
+    taps: Tensor  # the convolution's last inputs [b, k - 1, d]
+    scan: Tensor  # [b, d, n] fp32
+
+
+State = list[LayerState]
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight, computed in fp32."""
+    """RMSNorm with a weight, computed in fp32; its result has the type that autocast gives to products."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps, dtype=product_type(x))
 
 
 class Mixer(nn.Module):
@@ -50,14 +64,28 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, starts: Tensor | None) -> Tensor:
         """x [b, l, e], starts [b, l] bool or None -> [b, l, e]."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self.kernels.causal_conv1d(u, self.conv_weight, self.conv_bias, starts)
-        dt, B, C = self.x_proj(u).split(self.split, dim=-1)
+        return self._mix(x, starts, None, None)[0]
+
+    def extend(self, x: Tensor, starts: Tensor | None, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """As forward, from a state to the state after the last token."""
+        taps, scan = state if state is not None else (None, None)
+        y, u, last = self._mix(x, starts, taps, scan)
+        return y, LayerState(last_taps(u, starts, taps, self.conv_weight.shape[1] - 1), last)
+
+    def _mix(
+        self, x: Tensor, starts: Tensor | None, taps: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixer's output, the convolution's input [b, l, d] and the scan's last state."""
+        before, z = self.in_proj(x).chunk(2, dim=-1)
+        u = continued_conv(self.kernels.causal_conv1d, before, self.conv_weight, self.conv_bias, starts, taps)
+        selected = self.x_proj(u)
         if self.norms:
-            dt, B, C = (rms_norm(part, None, self.norm_eps) for part in (dt, B, C))
+            selected = self.kernels.rms_norm(selected, None, self.norm_eps, self.split)
+        dt, B, C = selected.split(self.split, dim=-1)
         A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
-        y, _ = self.kernels.selective_scan(u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts)
-        return self.out_proj(y)
+        scan = self.kernels.selective_scan
+        y, last = scan(u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts, state)
+        return self.out_proj(y), before, last
 
 
 class Block(nn.Module):
@@ -65,12 +93,17 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.mixer = Mixer(config, kernels)
 
     def forward(self, h: Tensor, starts: Tensor | None) -> Tensor:
         """h [b, l, e] -> [b, l, e]."""
         return h + self.mixer(self.norm(h), starts)
+
+    def extend(self, h: Tensor, starts: Tensor | None, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        """As forward, from a state to the state after the last token."""
+        y, state = self.mixer.extend(self.norm(h), starts, state)
+        return h + y, state
 
 
 class FalconMamba(nn.Module):
@@ -79,23 +112,40 @@ class FalconMamba(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.recompute = False  # blocks keep only their input for the backward and run their forward again
+        self.vocabulary_group: VocabularyGroup | None = None  # of the ranks that the head is cut over
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.linear_cross_entropy = linear_cross_entropy
 
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""
-        h = self.embedding(tokens)
-        h = h.to(computing_type(h))
+        h = self._embed(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(layer, h, starts, use_reentrant=False)
             else:
                 h = layer(h, starts)
         return self.final_norm(h)
+
+    def extend(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
+        """As hidden, for a piece of a sequence: from the state after the piece before it (None: the beginning).
+
+        Pieces of any lengths, one token included, give what the whole sequence gives. Returns the states [b, l, e]
+        and the state after the last token, of constant size.
+        """
+        h, after = self._embed(tokens), []
+        before = [None] * len(self.layers) if state is None else state
+        for layer, layer_state in zip(self.layers, before, strict=True):
+            h, layer_state = layer.extend(h, starts, layer_state)  # type: ignore[operator]
+            after.append(layer_state)
+        return self.final_norm(h), after
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        return h.to(computing_type(h))
 
     def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Next-token scores [b, l, vocab_size] of tokens [b, l]; under tensor parallelism this rank's columns."""
@@ -106,6 +156,8 @@ class FalconMamba(nn.Module):
 
         The second result is what a z-loss penalises (its square); it costs nothing while nobody asks its gradient.
         """
-        hidden = self.hidden(tokens, starts).flatten(0, 1)
-        losses, log_sums = self.linear_cross_entropy(hidden, self.lm_head, targets.flatten())
+        hidden, labels = self.hidden(tokens, starts).flatten(0, 1), targets.flatten()
+        losses, log_sums = linear_cross_entropy(
+            hidden, self.lm_head.weight, labels, self.kernels.loss_rows, self.vocabulary_group
+        )
         return losses.view_as(targets), log_sums.view_as(targets)

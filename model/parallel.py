@@ -97,7 +97,7 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
         RowParallel,
         SummedRowParallel,
         VocabParallel,
-        linear_cross_entropy,
+        VocabularyRanks,
     )
 
     c = config
@@ -112,4 +112,4 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
         for name, parameter in list(mixer.named_parameters(recurse=False)):
             setattr(mixer, name, nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])))
     model.lm_head = ColumnParallel(c.d_model, c.vocab_size)
-    model.linear_cross_entropy = linear_cross_entropy
+    model.vocabulary_group = VocabularyRanks()

@@ -5,16 +5,10 @@ those). Collectives per block: forward x_proj and out_proj sum, backward x_proj'
 """
 
 import torch
+import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from model.config import LOSS_CHUNK
-from model.kernels.reference import computing_type
 
 
 def _config() -> ModelParallelConfig:
@@ -81,21 +75,23 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
         super().__init__(rows, width, init_method=nn.init.zeros_, config=_config())
 
 
-def linear_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """model.kernels.cross_entropy.linear_cross_entropy over a head whose rows are split: hidden [t, e], labels [t]."""
-    chunks = [
-        checkpoint(_cross_entropy, head, states, targets, use_reentrant=False)
-        for states, targets in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-    ]
-    losses, log_sums = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return losses, log_sums
+class VocabularyRanks:
+    """The tensor-parallel ranks as the loss asks for them (model.kernels.cross_entropy.VocabularyGroup)."""
 
+    def offset(self, rows: int) -> int:
+        """Id of the first token of this rank's rows."""
+        return parallel_state.get_tensor_model_parallel_rank() * rows
 
-def _cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
-    logits = logits.to(computing_type(logits))
-    loss = tensor_parallel.vocab_parallel_cross_entropy(logits.clone(), labels)  # changes its input
-    local = labels - parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    here = (local >= 0) & (local < logits.shape[-1])
-    own = logits.gather(-1, local.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) * here
-    return loss, loss + reduce_from_tensor_model_parallel_region(own)
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    @staticmethod
+    def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, op, group=parallel_state.get_tensor_model_parallel_group())
+        return x

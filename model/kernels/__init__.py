@@ -12,10 +12,10 @@ class MissingBackend(ValueError):
     """A backend was asked for that cannot run here; the message says how to get it."""
 
 
-REFERENCE = Kernels("reference", reference.causal_conv1d, reference.selective_scan)
+REFERENCE = Kernels("reference", reference.causal_conv1d, reference.selective_scan, reference.rms_norm, reference)
 CPU = register(cpu, "cpu", "cpu")
 CUDA = register(cuda, "cuda", "cuda")
-MAMBA_SSM = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
+MAMBA_SSM = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan, reference.rms_norm, reference)
 
 # per device, fastest first; the order on GPUs is by design (see LOG.md: not measured yet)
 BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {

@@ -1,58 +1,93 @@
-"""Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in the backward."""
+"""Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in the backward.
+
+The vocabulary may be cut over tensor-parallel ranks: each takes statistics of its own rows of the head, and one maximum
+and one sum over ranks, of all tokens at once, join them.
+"""
+
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from model.config import LOSS_CHUNK
-from model.kernels.reference import computing_type
+from model.kernels.interface import LossRows
+from model.kernels.reference import computing_type, product_type
+
+
+class VocabularyGroup(Protocol):
+    """The ranks that a vocabulary is cut over."""
+
+    def offset(self, rows: int) -> int:
+        """Id of the first of this rank's `rows` tokens."""
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise over ranks."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward works in place on recomputed logits."""
+    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: LossRows,
+        group: VocabularyGroup | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
         """hidden [t, e], weight [v, e], labels [t] -> losses and log-sums, both [t], in fp32 (fp64 for fp64)."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        losses, log_sums = (hidden.new_empty(len(labels), dtype=computing_type(hidden)) for _ in range(2))
-        with torch.autocast(device, enabled=False):
+        dtype = product_type(hidden)
+        statistics = hidden.new_empty(3, len(labels), dtype=computing_type(hidden))
+        local = labels if group is None else labels - group.offset(len(weight))
+        with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
-            for start in range(0, len(labels), chunk):
-                rows = slice(start, start + chunk)
-                logits = (hidden[rows].to(dtype) @ head.t()).to(losses.dtype)
-                own = logits.gather(1, labels[rows, None]).squeeze(1)
-                top = logits.amax(1, keepdim=True)
-                log_sums[rows] = logits.sub_(top).exp_().sum(1).log_() + top.squeeze(1)
-                losses[rows] = log_sums[rows] - own
-        ctx.save_for_backward(hidden, weight, labels, log_sums)
-        ctx.dtype, ctx.chunk = dtype, chunk  # type: ignore[attr-defined]
-        return losses, log_sums
+            for part in _chunks(len(labels), chunk):
+                statistics[:, part] = rows.loss_statistics(hidden[part].to(dtype) @ head.t(), local[part])
+        own, top, sums = statistics
+        if group is not None:
+            here, top = top, group.maximum(top)
+            own, sums = group.sum(torch.stack([own, sums * (here - top).exp()]))
+        log_sums = top + sums.log()
+        ctx.save_for_backward(hidden, weight, local, log_sums)
+        ctx.run = dtype, rows, group, chunk  # type: ignore[attr-defined]
+        return log_sums - own, log_sums
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, grad_log_sum: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """d logits = (dloss + dlog_sum) softmax - dloss onehot; sums over chunks are taken in fp32."""
+    def backward(ctx: FunctionCtx, grad_loss: Tensor, grad_log_sum: Tensor) -> tuple[Any, ...]:
+        """Products in the forward's type; the weight's gradient is summed over chunks in fp32."""
         hidden, weight, labels, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
-        dtype, chunk = ctx.dtype, ctx.chunk  # type: ignore[attr-defined]
+        dtype, rows, group, chunk = ctx.run  # type: ignore[attr-defined]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sums.dtype)
         head = weight.to(dtype)
-        for start in range(0, len(labels), chunk):
-            rows = slice(start, start + chunk)
-            states = hidden[rows].to(dtype)
-            grad = (states @ head.t()).to(log_sums.dtype)
-            grad.sub_(log_sums[rows, None]).exp_().mul_((grad_loss + grad_log_sum)[rows, None])
-            grad.scatter_add_(1, labels[rows, None], -grad_loss[rows, None])
-            grad = grad.to(dtype)
-            grad_hidden[rows] = (grad @ head).to(hidden.dtype)
+        for part in _chunks(len(labels), chunk):
+            states = hidden[part].to(dtype)
+            grad = rows.loss_gradient(
+                states @ head.t(), labels[part], log_sums[part], grad_loss[part], grad_log_sum[part]
+            )
+            grad_hidden[part] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        if group is not None:
+            grad_hidden = group.sum(grad_hidden)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], labels [t] -> both [t].
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, length, chunk)]
 
-    Peak memory is LOSS_CHUNK x vocab_size logits, twice in the backward; the cost is one more forward of the head.
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: LossRows, group: VocabularyGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e], labels [t] -> [t].
+
+    Peak memory is LOSS_CHUNK x v logits; the cost is one more forward of the head. With a group, v is this rank's
+    part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's gradient backward.
     """
-    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, head.weight, labels, LOSS_CHUNK)
+    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels, rows, group, LOSS_CHUNK)
     return result

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,29 @@ class SelectiveScan(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class RmsNorm(Protocol):
+    """See model.kernels.reference.rms_norm, the specification."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        parts: list[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
+
+class LossRows(Protocol):
+    """What the loss needs of a chunk of logits [t, v]; see model.kernels.reference, the specification."""
+
+    def loss_statistics(self, logits: Tensor, labels: Tensor) -> Tensor: ...
+
+    def loss_gradient(
+        self, logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The operations of one backend."""
@@ -37,3 +61,5 @@ class Kernels:
     name: str
     causal_conv1d: CausalConv1d
     selective_scan: SelectiveScan
+    rms_norm: RmsNorm
+    loss_rows: LossRows

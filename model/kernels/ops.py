@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels import reference
 from model.kernels.interface import Kernels
 
 
@@ -25,7 +26,7 @@ def register(backend: Any, name: str, device: str) -> Kernels:
         y, last, _ = scan([u, dt, A, B, C, D, z, dt_bias], starts, state)
         return y, last
 
-    return Kernels(name, conv, selective_scan)
+    return Kernels(name, conv, selective_scan, reference.rms_norm, reference)
 
 
 def _register_scan(backend: Any, space: str, device: str) -> Callable[..., Any]:

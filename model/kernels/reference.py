@@ -19,13 +19,51 @@ def computing_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, in fp32 (fp64 for fp64), returned in the type of x."""
+def product_type(x: Tensor) -> torch.dtype:
+    """What matrix products of x are taken in: autocast's type where it is on, else its own."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, parts: list[int] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Root-mean-square norm over the last axis, or over each of its `parts` (sizes that add up to it) by itself.
+
+    x [..., e], weight [e] or None. Computes in fp32 (fp64 for fp64). Returns [..., e] in `dtype`, by default the type
+    of x.
+    """
     wide = x.to(computing_type(x))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        normed = normed * weight
-    return normed.to(x.dtype)
+    pieces = [wide] if parts is None else wide.split(parts, -1)
+    normed = [piece * torch.rsqrt(piece.square().mean(-1, keepdim=True) + eps) for piece in pieces]
+    result = normed[0] if parts is None else torch.cat(normed, -1)
+    return (result if weight is None else result * weight).to(dtype or x.dtype)
+
+
+def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
+    """What the cross entropy of some tokens needs of a part of the vocabulary, in one pass.
+
+    logits [t, v]; labels [t] relative to this part, outside [0, v) where another part holds the label. Returns
+    [3, t] in the computing type: the label's logit (0 when it is not here), the largest logit, and the sum of
+    exp(logit - largest).
+    """
+    wide = logits.to(computing_type(logits))
+    here = (labels >= 0) & (labels < logits.shape[1])
+    own = wide.gather(1, (labels * here)[:, None]).squeeze(1).masked_fill(~here, 0.0)
+    top = wide.amax(1)
+    return torch.stack([own, top, (wide - top[:, None]).exp_().sum(1)])
+
+
+def loss_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor) -> Tensor:
+    """Gradient of logits [t, v] in their type: (dloss + dlog_sum) softmax - dloss onehot; the rest is [t].
+
+    labels as in loss_statistics; log_sums are of the whole vocabulary. May work in place of the logits.
+    """
+    grad = (logits.to(log_sums.dtype) - log_sums[:, None]).exp_().mul_((grad_loss + grad_log_sum)[:, None])
+    here = (labels >= 0) & (labels < logits.shape[1])
+    grad.scatter_add_(1, (labels * here)[:, None], (-grad_loss * here)[:, None])
+    return grad.to(logits.dtype)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn import functional as F
 
 from model.config import Backend
-from model.kernels import CUDA, MissingBackend, cuda, load, mamba_ssm
+from model.kernels import CUDA, MAMBA_SSM, MissingBackend, cuda, load, mamba_ssm
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from tests.cuda import emulated
@@ -139,10 +140,9 @@ def public_conv(x, weight, bias, seq_idx, activation):
 def test_public_kernels_are_composed_correctly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the two public functions: layouts, resets by separating steps, and all gradients."""
     monkeypatch.setattr(mamba_ssm, "_functions", lambda: (public_conv, public_scan))
-    kernels = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
-    assert_equal(kernels, case, torch.float64, 1e-6)  # the composition hands A over in fp32
+    assert_equal(MAMBA_SSM, case, torch.float64, 1e-6)  # the composition hands A over in fp32
     with pytest.raises(ValueError, match="first state"):
-        kernels.selective_scan(*case.inputs(), state=torch.zeros(1))
+        MAMBA_SSM.selective_scan(*case.inputs(), state=torch.zeros(1))
 
 
 @pytest.mark.skipif(GPU, reason="a GPU is here")
@@ -166,8 +166,7 @@ def test_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not GPU or mamba_ssm.missing() is not None, reason="no GPU with mamba-ssm and causal-conv1d")
 @pytest.mark.parametrize("case", [c for c in CASES if not c.first], ids=str)
 def test_public_kernels_on_the_gpu(case: Case) -> None:
-    kernels = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan)
-    assert_equal(on_gpu(kernels), case, torch.float32, 1e-3)
+    assert_equal(on_gpu(MAMBA_SSM), case, torch.float32, 1e-3)
 
 
 def on_gpu(kernels: Kernels) -> Kernels:
@@ -181,7 +180,7 @@ def on_gpu(kernels: Kernels) -> Kernels:
 
         return call
 
-    return Kernels(kernels.name, move(kernels.causal_conv1d), move(kernels.selective_scan))
+    return replace(kernels, causal_conv1d=move(kernels.causal_conv1d), selective_scan=move(kernels.selective_scan))
 
 
 def test_sources_travel_with_the_package() -> None:

@@ -186,3 +186,7 @@ def test_rms_norm() -> None:
     x = torch.randn(3, 7)
     torch.testing.assert_close(reference.rms_norm(x, None, 1e-6), F.rms_norm(x, (7,), eps=1e-6))
     assert reference.rms_norm(x.bfloat16(), None, 1e-6).dtype == torch.bfloat16
+    parts = reference.rms_norm(x, None, 1e-6, [4, 2, 1], torch.float64)
+    assert parts.dtype == torch.float64
+    expected = torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in x.split([4, 2, 1], -1)], -1)
+    torch.testing.assert_close(parts.float(), expected)

@@ -1,10 +1,10 @@
-"""The loss in chunks equals the plain one: values and gradients, with and without z-loss."""
+"""The loss in chunks equals the plain one: values and gradients, with and without z-loss, cut or whole."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model.kernels import cross_entropy
+from model.kernels import cross_entropy, reference
 from tests.tiny import TINY, model_of
 
 
@@ -32,7 +32,9 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 401))
     hidden = model.hidden(tokens[:, :-1]).flatten(0, 1).detach().requires_grad_()
     with torch.profiler.profile(profile_memory=True) as profile:
-        cross_entropy.linear_cross_entropy(hidden, model.lm_head, tokens[:, 1:].flatten())[0].mean().backward()
+        cross_entropy.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference)[
+            0
+        ].mean().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2  # hidden's gradient is a quarter of it
 
@@ -42,9 +44,22 @@ def test_bf16_products_keep_fp32_sums() -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(128, TINY.d_model).requires_grad_()
     model = model_of(TINY)
-    exact, _ = cross_entropy.linear_cross_entropy(hidden, model.lm_head, tokens[:, 1:].flatten())
+    exact, _ = cross_entropy.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, log_sums = cross_entropy.linear_cross_entropy(hidden, model.lm_head, tokens[:, 1:].flatten())
+        rounded, log_sums = cross_entropy.linear_cross_entropy(
+            hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference
+        )
     rounded.mean().backward()
     assert rounded.dtype == log_sums.dtype == hidden.grad.dtype == model.lm_head.weight.grad.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-2)
+
+
+def test_statistics_of_parts_make_the_whole() -> None:
+    logits, labels = torch.randn(9, 20, dtype=torch.float64), torch.randint(0, 20, (9,))
+    own, top, sums = reference.loss_statistics(logits, labels)
+    left = reference.loss_statistics(logits[:, :7], labels)
+    right = reference.loss_statistics(logits[:, 7:], labels - 7)
+    torch.testing.assert_close(left[0] + right[0], own)
+    torch.testing.assert_close(torch.maximum(left[1], right[1]), top)
+    torch.testing.assert_close(left[2] * (left[1] - top).exp() + right[2] * (right[1] - top).exp(), sums)
+    torch.testing.assert_close(top + sums.log() - own, F.cross_entropy(logits, labels, reduction="none"))

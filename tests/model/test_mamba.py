@@ -8,7 +8,7 @@ from model.config import ModelConfig
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
 from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
 from model.init import decays
-from model.kernels import REFERENCE
+from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
 from model.parallel import build
 from tests.tiny import TINY, model_of
@@ -122,3 +122,38 @@ def test_recompute_changes_no_bit() -> None:
         model(tokens[:, :-1], tokens[:, 1:])[0].mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
+def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> None:
+    """Any cut into pieces, shorter than the convolution too, with documents that begin near the cuts."""
+    model = model_of(TINY, kernels=kernels)
+    tokens = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    starts = None
+    if resets:
+        starts = torch.zeros(2, 40, dtype=torch.bool)
+        starts[0, [0, 9, 11]] = starts[1, [10, 12, 38]] = True
+    with torch.no_grad():
+        whole = model.hidden(tokens, starts)
+        for sizes in ([40], [10, 1, 2, 27], [1] * 40, [3, 37]):
+            state, parts, at = None, [], 0
+            for size in sizes:
+                piece = slice(at, at + size)
+                h, state = model.extend(tokens[:, piece], state, None if starts is None else starts[:, piece])
+                parts.append(h)
+                at += size
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert {tuple(layer.taps.shape) for layer in state} == {(2, TINY.d_conv - 1, TINY.d_inner)}
+
+
+def test_gradients_pass_between_pieces() -> None:
+    model = model_of(TINY).double()
+    tokens = torch.randint(0, TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(2, 12, TINY.d_model, dtype=torch.float64)
+    expected = torch.autograd.grad((model.hidden(tokens) * weight).sum(), list(model.parameters())[:-1])
+    first, state = model.extend(tokens[:, :5])
+    second, _ = model.extend(tokens[:, 5:], state)
+    actual = torch.autograd.grad((torch.cat([first, second], 1) * weight).sum(), list(model.parameters())[:-1])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)

@@ -10,31 +10,34 @@ struct Starts {
     __device__ bool at(Index row) const { return flags != nullptr && flags[row] != 0; }
 };
 
-#if BF16
-typedef unsigned short T;
-__device__ inline float widen(T x) { return __uint_as_float((unsigned)x << 16); }
-__device__ inline T narrow(float x) {  // to nearest, ties to even
+typedef unsigned short Bf16;  // its bits
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(Bf16 x) { return __uint_as_float((unsigned)x << 16); }
+__device__ inline void put(float *p, float x) { *p = x; }
+__device__ inline void put(Bf16 *p, float x) {  // to nearest, ties to even
 #ifdef EMULATED
     unsigned u = __float_as_uint(x);
-    return (T)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    *p = (Bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 #else
-    T r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
-    return r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(*p) : "f"(x));
 #endif
 }
+
+#if BF16
+typedef Bf16 T;
 struct alignas(4) Pair { T x, y; };
 #else
 typedef float T;
-__device__ inline float widen(T x) { return x; }
-__device__ inline T narrow(float x) { return x; }
 struct alignas(8) Pair { T x, y; };
 #endif
-
-__device__ inline float2 load2(const T *p) {
-    const Pair v = *reinterpret_cast<const Pair *>(p);
-    return make_float2(widen(v.x), widen(v.y));
+__device__ inline T narrow(float x) {
+    T r;
+    put(&r, x);
+    return r;
 }
+
+__device__ inline float2 widen2(const Pair v) { return make_float2(widen(v.x), widen(v.y)); }
+__device__ inline float2 load2(const T *p) { return widen2(*reinterpret_cast<const Pair *>(p)); }
 __device__ inline void store2(T *p, float2 v) {
     *reinterpret_cast<Pair *>(p) = Pair{narrow(v.x), narrow(v.y)};
 }

@@ -1,7 +1,8 @@
 """A backend's raw functions as torch operators with fake and autograd rules.
 
-torch.compile, the meta device and activation recompute then see one opaque operator with known shapes. The
-specification of both is model/kernels/reference.py; gradients are computed by the backend, not by autograd.
+torch.compile, the meta device and activation recompute then see opaque operators with known shapes. The specification
+of each is model/kernels/reference.py; gradients are computed by the backend, not by autograd. Registered by hand, since
+torch.library.custom_op adds some 0.2 ms to each forward and backward of the scan.
 """
 
 from collections.abc import Callable
@@ -10,84 +11,203 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import reference
-from model.kernels.interface import Kernels
+from model.kernels.interface import Kernels, LossRows, RmsNorm
+from model.kernels.reference import computing_type
+
+LIBRARIES: list[torch.library.Library] = []  # operators live as long as these do
+INPUTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor dt_bias, "
+    "Tensor? starts, Tensor? state"
+)
 
 
 def register(backend: Any, name: str, device: str) -> Kernels:
-    """Operators `falcon_<name>::...` over a module with scan_forward, scan_backward, conv_forward and conv_backward."""
-    scan = _register_scan(backend, f"falcon_{name}", device)
-    conv = _register_conv(backend, f"falcon_{name}", device)
+    """Operators `falcon_<name>::...` over a module with {scan,conv,norm}_{forward,backward} and the loss' two."""
+    space = Space(name, device)
+    scan = _register_scan(backend, space)
 
     def selective_scan(
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
         starts: Tensor | None = None, state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, last, _ = scan([u, dt, A, B, C, D, z, dt_bias], starts, state)
+        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state)
         return y, last
 
-    return Kernels(name, conv, selective_scan, reference.rms_norm, reference)
+    return Kernels(
+        name,
+        _register_conv(backend, space),
+        selective_scan,
+        _register_norm(backend, space),
+        _register_loss(backend, space),
+    )
 
 
-def _register_scan(backend: Any, space: str, device: str) -> Callable[..., Any]:
-    @torch.library.custom_op(f"{space}::selective_scan", mutates_args=(), device_types=device)
-    def forward(inputs: list[Tensor], starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return backend.scan_forward(inputs, starts, state)
+class Space:
+    """The operators of one backend."""
 
-    @forward.register_fake
-    def _(inputs: list[Tensor], starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        u, A = inputs[0], inputs[2]
+    def __init__(self, name: str, device: str) -> None:
+        self.library = torch.library.Library(f"falcon_{name}", "DEF")
+        self.device = device.upper()
+        LIBRARIES.append(self.library)
+
+    def define(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        """An operator that runs on the device, and on fake tensors."""
+        name = schema.split("(")[0]
+        self.library.define(schema)
+        self.library.impl(name, run, self.device)
+        torch.library.register_fake(f"{self.library.ns}::{name}", fake, lib=self.library)
+        return getattr(getattr(torch.ops, self.library.ns), name).default
+
+    def differentiate(self, operator: Any, function: type[torch.autograd.Function]) -> None:
+        """Give an operator its gradient: a function whose forward calls the operator below autograd."""
+
+        def run(*arguments: Any) -> Any:
+            return function.apply(*arguments) if torch.is_grad_enabled() else below(operator, *arguments)
+
+        self.library.impl(operator._schema.name.split("::")[1], run, "Autograd")
+
+
+def below(operator: Any, *arguments: Any) -> Any:
+    """The operator itself, without its gradient rule."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _register_scan(backend: Any, space: Space) -> Any:
+    def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        u, A = arguments[0], arguments[2]
         last = u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
-        return torch.empty_like(u, memory_format=torch.contiguous_format), last, backend.kept_like(u, A)
+        return _like(u), last, backend.kept_like(u, A)
 
-    @torch.library.custom_op(f"{space}::selective_scan_backward", mutates_args=(), device_types=device)
-    def backward(
-        inputs: list[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor, dy: Tensor, dlast: Tensor
-    ) -> list[Tensor]:
-        return backend.scan_backward(inputs, starts, state, kept, dy, dlast)
+    def fake_backward(*arguments: Any) -> list[Tensor]:
+        inputs, state = arguments[:8], arguments[9]
+        return [_like(x) for x in inputs] + [inputs[0].new_empty(0) if state is None else _like(state)]
 
-    @backward.register_fake
-    def _(
-        inputs: list[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor, dy: Tensor, dlast: Tensor
-    ) -> list[Tensor]:
-        first = dlast.new_empty(dlast.shape, dtype=torch.float32 if state is None else state.dtype)
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs] + [first]
+    forward = space.define(
+        f"selective_scan({INPUTS}) -> (Tensor, Tensor, Tensor)",
+        lambda *x: backend.scan_forward(x[:8], *x[8:]),
+        fake,
+    )
+    backward = space.define(
+        f"selective_scan_backward({INPUTS}, Tensor kept, Tensor dy, Tensor? dlast) -> Tensor[]",
+        lambda *x: backend.scan_backward(x[:8], *x[8:]),
+        fake_backward,
+    )
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        tensors, starts, state = inputs
-        ctx.save_for_backward(*tensors, starts, state, output[2])
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            y, last, kept = below(forward, *arguments)
+            ctx.save_for_backward(*arguments, kept)
+            ctx.mark_non_differentiable(kept)
+            ctx.set_materialize_grads(False)
+            return y, last, kept
 
-    def differentiate(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Any, ...]:
-        *tensors, starts, state, kept = ctx.saved_tensors
-        *gradients, first = backward(tensors, starts, state, kept, dy, dlast)
-        return list(gradients), None, None if state is None else first
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            saved, (dy, dlast, _) = ctx.saved_tensors, grads
+            *gradients, first = backward(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast)
+            return *gradients, None, None if saved[9] is None else first
 
-    forward.register_autograd(differentiate, setup_context=keep)
+    space.differentiate(forward, Scan)
     return forward
 
 
-def _register_conv(backend: Any, space: str, device: str) -> Callable[..., Any]:
-    @torch.library.custom_op(f"{space}::causal_conv1d", mutates_args=(), device_types=device)
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
-        return backend.conv_forward(x, weight, bias, starts)
+def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
+    arguments = "Tensor x, Tensor weight, Tensor bias, Tensor? starts"
+    forward = space.define(f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _like(x))
+    backward = space.define(
+        f"causal_conv1d_backward({arguments}, Tensor dout) -> Tensor[]",
+        backend.conv_backward,
+        lambda x, weight, bias, *_: [_like(t) for t in (x, weight, bias)],
+    )
 
-    @forward.register_fake
-    def _(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    class Conv(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            ctx.save_for_backward(*arguments)
+            out: Tensor = below(forward, *arguments)
+            return out
 
-    @torch.library.custom_op(f"{space}::causal_conv1d_backward", mutates_args=(), device_types=device)
-    def backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor) -> list[Tensor]:
-        return backend.conv_backward(x, weight, bias, starts, dout)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return *backward(*ctx.saved_tensors, *grads), None
 
-    @backward.register_fake
-    def _(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor) -> list[Tensor]:
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias)]
+    space.differentiate(forward, Conv)
+    return lambda x, weight, bias, starts=None: forward(x, weight, bias, starts)
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
-    def differentiate(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        return (*backward(*ctx.saved_tensors, dout), None)
+def _register_norm(backend: Any, space: Space) -> RmsNorm:
+    forward = space.define(
+        "rms_norm(Tensor x, Tensor? weight, float eps, int[] parts, ScalarType dtype) -> (Tensor, Tensor)",
+        backend.norm_forward,
+        lambda x, weight, eps, parts, dtype: (
+            x.new_empty(x.shape, dtype=dtype),
+            x.new_empty(*x.shape[:-1], len(parts), dtype=torch.float32),
+        ),
+    )
+    backward = space.define(
+        "rms_norm_backward(Tensor x, Tensor? weight, int[] parts, Tensor scales, Tensor dout) -> (Tensor, Tensor)",
+        backend.norm_backward,
+        lambda x, weight, *_: (_like(x), x.new_empty(0) if weight is None else _like(weight)),
+    )
 
-    forward.register_autograd(differentiate, setup_context=keep)
-    return forward
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            x, weight, _, ctx.parts, _ = arguments
+            out, scales = below(forward, *arguments)
+            ctx.save_for_backward(x, weight, scales)
+            ctx.mark_non_differentiable(scales)
+            return out, scales
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            x, weight, scales = ctx.saved_tensors
+            dx, dweight = backward(x, weight, ctx.parts, scales, grads[0])
+            return dx, None if weight is None else dweight, None, None, None
+
+    space.differentiate(forward, Norm)
+
+    def rms_norm(
+        x: Tensor, weight: Tensor | None, eps: float, parts: list[int] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        parts = parts or [x.shape[-1]]
+        if sum(parts) != x.shape[-1]:
+            raise ValueError(f"parts {parts} do not add up to the {x.shape[-1]} features of a row")
+        result: Tensor = forward(x, weight, eps, parts, dtype or x.dtype)[0]
+        return result
+
+    return rms_norm
+
+
+def _register_loss(backend: Any, space: Space) -> LossRows:
+    statistics = space.define(
+        "loss_statistics(Tensor logits, Tensor labels) -> Tensor",
+        backend.loss_statistics,
+        lambda logits, labels: logits.new_empty(3, logits.shape[0], dtype=computing_type(logits)),
+    )
+    gradient = space.define(
+        "loss_gradient(Tensor(a!) logits, Tensor labels, Tensor log_sums, Tensor dloss, Tensor dlog_sum) -> ()",
+        backend.loss_gradient,
+        lambda *_: None,
+    )
+
+    class Rows:
+        @staticmethod
+        def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
+            result: Tensor = statistics(logits, labels)
+            return result
+
+        @staticmethod
+        def loss_gradient(
+            logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+        ) -> Tensor:
+            gradient(logits, labels, log_sums, grad_loss, grad_log_sum)
+            return logits
+
+    return Rows()

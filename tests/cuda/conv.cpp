@@ -1,3 +1,3 @@
 #include "emulator.h"
-#include "mamba_conv.cu"
+#include "conv.cu"
 static bool added = emulator::add("conv_forward", conv_forward) && emulator::add("conv_backward", conv_backward);

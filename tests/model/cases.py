@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.kernels import reference
 from model.kernels.interface import Kernels
 
 
@@ -100,11 +101,42 @@ def conv_results(conv, case: Case, dtype: torch.dtype, rounded: torch.dtype | No
     return [out.detach(), *torch.autograd.grad(loss, inputs)]
 
 
+def naive_norm(x: Tensor, weight: Tensor | None, eps: float, parts=None, dtype=None) -> Tensor:
+    """torch's own norm, a part at a time."""
+    pieces = x.split(parts or [x.shape[-1]], -1)
+    return torch.cat([F.rms_norm(piece, piece.shape[-1:], eps=eps) for piece in pieces], -1) * (
+        1 if weight is None else weight
+    )
+
+
+def norm_results(norm, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """Outputs and all gradients of a norm with a weight, and of one in three parts of rows of a wider tensor."""
+    x, weight = case.inputs(dtype, rounded)[0], case.weights(dtype, rounded)[1]
+    whole = norm(x, weight, 1e-5)
+    wide = torch.cat([x, x, x, x], -1)[..., 1 : case.channels + 3]
+    parts = norm(wide, None, 1e-6, [case.channels, 1, 1])
+    loss = sum((out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum() for out in (whole, parts))
+    return [whole.detach(), parts.detach(), *torch.autograd.grad(loss, [x, weight])]
+
+
+def loss_results(rows, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """Statistics of logits, some of whose labels are elsewhere, and their gradient."""
+    logits = case.inputs(dtype, rounded)[0].detach().flatten(0, 1) * 4
+    generator = torch.Generator().manual_seed(case.seed)
+    labels = torch.randint(-2, case.channels + 2, (len(logits),), generator=generator)
+    own, top, sums = rows.loss_statistics(logits, labels)
+    log_sums = top + sums.log()
+    gradient = rows.loss_gradient(logits.clone(), labels, log_sums, torch.cos(own), torch.sin(own))
+    return [own, log_sums, gradient]
+
+
 def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: float) -> None:
     """Every output and gradient against fp64 of the same values: error relative to the larger of its norm and 1."""
     for results, ours, naive in (
         (scan_results, kernels.selective_scan, naive_scan),
         (conv_results, kernels.causal_conv1d, naive_conv),
+        (norm_results, kernels.rms_norm, naive_norm),
+        (loss_results, kernels.loss_rows, reference),
     ):
         pairs = zip(results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True)
         for index, (actual, expected) in enumerate(pairs):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 from model.config import Backend
-from model.kernels import CPU, REFERENCE, MissingBackend, cpu, load, reference
+from model.kernels import CPU, REFERENCE, MissingBackend, cpu, cpu_library, load, reference
 from model.kernels.interface import Kernels
 from tests.model.cases import CASE, CASES, Case, assert_equal, conv_results, scan_results
 from tests.tiny import TINY, model_of
@@ -114,7 +114,7 @@ def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyP
     inputs, state = case.inputs(torch.float32), case.state(torch.float32)
     ops = torch.ops.falcon_cpu
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.selective_scan.default, (inputs, case.starts(), state), test_utils=checks)
+    torch.library.opcheck(ops.selective_scan.default, (*inputs, case.starts(), state), test_utils=checks)
     torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
 
 
@@ -146,7 +146,7 @@ def test_too_many_states_are_refused() -> None:
 
 def test_sizes_agree_with_the_source() -> None:
     lib = cpu.active()
-    assert lib.chunk_steps() == cpu.CHUNK and lib.vector_width() == cpu.WIDTHS[cpu.instruction_set()]
+    assert lib.chunk_steps() == cpu.CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
 
 
 def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:

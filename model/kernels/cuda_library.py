@@ -1,0 +1,82 @@
+"""Compiling the CUDA kernels with NVRTC at first use, and launching them on tensors' memory.
+
+The sources need `cuda-core` (NVIDIA's own package, with NVRTC as a wheel) and no nvcc; compiling takes about a second a
+source and process.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the sources' BF16
+
+
+def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
+    """The compiled source of an architecture ("sm_90"); ptxas' account of registers and spills goes to `log`."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch=arch,
+        std="c++17",
+        define_macro=[("BF16", str(bf16))],
+        include_path=[str(FOLDER)],
+        ptxas_options=["-v"],
+    )
+    return Program((FOLDER / name).read_text(encoding="utf-8"), "c++", options).compile("cubin", logs=log)
+
+
+_compiled = functools.cache(compile_source)  # once for all kernels of a source
+
+
+@functools.cache
+def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
+    """A kernel loaded on a device, allowed its shared memory."""
+    from cuda.bindings import driver
+    from cuda.core import Device
+
+    Device(device).set_current()
+    major, minor = torch.cuda.get_device_capability(device)
+    kernel = _compiled(source, bf16, f"sm_{major}{minor}").get_kernel(name)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared, int(kernel.handle), device)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory a block: {status}")
+    return kernel
+
+
+Arguments = Sequence[Any]  # tensors, None for a null pointer, and ctypes integers
+
+
+def launch(
+    source: str,
+    name: str,
+    dtype: torch.dtype,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    arguments: Arguments,
+) -> None:
+    """Run a kernel on the current stream of its first tensor's device."""
+    from cuda.core import LaunchConfig, Stream
+    from cuda.core import launch as enqueue
+
+    device = next(x for x in arguments if isinstance(x, Tensor)).device
+    with torch.cuda.device(device):
+        kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
+        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *parameters(arguments))
+
+
+def parameters(arguments: Arguments) -> list[Any]:
+    """Arguments as cuda-core takes them: pointers as plain integers, sizes as ctypes."""
+    return [address(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor lies; 0 for None."""
+    return 0 if x is None else x.data_ptr()

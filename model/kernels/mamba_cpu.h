@@ -1,0 +1,104 @@
+// What the CPU kernels share: vectors of W floats, elementary functions, and how work is cut.
+//
+// A vector holds W neighbouring channels (or features, or logits). Work is cut into pieces whose size does not depend on
+// the number of threads, and sums over pieces are taken in a fixed order: results are deterministic.
+// Compiled once per instruction set with W = 16 (AVX-512), 8 (AVX2) or 4 (portable), by GCC's vector extension.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if W >= 8
+#include <immintrin.h>
+#endif
+
+#ifndef W
+#error "compile with -DW=16, 8 or 4"
+#endif
+
+typedef float V __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+static const int GROUP = 256;  // channels of a piece of work
+static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+static inline V splat(float x) { return x - V{}; }
+static inline V load(const float *p) { return *(const V *)p; }
+static inline void store(float *p, V x) { *(V *)p = x; }
+static inline V select(I mask, V yes, V no) { return mask ? yes : no; }
+static inline float sum(V x) {
+#if W == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#endif
+    float s = 0;
+    for (int i = 0; i < W; i++) s += x[i];
+    return s;
+}
+
+// 2^x for x <= 127, relative error about 2e-7: the whole part of x goes to the exponent, 2^f of the rest in [-1/2, 1/2]
+// is a polynomial. The largest x that gives 2^-126 or less may stop there, which is nothing beside any state.
+static inline V power(V f) {
+    V p = splat(1.3395279e-3f);
+    p = p * f + splat(9.6178371e-3f);
+    p = p * f + splat(5.5503324e-2f);
+    p = p * f + splat(2.4022652e-1f);
+    p = p * f + splat(6.9314718e-1f);
+    return p * f + splat(1.0f);
+}
+#if W == 16
+static inline V exp2v(V x) {
+    const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (V)_mm512_scalef_ps((__m512)power(x - (V)whole), whole);
+}
+static inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+#if W == 8
+static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+static inline V maximum(V a, V b) { return select(a > b, a, b); }
+#endif
+static inline V exp2v(V x) {
+    x = maximum(splat(-126.0f), x);  // in this order a NaN stays one
+    const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    const V r = x + shift;
+    return (V)((I)power(x - (r - shift)) + ((I)r << 23));
+}
+#endif
+
+static inline V expv(V x) { return exp2v(x * splat(LOG2E)); }
+static inline V sigmoid(V x) {
+    V e = expv(-select(x > 0, x, -x));  // of -|x|: never overflows
+    V r = splat(1.0f) / (splat(1.0f) + e);
+    return select(x > 0, r, e * r);
+}
+
+// ln(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)) as an odd series, relative error about 1e-7.
+static inline V log1p01(V e) {
+    V s = e / (splat(2.0f) + e), q = s * s;
+    V p = splat(2.0f / 13);
+    p = p * q + splat(2.0f / 11);
+    p = p * q + splat(2.0f / 9);
+    p = p * q + splat(2.0f / 7);
+    p = p * q + splat(2.0f / 5);
+    p = p * q + splat(2.0f / 3);
+    p = p * q + splat(2.0f);
+    return s * p;
+}
+
+static inline V softplus(V x) { return maximum(x, V{}) + log1p01(expv(-select(x > 0, x, -x))); }
+
+// A piece of work: one batch row and a group of its channels.
+struct Piece {
+    int64_t b, group, d0, d1;
+    Piece(int64_t i, int64_t channels) {
+        const int64_t groups = (channels + GROUP - 1) / GROUP;
+        b = i / groups, group = i % groups, d0 = group * GROUP, d1 = d0 + GROUP < channels ? d0 + GROUP : channels;
+    }
+};
+
+// out[i] = sum of parts [count][size] over the first axis, in order.
+static inline void add_parts(float *out, const float *parts, int64_t count, int64_t size) {
+    memcpy(out, parts, sizeof(float) * size);
+    for (int64_t p = 1; p < count; p++)
+        for (int64_t i = 0; i < size; i++) out[i] += parts[p * size + i];
+}

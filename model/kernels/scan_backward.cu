@@ -1,0 +1,275 @@
+// Selective scan of Mamba-1 on NVIDIA GPUs, backward, channel-last, deterministic.
+//
+// A block of 128 threads owns 128 channels of one batch row, a warp 32 of them; a thread holds 4 channels by 4 states. Time
+// runs backwards in chunks that start from the forward's kept states: a first pass keeps the state before every second
+// token in shared memory, then two tokens at a time are computed again and their adjoints with them, in registers.
+//
+// Sums over states (du, ddt, dz) end in the lane whose number is the channel's, sums over channels (dB, dC) in the lane of
+// their state, by exchanging halves between lanes; what warps hold of dB and dC is added in shared memory to one partial
+// sum per block, and the caller adds the blocks: no atomics. 106 KiB of shared memory: two blocks an SM.
+#include "scan.cuh"
+
+#define CHANNELS 128
+#define THREADS 128
+#define QUADS 4  // channels of a thread, and states
+#define PAIRS (CHUNK / 2)
+
+#ifndef EMULATED
+extern __shared__ float4 shared_memory[];
+#endif
+
+struct Staged {
+    float dt[CHUNK][CHANNELS], u[CHUNK][CHANNELS], gy[CHUNK][CHANNELS];
+    float dz[CHUNK][CHANNELS];  // dL/dz per unit of y
+    float4 B[CHUNK][4], C[CHUNK][4];
+};
+struct Backward {
+    Staged tile;
+    float4 before[PAIRS][QUADS][THREADS];    // states before every second token
+    float sums[THREADS / 32][CHUNK][2 * STATES];  // a warp's dB and dC
+};
+
+struct Four {
+    float v[4];
+    __device__ float operator[](int i) const { return v[i]; }
+    __device__ float &operator[](int i) { return v[i]; }
+};
+__device__ inline Four four(const float *p) {
+    const float4 x = load4(p);
+    return {{x.x, x.y, x.z, x.w}};
+}
+
+// Halves of 2 * HALF values go to the lane whose number differs in `bit`, which keeps the other half.
+template <int HALF> __device__ inline void exchange(float *v, int bit) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float sent = upper ? v[i] : v[i + HALF], held = upper ? v[i + HALF] : v[i];
+        v[i] = held + __shfl_xor_sync(0xffffffffu, sent, bit);
+    }
+}
+// The sum over four lanes of values of four channels: each lane gets the one of its number.
+__device__ inline float over_states(Four x) {
+    exchange<2>(x.v, 2);
+    exchange<1>(x.v, 1);
+    return x[0];
+}
+
+// Inputs of a chunk, two channels and CHUNK / 2 tokens a thread; past the end nothing happens. SUMMARY needs less.
+template <bool SUMMARY>
+__device__ inline void stage(Staged &s, const T *u, const T *dt, const T *z, const T *B, const T *C, const float *bias,
+                             const T *dy, Index row0, int t0, int end, int channels, Index u_row, Index dt_row, Index z_row,
+                             Index B_row, Index C_row) {
+    const int tid = threadIdx.x, column = 2 * (tid & 63), pair = blockIdx.x * CHANNELS + column;
+    const float2 shift = make_float2(bias[pair], bias[pair + 1]);
+#pragma unroll 4
+    for (int k = tid >> 6; k < CHUNK; k += 2) {
+        const Index row = row0 + t0 + k;
+        float2 step = make_float2(0.0f, 0.0f), v = step, gy = step, dz = step;
+        if (t0 + k < end) {
+            const float2 x = load2(dt + row * dt_row + pair), g = load2(z + row * z_row + pair);
+            const float2 o = load2(dy + row * channels + pair), gate = make_float2(sigmoid(g.x), sigmoid(g.y));
+            step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
+            gy = make_float2(o.x * g.x * gate.x, o.y * g.y * gate.y);
+            if (!SUMMARY) {
+                v = load2(u + row * u_row + pair);
+                dz = make_float2(o.x * gate.x * fmaf(g.x, 1.0f - gate.x, 1.0f), o.y * gate.y * fmaf(g.y, 1.0f - gate.y, 1.0f));
+            }
+        }
+        *reinterpret_cast<float2 *>(&s.dt[k][column]) = step;
+        *reinterpret_cast<float2 *>(&s.gy[k][column]) = gy;
+        if (SUMMARY) continue;
+        *reinterpret_cast<float2 *>(&s.u[k][column]) = v;
+        *reinterpret_cast<float2 *>(&s.dz[k][column]) = dz;
+    }
+    for (int i = tid; i < CHUNK * STATES; i += THREADS) {
+        const int k = i / STATES, n = i % STATES;
+        const bool inside = t0 + k < end;
+        if (!SUMMARY) reinterpret_cast<float *>(s.B)[i] = inside ? widen(B[(row0 + t0 + k) * B_row + n]) : 0.0f;
+        reinterpret_cast<float *>(s.C)[i] = inside ? widen(C[(row0 + t0 + k) * C_row + n]) : 0.0f;
+    }
+}
+
+// Where a thread is.
+struct Place {
+    int quad, first, own, d;  // its states; in the block, its first channel and the one whose sums it gets; d of `first`
+    Index b, batch, row0, state;
+    __device__ Place(int length, int channels) {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        quad = lane & 3, first = warp * 32 + (lane >> 2) * QUADS, own = threadIdx.x, d = blockIdx.x * CHANNELS + first;
+        b = blockIdx.y, batch = gridDim.y, row0 = b * length, state = (b * channels + d) * STATES + quad * 4;
+    }
+};
+
+// For all segments but the first: blockIdx.z counts from 1. ends: the adjoint before a segment, from zero behind it (the
+// last from dlast, which may be null).
+extern "C" __global__ void __launch_bounds__(THREADS)
+scan_adjoint(INPUTS, const T *dy, const float *dlast, float *ends, float *times, SIZES) {
+    __shared__ Staged s;
+    const Place at(length, channels);
+    const Starts starts{start_flags};
+    const int part = blockIdx.z + 1, begin = part * segment, end = min(begin + segment, length);
+    Four a[QUADS], g[QUADS];
+    Four time = {};
+#pragma unroll
+    for (int c = 0; c < QUADS; c++) {
+        a[c] = four(A + (at.d + c) * STATES + at.quad * 4);
+        g[c] = {};
+        if (dlast && end == length) g[c] = four(dlast + at.state + c * STATES);
+    }
+    for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
+        stage<true>(s, u, dt, z, B, C, bias, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row, C_row);
+        __syncthreads();
+#pragma unroll 4
+        for (int k = CHUNK - 1; k >= 0; k--) {
+            const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
+            const Four step = four(&s.dt[k][at.first]), gy = four(&s.gy[k][at.first]);
+            const Four cc = four(reinterpret_cast<const float *>(&s.C[k][at.quad]));
+#pragma unroll
+            for (int c = 0; c < QUADS; c++) {
+                time[c] = opens ? FOREVER : time[c] + step[c];
+#pragma unroll
+                for (int n = 0; n < 4; n++) g[c][n] = opens ? 0.0f : ex2(step[c] * a[c][n]) * fmaf(gy[c], cc[n], g[c][n]);
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int c = 0; c < QUADS; c++) {
+        store4(ends + part * at.batch * channels * STATES + at.state + c * STATES, make_float4(g[c][0], g[c][1], g[c][2], g[c][3]));
+        if (at.quad == 0) times[(part * at.batch + at.b) * channels + at.d + c] = time[c];
+    }
+}
+
+// dB_dC [block][b][l][32]: partial sums over the block's channels. Of one segment and batch row: dA [segment][b][d][16],
+// dD and dbias [segment][b][d]. ends and times are read for gridDim.z > 1; dlast may be null.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const float *ends, const float *times, T *du, T *ddt,
+              T *dz, float *dA, float *dB_dC, float *dD, float *dbias, float *dfirst, SIZES) {
+    Backward &s = *reinterpret_cast<Backward *>(shared_memory);
+    const Place at(length, channels);
+    const Starts starts{start_flags};
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, own_d = blockIdx.x * CHANNELS + at.own;
+    const int chunks = (length + CHUNK - 1) / CHUNK, begin = blockIdx.z * segment, end = min(begin + segment, length);
+    // dC of state `quad * 4 + group` for groups below 4, dB above
+    const int slot = (lane < 16 ? STATES : 0) + at.quad * 4 + ((lane >> 2) & 3);
+    const float skip = D[own_d];
+    float gD = 0.0f, gbias = 0.0f;
+    Four a[QUADS], g[QUADS], gA[QUADS];
+#pragma unroll
+    for (int c = 0; c < QUADS; c++) {
+        a[c] = four(A + (at.d + c) * STATES + at.quad * 4);
+        float4 joined = dlast ? load4(dlast + at.state + c * STATES) : zero4();
+        for (int part = gridDim.z - 1; part > blockIdx.z; part--)
+            if (part == gridDim.z - 1)  // from dlast already
+                joined = load4(ends + part * at.batch * channels * STATES + at.state + c * STATES);
+            else
+                joined = cross(joined, make_float4(a[c][0], a[c][1], a[c][2], a[c][3]),
+                               times[(part * at.batch + at.b) * channels + at.d + c],
+                               load4(ends + part * at.batch * channels * STATES + at.state + c * STATES));
+        g[c] = {{joined.x, joined.y, joined.z, joined.w}};
+        gA[c] = {};
+    }
+    for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
+        stage<false>(s.tile, u, dt, z, B, C, bias, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row, C_row);
+        __syncthreads();
+        Four h[QUADS];
+#pragma unroll
+        for (int c = 0; c < QUADS; c++)
+            h[c] = four(kept + ((at.b * chunks + t0 / CHUNK) * channels + at.d + c) * STATES + at.quad * 4);
+#pragma unroll 2
+        for (int k = 0; k < CHUNK; k++) {  // states before every second token
+            const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
+            const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
+            const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
+#pragma unroll
+            for (int c = 0; c < QUADS; c++) {
+                if (k % 2 == 0) s.before[k / 2][c][tid] = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
+                const float input = step[c] * v[c];
+#pragma unroll
+                for (int n = 0; n < 4; n++) h[c][n] = fmaf(opens ? 0.0f : ex2(step[c] * a[c][n]), h[c][n], input * b[n]);
+            }
+        }
+#pragma unroll 1
+        for (int j = PAIRS - 1; j >= 0; j--) {
+            Four before[2][QUADS], decay[2][QUADS];  // of the pair's tokens
+#pragma unroll
+            for (int c = 0; c < QUADS; c++) before[0][c] = four(reinterpret_cast<const float *>(&s.before[j][c][tid]));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int k = 2 * j + r;
+                const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
+                const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
+                const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
+#pragma unroll
+                for (int c = 0; c < QUADS; c++)
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        decay[r][c][n] = opens ? 0.0f : ex2(step[c] * a[c][n]);
+                        if (r == 0) before[1][c][n] = fmaf(decay[0][c][n], before[0][c][n], step[c] * v[c] * b[n]);
+                    }
+            }
+#pragma unroll
+            for (int r = 1; r >= 0; r--) {
+                const int k = 2 * j + r;
+                const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
+                const Four gy = four(&s.tile.gy[k][at.first]);
+                const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
+                const Four cc = four(reinterpret_cast<const float *>(&s.tile.C[k][at.quad]));
+                float terms[8] = {};  // of dC and dB, over the thread's channels
+                Four from_B = {}, from_A = {}, y = {};
+#pragma unroll
+                for (int c = 0; c < QUADS; c++) {
+                    const float input = step[c] * v[c];
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        const float past = decay[r][c][n] * before[r][c][n];
+                        const float now = r == 0 ? before[1][c][n] : fmaf(input, b[n], past);
+                        const float gh = fmaf(gy[c], cc[n], g[c][n]), ga = gh * past;
+                        terms[n] = fmaf(gy[c], now, terms[n]);
+                        terms[4 + n] = fmaf(gh, input, terms[4 + n]);
+                        y[c] = fmaf(now, cc[n], y[c]);
+                        from_B[c] = fmaf(gh, b[n], from_B[c]);
+                        from_A[c] = fmaf(ga, a[c][n], from_A[c]);
+                        gA[c][n] = fmaf(ga, step[c], gA[c][n]);
+                        g[c][n] = gh * decay[r][c][n];
+                    }
+                }
+                exchange<4>(terms, 16);
+                exchange<2>(terms, 8);
+                exchange<1>(terms, 4);
+                s.sums[warp][k][slot] = terms[0];
+                const float sum_B = over_states(from_B), sum_A = over_states(from_A), sum_y = over_states(y);
+                const float own_dt = s.tile.dt[k][at.own], own_u = s.tile.u[k][at.own], own_gy = s.tile.gy[k][at.own];
+                // the derivative of softplus from its value: 1 - exp(-dt), by its series where that cancels
+                const float slope = own_dt < 0.02f ? own_dt * fmaf(own_dt, fmaf(own_dt, 1.0f / 6, -0.5f), 1.0f)
+                                                   : 1.0f - ex2(-own_dt * LOG2E);
+                const float dx = fmaf(sum_B, own_u, sum_A * LN2) * slope;
+                gD = fmaf(own_gy, own_u, gD);
+                gbias += dx;
+                if (t0 + k < end) {
+                    const Index out = (at.row0 + t0 + k) * channels + own_d;
+                    put(du + out, fmaf(sum_B, own_dt, own_gy * skip));
+                    put(ddt + out, dx);
+                    put(dz + out, s.tile.dz[k][at.own] * fmaf(skip, own_u, sum_y));
+                }
+            }
+        }
+        __syncthreads();
+        for (int i = tid; i < CHUNK * 2 * STATES; i += THREADS) {
+            const int k = i / (2 * STATES), n = i % (2 * STATES);
+            if (t0 + k < end)
+                dB_dC[((blockIdx.x * at.batch + at.b) * length + t0 + k) * (2 * STATES) + n] =
+                    s.sums[0][k][n] + s.sums[1][k][n] + (s.sums[2][k][n] + s.sums[3][k][n]);
+        }
+        // no barrier: the next chunk writes the sums after its own first barrier, and nothing else is read here
+    }
+#pragma unroll
+    for (int c = 0; c < QUADS; c++) {
+        const Index part = blockIdx.z * at.batch * channels * STATES + at.state + c * STATES;
+        store4(dA + part, make_float4(gA[c][0], gA[c][1], gA[c][2], gA[c][3]));
+        if (blockIdx.z == 0) store4(dfirst + at.state + c * STATES, make_float4(g[c][0], g[c][1], g[c][2], g[c][3]));
+    }
+    dD[(blockIdx.z * at.batch + at.b) * channels + own_d] = gD;
+    dbias[(blockIdx.z * at.batch + at.b) * channels + own_d] = gbias;
+}

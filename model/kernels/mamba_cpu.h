@@ -37,13 +37,10 @@ static inline float sum(V x) {
 
 // 2^x for x <= 127, relative error about 2e-7: the whole part of x goes to the exponent, 2^f of the rest in [-1/2, 1/2]
 // is a polynomial. The largest x that gives 2^-126 or less may stop there, which is nothing beside any state.
-static inline V power(V f) {
-    V p = splat(1.3395279e-3f);
-    p = p * f + splat(9.6178371e-3f);
-    p = p * f + splat(5.5503324e-2f);
-    p = p * f + splat(2.4022652e-1f);
-    p = p * f + splat(6.9314718e-1f);
-    return p * f + splat(1.0f);
+static inline V power(V f) {  // in pairs of terms: shorter chains of operations than Horner's
+    const V low = splat(6.9314718e-1f) * f + splat(1.0f), middle = splat(5.5503324e-2f) * f + splat(2.4022652e-1f);
+    const V high = splat(1.3395279e-3f) * f + splat(9.6178371e-3f), square = f * f;
+    return (high * square + middle) * square + low;
 }
 #if W == 16
 static inline V exp2v(V x) {

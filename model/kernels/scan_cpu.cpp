@@ -22,6 +22,7 @@ struct Gradients {
 };
 
 static int64_t chunks_of(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
+static int steps_of(int64_t length, int64_t chunk) { return int(length - chunk * CHUNK < CHUNK ? length - chunk * CHUNK : CHUNK); }
 
 // W rows of N floats to N vectors over the rows, and back.
 template <int N> static inline void gather(float *to, const float *from, float scale) {
@@ -33,61 +34,96 @@ template <int N> static inline void scatter(float *to, const float *from) {
         for (int n = 0; n < N; n++) to[w * N + n] = from[n * W + w];
 }
 
-template <int N> static void scan_forward(const Scan &s, float *y, float *last, float *kept, const Piece &p) {
-    const int64_t L = s.length, D = s.channels, C = chunks_of(L), b = p.b;
-    for (int64_t d = p.d0; d < p.d1; d += W) {
-        float A[N * W], edge[N * W];
-        gather<N>(A, s.A + d * N, LOG2E);
-        if (s.first) gather<N>(edge, s.first + (b * D + d) * N, 1.0f);
-        V h[N];
-        for (int n = 0; n < N; n++) h[n] = s.first ? load(edge + n * W) : V{};
+// What the steps of a chunk need besides states, of one vector of channels: dt, dt u, D u and SiLU(z). Computed ahead of
+// the recurrence, so that these long chains of operations overlap.
+struct Steps {
+    float dt[CHUNK * W], du[CHUNK * W], direct[CHUNK * W], gate[CHUNK * W];
+    Steps(const Scan &s, int64_t row0, int steps, int64_t d) {
         const V skip = load(s.D + d), bias = load(s.bias + d);
-        for (int64_t t = 0; t < L; t++) {
-            if (kept && t % CHUNK == 0)
-                for (int n = 0; n < N; n++) store(kept + ((b * C + t / CHUNK) * N + n) * D + d, h[n]);
-            if (s.starts && s.starts[b * L + t])
-                for (int n = 0; n < N; n++) h[n] = V{};
-            const int64_t row = b * L + t;
-            const V u = load(s.u + row * s.u_row + d), z = load(s.z + row * s.z_row + d);
-            const V dt = softplus(load(s.dt + row * s.dt_row + d) + bias), du = dt * u;
-            const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row;
-            V y0 = skip * u, y1 = V{};
-#pragma GCC unroll 16
-            for (int n = 0; n < N; n++) {
-                h[n] = exp2v(dt * load(A + n * W)) * h[n] + du * splat(Bt[n]);
-                if (n & 1) y1 += h[n] * splat(Ct[n]);
-                else y0 += h[n] * splat(Ct[n]);
-            }
-            store(y + row * D + d, (y0 + y1) * z * sigmoid(z));
+        for (int k = 0; k < steps; k++) {
+            const V u = load(s.u + (row0 + k) * s.u_row + d), z = load(s.z + (row0 + k) * s.z_row + d);
+            const V step = softplus(load(s.dt + (row0 + k) * s.dt_row + d) + bias);
+            store(dt + k * W, step), store(du + k * W, step * u);
+            store(direct + k * W, skip * u), store(gate + k * W, z * sigmoid(z));
         }
-        for (int n = 0; n < N; n++) store(edge + n * W, h[n]);
-        scatter<N>(last + (b * D + d) * N, edge);
     }
+};
+
+// One chunk of one vector of channels; state [n][W] before and after.
+template <int N> static void advance(const Scan &s, const float *A, float *state, float *y, int64_t row0, int steps, int64_t d) {
+    const Steps at(s, row0, steps, d);
+    V h[N];
+    for (int n = 0; n < N; n++) h[n] = load(state + n * W);
+    for (int k = 0; k < steps; k++) {
+        const int64_t row = row0 + k;
+        if (s.starts && s.starts[row])
+            for (int n = 0; n < N; n++) h[n] = V{};
+        const V dt = load(at.dt + k * W), du = load(at.du + k * W);
+        const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row;
+        V y0 = load(at.direct + k * W), y1 = V{};
+#pragma GCC unroll 16
+        for (int n = 0; n < N; n++) {
+            h[n] = exp2v(dt * load(A + n * W)) * h[n] + du * splat(Bt[n]);
+            if (n & 1) y1 += h[n] * splat(Ct[n]);
+            else y0 += h[n] * splat(Ct[n]);
+        }
+        store(y + row * s.channels + d, (y0 + y1) * load(at.gate + k * W));
+    }
+    for (int n = 0; n < N; n++) store(state + n * W, h[n]);
+}
+
+template <int N> static void scan_forward(const Scan &s, float *y, float *last, float *kept, const Piece &p) {
+    const int64_t L = s.length, D = s.channels, C = chunks_of(L), b = p.b, width = p.d1 - p.d0;
+    std::vector<float> A(N * width), state(N * width);
+    for (int64_t d = p.d0; d < p.d1; d += W) {
+        gather<N>(&A[N * (d - p.d0)], s.A + d * N, LOG2E);
+        if (s.first) gather<N>(&state[N * (d - p.d0)], s.first + (b * D + d) * N, 1.0f);
+    }
+    for (int64_t chunk = 0; chunk < C; chunk++)
+        for (int64_t d = p.d0; d < p.d1; d += W) {
+            float *h = &state[N * (d - p.d0)];
+            for (int n = 0; n < N; n++) store(kept + ((b * C + chunk) * N + n) * D + d, load(h + n * W));
+            advance<N>(s, &A[N * (d - p.d0)], h, y, b * L + chunk * CHUNK, steps_of(L, chunk), d);
+        }
+    for (int64_t d = p.d0; d < p.d1; d += W) scatter<N>(last + (b * D + d) * N, &state[N * (d - p.d0)]);
 }
 
 // One chunk of one vector of channels. Per step k and state n: e decay, p decay times the state before, and the terms of
 // dB and dC, which gather over the piece's channels a vector at a time; per step the fields below.
-enum { GY, DT, DU, U, GATE, SUM_DU, SUM_DT, FIELDS };
+enum { GY, DT, DU, U, SLOPE, DZ, Y, SUM_DU, SUM_DT, FIELDS };
 template <int N> struct Chunk {
     float e[CHUNK * N * W], p[CHUNK * N * W], dB[CHUNK * N * W], dC[CHUNK * N * W], at[CHUNK * FIELDS * W];
 };
 
-// Forward again from the kept state, keeping decays and states; writes dz, adds to dC, returns the step's part of dD.
-template <int N>
-static V recompute(const Scan &s, const float *A, const float *kept, const float *dy, float *dz, Chunk<N> &c, int64_t row0,
-                   int steps, int64_t d) {
-    const int64_t D = s.channels;
+// What needs no state, as in the forward; returns the chunk's part of dD.
+template <int N> static V prepare(const Scan &s, const float *dy, Chunk<N> &c, int64_t row0, int steps, int64_t d) {
     const V skip = load(s.D + d), bias = load(s.bias + d);
-    V dD = V{}, h[N];
-    for (int n = 0; n < N; n++) h[n] = load(kept + n * D + d);
+    V dD = V{};
+    for (int k = 0; k < steps; k++) {
+        const int64_t row = row0 + k;
+        const V u = load(s.u + row * s.u_row + d), x = load(s.dt + row * s.dt_row + d) + bias, dt = softplus(x);
+        const V z = load(s.z + row * s.z_row + d), gate = sigmoid(z), dout = load(dy + row * s.channels + d), gy = dout * z * gate;
+        float *at = c.at + k * FIELDS * W;
+        store(at + GY * W, gy), store(at + DT * W, dt), store(at + DU * W, dt * u), store(at + U * W, u);
+        store(at + SLOPE * W, sigmoid(x)), store(at + Y * W, skip * u);
+        store(at + DZ * W, dout * gate * (splat(1.0f) + z * (splat(1.0f) - gate)));
+        store(at + SUM_DU * W, V{}), store(at + SUM_DT * W, V{});
+        dD += gy * u;
+    }
+    return dD;
+}
+
+// Forward again from the kept state, keeping decays and states; writes dz and adds to dC.
+template <int N>
+static void recompute(const Scan &s, const float *A, const float *kept, float *dz, Chunk<N> &c, int64_t row0, int steps, int64_t d) {
+    V h[N];
+    for (int n = 0; n < N; n++) h[n] = load(kept + n * s.channels + d);
     for (int k = 0; k < steps; k++) {
         const int64_t row = row0 + k;
         const bool opens = s.starts && s.starts[row];
-        const V u = load(s.u + row * s.u_row + d), x = load(s.dt + row * s.dt_row + d) + bias;
-        const V z = load(s.z + row * s.z_row + d), gate = sigmoid(z), dt = softplus(x), du = dt * u;
-        const V dout = load(dy + row * D + d), gy = dout * z * gate;
-        const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row;
-        V y0 = skip * u, y1 = V{};
+        const float *Bt = s.B + row * s.B_row, *Ct = s.C + row * s.C_row, *at = c.at + k * FIELDS * W;
+        const V dt = load(at + DT * W), du = load(at + DU * W), gy = load(at + GY * W);
+        V y0 = load(at + Y * W), y1 = V{};
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
             const int i = (k * N + n) * W;
@@ -99,13 +135,8 @@ static V recompute(const Scan &s, const float *A, const float *kept, const float
             if (n & 1) y1 += h[n] * splat(Ct[n]);
             else y0 += h[n] * splat(Ct[n]);
         }
-        store(dz + row * D + d, dout * (y0 + y1) * gate * (splat(1.0f) + z * (splat(1.0f) - gate)));
-        dD += gy * u;
-        float *at = c.at + k * FIELDS * W;
-        store(at + GY * W, gy), store(at + DT * W, dt), store(at + DU * W, du), store(at + U * W, u);
-        store(at + GATE * W, sigmoid(x)), store(at + SUM_DU * W, V{}), store(at + SUM_DT * W, V{});
+        store(dz + row * s.channels + d, load(at + DZ * W) * (y0 + y1));
     }
-    return dD;
 }
 
 // The adjoint recurrence of M states from n0 on, backwards through the chunk; dA and the sums over states gather.
@@ -148,21 +179,21 @@ static void scan_backward(const Scan &s, const float *kept, const float *dy, con
         if (dlast) gather<N>(&state[N * (d - p.d0)], dlast + (b * D + d) * N, 1.0f);
     }
     for (int64_t chunk = chunks_of(L) - 1; chunk >= 0; chunk--) {
-        const int64_t t0 = chunk * CHUNK, row0 = b * L + t0;
-        const int steps = int((t0 + CHUNK < L ? t0 + CHUNK : L) - t0);
+        const int64_t row0 = b * L + chunk * CHUNK;
+        const int steps = steps_of(L, chunk);
         memset(c.dB, 0, sizeof c.dB);
         memset(c.dC, 0, sizeof c.dC);
         for (int64_t d = p.d0; d < p.d1; d += W) {
             const int64_t i = d - p.d0;
-            const V skip = load(s.D + d), more = recompute<N>(s, &A[N * i], kept + (b * chunks_of(L) + chunk) * N * D, dy, g.z, c,
-                                                              row0, steps, d);
-            store(&dD[i], load(&dD[i]) + more);
+            const V skip = load(s.D + d);
+            store(&dD[i], load(&dD[i]) + prepare<N>(s, dy, c, row0, steps, d));
+            recompute<N>(s, &A[N * i], kept + (b * chunks_of(L) + chunk) * N * D, g.z, c, row0, steps, d);
             for (int n0 = 0; n0 < N; n0 += M) adjoint<N, M>(s, &A[N * i], &state[N * i], &dA[N * i], c, row0, steps, n0);
             V shift = load(&dbias[i]);
             for (int k = 0; k < steps; k++) {
                 const float *at = c.at + k * FIELDS * W;
                 const V sdu = load(at + SUM_DU * W);
-                const V dx = (sdu * load(at + U * W) + load(at + SUM_DT * W) * splat(LN2)) * load(at + GATE * W);
+                const V dx = (sdu * load(at + U * W) + load(at + SUM_DT * W) * splat(LN2)) * load(at + SLOPE * W);
                 store(g.u + (row0 + k) * D + d, sdu * load(at + DT * W) + load(at + GY * W) * skip);
                 store(g.dt + (row0 + k) * D + d, dx);
                 shift += dx;
@@ -222,7 +253,7 @@ extern "C" {
 int vector_width() { return W; }
 int chunk_steps() { return CHUNK; }
 
-// y [b][l][d]; last [b][d][n]; kept [b][chunk][n][d] or null. Returns 0, or 1 for a number of states that is not built.
+// y [b][l][d]; last [b][d][n]; kept [b][chunk][n][d]. Returns 0, or 1 for a number of states that is not built.
 int selective_scan_forward(const Scan *s, float *y, float *last, float *kept) {
 #define CALL(N) forward<N>(*s, y, last, kept)
     FOR_STATES(CALL)

@@ -1,6 +1,8 @@
 """What a data set is: sources, stages, tokenizer. Types and checks; the values stand in configs/data."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from enum import Enum
 
 
 class InputError(ValueError):
@@ -15,7 +17,67 @@ class Source:
     input: str  # folder or URL of the raw documents; "host" is the text every Python carries
     licence: str
     max_epochs: float  # the mixture refuses to read the source more often than this
-    tasks: int  # datatrove tasks; at most the number of input files does work
+    tasks: int  # datatrove tasks; at most the number of input files does work; pinned by the first launch
+    text_key: str = "text"  # column or key of the text in jsonl and parquet
+    near_duplicates: str | None = None  # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
+    exact_substrings: int = 0  # runs of this many tokens (words and marks) are kept once; 0 keeps all
+    replace_pii: bool = False  # e-mail and public IP addresses become placeholders
+    decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
+    min_yield: float = 0.5  # extracting text from a smaller share of the pages is an error, not a filter
+
+    def __post_init__(self) -> None:
+        if self.near_duplicates is not None and not re.fullmatch(r"[1-9]\d{0,2}x[1-9]\d{0,2}", self.near_duplicates):
+            raise ValueError(
+                f"near_duplicates is {self.near_duplicates}: give buckets x hashes per bucket, as 14x8, or null"
+            )
+        if self.exact_substrings and self.exact_substrings < 8:
+            raise ValueError(
+                f"exact_substrings is {self.exact_substrings}: give 8 tokens or more (published: 50), or 0"
+            )
+        if not 0 <= self.min_yield <= 1:
+            raise ValueError(f"min_yield is {self.min_yield}: give a share between 0 and 1")
+
+
+@dataclass
+class Asset:
+    """A file that some recipes read and that no package brings; `python data/prefetch.py` fetches it."""
+
+    path: str | None  # where it lies on this machine; None leaves the step that needs it out where it may be left out
+    url: str | None = None  # https://, hf:// or s3://
+    sha256: str | None = None  # refused when the file hashes otherwise
+
+
+@dataclass
+class Assets:
+    """All of them, by what they are for."""
+
+    language_model: Asset  # fastText model of languages: lid.176.bin or lid.176.ftz
+    math_classifier: Asset  # fastText model with the label __label__math
+    url_blocklist: Asset  # domains, one a line, in place of the lists that datatrove carries
+    evaluations: Asset  # jsonl of texts that must not be trained on
+
+
+class Executor(Enum):
+    """Where tasks run."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+@dataclass
+class ExecutorConfig:
+    """How the tasks of a preparation are run; the outputs are the same."""
+
+    kind: Executor
+    workers: int | None  # processes, or tasks at a time on a cluster; None: data.workers
+    partition: str | None  # Slurm's
+    time: str  # Slurm's limit per task, as 24:00:00
+    memory_gib: int  # per task
+    tasks_per_job: int  # tasks that one element of a Slurm array runs one after another
+    max_array_size: int  # of the Slurm cluster (MaxArraySize)
+    poll_seconds: float
+    address: str | None  # of a Ray cluster; None starts one on this machine
 
 
 @dataclass
@@ -36,6 +98,7 @@ class TokenizerConfig:
     sha256: str | None  # refused when the file at path hashes otherwise
     vocab_size: int
     train_megabytes: int  # text the trainer reads at most, taken from all sources by turns
+    url: str | None = None  # where data/prefetch.py fetches it from; hf://<repository>/tokenizer.json for the hub
 
 
 @dataclass
@@ -51,6 +114,8 @@ class DataConfig:
     tokenizer: TokenizerConfig
     sources: dict[str, Source]
     stages: list[Stage]
+    assets: Assets = field(default_factory=lambda: Assets(*(Asset(None) for _ in range(4))))
+    keep_exclusions: bool = False  # dropped documents are written out with their reason
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.workers < 1 or any(source.tasks < 1 for source in self.sources.values()):

@@ -4,15 +4,13 @@ datatrove's own `stats.json` covers only the tasks of the last launch, so the pe
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# An extractor does not count these under `dropped`, though the document is gone.
-FAILURES = ("timeout", "broken_process", "clean_error")
 EXTRACTOR = "Trafilatura"
-# A run that extracts text from fewer pages than this is broken, not picky: crawls give well over half.
-MIN_YIELD = 0.5
+ONLY_REASON = {"Near duplicates": "near_duplicate"}  # of datatrove's step that gives none
 
 
 @dataclass
@@ -23,10 +21,14 @@ class Step:
     total: int
     forwarded: int
     dropped: dict[str, int]  # reason -> documents
+    characters: int = 0  # of the documents passed on, where the step counts them
 
 
-def read_counts(stats: Path, tasks: int) -> list[Step]:
-    """The steps of a finished pipeline in order, summed over tasks; asserts that documents are conserved."""
+def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[Step]:
+    """The steps of a finished pipeline in order, summed over tasks.
+
+    Asserts that documents are conserved, from the last step of `before` on.
+    """
     merged: list[Step] = []
     for rank in range(tasks):
         raw = json.loads((stats / f"{rank:05d}.json").read_text(encoding="utf-8"))
@@ -37,24 +39,23 @@ def read_counts(stats: Path, tasks: int) -> list[Step]:
         for ours, theirs in zip(merged, steps, strict=True):
             ours.total += theirs.total
             ours.forwarded += theirs.forwarded
+            ours.characters += theirs.characters
             for reason, count in theirs.dropped.items():
                 ours.dropped[reason] = ours.dropped.get(reason, 0) + count
-    check_conservation(merged)
+    check_conservation([*before, *merged])
     return merged
 
 
 def read_step(raw: dict[str, Any]) -> Step:
     """One step of one task; a step without `forwarded` (a writer) passes all on."""
     counts = {name: int(value["total"] if isinstance(value, dict) else value) for name, value in raw["stats"].items()}
+    name = raw["name"].encode("ascii", "ignore").decode().split(":")[-1].strip()
     dropped = {name.removeprefix("dropped_"): n for name, n in counts.items() if name.startswith("dropped_") and n}
-    unnamed = counts.get("dropped", 0) - sum(dropped.values())
-    dropped |= {name: counts[name] for name in FAILURES if counts.get(name)}
-    if unnamed:
-        dropped["no_text" if EXTRACTOR in raw["name"] else "unnamed"] = unnamed
+    if unnamed := counts.get("dropped", 0) - sum(dropped.values()):
+        dropped[ONLY_REASON.get(name, "unnamed")] = unnamed
     total = counts.get("total", 0)
     writes = "forwarded" not in counts and not dropped
-    name = raw["name"].encode("ascii", "ignore").decode().split(":")[-1].strip()
-    return Step(name, total, total if writes else counts.get("forwarded", 0), dropped)
+    return Step(name, total, total if writes else counts.get("forwarded", 0), dropped, counts.get("doc_len", 0))
 
 
 def check_conservation(steps: list[Step]) -> None:
@@ -65,13 +66,13 @@ def check_conservation(steps: list[Step]) -> None:
         assert before.forwarded == after.total, f"documents lost between steps: {before} -> {after}"
 
 
-def check_yield(source: str, steps: list[Step]) -> None:
-    """Raise RuntimeError when text was extracted from less than MIN_YIELD of the pages."""
+def check_yield(source: str, steps: list[Step], least: float) -> None:
+    """Raise RuntimeError when text was extracted from less than `least` of the pages."""
     for step in steps:
-        if EXTRACTOR in step.name and step.forwarded < MIN_YIELD * step.total:
+        if EXTRACTOR in step.name and step.forwarded < least * step.total:
             raise RuntimeError(
-                f"source {source}: text was extracted from {step.forwarded} of {step.total} pages, below "
-                f"{MIN_YIELD:.0%} ({step.dropped}): the extractor is broken or the input is no HTML; see its logs"
+                f"source {source}: text was extracted from {step.forwarded} of {step.total} pages, below min_yield "
+                f"{least:.0%} ({step.dropped}): the extractor is broken or the input is no HTML; see its logs"
             )
 
 
@@ -79,7 +80,25 @@ def reasons(steps: list[Step]) -> str:
     """`step: reason n, reason n; step: ...`, most frequent first; empty when nothing was dropped."""
     lines = []
     for step in steps:
-        ranked = sorted(step.dropped.items(), key=lambda item: (-item[1], item[0]))
-        if ranked:
-            lines.append(f"{step.name}: " + ", ".join(f"{reason} {count}" for reason, count in ranked))
+        if step.dropped:
+            lines.append(f"{step.name}: {ranked(step.dropped)}")
     return "; ".join(lines)
+
+
+def ranked(dropped: dict[str, int]) -> str:
+    """`reason n, reason n`, most frequent first."""
+    return ", ".join(f"{why} {n:,}" for why, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])))
+
+
+def table(steps: dict[str, list[Step]]) -> list[str]:
+    """For every step of every source: in = out + dropped, by reason; steps that only copy are left out."""
+    lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
+    for source, found in steps.items():
+        for place, step in enumerate(found):
+            if place and not step.dropped:
+                continue
+            row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{step.total - step.forwarded:>12,}"
+            lines.append(f"{row}  {ranked(step.dropped)}".rstrip())
+        total, out = found[0].total, found[-1].forwarded
+        lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{total - out:>12,}")
+    return lines

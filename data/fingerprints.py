@@ -13,15 +13,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig, InputError, Source
-from data.recipes import path_of
+from data import megatron
+from data.cleaning import check_assets
+from data.config import Assets, DataConfig, InputError, Source
+from data.recipes import MEGATRON, path_of
 from data.recipes.readers import HOST, raw_files
 from data.shards import Manifest, read_manifest, sha256_of
 
 BUILT = "built.json"
 ROOT = Path(__file__).resolve().parent
-SHARED_CODE = [ROOT / name for name in ("recipes/readers.py", "recipes/filters.py", "recipes/host.py", "pipelines.py")]
-PACKAGES = ("datatrove", "trafilatura", "spacy", "warcio")  # their versions shape the text
+# What every recipe may use; a changed rule is a changed recipe.
+SHARED_CODE = sorted(path for path in (ROOT / "recipes").glob("*.py") if "\ndef steps(" not in path.read_text())
+SHARED_CODE += [ROOT / name for name in ("cleaning.py", "tasks.py", "near_duplicates.py", "substrings.py")]
+SHARDING_CODE = [ROOT / name for name in ("sharding.py", "shards.py", "megatron.py")]
+PACKAGES = ("datatrove", "trafilatura", "spacy", "warcio", "xxhash", "tldextract")  # their versions shape the text
+SHAPES_TEXT = ("recipe", "tasks", "text_key", "near_duplicates", "exact_substrings", "replace_pii", "decontaminate")
 
 
 def digest(*parts: Any) -> str:
@@ -34,10 +40,23 @@ Listing = tuple[str, dict[str, list[Any]]] | None  # kind, and [bytes, time of c
 
 def list_input(source: Source) -> Listing:
     """The files of a source's input, looked at once: the whole build works from this list."""
+    if source.recipe == MEGATRON:
+        return megatron.raw_files(source.input)
     return None if source.input == HOST else raw_files(source.input)
 
 
-def recipe_sha256(cfg: DataConfig, source: Source, listing: Listing) -> str:
+def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
+    """All that decides a source's text but its input: settings, code, versions, assets."""
+    code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
+    read = check_assets(name, source, assets)
+    files = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in read}
+    optional = {asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")}
+    files |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path and Path(path).is_file()}
+    licence = source.licence  # recipe source_code judges files by it
+    return [[getattr(source, key) for key in SHAPES_TEXT], licence, code, files, [version(name) for name in PACKAGES]]
+
+
+def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
     """Hash of all that decides a source's shards but the vocabulary: settings, code, versions, files of input.
 
     The input's place and times are left out: the same files elsewhere give the same shards.
@@ -46,16 +65,15 @@ def recipe_sha256(cfg: DataConfig, source: Source, listing: Listing) -> str:
     if listing is not None:
         kind, files = listing
         text = [kind, {name: size for name, (size, _) in files.items()}]
-    code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
-    versions = [version(package) for package in PACKAGES]
-    return digest(source.recipe, source.tasks, text, code, versions, cfg.seed, cfg.heldout_percent)
+    code = [sha256_of(path) for path in SHARDING_CODE]
+    return digest(settings_of(name, cfg.sources[name], cfg.assets), text, code, cfg.seed, cfg.heldout_percent)
 
 
-def clean_key(source: Source, listing: Listing) -> str:
+def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
     """Hash of all that decides a source's clean documents, the times of its input files included."""
+    source = cfg.sources[name]
     text: Any = platform.python_version() if listing is None else [source.input, *listing]
-    code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
-    return digest(source.recipe, source.tasks, text, code, [version(package) for package in PACKAGES])
+    return digest(settings_of(name, source, cfg.assets), text, cfg.keep_exclusions)
 
 
 def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
@@ -73,16 +91,16 @@ def shards_key(manifest: Manifest) -> str:
     return digest(asdict(replace(manifest, splits={})))
 
 
-def same_shards(folder: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of shards that are what is wanted and whose every byte is unchanged, else None."""
+def same_shards(folder: Path, wanted: Manifest) -> bool:
+    """Whether the shards in a folder are what is wanted and every byte of them is unchanged."""
     try:
         found = read_manifest(folder)
     except InputError:
-        return None
+        return False
     if replace(found, splits=wanted.splits) != wanted:
-        return None
+        return False
     files = [file for files in found.splits.values() for file in files]
-    return found if all(sha256_of(folder / file.name) == file.sha256 for file in files) else None
+    return all(sha256_of(folder / file.name) == file.sha256 for file in files)
 
 
 def write_built(folder: Path, key: str, **details: Any) -> None:
@@ -121,3 +139,23 @@ def discard(folder: Path) -> None:
     """Remove a folder if it is there."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def pin_tasks(folder: Path, name: str, tasks: int) -> None:
+    """Remember the number of tasks that a source was begun with.
+
+    Raises InputError at another number: finished tasks would be thrown away or, with datatrove alone, documents lost.
+    """
+    lock = folder / "locks" / f"{name}.json"
+    if lock.is_file():
+        pinned = json.loads(lock.read_text(encoding="utf-8"))["tasks"]
+        if pinned != tasks:
+            raise InputError(
+                f"source {name} was begun with {pinned} tasks, not {tasks}: set data.sources.{name}.tasks={pinned}, or "
+                f"remove {lock} to build it anew"
+            )
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    part = lock.with_suffix(".part")
+    part.write_text(json.dumps({"tasks": tasks}) + "\n", encoding="utf-8")
+    part.rename(lock)

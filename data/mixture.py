@@ -22,7 +22,7 @@ ROUNDS = 6  # of the Feistel network; 4 make a pseudorandom permutation (Luby an
 Indices = NDArray[np.int64]
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -45,7 +45,7 @@ def permute(indices: Indices, size: int, key: str) -> Indices:
         x = out[todo]
         left, right = x >> shift, x & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mix(right + round_key) & mask)
         out[todo] = (left << shift) | right
         todo = out >= np.uint64(size)
     return out.astype(np.int64)

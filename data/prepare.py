@@ -1,8 +1,10 @@
 """Build the data that a config describes: raw text -> clean documents -> vocabulary -> token shards.
 
-`python data/prepare.py +experiment=demo`. Stages that are complete are reused; a killed run is taken up where it was.
+`python data/prepare.py +experiment=demo`; with `executor=slurm executor.partition=cpu` on a cluster. Stages that are
+complete are reused; a killed run is taken up where it was.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -11,55 +13,81 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import fingerprints, pipelines, recipes, tokenizer
+from data import cleaning, counts, fingerprints, megatron, recipes, sharding, tokenizer
+from data.cleaning import Build
 from data.command import command
-from data.config import DataConfig, InputError
-from data.counts import Step, check_yield, read_counts, reasons
-from data.pipelines import Clean, Sharding
+from data.config import DataConfig, ExecutorConfig, InputError
+from data.counts import Step
+from data.executors import Tasks, open_executor
 from data.recipes.readers import pin_files
-from data.shards import SPLITS, Manifest, ShardFile, sha256_of, write_manifest
-from data.workers import Workers, exclusive
+from data.sharding import Clean, Sharding
+from data.shards import SPLITS, Manifest, ShardFile, read_manifest, sha256_of, write_manifest
+from data.workers import exclusive
+
+REPORT = "report.json"
 
 
 @dataclass
 class PrepareConfig:
-    """The section of the config that this program reads."""
+    """The sections of the config that this program reads."""
 
     data: DataConfig
+    executor: ExecutorConfig
 
 
 class Preparation:
     """One run over a data folder; the three stages are called in order."""
 
-    def __init__(self, cfg: DataConfig, workers: Workers) -> None:
+    def __init__(self, cfg: DataConfig, workers: Tasks) -> None:
         self.cfg = cfg
         self.workers = workers
         self.folder = Path(cfg.folder)
         self.started = time.monotonic()
-        self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
-        self.keys = {name: fingerprints.clean_key(source, self.listings[name]) for name, source in cfg.sources.items()}
         self.steps: dict[str, list[Step]] = {}
         self.cleans: dict[str, Clean] = {}
         self.manifests: dict[str, Manifest] = {}
-        self.report("prepare", f"{', '.join(cfg.sources)} into {self.folder}, {cfg.workers} workers")
+        self.report("prepare", f"{', '.join(cfg.sources)} into {self.folder}, {workers.describe()}")
+        for name, source in cfg.sources.items():
+            recipes.path_of(source.recipe)
+            fingerprints.pin_tasks(self.folder, name, source.tasks)
+        self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
+        self.keys = {name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources}
 
     def report(self, stage: str, line: str) -> None:
         """One line of progress with the seconds since the start."""
         print(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)", flush=True)
 
+    def place(self, name: str) -> Path:
+        """The folder in which a source's clean documents are built."""
+        return fingerprints.construction(self.folder, f"clean/{name}", self.keys[name])
+
     def clean(self) -> None:
-        """Clean every source whose documents are not there yet."""
-        jobs = {}
+        """Clean every source whose documents are not there yet, pass by pass."""
+        builds = {}
         for name, source in self.cfg.sources.items():
+            if source.recipe == recipes.MEGATRON:
+                continue
             if self.read_clean(name):
                 self.report("clean", f"{name}: reused, {self.cleans[name].documents:,} documents")
                 continue
-            recipes.load(source.recipe)  # imports before the fork, and refuses before the first document
-            place = fingerprints.construction(self.folder, f"clean/{name}", self.keys[name])
+            cleaning.check_packages(source)  # imports before the fork, and refuses before the first document
+            builds[name] = Build(source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions)
+        for name, build in builds.items():
             if (listing := self.listings[name]) is not None:
-                pin_files(place, listing[0], list(listing[1]))
-            jobs[name] = [(pipelines.clean_task, source, place, rank) for rank in range(source.tasks)]
-        self.workers.run("clean", jobs, self.finish_clean)
+                pin_files(build.place, listing[0], list(listing[1]))
+            preload = getattr(recipes.load(build.source.recipe), "preload", None)
+            if preload is not None:
+                preload(build.source, self.cfg.assets)
+        chains = {name: cleaning.passes(build) for name, build in builds.items()}
+        for number in range(max(map(len, chains.values()), default=0)):
+            now = {name: chain[number] for name, chain in chains.items() if number < len(chain)}
+
+            def ended(name: str, results: list[Any], number: int = number) -> None:
+                if number == len(chains[name]) - 1:
+                    self.finish_clean(name, builds[name])
+
+            stage = "/".join(dict.fromkeys(one.name for one in now.values()))
+            self.workers.run(stage, {name: one.jobs() for name, one in now.items()}, ended)
 
     def read_clean(self, name: str) -> bool:
         """Take up the finished clean documents of a source, if their files are the ones that were written."""
@@ -71,17 +99,18 @@ class Preparation:
         self.cleans[name] = Clean(folder, sorted(built["files"]), self.steps[name][-1].forwarded)
         return True
 
-    def finish_clean(self, name: str, results: list[Any]) -> None:
+    def finish_clean(self, name: str, build: Build) -> None:
         """Account for the documents and move the folder into place; shards made of older documents go first."""
-        place = fingerprints.construction(self.folder, f"clean/{name}", self.keys[name])
-        steps = read_counts(place / "datatrove" / "stats", self.cfg.sources[name].tasks)
+        place = build.place
+        steps = cleaning.count(build)
         try:
-            check_yield(name, steps)
+            counts.check_yield(name, steps, build.source.min_yield)
             if not steps[-1].forwarded:
-                raise InputError(f"source {name}: no document of {steps[0].total} was kept ({reasons(steps)})")
-        except (RuntimeError, InputError):
+                raise InputError(f"source {name}: no document of {steps[0].total} was kept ({counts.reasons(steps)})")
+        except (RuntimeError, InputError) as error:
             fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
-            raise
+            raise InputError(str(error)) from error
+        cleaning.finish(build)
         fingerprints.write_built(place, self.keys[name], files=sizes(place), steps=[asdict(step) for step in steps])
         fingerprints.discard(self.folder / "shards" / name)
         fingerprints.discard(self.folder / "building" / "shards" / name)
@@ -106,9 +135,11 @@ class Preparation:
         if settings.path is not None:
             tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
         else:
-            cleans = [self.cleans[name] for name in self.cfg.sources]  # not in the order in which they ended
+            cleans = [self.cleans[name] for name in self.cfg.sources if name in self.cleans]  # not as they ended
+            if not cleans:
+                raise InputError("no source has text to train a vocabulary on: set data.tokenizer.path")
             arguments = (self.cfg.heldout_percent, settings.train_megabytes * 10**6, settings.vocab_size, place)
-            self.workers.run("tokenizer", {"train": [(pipelines.tokenizer_task, cleans, *arguments)]}, lambda *_: None)
+            self.workers.run("tokenizer", {"train": [(sharding.tokenizer_task, cleans, *arguments)]}, lambda *_: None)
         sha256 = sha256_of(place / tokenizer.FILE)
         fingerprints.write_built(place, key, sha256=sha256)
         fingerprints.install(place, folder)
@@ -121,15 +152,19 @@ class Preparation:
         wanted = {name: self.manifest_of(name, sha256_of(file)) for name in cfg.sources}
         verifying = {name: [(fingerprints.same_shards, self.folder / "shards" / name, wanted[name])] for name in wanted}
         self.workers.run("verify", verifying, self.take_up)
-        jobs = {}
+        jobs: dict[str, list[Any]] = {}
         for name in (name for name in cfg.sources if name not in self.manifests):
             place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name]))
-            tasks = cfg.sources[name].tasks
-            sharding = Sharding(self.cleans[name], place, file, cfg.seed, cfg.heldout_percent, tasks)
-            jobs[name] = [(pipelines.shard_task, sharding, split, rank) for split in SPLITS for rank in range(tasks)]
+            source, tasks = cfg.sources[name], cfg.sources[name].tasks
+            if (listing := self.listings[name]) is not None and source.recipe == recipes.MEGATRON:
+                job = megatron.Corpus(source.input, sorted(listing[1]), place, wanted[name].vocab_size, tasks)
+                jobs[name] = [(megatron.shard_task, job, cfg.heldout_percent, rank) for rank in range(tasks)]
+            else:
+                sharding_job = Sharding(self.cleans[name], place, file, cfg.seed, cfg.heldout_percent, tasks)
+                jobs[name] = [(sharding.shard_task, sharding_job, rank) for rank in range(tasks)]
 
-        def finish(name: str, results: list[ShardFile | None]) -> None:
-            self.finish_shards(name, wanted[name], results)
+        def finish(name: str, results: list[list[dict[str, Any]]]) -> None:
+            self.finish_shards(name, wanted[name], [ShardFile(**file) for files in results for file in files])
 
         self.workers.run("shards", jobs, finish)
 
@@ -137,23 +172,25 @@ class Preparation:
         """The manifest that a source's shards must have, without its files."""
         source = self.cfg.sources[name]
         size = tokenizer.size_of(tokenizer.load(self.folder / "tokenizer" / tokenizer.FILE))
-        recipe = fingerprints.recipe_sha256(self.cfg, source, self.listings[name])
+        recipe = fingerprints.recipe_sha256(self.cfg, name, self.listings[name])
         splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
         return Manifest(name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, size, splits)
 
-    def take_up(self, name: str, results: list[Manifest | None]) -> None:
+    def take_up(self, name: str, results: list[bool]) -> None:
         """Keep the manifest of shards that were found complete."""
-        if results[0] is not None:
-            self.manifests[name] = results[0]
-            self.report("shards", f"{name}: reused, {sum(results[0].tokens(split) for split in SPLITS):,} tokens")
+        if results[0]:
+            manifest = self.manifests[name] = read_manifest(self.folder / "shards" / name)
+            if self.cfg.sources[name].recipe == recipes.MEGATRON:
+                self.steps[name] = [megatron.step(manifest)]
+            self.report("shards", f"{name}: reused, {sum(manifest.tokens(split) for split in SPLITS):,} tokens")
 
-    def finish_shards(self, name: str, wanted: Manifest, results: list[ShardFile | None]) -> None:
+    def finish_shards(self, name: str, wanted: Manifest, results: list[ShardFile]) -> None:
         """Write the manifest and move the shards into place; every clean document is in exactly one split."""
-        splits = {split: [file for file in results if file and file.name.startswith(split)] for split in SPLITS}
-        documents = sum(file.documents for files in splits.values() for file in files)
-        assert documents == self.cleans[name].documents, (
-            f"{name}: {documents} of {self.cleans[name].documents} in shards"
-        )
+        splits = {split: [file for file in results if file.name.startswith(split)] for split in SPLITS}
+        documents = sum(file.documents for file in results)
+        if name in self.cleans:
+            expected = self.cleans[name].documents
+            assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
         for split in SPLITS:
             if not splits[split]:
                 raise InputError(
@@ -165,22 +202,23 @@ class Preparation:
         write_manifest(place, manifest)
         fingerprints.install(place, self.folder / "shards" / name)
         self.manifests[name] = manifest
+        if name not in self.cleans:
+            self.steps[name] = [megatron.step(manifest)]
         self.report("shards", f"{name}: {manifest.tokens('train'):,} train and {manifest.tokens('heldout'):,} held out")
 
     def table(self) -> None:
-        """What became of every source's documents."""
-        print(f"\n{'source':<12}{'in':>9}{'dropped':>9}{'out':>9}{'train tokens':>15}{'held out':>11}{'bytes':>13}")
+        """What became of every source's documents, step by step; the same is written to report.json."""
+        steps = {name: self.steps[name] for name in self.cfg.sources}
+        print("\n" + "\n".join(counts.table(steps)))
+        print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
         for name in self.cfg.sources:
-            steps = self.steps[name]
-            manifest, out = self.manifests[name], steps[-1].forwarded
-            train, heldout = (manifest.tokens(split) for split in SPLITS)
-            print(
-                f"{name:<12}{steps[0].total:>9,}{steps[0].total - out:>9,}{out:>9,}{train:>15,}{heldout:>11,}"
-                f"{2 * (train + heldout):>13,}"
-            )
-        for name in self.cfg.sources:
-            if why := reasons(self.steps[name]):
-                print(f"dropped from {name}: {why}")
+            train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)
+            documents = self.steps[name][-1].forwarded
+            print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
+        part = self.folder / (REPORT + ".part")
+        record = {name: [asdict(step) for step in found] for name, found in steps.items()}
+        part.write_text(json.dumps({"steps": record}, indent=1) + "\n", encoding="utf-8")
+        part.rename(self.folder / REPORT)
         print(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}", flush=True)
 
 
@@ -189,10 +227,13 @@ def sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.glob("*.jsonl.gz")}
 
 
-def prepare(cfg: DataConfig) -> None:
-    """Build everything under `cfg.folder`; raises InputError for what the user can mend."""
+def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
+    """Build everything under `cfg.folder`, with processes of this machine unless `executor` says otherwise.
+
+    Raises InputError for what the user can mend.
+    """
     with exclusive(Path(cfg.folder)):
-        workers = Workers(cfg.workers, Path(cfg.folder))
+        workers = open_executor(executor, cfg.workers, Path(cfg.folder))
         try:
             preparation = Preparation(cfg, workers)
             preparation.clean()
@@ -206,7 +247,7 @@ def prepare(cfg: DataConfig) -> None:
 @command(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
     """Prepare the data of a composed config."""
-    prepare(cfg.data)
+    prepare(cfg.data, cfg.executor)
 
 
 if __name__ == "__main__":

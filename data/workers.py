@@ -57,11 +57,16 @@ class Workers:
 
     def __init__(self, count: int, folder: Path) -> None:
         self.folder = folder
+        self.count = count
         self.started = time.monotonic()
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("fork")
         self.pool = ProcessPoolExecutor(count, context, initializer=start_worker, initargs=(str(logs),))
+
+    def describe(self) -> str:
+        """Where it runs."""
+        return f"{self.count} workers"
 
     def run(self, stage: str, jobs: dict[str, list[Job]], finished: Callable[[str, list[Any]], None]) -> None:
         """Run the jobs of all names together; `finished(name, results)` is called here when a name's are all done.
@@ -81,7 +86,8 @@ class Workers:
                 unfinished.remove(name)
                 spoke = time.monotonic()
             if time.monotonic() >= spoke + HEARTBEAT_SECONDS:
-                self.say(stage, {name: futures[name] for name in unfinished})
+                tasks = {name: (sum(f.done() for f in futures[name]), len(futures[name])) for name in unfinished}
+                say(stage, tasks, self.folder / "building", time.monotonic() - self.started)
                 spoke = time.monotonic()
 
     def raise_error(self, future: "Future[Any]", pending: "set[Future[Any]]") -> None:
@@ -93,13 +99,14 @@ class Workers:
             error.add_note(f"the workers' logs are in {self.folder / 'logs'}")
             raise error
 
-    def say(self, stage: str, futures: "dict[str, list[Future[Any]]]") -> None:
-        """One line: tasks done per name, and bytes on disk so far as a sign of life."""
-        tasks = ", ".join(f"{name} {sum(f.done() for f in group)}/{len(group)}" for name, group in futures.items())
-        files = (Path(root) / name for root, _, names in os.walk(self.folder / "building") for name in names)
-        written = sum(file.stat().st_size for file in files if file.exists())
-        print(f"  {stage}: {tasks} tasks; {written / 1e6:.1f} MB; {time.monotonic() - self.started:.0f} s", flush=True)
-
     def close(self) -> None:
         """End the processes; jobs that have not begun are dropped."""
         self.pool.shutdown(cancel_futures=True)
+
+
+def say(stage: str, tasks: dict[str, tuple[int, int]], building: Path | None, seconds: float) -> None:
+    """One line: tasks done of all per name, and bytes on disk so far as a sign of life."""
+    done = ", ".join(f"{name} {some}/{all_}" for name, (some, all_) in tasks.items())
+    files = (Path(root) / name for root, _, names in os.walk(building or "") for name in names)
+    written = f"; {sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB" if building else ""
+    print(f"  {stage}: {done} tasks{written}; {seconds:.0f} s", flush=True)

@@ -1,20 +1,9 @@
-"""Mathematics: a folder of it, or worked arithmetic, problems solved step by step by a seeded generator.
-
-MinHash must never run on this: datatrove maps every number to 0 before hashing, and all problems would be one.
-"""
+"""Worked arithmetic: problems solved step by step by a seeded generator."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from datatrove.pipeline.base import PipelineStep
-
-from data.config import Source
-from data.recipes.filters import Plausible
-from data.recipes.readers import HOST, Rows, open_input
-
-REQUIRES = ("orjson",)
 TOTAL_CHARS = 3_000_000
 
 NAMES = ("Ada", "Boris", "Chen", "Dalia", "Emeka", "Farah", "Goran", "Hana", "Imani", "Jonas", "Keiko", "Lina", "Mateo")
@@ -170,13 +159,3 @@ def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
             seen.add(text)
             chars += len(text)
             yield {"id": group, "text": text, "group": group}
-
-
-def steps(source: Source, folder: Path) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`. Problems are made to be clean.
-
-    A folder may hold any mathematics. Formulas have few letters, so only what is nearly all digits or signs is dropped.
-    """
-    if source.input == HOST:
-        return [Rows(problems)]
-    return [open_input(source.input, folder), Plausible(min_chars=100, min_letters=0.1, max_line=100_000)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from data.config import Source
+from data.config import Assets, Source
 from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, Rows, open_input
 
@@ -23,7 +23,7 @@ def host_topics() -> Iterator[dict[str, Any]]:
         yield {"id": name, "text": text, "group": f"topic {name}"}
 
 
-def steps(source: Source, folder: Path) -> list[PipelineStep]:
+def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    reader = Rows(host_topics) if source.input == HOST else open_input(source.input, folder)
+    reader = Rows(host_topics) if source.input == HOST else open_input(source, folder)
     return [reader, Plausible(min_chars=200, min_letters=0.5, max_line=100_000)]

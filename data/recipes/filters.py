@@ -41,3 +41,48 @@ class Handwritten(BaseFilter):
         """True, or (False, reason)."""
         head = "\n".join(doc.text.split("\n", self.HEAD_LINES)[: self.HEAD_LINES]).lower()
         return (False, "generated") if any(mark in head for mark in self.MARKS) else True
+
+
+class Permissive(BaseFilter):
+    """Keeps files whose every known licence is permissive, and gives them their repository as group."""
+
+    name = "Licence"
+    KEYS = ("license", "licenses", "licence", "detected_licenses", "max_stars_repo_licenses", "gha_license_id")
+    REPOSITORY = ("repo_name", "repository_name", "max_stars_repo_name", "repo_path")
+    # SPDX identifiers without copyleft: the Blue Oak Council's list, as far as it is common
+    ALLOWED = frozenset(
+        "mit mit-0 apache-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear 0bsd isc zlib unlicense cc0-1.0 "  # noqa: SIM905
+        "psf-2.0 python-2.0 bsl-1.0 artistic-2.0 ncsa x11 postgresql upl-1.0 blueoak-1.0.0 curl ms-pl".split()
+    )
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """True, or (False, reason)."""
+        values = [doc.metadata[key] for key in self.KEYS if doc.metadata.get(key)]
+        names = [str(name).lower() for value in values for name in (value if isinstance(value, list) else [value])]
+        if not names:
+            return False, "licence_unknown"
+        if not set(names) <= self.ALLOWED:
+            return False, "licence_not_permissive"
+        repository = next((doc.metadata[key] for key in self.REPOSITORY if doc.metadata.get(key)), None)
+        if repository is not None:
+            doc.metadata.setdefault("group", str(repository))
+        return True
+
+
+class Lines(BaseFilter):
+    """Drops files whose lines are long on average or hold few letters and digits: data, not code."""
+
+    name = "Lines"
+
+    def __init__(self, max_mean: float, min_alphanumeric: float) -> None:
+        super().__init__()
+        self.max_mean = max_mean  # characters
+        self.min_alphanumeric = min_alphanumeric  # share of all characters
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """True, or (False, reason)."""
+        if len(doc.text) > self.max_mean * (doc.text.count("\n") + 1):
+            return False, "long_lines"
+        if sum(c.isalnum() for c in doc.text) < self.min_alphanumeric * len(doc.text):
+            return False, "few_alphanumeric"
+        return True

@@ -1,4 +1,4 @@
-"""Technical prose: manuals, papers, reference pages."""
+"""Technical prose: papers (arXiv as TeX or text, PubMed), patents (USPTO), manuals, reference pages."""
 
 import ast
 import inspect
@@ -8,9 +8,10 @@ from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
 
-from data.config import Source
+from data.config import Assets, Source
 from data.recipes import host
 from data.recipes.filters import Plausible
+from data.recipes.papers import PaperBody
 from data.recipes.readers import HOST, Rows, open_input
 
 REQUIRES = ("orjson",)
@@ -52,7 +53,10 @@ def host_pages() -> Iterator[dict[str, Any]]:
         yield {"id": name, "text": text, "group": name}
 
 
-def steps(source: Source, folder: Path) -> list[PipelineStep]:
+def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    reader = Rows(host_pages) if source.input == HOST else open_input(source.input, folder)
-    return [reader, Plausible(min_chars=200, min_letters=0.5, max_line=5000)]
+    plausible = Plausible(min_chars=200, min_letters=0.5, max_line=5000)
+    if source.input == HOST:
+        return [Rows(host_pages), plausible]
+    # a paragraph of a paper or a patent may be one line
+    return [open_input(source, folder), PaperBody(), Plausible(min_chars=200, min_letters=0.4, max_line=100_000)]

@@ -1,4 +1,8 @@
-"""Web pages: archives -> main text -> repetition and quality rules."""
+"""Web pages as RefinedWeb: address, main text, language, repetition, quality, line-wise corrections.
+
+Near duplicates (near_duplicates: 14x8 or, as RefinedWeb, 93x15) and exact substrings (exact_substrings: 50) follow as
+passes over all documents, where the source asks for them.
+"""
 
 import importlib
 import pydoc
@@ -10,20 +14,22 @@ from unittest import mock
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
-from data.config import Source
+from data.config import Assets, Source
 from data.recipes import host
+from data.recipes.classifiers import English
+from data.recipes.extraction import MainText
+from data.recipes.lines import LineCorrections
 from data.recipes.readers import HOST, Warc, open_input
+from data.recipes.urls import blocklist
 
 # Checked in the parent before the first document. Without lxml_html_clean, or without spacy's word splitter, datatrove
 # counts every page as a timeout or fails in the middle, and reports success. pylibmagic comes before magic: it brings
 # the system library that magic looks for.
-REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy")
-
-# What is dropped must not depend on how busy the machine is; datatrove's second per page would make it so.
-TIMEOUT_SECONDS = 60
+REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy",
+            "fasttext", "tldextract", "ahocorasick", "xxhash")  # fmt: skip
+ASSETS = ("language_model",)
 
 # Gopher's published values (datatrove's defaults) hold for crawls. The host's help pages repeat signatures and list
 # terms, and the word splitter counts every bracket as a word without letters: Gopher's values, in brackets, drop nearly
@@ -106,28 +112,29 @@ class HostPages(Warc):
         names = [name for name, _ in host.modules_of("web")][rank::world_size]
         archive = f"{rank:05d}.warc.gz"
         with self.data_folder.open(archive, "wb") as stream:
-            write_archive(stream, ((name, html) for name in names if (html := help_page(name)) is not None))
+            pages = ((name, html) for name in names if (html := help_page(name)) is not None)
+            write_archive(stream, ((f"http://host.invalid/{name}.html", html) for name, html in pages))
         for document in self.read_files_shard([archive]):
             document.metadata["group"] = document.metadata["url"].rsplit("/", 1)[1].removesuffix(".html")
             yield document
 
 
 def write_archive(stream, pages: Iterator[tuple[str, str]]) -> None:  # type: ignore[no-untyped-def]
-    """Write (name, HTML) pairs as response records; identifiers and dates are fixed, so equal pages, equal bytes."""
+    """Write (address, HTML) pairs as response records; identifiers and dates are fixed: equal pages, equal bytes."""
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
     writer = WARCWriter(stream, gzip=True)
-    for name, html in pages:
+    for url, html in pages:
         record = writer.create_warc_record(
-            f"http://host.invalid/{name}.html",
+            url,
             "response",
             payload=BytesIO(html.encode("utf-8", "replace")),
             http_headers=StatusAndHeaders(
                 "200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.0"
             ),
             warc_headers_dict={
-                "WARC-Record-ID": f"<urn:module:{name}>",
+                "WARC-Record-ID": f"<urn:page:{url}>",
                 "WARC-Date": "2000-01-01T00:00:00Z",
                 "WARC-Identified-Payload-Type": "text/html",
             },
@@ -135,16 +142,24 @@ def write_archive(stream, pages: Iterator[tuple[str, str]]) -> None:  # type: ig
         writer.write_record(record)
 
 
-def steps(source: Source, folder: Path) -> list[PipelineStep]:
+def preload(source: Source, assets: Assets) -> None:
+    """Load the block lists in the process that forks the workers."""
+    if source.input != HOST:
+        blocklist(assets.url_blocklist.path)
+
+
+def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; the archives of the host's pages are kept in `folder`/raw.
 
-    Language identification is left out: its model must be downloaded, and the host's text is English.
+    The host's pages have no addresses and are English; they meet milder thresholds. Text that is extracted already
+    (jsonl, parquet) meets all rules but the address's where it has none.
     """
-    reader = HostPages(str(folder / "raw")) if source.input == HOST else open_input(source.input, folder, html=True)
+    if source.input == HOST:
+        quality = [GopherRepetitionFilter(**HOST_REPETITION), GopherQualityFilter(**HOST_QUALITY)]
+        return [HostPages(str(folder / "raw")), MainText(), *quality]
+    reader = open_input(source, folder, html=True)
     pipeline: list[PipelineStep] = [reader]
     if isinstance(reader, Warc):
-        # deduplicate keeps a memory across pages, so a page's text would depend on the pages before it.
-        pipeline.append(Trafilatura(favour_precision=True, timeout=TIMEOUT_SECONDS, deduplicate=False))
-    if source.input == HOST:
-        return [*pipeline, GopherRepetitionFilter(**HOST_REPETITION), GopherQualityFilter(**HOST_QUALITY)]
-    return [*pipeline, GopherRepetitionFilter(), GopherQualityFilter()]
+        pipeline += [blocklist(assets.url_blocklist.path), MainText()]
+    pipeline += [English(str(assets.language_model.path)), GopherRepetitionFilter(), GopherQualityFilter()]
+    return [*pipeline, LineCorrections()]

@@ -15,8 +15,8 @@ import pytest
 
 from data import tokenizer
 from data.config import DataConfig, InputError, Source, Stage, TokenizerConfig
-from data.pipelines import split_of
 from data.prepare import Preparation, prepare
+from data.sharding import split_of
 from data.shards import SPLITS, Shards, read_manifest, sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +124,12 @@ def test_changed_settings_rebuild_their_source_only(base: DataConfig, tmp_path: 
     cfg = replace(base, folder=str(tmp_path))
     prepare(cfg)
     before, left = changes(cfg), outputs(cfg, "left")
-    changed = replace(cfg, sources={**cfg.sources, "right": replace(cfg.sources["right"], tasks=3)})
+    more = {**cfg.sources, "right": replace(cfg.sources["right"], tasks=3)}
+    changed = replace(cfg, sources=more)
+    with pytest.raises(InputError, match=r"was begun with 2 tasks, not 3: set data.sources.right.tasks=2, or remove"):
+        prepare(changed)
+    assert changes(cfg) == before
+    (tmp_path / "locks" / "right.json").unlink()
     prepare(changed)
     assert outputs(cfg, "left") == left
     assert {path for path, when in changes(changed).items() if before.get(path) == when} == {
@@ -132,6 +137,7 @@ def test_changed_settings_rebuild_their_source_only(base: DataConfig, tmp_path: 
     }
     assert len(list((tmp_path / "shards" / "right").glob("train_*.ds"))) == 3
     assert sorted(texts(changed, "right", "train")) == sorted(texts(base, "right", "train"))
+    (tmp_path / "locks" / "right.json").unlink()
     prepare(cfg)
     assert outputs(cfg) == outputs(base)
 
@@ -196,7 +202,7 @@ def test_vocabulary_must_fit_even_when_it_is_there_already(base: DataConfig, tmp
     assert outputs(cfg) == before
 
 
-@pytest.mark.parametrize("mark", ["clean/*/*/datatrove/completions/*", "shards/*/*/datatrove-train/completions/*"])
+@pytest.mark.parametrize("mark", ["clean/*/*/logs/clean/completions/*", "shards/*/*/logs/completions/*"])
 def test_killed_run_ends_with_the_same_bytes(base: DataConfig, built: DataConfig, tmp_path: Path, mark: str) -> None:
     cfg = replace(base, folder=str(tmp_path), workers=1)
     program = (
@@ -231,7 +237,7 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="set data.sources.<name>.input to a folder"):
         prepare(with_left(input=str(tmp_path / "nowhere")))
-    with pytest.raises(InputError, match="is one of arithmetic, curated, source_code, technical, web"):
+    with pytest.raises(InputError, match="is one of books, curated, forums, .*, web, megatron"):
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):
         prepare(replace(cfg, heldout_percent=0.001))

@@ -2,18 +2,25 @@
 
 import gzip
 import json
+import os
 import re
+import struct
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data import counts, pipelines, recipes
-from data.config import InputError, Source
-from data.recipes import arithmetic, curated, host, source_code, technical, web
-from data.recipes.readers import open_input, pin_files, raw_files
+from data import cleaning, counts, recipes
+from data.cleaning import Build
+from data.config import Asset, Assets, InputError, Source
+from data.recipes import arithmetic, books, curated, forums, host, source_code, technical, web
+from data.recipes.extraction import MainText
+from data.recipes.lines import corrected
+from data.recipes.readers import Jsonl, open_input, pin_files, raw_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 PROSE = (
@@ -21,6 +28,14 @@ PROSE = (
     "carries the snow of the mountains, and the fields on both sides have to be kept dry with ditches that the farmers "
     "dig and clean together. Nobody who has seen the water that comes in a wet year would call this work idle. "
 )
+
+
+NONE = Assets(*(Asset(None) for _ in range(4)))
+
+GERMAN = "Der Fluss entspringt in den Bergen und die Leute der Stadt haben ihn nicht vergessen. "
+SUMS = "let x be a real number such that the equation holds then the proof follows by induction on n. "
+SHOP = "buy cheap shoes now and save money with our best offers of the week in every shop near you today. "
+QUESTION = "What do the farmers dig together to keep the fields on both sides of the river dry in a wet year?"
 
 
 def folder_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
@@ -35,14 +50,14 @@ def pin(folder: str, place: Path) -> Path:
     return place
 
 
-def run(source: Source, place: Path) -> tuple[list[dict[str, str]], list[counts.Step]]:
+def run(source: Source, place: Path, assets: Assets = NONE) -> tuple[list[dict[str, str]], list[counts.Step]]:
     """Clean documents of a source, and the counts of its steps."""
     pin(source.input, place)
     for rank in range(source.tasks):
-        pipelines.clean_task(source, place, rank)
-    files = sorted(place.glob("*.jsonl.gz"))
+        cleaning.clean_task(Build(source, assets, place, True), rank)
+    files = sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
     rows = [json.loads(line) for path in files for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return rows, counts.read_counts(place / "datatrove" / "stats", source.tasks)
+    return rows, counts.read_counts(place / "logs" / "clean" / "stats", source.tasks)
 
 
 def write_rows(path: Path, rows: list[object]) -> None:
@@ -61,10 +76,10 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert [row["text"] for row in rows] == [PROSE, PROSE + "2", PROSE + "3"]
     assert [row["group"] for row in rows][1:] == ["g", "g"]
     assert (steps[0].total, steps[0].dropped) == (11, {"corrupt": 4, "empty": 2})
-    assert steps[1].dropped == {"short": 1, "few_letters": 1}
+    assert steps[2].dropped == {"short": 1, "few_letters": 1}
     assert steps[-1].forwarded == 3
     assert counts.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
-    log = "".join(path.read_text() for path in (tmp_path / "clean/datatrove/logs").iterdir())
+    log = "".join(path.read_text() for path in (tmp_path / "clean/logs/clean/logs").iterdir())
     assert "b.jsonl.gz:1: dropped as corrupt" in log
 
 
@@ -75,25 +90,60 @@ def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path)
         write_rows(raw / f"{name}.jsonl", [{"text": PROSE + name}])
     source = folder_source("curated", raw, tasks=2)
     pin(source.input, place)
-    pipelines.clean_task(source, place, 0)
+    cleaning.clean_task(Build(source, NONE, place, True), 0)
     write_rows(raw / "a.jsonl", [{"text": PROSE + "a"}])
-    pipelines.clean_task(source, place, 1)
-    written = b"".join(gzip.decompress(path.read_bytes()) for path in sorted(place.glob("*.jsonl.gz")))
+    cleaning.clean_task(Build(source, NONE, place, True), 1)
+    written = b"".join(
+        gzip.decompress(path.read_bytes()) for path in sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
+    )
     assert [json.loads(line)["text"][-1] for line in written.splitlines()] == ["b", "d"]
 
 
-def test_crawls_meet_the_published_thresholds(tmp_path: Path) -> None:
+def write_model(path: Path, texts: dict[str, str]) -> None:
+    """A fastText model (fastText's format, version 12) in which every word of a text votes for its label.
+
+    Written by hand: training in the wheel that datatrove asks for ends in "Encountered NaN".
+    """
+    words = {word: place for place, text in enumerate(texts.values()) for word in text.split()}
+    size = len(texts)
+    settings = (size, 5, 5, 1, 5, 1, 3, 3, 0, 0, 0, 100)  # dim, ..., loss softmax, model supervised, no n-grams
+    out = struct.pack("<2i12id", 793712314, 12, *settings, 1e-4)
+    out += struct.pack("<3i2q", len(words) + size, len(words), size, len(words), -1)
+    for word in words:
+        out += word.encode() + b"\0" + struct.pack("<qb", 1, 0)
+    for label in texts:
+        out += f"__label__{label}".encode() + b"\0" + struct.pack("<qb", 1, 1)
+    vectors = np.zeros((len(words), size), "<f4")
+    vectors[np.arange(len(words)), list(words.values())] = 1
+    for matrix in (vectors, 8 * np.eye(size, dtype="<f4")):
+        out += struct.pack("<?2q", False, *matrix.shape) + matrix.tobytes()
+    path.write_bytes(out)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """A model that knows English from German, one that knows mathematics, a short block list, an evaluation."""
+    home = tmp_path_factory.mktemp("assets")
+    write_model(home / "lid.bin", {"en": PROSE, "de": GERMAN})
+    write_model(home / "math.bin", {"math": SUMS, "other": SHOP})
+    (home / "domains").write_text("casino-lists.com\n")
+    (home / "evaluations.jsonl").write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
+    paths = (home / name for name in ("lid.bin", "math.bin", "domains", "evaluations.jsonl"))
+    return Assets(*(Asset(str(path)) for path in paths))
+
+
+def test_crawls_meet_the_published_thresholds(tmp_path: Path, assets: Assets) -> None:
     """The host's help pages need milder ones; folders do not get them."""
     (tmp_path / "raw").mkdir()
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
     place = pin(str(tmp_path / "raw"), tmp_path / "place")
-    crawl = web.steps(folder_source("web", tmp_path / "raw"), place)[-1]
-    host_pages = web.steps(Source("web", "host", "PSF-2.0", 1.0, 1), tmp_path)[-1]
+    language, repetition, crawl, _ = web.steps(folder_source("web", tmp_path / "raw"), place, assets)[1:]
+    host_pages = web.steps(Source("web", "host", "PSF-2.0", 1.0, 1), tmp_path, NONE)[-1]
     assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
     assert (host_pages.max_non_alpha_words_ratio, host_pages.min_stop_words) == (0.4, 1)
-    repetition = web.steps(folder_source("web", tmp_path / "raw"), place)[-2]
     assert (repetition.dup_line_frac, repetition.dup_line_char_frac) == (0.3, 0.2)
     assert [share for _, share in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
+    assert (language.label, language.least) == ("en", 0.65)
 
 
 def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
@@ -106,16 +156,30 @@ def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
     rows, steps = run(folder_source(recipe, tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in rows] == [formulas] and steps[1].dropped == {"few_letters": 1}
     assert not run(folder_source("curated", tmp_path / "raw"), tmp_path / "curated")[0]
+    with pytest.raises(InputError, match="takes all numbers for one"):
+        run(replace(folder_source(recipe, tmp_path / "raw"), near_duplicates="14x8"), tmp_path / "again")
 
 
-def test_parquet_is_read(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> None:
+    import pyarrow
     from pyarrow import parquet
 
     (tmp_path / "raw").mkdir()
-    parquet.write_table(pyarrow.table({"text": [PROSE, None], "id": ["x", "y"]}), tmp_path / "raw" / "a.parquet")
-    rows, steps = run(folder_source("curated", tmp_path / "raw"), tmp_path / "clean")
-    assert [row["id"] for row in rows] == ["x"] and steps[0].dropped == {"empty": 1}
+    path = tmp_path / "raw" / "a.parquet"
+    columns = {"content": [f"{PROSE} {i}" for i in range(30)] + [None], "id": [str(i) for i in range(31)]}
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=10, use_dictionary=False, compression="snappy")
+    source = replace(folder_source("curated", tmp_path / "raw"), text_key="content")
+    rows, steps = run(source, tmp_path / "clean")
+    assert [row["id"] for row in rows] == [str(i) for i in range(30)] and steps[0].dropped == {"empty": 1}
+    start = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    rows, steps = run(source, tmp_path / "damaged")
+    assert [row["id"] for row in rows] == [str(i) for i in (*range(10), *range(20, 30))]
+    assert steps[0].dropped == {"empty": 1, "damaged_rows": 10} and steps[0].total == 31
+    with pytest.raises(InputError, match="has no column text, but content, id: set text_key"):
+        run(folder_source("curated", tmp_path / "raw"), tmp_path / "wrong")
 
 
 def test_lost_documents_are_noticed() -> None:
@@ -124,7 +188,7 @@ def test_lost_documents_are_noticed() -> None:
     with pytest.raises(AssertionError, match="between steps"):
         counts.check_conservation([counts.Step("reader", 10, 10, {}), counts.Step("filter", 9, 9, {})])
     with pytest.raises(RuntimeError, match="text was extracted from 4 of 10 pages"):
-        counts.check_yield("web", [counts.Step("Trafilatura", 10, 4, {"timeout": 6})])
+        counts.check_yield("web", [counts.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
 
 
 def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
@@ -135,29 +199,219 @@ def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
         raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
     with pytest.raises(InputError, match="use recipe web"):
-        open_input(str(tmp_path), pin(str(tmp_path), tmp_path / "place"))
+        open_input(folder_source("curated", tmp_path), pin(str(tmp_path), tmp_path / "place"))
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):
         raw_files(str(tmp_path))
 
 
-def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
-    whole = gzip.compress(json.dumps({"text": PROSE}).encode() * 50)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"a.jsonl.gz is damaged .* fetch it again"):
-        list(open_input(str(tmp_path), pin(str(tmp_path), tmp_path / "place")).run())
-
-
-def test_web_archives_give_text(tmp_path: Path) -> None:
+def test_a_cut_off_file_gives_what_it_has_and_is_named(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    body = f"<p>{PROSE}</p><p>Its fish are sold on the market of the town, on Fridays.</p>"
+    lines = [json.dumps({"text": f"{PROSE} {i} {hash(str(i))}"}).encode() + b"\n" for i in range(2000)]
+    whole = gzip.compress(b"".join(lines))
+    (raw / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (raw / "b.jsonl.gz").write_bytes(b"no gzip at all")
+    (raw / "c.jsonl.gz").write_bytes(gzip.compress(lines[0]))
+    rows, steps = run(folder_source("curated", raw), tmp_path / "clean")
+    assert 100 < len(rows) < 2000 and rows[-1]["text"] == json.loads(lines[0])["text"]
+    assert steps[0].dropped == {"damaged_file": 2} and steps[0].total == len(rows) + 2
+    (quarantine,) = (tmp_path / "clean" / "quarantine").iterdir()
+    assert [json.loads(line)["where"] for line in quarantine.open()] == ["a.jsonl.gz", "b.jsonl.gz"]
+
+
+def test_a_disk_that_fails_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
+    monkeypatch.setattr(Jsonl, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(InputError, match="a.jsonl cannot be read .* try again"):
+        run(folder_source("curated", tmp_path / "raw"), tmp_path / "clean")
+
+
+def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    body = f"<p>{PROSE}</p><p>Its fish are sold on the market of the town, on Fridays.</p><p>3 likes</p>"
     page = f"<html><head><title>Rivers</title></head><body><nav>Home</nav><article>{body}</article></body></html>"
+    pages = [
+        ("http://host.invalid/good.html", page),
+        ("http://host.invalid/poor.html", "<html><body><p>Too short.</p></body></html>"),
+        ("http://casino-lists.com/good.html", page),
+        ("http://en.wikipedia.org/wiki/River", page),
+        ("http://host.invalid/fluss.html", page.replace(PROSE, 3 * GERMAN)),
+    ]
     with (raw / "a.warc.gz").open("wb") as file:
-        web.write_archive(file, iter([("good", page), ("poor", "<html><body><p>Too short.</p></body></html>")]))
-    rows, steps = run(folder_source("web", raw), tmp_path / "clean")
+        web.write_archive(file, iter(pages))
+    with (raw / "b.warc.gz").open("wb") as file:
+        web.write_archive(file, iter(pages[:1]))
+    (raw / "b.warc.gz").write_bytes((raw / "b.warc.gz").read_bytes()[:-40])
+    rows, steps = run(folder_source("web", raw), tmp_path / "clean", assets)
     assert len(rows) == 1 and "sold on the market" in rows[0]["text"] and "<p>" not in rows[0]["text"]
-    assert steps[0].total == 2 and steps[-1].forwarded == 1
+    assert rows[0]["url"] == "http://host.invalid/good.html"
+    dropped = {step.name: step.dropped for step in steps if step.dropped}
+    assert dropped["Warc"] == {"damaged_file": 1}
+    assert dropped["URL"] == {"domain": 1, "curated_site": 1}
+    assert "not_english" in dropped["Language"] and steps[0].total == 6
+    excluded = {path.name: path for path in (tmp_path / "clean/excluded/clean").iterdir()}
+    assert len(list(excluded["01-url"].iterdir())) == 1
+
+
+def test_pages_that_do_not_extract_are_dropped_with_their_reason(
+    tmp_path: Path, assets: Assets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raw").mkdir()
+    with (tmp_path / "raw" / "a.warc").open("wb") as file:
+        web.write_archive(file, iter([(f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(4)]))
+
+    def extract(self: object, text: str) -> str | None:
+        if "<p>1 " in text:
+            os._exit(1)
+        if "<p>2 " in text:
+            raise ValueError("markup")
+        return None if "<p>3 " in text else "text"
+
+    monkeypatch.setattr(MainText, "extract", extract)
+    _, steps = run(folder_source("web", tmp_path / "raw"), tmp_path / "clean", assets)
+    (step,) = [step for step in steps if step.name == "Trafilatura"]
+    assert step.total == 4 and step.forwarded == 1 and set(step.dropped) <= {"crash", "error", "no_text"}
+    assert sum(step.dropped.values()) == 3 and step.dropped["no_text"] == 1
+
+
+def test_a_recipe_without_its_model_is_refused_before_the_first_document(tmp_path: Path) -> None:
+    source = folder_source("web", tmp_path)
+    with pytest.raises(InputError, match="source crawl needs data.assets.language_model.path, now None: .*prefetch"):
+        cleaning.check_assets("crawl", source, NONE)
+    assert cleaning.check_assets("help", replace(source, input="host"), NONE) == []
+
+
+def test_lines_that_a_page_says_about_itself_go() -> None:
+    kept = {
+        "He said READ THIS to her.": "He said READ THIS to her.",
+        "": "",
+        "Sign in to see the other fish": " to see the other fish",
+        "The story goes on and on. Read more...": "The story goes on and on. ",
+    }
+    for line, better in kept.items():
+        assert corrected(line) == better
+    for line in ("BUY ONE NOW", "12,345", "3 likes", "1.2k comments", "Home", "- 7 -", "items in cart"):
+        assert corrected(line) is None, line
+
+
+def test_evaluations_are_kept_out(tmp_path: Path, assets: Assets) -> None:
+    rows = [{"text": f"{PROSE} Somebody asked: {QUESTION.upper()}"}, {"text": PROSE}]
+    write_rows(tmp_path / "raw" / "a.jsonl", rows)
+    source = replace(folder_source("curated", tmp_path / "raw"), decontaminate=True)
+    kept, steps = run(source, tmp_path / "clean", assets)
+    assert [row["text"] for row in kept] == [PROSE] and steps[-2].dropped == {"evaluation_text": 1}
+
+
+def test_addresses_of_people_are_replaced(tmp_path: Path) -> None:
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": f"{PROSE} Write to ann.lee@corp.org from 8.8.8.8 or 10.0.0.1."}])
+    source = replace(folder_source("curated", tmp_path / "raw"), replace_pii=True)
+    (row,), _ = run(source, tmp_path / "clean")
+    assert "ann.lee" not in row["text"] and "8.8.8.8" not in row["text"] and "10.0.0.1" in row["text"]
+
+
+def test_code_is_judged_file_by_file_where_licences_differ(tmp_path: Path) -> None:
+    code = "def area(width, height):\n    return width * height  # of a rectangle\n" * 4
+    rows = [
+        {"text": code, "id": "kept", "license": "MIT", "repo_name": "ann/area"},
+        {"text": code, "license": "GPL-3.0"},
+        {"text": code, "licenses": ["mit", "agpl-3.0"]},
+        {"text": code},
+        {"text": "# do not edit\n" + code, "license": "MIT"},
+        {"text": "x = [" + "1, " * 300 + "]\n" + code, "license": "MIT"},
+    ]
+    write_rows(tmp_path / "raw" / "a.jsonl", rows)
+    source = replace(folder_source("source_code", tmp_path / "raw"), licence="permissive")
+    kept, steps = run(source, tmp_path / "clean")
+    assert [(row["id"], row["group"]) for row in kept] == [("kept", "ann/area")]
+    assert steps[1].dropped == {"licence_not_permissive": 2, "licence_unknown": 1}
+    assert len(run(folder_source("source_code", tmp_path / "raw"), tmp_path / "ours")[0]) == 4
+
+
+def test_papers_lose_preamble_comments_and_references(tmp_path: Path) -> None:
+    head = "\\documentclass{article}\n\\usepackage{x}\n"
+    tex = head + f"\\section{{Rivers}}\n{PROSE}% note\n%all\n5\\% of it.\n\\bibliography{{b}}"
+    plain = f"Rivers\n\n{PROSE}\n\nReferences\n[1] A. Author, 1999.\n"
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": tex}, {"text": plain}, {"text": "\\documentclass{a} none"}])
+    rows, steps = run(folder_source("technical", tmp_path / "raw"), tmp_path / "clean")
+    assert rows[0]["text"] == f"\\section{{Rivers}}\n{PROSE}\n5\\% of it."
+    assert rows[1]["text"] == f"Rivers\n\n{PROSE}\n" and steps[1].dropped == {"no_heading": 1}
+
+
+def test_conversations_are_written_out_once_and_in_order(tmp_path: Path) -> None:
+    long = "about the river and the fields that lie on both of its sides in spring"
+    tree = [
+        {"id": "q", "title": "Rivers", "text": f"Question {long}", "created": 1, "author": "ann"},
+        {"id": "b", "parent": "q", "text": f"Second {long}", "created": 9},
+        {"id": "a", "parent": "q", "text": f"First {long}", "created": 3},
+        {"id": "c", "parent": "a", "text": f"Reply {long}", "created": 20},
+        {"id": "d", "parent": "b", "text": "[deleted]", "created": 21},
+    ]
+    flat = [{**message, "thread": "t1"} for message in tree]
+    other = {"thread": "t2", "id": "z", "body": f"Alone {long} {long}", "created_utc": 4}
+    write_rows(
+        tmp_path / "raw" / "a.jsonl",
+        [{"id": "n", "messages": tree}, *flat, other, {"thread": "t1", "id": "late", "text": "x"}, {"no": 1}],
+    )
+    rows, steps = run(folder_source("forums", tmp_path / "raw"), tmp_path / "clean")
+    heads = [[part.split(" about")[0] for part in row["text"].split("\n\n")] for row in rows]
+    assert heads == [["Rivers", "ann: Question", "First", "Reply", "Second"]] * 2 + [["Alone"]]
+    assert [row["id"] for row in rows] == ["n", "t1", "t2"]
+    assert steps[0].dropped == {"scattered": 1, "corrupt": 1} and steps[0].total == 5
+    order = [message["id"] for message in forums.linearised(reversed(tree))]
+    assert order == ["q", "a", "c", "b", "d"]
+    circle = [{"id": "x", "parent": "y"}, {"id": "y", "parent": "x"}, {"id": "r", "parent": "lost"}]
+    assert sorted(message["id"] for message in forums.linearised(circle)) == ["r", "x", "y"]
+
+
+def test_instructions_of_every_shape_become_text(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Oder."}]},
+        {"conversations": [{"from": "human", "value": "Name a river."}, {"from": "gpt", "value": "The Oder."}]},
+        {"instruction": "Name a river.", "input": "", "output": "The Oder."},
+        {"question": "Name a river.", "answer": "The Oder."},
+        {"text": "User: Name a river.\n\nAssistant: The Oder.\n"},
+        {"messages": [{"role": "user", "content": "No answer."}]},
+        {"messages": ["no turn"]},
+        {"something": "else"},
+    ]
+    write_rows(tmp_path / "raw" / "a.jsonl", rows)
+    kept, steps = run(folder_source("instructions", tmp_path / "raw"), tmp_path / "clean")
+    assert [row["text"] for row in kept] == ["User: Name a river.\n\nAssistant: The Oder.\n"] * 5
+    assert steps[0].dropped == {"unknown_shape": 3}
+
+
+def test_mathematics_is_taken_out_of_a_crawl(tmp_path: Path, assets: Assets) -> None:
+    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": 3 * SUMS}, {"text": 3 * SHOP}])
+    rows, steps = run(folder_source("mathematics", tmp_path / "raw"), tmp_path / "clean", assets)
+    assert [row["text"] for row in rows] == [3 * SUMS] and steps[1].dropped == {"not_math": 1}
+
+
+def test_books_and_model_text_lose_what_is_around_them(tmp_path: Path) -> None:
+    story = "\n".join(
+        f"{PROSE} In the year {i} nothing else happened on the {i * i} fields of the vil-\nlage." for i in range(6)
+    )
+    marks = ("*** START OF THE PROJECT GUTENBERG EBOOK RIVERS ***", "*** END OF THE PROJECT GUTENBERG EBOOK RIVERS ***")
+    book = f"Licence.\n{marks[0]}\n{story}\n 12 \n{marks[1]}\nMore."
+    document = type("D", (), {"text": book})()
+    assert books.BookBody().filter(document) is True
+    assert document.text.startswith("The river") and document.text.endswith("village.") and " 12 " not in document.text
+    write_rows(
+        tmp_path / "raw" / "a.jsonl", [{"text": PROSE}, {"text": "As an AI language model, I like rivers. " + PROSE}]
+    )
+    rows, steps = run(folder_source("synthetic", tmp_path / "raw"), tmp_path / "clean")
+    assert [row["text"] for row in rows] == [PROSE] and steps[1].dropped == {"refusal": 1}
+
+
+def test_inputs_on_other_filesystems_are_read(tmp_path: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/raw/a.jsonl", json.dumps({"text": PROSE}).encode())
+    rows, _ = run(Source("curated", "memory://bucket/raw", "CC0-1.0", 1.0, 1), tmp_path / "clean")
+    assert [row["text"] for row in rows] == [PROSE]
+    with pytest.raises(InputError, match="needs a package .*s3fs.*: pip install it"):
+        raw_files("s3://bucket/raw")
 
 
 def test_missing_package_is_named_before_the_first_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +464,7 @@ def test_generated_and_minified_code_is_dropped(tmp_path: Path) -> None:
     )
     rows, steps = run(folder_source("source_code", tmp_path / "raw"), tmp_path / "clean")
     assert len(rows) == 1 and steps[1].dropped == {"generated": 1} and steps[2].dropped == {"long_line": 1}
-    assert source_code.steps(Source("source_code", "host", "PSF-2.0", 1.0, 1), tmp_path)
+    assert source_code.steps(Source("source_code", "host", "PSF-2.0", 1.0, 1), tmp_path, NONE)
 
 
 def test_problems_are_right_distinct_and_the_same_again() -> None:

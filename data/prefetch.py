@@ -1,0 +1,84 @@
+"""Fetch what no package brings, on a machine with a network: `python data/prefetch.py +experiment=7b`.
+
+Every asset and the vocabulary have a path and an address in the config; what lies at its path is only checked. Copy the
+paths to the cluster, and nothing asks for a network there.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data.command import command
+from data.config import Asset, DataConfig, InputError
+from data.recipes import urls
+from data.shards import sha256_of
+
+PIECE = 2**20
+
+
+@dataclass
+class PrefetchConfig:
+    """The section of the config that this program reads."""
+
+    data: DataConfig
+
+
+def fetch(name: str, asset: Asset) -> str:
+    """Make sure that an asset lies at its path; returns what was done.
+
+    Raises InputError when it cannot be fetched or is another file than the config says.
+    """
+    if asset.path is None:
+        return "not used: its path is null"
+    path = Path(asset.path)
+    done = "there"
+    if not path.is_file():
+        if asset.url is None:
+            raise InputError(f"{name}: nothing at {path} and no url: put the file there, or set its url in the config")
+        download(name, asset.url, path)
+        done = f"fetched from {asset.url}"
+    found = sha256_of(path)
+    if asset.sha256 is not None and found != asset.sha256:
+        raise InputError(f"{name}: {path} has sha256 {found}, not {asset.sha256}: remove it, or mend sha256")
+    pinned = "as pinned" if asset.sha256 is not None else "not pinned: set its sha256"
+    return f"{done}, {path.stat().st_size:,} bytes, sha256 {found} ({pinned})"
+
+
+def download(name: str, url: str, path: Path) -> None:
+    """Copy an address to a file that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with fsspec.open(url, "rb") as source, part.open("wb") as target:
+            while piece := source.read(PIECE):
+                target.write(piece)
+    except ImportError as error:
+        raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
+    except Exception as error:  # every filesystem of fsspec has errors of its own
+        part.unlink(missing_ok=True)
+        raise InputError(f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})") from error
+    part.rename(path)
+
+
+def prefetch(cfg: DataConfig) -> None:
+    """Fetch or check everything that a preparation reads besides its input."""
+    vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
+    print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
+    for name, asset in vars(cfg.assets).items():
+        print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
+    if cfg.assets.url_blocklist.path is None and any(source.recipe == "web" for source in cfg.sources.values()):
+        print(f"{'url lists':<18}unpacked from datatrove, {len(urls.blocklist(None).block_listed_domains):,} domains")
+
+
+@command(PrefetchConfig)
+def main(cfg: PrefetchConfig) -> None:
+    """Prefetch for a composed config."""
+    prefetch(cfg.data)
+
+
+if __name__ == "__main__":
+    main()

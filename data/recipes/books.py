@@ -1,0 +1,46 @@
+"""Books: whole ones, without what the library that scanned or typed them put around them."""
+
+import re
+from pathlib import Path
+
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters import GopherRepetitionFilter
+from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from data.config import Assets, InputError, Source
+from data.recipes.filters import Plausible
+from data.recipes.readers import HOST, open_input
+
+REQUIRES = ("orjson", "spacy")
+START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
+END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
+PAGE_NUMBER = re.compile(
+    r"^[ \t]*(?:\[?(?:page |p\. ?)?\d{1,4}\]?|[ivxlc]{1,7})[ \t]*$\n?", re.MULTILINE | re.IGNORECASE
+)
+HYPHENATION = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
+
+
+class BookBody(BaseFilter):
+    """Cuts licence texts before and after, page numbers, and hyphens at the end of lines."""
+
+    name = "Book"
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """True with the text mended in place, or (False, reason)."""
+        text = doc.text
+        if (start := START.search(text)) is not None:
+            text = text[start.end() :]
+        if (end := END.search(text)) is not None:
+            text = text[: end.start()]
+        doc.text = HYPHENATION.sub("", PAGE_NUMBER.sub("", text)).strip()
+        return True if doc.text else (False, "empty")
+
+
+def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
+    """Clean documents of `source`; nothing is written to `folder`."""
+    if source.input == HOST:
+        raise InputError("recipe books: no Python carries books; set the source's input to a folder of them")
+    # a paragraph may be one line, and verse has short ones: only the repetition rules of n-grams are for prose
+    repetition = GopherRepetitionFilter(dup_line_frac=None, dup_line_char_frac=None)
+    return [open_input(source, folder), BookBody(), Plausible(1000, 0.5, 1_000_000), repetition]

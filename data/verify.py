@@ -1,0 +1,98 @@
+"""Look whether the shards of a data set are what their manifests say, and what a run would read of them.
+
+`python data/verify.py +experiment=demo`: hashes every byte again (verify.hashes=false only compares sizes), counts end
+tokens, decodes and encodes random documents, and prints tokens, epochs and packing. Ends with exit code 2 at a fault.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data import tokenizer
+from data.command import command
+from data.config import DataConfig, InputError
+from data.documents import Documents
+from data.loader import compile_plan, open_manifests, source_folder, tokenizer_path
+from data.mixture import Plan
+from data.packing import packing, plan_table
+from data.recipes import MEGATRON
+from data.sharding import describe
+from data.shards import SPLITS, Manifest
+
+
+@dataclass
+class VerifySettings:
+    """How much is looked at."""
+
+    samples: int
+    hashes: bool
+
+
+@dataclass
+class VerifyConfig:
+    """The sections of the config that this program reads."""
+
+    data: DataConfig
+    verify: VerifySettings
+
+
+def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: VerifySettings) -> list[str]:
+    """Faults of one source; prints a line for every file and split."""
+    folder, faults = source_folder(cfg, name), []
+    vocabulary = tokenizer.load(tokenizer_path(cfg))
+    vocabulary.encode_special_tokens = True
+    for split in SPLITS:
+        for file in manifest.splits[split] if settings.hashes else ():
+            try:
+                found = describe(folder / file.name)
+            except (AssertionError, OSError, ValueError) as error:
+                faults.append(f"{name}: {error}")
+                continue
+            if found != file:
+                faults.append(
+                    f"{name}: {file.name} has sha256 {found.sha256[:12]}, its manifest says {file.sha256[:12]}"
+                )
+        documents = Documents(folder, manifest, split)
+        random = np.random.default_rng([cfg.seed, len(split)])
+        other = 0
+        for number in random.integers(0, documents.count, min(settings.samples, documents.count)).tolist():
+            ids = documents.ids(number)
+            if len(ids) and ids.max() >= manifest.vocab_size:
+                faults.append(f"{name}: document {number} of {split} has id {ids.max()} of {manifest.vocab_size}")
+            text = vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False)
+            other += vocabulary.encode(text, add_special_tokens=False).ids != ids[:-1].tolist()
+        if other and manifest.recipe != MEGATRON:
+            faults.append(f"{name}: {other} documents of {split} do not encode to their ids again")
+        print(
+            f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{documents.count:>12,} documents"
+            f"{manifest.tokens(split):>18,} tokens  {'hashed' if settings.hashes else 'sizes only'}, "
+            f"{settings.samples} documents decoded{f', {other} encode otherwise' if other else ''}",
+            flush=True,
+        )
+    return faults
+
+
+def verify(cfg: DataConfig, settings: VerifySettings) -> None:
+    """Check all sources; raises InputError with every fault."""
+    manifests = open_manifests(cfg)
+    faults = [fault for name in manifests for fault in verify_source(cfg, name, manifests[name], settings)]
+    if faults:
+        raise InputError("; ".join(faults) + ": remove the shards of these sources and prepare the data again")
+    plan: Plan = compile_plan(cfg, manifests)
+    print("\n" + "\n".join(plan_table(plan)))
+    print("\n" + "\n".join(packing(plan, manifests)))
+    print(f"\nplan {plan.hash[:16]}: all is what the manifests say")
+
+
+@command(VerifyConfig)
+def main(cfg: VerifyConfig) -> None:
+    """Verify the data of a composed config."""
+    verify(cfg.data, cfg.verify)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,8 @@ def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: Veri
         documents = Documents(folder, manifest, split)
         random = np.random.default_rng([cfg.seed, len(split)])
         other = 0
-        for number in random.integers(0, documents.count, min(settings.samples, documents.count)).tolist():
+        chosen = random.choice(documents.count, min(settings.samples, documents.count), replace=False).tolist()
+        for number in chosen:
             ids = documents.ids(number)
             if len(ids) and ids.max() >= manifest.vocab_size:
                 faults.append(f"{name}: document {number} of {split} has id {ids.max()} of {manifest.vocab_size}")
@@ -70,7 +71,7 @@ def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: Veri
         print(
             f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{documents.count:>12,} documents"
             f"{manifest.tokens(split):>18,} tokens  {'hashed' if settings.hashes else 'sizes only'}, "
-            f"{settings.samples} documents decoded{f', {other} encode otherwise' if other else ''}",
+            f"{len(chosen)} documents decoded{f', {other} encode otherwise' if other else ''}",
             flush=True,
         )
     return faults

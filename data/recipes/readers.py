@@ -38,7 +38,7 @@ SUFFIXES = {
 
 def is_damage(error: Exception) -> bool:
     """Whether an error tells of bad bytes, which another attempt will find again, and not of a disk or a network."""
-    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError):
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError | DamagedArchive):
         return True
     if type(error).__module__.split(".")[0] in ("zstandard", "backports", "warcio", "pyarrow"):
         return True
@@ -150,6 +150,36 @@ class Parquet(Counted, ParquetReader):
                     first += rows
 
 
+class DamagedArchive(Exception):
+    """A web archive that ends too early."""
+
+
+class WholeArchive:
+    """A stream for warcio, which takes EOFError, as gzip raises it in a file that was cut off, for the end of the file.
+
+    It hands over what there is before it complains.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.read_some = getattr(stream, "read1", stream.read)
+        self.tail = b""
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; raises DamagedArchive inside a compressed member that has no end."""
+        try:
+            data: bytes = self.read_some(size)
+        except EOFError as error:
+            raise DamagedArchive(str(error)) from error
+        self.tail = (self.tail + data)[-4:]
+        return data
+
+    def check_end(self) -> None:
+        """Raise DamagedArchive unless the last record is complete: every record ends with two line breaks."""
+        if self.tail != b"\r\n\r\n":
+            raise DamagedArchive("the last record has no end")
+
+
 class Warc(Counted, WarcReader):
     """One response (or conversion) record per document; its text is HTML."""
 
@@ -158,7 +188,8 @@ class Warc(Counted, WarcReader):
         from warcio.archiveiterator import ArchiveIterator
 
         with self.data_folder.open(filepath, "rb", compression="infer") as stream:
-            for index, record in enumerate(ArchiveIterator(stream)):
+            whole = WholeArchive(stream)
+            for index, record in enumerate(ArchiveIterator(whole)):
                 if record.rec_type not in ("response", "conversion"):
                     continue
                 uri = record.rec_headers.get_header("WARC-Target-URI")
@@ -173,6 +204,7 @@ class Warc(Counted, WarcReader):
                 document = self.get_document_from_dict(row, filepath, index)
                 if document is not None:
                     yield document
+            whole.check_end()
 
 
 class Rows(Counted):

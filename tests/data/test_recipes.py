@@ -1,6 +1,7 @@
 """Recipes: every row is accounted for, and no text of the host belongs to two sources."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -253,6 +254,25 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
     assert "not_english" in dropped["Language"] and steps[0].total == 6
     excluded = {path.name: path for path in (tmp_path / "clean/excluded/clean").iterdir()}
     assert len(list(excluded["01-url"].iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", [".warc", ".warc.gz"])
+def test_an_archive_cut_off_anywhere_is_noticed(tmp_path: Path, suffix: str) -> None:
+    """warcio takes the end of a gzip stream that is too short for the end of the archive."""
+    pages = [(f"http://host.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(3)]
+    stream = io.BytesIO()
+    web.write_archive(stream, iter(pages))
+    whole = stream.getvalue() if suffix == ".warc.gz" else gzip.decompress(stream.getvalue())
+    for cut in (0, 1, 3, 40, 200, 500, 900):
+        raw = tmp_path / "raw"
+        raw.mkdir(exist_ok=True)
+        (raw / f"a{suffix}").write_bytes(whole[: len(whole) - cut])
+        reader = open_input(folder_source("web", raw), pin(str(raw), tmp_path / "place"), html=True)
+        found = list(reader.run())
+        counted = {name: stat.total for name, stat in reader.stats.stats.items() if name.startswith("dropped_")}
+        assert counted == ({"dropped_damaged_file": 1} if cut else {}), cut
+        assert len(found) == 3 if not cut else len(found) <= 3
+        assert cut > 300 or len(found) >= 2
 
 
 def test_pages_that_do_not_extract_are_dropped_with_their_reason(

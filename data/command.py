@@ -50,7 +50,7 @@ def whole_numbers(schema: type, values: DictConfig) -> None:
         value = values[key]
         if dataclasses.is_dataclass(wanted) and isinstance(value, DictConfig):
             whole_numbers(wanted, value)  # type: ignore[arg-type]
-        elif wanted is int and isinstance(value, float) and value.is_integer():
+        elif wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
             values[key] = int(value)
 
 

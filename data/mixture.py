@@ -10,6 +10,7 @@ was read once.
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,17 +64,21 @@ def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
         counts[index] += 1
     if counts.min() == 0:
         raise InputError(f"a mixture holds a share below {1 / PERIOD:.2%}: raise it, or leave its source out")
-    owner = np.empty(PERIOD, dtype=np.int16)
-    turn = np.empty(PERIOD, dtype=np.int64)
-    dealt = np.zeros(len(shares), dtype=np.int64)
+    owner, turn = [], []
+    whole = counts.tolist()
+    dealt = [0] * len(whole)
+    deadlines = [1 / count for count in whole]  # of each source's next block, in periods
     for n in range(PERIOD):
         # among the sources that may be ahead of nobody's deadline, the one whose next deadline comes first
-        ready = dealt * PERIOD <= n * counts
-        deadline = np.where(ready & (dealt < counts), (dealt + 1) / np.maximum(counts, 1), np.inf)
-        index = int(np.argmin(deadline))
-        owner[n], turn[n] = index, dealt[index]
+        index, first = -1, math.inf
+        for source, deadline in enumerate(deadlines):
+            if deadline < first and dealt[source] * PERIOD <= n * whole[source] and dealt[source] < whole[source]:
+                index, first = source, deadline
+        owner.append(index)
+        turn.append(dealt[index])
         dealt[index] += 1
-    return owner, turn
+        deadlines[index] = (dealt[index] + 1) / whole[index]
+    return np.array(owner, dtype=np.int16), np.array(turn, dtype=np.int64)
 
 
 @dataclass(frozen=True)

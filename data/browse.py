@@ -1,0 +1,130 @@
+"""Look at data: documents of a source, sequences of a stage, what a run saw at a token, a page about all of it.
+
+python data/browse.py +experiment=demo browse.source=web
+python data/browse.py +experiment=7b browse.position=1.2e12
+python data/browse.py +experiment=7b browse.stage=decay browse.count=5
+python data/browse.py +experiment=demo browse.page=runs/demo/data.html
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data import tokenizer
+from data.command import command
+from data.config import DataConfig, InputError
+from data.documents import Documents
+from data.loader import Loader, compile_plan, open_manifests, source_folder, tokenizer_path
+from data.mixture import PlannedStage
+from data.page import write_page
+
+RULE = "-" * 100
+
+
+@dataclass
+class BrowseSettings:
+    """What is shown."""
+
+    source: str | None
+    stage: str | None
+    position: int | None  # token of the run
+    count: int
+    characters: int
+    page: str | None
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.source is None and self.stage is None and self.position is None and self.page is None:
+            raise ValueError("nothing to show: set browse.source, browse.stage, browse.position or browse.page")
+
+
+@dataclass
+class BrowseConfig:
+    """The sections of the config that this program reads."""
+
+    data: DataConfig
+    browse: BrowseSettings
+
+
+def shortened(text: str, characters: int) -> str:
+    """The beginning of a text, and how much is left."""
+    return text if len(text) <= characters else f"{text[:characters]}\n... {len(text) - characters:,} characters more"
+
+
+def show_source(cfg: DataConfig, settings: BrowseSettings) -> None:
+    """Documents of a source, drawn at random from its train shards; the same ones for the same seed."""
+    if settings.source not in cfg.sources:
+        raise InputError(f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}")
+    manifest = open_manifests(cfg)[settings.source]
+    documents = Documents(source_folder(cfg, settings.source), manifest, "train")
+    vocabulary = tokenizer.load(tokenizer_path(cfg))
+    chosen = np.random.default_rng(cfg.seed).choice(
+        documents.count, min(settings.count, documents.count), replace=False
+    )
+    for number in sorted(chosen.tolist()):
+        ids = documents.ids(number)
+        print(f"{RULE}\n{settings.source}, document {number:,} of {documents.count:,}, {len(ids):,} tokens\n{RULE}")
+        print(shortened(vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False), settings.characters))
+
+
+def show_sequences(loader: Loader, stage: PlannedStage, first: int, settings: BrowseSettings) -> None:
+    """Sequences of a stage from number `first` on, with the token of the run at which each begins."""
+    plan = loader.plan
+    vocabulary = tokenizer.load(tokenizer_path(plan.config))
+    last = min(first + settings.count, stage.tokens // stage.seq_len)
+    for number in range(first, last):
+        batch = loader.read(stage, np.array([number]))
+        source, block = plan.blocks_of(stage, np.array([number]) // (plan.block_tokens // stage.seq_len))
+        token = stage.first_token + number * stage.seq_len
+        name = plan.sources[int(source[0])]
+        print(
+            f"{RULE}\ntoken {token:,} of the run, stage {stage.name}, sequence {number:,} of {stage.seq_len} tokens: "
+        )
+        print(f"block {int(block[0]):,} of {name}\n{RULE}")
+        print(shortened(shown(vocabulary, batch.tokens[0].tolist()), settings.characters))
+
+
+def shown(vocabulary: Tokenizer, ids: list[int]) -> str:
+    """Text of a sequence; ends of documents on lines of their own."""
+    text = vocabulary.decode(ids, skip_special_tokens=False)
+    return text.replace(tokenizer.EOS_TOKEN, f"\n{tokenizer.EOS_TOKEN}\n")
+
+
+def browse(cfg: DataConfig, settings: BrowseSettings) -> None:
+    """Show what is asked for."""
+    if settings.source is not None:
+        show_source(cfg, settings)
+    if settings.page is not None:
+        write_page(cfg, Path(settings.page), settings.samples)
+        print(f"wrote {settings.page}")
+    if settings.position is None and settings.stage is None:
+        return
+    manifests = open_manifests(cfg)
+    loader = Loader(compile_plan(cfg, manifests), manifests)
+    if settings.position is not None:
+        if not 0 <= settings.position < loader.plan.tokens:
+            raise InputError(
+                f"browse.position is {settings.position}; the run has tokens 0 to {loader.plan.tokens - 1}"
+            )
+        stage = loader.plan.stage_at(settings.position)
+        show_sequences(loader, stage, (settings.position - stage.first_token) // stage.seq_len, settings)
+    if settings.stage is not None:
+        stages = {stage.name: stage for stage in loader.plan.stages}
+        if settings.stage not in stages:
+            raise InputError(f"browse.stage is {settings.stage}; the config has {', '.join(stages)}")
+        show_sequences(loader, stages[settings.stage], 0, settings)
+
+
+@command(BrowseConfig)
+def main(cfg: BrowseConfig) -> None:
+    """Browse the data of a composed config."""
+    browse(cfg.data, cfg.browse)
+
+
+if __name__ == "__main__":
+    main()

@@ -93,8 +93,10 @@ class Loader:
         cuts = self.plan.block_tokens // stage.seq_len
         source, block = self.plan.blocks_of(stage, numbers // cuts)
         offset = block * self.plan.block_tokens + numbers % cuts * stage.seq_len
-        rows = [self.shards[s].read(int(o), stage.seq_len + 1) for s, o in zip(source, offset, strict=True)]
-        ids = torch.from_numpy(np.stack(rows))
+        rows = np.empty((len(numbers), stage.seq_len + 1), dtype=np.int64)
+        for row, s, start in zip(rows, source.tolist(), offset.tolist(), strict=True):
+            self.shards[s].read_into(row, start)
+        ids = torch.from_numpy(rows)
         tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         starts = document_starts(tokens) if self.reset_state else None
         return Batch(tokens, targets, starts, torch.from_numpy(source))

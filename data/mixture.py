@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from data.config import DataConfig, InputError
 
 PERIOD = 10_000  # shares are rounded to 1 / PERIOD, and the dealing repeats after PERIOD blocks
 ROUNDS = 6  # of the Feistel network; 4 make a pseudorandom permutation (Luby and Rackoff 1988), 2 more for tiny domains
+FEW = 12  # indices; up to here the scalar network is the faster one
+WORD = 2**64 - 1
 Indices = NDArray[np.int64]
 
 
@@ -36,10 +39,11 @@ def permute(indices: Indices, size: int, key: str) -> Indices:
     A Feistel network over the next even number of bits; an image outside the range is permuted again (cycle walking),
     which keeps the map bijective and takes less than four passes on average.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    if len(indices) <= FEW:
+        return np.array([permute_one(index, size, key) for index in indices.tolist()], dtype=np.int64)
+    half, round_keys = network(size, key)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    digest = hashlib.sha256(key.encode()).digest() + hashlib.sha256(b"2" + key.encode()).digest()
-    keys = np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
+    keys = np.array(round_keys, dtype=np.uint64)
     out = indices.astype(np.uint64)
     todo = np.ones(len(out), dtype=bool)
     while todo.any():
@@ -50,6 +54,30 @@ def permute(indices: Indices, size: int, key: str) -> Indices:
         out[todo] = (left << shift) | right
         todo = out >= np.uint64(size)
     return out.astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def network(size: int, key: str) -> tuple[int, tuple[int, ...]]:
+    """Bits of half a block, and the keys of the rounds."""
+    digest = hashlib.sha256(key.encode()).digest() + hashlib.sha256(b"2" + key.encode()).digest()
+    keys = tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
+    return max(1, ((size - 1).bit_length() + 1) // 2), keys
+
+
+def permute_one(index: int, size: int, key: str) -> int:
+    """permute for one index, in whole numbers: an array of a few costs more in calls than in arithmetic."""
+    half, keys = network(size, key)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_key in keys:
+            x = (right + round_key) & WORD
+            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & WORD
+            left, right = right, left ^ ((x ^ (x >> 31)) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
 
 
 def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
@@ -173,8 +201,12 @@ class Plan:
 
     def blocks_of(self, stage: PlannedStage, numbers: Indices) -> tuple[Indices, Indices]:
         """Source index and block index inside the source, for block numbers of a stage; all arrays [count]."""
-        source = stage.owner[numbers % PERIOD].astype(np.int64)
-        nth = stage.cursor[source] + numbers // PERIOD * stage.per_period[source] + stage.turn[numbers % PERIOD]
+        place = numbers % PERIOD
+        source = stage.owner[place].astype(np.int64)
+        nth = stage.cursor[source] + numbers // PERIOD * stage.per_period[source] + stage.turn[place]
+        if len(numbers) <= FEW:
+            pairs = zip(source.tolist(), nth.tolist(), strict=True)
+            return source, np.array([self.block_at(*pair) for pair in pairs], dtype=np.int64)
         block = np.empty_like(nth)
         for index in np.unique(source):
             name, size = self.sources[index], self.blocks[self.sources[index]]
@@ -183,3 +215,9 @@ class Plan:
                 rows = (source == index) & (epoch == number)
                 block[rows] = permute(nth[rows] % size, size, f"{self.seed}/{name}/{number}")
         return source, block
+
+    def block_at(self, source: int, nth: int) -> int:
+        """The block of a source that is read as its nth."""
+        name = self.sources[source]
+        epoch, place = divmod(nth, self.blocks[name])
+        return permute_one(place, self.blocks[name], f"{self.seed}/{name}/{epoch}")

@@ -1,15 +1,20 @@
 """The data order: bijective, seeded, apportioned, without repeats, and the same for every world size."""
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.config import DataConfig, InputError
 from data.loader import Loader, compile_plan, document_starts, open_manifests
-from data.mixture import PERIOD, Plan, deal, permute
+from data.mixture import PERIOD, Plan, deal, mix, network, permute, permute_one
 from data.tokenizer import EOS
+from tests.compose import run_config
 from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus
 
 
@@ -28,6 +33,51 @@ def test_permutation_seeks_in_a_corpus_of_the_real_size() -> None:
     size = 5_800_000_000_000 // 8192
     images = permute(np.array([0, size // 2, size - 1]), size, "key")
     assert len(set(images.tolist())) == 3 and images.min() >= 0 and images.max() < size
+
+
+def unpermute(image: int, size: int, key: str) -> int:
+    """The network backwards: that it exists is what makes the order visit every block exactly once."""
+    half, keys = network(size, key)
+    mask = (1 << half) - 1
+    while True:
+        left, right = image >> half, image & mask
+        for round_key in reversed(keys):
+            scrambled = int(mix(np.array([left], dtype=np.uint64) + np.uint64(round_key))[0])
+            left, right = right ^ (scrambled & mask), left
+        image = (left << half) | right
+        if image < size:
+            return image
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2**45), st.data())
+def test_every_block_is_visited_once_at_any_size(size: int, data: st.DataObject) -> None:
+    """By way back: an order in which every place has one block, and every block one place."""
+    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=6))
+    for index in indices:
+        image = permute_one(index, size, "7/web/0")
+        assert 0 <= image < size and unpermute(image, size, "7/web/0") == index
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 2**45), st.integers(0, 2**32))
+def test_one_and_many_are_permuted_alike(size: int, seed: int) -> None:
+    indices = np.random.default_rng(seed).integers(0, size, 40)
+    images = permute(indices, size, "key")
+    assert images.tolist() == [permute_one(index, size, "key") for index in indices.tolist()]
+
+
+def test_a_position_of_the_large_run_costs_no_memory() -> None:
+    """Any token of 5.8T is found from numbers alone: 10 MB and a millisecond are the bars; time is in the benchmark."""
+    config = run_config("7b").data
+    tracemalloc.start()
+    plan = Plan(config, {name: 6 * 10**12 for name in config.sources}, dict.fromkeys(config.sources, ""))
+    for token in (0, 1_200_000_000_000, plan.tokens - 1):
+        stage = plan.stage_at(token)
+        _, block = plan.blocks_of(stage, np.array([(token - stage.first_token) // plan.block_tokens]))
+        assert 0 <= block[0] < 6 * 10**12 // 8192
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("shares", [[1], [50, 40, 10], [0.1, 99.9], [1, 1, 1], [90, 4, 3, 2.5, 0.5]])
@@ -112,13 +162,22 @@ def test_every_world_size_reads_the_same_samples(loader: Loader) -> None:
     stage = loader.plan.stages[1]
     for token, sequences in ((0, 5), (stage.first_token, 3), (stage.first_token + 64, 7)):
         expected = next(loader.share(token, sequences, 0, 1, 1000))[0]
-        for ranks in (2, 3, 4, 8):
+        for ranks in (2, 3, 4, 8, 256):
             for micro_batch in (1, 2):
                 batches = [list(loader.share(token, sequences, rank, ranks, micro_batch)) for rank in range(ranks)]
                 assert all(batches)  # a rank without a sequence takes part all the same
                 counted = [batch for rank in batches for batch, counts in rank if counts]
                 assert torch.equal(torch.cat([batch.tokens for batch in counted]), expected.tokens)
                 assert torch.equal(torch.cat([batch.source for batch in counted]), expected.source)
+
+
+def test_reading_ahead_in_threads_changes_nothing(loader: Loader) -> None:
+    stage = loader.plan.stages[0]
+    numbers = [np.arange(i, i + 3) for i in range(40)]
+    alone = [loader.read(stage, each).tokens for each in numbers]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda each: loader.read(stage, each).tokens, numbers))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_longer_contexts_read_the_same_blocks(loader: Loader) -> None:

@@ -23,6 +23,7 @@ class Source:
     exact_substrings: int = 0  # runs of this many tokens (words and marks) are kept once; 0 keeps all
     replace_pii: bool = False  # e-mail and public IP addresses become placeholders
     decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
+    expected_tokens: int = 0  # plans a run before the source is prepared
     min_yield: float = 0.5  # extracting text from a smaller share of the pages is an error, not a filter
 
     def __post_init__(self) -> None:

@@ -12,19 +12,33 @@ from eval.config import EvaluationConfig
 from model.config import Backend
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
-from model.weights import MANIFEST, Pieces, newest_valid, read_state, sha256_of
+from model.weights import MANIFEST, Pieces, fault, newest_valid, read_state, sha256_of
 
 
 def find(config: EvaluationConfig) -> Path:
-    """The newest checkpoint that verifies; raises InputError when there is none or it holds another model."""
-    folder, faults = newest_valid(config.run.checkpoints)
-    for damaged, why in faults.items():
-        print(f"warning: checkpoint {damaged} is not used: {why}", flush=True)
-    if folder is None:
-        raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
+    """The newest checkpoint that verifies, or the one that eval.checkpoint names.
+
+    Raises InputError when there is none or it holds another model.
+    """
+    if config.eval.checkpoint is not None:
+        folder = Path(config.eval.checkpoint)
+        if (why := fault(folder)) is not None:
+            raise InputError(f"checkpoint {folder} cannot be used: {why}")
+    else:
+        newest, faults = newest_valid(config.run.checkpoints)
+        for damaged, why in faults.items():
+            print(f"warning: checkpoint {damaged} is not used: {why}", flush=True)
+        if newest is None:
+            raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
+        folder = newest
     if read_state(folder)["model"] != asdict(config.model):
         raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
     return folder
+
+
+def exported(config: EvaluationConfig, folder: Path) -> Path:
+    """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was asked for."""
+    return config.run.hf if config.eval.checkpoint is None else config.run.folder / f"hf-{folder.name}"
 
 
 def identity(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Eval:
     prompt: str
     new_tokens: int  # generated after the prompt
     dtype: str  # of the exported weights: float32 or bfloat16
+    keep_fp32: list[str]  # parameters exported in fp32 all the same, by their last name: A_log, D, ...
+    checkpoint: str | None  # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):

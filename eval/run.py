@@ -21,7 +21,7 @@ from data.loader import source_folder
 from data.shards import MANIFEST, sha256_of
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
-from eval.export import RECORD, sizes
+from eval.export import record_of, sizes
 from eval.heldout import Score, evaluate
 from eval.twin import load as transformers_twin
 
@@ -29,11 +29,8 @@ from eval.twin import load as transformers_twin
 def evaluation(config: EvaluationConfig) -> None:
     """Score the held-out text of every source, then generate."""
     folder = checkpoint.find(config)
-    exported = checkpoint.read_result(config.run.folder / RECORD)
-    if exported.get("checkpoint") != folder.name or sizes(config.run.hf) != exported["files"]:
-        raise InputError(
-            f"{config.run.hf} does not hold {folder.name}: run `python eval/export.py`, same overrides, first"
-        )
+    home = checkpoint.exported(config, folder)
+    require_export(home, folder)
     made_of = {**checkpoint.identity(folder), "settings": asdict(config.eval), "data": data_sha256(config.data)}
     path = config.run.folder / "eval.json"
     before = checkpoint.read_result(path)
@@ -48,11 +45,18 @@ def evaluation(config: EvaluationConfig) -> None:
         print(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens", flush=True)
         scores[name] = score
     scores["all"] = total(list(scores.values()))
-    sample = generate(config.run.hf, config.eval)
+    sample = generate(home, config.eval)
     show(scores, sample)
     result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
     checkpoint.write_result(path, result)
     print(f"\nscores: {path}", flush=True)
+
+
+def require_export(home: Path, folder: Path) -> None:
+    """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
+    record = checkpoint.read_result(record_of(home))
+    if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
+        raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
 
 
 def data_sha256(config: DataConfig) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +52,7 @@ def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
 
 
 def to_hf(name: str, tensor: Tensor) -> Tensor:
-    """Our tensor in transformers' shape: conv weights gain the channel axis of a depthwise Conv1d."""
+    """Our tensor, or rows of it, in transformers' shape: conv weights gain the channel axis of a depthwise Conv1d."""
     return tensor.unsqueeze(1) if name.endswith("conv_weight") else tensor
 
 
@@ -97,8 +98,24 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("tie_word_embeddings", True) or raw.get("use_bias") or not raw.get("use_conv_bias", True):
         raise ValueError("only untied embeddings, no linear bias and a conv bias are supported")
     # transformers' class defaults, for keys that the released config leaves out
-    filled = {"mixer_rms_eps": 1e-6, "time_step_min": 1e-3, "time_step_max": 0.1, "time_step_floor": 1e-4, **raw}
+    filled = {
+        "mixer_rms_eps": 1e-6,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_min": 1e-3,
+        "time_step_max": 0.1,
+        "time_step_floor": 1e-4,
+        "initializer_range": 0.1,
+        **raw,
+    }
+    filled.setdefault("intermediate_size", filled.get("expand", 2) * filled["hidden_size"])
     if filled.get("time_step_rank", "auto") == "auto":
         filled["time_step_rank"] = math.ceil(filled["hidden_size"] / 16)
     values = {ours: filled[theirs] for ours, theirs in FIELDS.items()}
     return ModelConfig(mixer_norms=True, **values)
+
+
+def differences(folder: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Overrides that would give `wanted` the network of a folder; what shapes initial values only is not compared."""
+    initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
+    names = [field.name for field in fields(ModelConfig) if field.name not in initial]
+    return [f"model.{name}={getattr(folder, name)}" for name in names if getattr(folder, name) != getattr(wanted, name)]

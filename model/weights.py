@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.parallel import cut_of, shard, unshard
+from model.hf import from_hf, model_config, tensor_names
+from model.parallel import cut_of, shard
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -69,11 +70,27 @@ class Pieces:
 
     def full(self, kind: str, name: str) -> Tensor:
         """The whole tensor, fp32 on the CPU."""
+        return self.rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
+
+    def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the whole tensor, fp32 on the CPU; memory holds little more than them."""
         piece = self.where[kind, name][0][0]
-        cut = cut_of(name)
-        ranks = range(piece.tp_size if cut is not None else 1)
-        shape = part_shape(name, piece.shape, piece.tp_size)
-        return unshard(name, [self._flat(kind, name, rank, 0, prod(shape)).view(shape) for rank in ranks])
+        cut, size = cut_of(name), piece.tp_size
+        shape = part_shape(name, piece.shape, size)
+        width = prod(shape[1:])
+        if cut is None or size == 1 or cut.dim:
+            ranks = range(1 if cut is None else size)
+            parts = [self._flat(kind, name, rank, start * width, (stop - start) * width) for rank in ranks]
+            parts = [part.view(stop - start, *shape[1:]) for part in parts]
+            return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        run, out = shape[0] // cut.parts, []  # rows that lie together on one rank
+        while start < stop:
+            block, inside = divmod(start, run)  # blocks go over the ranks of the first part, then of the next
+            count = min(run - inside, stop - start)
+            local = block // size * run + inside
+            out.append(self._flat(kind, name, block % size, local * width, count * width).view(count, *shape[1:]))
+            start += count
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def range(self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int) -> Tensor:
         """A range of the flattened part that rank tp_rank of tp_size holds, whatever layout wrote the checkpoint."""
@@ -99,6 +116,44 @@ class Pieces:
         if filled != start + numel:
             raise ValueError(f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}")
         return out
+
+
+class HfFolder:
+    """The weights of a Hugging Face FalconMamba folder under our names, read tensor by tensor.
+
+    Raises ValueError for a folder that is none, or whose tensors are not those of its config.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.config = model_config(raw)
+            self.files = self._files()
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} is no folder of transformers' layout with safetensors weights: {error}") from error
+        self.names = dict(tensor_names(self.config.n_layer))
+        if self.files.keys() != set(self.names.values()):
+            odd = sorted(self.files.keys() ^ set(self.names.values()))
+            raise ValueError(f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}")
+
+    def _files(self) -> dict[str, Path]:
+        """Tensor name -> file that holds it."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            single = self.folder / "model.safetensors"
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if odd := sorted(name for name in places.values() if Path(name).name != name):
+            raise ValueError(f"{index} names {odd[0]}, which lies outside its folder")
+        return {tensor: self.folder / name for tensor, name in places.items()}
+
+    def full(self, name: str) -> Tensor:
+        """The whole tensor of our name, fp32 on the CPU."""
+        theirs = self.names[name]
+        with safe_open(self.files[theirs], framework="pt") as file:
+            return from_hf(name, file.get_tensor(theirs)).float()
 
 
 def sha256_of(path: Path) -> str:

@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
-    return EvaluationConfig(run, MODEL, data, Eval(16, 3, 500, "def f", 8, "float32"))
+    return EvaluationConfig(run, MODEL, data, Eval(16, 3, 500, "def f", 8, "float32", [], None))
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,22 @@
-"""A trained model out of a run's newest valid checkpoint."""
+"""What is evaluated: a run's newest valid checkpoint, one that is named, or a Hugging Face folder."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from data.config import InputError
+from data.loader import tokenizer_path
+from data.tokenizer import EOS
+from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
-from model.config import Backend
+from model.config import Backend, ModelConfig
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
-from model.weights import MANIFEST, Pieces, fault, newest_valid, read_state, sha256_of
+from model.weights import MANIFEST, HfFolder, Pieces, fault, newest_valid, read_state, sha256_of
 
 
 def find(config: EvaluationConfig) -> Path:
@@ -20,6 +24,14 @@ def find(config: EvaluationConfig) -> Path:
 
     Raises InputError when there is none or it holds another model.
     """
+    folder = verified(config)
+    if read_state(folder)["model"] != asdict(config.model):
+        raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
+    return folder
+
+
+def verified(config: EvaluationConfig) -> Path:
+    """As find, whatever model it holds."""
     if config.eval.checkpoint is not None:
         folder = Path(config.eval.checkpoint)
         if (why := fault(folder)) is not None:
@@ -31,8 +43,6 @@ def find(config: EvaluationConfig) -> Path:
         if newest is None:
             raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
         folder = newest
-    if read_state(folder)["model"] != asdict(config.model):
-        raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
     return folder
 
 
@@ -68,11 +78,67 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def load(config: EvaluationConfig, folder: Path) -> FalconMamba:
     """The model of a checkpoint in fp32 on the CPU, ready to evaluate."""
-    pieces, kernels = Pieces(folder), kernels_of(Backend.auto, "cpu")
+    return build(config.model, folder, torch.device("cpu"))
+
+
+def build(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
+    """The model of a checkpoint folder in fp32 on a device."""
+    pieces, kernels = Pieces(folder), kernels_of(Backend.auto, device.type)
     with torch.device("meta"):
-        model = FalconMamba(config.model, kernels)
-    model.to_empty(device="cpu")
+        model = FalconMamba(shape, kernels)
+    model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(pieces.full("param", name))
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a suite scores; `identity` says so in its results, which lie in the folder `results`."""
+
+    folder: Path
+    results: Path
+    identity: dict[str, Any]
+    tokenizer: Path | None  # None: the folder is a Hugging Face one and brings its own
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and files."""
+        return self.folder.name
+
+    def language_model(self, max_length: int, batch_tokens: int) -> Any:
+        """The subject as lm-evaluation-harness wants it, on this process's device."""
+        from eval.harness import FalconMambaLM, device_here
+
+        if self.tokenizer is None:
+            from lm_eval.models.huggingface import HFLM
+
+            rows = max(1, batch_tokens // max_length)
+            device_name = "cuda" if torch.cuda.is_available() else "cpu"
+            return HFLM(
+                str(self.folder), max_length=max_length, batch_size=rows, device=device_name, dtype="float32",
+                prefix_token_id=EOS,
+            )  # fmt: skip
+        shape, device = ModelConfig(**read_state(self.folder)["model"]), device_here()
+        return FalconMambaLM(
+            build(shape, self.folder, device), load_tokenizer(self.tokenizer), max_length, batch_tokens
+        )
+
+
+def subject(config: EvaluationConfig) -> Subject:
+    """What eval.checkpoint names, else the run's newest; the run's own config.yaml says where its vocabulary lies."""
+    named = config.eval.checkpoint
+    if named is not None and (Path(named) / "config.json").is_file():
+        folder = Path(named).resolve()
+        try:
+            HfFolder(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        return Subject(folder, config.run.folder / "scores", {"folder": str(folder), "files": files}, None)
+    folder = verified(config)
+    tokenizer = tokenizer_path(config.data)
+    if (record := config.run.folder / "config.yaml").is_file():
+        tokenizer = tokenizer_path(replace(config.data, folder=str(OmegaConf.load(record).data.folder)))
+    return Subject(folder, config.run.folder / "scores", identity(folder), tokenizer)

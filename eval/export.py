@@ -1,8 +1,8 @@
 """Write a run's newest checkpoint as a Hugging Face folder, load it again with transformers and compare the logits.
 
-`python eval/export.py +experiment=NAME` -> runs/NAME/hf, in the layout of tiiuae/falcon-mamba-7b, byte for byte the same
-from any layout of ranks. Weights are streamed a few rows at a time: writing holds well under 1 GB whatever the model's
-size. The comparison holds both models, and is left out, aloud, on a machine without memory for them.
+`python eval/export.py +experiment=NAME` -> runs/NAME/hf, in the layout of tiiuae/falcon-mamba-7b, the same bytes from
+any layout of ranks. Weights are streamed a few rows at a time: writing takes well under 1 GB at any size of model. The
+comparison holds both models, and is left out, aloud, on a machine without memory for them.
 """
 
 import shutil
@@ -56,7 +56,9 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     shutil.rmtree(part, ignore_errors=True)
     layout = plan(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
-        raise InputError(f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has {free / 1e9:.2f} GB free")
+        raise InputError(
+            f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has {free / 1e9:.2f} GB free"
+        )
     part.mkdir(parents=True)
     print(f"exporting {folder} as {config.eval.dtype}", flush=True)
     pieces = Pieces(folder)

@@ -123,9 +123,9 @@ def write(folder: Path, layout: Layout, rows: Callable[[str, int, int], Tensor],
         (folder / INDEX).write_bytes(layout.index)
 
 
-def _parts(entry: Entry, rows: Callable[[str, int, int], Tensor]) -> Iterator[memoryview]:
+def _parts(entry: Entry, rows: Callable[[str, int, int], Tensor]) -> Iterator[Any]:
     """The bytes of a tensor, a few rows at a time."""
     step = max(1, CHUNK // prod(entry.shape[1:]))
     for start in range(0, entry.shape[0], step):
         part = rows(entry.ours, start, min(start + step, entry.shape[0])).to(entry.dtype).contiguous()
-        yield memoryview(part.view(torch.uint8).numpy().reshape(-1))
+        yield part.flatten().view(torch.uint8).numpy()

@@ -1,7 +1,9 @@
-"""Evaluate a run: `python eval/run.py +experiment=NAME` writes eval.json and prints a sample of generated text.
+"""Evaluate: held-out text of a run, or a leaderboard.
 
-Bits per byte of held-out text come from our model and the newest checkpoint; the sample comes from transformers and
-the exported folder, as a user of the model would get it.
+`python eval/run.py +experiment=NAME` writes eval.json and prints a sample of generated text. Bits per byte come from
+our model and the newest checkpoint; the sample comes from transformers and the exported folder, as a user would get it.
+`python eval/run.py checkpoint=FOLDER suite=leaderboard_v1` scores a step folder or a Hugging Face folder; no experiment
+is needed. With `+experiment=NAME suite=...` it is the run's newest checkpoint.
 """
 
 import hashlib
@@ -23,10 +25,19 @@ from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
 from eval.export import record_of, sizes
 from eval.heldout import Score, evaluate
+from eval.suite import run_suite
 from eval.twin import load as transformers_twin
 
 
 def evaluation(config: EvaluationConfig) -> None:
+    """A suite when one is chosen, else the held-out text of every source and a sample."""
+    if config.eval.suite is not None:
+        run_suite(config)
+    else:
+        heldout(config)
+
+
+def heldout(config: EvaluationConfig) -> None:
     """Score the held-out text of every source, then generate."""
     folder = checkpoint.find(config)
     home = checkpoint.exported(config, folder)
@@ -97,13 +108,33 @@ def generate(folder: Path, config: Eval) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = transformers_twin(folder)
-    set_seed(0)
+    set_seed(config.sampling.seed)
     inputs = tokenizer(config.prompt, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=config.new_tokens, do_sample=True, temperature=0.7, top_k=50)
+    chosen = config.sampling
+    drawn = {"do_sample": True, "temperature": chosen.temperature, "top_k": chosen.top_k, "top_p": chosen.top_p}
+    settings = drawn if chosen.temperature else {"do_sample": False}
+    ids = model.generate(**inputs, max_new_tokens=config.new_tokens, **settings)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """The command line with `checkpoint=` and `suite=` in Hydra's terms, and the run that a checkpoint belongs to.
+
+    Hydra would take checkpoint=... as a choice of its group of that name.
+    """
+    short = {"checkpoint": "eval.checkpoint", "suite": "eval"}
+    pairs = [argument.split("=", 1) for argument in arguments]
+    expanded = ["=".join([short.get(key, key), *value]) for key, *value in pairs]
+    given = {key: value[0] for key, *value in pairs if value}
+    if "checkpoint" in given and not {"+experiment", "run.name"} & given.keys():
+        folder = Path(given["checkpoint"]).resolve()
+        home = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+        expanded += [f"run.name='{home.name}'", f"run.dir='{home}'"]
+    return expanded
 
 
 main = command(EvaluationConfig)(evaluation)
 
 if __name__ == "__main__":
+    sys.argv[1:] = expand(sys.argv[1:])
     main()

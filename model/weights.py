@@ -131,7 +131,9 @@ class HfFolder:
             self.config = model_config(raw)
             self.files = self._files()
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} is no folder of transformers' layout with safetensors weights: {error}") from error
+            raise ValueError(
+                f"{folder} is no folder of transformers' layout with safetensors weights: {error}"
+            ) from error
         self.names = dict(tensor_names(self.config.n_layer))
         if self.files.keys() != set(self.names.values()):
             odd = sorted(self.files.keys() ^ set(self.names.values()))

@@ -19,7 +19,7 @@ from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from data.tokenizer import train as train_tokenizer
 from eval import checkpoint
-from eval.config import Eval, EvaluationConfig, Run
+from eval.config import Eval, EvaluationConfig, Run, Sampling
 from eval.export import export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
@@ -52,7 +52,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
-    return EvaluationConfig(run, MODEL, data, Eval(16, 3, 500, "def f", 8, "float32", [], None))
+    return EvaluationConfig(
+        run, MODEL, data, Eval(16, 3, 500, "def f", 8, Sampling(0.7, 50, 1.0, 0), "float32", [], None, None)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,251 @@
+"""Leaderboards: our adapter against the harness's own, on local tasks; scores, tables and errors."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from data.config import InputError
+from data.loader import tokenizer_path
+from data.tokenizer import EOS
+from data.tokenizer import load as load_tokenizer
+from eval import checkpoint
+from eval.config import EvaluationConfig, Row, Suite
+from eval.export import export
+from eval.harness import FalconMambaLM
+from eval.run import expand
+from eval.suite import run_suite, score, table
+from tests.compose import run_config
+from tests.eval.test_export import config  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+HOMES = ("arc", "hellaswag", "mmlu", "winogrande", "truthfulqa", "gsm8k", "leaderboard")  # of the harness's tasks
+WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """deepspeed leaves variables of a launcher behind, which accelerate would believe."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three local tasks: a multiple choice, a perplexity, a generation."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"q": f"def f{i}(x):\n    return", "choices": [f" x + {i}", " y", " x * x * x"], "gold": i % 3,
+         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}"}
+        for i in range(12)
+    ]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data_files": {"test": f"{folder}/rows.jsonl"}, "cache_dir": str(folder)}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "fewshot_split": "test"}
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    write = {
+        "local_choice": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+                         "doc_to_target": "gold", "metric_list": [{"metric": m, **mean} for m in ("acc", "acc_norm")]},
+        "local_text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                       "metric_list": [{"metric": "bits_per_byte"}]},
+        "local_answer": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{answer}}",
+                         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+                         "metric_list": [{"metric": "exact_match", **mean}]},
+    }  # fmt: skip
+    for name, body in write.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **body}))
+    return folder
+
+
+def suite_of(folder: Path | None, *names: str) -> Suite:
+    known = {
+        "local_choice": Row("choice", "local_choice", 2, ["acc_norm,none", "acc,none"], 0.25, {}, True),
+        "local_text": Row("text", "local_text", 0, ["bits_per_byte,none"], 0.0, {}, True),
+        "local_answer": Row("answer", "local_answer", 0, ["exact_match,none"], 0.0, {}, True),
+        "absent": Row("absent", "no_such_task", 0, ["acc,none"], 0.0, {}, True),
+        "arc": Row("ARC", "arc_challenge", 25, ["acc_norm,none"], 0.0, {}, True),
+    }
+    rows = [known[name] for name in names]
+    return Suite("local", 200, str(folder) if folder else None, None, rows, {"Rival-7B": [10.0] * len(rows)})
+
+
+@pytest.fixture(scope="module")
+def exported(config: EvaluationConfig) -> Path:  # noqa: F811
+    export(config)
+    return config.run.hf
+
+
+@pytest.fixture(scope="module")
+def ours(config: EvaluationConfig) -> FalconMambaLM:  # noqa: F811
+    model = checkpoint.load(config, checkpoint.find(config))
+    return FalconMambaLM(model, load_tokenizer(tokenizer_path(config.data)), 40, 100)
+
+
+@pytest.fixture(scope="module")
+def theirs(exported: Path) -> HFLM:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHER:
+            patch.delenv(name, raising=False)
+        return HFLM(
+            str(exported),
+            max_length=40,
+            batch_size=3,
+            device="cpu",
+            dtype="float32",
+            prefix_token_id=EOS,
+            logits_cache=False,
+        )
+
+
+def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, arguments_, number) for number, arguments_ in enumerate(arguments)]
+
+
+def test_loglikelihoods_are_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
+    """Empty contexts, trailing spaces, choices of one token on one context, prompts that are cut on the left."""
+    pairs = [("", word) for word in WORDS] + [(a, " " + b) for a in WORDS for b in WORDS if a != b]
+    pairs += [("def f ", "x"), ("x" * 300, " y"), ("x" * 300, "y" * 38), *[("choose", letter) for letter in "ABCD"]]
+    asked = requests("loglikelihood", *pairs)
+    mine, expected = ours.loglikelihood(asked, disable_tqdm=True), theirs.loglikelihood(asked, disable_tqdm=True)
+    assert [greedy for _, greedy in mine] == [greedy for _, greedy in expected]
+    torch.testing.assert_close(*[torch.tensor([s for s, _ in x]) for x in (mine, expected)], rtol=1e-4, atol=1e-4)
+
+
+def test_rolling_windows_are_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
+    """HFLM without its logits cache: with it, equal windows of a text that repeats are scored at wrong places."""
+    asked = requests("loglikelihood_rolling", *[(word * repeat,) for word in WORDS for repeat in (1, 30)])
+    mine, expected = (lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in (ours, theirs))
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_is_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
+    greedy = {"until": ["\n", "zz"], "max_gen_toks": 9, "do_sample": False}
+    other = {"until": [], "max_gen_toks": 5, "do_sample": False}
+    asked = requests("generate_until", *[(word, greedy) for word in WORDS], *[(word * 20, other) for word in WORDS])
+    assert ours.generate_until(asked, disable_tqdm=True) == theirs.generate_until(asked, disable_tqdm=True)
+
+
+def test_a_whole_suite_gives_the_same_scores_from_both(
+    config: EvaluationConfig, exported: Path, tasks: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    suite = suite_of(tasks, "local_choice", "local_text", "local_answer")
+    with_suite = replace(config, eval=replace(config.eval, suite=suite))
+    run_suite(with_suite)
+    run_suite(replace(with_suite, eval=replace(with_suite.eval, checkpoint=str(exported))))
+    printed = capsys.readouterr().out
+    step = checkpoint.find(config).name
+    files = [config.run.folder / "scores" / f"local-{name}.json" for name in (step, "hf")]
+    mine, expected = (json.loads(file.read_text())["rows"] for file in files)
+    assert set(mine) == {"choice", "text", "answer"} and mine["choice"]["stderr"] > 0
+    for label, result in mine.items():
+        assert result["score"] == pytest.approx(expected[label]["score"], rel=1e-5), label
+        assert result["parts"][f"local_{label}"]["documents"] == 12
+    assert mine["text"]["score"] > 100  # bits per byte, times 100: an untrained model
+    assert "Rival-7B" in printed and re.search(r"10\.00 \(.[\d.]+\)", printed)
+    run_suite(with_suite)
+    assert "shots" not in capsys.readouterr().out  # stored rows are not run again
+
+
+def test_missing_tasks_are_named_and_the_rest_is_scored(
+    config: EvaluationConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    suite = replace(suite_of(tasks, "absent", "arc", "local_answer"), name="partly")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(InputError) as caught:
+        run_suite(replace(config, eval=replace(config.eval, suite=suite)))
+    message = str(caught.value)
+    assert "2 of 3 rows" in message and "no_such_task" in message and "arc_challenge" in message
+    assert "\n" not in message and "HF_HOME" in message
+    assert "answer" in capsys.readouterr().out
+
+
+def test_scores_are_rescaled_as_the_leaderboard_does() -> None:
+    def leaf(value: float, error: float | str, documents: int) -> dict[str, Any]:
+        return {"acc,none": value, "acc_stderr,none": error, "documents": documents}
+
+    group = {"a": leaf(0.7, 0.03, 100), "b": leaf(0.4, 0.04, 300), "c": leaf(0.1, 0.02, 50)}
+    # https://huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: MuSR's example is 0.7, 0.4, 0.6
+    row = Row("x", "x", 0, ["acc,none"], 0.0, {"a": 0.5, "b": 0.2, "c": 1 / 3}, False)
+    result = score(row, group)
+    assert result["score"] == pytest.approx((40 + 25 + 0) / 3)
+    assert result["stderr"] == pytest.approx(100 * math.sqrt((0.06) ** 2 + 0.05**2 + 0.03**2) / 3)
+    gpqa = score(Row("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)})
+    assert gpqa["score"] == pytest.approx(46.67, abs=0.005) and gpqa["stderr"] == pytest.approx(100 * 0.02 / 0.75)
+    by_size = score(Row("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
+    assert by_size["score"] == pytest.approx(100 * (0.7 * 100 + 0.4 * 300 + 0.1 * 50) / 450)
+    assert score(row, {"a": leaf(0.7, "N/A", 10)})["stderr"] is None
+    two = Row("x", "x", 0, ["acc,none", "loose,none"], 0.0, {}, True)
+    assert score(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})["score"] == pytest.approx(60)
+
+
+@pytest.mark.parametrize(("name", "best", "wanted"), [("v1", 64.09, 6), ("v2", 15.04, 6)])
+def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
+    """Averages recomputed from the stored scores are the published ones; tasks exist; BBH's floors are its choices'."""
+    suite = run_config("7b", f"eval=leaderboard_{name}").eval.suite
+    assert suite is not None and suite.max_length == 8192 and len(suite.rows) == wanted
+    mean = sum(suite.published["FalconMamba-7B"]) / len(suite.rows)
+    assert mean == pytest.approx(best, abs=0.006)
+    rows = {row.label: {"score": 50.0, "stderr": 1.0} for row in suite.rows}
+    grid = table(suite, "ours", rows)
+    assert grid.row_count == 1 + len(suite.published)
+    assert list(grid.columns[-1].cells)[0] == f"50.00 +-{1 / math.sqrt(wanted):.2f}"
+    assert list(grid.columns[-1].cells)[1] == f"{mean:.2f} ({50 - mean:+.2f})"
+    folder = Path(lm_eval.__file__).parent / "tasks"
+    names = "\n".join(path.read_text() for path in folder.glob("*/**/*.y*ml") if path.parts[len(folder.parts)] in HOMES)
+    assert all(re.search(rf"^(task|group): {row.task}$", names, re.M) for row in suite.rows)
+
+
+def test_floors_of_bbh_are_those_of_its_choices() -> None:
+    suite = run_config("7b", "eval=leaderboard_v2").eval.suite
+    assert suite is not None
+    floors = next(row.floors for row in suite.rows if row.label == "BBH")
+    folder = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "bbh_mc"
+    seen = {}
+    for path in folder.glob("[a-z]*.yaml"):
+        body = yaml.safe_load(re.sub(r"!function.*", "x", path.read_text()))
+        seen[body["task"]] = 1 / len(body["doc_to_choice"])
+    assert floors == pytest.approx(seen, rel=1e-6) and len(floors) == 24
+
+
+def test_the_short_words_of_the_command_line() -> None:
+    assert expand(["suite=leaderboard_v1", "+experiment=demo"]) == ["eval=leaderboard_v1", "+experiment=demo"]
+    given = expand(["checkpoint=/runs/x/checkpoints/step-00000009"])
+    assert given[0] == "eval.checkpoint=/runs/x/checkpoints/step-00000009"
+    assert given[1:] == ["run.name='x'", "run.dir='/runs/x'"]
+    assert expand(["checkpoint=/runs/x/hf"])[1:] == ["run.name='x'", "run.dir='/runs/x'"]
+    assert expand(["checkpoint=/a/b", "+experiment=demo"]) == ["eval.checkpoint=/a/b", "+experiment=demo"]
+
+
+def test_two_ranks_print_one_table_with_the_same_scores(
+    config: EvaluationConfig, tasks: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """The command, data-parallel over gloo, on a step folder without an experiment."""
+    folder = checkpoint.find(config)
+    (config.run.folder / "config.yaml").write_text(yaml.safe_dump({"data": {"folder": config.data.folder}}))
+    metrics = "metrics: ['acc_norm,none'], floor: 0, floors: {}, by_size: true"
+    rows = f"[{{label: choice, task: local_choice, shots: 2, {metrics}}}]"
+    settings = [f"eval.suite.include={tasks}", f"eval.suite.rows={rows}", "eval.suite.name=two",
+                "~eval.suite.published", "+eval.suite.published={Rival: [30.0]}", "eval.seq_len=64"]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "eval/run.py", f"checkpoint={folder}", "suite=leaderboard_v1", *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Rival") == 1
+    two = json.loads((config.run.folder / "scores" / f"two-{folder.name}.json").read_text())["rows"]["choice"]
+    suite = suite_of(tasks, "local_choice")
+    row = Row("choice", "local_choice", 2, ["acc_norm,none"], 0.0, {}, True)
+    run_suite(replace(config, eval=replace(config.eval, suite=replace(suite, name="one", rows=[row]))))
+    assert two == json.loads((config.run.folder / "scores" / f"one-{folder.name}.json").read_text())["rows"]["choice"]

@@ -22,6 +22,7 @@ from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval import checkpoint
 from eval.config import EvaluationConfig, Sampling
+from eval.decode import Decoder
 from model.mamba import FalconMamba, State
 
 PREFILL_TOKENS = 4096  # of a chunk, all rows together: its activations are the memory of a prompt of any length
@@ -57,17 +58,25 @@ def _window(prompt: Sequence[int], longest: int, low: int, high: int) -> list[in
 
 @torch.no_grad()
 def generate(
-    model: FalconMamba, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling = GREEDY
+    model: FalconMamba,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    sampling: Sampling = GREEDY,
+    *,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield `count` times the next token [b] of every prompt; the caller stops when it has enough."""
+    """Yield `count` times the next token [b] of every prompt; the caller stops when it has enough.
+
+    compiled is for long texts on a CPU: see Decoder.
+    """
     hidden, state = prefill(model, prompts)
     generator = torch.Generator(hidden.device).manual_seed(sampling.seed)
-    for number in range(count):
-        tokens = choose(model.lm_head(hidden), sampling, generator)
+    tokens = choose(model.lm_head(hidden.to(model.lm_head.weight.dtype)), sampling, generator)
+    yield tokens
+    decoder = Decoder(model, state, compiled=compiled)
+    for _ in range(count - 1):
+        tokens = choose(decoder(tokens), sampling, generator)
         yield tokens
-        if number + 1 < count:
-            states, state = model.extend(tokens.unsqueeze(1), state)
-            hidden = states[:, 0]
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

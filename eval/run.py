@@ -23,7 +23,7 @@ from data.loader import source_folder
 from data.shards import MANIFEST, sha256_of
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
-from eval.export import record_of, sizes
+from eval.export import require_export
 from eval.heldout import Score, evaluate
 from eval.suite import run_suite
 from eval.twin import load as transformers_twin
@@ -61,13 +61,6 @@ def heldout(config: EvaluationConfig) -> None:
     result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
     checkpoint.write_result(path, result)
     print(f"\nscores: {path}", flush=True)
-
-
-def require_export(home: Path, folder: Path) -> None:
-    """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
-    record = checkpoint.read_result(record_of(home))
-    if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
-        raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
 
 
 def data_sha256(config: DataConfig) -> str:

@@ -19,7 +19,7 @@ from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from data.tokenizer import train as train_tokenizer
 from eval import checkpoint
-from eval.config import Eval, EvaluationConfig, Run, Sampling
+from eval.config import Bench, Eval, EvaluationConfig, Run, Sampling
 from eval.export import export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
@@ -53,7 +53,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
     return EvaluationConfig(
-        run, MODEL, data, Eval(16, 3, 500, "def f", 8, Sampling(0.7, 50, 1.0, 0), "float32", [], None, None)
+        run,
+        MODEL,
+        data,
+        Eval(
+            16,
+            3,
+            500,
+            "def f",
+            8,
+            Sampling(0.7, 50, 1.0, 0),
+            Bench(512, 512, 512, 0.25),
+            "float32",
+            [],
+            None,
+            None,
+            None,
+        ),
     )
 
 

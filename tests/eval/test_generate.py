@@ -1,9 +1,12 @@
 """Recurrent decoding: the same tokens and states as the whole sequence gives, in batches and in chunks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from eval.config import Sampling
+from eval.decode import Decoder
 from eval.generate import GREEDY, choose, generate, prefill, stream
 from model.config import Backend
 from model.kernels import REFERENCE, load
@@ -41,6 +44,35 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -
         with torch.no_grad():
             expected = model.logits(ids)[0, len(prompt) - 1 : -1].argmax(-1)
         assert torch.equal(steps[row], expected), row
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
+    """Scores and states of many single steps against extend; plain Mamba too."""
+    model = model_of(replace(TINY, mixer_norms=norms), seed=1, kernels=kernels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    _, state = prefill(model, PROMPTS)
+    decoder = Decoder(model, state)
+    for step in range(12):
+        tokens = torch.tensor([13 + step, 20, 90 - step])
+        with torch.no_grad():
+            hidden, state = model.extend(tokens.unsqueeze(1), state)
+            expected = model.lm_head(hidden[:, 0])
+        torch.testing.assert_close(decoder(tokens), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(decoder.state(), state, strict=True):
+        torch.testing.assert_close(mine.scan, theirs.scan, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine.taps, theirs.taps, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_cuda_graph_is_the_step() -> None:
+    model = model_of(TINY, kernels=load(Backend.auto, "cuda"), device="cuda")
+    plain = [t.cpu() for t in generate(model.cpu(), PROMPTS, 30)]
+    captured = [t.cpu() for t in generate(model.cuda(), PROMPTS, 30)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
 
 
 def test_the_padding_is_forgotten_only_by_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,212 @@
+"""Benchmark generation: `python eval/bench_generate.py` measures what Falcon Mamba's figures 2 and 3 show.
+
+Speed and peak memory over generated tokens, and the longest prompt that a given memory takes, at batch 1 with random
+weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
+section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
+into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
+"""
+
+import ctypes
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data.command import command
+from eval.checkpoint import write_result
+from eval.config import EvaluationConfig
+from eval.rivals import Decoder, falcon, llama, ours
+from model.flops import parameter_count
+
+MIB = 2**20
+MODELS = {"ours": ours, "transformers FalconMamba": falcon, "transformers Llama": llama}
+FIRST_PROMPT = 512
+Result = dict[str, Any]
+
+
+class Memory:
+    """Peak memory in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def reset(self) -> int:
+        """Forget the peak; returns what is used now."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: man 5 proc
+        return self.peak()
+
+    def peak(self) -> int:
+        """The peak since the last reset."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def marks(tokens: int) -> list[int]:
+    """Powers of two from 256 to `tokens`, where speed and memory are read."""
+    return [1 << power for power in range(8, tokens.bit_length()) if 1 << power <= tokens]
+
+
+def speed(name: str, decode: Decoder, tokens: int, memory: Memory) -> list[Result]:
+    """Generate `tokens` after a prompt of one; tokens/s of the second half of the way to each mark, and the peak there.
+
+    The second half: what a mark reports was all generated with at least half of its tokens before it.
+    """
+    stops, rows = marks(tokens), []
+    at = {stop: 0.0 for stop in (0, 128, *stops)}
+    count = 0
+    decode([12], 16, lambda: None)  # compile, allocate
+    before = memory.reset()
+
+    def watch() -> None:
+        nonlocal count
+        count += 1
+        if count in at:
+            if memory.cuda:
+                torch.cuda.synchronize()
+            at[count] = time.perf_counter()
+            if count in stops:
+                rate = (count // 2) / (at[count] - at[count // 2])
+                rows.append({"tokens": count, "tokens_per_second": rate, "peak_bytes": memory.peak() - before})
+                print(
+                    f"{name}: {count:,} tokens, {rate:,.1f} tokens/s, {rows[-1]['peak_bytes'] / MIB:.1f} MiB",
+                    flush=True,
+                )
+
+    decode([12], tokens, watch)
+    return rows
+
+
+def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, memory: Memory) -> Result:
+    """The longest prompt (doubling from 512, `most` at the most) whose first token comes within the memory."""
+    fits, rows = 0, []
+    length = FIRST_PROMPT
+    while length <= most:
+        before = memory.reset()
+        begun = time.perf_counter()
+        decode([12 + place % 100 for place in range(length)], 1, lambda: None)
+        seconds, used = time.perf_counter() - begun, memory.peak() - before
+        rows.append({"prompt": length, "peak_bytes": used, "seconds": seconds})
+        print(f"{name}: prompt of {length:,}, {used / MIB:.1f} MiB, {seconds:.2f} s", flush=True)
+        if used > limit_bytes:
+            break
+        fits, length = length, length * 2
+    return {
+        "fits": fits,
+        "stopped_by": "memory" if rows and rows[-1]["peak_bytes"] > limit_bytes else "tokens",
+        "rows": rows,
+    }
+
+
+def bench(config: EvaluationConfig) -> None:
+    """Measure all three, print a table, write JSON and a picture."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings, memory = config.eval.bench, Memory(device)
+    result: Result = {
+        "device": torch.cuda.get_device_name() if memory.cuda else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "parameters": parameter_count(config.model),
+        "prompt_memory_bytes": int(settings.prompt_memory_gib * 2**30),
+        "models": {},
+    }
+    config.run.folder.mkdir(parents=True, exist_ok=True)
+    for name, make in MODELS.items():
+        decode = make(config.model, device)
+        tokens = settings.tokens if name == "ours" else settings.rival_tokens
+        generated = speed(name, decode, tokens, memory)
+        most = settings.tokens if name == "ours" else settings.rival_prompt_tokens
+        prompt = longest_prompt(name, decode, result["prompt_memory_bytes"], most, memory)
+        result["models"][name] = {"generated": generated, "prompt": prompt}
+        write_result(config.run.folder / "bench_generate.json", result)  # what is done stays
+        del decode
+    result["bars"] = bars(result["models"])
+    write_result(config.run.folder / "bench_generate.json", result)
+    draw(config.run.folder / "bench_generate.png", result)
+    show(result)
+    print(f"written: {config.run.folder / 'bench_generate.json'} and .png", flush=True)
+
+
+def bars(models: Result) -> Result:
+    """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last length both reached."""
+    mine = [row for row in models["ours"]["generated"] if row["tokens"] >= 1024] or models["ours"]["generated"]
+    rates, peaks = [[row[key] for row in mine] for key in ("tokens_per_second", "peak_bytes")]
+    found: Result = {
+        "tokens": [mine[0]["tokens"], mine[-1]["tokens"]],
+        "memory_growth": peaks[-1] / peaks[0] - 1 if peaks[0] else None,
+        "speed_change": rates[-1] / rates[0] - 1,
+        "speed_spread": max(rates) / min(rates) - 1,
+    }
+    for name, model in models.items():
+        if name != "ours":
+            row = model["generated"][-1]
+            same = next(r for r in models["ours"]["generated"] if r["tokens"] == row["tokens"])
+            found[f"times faster than {name}"] = same["tokens_per_second"] / row["tokens_per_second"]
+    return found
+
+
+def show(result: Result) -> None:
+    """One row per model and length, then the bars."""
+    table = Table("model", "tokens", "tokens/s", "peak above weights, MiB", title=f"{result['device']}")
+    for name, model in result["models"].items():
+        for row in model["generated"]:
+            table.add_row(
+                name, f"{row['tokens']:,}", f"{row['tokens_per_second']:,.1f}", f"{row['peak_bytes'] / MIB:.1f}"
+            )
+    Console().print(table)
+    for name, model in result["models"].items():
+        fits, why = model["prompt"]["fits"], model["prompt"]["stopped_by"]
+        more = "" if why == "memory" else " or more"
+        print(f"{name}: a prompt of {fits:,}{more} in {result['prompt_memory_bytes'] / 2**30:g} GiB")
+    for key, value in result["bars"].items():
+        print(f"{key}: {value}")
+
+
+def draw(path: Path, result: Result) -> None:
+    """Speed and memory over generated tokens, memory over the prompt's length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    for name, model in result["models"].items():
+        rows, prompts = model["generated"], model["prompt"]["rows"]
+        tokens = [row["tokens"] for row in rows]
+        axes[0].plot(tokens, [row["tokens_per_second"] for row in rows], marker="o", label=name)
+        axes[1].plot(tokens, [row["peak_bytes"] / MIB for row in rows], marker="o", label=name)
+        lengths = [row["prompt"] for row in prompts]
+        axes[2].plot(lengths, [row["peak_bytes"] / MIB for row in prompts], marker="o", label=name)
+    axes[2].axhline(result["prompt_memory_bytes"] / MIB, color="gray", linestyle=":")
+    labels = (("generated tokens", "tokens/s"), ("generated tokens", "peak above weights, MiB"))
+    for axis, (x, y) in zip(axes, (*labels, ("prompt tokens", "peak above weights, MiB")), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    figure.suptitle(f"batch 1, {result['parameters']:,} parameters, {result['device']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+main = command(EvaluationConfig)(bench)
+
+if __name__ == "__main__":
+    if not any(argument.startswith("+experiment=") for argument in sys.argv[1:]):
+        sys.argv.append("+experiment=7b" if torch.cuda.is_available() else "+experiment=demo")
+    main()

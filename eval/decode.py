@@ -1,0 +1,109 @@
+"""One token through the whole model: what decoding repeats, without what a sequence needs.
+
+The same formula as model/mamba.py at a length of one, with A and the convolution's transposed weights prepared once:
+no kernel is launched for a single step. Equal to FalconMamba.extend (tests/eval/test_generate.py).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.mamba import FalconMamba, LayerState, Mixer, State
+
+WARMUP = 3  # steps before a CUDA graph is captured, so that libraries have allocated what they need
+
+
+class Decoder:
+    """Next-token scores from one token and the state, which it keeps.
+
+    compiled: torch.compile makes the step several times faster on a CPU and takes half a minute at first. On a GPU the
+    step is a CUDA graph, captured here: one launch per token.
+    """
+
+    def __init__(self, model: FalconMamba, state: State, *, compiled: bool = False) -> None:
+        self.model = model
+        self.A = [-torch.exp(mixer.A_log.float()) for mixer in self._mixers()]
+        self.taps = [layer.taps.clone() for layer in state]
+        self.scans = [layer.scan.clone() for layer in state]
+        self.step: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = self._step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if self.taps[0].is_cuda:
+            self._capture()
+        elif compiled:
+            self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Scores [b, v] of what follows tokens [b]; the state moves on."""
+        if self.graph is not None:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            return self.scores
+        scores, self.taps, self.scans = self.step(tokens, self.taps, self.scans)
+        return scores
+
+    def state(self) -> State:
+        """The state after all tokens so far."""
+        return [LayerState(taps, scan) for taps, scan in zip(self.taps, self.scans, strict=True)]
+
+    def _mixers(self) -> list[Mixer]:
+        return [layer.mixer for layer in self.model.layers]  # type: ignore[misc]
+
+    def _step(
+        self, tokens: Tensor, taps: list[Tensor], scans: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """tokens [b], taps [b, k - 1, d] and scans [b, d, n] of all layers -> scores [b, v] and both after it."""
+        h = self.model.embedding(tokens).float()
+        after: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for layer, A, tap, scan in zip(self.model.layers, self.A, taps, scans, strict=True):
+            x = _norm(h, layer.norm.weight, layer.norm.eps).to(tap.dtype)  # type: ignore[union-attr, arg-type]
+            y, tap, scan = _mix(layer.mixer, x, A, tap, scan)  # type: ignore[arg-type]
+            h = h + y
+            after[0].append(tap)
+            after[1].append(scan)
+        final = self.model.final_norm
+        head = self.model.lm_head.weight
+        return F.linear(_norm(h, final.weight, final.eps).to(head.dtype), head), *after
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Record one step with its state updated in place."""
+        device, batch = self.taps[0].device, self.taps[0].shape[0]
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+        kept = [tensor.clone() for tensor in (*self.taps, *self.scans)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                self._step(self.tokens, self.taps, self.scans)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.scores, taps, scans = self._step(self.tokens, self.taps, self.scans)
+            for mine, new in zip((*self.taps, *self.scans), (*taps, *scans), strict=True):
+                mine.copy_(new)
+        for mine, before in zip((*self.taps, *self.scans), kept, strict=True):
+            mine.copy_(before)
+        self.graph = graph
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm in fp32."""
+    x = F.rms_norm(x.float(), x.shape[-1:], None, eps)
+    return x if weight is None else x * weight
+
+
+def _mix(mixer: Mixer, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer at one step: x [b, e] -> [b, e], with the taps and the scan's state after it."""
+    u, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
+    window = torch.cat([taps, u.unsqueeze(1)], 1)
+    u = F.silu((window * mixer.conv_weight.t()).sum(1) + mixer.conv_bias)
+    dt, B, C = F.linear(u, mixer.x_proj.weight).split(mixer.split, dim=-1)
+    if mixer.norms:
+        dt, B, C = (_norm(part, None, mixer.norm_eps).to(u.dtype) for part in (dt, B, C))
+    delta = F.softplus((F.linear(dt, mixer.dt_proj.weight) + mixer.dt_bias).float())
+    scan = torch.exp(delta.unsqueeze(-1) * A) * scan + (delta * u).unsqueeze(-1) * B.float().unsqueeze(1)
+    y = (scan @ C.float().unsqueeze(-1)).squeeze(-1) + mixer.D * u
+    return F.linear((y * F.silu(z)).to(u.dtype), mixer.out_proj.weight), window[:, 1:], scan

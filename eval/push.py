@@ -1,0 +1,51 @@
+"""Publish: `python eval/push.py +experiment=NAME eval.hub=USER/MODEL` uploads the export with a model card.
+
+The card is made of the run's own records. The token is that of `hf auth login` or HF_TOKEN; it is never
+written anywhere. Uploading again continues: files that the hub has already are not sent twice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from data.command import command
+from data.config import InputError
+from eval import checkpoint
+from eval.card import model_card
+from eval.config import EvaluationConfig
+from eval.export import require_export
+
+
+def push(config: EvaluationConfig) -> None:
+    """Check the export, write the card, upload; the repository is private until its owner says otherwise."""
+    if config.eval.hub is None:
+        raise InputError("where to? give eval.hub=USER/MODEL")
+    folder = checkpoint.find(config)
+    home = checkpoint.exported(config, folder)
+    require_export(home, folder)
+    card = config.run.folder / "README.md"
+    card.write_text(model_card(config.run.folder, folder, config.model), encoding="utf-8")
+    api = HfApi()
+    print(f"uploading {home} to {config.eval.hub}", flush=True)
+    try:
+        api.create_repo(config.eval.hub, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=config.eval.hub, folder_path=home, commit_message=f"{folder.name} of {config.run.name}"
+        )
+        for path in (card, config.run.folder / "curves.png"):
+            if path.is_file():
+                api.upload_file(repo_id=config.eval.hub, path_or_fileobj=path, path_in_repo=path.name)
+    except HfHubHTTPError as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"the hub refused ({line}): log in with `hf auth login`, check eval.hub") from error
+    print(f"published: https://huggingface.co/{config.eval.hub} (private)", flush=True)
+
+
+main = command(EvaluationConfig)(push)
+
+if __name__ == "__main__":
+    main()

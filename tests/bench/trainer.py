@@ -1,0 +1,178 @@
+"""Our training beside transformers' Trainer: the same initial weights, batches, rates and rules, the loss of each step.
+
+`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, then by the Trainer
+`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, then by their Trainer
+with `python data/prepare.py +experiment=demo`. transformers cannot reset state between documents, so both do without;
+its scan is mambapy's, which is several times faster on a CPU than its own loop.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from data.loader import Loader, compile_plan, open_manifests
+from data.tokenizer import EOS
+from eval.layout import Entry, json_bytes, plan, write
+from model.hf import hf_config, tensor_names, to_hf
+from model.init import decays
+from model.kernels import REFERENCE
+from model.parallel import build
+from tests.compose import run_config
+from train.config import RunConfig
+from train.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 16
+SEQ_LEN = 128
+EVERY = 20  # steps between lines of progress
+
+
+def overrides(folder: Path, steps: int) -> list[str]:
+    """The demo with one context and a constant batch, for `steps` steps, a fifth of them decay."""
+    tokens = steps * BATCH * SEQ_LEN
+    decay = tokens // 5 // (BATCH * SEQ_LEN) * BATCH * SEQ_LEN
+    stages = (
+        f"data.stages=[{{name: stable, tokens: {tokens - decay}, seq_len: {SEQ_LEN}, mixture: {{web: 20, code: 70, "
+        f"technical: 10}}}}, {{name: decay, tokens: {decay}, seq_len: {SEQ_LEN}, mixture: {{web: 10, code: 35, "
+        "technical: 10, curated: 20, math: 25}}]"
+    )
+    return [
+        f"run.dir={folder / 'ours'}", stages, "data.reset_state=false", f"schedule.decay_tokens={decay}",
+        f"schedule.warmup_tokens={tokens // 20}", "schedule.ramp_tokens=0", f"schedule.batch_start={BATCH}",
+        f"schedule.batch_end={BATCH}", f"checkpoint.every_tokens={tokens}", "metrics.wandb_project=null",
+    ]  # fmt: skip
+
+
+class Batches(IterableDataset):  # type: ignore[type-arg]
+    """The run's sequences in its own order, each with the token that its last place predicts."""
+
+    def __init__(self, config: RunConfig) -> None:
+        manifests = open_manifests(config.data)
+        self.plan = compile_plan(config.data, manifests)
+        self.loader = Loader(self.plan, manifests)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for stage in self.plan.stages:
+            for number in range(stage.tokens // stage.seq_len):
+                batch = self.loader.read(stage, np.array([number]))
+                ids = torch.cat([batch.tokens[0], batch.targets[0, -1:]])
+                yield {"input_ids": ids, "labels": ids}
+
+
+class Recorded(Trainer):
+    """transformers' Trainer that keeps every step's loss."""
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        loss = super().training_step(*arguments, **named)
+        self.losses = [*getattr(self, "losses", []), float(loss)]
+        if len(self.losses) % EVERY == 1:
+            self.begun = getattr(self, "begun", time.monotonic())
+            rate = (len(self.losses) - 1) / max(time.monotonic() - self.begun, 1e-9)
+            left = (self.args.max_steps - len(self.losses)) / rate / 60 if rate else math.nan
+            print(f"Trainer: step {len(self.losses)} loss {self.losses[-1]:.3f}, {left:.1f} min left", flush=True)
+        return loss
+
+
+def export_initial(config: RunConfig, folder: Path) -> None:
+    """The run's initial weights as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.safetensors"):
+        stale.unlink()
+    model = build(config.model, REFERENCE, config.run.seed, torch.device("cpu"))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layout = plan(
+        Entry(ours, theirs, torch.float32, tuple(to_hf(ours, weights[ours]).shape))
+        for ours, theirs in tensor_names(config.model.n_layer)
+    )
+    write(folder, layout, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print)
+    (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
+
+
+def train_theirs(config: RunConfig, folder: Path, steps: int) -> list[float]:
+    """Losses of transformers' Trainer with our rates, weight decay rule and clipping."""
+    export_initial(config, folder / "initial")
+    model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
+    for layer in model.backbone.layers:
+        layer.mixer.use_mambapy = True
+    schedule, optim = Schedule(config.schedule, config.data), config.optim
+    ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if decays(ours[name]) is decayed], "weight_decay": decay}
+        for decayed, decay in ((True, optim.weight_decay), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        adamw, lambda step: schedule.at(min(step, steps - 1) * BATCH * SEQ_LEN).lr
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
+        max_grad_norm=optim.clip_norm, save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = Recorded(model, arguments, train_dataset=Batches(config), optimizers=(adamw, rates))
+    trainer.train()
+    return trainer.losses
+
+
+def train_ours(folder: Path, settings: list[str]) -> list[float]:
+    """Losses of the real command, one rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train/pretrain.py"]
+    subprocess.run([*command, "+experiment=demo", *settings], cwd=ROOT, check=True, env={**os.environ})
+    lines = (folder / "ours" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def draw(path: Path, ours: list[float], theirs: list[float]) -> None:
+    """Both curves, and their difference below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=[2, 1])
+    above.plot(theirs, linewidth=2.5, label="transformers.Trainer")
+    above.plot(ours, linewidth=1, label="ours")
+    above.set_ylabel("loss, nats per token")
+    above.legend()
+    below.plot(np.array(ours) - np.array(theirs))
+    below.set_ylabel("ours - theirs")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(folder: Path, steps: int) -> None:
+    """Train twice and compare."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = folder.resolve()
+    settings = overrides(folder, steps)
+    begun = time.monotonic()
+    ours = train_ours(folder, settings)
+    between = time.monotonic()
+    theirs = train_theirs(run_config("demo", *settings), folder, steps)
+    ended = time.monotonic()
+    difference = np.abs(np.array(ours) - np.array(theirs))
+    result = {
+        "steps": len(ours), "tokens_per_step": BATCH * SEQ_LEN, "seconds": [between - begun, ended - between],
+        "first": [ours[0], theirs[0]], "last_20_mean": [float(np.mean(x[-20:])) for x in (ours, theirs)],
+        "largest_difference": float(difference.max()), "mean_difference": float(difference.mean()),
+        "difference_of_first_20": float(difference[:20].max()),
+    }  # fmt: skip
+    (folder / "losses.json").write_text(json.dumps({**result, "ours": ours, "theirs": theirs}, indent=1) + "\n")
+    draw(folder / "losses.png", ours, theirs)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 300)

@@ -4,12 +4,15 @@ Speed and peak memory over generated tokens, and the longest prompt that a given
 weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
 section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
 into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
+Time is the processor's on a CPU.
 """
 
 import ctypes
 import gc
+import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,19 @@ from model.flops import parameter_count
 MIB = 2**20
 MODELS = {"ours": ours, "transformers FalconMamba": falcon, "transformers Llama": llama}
 FIRST_PROMPT = 512
+BLOCK = 64  # tokens that are timed together
 Result = dict[str, Any]
 
 
-class Memory:
-    """Peak memory in bytes."""
+class Meter:
+    """Peak memory in bytes, and time."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
+
+    def clock(self) -> float:
+        """Seconds: of the wall on a GPU, of the processor on a CPU, where other work on the machine does not count."""
+        return time.perf_counter() if self.cuda else time.process_time()
 
     def reset(self) -> int:
         """Forget the peak; returns what is used now."""
@@ -60,45 +68,57 @@ def marks(tokens: int) -> list[int]:
     return [1 << power for power in range(8, tokens.bit_length()) if 1 << power <= tokens]
 
 
-def speed(name: str, decode: Decoder, tokens: int, memory: Memory) -> list[Result]:
-    """Generate `tokens` after a prompt of one; tokens/s of the second half of the way to each mark, and the peak there.
+def speed(name: str, decode: Decoder, tokens: int, meter: Meter) -> list[Result]:
+    """Generate `tokens` after a prompt of one; at each mark, tokens/s of the second half of the way to it and the peak.
 
-    The second half: what a mark reports was all generated with at least half of its tokens before it.
+    The second half was all generated with at least half of the tokens before it. Its speed is the median over blocks of
+    64 tokens, which other work on the machine does not move.
     """
     stops, rows = marks(tokens), []
-    at = {stop: 0.0 for stop in (0, 128, *stops)}
+    times = [0.0]  # at the end of every block
     count = 0
     decode([12], 16, lambda: None)  # compile, allocate
-    before = memory.reset()
+    before = meter.reset()
 
     def watch() -> None:
         nonlocal count
         count += 1
-        if count in at:
-            if memory.cuda:
-                torch.cuda.synchronize()
-            at[count] = time.perf_counter()
-            if count in stops:
-                rate = (count // 2) / (at[count] - at[count // 2])
-                rows.append({"tokens": count, "tokens_per_second": rate, "peak_bytes": memory.peak() - before})
-                print(
-                    f"{name}: {count:,} tokens, {rate:,.1f} tokens/s, {rows[-1]['peak_bytes'] / MIB:.1f} MiB",
-                    flush=True,
-                )
+        if count == 1:
+            times[0] = meter.clock()
+        if count % BLOCK:
+            return
+        if meter.cuda:
+            torch.cuda.synchronize()
+        times.append(meter.clock())
+        if count in stops:
+            half = times[len(times) // 2 :]
+            seconds = statistics.median(b - a for a, b in pairwise(half))
+            peak = meter.peak()
+            row = {
+                "tokens": count,
+                "tokens_per_second": BLOCK / seconds,
+                "peak_bytes": peak - before,
+                "total_bytes": peak,
+            }
+            rows.append(row)
+            print(
+                f"{name}: {count:,} tokens, {BLOCK / seconds:,.1f} tokens/s, {(peak - before) / MIB:.1f} MiB",
+                flush=True,
+            )
 
     decode([12], tokens, watch)
     return rows
 
 
-def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, memory: Memory) -> Result:
-    """The longest prompt (doubling from 512, `most` at the most) whose first token comes within the memory."""
+def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, meter: Meter) -> Result:
+    """The longest prompt (doubling from 512, `most` at the most) whose first token comes within the meter."""
     fits, rows = 0, []
     length = FIRST_PROMPT
     while length <= most:
-        before = memory.reset()
-        begun = time.perf_counter()
+        before = meter.reset()
+        begun = meter.clock()
         decode([12 + place % 100 for place in range(length)], 1, lambda: None)
-        seconds, used = time.perf_counter() - begun, memory.peak() - before
+        seconds, used = meter.clock() - begun, meter.peak() - before
         rows.append({"prompt": length, "peak_bytes": used, "seconds": seconds})
         print(f"{name}: prompt of {length:,}, {used / MIB:.1f} MiB, {seconds:.2f} s", flush=True)
         if used > limit_bytes:
@@ -114,9 +134,10 @@ def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, memo
 def bench(config: EvaluationConfig) -> None:
     """Measure all three, print a table, write JSON and a picture."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, memory = config.eval.bench, Memory(device)
+    torch.set_num_threads(1)  # a second thread's waiting would count as work, and one token at a time has no use for it
+    settings, meter = config.eval.bench, Meter(device)
     result: Result = {
-        "device": torch.cuda.get_device_name() if memory.cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if meter.cuda else "one CPU thread",
         "torch": torch.__version__,
         "parameters": parameter_count(config.model),
         "prompt_memory_bytes": int(settings.prompt_memory_gib * 2**30),
@@ -126,9 +147,9 @@ def bench(config: EvaluationConfig) -> None:
     for name, make in MODELS.items():
         decode = make(config.model, device)
         tokens = settings.tokens if name == "ours" else settings.rival_tokens
-        generated = speed(name, decode, tokens, memory)
+        generated = speed(name, decode, tokens, meter)
         most = settings.tokens if name == "ours" else settings.rival_prompt_tokens
-        prompt = longest_prompt(name, decode, result["prompt_memory_bytes"], most, memory)
+        prompt = longest_prompt(name, decode, result["prompt_memory_bytes"], most, meter)
         result["models"][name] = {"generated": generated, "prompt": prompt}
         write_result(config.run.folder / "bench_generate.json", result)  # what is done stays
         del decode
@@ -142,10 +163,10 @@ def bench(config: EvaluationConfig) -> None:
 def bars(models: Result) -> Result:
     """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last length both reached."""
     mine = [row for row in models["ours"]["generated"] if row["tokens"] >= 1024] or models["ours"]["generated"]
-    rates, peaks = [[row[key] for row in mine] for key in ("tokens_per_second", "peak_bytes")]
+    rates, peaks = [[row[key] for row in mine] for key in ("tokens_per_second", "total_bytes")]
     found: Result = {
         "tokens": [mine[0]["tokens"], mine[-1]["tokens"]],
-        "memory_growth": peaks[-1] / peaks[0] - 1 if peaks[0] else None,
+        "memory_growth": peaks[-1] / peaks[0] - 1,  # weights included
         "speed_change": rates[-1] / rates[0] - 1,
         "speed_spread": max(rates) / min(rates) - 1,
     }

@@ -12,11 +12,13 @@ from data.config import InputError
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval.config import EvaluationConfig
+from eval.config import EvaluationConfig, Run
 from model.config import Backend, ModelConfig
+from model.hf import differences
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
-from model.weights import MANIFEST, HfFolder, Pieces, fault, newest_valid, read_state, sha256_of
+from model.parallel import shard
+from model.weights import MANIFEST, HfFolder, Pieces, fault, newest, newest_valid, read_state, sha256_of
 
 
 def find(config: EvaluationConfig) -> Path:
@@ -37,12 +39,12 @@ def verified(config: EvaluationConfig) -> Path:
         if (why := fault(folder)) is not None:
             raise InputError(f"checkpoint {folder} cannot be used: {why}")
     else:
-        newest, faults = newest_valid(config.run.checkpoints)
+        found, faults = newest_valid(config.run.checkpoints)
         for damaged, why in faults.items():
             print(f"warning: checkpoint {damaged} is not used: {why}", flush=True)
-        if newest is None:
+        if found is None:
             raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
-        folder = newest
+        folder = found
     return folder
 
 
@@ -91,6 +93,24 @@ def build(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba
         for name, parameter in model.named_parameters():
             parameter.copy_(pieces.full("param", name))
     return model.eval()
+
+
+@torch.no_grad()
+def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
+    """Initial weights out of the Hugging Face folder that run.init_from names; a run with checkpoints needs none.
+
+    Raises InputError when the folder holds another network than `model`.
+    """
+    if run.init_from is None or any(newest(run.checkpoints)):
+        return
+    try:
+        source = HfFolder(Path(run.init_from))
+    except ValueError as error:
+        raise InputError(f"run.init_from: {error}") from error
+    if unlike := differences(source.config, model.config):
+        raise InputError(f"run.init_from {source.folder} holds another network: give {' '.join(unlike)}")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What evaluation and export need to know, torch-free; the values stand in configs/."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from data.config import DataConfig
@@ -14,6 +15,7 @@ class Run:
     name: str
     dir: str
     seed: int  # of the initial weights
+    init_from: str | None = None  # Hugging Face folder of the initial weights instead; values stand in configs/
 
     @property
     def folder(self) -> Path:
@@ -57,6 +59,42 @@ class Bench:
     def __post_init__(self) -> None:
         if min(self.tokens, self.rival_tokens, self.rival_prompt_tokens) < 512 or self.rival_tokens > self.tokens:
             raise ValueError("eval.bench needs at least 512 tokens everywhere and rival_tokens <= tokens")
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out loss during training."""
+
+    every_tokens: int
+    tokens: int  # of each source, its first held-out ones
+    seq_len: int
+    batch: int  # rows of a forward
+
+    def __post_init__(self) -> None:
+        if min(self.every_tokens, self.tokens, self.seq_len, self.batch) < 1:
+            raise ValueError("eval.validation.every_tokens, tokens, seq_len and batch must be at least 1")
+
+
+class Launcher(Enum):
+    """How an evaluation job is started."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+@dataclass
+class Jobs:
+    """Leaderboards on saved checkpoints while the run goes on."""
+
+    suites: list[str]  # choices of configs/eval
+    every_tokens: int
+    launcher: Launcher
+    sbatch: list[str]  # further options of sbatch
+    overrides: list[str]  # of eval/run.py
+
+    def __post_init__(self) -> None:
+        if self.every_tokens < 1:
+            raise ValueError("eval.jobs.every_tokens must be at least 1")
 
 
 @dataclass
@@ -108,6 +146,8 @@ class Eval:
     new_tokens: int  # generated after the prompt
     sampling: Sampling
     bench: Bench
+    validation: ValidationConfig
+    jobs: Jobs
     dtype: str  # of the exported weights: float32 or bfloat16
     keep_fp32: list[str]  # parameters exported in fp32 all the same, by their last name: A_log, D, ...
     checkpoint: str | None  # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest

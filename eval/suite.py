@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -54,11 +55,12 @@ def run_suite(config: EvaluationConfig) -> None:
         if raw is not None:  # the first rank's
             results[row.label] = {"row": asdict(row), **score(row, raw)}
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_result(path, {**made_of, "rows": results})
+            complete = len(results) == len(suite.rows)
+            checkpoint.write_result(path, {**made_of, "complete": complete, "rows": results})
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        Console().print(table(suite, subject.name, results))
+        Console().print(table(suite, subject.name, results, siblings(suite, path)))
         print(f"scores: {path}" if results else "no row could be scored", flush=True)
     if missing:
         reasons = "; ".join(f"{label}: {why}" for label, why in missing.items())
@@ -153,8 +155,20 @@ def average(scores: list[float]) -> float:
     return sum(scores) / len(scores)
 
 
-def table(suite: Suite, name: str, results: dict[str, Result]) -> Table:
-    """Ours with standard errors, then every published model and how far ours is from it."""
+def siblings(suite: Suite, path: Path) -> dict[str, list[float]]:
+    """Scores of the run's other checkpoints on the whole suite: before the decay and after it, side by side."""
+    found = {}
+    for other in sorted(path.parent.glob(f"{suite.name}-*.json")):
+        stored = checkpoint.read_result(other)
+        rows = [stored.get("rows", {}).get(row.label) for row in suite.rows]
+        if other != path and all(entry and fits(entry, row) for entry, row in zip(rows, suite.rows, strict=True)):
+            place = f" ({stored['tokens']:,} tokens)" if "tokens" in stored else ""
+            found[other.stem.removeprefix(f"{suite.name}-") + place] = [entry["score"] for entry in rows]
+    return found
+
+
+def table(suite: Suite, name: str, results: dict[str, Result], others: dict[str, list[float]] | None = None) -> Table:
+    """Ours with standard errors, then other checkpoints, then every published model, and how far ours is from each."""
     grid = Table(suite.name, *(row.label for row in suite.rows), "average", title="ours - published in brackets")
     ours = [results[row.label]["score"] if row.label in results else None for row in suite.rows]
     errors = [results[row.label]["stderr"] if row.label in results else None for row in suite.rows]
@@ -164,7 +178,7 @@ def table(suite: Suite, name: str, results: dict[str, Result]) -> Table:
     complete = len(whole) == len(ours)
     spread = math.sqrt(sum(error**2 for error in known)) / len(ours) if len(known) == len(ours) else None
     grid.add_row(name, *cells, with_error(average(whole), spread) if complete else "-", style="bold")
-    for model, scores in suite.published.items():
+    for model, scores in {**(others or {}), **suite.published}.items():
         columns = [against(theirs, mine) for theirs, mine in zip(scores, ours, strict=True)]
         grid.add_row(model, *columns, against(average(scores), average(whole) if complete else None))
     return grid

@@ -42,9 +42,9 @@ def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 6
         home = source_folder(config, name)
         home.mkdir(parents=True)
         splits = {}
-        for split in SPLITS:
+        for place, split in enumerate(SPLITS):
             splits[split] = [
-                _shard(home, f"{split}_{part}.ds", number, part, tokens // 2, vocab_size) for part in (0, 1)
+                _shard(home, f"{split}_{part}.ds", number, part + 2 * place, tokens // 2, vocab_size) for part in (0, 1)
             ]
         manifest = Manifest(
             name, "CC0-1.0", "curated", "0" * 64, sha256_of(tokenizer_path(config)), EOS, vocab_size, splits

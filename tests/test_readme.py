@@ -16,7 +16,8 @@ STAGES = (
     "{name: decay, tokens: 80000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, technical: 15}}]"
 )
 SHORTER = ["schedule.warmup_tokens=10000", "schedule.ramp_tokens=60000", "schedule.decay_tokens=80000",
-           "checkpoint.every_tokens=60000", "eval.max_tokens=8000", "eval.new_tokens=16"]  # fmt: skip
+           "checkpoint.every_tokens=60000", "eval.validation.every_tokens=100000",
+           "eval.max_tokens=8000", "eval.new_tokens=16"]  # fmt: skip
 
 
 def commands() -> list[list[str]]:
@@ -88,9 +89,13 @@ def test_every_record_is_whole(demo: Demo) -> None:
     steps = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
     keys = {"loss", "source_loss", "grad_norm", "lr", "batch", "seq_len", "stage", "tokens", "tokens_per_second", "mfu",
             "memory_gib", "data_wait_seconds", "step", "step_seconds", "skipped"}  # fmt: skip
-    assert all(set(step) == keys for step in steps)
+    assert all(set(step) - {"validation"} == keys for step in steps)
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert {step["stage"] for step in steps} == {"short", "decay"} and {step["seq_len"] for step in steps} == {128, 256}
+    validated = [step for step in steps if step["validation"]]
+    assert validated and all(
+        set(step["validation"]) == {"web", "code", "technical", "curated", "math"} for step in validated
+    )
     assert all(0 < step["mfu"] < 1 and 0 < step["memory_gib"] < 24 for step in steps)
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from data.config import InputError
 from data.loader import Batch, Loader, compile_plan, open_manifests
+from eval.checkpoint import start_from
+from eval.jobs import SuiteJobs
+from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token
 from model.kernels import MissingBackend, load
 from model.parallel import build
@@ -51,11 +54,21 @@ class Trainer:
             tp_size=ranks.tp_size,
             recompute=config.parallel.recompute is Recompute.full,
         )
+        start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         self.engine: Engine = ZeroEngine(self.model, config.optim, ranks)
         self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
         self._resume()
         self.skipped = 0
+        self.validation = Validation(
+            config.data,
+            config.eval.validation,
+            bf16=config.parallel.precision is Precision.bf16,
+            rank=ranks.dp_rank,
+            ranks=ranks.dp_size,
+            group=self._data_parallel_group(),
+        )
+        self.jobs = SuiteJobs(config.run, config.eval.jobs)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.metrics: Metrics | None = None
         if ranks.first:
@@ -87,8 +100,11 @@ class Trainer:
             before, self.state.tokens = self.state.tokens, self.state.tokens + now.tokens
             self.state.step += 1
             seconds = time.perf_counter() - begun
+            validation = self.validation.after(before, self.state.tokens, self.model)
             if self.metrics is not None:
-                self.metrics.log(self._record(now, result, seconds, waited))
+                news = {"validation": validation, "scores": self.jobs.look()}
+                record = self._record(now, result, seconds, waited)
+                self.metrics.log(record | {key: value for key, value in news.items() if value is not None})
             if self.state.tokens // every > before // every or self.state.tokens == self.schedule.total:
                 self.checkpoints.save(self.state, self.engine)
 

@@ -20,7 +20,6 @@ from eval.push import push
 from eval.run import evaluation
 from model.hf import tensor_names, to_hf
 from tests.compose import run_config
-from tests.eval.test_export import config  # noqa: F401
 from tests.tiny import TINY, model_of
 
 
@@ -73,7 +72,7 @@ class Hub:
 
 
 def test_push_uploads_the_checked_export_with_a_card(
-    config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr("eval.push.HfApi", Hub)
     with pytest.raises(InputError, match="eval.hub=USER/MODEL"):

@@ -12,65 +12,19 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.config import DataConfig, InputError
+from data.config import InputError
 from data.loader import source_folder, tokenizer_path
 from data.shards import DTYPE, read_manifest
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from data.tokenizer import train as train_tokenizer
 from eval import checkpoint
-from eval.config import Bench, Eval, EvaluationConfig, Run, Sampling
+from eval.config import EvaluationConfig, Run
 from eval.export import export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
 from model.hf import hf_config
-from model.kernels import REFERENCE
 from model.mamba import FalconMamba
-from model.parallel import build
-from tests.corpus import corpus_config, make_corpus
-from tests.tiny import TINY
-from train.checkpoint import Checkpoints, State
-from train.config import CheckpointConfig, Optim
-from train.distributed import ranks
-from train.engine import ZeroEngine
-
-MODEL = replace(TINY, vocab_size=288)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
-    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level vocabulary."""
-    root = tmp_path_factory.mktemp("eval")
-    data: DataConfig = corpus_config(root / "data", vocab_size=288)
-    tokenizer_path(data).parent.mkdir(parents=True)
-    text = [f"def f{i}(x):\n    return x + {i}\n" for i in range(50)]
-    train_tokenizer(iter(text), 288, tokenizer_path(data).parent)
-    make_corpus(root / "data", vocab_size=280)
-    run = Run("small", str(root / "run"), 0)
-    with ranks("cpu", 1) as here:
-        model = build(MODEL, REFERENCE, 0, here.device)
-        engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
-        state = State(0, 0, 0, "", {**MODEL.__dict__})
-        Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
-    return EvaluationConfig(
-        run,
-        MODEL,
-        data,
-        Eval(
-            16,
-            3,
-            500,
-            "def f",
-            8,
-            Sampling(0.7, 50, 1.0, 0),
-            Bench(512, 512, 512, 0.25),
-            "float32",
-            [],
-            None,
-            None,
-            None,
-        ),
-    )
+from tests.eval.conftest import MODEL
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from eval.harness import FalconMambaLM
 from eval.run import expand
 from eval.suite import run_suite, score, table
 from tests.compose import run_config
-from tests.eval.test_export import config  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,37 +35,10 @@ WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """deepspeed leaves variables of a launcher behind, which accelerate would believe."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three local tasks: a multiple choice, a perplexity, a generation."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"q": f"def f{i}(x):\n    return", "choices": [f" x + {i}", " y", " x * x * x"], "gold": i % 3,
-         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}"}
-        for i in range(12)
-    ]  # fmt: skip
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"data_files": {"test": f"{folder}/rows.jsonl"}, "cache_dir": str(folder)}
-    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "fewshot_split": "test"}
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    write = {
-        "local_choice": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
-                         "doc_to_target": "gold", "metric_list": [{"metric": m, **mean} for m in ("acc", "acc_norm")]},
-        "local_text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                       "metric_list": [{"metric": "bits_per_byte"}]},
-        "local_answer": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{answer}}",
-                         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
-                         "metric_list": [{"metric": "exact_match", **mean}]},
-    }  # fmt: skip
-    for name, body in write.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **body}))
-    return folder
 
 
 def suite_of(folder: Path | None, *names: str) -> Suite:
@@ -82,13 +54,13 @@ def suite_of(folder: Path | None, *names: str) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def exported(config: EvaluationConfig) -> Path:  # noqa: F811
+def exported(config: EvaluationConfig) -> Path:
     export(config)
     return config.run.hf
 
 
 @pytest.fixture(scope="module")
-def ours(config: EvaluationConfig) -> FalconMambaLM:  # noqa: F811
+def ours(config: EvaluationConfig) -> FalconMambaLM:
     model = checkpoint.load(config, checkpoint.find(config))
     return FalconMambaLM(model, load_tokenizer(tokenizer_path(config.data)), 40, 100)
 
@@ -138,7 +110,7 @@ def test_generation_is_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> Non
 
 
 def test_a_whole_suite_gives_the_same_scores_from_both(
-    config: EvaluationConfig, exported: Path, tasks: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    config: EvaluationConfig, exported: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     suite = suite_of(tasks, "local_choice", "local_text", "local_answer")
     with_suite = replace(config, eval=replace(config.eval, suite=suite))
@@ -159,7 +131,7 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
 
 
 def test_missing_tasks_are_named_and_the_rest_is_scored(
-    config: EvaluationConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    config: EvaluationConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     suite = replace(suite_of(tasks, "absent", "arc", "local_answer"), name="partly")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -230,7 +202,7 @@ def test_the_short_words_of_the_command_line() -> None:
 
 
 def test_two_ranks_print_one_table_with_the_same_scores(
-    config: EvaluationConfig, tasks: Path  # noqa: F811
+    config: EvaluationConfig, tasks: Path
 ) -> None:  # fmt: skip
     """The command, data-parallel over gloo, on a step folder without an experiment."""
     folder = checkpoint.find(config)

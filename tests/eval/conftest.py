@@ -1,0 +1,71 @@
+"""A run of eval's tests: a small checkpoint with a real vocabulary."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.config import DataConfig
+from data.loader import tokenizer_path
+from data.tokenizer import train as train_tokenizer
+from eval.config import EvaluationConfig, Run
+from model.kernels import REFERENCE
+from model.parallel import build
+from tests.compose import run_config
+from tests.corpus import corpus_config, make_corpus
+from tests.tiny import TINY
+from train.checkpoint import Checkpoints, State
+from train.config import CheckpointConfig, Optim
+from train.distributed import ranks
+from train.engine import ZeroEngine
+
+MODEL = replace(TINY, vocab_size=288)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
+    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level vocabulary."""
+    root = tmp_path_factory.mktemp("eval")
+    data: DataConfig = corpus_config(root / "data", vocab_size=288)
+    tokenizer_path(data).parent.mkdir(parents=True)
+    text = [f"def f{i}(x):\n    return x + {i}\n" for i in range(50)]
+    train_tokenizer(iter(text), 288, tokenizer_path(data).parent)
+    make_corpus(root / "data", vocab_size=280)
+    run = Run("small", str(root / "run"), 0)
+    with ranks("cpu", 1) as here:
+        model = build(MODEL, REFERENCE, 0, here.device)
+        engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
+        state = State(0, 0, 0, "", {**MODEL.__dict__})
+        Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
+    demo = run_config("demo").eval
+    settings = replace(demo, seq_len=16, batch=3, max_tokens=500, prompt="def f", new_tokens=8)
+    return EvaluationConfig(run, MODEL, data, settings)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three local tasks: a multiple choice, a perplexity, a generation."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"q": f"def f{i}(x):\n    return", "choices": [f" x + {i}", " y", " x * x * x"], "gold": i % 3,
+         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}"}
+        for i in range(12)
+    ]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data_files": {"test": f"{folder}/rows.jsonl"}, "cache_dir": str(folder)}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "fewshot_split": "test"}
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    write = {
+        "local_choice": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+                         "doc_to_target": "gold", "metric_list": [{"metric": m, **mean} for m in ("acc", "acc_norm")]},
+        "local_text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                       "metric_list": [{"metric": "bits_per_byte"}]},
+        "local_answer": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{answer}}",
+                         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+                         "metric_list": [{"metric": "exact_match", **mean}]},
+    }  # fmt: skip
+    for name, body in write.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **body}))
+    return folder

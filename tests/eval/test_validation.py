@@ -1,0 +1,155 @@
+"""Validation during training, the proof that its text is held out, and leaderboards as jobs of their own."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.config import DataConfig, InputError
+from data.loader import open_manifests, source_folder
+from data.shards import DTYPE, read_manifest, sha256_of, write_manifest
+from data.tokenizer import EOS
+from eval import checkpoint
+from eval.checkpoint import start_from
+from eval.config import EvaluationConfig, Jobs, Launcher, Run, ValidationConfig
+from eval.export import export
+from eval.heldout import evaluate
+from eval.jobs import SuiteJobs
+from eval.validation import Validation, prove, trained_documents
+from model.weights import read_state
+from tests.eval.conftest import MODEL
+from tests.tiny import model_of
+
+SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch=3)
+
+
+def test_it_equals_heldout_evaluation(config: EvaluationConfig) -> None:
+    """The same tokens in whole windows give the same bits per byte; shares of ranks add up to them."""
+    model = model_of(MODEL)
+    results = Validation(config.data, SETTINGS).run(model)
+    scores = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=320))
+    assert set(results) == set(scores) == {"prose", "sums"}
+    for name, score in scores.items():
+        assert results[name]["loss"] == pytest.approx(score.loss, rel=1e-6)
+        assert results[name]["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
+    shares = [Validation(config.data, SETTINGS, rank=rank, ranks=3).run(model) for rank in range(3)]
+    for name in results:
+        assert sum(share[name]["loss"] for share in shares) == pytest.approx(results[name]["loss"])
+
+
+def test_when_it_is_due(config: EvaluationConfig) -> None:
+    validation, model = Validation(config.data, SETTINGS), model_of(MODEL)
+    assert validation.after(0, 999, model) is None and validation.after(1000, 1999, model) is None
+    assert validation.after(900, 1000, model) is not None and validation.after(1999, 4100, model) is not None
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert validation.run(model)["prose"]["loss"] == pytest.approx(math.log(288))
+
+
+def insert(config: DataConfig, source: str, split: str, document: list[int]) -> None:
+    """Put a document at the head of a source's split, and make the manifest true again."""
+    folder = source_folder(config, source)
+    manifest = read_manifest(folder)
+    file = manifest.splits[split][0]
+    ids = np.concatenate([np.array([*document, EOS], dtype=DTYPE), np.fromfile(folder / file.name, DTYPE)])
+    (folder / file.name).write_bytes(ids.tobytes())
+    file.tokens, file.sha256 = len(ids), sha256_of(folder / file.name)
+    write_manifest(folder, manifest)
+
+
+def test_what_is_held_out_is_not_trained_on(
+    config: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    import shutil
+
+    shutil.copytree(config.data.folder, tmp_path / "data")
+    data = replace(config.data, folder=str(tmp_path / "data"))
+    ready = replace(config, data=data, eval=replace(config.eval, validation=SETTINGS))
+    monkeypatch.setattr("eval.validation.READ_TOKENS", 100)  # pieces that cut documents
+    unlike, secret = [20, 21, 22, 23, 200], [20, 21, 22, 24, 199]  # equal length and sum, other tokens
+    insert(data, "prose", "heldout", secret)
+    insert(data, "sums", "train", unlike)
+    by_chance = list(trained_documents(data, SETTINGS))  # the made-up corpus has short documents twice
+    assert all(owner == name for owner, name, _ in by_chance)
+    insert(data, "sums", "train", secret)
+    assert sorted(trained_documents(data, SETTINGS)) == sorted([*by_chance, ("prose", "sums", 1)])
+    with pytest.raises(InputError, match="1 of prose in sums"):
+        prove(ready)
+    manifest = open_manifests(data)["prose"]
+    manifest.splits["train"][0] = manifest.splits["heldout"][0]
+    write_manifest(source_folder(data, "prose"), manifest)
+    with pytest.raises(InputError, match="is a training file of prose"):
+        Validation(data, SETTINGS)
+
+
+def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_path: Path) -> None:
+    export(config)
+    expected = checkpoint.load(config, checkpoint.find(config))
+    run = Run("next", str(tmp_path), 0, str(config.run.hf))
+    model = model_of(MODEL, seed=9)
+    start_from(model, run, 0, 1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+    with pytest.raises(InputError, match=r"give model\.vocab_size=288"):
+        start_from(model_of(replace(MODEL, vocab_size=300)), run, 0, 1)
+    with pytest.raises(InputError, match="run.init_from"):
+        start_from(model, replace(run, init_from=str(tmp_path)), 0, 1)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    other = model_of(MODEL, seed=9)
+    start_from(other, run, 0, 1)  # the run has moved on
+    assert not torch.equal(other.lm_head.weight, expected.lm_head.weight)
+
+
+def test_suites_run_as_jobs_of_their_own(
+    config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Started once per multiple of tokens, on held files, with the scores back; a resumed run starts nothing twice."""
+    monkeypatch.setattr("eval.jobs.LOOK_SECONDS", 0.0)
+    folder = checkpoint.find(config)
+    monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    (config.run.folder / "config.yaml").write_text(json.dumps({"data": {"folder": config.data.folder}}))
+    row = "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: {}, by_size: true}]"
+    overrides = [f"eval.suite.include={tasks}", f"eval.suite.rows={row}", "~eval.suite.published",
+                 "+eval.suite.published={}", "eval.seq_len=64"]  # fmt: skip
+    settings = Jobs(["leaderboard_v1"], 100, Launcher.local, [], overrides)
+    jobs = SuiteJobs(config.run, settings)
+    assert jobs.look() is None
+    held = config.run.folder / "scores" / "held" / folder.name
+    file = next(folder.glob("*.safetensors"))
+    assert (held / file.name).stat().st_ino == file.stat().st_ino
+    again = SuiteJobs(config.run, settings)  # as a resumed run would
+    deadline = time.monotonic() + 240
+    while (news := again.look()) is None:
+        log = config.run.folder / "scores" / f"leaderboard_v1-{folder.name}.log"
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    assert news["leaderboard_v1"]["tokens"] == 250 and 0 <= news["leaderboard_v1"]["choice"] <= 100
+    assert log.read_text().count("shots)") == 1 and not held.exists()
+    assert again.look() is None
+
+
+def test_slurm_gets_one_job_per_suite(
+    config: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/asked\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    run = replace(config.run, dir=str(tmp_path / "run"))
+    run.folder.mkdir()
+    run.checkpoints.symlink_to(config.run.checkpoints)
+    monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
+    asked = tmp_path / "asked"
+    deadline = time.monotonic() + 20
+    while not asked.is_file() or "--wrap" not in asked.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    words = asked.read_text().splitlines()
+    assert "--gpus=1" in words and "suite=leaderboard_v2" in words[-1] and words[-1].startswith("--wrap=")

@@ -25,7 +25,7 @@ __all__ = ["loss_gradient", "loss_statistics", "norm_backward", "norm_forward"] 
 # sizes that the sources fix; a test compares them with the text
 CHANNELS, STATES, CHUNK = 128, 16, 16  # a forward block takes half as many channels
 FORWARD_CHANNELS, FORWARD_THREADS, BACKWARD_THREADS = 64, 256, 128
-BACKWARD_SHARED = 4 * CHUNK * (4 * CHANNELS + 2 * STATES) + 4 * CHUNK * CHANNELS * STATES // 2 + 4 * 4 * CHUNK * 32
+BACKWARD_SHARED = 4 * CHUNK * (4 * CHANNELS + 2 * STATES + 1) + 4 * CHUNK * CHANNELS * STATES // 2 + 4 * 4 * CHUNK * 32
 BACKWARD_BLOCKS = 2  # of an SM at once, by shared memory; the forward fills an SM with one
 LEAST_SEGMENT = 256  # tokens below which cutting the sequence costs more than it fills
 TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
@@ -83,7 +83,7 @@ class Prepared:
         self.B, self.C = (_rows(F.pad(x, (0, self.pad_n)) if self.pad_n else x, self.dtype) for x in (B, C))
         self.A = self.state(A[None] * LOG2E)[0]
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
-        self.rows = [c_longlong(row_stride(x)) for x in (self.u, self.dt, self.z, self.B, self.C)]
+        self.rows = [c_int(row_stride(x)) for x in (self.u, self.dt, self.z, self.B, self.C)]
         self.inputs = [self.u, self.dt, self.z, self.A, self.B, self.C, self.D, self.bias, _flags(starts)]
 
     def wide(self, x: Tensor) -> Tensor:

@@ -11,12 +11,12 @@
 
 #define STATES 16
 #define CHUNK 16  // tokens of a tile, and between kept states
-#define FOREVER 1e30f  // time that passes in a segment in which a document opens: nothing survives it
+#define FOREVER 1e38f  // time that passes where a document opens: exp(A FOREVER) is 0
 
 #define INPUTS                                                                                                         \
     const T *u, const T *dt, const T *z, const float *A, const T *B, const T *C, const float *D, const float *bias,    \
         const unsigned char *start_flags
-#define SIZES int length, int channels, int segment, Index u_row, Index dt_row, Index z_row, Index B_row, Index C_row
+#define SIZES int length, int channels, int segment, int u_row, int dt_row, int z_row, int B_row, int C_row
 
 __device__ inline float dot(const float4 a, const float4 b) {
     return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, a.w * b.w)));
@@ -24,6 +24,9 @@ __device__ inline float dot(const float4 a, const float4 b) {
 __device__ inline float4 zero4() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 __device__ inline float4 load4(const float *p) { return *reinterpret_cast<const float4 *>(p); }
 __device__ inline void store4(float *p, float4 v) { *reinterpret_cast<float4 *>(p) = v; }
+
+// Where row `row` of a tensor begins: 32 by 32 bits, one instruction.
+template <class P> __device__ inline P *row_of(P *p, int row, int stride) { return p + (Index)row * stride; }
 
 // h = exp2(a time) h + end: four states across a segment.
 __device__ inline float4 cross(float4 h, const float4 a, float time, const float4 end) {

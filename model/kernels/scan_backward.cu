@@ -22,6 +22,7 @@ struct Staged {
     float dt[CHUNK][CHANNELS], u[CHUNK][CHANNELS], gy[CHUNK][CHANNELS];
     float dz[CHUNK][CHANNELS];  // dL/dz per unit of y
     float4 B[CHUNK][4], C[CHUNK][4];
+    float opens[CHUNK];  // time that passes at a token besides its own: FOREVER where a document opens, else 0
 };
 struct Backward {
     Staged tile;
@@ -57,47 +58,40 @@ __device__ inline float over_states(Four x) {
 
 // Inputs of a chunk, two channels and CHUNK / 2 tokens a thread; past the end nothing happens. SUMMARY needs less.
 template <bool SUMMARY>
-__device__ inline void stage(Staged &s, const T *u, const T *dt, const T *z, const T *B, const T *C, const float *bias,
-                             const T *dy, Index row0, int t0, int end, int channels, Index u_row, Index dt_row, Index z_row,
-                             Index B_row, Index C_row) {
+__device__ inline void stage(Staged &s, INPUTS, const T *dy, int row0, int t0, int end, int channels, int u_row, int dt_row,
+                             int z_row, int B_row, int C_row) {
     const int tid = threadIdx.x, column = 2 * (tid & 63), pair = blockIdx.x * CHANNELS + column;
     const float2 shift = make_float2(bias[pair], bias[pair + 1]);
+    if (tid < CHUNK) s.opens[tid] = t0 + tid < end && Starts{start_flags}.at(row0 + t0 + tid) ? FOREVER : 0.0f;
 #pragma unroll 4
     for (int k = tid >> 6; k < CHUNK; k += 2) {
-        const Index row = row0 + t0 + k;
-        float2 step = make_float2(0.0f, 0.0f), v = step, gy = step, dz = step;
-        if (t0 + k < end) {
-            const float2 x = load2(dt + row * dt_row + pair), g = load2(z + row * z_row + pair);
-            const float2 o = load2(dy + row * channels + pair), gate = make_float2(sigmoid(g.x), sigmoid(g.y));
-            step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
-            gy = make_float2(o.x * g.x * gate.x, o.y * g.y * gate.y);
-            if (!SUMMARY) {
-                v = load2(u + row * u_row + pair);
-                dz = make_float2(o.x * gate.x * fmaf(g.x, 1.0f - gate.x, 1.0f), o.y * gate.y * fmaf(g.y, 1.0f - gate.y, 1.0f));
-            }
-        }
+        const int row = row0 + min(t0 + k, end - 1);
+        const float2 x = load2(row_of(dt, row, dt_row) + pair), g = load2(row_of(z, row, z_row) + pair);
+        const float2 o = load2(row_of(dy, row, channels) + pair), gate = make_float2(sigmoid(g.x), sigmoid(g.y));
+        float2 step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
+        float2 gy = make_float2(o.x * g.x * gate.x, o.y * g.y * gate.y);
+        if (t0 + k >= end) step = gy = make_float2(0.0f, 0.0f);
         *reinterpret_cast<float2 *>(&s.dt[k][column]) = step;
         *reinterpret_cast<float2 *>(&s.gy[k][column]) = gy;
         if (SUMMARY) continue;
-        *reinterpret_cast<float2 *>(&s.u[k][column]) = v;
-        *reinterpret_cast<float2 *>(&s.dz[k][column]) = dz;
+        *reinterpret_cast<float2 *>(&s.u[k][column]) = load2(row_of(u, row, u_row) + pair);
+        *reinterpret_cast<float2 *>(&s.dz[k][column]) =
+            make_float2(o.x * gate.x * fmaf(g.x, 1.0f - gate.x, 1.0f), o.y * gate.y * fmaf(g.y, 1.0f - gate.y, 1.0f));
     }
-    for (int i = tid; i < CHUNK * STATES; i += THREADS) {
-        const int k = i / STATES, n = i % STATES;
-        const bool inside = t0 + k < end;
-        if (!SUMMARY) reinterpret_cast<float *>(s.B)[i] = inside ? widen(B[(row0 + t0 + k) * B_row + n]) : 0.0f;
-        reinterpret_cast<float *>(s.C)[i] = inside ? widen(C[(row0 + t0 + k) * C_row + n]) : 0.0f;
-    }
+    const int k = tid >> 3, n = 2 * (tid & 7), row = row0 + min(t0 + k, end - 1);  // two states of one token
+    if (!SUMMARY) *reinterpret_cast<float2 *>(reinterpret_cast<float *>(s.B[k]) + n) = load2(row_of(B, row, B_row) + n);
+    *reinterpret_cast<float2 *>(reinterpret_cast<float *>(s.C[k]) + n) = load2(row_of(C, row, C_row) + n);
 }
 
 // Where a thread is.
 struct Place {
     int quad, first, own, d;  // its states; in the block, its first channel and the one whose sums it gets; d of `first`
-    Index b, batch, row0, state;
+    int row0;
+    Index b, batch, state;
     __device__ Place(int length, int channels) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         quad = lane & 3, first = warp * 32 + (lane >> 2) * QUADS, own = threadIdx.x, d = blockIdx.x * CHANNELS + first;
-        b = blockIdx.y, batch = gridDim.y, row0 = b * length, state = (b * channels + d) * STATES + quad * 4;
+        b = blockIdx.y, batch = gridDim.y, row0 = blockIdx.y * length, state = (b * channels + d) * STATES + quad * 4;
     }
 };
 
@@ -107,7 +101,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 scan_adjoint(INPUTS, const T *dy, const float *dlast, float *ends, float *times, SIZES) {
     __shared__ Staged s;
     const Place at(length, channels);
-    const Starts starts{start_flags};
     const int part = blockIdx.z + 1, begin = part * segment, end = min(begin + segment, length);
     Four a[QUADS], g[QUADS];
     Four time = {};
@@ -118,18 +111,19 @@ scan_adjoint(INPUTS, const T *dy, const float *dlast, float *ends, float *times,
         if (dlast && end == length) g[c] = four(dlast + at.state + c * STATES);
     }
     for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
-        stage<true>(s, u, dt, z, B, C, bias, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row, C_row);
+        stage<true>(s, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row,
+                    C_row);
         __syncthreads();
 #pragma unroll 4
         for (int k = CHUNK - 1; k >= 0; k--) {
-            const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
             const Four step = four(&s.dt[k][at.first]), gy = four(&s.gy[k][at.first]);
             const Four cc = four(reinterpret_cast<const float *>(&s.C[k][at.quad]));
 #pragma unroll
             for (int c = 0; c < QUADS; c++) {
-                time[c] = opens ? FOREVER : time[c] + step[c];
+                const float passed = step[c] + s.opens[k];
+                time[c] += passed;
 #pragma unroll
-                for (int n = 0; n < 4; n++) g[c][n] = opens ? 0.0f : ex2(step[c] * a[c][n]) * fmaf(gy[c], cc[n], g[c][n]);
+                for (int n = 0; n < 4; n++) g[c][n] = ex2(passed * a[c][n]) * fmaf(gy[c], cc[n], g[c][n]);
             }
         }
         __syncthreads();
@@ -148,7 +142,6 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
               T *dz, float *dA, float *dB_dC, float *dD, float *dbias, float *dfirst, SIZES) {
     Backward &s = *reinterpret_cast<Backward *>(shared_memory);
     const Place at(length, channels);
-    const Starts starts{start_flags};
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, own_d = blockIdx.x * CHANNELS + at.own;
     const int chunks = (length + CHUNK - 1) / CHUNK, begin = blockIdx.z * segment, end = min(begin + segment, length);
     // dC of state `quad * 4 + group` for groups below 4, dB above
@@ -171,7 +164,8 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
         gA[c] = {};
     }
     for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
-        stage<false>(s.tile, u, dt, z, B, C, bias, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row, C_row);
+        stage<false>(s.tile, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row,
+                     B_row, C_row);
         __syncthreads();
         Four h[QUADS];
 #pragma unroll
@@ -179,15 +173,14 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
             h[c] = four(kept + ((at.b * chunks + t0 / CHUNK) * channels + at.d + c) * STATES + at.quad * 4);
 #pragma unroll 2
         for (int k = 0; k < CHUNK; k++) {  // states before every second token
-            const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
             const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
             const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
 #pragma unroll
             for (int c = 0; c < QUADS; c++) {
                 if (k % 2 == 0) s.before[k / 2][c][tid] = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
-                const float input = step[c] * v[c];
+                const float input = step[c] * v[c], passed = step[c] + s.tile.opens[k];
 #pragma unroll
-                for (int n = 0; n < 4; n++) h[c][n] = fmaf(opens ? 0.0f : ex2(step[c] * a[c][n]), h[c][n], input * b[n]);
+                for (int n = 0; n < 4; n++) h[c][n] = fmaf(ex2(passed * a[c][n]), h[c][n], input * b[n]);
             }
         }
 #pragma unroll 1
@@ -198,16 +191,17 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int k = 2 * j + r;
-                const bool opens = t0 + k < end && starts.at(at.row0 + t0 + k);
                 const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
                 const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
 #pragma unroll
-                for (int c = 0; c < QUADS; c++)
+                for (int c = 0; c < QUADS; c++) {
+                    const float input = step[c] * v[c], passed = step[c] + s.tile.opens[k];
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
-                        decay[r][c][n] = opens ? 0.0f : ex2(step[c] * a[c][n]);
-                        if (r == 0) before[1][c][n] = fmaf(decay[0][c][n], before[0][c][n], step[c] * v[c] * b[n]);
+                        decay[r][c][n] = ex2(passed * a[c][n]);
+                        if (r == 0) before[1][c][n] = fmaf(decay[0][c][n], before[0][c][n], input * b[n]);
                     }
+                }
             }
 #pragma unroll
             for (int r = 1; r >= 0; r--) {
@@ -256,11 +250,13 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
             }
         }
         __syncthreads();
-        for (int i = tid; i < CHUNK * 2 * STATES; i += THREADS) {
-            const int k = i / (2 * STATES), n = i % (2 * STATES);
-            if (t0 + k < end)
-                dB_dC[((blockIdx.x * at.batch + at.b) * length + t0 + k) * (2 * STATES) + n] =
-                    s.sums[0][k][n] + s.sums[1][k][n] + (s.sums[2][k][n] + s.sums[3][k][n]);
+        const int k = tid >> 3, n = 4 * (tid & 7);  // four sums of one token
+        if (t0 + k < end) {
+            const float4 p = load4(&s.sums[0][k][n]), q = load4(&s.sums[1][k][n]);
+            const float4 r = load4(&s.sums[2][k][n]), v = load4(&s.sums[3][k][n]);
+            store4(dB_dC + ((blockIdx.x * at.batch + at.b) * length + t0 + k) * (2 * STATES) + n,
+                   make_float4(p.x + q.x + (r.x + v.x), p.y + q.y + (r.y + v.y), p.z + q.z + (r.z + v.z),
+                               p.w + q.w + (r.w + v.w)));
         }
         // no barrier: the next chunk writes the sums after its own first barrier, and nothing else is read here
     }

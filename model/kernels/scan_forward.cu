@@ -31,32 +31,28 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
     const int tid = threadIdx.x, quad = tid & 3, channel = tid >> 2, d = blockIdx.x * CHANNELS + channel;
     const int lane = tid & 31, warp = tid >> 5, pair = blockIdx.x * CHANNELS + 2 * lane;
     const int own_token = tid / STATES, own_state = tid % STATES;  // of B and C
-    const Index b = blockIdx.y, batch = gridDim.y, row0 = b * length, state = (b * channels + d) * STATES + quad * 4;
+    const Index b = blockIdx.y, batch = gridDim.y, state = (b * channels + d) * STATES + quad * 4;
     const Starts starts{start_flags};
-    const int chunks = (length + CHUNK - 1) / CHUNK, begin = blockIdx.z * segment, end = min(begin + segment, length);
+    const int row0 = blockIdx.y * length, chunks = (length + CHUNK - 1) / CHUNK, begin = blockIdx.z * segment, end = min(begin + segment, length);
     const float4 a = load4(A + d * STATES + quad * 4);
     const float2 skip = make_float2(D[pair], D[pair + 1]), shift = make_float2(bias[pair], bias[pair + 1]);
-    const Pair nothing = {};
     float4 h = first && blockIdx.z == 0 ? load4(first + state) : zero4();  // what segment 0 ends with has it in it
     float time = 0.0f;
     if (!SUMMARY)
         for (int s = 0; s < blockIdx.z; s++)
             h = cross(h, a, times[(s * batch + b) * channels + d], load4(ends + s * batch * channels * STATES + state));
-    auto read = [&](int t0) {
-        Held<SUMMARY> held = {};
+    auto read = [&](int t0) {  // past the end, the last token again
+        Held<SUMMARY> held;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int t = t0 + warp + 8 * i;
-            const bool inside = t < end;
-            const Index row = row0 + t;
-            held.u[i] = inside ? *reinterpret_cast<const Pair *>(u + row * u_row + pair) : nothing;
-            held.dt[i] = inside ? *reinterpret_cast<const Pair *>(dt + row * dt_row + pair) : nothing;
-            if (!SUMMARY) held.z[i] = inside ? *reinterpret_cast<const Pair *>(z + row * z_row + pair) : nothing;
+            const int row = row0 + min(t0 + warp + 8 * i, end - 1);
+            held.u[i] = *reinterpret_cast<const Pair *>(row_of(u, row, u_row) + pair);
+            held.dt[i] = *reinterpret_cast<const Pair *>(row_of(dt, row, dt_row) + pair);
+            if (!SUMMARY) held.z[i] = *reinterpret_cast<const Pair *>(row_of(z, row, z_row) + pair);
         }
-        if (t0 + own_token < end) {
-            held.b = B[(row0 + t0 + own_token) * B_row + own_state];
-            if (!SUMMARY) held.c = C[(row0 + t0 + own_token) * C_row + own_state];
-        }
+        const int row = row0 + min(t0 + own_token, end - 1);
+        held.b = row_of(B, row, B_row)[own_state];
+        if (!SUMMARY) held.c = row_of(C, row, C_row)[own_state];
         return held;
     };
     Held<SUMMARY> next = read(begin);
@@ -69,8 +65,9 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
             const float2 x = widen2(held.dt[i]), v = widen2(held.u[i]);
             float2 step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
             if (t0 + k >= end) step = make_float2(0.0f, 0.0f);  // past the end the state stays as it is
-            *reinterpret_cast<float2 *>(&s_dt[k][2 * lane]) = step;
             *reinterpret_cast<float2 *>(&s_du[k][2 * lane]) = make_float2(step.x * v.x, step.y * v.y);
+            if (t0 + k < end && starts.at(row0 + t0 + k)) step = make_float2(FOREVER, FOREVER);
+            *reinterpret_cast<float2 *>(&s_dt[k][2 * lane]) = step;
         }
         reinterpret_cast<float *>(s_B)[tid] = widen(held.b);
         if (!SUMMARY) reinterpret_cast<float *>(s_C)[tid] = widen(held.c);
@@ -78,10 +75,8 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
         next = read(t0 + CHUNK);
 #pragma unroll
         for (int k = 0; k < CHUNK; k++) {
-            const bool opens = t0 + k < end && starts.at(row0 + t0 + k);
-            if (opens) h = zero4();
             advance(h, a, s_B[k][quad], s_dt[k][channel], s_du[k][channel]);
-            if (SUMMARY) time = opens ? FOREVER : time + s_dt[k][channel];
+            if (SUMMARY) time += s_dt[k][channel];
             else s_y[k][tid] = dot(h, s_C[k][quad]);
         }
         __syncthreads();
@@ -93,7 +88,7 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
                 const float4 p = load4(&s_y[k][8 * lane]), q = load4(&s_y[k][8 * lane + 4]);
                 const float2 v = widen2(held.u[i]), g = widen2(held.z[i]);
                 const float y0 = fmaf(skip.x, v.x, p.x + p.y + (p.z + p.w)), y1 = fmaf(skip.y, v.y, q.x + q.y + (q.z + q.w));
-                store2(y + (row0 + t0 + k) * channels + pair, make_float2(y0 * g.x * sigmoid(g.x), y1 * g.y * sigmoid(g.y)));
+                store2(row_of(y, row0 + t0 + k, channels) + pair, make_float2(y0 * g.x * sigmoid(g.x), y1 * g.y * sigmoid(g.y)));
             }
         // no barrier: the next tile's writes to what this one reads come after its own first barrier
     }

@@ -3,7 +3,11 @@
 `mamba_inner_fn` is never used: it norms dt after dt_proj and passes no gradient through the norms of dt, B and C. The
 public Mamba-1 scan knows no document boundaries. Here a separating step is put before every first token of a document:
 with dt so large that every state decays to zero and with nothing coming in, it is an exact reset, forward and backward.
-It makes rows longer by the largest number of boundaries in one of them. The convolution takes boundaries as they are.
+It makes rows longer by the largest number of boundaries in one of them. The convolution takes boundaries as they
+are.
+
+Nor does the public scan take a first state. Here d_state steps before the row bring it in, one state each: of so short
+a time that nothing decays, with an input that is the state over that time. Such calls compute in fp32 throughout.
 """
 
 import importlib.util
@@ -19,6 +23,7 @@ INSTALL = (
 )
 FORGET = 1e6  # dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
 HOLD = -1e6  # dt of a step behind a row's end: softplus gives 0, the state stays
+SHORT = -27.6  # dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
 
 
 def missing() -> str | None:
@@ -62,22 +67,38 @@ def selective_scan(
     starts: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See model.kernels.reference.selective_scan; a first state is refused, since the public kernel takes none."""
+    """See model.kernels.reference.selective_scan."""
+    places, dtype = None, u.dtype
     if state is not None:
-        raise ValueError("mamba-ssm's scan takes no first state: set parallel.kernels to cuda or reference")
-    places = None
+        u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
     if starts is not None:
         places, length = _places(starts)
         u, B, C, z = (_spread(x, places, length) for x in (u, B, C, z))
         dt = _spread(dt, places, length, empty=_empty_steps(starts, places, length))
+    if state is not None:
+        before = _bring_in(state.float(), dt_bias.float())
+        u, dt, B, C, z = (torch.cat(pair, 1) for pair in zip(before, (u, dt, B, C, z), strict=True))
     _, scan = _functions()
     rows = [x.transpose(1, 2).contiguous() for x in (u, dt, B, C, z)]
     y, last = scan(
         rows[0], rows[1], A.float(), rows[2], rows[3], D.float(), z=rows[4], delta_bias=dt_bias.float(),
         delta_softplus=True, return_last_state=True,
     )  # fmt: skip
-    y = y.transpose(1, 2)
+    y = y.transpose(1, 2).to(dtype)
+    if state is not None:
+        y = y[:, state.shape[2] :]
     return y if places is None else y.gather(1, places.unsqueeze(-1).expand(-1, -1, y.shape[2])), last
+
+
+def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
+    """u, dt, B, C and z of the steps after which the state [b, d, n] is what it was; y of them is 0."""
+    batch, d, n = state.shape
+    dt = (SHORT - dt_bias).detach()
+    time = F.softplus(dt + dt_bias)  # depends on the bias, which the input cancels: no gradient reaches it from here
+    u = (state / time.unsqueeze(-1)).transpose(1, 2)
+    zeros = state.new_zeros(batch, n, n)
+    B = torch.eye(n, dtype=state.dtype, device=state.device).expand(batch, n, n)
+    return [u, dt.expand(batch, n, d), B, zeros, state.new_zeros(batch, n, d)]
 
 
 def _places(starts: Tensor) -> tuple[Tensor, int]:

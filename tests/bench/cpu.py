@@ -16,7 +16,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE
-from model.kernels.cpu import instruction_set
+from model.kernels.cpu_library import instruction_set
+from model.kernels.cross_entropy import linear_cross_entropy
 from model.parallel import build
 from tests.bench.timing import Row, median_seconds, show, with_ratios, write
 from tests.compose import run_config
@@ -90,6 +91,31 @@ def convolutions(lengths: list[int]) -> list[Row]:
     return rows
 
 
+def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
+    """The block's norm, and head with loss, forward and backward together; torch's norm, and torch with all logits."""
+    rows, cross_entropy = [], torch.nn.functional.cross_entropy
+    for length in lengths:
+        x, norm_weight = (
+            torch.randn(length, config.d_model).requires_grad_(),
+            torch.ones(config.d_model).requires_grad_(),
+        )
+        head = torch.randn(config.vocab_size, config.d_model).requires_grad_()
+        labels = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+            ("norm", "torch"): lambda x=x, w=norm_weight: torch.nn.functional.rms_norm(x, x.shape[-1:], w, 1e-5).sum(),
+            ("head and loss", "torch"): lambda x=x, h=head, y=labels: cross_entropy(x @ h.t(), y),
+        }
+        for name, k in (("ours", CPU), ("reference", REFERENCE)):
+            calls["norm", name] = lambda k=k, x=x, w=norm_weight: k.rms_norm(x, w, 1e-5).sum()
+            calls["head and loss", name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(
+                x, h, y, k.loss_rows
+            )[0].mean()
+        for (what, who), call in calls.items():
+            seconds, runs = median_seconds(lambda call=call: call().backward(), DEVICE, budget=1.0)
+            rows.append(Row(f"{what}, forward and backward", f"L {length}", who, seconds, runs))
+    return rows
+
+
 def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
     """Forward and backward of the whole demo model on the same weights and tokens."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
@@ -140,6 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     missing = {} if importlib.util.find_spec("mambapy") else {"mambapy": "pip install --no-deps mambapy==1.2.0"}
     rows = ceilings() + scans(arguments.lengths, missing) + convolutions(arguments.lengths)
+    rows += rows_of_a_model(arguments.lengths, run_config("demo").model)
     rows += steps([length for length in arguments.lengths if length >= 256], run_config("demo").model)
     show(with_ratios(rows, "ours"), f"one thread, {instruction_set()}")
     for name, fix in missing.items():

@@ -6,15 +6,19 @@ runs the same code on tiny sizes without a GPU, to see that it works; its times 
 """
 
 import argparse
+import importlib.util
+import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.flops import train_flops_per_token
+from model.flops import parameter_count, train_flops_per_token
 from model.kernels import BACKENDS, REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
@@ -44,7 +48,6 @@ class Bench:
                 self.missing[name.value] = why
         if device.type == "cpu":
             self.backends["reference"] = REFERENCE
-        self.missing["jax-linear-attention"] = "a rival in JAX on Python 3.12; its run is not written yet"
 
     def time(self, what: str, shape: str, who: str, call: Callable[[], Any]) -> float:
         """Measure and keep a row."""
@@ -108,6 +111,47 @@ class Bench:
                     f"{name}, {shape}: scan {per_token:.2f} us per token over {self.config.n_layer} layers", flush=True
                 )
 
+    def jax_scans(self, python: str | None) -> None:
+        """jax-linear-attention's scan in a process of its own, with an interpreter that has it."""
+        if python is None:
+            self.missing["jax-linear-attention"] = "name a Python 3.12 that has it with --jax-python; see jax_scan.py"
+            return
+        c = self.config
+        sizes = {"length": self.length, "channels": c.d_inner, "states": c.d_state, "copies": 4, "runs": 30}
+        command = [python, str(Path(__file__).with_name("jax_scan.py")), "--batches", *map(str, self.batches)]
+        command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            self.missing["jax-linear-attention"] = f"its run failed: {result.stderr.strip().splitlines()[-1]}"
+        for line in result.stdout.splitlines():
+            row = json.loads(line)
+            shape = f"B {row['batch']}, L {self.length}"
+            for what, key in (("scan, forward", "forward"), ("scan, forward and backward", "both")):
+                self.rows.append(Row(what, shape, "jax-linear-attention", row[key], row["runs"]))
+
+    def norms(self) -> None:
+        """RMSNorm of the residual stream and of dt, B and C, forward and backward, beside torch's."""
+        c, parts = self.config, [self.config.dt_rank, self.config.d_state, self.config.d_state]
+        x = torch.randn(self.length, c.d_model, device=self.device).requires_grad_()
+        selected = torch.randn(self.length, sum(parts), device=self.device).to(self.dtype).requires_grad_()
+        weight = torch.ones(c.d_model, device=self.device).requires_grad_()
+
+        def whole(norm: Any) -> Any:
+            out = norm(x, weight, 1e-5, None, self.dtype)
+            return torch.autograd.grad(out, [x, weight], torch.ones_like(out))
+
+        def split(norm: Any) -> Any:
+            out = norm(selected, None, 1e-6, parts)
+            return torch.autograd.grad(out, [selected], torch.ones_like(out))
+
+        def torchs(x: Tensor, weight: Any, eps: float, parts: Any = None, dtype: Any = None) -> Tensor:
+            pieces = [nn.functional.rms_norm(p, p.shape[-1:], weight, eps) for p in x.split(parts or x.shape[-1], -1)]
+            return torch.cat(pieces, -1).to(dtype or x.dtype)
+
+        for name, norm in [(name, kernels.rms_norm) for name, kernels in self.backends.items()] + [("torch", torchs)]:
+            self.time("norm, forward and backward", f"{self.length} x {c.d_model}", name, lambda n=norm: whole(n))
+            self.time("norms of dt, B and C", f"{self.length} x {sum(parts)}", name, lambda n=norm: split(n))
+
     def convolutions(self) -> None:
         """Convolution and SiLU, forward and backward together."""
         c = self.config
@@ -135,14 +179,20 @@ class Bench:
         head = nn.Linear(c.d_model, c.vocab_size, bias=False, device=self.device)
         labels = torch.randint(0, c.vocab_size, (self.length,), device=self.device)
 
-        def plain() -> Any:
-            return nn.functional.cross_entropy(head(hidden).float(), labels).backward()
+        def chunked(kernels: Kernels) -> Any:
+            losses, _ = linear_cross_entropy(hidden, head.weight, labels, kernels.loss_rows)
+            return losses.mean().backward()
 
-        ours, all_logits = (
-            (lambda: linear_cross_entropy(hidden, head.weight, labels, REFERENCE.loss_rows)[0].mean().backward()),
-            plain,
-        )
-        for name, call in ((next(iter(self.backends)), ours), ("torch, all logits", all_logits)):
+        calls: dict[str, Any] = {name: lambda k=kernels: chunked(k) for name, kernels in self.backends.items()}
+        calls["torch, all logits"] = lambda: nn.functional.cross_entropy(head(hidden).float(), labels).backward()
+        if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss()
+            calls["Liger Kernel"] = lambda: liger(head.weight, hidden, labels).backward()
+        else:
+            self.missing["Liger Kernel"] = "on a GPU: pip install --no-deps liger-kernel==0.8.5"
+        for name, call in calls.items():
             with torch.autocast(self.device.type, torch.bfloat16):
                 self.time("head and loss, forward and backward", f"{self.length} tokens", name, call)
 
@@ -161,25 +211,29 @@ class Bench:
             self.time("one layer, forward and backward", f"B 1, L {self.length}", name, step)
 
     def rank(self, n_layer: int) -> None:
-        """Forward and backward of one data-parallel rank, micro-batch 1, with embedding, head and loss."""
+        """One data-parallel rank's step, micro-batch 1: embedding, layers, head, loss, and AdamW on a 256th of it."""
         config = replace(self.config, n_layer=n_layer)
         tokens = torch.randint(0, config.vocab_size, (1, self.length + 1), device=self.device)
         for name, kernels in self.backends.items():
             with self.device:
                 model = _filled(FalconMamba(config, kernels))
             model.recompute = True
+            own = torch.zeros(parameter_count(config) // 256 + 1, device=self.device, requires_grad=True)
+            own.grad = torch.ones_like(own)
+            adam = torch.optim.AdamW([own], lr=1e-4, fused=True)
 
-            def step(model: FalconMamba = model) -> Any:
+            def step(model: FalconMamba = model, adam: torch.optim.Optimizer = adam) -> Any:
                 with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
                     losses, _ = model(tokens[:, :-1], tokens[:, 1:])
-                return losses.mean().backward()
+                losses.mean().backward()
+                adam.step()
 
             shape = f"{n_layer} layers, full recompute, L {self.length}"
-            seconds = self.time("one rank's forward and backward", shape, name, step)
+            seconds = self.time("one rank's step", shape, name, step)
             rate = self.length / seconds
             tflops = rate * train_flops_per_token(config) / 1e12
             print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
-            del model
+            del model, own, adam, step
 
 
 def _filled(module: nn.Module) -> nn.Module:
@@ -210,6 +264,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
     parser.add_argument("--layers", type=int, default=16, help="layers of the rank's step; 64 is the 7B")
+    parser.add_argument("--jax-python", help="a Python that has jax-linear-attention, to time its scan beside ours")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -221,7 +276,9 @@ def main() -> None:
     bench.ceilings(*((64, 2**16) if arguments.small else (8192, 2 * 2**30)))
     bench.check()
     bench.scans()
+    bench.jax_scans(arguments.jax_python)
     bench.convolutions()
+    bench.norms()
     bench.loss()
     bench.layers()
     bench.rank(2 if arguments.small else arguments.layers)

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -42,7 +43,7 @@ def heldout(config: EvaluationConfig) -> None:
     folder = checkpoint.find(config)
     home = checkpoint.exported(config, folder)
     require_export(home, folder)
-    made_of = {**checkpoint.identity(folder), "settings": asdict(config.eval), "data": data_sha256(config.data)}
+    made_of = {**checkpoint.identity(folder), "settings": deciding(config.eval), "data": data_sha256(config.data)}
     path = config.run.folder / "eval.json"
     before = checkpoint.read_result(path)
     if {key: before.get(key) for key in made_of} == made_of:
@@ -61,6 +62,12 @@ def heldout(config: EvaluationConfig) -> None:
     result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
     checkpoint.write_result(path, result)
     print(f"\nscores: {path}", flush=True)
+
+
+def deciding(config: Eval) -> dict[str, Any]:
+    """The settings that held-out scores and the sample follow from."""
+    names = ("seq_len", "batch", "max_tokens", "prompt", "new_tokens", "sampling", "dtype")
+    return {name: value for name, value in asdict(config).items() if name in names}
 
 
 def data_sha256(config: DataConfig) -> str:

@@ -113,10 +113,13 @@ def runner(config: EvaluationConfig, subject: checkpoint.Subject) -> Callable[[R
 
 def reason(row: Row, error: Exception) -> str:
     """Why a task cannot be loaded, in one line, with the fix."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
+    what = f"task {row.task} cannot be loaded ({type(error).__name__}: {line})"
+    if isinstance(error, ImportError):
+        return f"{what}; install what it names, apart where it excludes our packages (eval/README.md)"
     return (
-        f"task {row.task} cannot be loaded ({type(error).__name__}: {line[:200]}); its data set must be in the cache "
-        "(HF_HOME) or reachable: run once with a network, or name a folder of task files in eval.suite.include"
+        f"{what}; its data set must be in the cache (HF_HOME) or reachable: run once with a network, or name a folder "
+        "of task files in eval.suite.include"
     )
 
 

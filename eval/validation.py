@@ -49,36 +49,42 @@ class Validation:
 
         Raises InputError when held-out files are trained on.
         """
-        manifests = open_manifests(config)
-        files_apart(manifests)
-        self.every, self.batch = settings.every_tokens, settings.batch
-        self.reset, self.bf16, self.group = config.reset_state, bf16, group
-        lengths = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+        files_apart(open_manifests(config))
+        self.config, self.settings, self.bf16 = config, settings, bf16
+        self.rank, self.ranks, self.group = rank, ranks, group
         self.rows: dict[str, Tensor] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
-        for name, manifest in manifests.items():
-            ids = fixed_tokens(config, name, manifest, settings)
-            if len(ids) <= settings.seq_len:
+
+    def _read(self) -> None:
+        """This rank's rows, at the first validation: a start costs nothing."""
+        config, length = self.config, self.settings.seq_len
+        lengths = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+        for name, manifest in open_manifests(config).items():
+            ids = fixed_tokens(config, name, manifest, self.settings)
+            if len(ids) <= length:
                 continue
-            windows = torch.from_numpy(ids).unfold(0, settings.seq_len + 1, settings.seq_len)
-            self.rows[name] = windows[rank::ranks]
-            count = len(windows) * settings.seq_len
+            windows = torch.from_numpy(ids).unfold(0, length + 1, length)
+            self.rows[name] = windows[self.rank :: self.ranks]
+            count = len(windows) * length
             self.sizes[name] = (count, int(lengths[ids[1 : count + 1]].sum()))
 
     def after(self, before: int, now: int, model: FalconMamba) -> dict[str, dict[str, float]] | None:
         """Results when a multiple of every_tokens lies in (before, now], else None. Every rank takes part."""
-        return self.run(model) if now // self.every > before // self.every else None
+        every = self.settings.every_tokens
+        return self.run(model) if now // every > before // every else None
 
     @torch.no_grad()
     def run(self, model: FalconMamba) -> dict[str, dict[str, float]]:
         """Nats per token and bits per byte of each source."""
+        if not self.rows:
+            self._read()
         device = next(model.parameters()).device
         nats = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
         for index, rows in enumerate(self.rows.values()):
-            for start in range(0, len(rows), self.batch):
-                batch = rows[start : start + self.batch].to(device)
+            for start in range(0, len(rows), self.settings.batch):
+                batch = rows[start : start + self.settings.batch].to(device)
                 tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-                starts = document_starts(tokens) if self.reset else None
+                starts = document_starts(tokens) if self.config.reset_state else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
                     losses, _ = model(tokens, targets, starts)
                 nats[index] += losses.double().sum()

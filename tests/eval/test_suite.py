@@ -25,7 +25,7 @@ from eval.config import EvaluationConfig, Row, Suite
 from eval.export import export
 from eval.harness import FalconMambaLM
 from eval.run import expand
-from eval.suite import run_suite, score, table
+from eval.suite import run_suite, score, siblings, table
 from tests.compose import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +124,8 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
     for label, result in mine.items():
         assert result["score"] == pytest.approx(expected[label]["score"], rel=1e-5), label
         assert result["parts"][f"local_{label}"]["documents"] == 12
+    # another checkpoint of the run stands beside it: before and after the decay
+    assert siblings(suite, files[1]) == {f"{step} (0 tokens)": [mine[row.label]["score"] for row in suite.rows]}
     assert mine["text"]["score"] > 100  # bits per byte, times 100: an untrained model
     assert "Rival-7B" in printed and re.search(r"10\.00 \(.[\d.]+\)", printed)
     run_suite(with_suite)

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from data.config import InputError
-from eval.config import Eval, Run
+from eval.config import Run
 from model.config import Backend
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
 from model.weights import Pieces, fault, newest, sha256_of
+from tests.compose import run_config
 from tests.corpus import corpus_config, make_corpus
 from tests.distributed import run_ranks
 from tests.tiny import TINY
@@ -52,7 +53,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
         checkpoint=CheckpointConfig(every_tokens=400, keep_last=100),
         metrics=MetricsConfig(None, 60.0),
         cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
-        eval=Eval(32, 4, 1000, "a", 8, "float32"),
+        eval=run_config("demo").eval,
     )
 
 

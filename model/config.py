@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+SCAN_CHUNK = 16  # tokens between the states that a fused scan keeps for its backward
 LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes them again
 
 
@@ -14,6 +15,14 @@ class Backend(Enum):
     cpu = "cpu"  # C++
     cuda = "cuda"  # ours
     mamba_ssm = "mamba_ssm"  # the public CUDA kernels
+
+
+class Recompute(Enum):
+    """What the backward computes again instead of keeping it."""
+
+    none = "none"
+    selective = "selective"  # from in_proj's output to out_proj's input: convolution, x_proj, dt_proj and scan
+    full = "full"  # whole blocks: the residual stream alone is kept
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
+from model.context_parallel import ContextRanks
 from model.kernels import REFERENCE, Kernels
 from model.kernels.carry import continued_conv, last_taps
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
@@ -49,6 +50,8 @@ class Mixer(nn.Module):
         super().__init__()
         c = config
         self.kernels = kernels
+        self.recompute = False  # what lies between in_proj and out_proj, in the backward
+        self.context: ContextRanks | None = None  # of the ranks that hold the other pieces of the sequence
         self.norms = c.mixer_norms
         self.norm_eps = c.mixer_norm_eps
         self.split = [c.dt_rank, c.d_state, c.d_state]
@@ -77,15 +80,28 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mixer's output, the convolution's input [b, l, d] and the scan's last state."""
         before, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.recompute and torch.is_grad_enabled():
+            y, last = checkpoint(self._select, before, z, starts, taps, state, use_reentrant=False)
+        else:
+            y, last = self._select(before, z, starts, taps, state)
+        return self.out_proj(y), before, last
+
+    def _select(
+        self, before: Tensor, z: Tensor, starts: Tensor | None, taps: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution, selection and gated scan of before and z [b, l, d]: y [b, l, d] and the last state."""
+        if self.context is not None:
+            taps = self.context.taps(before, starts, self.conv_weight.shape[1] - 1)
         u = continued_conv(self.kernels.causal_conv1d, before, self.conv_weight, self.conv_bias, starts, taps)
         selected = self.x_proj(u)
         if self.norms:
             selected = self.kernels.rms_norm(selected, None, self.norm_eps, self.split)
         dt, B, C = selected.split(self.split, dim=-1)
         A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
-        scan = self.kernels.selective_scan
-        y, last = scan(u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts, state)
-        return self.out_proj(y), before, last
+        scan, inputs = self.kernels.selective_scan, (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts)
+        if self.context is not None:
+            state = self.context.state(scan, *inputs)
+        return scan(*inputs, state)
 
 
 class Block(nn.Module):
@@ -119,6 +135,17 @@ class FalconMamba(nn.Module):
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def set_recompute(self, what: Recompute) -> None:
+        """Choose what the backward computes again; gradients stay the same to the last bit."""
+        self.recompute = what is Recompute.full
+        for layer in self.layers:
+            layer.mixer.recompute = what is Recompute.selective  # type: ignore[union-attr]
+
+    def set_context(self, context: ContextRanks) -> None:
+        """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""
+        for layer in self.layers:
+            layer.mixer.context = context  # type: ignore[union-attr]
 
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""

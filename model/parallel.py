@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.init import initialize
 from model.kernels import Kernels
 from model.mamba import FalconMamba
@@ -68,7 +68,7 @@ def build(
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
-    recompute: bool = False,
+    recompute: Recompute = Recompute.none,
 ) -> FalconMamba:
     """A rank's model in fp32: empty on meta, cut, allocated, filled, marked, in this order.
 
@@ -79,7 +79,7 @@ def build(
         model = FalconMamba(config, kernels)
         if tp_size > 1:
             _put_parallel_layers(model, config, tp_size)
-    model.recompute = recompute
+    model.set_recompute(recompute)
     model.to_empty(device=device)
     initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from enum import Enum
 
 from data.config import DataConfig
 from eval.config import Eval, Run
-from model.config import Backend, ModelConfig
+from model.config import Backend, ModelConfig, Recompute
 
 
 class Device(Enum):
@@ -24,13 +24,6 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
-
-
-class Recompute(Enum):
-    """Which activations the backward computes again instead of keeping them."""
-
-    none = "none"
-    full = "full"  # each block keeps its input alone
 
 
 @dataclass

@@ -21,7 +21,7 @@ from model.flops import parameter_count, train_flops_per_token
 from model.kernels import MissingBackend, load
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
-from train.config import Precision, Recompute, RunConfig
+from train.config import Precision, RunConfig
 from train.distributed import Ranks
 from train.engine import Engine, ZeroEngine
 from train.metrics import Metrics
@@ -52,7 +52,7 @@ class Trainer:
             ranks.device,
             tp_rank=ranks.tp_rank,
             tp_size=ranks.tp_size,
-            recompute=config.parallel.recompute is Recompute.full,
+            recompute=config.parallel.recompute,
         )
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         self.engine: Engine = ZeroEngine(self.model, config.optim, ranks)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 
 from data.config import InputError
-from model.config import LOSS_CHUNK
+from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
 from model.flops import parameter_count, train_flops_per_token
-from train.config import Recompute, RunConfig
+from train.config import RunConfig
 
 GIB = 2**30
 REDUCE_BUCKET = 100_000_000  # elements that DeepSpeed reduces and gathers at once: 0.4 GB of fp32, two in flight
@@ -32,20 +32,24 @@ def needs(config: RunConfig, ranks: int) -> Needs:
 
     fp32 parameters and gradients are whole on every data-parallel rank, master weights and two moments are cut over
     them (ZeRO-1). Activations are what one micro-batch keeps for the backward with fused kernels: per token and layer
-    the residual in fp32 and x|z, conv output, dt, x_dbl and the scan's output in the products' type, and in bf16 the
-    layer's cast weights; with full recompute the residual alone, plus one layer. Buffers are two reduction buckets and
-    the logits of a chunk of the loss with their gradient.
+    the residual in fp32, x|z, conv output, dt, x_dbl and the scan's output in the products' type, the scan's states
+    once a chunk in fp32, and in bf16 the layer's cast weights. Selective recompute keeps the residual, x|z and the
+    scan's output, full recompute the residual alone; both one whole layer. Buffers are two reduction buckets and the
+    logits of a chunk of the loss with their gradient.
     """
     c, tp = config.model, config.parallel.tensor_parallel
     per_rank = parameter_count(c) // tp
     data_parallel = max(1, ranks // tp)
     width = 2 if config.parallel.precision.value == "bf16" else 4
     layer = width * (5 * c.d_inner // tp + c.dt_rank + 2 * c.d_state + c.d_model)
+    layer += 4 * c.d_inner // tp * c.d_state // SCAN_CHUNK
     residual = 4 * c.d_model
-    layers = c.n_layer if config.parallel.recompute is Recompute.none else 1
-    activations = config.parallel.micro_batch_tokens * (c.n_layer * residual + layers * layer)
+    recompute = config.parallel.recompute
+    kept = {Recompute.none: layer, Recompute.selective: width * (3 * c.d_inner // tp + c.d_model), Recompute.full: 0}
+    passing = 0 if recompute is Recompute.none else layer
+    activations = config.parallel.micro_batch_tokens * (c.n_layer * (residual + kept[recompute]) + passing)
     if width == 2:
-        activations += 2 * per_rank * layers // c.n_layer
+        activations += 2 * per_rank // (c.n_layer if recompute is Recompute.full else 1)
     buffers = 2 * 4 * min(REDUCE_BUCKET, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
     return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations, buffers)
 

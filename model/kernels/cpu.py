@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.config import SCAN_CHUNK
 from model.kernels.cpu_library import WIDTHS, instruction_set, library
 from model.kernels.cpu_library import missing as missing
 
 STATES = (4, 8, 16, 32)  # numbers of states that the loops are built for; others are padded with zeros
-CHUNK, TAPS = 16, 4  # of the C++ side
+TAPS = 4  # of the C++ side, as SCAN_CHUNK
 
 
 class ScanArguments(Structure):
@@ -102,7 +103,8 @@ def _padding(u: Tensor, A: Tensor) -> tuple[int, int]:
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
     """An empty tensor of the shape that scan_forward keeps for the backward."""
     pad_d, pad_n = _padding(u, A)
-    return u.new_empty(u.shape[0], -(-u.shape[1] // CHUNK), A.shape[1] + pad_n, u.shape[2] + pad_d, dtype=torch.float32)
+    shape = (u.shape[0], -(-u.shape[1] // SCAN_CHUNK), A.shape[1] + pad_n, u.shape[2] + pad_d)
+    return u.new_empty(shape, dtype=torch.float32)
 
 
 class Prepared:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.config import SCAN_CHUNK
 from model.kernels import cuda_library
 from model.kernels.cpu import row_stride
 from model.kernels.cuda_library import DTYPES
@@ -23,9 +24,11 @@ from model.kernels.cuda_rows import loss_gradient, loss_statistics, norm_backwar
 __all__ = ["loss_gradient", "loss_statistics", "norm_backward", "norm_forward"]  # the rest of the backend stands here
 
 # sizes that the sources fix; a test compares them with the text
-CHANNELS, STATES, CHUNK = 128, 16, 16  # a forward block takes half as many channels
+CHANNELS, STATES = 128, 16
 FORWARD_CHANNELS, FORWARD_THREADS, BACKWARD_THREADS = 64, 256, 128
-BACKWARD_SHARED = 4 * CHUNK * (4 * CHANNELS + 2 * STATES + 1) + 4 * CHUNK * CHANNELS * STATES // 2 + 4 * 4 * CHUNK * 32
+BACKWARD_SHARED = (
+    4 * SCAN_CHUNK * (4 * CHANNELS + 2 * STATES + 1) + 4 * SCAN_CHUNK * CHANNELS * STATES // 2 + 4 * 4 * SCAN_CHUNK * 32
+)
 BACKWARD_BLOCKS = 2  # of an SM at once, by shared memory; the forward fills an SM with one
 LEAST_SEGMENT = 256  # tokens below which cutting the sequence costs more than it fills
 TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
@@ -102,7 +105,7 @@ class Prepared:
         """Segments that fill the GPU with blocks of some channels, some to an SM; and the kernels' last arguments."""
         room = blocks * processors(self.u.device) // (self.d // channels * self.batch)
         segments = max(1, min(room, self.length // LEAST_SEGMENT))
-        segment = -(-self.length // (segments * CHUNK)) * CHUNK
+        segment = -(-self.length // (segments * SCAN_CHUNK)) * SCAN_CHUNK
         return -(-self.length // segment), [c_int(self.length), c_int(self.d), c_int(segment), *self.rows]
 
     def joints(self, segments: int) -> list[Tensor]:
@@ -113,7 +116,7 @@ class Prepared:
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
     """An empty tensor of the shape that scan_forward keeps for the backward."""
     channels = -(-u.shape[2] // CHANNELS) * CHANNELS
-    return u.new_empty(u.shape[0], -(-u.shape[1] // CHUNK), channels, STATES, dtype=torch.float32)
+    return u.new_empty(u.shape[0], -(-u.shape[1] // SCAN_CHUNK), channels, STATES, dtype=torch.float32)
 
 
 def scan_forward(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.flops import parameter_count, train_flops_per_token
 from model.kernels import BACKENDS, REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
@@ -217,7 +217,7 @@ class Bench:
         for name, kernels in self.backends.items():
             with self.device:
                 model = _filled(FalconMamba(config, kernels))
-            model.recompute = True
+            model.set_recompute(Recompute.full)
             own = torch.zeros(parameter_count(config) // 256 + 1, device=self.device, requires_grad=True)
             own.grad = torch.ones_like(own)
             adam = torch.optim.AdamW([own], lr=1e-4, fused=True)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch.nn import functional as F
 
-from model.config import Backend
+from model.config import SCAN_CHUNK, Backend
 from model.kernels import CUDA, MAMBA_SSM, MissingBackend, cuda, cuda_library, cuda_rows, load, mamba_ssm
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
@@ -60,7 +60,7 @@ def test_compiles_for_hopper_without_spills(source: str, bf16: int) -> None:
 
 def test_host_and_kernels_agree_on_sizes() -> None:
     for source, name, value in (
-        ("scan.cuh", "STATES", cuda.STATES), ("scan.cuh", "CHUNK", cuda.CHUNK),
+        ("scan.cuh", "STATES", cuda.STATES), ("scan.cuh", "CHUNK", SCAN_CHUNK),
         ("scan_forward.cu", "CHANNELS", cuda.FORWARD_CHANNELS), ("scan_forward.cu", "THREADS", cuda.FORWARD_THREADS),
         ("scan_backward.cu", "CHANNELS", cuda.CHANNELS), ("scan_backward.cu", "THREADS", cuda.BACKWARD_THREADS),
         ("conv.cu", "TAPS", cuda.TAPS), ("conv.cu", "SEGMENT", cuda.CONV_SEGMENT),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from model.config import Backend
+from model.config import SCAN_CHUNK, Backend
 from model.kernels import CPU, REFERENCE, MissingBackend, cpu, cpu_library, load, reference
 from model.kernels.interface import Kernels
 from tests.model.cases import CASE, CASES, Case, assert_equal, conv_results, scan_results
@@ -146,7 +146,7 @@ def test_too_many_states_are_refused() -> None:
 
 def test_sizes_agree_with_the_source() -> None:
     lib = cpu.active()
-    assert lib.chunk_steps() == cpu.CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
+    assert lib.chunk_steps() == SCAN_CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
 
 
 def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:

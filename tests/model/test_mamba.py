@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Recompute
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
 from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
 from model.init import decays
@@ -114,14 +114,15 @@ def test_decay_rule_by_name() -> None:
     assert {name for name in decayed if not name.startswith("layers.")} == expected
 
 
-def test_recompute_changes_no_bit() -> None:
+@pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
+def test_recompute_changes_no_bit(kernels: Kernels) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 33))
     gradients = []
-    for recompute in (False, True):
-        model = build(TINY, REFERENCE, 0, torch.device("cpu"), recompute=recompute)
+    for recompute in Recompute:
+        model = build(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
         model(tokens[:, :-1], tokens[:, 1:])[0].mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(torch.equal(gradients[0][name], other[name]) for other in gradients[1:] for name in other)
 
 
 @pytest.mark.parametrize("resets", [False, True])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mamba import FalconMamba, LayerState, Mixer, State
+from model.mamba import FalconMamba, Mixer, State
 
 WARMUP = 3  # steps before a CUDA graph is captured, so that libraries have allocated what they need
 
@@ -24,7 +24,7 @@ class Decoder:
 
     def __init__(self, model: FalconMamba, state: State, *, compiled: bool = False) -> None:
         self.model = model
-        self.A = [-torch.exp(mixer.A_log.float()) for mixer in self._mixers()]
+        self.A = [-torch.exp(mixer.A_log.detach().float()) for mixer in self._mixers()]
         self.taps = [layer.taps.clone() for layer in state]
         self.scans = [layer.scan.clone() for layer in state]
         self.step: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = self._step
@@ -43,10 +43,6 @@ class Decoder:
             return self.scores
         scores, self.taps, self.scans = self.step(tokens, self.taps, self.scans)
         return scores
-
-    def state(self) -> State:
-        """The state after all tokens so far."""
-        return [LayerState(taps, scan) for taps, scan in zip(self.taps, self.scans, strict=True)]
 
     def _mixers(self) -> list[Mixer]:
         return [layer.mixer for layer in self.model.layers]  # type: ignore[misc]
@@ -69,10 +65,9 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record one step with its state updated in place."""
+        """Record one step that updates the state in place; only the warmup runs, which leaves the state alone."""
         device, batch = self.taps[0].device, self.taps[0].shape[0]
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
-        kept = [tensor.clone() for tensor in (*self.taps, *self.scans)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -84,8 +79,6 @@ class Decoder:
             self.scores, taps, scans = self._step(self.tokens, self.taps, self.scans)
             for mine, new in zip((*self.taps, *self.scans), (*taps, *scans), strict=True):
                 mine.copy_(new)
-        for mine, before in zip((*self.taps, *self.scans), kept, strict=True):
-            mine.copy_(before)
         self.graph = graph
 
 

@@ -153,9 +153,13 @@ class HfFolder:
 
     def full(self, name: str) -> Tensor:
         """The whole tensor of our name, fp32 on the CPU."""
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows [start, stop) of the tensor of our name, fp32 on the CPU."""
         theirs = self.names[name]
         with safe_open(self.files[theirs], framework="pt") as file:
-            return from_hf(name, file.get_tensor(theirs)).float()
+            return from_hf(name, file.get_slice(theirs)[start:stop]).float()
 
 
 def sha256_of(path: Path) -> str:

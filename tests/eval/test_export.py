@@ -18,12 +18,14 @@ from data.shards import DTYPE, read_manifest
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval import checkpoint
+from eval.compare import compare, compare_by_layer
 from eval.config import EvaluationConfig, Run
-from eval.export import export
+from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
 from model.hf import hf_config
 from model.mamba import FalconMamba
+from model.weights import Pieces
 from tests.eval.conftest import MODEL
 
 
@@ -150,6 +152,26 @@ def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, expor
     export(config, max_bytes=40_000)
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
     evaluation(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_by_layer_finds_what_whole_models_find(
+    config: EvaluationConfig, tmp_path: Path, dtype: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory for two models the comparison goes by layers, agrees as closely, and catches a wrong layer."""
+    (tmp_path / "checkpoints").symlink_to(config.run.checkpoints)
+    settings = replace(config.eval, dtype=dtype, keep_fp32=["A_log"])
+    here = replace(config, run=Run("layers", str(tmp_path), 0), eval=settings)
+    monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
+    export(here)
+    assert "layer by layer" in capsys.readouterr().out
+    pieces = Pieces(checkpoint.find(here))
+    difference = compare_by_layer(here.run.hf, pieces, MODEL, entries(here))
+    whole = compare(here.run.hf, checkpoint.load(here, checkpoint.find(here)), entries(here))
+    assert difference < 1e-5 and whole < 1e-5
+    wrong = Pieces.rows
+    monkeypatch.setattr(Pieces, "rows", lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1))
+    assert compare_by_layer(here.run.hf, pieces, MODEL, entries(here)) > 1e-4
 
 
 def test_a_logit_that_is_not_a_number_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,9 +61,9 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
             hidden, state = model.extend(tokens.unsqueeze(1), state)
             expected = model.lm_head(hidden[:, 0])
         torch.testing.assert_close(decoder(tokens), expected, rtol=1e-5, atol=1e-5)
-    for mine, theirs in zip(decoder.state(), state, strict=True):
-        torch.testing.assert_close(mine.scan, theirs.scan, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(mine.taps, theirs.taps, rtol=1e-5, atol=1e-6)
+    for taps, scan, theirs in zip(decoder.taps, decoder.scans, state, strict=True):
+        torch.testing.assert_close(scan, theirs.scan, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(taps, theirs.taps, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

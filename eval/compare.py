@@ -1,0 +1,80 @@
+"""Logits of an exported folder in transformers against ours: whole models, or layer by layer where they do not fit.
+
+Both compute in fp32 on the CPU, ours from weights rounded to the exported types, as the folder's were.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eval.layout import CHUNK, Entry
+from eval.twin import load as transformers_twin
+from model.config import Backend, ModelConfig
+from model.hf import TENSORS_OF_LAYER
+from model.kernels import load as kernels_of
+from model.mamba import Block, FalconMamba, RMSNorm
+from model.weights import HfFolder, Pieces
+
+
+def probe(vocab_size: int) -> Tensor:
+    """Tokens [2, 48] to compare on."""
+    return torch.randint(0, vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def compare(folder: Path, model: FalconMamba, written: Iterable[Entry]) -> float:
+    """Largest difference of logits, relative to the largest logit; both models are in memory."""
+    twin = transformers_twin(folder)
+    parameters = dict(model.named_parameters())
+    for entry in written:
+        parameters[entry.ours].copy_(parameters[entry.ours].to(entry.dtype))
+    tokens = probe(model.config.vocab_size)
+    ours, theirs = model.logits(tokens), twin(tokens, use_cache=False).logits
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def compare_by_layer(folder: Path, pieces: Pieces, shape: ModelConfig, written: Iterable[Entry]) -> float:
+    """As compare; memory holds one layer of each model, or a piece of the head."""
+    from transformers import FalconMambaConfig
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock, FalconMambaRMSNorm
+
+    source, dtypes = HfFolder(folder), {entry.ours: entry.dtype for entry in written}
+    config = FalconMambaConfig.from_pretrained(folder)
+    tokens = probe(shape.vocab_size)
+    mine = torch.cat([_ours(pieces, dtypes, "embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()])
+    theirs = torch.cat([source.rows("embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()])
+    h, g = (rows.view(*tokens.shape, -1) for rows in (mine, theirs))
+    kernels = kernels_of(Backend.auto, "cpu")
+    for index in range(shape.n_layer):
+        block, twin = Block(shape, kernels), FalconMambaBlock(config, index).eval()
+        for ours, name in TENSORS_OF_LAYER.items():
+            full = f"layers.{index}.{ours}"
+            block.get_parameter(ours).copy_(pieces.full("param", full).to(dtypes[full]).float())
+            twin.get_parameter(name).copy_(source.full(full).view_as(twin.get_parameter(name)))
+        h, g = block(h, None), twin(g)
+    norm = RMSNorm(shape.d_model, shape.norm_eps, kernels)
+    their_norm = FalconMambaRMSNorm(shape.d_model, shape.norm_eps)
+    norm.weight.copy_(_ours(pieces, dtypes, "final_norm.weight", 0, shape.d_model))
+    their_norm.weight.copy_(source.full("final_norm.weight"))
+    h, g = norm(h), their_norm(g)
+    difference = largest = 0.0
+    step = max(1, CHUNK // shape.d_model)
+    for low in range(0, shape.vocab_size, step):
+        high = min(low + step, shape.vocab_size)
+        a, b = h @ _ours(pieces, dtypes, "lm_head.weight", low, high).T, g @ source.rows("lm_head.weight", low, high).T
+        difference = max(difference, _largest(a - b))
+        largest = max(largest, _largest(b))
+    return difference / largest
+
+
+def _largest(x: Tensor) -> float:
+    """Largest magnitude; infinite when any is not a number, so that it cannot be passed over."""
+    return float(x.abs().nan_to_num(nan=torch.inf).max())
+
+
+def _ours(pieces: Pieces, dtypes: dict[str, torch.dtype], name: str, start: int, stop: int) -> Tensor:
+    """Rows of our tensor, rounded to its exported type."""
+    return pieces.rows("param", name, start, stop).to(dtypes[name]).float()

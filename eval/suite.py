@@ -22,6 +22,11 @@ from eval import checkpoint
 from eval.config import EvaluationConfig, Row, Suite
 
 Result = dict[str, Any]
+WIDTH = 110  # columns that a table takes at least
+FIX = (
+    "Data sets must be in the cache (HF_HOME) or reachable: run once with a network, or name a folder of task files in "
+    "eval.suite.include; a missing package goes into an environment of its own where it excludes ours (eval/README.md)"
+)
 BOOTSTRAP = 100  # any number above 0 asks for standard errors; those of means are exact, not drawn
 
 
@@ -60,11 +65,11 @@ def run_suite(config: EvaluationConfig) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        Console().print(table(suite, subject.name, results, siblings(suite, path)))
+        Console(width=max(WIDTH, Console().width)).print(table(suite, subject.name, results, siblings(suite, path)))
         print(f"scores: {path}" if results else "no row could be scored", flush=True)
     if missing:
         reasons = "; ".join(f"{label}: {why}" for label, why in missing.items())
-        raise InputError(f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored. {reasons}")
+        raise InputError(f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: {reasons}. {FIX}")
 
 
 def fits(entry: Result, row: Row) -> bool:
@@ -112,15 +117,9 @@ def runner(config: EvaluationConfig, subject: checkpoint.Subject) -> Callable[[R
 
 
 def reason(row: Row, error: Exception) -> str:
-    """Why a task cannot be loaded, in one line, with the fix."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
-    what = f"task {row.task} cannot be loaded ({type(error).__name__}: {line})"
-    if isinstance(error, ImportError):
-        return f"{what}; install what it names, apart where it excludes our packages (eval/README.md)"
-    return (
-        f"{what}; its data set must be in the cache (HF_HOME) or reachable: run once with a network, or name a folder "
-        "of task files in eval.suite.include"
-    )
+    """Why a task cannot be loaded, in one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:120]
+    return f"{row.task} ({type(error).__name__}: {line})"
 
 
 def score(row: Row, raw: Result) -> Result:
@@ -165,14 +164,16 @@ def siblings(suite: Suite, path: Path) -> dict[str, list[float]]:
         stored = checkpoint.read_result(other)
         rows = [stored.get("rows", {}).get(row.label) for row in suite.rows]
         if other != path and all(entry and fits(entry, row) for entry, row in zip(rows, suite.rows, strict=True)):
-            place = f" ({stored['tokens']:,} tokens)" if "tokens" in stored else ""
+            place = f"\n{stored['tokens']:,} tokens" if "tokens" in stored else ""
             found[other.stem.removeprefix(f"{suite.name}-") + place] = [entry["score"] for entry in rows]
     return found
 
 
 def table(suite: Suite, name: str, results: dict[str, Result], others: dict[str, list[float]] | None = None) -> Table:
     """Ours with standard errors, then other checkpoints, then every published model, and how far ours is from each."""
-    grid = Table(suite.name, *(row.label for row in suite.rows), "average", title="ours - published in brackets")
+    grid = Table(title=f"{suite.name}, and below each score how far ours is above it")
+    for label in ("model", *(row.label for row in suite.rows), "average"):
+        grid.add_column(label, no_wrap=True)
     ours = [results[row.label]["score"] if row.label in results else None for row in suite.rows]
     errors = [results[row.label]["stderr"] if row.label in results else None for row in suite.rows]
     cells = [with_error(value, error) for value, error in zip(ours, errors, strict=True)]
@@ -191,9 +192,9 @@ def with_error(value: float | None, error: float | None) -> str:
     """A score and its standard error."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if error is None else f"{value:.2f} +-{error:.2f}"
+    return f"{value:.2f}" if error is None else f"{value:.2f}\n+-{error:.2f}"
 
 
 def against(theirs: float, ours: float | None) -> str:
     """A published score and how far ours is above it."""
-    return f"{theirs:.2f}" if ours is None else f"{theirs:.2f} ({ours - theirs:+.2f})"
+    return f"{theirs:.2f}" if ours is None else f"{theirs:.2f}\n{ours - theirs:+.2f}"

@@ -84,7 +84,7 @@ def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, t
     assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
 
 
-def test_a_wrong_export_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_export_is_caught(config: EvaluationConfig, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x)
     (config.run.folder / "export.json").unlink()
     before = (config.run.hf / "config.json").stat().st_mtime_ns

@@ -180,9 +180,9 @@ class RayTasks:
             raise InputError("executor=ray needs ray: `pip install ray`") from error
         self.ray = ray
         self.workers = workers
-        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-        local = {"num_cpus": workers} if cfg.address is None else {}
-        ray.init(address=cfg.address, runtime_env=environment, log_to_driver=False, include_dashboard=False, **local)
+        # no runtime_env: its agent needs ray[default], and every machine has this package installed
+        local = {"num_cpus": workers, "include_dashboard": False} if cfg.address is None else {}
+        ray.init(address=cfg.address, log_to_driver=False, **local)
 
     def describe(self) -> str:
         """Where it runs."""

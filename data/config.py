@@ -43,7 +43,7 @@ class Source:
 class Asset:
     """A file that some recipes read and that no package brings; `python data/prefetch.py` fetches it."""
 
-    path: str | None  # where it lies on this machine; None leaves the step that needs it out where it may be left out
+    path: str | None = None  # on this machine; None leaves the step that needs it out where it may be left out
     url: str | None = None  # https://, hf:// or s3://
     sha256: str | None = None  # refused when the file hashes otherwise
 
@@ -52,10 +52,10 @@ class Asset:
 class Assets:
     """All of them, by what they are for."""
 
-    language_model: Asset  # fastText model of languages: lid.176.bin or lid.176.ftz
-    math_classifier: Asset  # fastText model with the label __label__math
-    url_blocklist: Asset  # domains, one a line, in place of the lists that datatrove carries
-    evaluations: Asset  # jsonl of texts that must not be trained on
+    language_model: Asset = field(default_factory=Asset)  # fastText model of languages: lid.176.bin or lid.176.ftz
+    math_classifier: Asset = field(default_factory=Asset)  # fastText model with the label __label__math
+    url_blocklist: Asset = field(default_factory=Asset)  # domains, one a line, in place of datatrove's own lists
+    evaluations: Asset = field(default_factory=Asset)  # jsonl of texts that must not be trained on
 
 
 class Executor(Enum):
@@ -115,7 +115,7 @@ class DataConfig:
     tokenizer: TokenizerConfig
     sources: dict[str, Source]
     stages: list[Stage]
-    assets: Assets = field(default_factory=lambda: Assets(*(Asset(None) for _ in range(4))))
+    assets: Assets = field(default_factory=Assets)
     keep_exclusions: bool = False  # dropped documents are written out with their reason
 
     def __post_init__(self) -> None:

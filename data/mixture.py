@@ -64,6 +64,7 @@ def network(size: int, key: str) -> tuple[int, tuple[int, ...]]:
     return max(1, ((size - 1).bit_length() + 1) // 2), keys
 
 
+@lru_cache(maxsize=4096)  # the cuts of a block follow each other
 def permute_one(index: int, size: int, key: str) -> int:
     """permute for one index, in whole numbers: an array of a few costs more in calls than in arithmetic."""
     half, keys = network(size, key)

@@ -201,6 +201,7 @@ class Warc(Counted, WarcReader):
                 if row is None:
                     self.drop("not_html", f"{filepath}:{index}", uri)
                     continue
+                row["url"] = row["url"].strip("<>")  # wget writes them, as the first draft of the format did
                 document = self.get_document_from_dict(row, filepath, index)
                 if document is not None:
                     yield document

@@ -1,8 +1,9 @@
 """Data beside its rivals in one process: `python -m tests.bench.data`.
 
-Random sequences from page cache beside plain np.memmap, Megatron-core's IndexedDataset and datatrove's folder dataset
-(and MosaicML streaming where it is installed); tokenization of clean documents beside tokenizers.encode_batch on the
-same thread; compiling and seeking the plan of 5.8T tokens.
+Sequences from page cache, eight consecutive ones as a rank reads them and eight random ones, beside plain np.memmap,
+Megatron-core's IndexedDataset and datatrove's folder dataset (and MosaicML streaming where it is installed);
+tokenization of clean documents beside tokenizers.encode_batch on the same thread; compiling and seeking the plan of
+5.8T tokens.
 """
 
 import argparse
@@ -128,12 +129,15 @@ def reading(tokens: int, budget: float) -> tuple[list[Row], dict[str, float]]:
         for seq_len in (2048, 8192):
             random = np.random.default_rng(1)
             calls = {"ours": ours(cfg, tokens, seq_len), **rivals(cfg, tokens, seq_len)}
-            for who, call in calls.items():
-                seconds, runs = median_seconds(
-                    lambda call=call, random=random: call(random.integers(0, 10**7, BATCH)), CPU, budget
-                )
-                rows.append(Row("random sequences", f"{BATCH} x {seq_len}", who, seconds, runs))
-                rates[f"{who}, {seq_len}: million tokens per second"] = round(BATCH * seq_len / seconds / 1e6, 1)
+            draws: dict[str, Callable[[], np.ndarray]] = {
+                "a rank's step": lambda random=random: random.integers(0, 10**6) * BATCH + np.arange(BATCH),
+                "random sequences": lambda random=random: random.integers(0, 10**7, BATCH),
+            }
+            for what, draw in draws.items():
+                for who, call in calls.items():
+                    seconds, runs = median_seconds(lambda call=call, draw=draw: call(draw()), CPU, budget)
+                    rows.append(Row(what, f"{BATCH} x {seq_len}", who, seconds, runs))
+                    rates[f"{what}, {seq_len}, {who}: million tokens/s"] = round(BATCH * seq_len / seconds / 1e6, 1)
     return rows, rates
 
 

@@ -31,7 +31,7 @@ PROSE = (
 )
 
 
-NONE = Assets(*(Asset(None) for _ in range(4)))
+NONE = Assets()
 
 GERMAN = "Der Fluss entspringt in den Bergen und die Leute der Stadt haben ihn nicht vergessen. "
 SUMS = "let x be a real number such that the equation holds then the proof follows by induction on n. "
@@ -235,7 +235,7 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
     page = f"<html><head><title>Rivers</title></head><body><nav>Home</nav><article>{body}</article></body></html>"
     pages = [
         ("http://host.invalid/good.html", page),
-        ("http://host.invalid/poor.html", "<html><body><p>Too short.</p></body></html>"),
+        ("<http://host.invalid/poor.html>", "<html><body><p>Too short.</p></body></html>"),
         ("http://casino-lists.com/good.html", page),
         ("http://en.wikipedia.org/wiki/River", page),
         ("http://host.invalid/fluss.html", page.replace(PROSE, 3 * GERMAN)),

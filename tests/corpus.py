@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, models
 
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.loader import source_folder, tokenizer_path
 from data.shards import DTYPE, SPLITS, Manifest, ShardFile, sha256_of, write_manifest
-from data.tokenizer import EOS
+from data.tokenizer import EOS, EOS_TOKEN, SPECIAL_TOKENS
 
 SOURCES = ("prose", "sums")
 BLOCK = 64
@@ -37,7 +38,10 @@ def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 6
     config = corpus_config(folder, vocab_size)
     if not tokenizer_path(config).is_file():
         tokenizer_path(config).parent.mkdir(parents=True)
-        tokenizer_path(config).write_text("{}")
+        words = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(len(SPECIAL_TOKENS), vocab_size))]
+        stand_in = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, EOS_TOKEN))
+        stand_in.add_special_tokens(list(SPECIAL_TOKENS))
+        stand_in.save(str(tokenizer_path(config)))
     for number, name in enumerate(SOURCES):
         home = source_folder(config, name)
         home.mkdir(parents=True)

@@ -88,14 +88,58 @@ class Parallel:
 
 @dataclass
 class CheckpointConfig:
-    """When the training state is saved, and how many states are kept."""
+    """When the training state is saved, and which states are kept."""
 
     every_tokens: int
     keep_last: int
+    keep_every_tokens: int | None  # keeps the first one past each multiple for good; None keeps none
+    keep_stage_ends: bool
+    retry_seconds: float  # pause after a save that failed; doubles with each further one
+    max_failures: int  # saves in a row that failed, after which the run stops
 
     def __post_init__(self) -> None:
-        if self.every_tokens < 1 or self.keep_last < 1:
-            raise ValueError("checkpoint.every_tokens and checkpoint.keep_last must be at least 1")
+        if min(self.every_tokens, self.keep_last, self.max_failures) < 1 or self.retry_seconds < 0:
+            raise ValueError(
+                "checkpoint.every_tokens, keep_last and max_failures must be at least 1, retry_seconds not negative"
+            )
+        if self.keep_every_tokens is not None and self.keep_every_tokens < self.every_tokens:
+            raise ValueError("checkpoint.keep_every_tokens must not be below checkpoint.every_tokens; null keeps none")
+
+
+class VerifyShards(Enum):
+    """When the hashes of the token shards are checked; their sizes are checked at every start."""
+
+    before = "before"  # training begins when all are
+    background = "background"  # training begins at once, and stops at the first bad one
+    never = "never"
+
+
+@dataclass
+class HealthConfig:
+    """What a run does about steps, ranks and starts that go wrong (train/README.md has the table)."""
+
+    max_skipped: int  # updates in a row that may be skipped
+    spike_window: int  # updates whose losses a new one is compared with
+    spike_sigmas: float  # standard deviations above their mean that make a spike
+    spike_patience: int  # spikes in a row after which the run goes back to a checkpoint
+    max_rewinds: int  # without a whole window of updates between
+    check_replicas_steps: int
+    straggler_steps: int
+    straggler_factor: float  # times slower than the others
+    hang_seconds: float  # without a move of a rank; six times as long at start and at the end
+    max_starts: int  # from the same tokens
+    stop_after_seconds: float | None  # leave for a requeue; Slurm's end of the job counts without it
+    stop_margin_seconds: float  # before Slurm's end of the job
+    verify_shards: VerifyShards
+
+    def __post_init__(self) -> None:
+        whole = (self.max_skipped, self.spike_window, self.spike_patience, self.check_replicas_steps)
+        if min(*whole, self.straggler_steps, self.max_starts) < 1 or self.max_rewinds < 0:
+            raise ValueError("counts and windows of health must be at least 1, max_rewinds at least 0")
+        if min(self.spike_sigmas, self.hang_seconds) <= 0 or self.straggler_factor <= 1:
+            raise ValueError("health needs spike_sigmas and hang_seconds above 0, and straggler_factor above 1")
+        if self.spike_patience > self.max_skipped:
+            raise ValueError("health.spike_patience must not exceed health.max_skipped: the run would stop before")
 
 
 @dataclass
@@ -128,6 +172,7 @@ class RunConfig:
     schedule: ScheduleConfig
     parallel: Parallel
     checkpoint: CheckpointConfig
+    health: HealthConfig
     metrics: MetricsConfig
     cluster: Cluster
     eval: Eval

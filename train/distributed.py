@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message=".*Apex.*")
 warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
+MESSAGE_BYTES = 2048
 TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
 
 
@@ -114,3 +115,23 @@ class Mpu:
         if name == "initialize_sequence_parallel":
             raise AttributeError(name)
         return getattr(parallel_state, translated.get(name, name))
+
+
+def data_parallel_group() -> Any:
+    """The ranks that hold the same part of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def raise_everywhere(why: str | None) -> None:
+    """Raise the InputError that any rank has found, on every rank: nobody waits for one that has left."""
+    message = (why or "").encode()[:MESSAGE_BYTES]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(message)]))
+    speakers = [rank for rank, size in enumerate(sizes) if size]
+    if not speakers:
+        return
+    said = torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
+    dist.broadcast(said, src=speakers[0])
+    raise InputError(bytes(said.tolist()).decode(errors="replace").strip())

@@ -31,8 +31,11 @@ class Engine(Protocol):
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
         """Clip, update at rate lr, clear gradients; returns the global norm before clipping, and whether it skipped."""
 
+    def discard(self) -> None:
+        """Forget the gradients of the step; weights and moments stay byte for byte. Instead of clip_and_step."""
+
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """This rank's part of weights and optimizer state, flat fp32 on the CPU."""
+        """This rank's part of weights and optimizer state, flat fp32; views, which the next step changes."""
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """Take this rank's part out of a checkpoint made after `updates` updates."""
@@ -96,6 +99,14 @@ class ZeroEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm()), bool(self.zero.overflow)
 
+    def discard(self) -> None:
+        """See Engine. Gradients made infinite take DeepSpeed's own way of skipping an update."""
+        for gradients in self.zero.averaged_gradients.values():
+            for gradient in gradients or ():
+                gradient.fill_(float("inf"))
+        self.engine.step()
+        assert self.zero.overflow
+
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         """See Engine. A parameter that is not cut is written by tensor-parallel rank 0 alone."""
         for fragment in self._fragments():
@@ -111,7 +122,7 @@ class ZeroEngine:
                     start=fragment.start,
                     numel=tensor.numel(),
                 )
-                yield piece, tensor.detach().to("cpu", copy=True)  # the masters are ranges of one flat tensor
+                yield piece, tensor.detach()
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """See Engine."""

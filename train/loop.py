@@ -1,6 +1,7 @@
 """The training loop: build once, then step from one token position to the next.
 
 A step is a function of its position alone: schedule -> batch, context and rate; plan -> tokens; engine -> update.
+What goes wrong on the way is decided in train/health.py, from values that all ranks share.
 """
 
 import time
@@ -9,8 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from data.config import InputError
 from data.loader import Batch, Loader, compile_plan, open_manifests
@@ -22,22 +21,30 @@ from model.kernels import MissingBackend, load
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
 from train.config import Precision, RunConfig
-from train.distributed import Ranks
+from train.datacheck import DataCheck
+from train.distributed import Ranks, data_parallel_group, raise_everywhere
 from train.engine import Engine, ZeroEngine
+from train.exchange import Exchange, Told, count
+from train.health import Health, Stragglers, drifting
+from train.incidents import FINISHED, REQUEUE, Outcome, Starts
 from train.metrics import Metrics
 from train.schedule import Now, Schedule
+from train.signals import Leave
 from train.speed import memory_gib, peak_flops
+from train.watchdog import Watch
 
-MAX_SKIPPED = 10  # consecutive updates whose gradient was not finite; a restart would not cure that
+LONG_PATIENCE = 6.0  # times health.hang_seconds, for what takes long: reading a checkpoint, the last save
 
 
 class Trainer:
     """One rank's share of a run."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, run_config: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, run_config: dict[str, Any], watch: Watch, leave: Leave) -> None:
         """Build everything, go on from the newest checkpoint that verifies; `run_config` is config for the record."""
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.watch, self.leave = config, ranks, watch, leave
         manifests = open_manifests(config.data)
+        self.datacheck = DataCheck(config.data, manifests, ranks)
+        self.datacheck.start(config.health.verify_shards)
         self.plan = compile_plan(config.data, manifests)
         self.loader = Loader(self.plan, manifests)
         self.schedule = Schedule(config.schedule, config.data)
@@ -56,17 +63,21 @@ class Trainer:
         )
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         self.engine: Engine = ZeroEngine(self.model, config.optim, ranks)
-        self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks)
+        edges = frozenset(end for end, _, _ in self.schedule.edges)
+        self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks, edges)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
+        self.health = Health(config.health)
         self._resume()
-        self.skipped = 0
+        self._count_start()
+        self.exchange = Exchange(ranks, len(self.plan.sources))
+        self.stragglers = Stragglers(config.health.straggler_steps, config.health.straggler_factor)
         self.validation = Validation(
             config.data,
             config.eval.validation,
             bf16=config.parallel.precision is Precision.bf16,
             rank=ranks.dp_rank,
             ranks=ranks.dp_size,
-            group=self._data_parallel_group(),
+            group=data_parallel_group(),
         )
         self.jobs = SuiteJobs(config.run, config.eval.jobs)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -78,41 +89,58 @@ class Trainer:
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
             self.metrics = Metrics(*arguments, tokens=self.state.tokens, total=self.schedule.total)
 
-    def run(self) -> None:
-        """Train to the end of the last stage."""
+    def run(self) -> Outcome:
+        """Train to the end of the last stage, or until somebody asks this run to leave."""
         try:
-            self._steps()
+            why = self._steps()
+            self.watch.at(self.state.step, "leave", LONG_PATIENCE)
+            if self.state.step > self.loaded_step:
+                self._remember()
+                self.checkpoints.save_and_wait(self.state, self.engine)
+        except InputError:  # raised on every rank alike, so that a save in flight can end
+            self.checkpoints.writer.wait()
+            raise
         finally:
-            self.reader.shutdown()
+            self.reader.shutdown(wait=False, cancel_futures=True)
             if self.metrics is not None:
                 self.metrics.close()
+        if self.state.tokens == self.schedule.total:
+            return Outcome(FINISHED, f"all {self.state.tokens:,} tokens are behind it")
+        return Outcome(REQUEUE, f"{why}; saved at step {self.state.step}")
 
-    def _steps(self) -> None:
-        every = self.config.checkpoint.every_tokens
+    def _steps(self) -> str | None:
+        """Step until the end, or until any rank has been asked to leave; returns why."""
         pending = self._read(self.state.tokens)
         while self.state.tokens < self.schedule.total:
             begun = time.perf_counter()
             now = self.schedule.at(self.state.tokens)
+            self.watch.at(self.state.step, "read")
             batches = pending.result()
             waited = time.perf_counter() - begun
             pending = self._read(self.state.tokens + now.tokens)
-            result = self._step(now, batches)
+            result = self._step(now, batches, waited)
             before, self.state.tokens = self.state.tokens, self.state.tokens + now.tokens
             self.state.step += 1
             seconds = time.perf_counter() - begun
+            self.watch.at(self.state.step, "validate", LONG_PATIENCE)
             validation = self.validation.after(before, self.state.tokens, self.model)
             if self.metrics is not None:
                 news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)
                 self.metrics.log(record | {key: value for key, value in news.items() if value is not None})
-            if self.state.tokens // every > before // every or self.state.tokens == self.schedule.total:
-                self.checkpoints.save(self.state, self.engine)
+            self._after(before, result["told"])
+            if result["told"].leave:
+                return self.leave.why or "another rank was asked to leave"
+        return None
 
-    def _step(self, now: Now, batches: list[tuple[Batch, bool]]) -> dict[str, Any]:
+    def _step(self, now: Now, batches: list[tuple[Batch, bool]], waited: float) -> dict[str, Any]:
         """Forward, backward and update of one global batch; returns the losses and norms of the step."""
         sums = torch.zeros(2, len(self.plan.sources), dtype=torch.float64)  # nats and tokens of each source
         autocast = self.config.parallel.precision is Precision.bf16
+        own = waited  # seconds of this rank's own work: reading and forward passes, which wait for no other rank
         for index, (batch, counts) in enumerate(batches):
+            self.watch.at(self.state.step, "forward")
+            begun = time.perf_counter()
             batch = batch.to(self.ranks.device)
             # without its cache, which would hold a bf16 copy of every weight until the forward ends
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
@@ -120,37 +148,105 @@ class Trainer:
             total = losses.sum()
             if self.config.optim.z_loss > 0:
                 total = total + self.config.optim.z_loss * log_sums.square().sum()
+            if counts:
+                count(sums, batch.source, losses.detach())  # waits for the device, so that the time is the work's
+            own += time.perf_counter() - begun
+            self.watch.at(self.state.step, "backward")
             # the mean over the tokens of the global batch, whoever holds them
             self.engine.backward(total * (counts / now.tokens), last=index == len(batches) - 1)
-            if counts:
-                self._count(sums, batch.source, losses.detach())
-        grad_norm, skipped = self.engine.clip_and_step(now.lr)
-        dist.all_reduce(sums, group=self._data_parallel_group())
-        self.skipped = self.skipped + 1 if skipped else 0
-        self.state.updates += not skipped
-        if self.skipped > MAX_SKIPPED:
-            raise InputError(
-                f"{self.skipped} updates in a row had gradients that are not finite, up to step {self.state.step}; "
-                "lower schedule.peak_lr or optim.clip_norm and start from an earlier checkpoint"
-            )
-        return {"sums": sums, "grad_norm": grad_norm, "skipped": skipped}
+        self.watch.at(self.state.step, "agree")
+        told = self.exchange.tell(
+            sums,
+            own / len(batches),
+            leave=self.leave.asked() is not None,
+            save=self.ranks.first and self.checkpoints.wants_retry,
+            bad_data=self.datacheck.fault is not None,
+        )
+        self.watch.at(self.state.step, "update")
+        return {"told": told, **self._update(now, told.loss)}
 
-    @staticmethod
-    def _count(sums: Tensor, source: Tensor, losses: Tensor) -> None:
-        """Add a micro-batch's losses [b, l] and tokens to the rows of its sources [b]."""
-        source = source.cpu()
-        sums[0].index_add_(0, source, losses.double().sum(1).cpu())
-        sums[1].index_add_(0, source, torch.full(source.shape, losses.shape[1], dtype=torch.float64))
+    def _update(self, now: Now, loss: float) -> dict[str, Any]:
+        """Update the weights, unless the step would do harm."""
+        why = self.health.judge(loss, now.stage)
+        if why is None:
+            grad_norm, skipped = self.engine.clip_and_step(now.lr)
+            why = "its gradient is not finite" if skipped else None
+            spiked = False
+        else:
+            self.engine.discard()
+            grad_norm, skipped, spiked = float("nan"), True, "spike" in why
+        self.health.settle(loss, self.state.tokens, not skipped, spiked)
+        self.state.updates += not skipped
+        if why is not None and self.ranks.first:
+            end = self.state.tokens + now.tokens
+            text = f"step {self.state.step + 1} (tokens {self.state.tokens:,} to {end:,}): {why}"
+            facts = {"step": self.state.step + 1, "tokens": [self.state.tokens, end]}
+            self.watch.incidents.log("skipped update", text, **facts)
+        return {"grad_norm": grad_norm, "skipped": skipped}
+
+    def _after(self, before: int, told: Told) -> None:
+        """What a step may call for: a stop, a rewind, a check, a save."""
+        if told.bad_data:
+            raise_everywhere(self.datacheck.fault)
+        if self.health.hopeless is not None:
+            raise InputError(
+                f"{self.health.hopeless}, up to step {self.state.step}: lower schedule.peak_lr or optim.clip_norm, or "
+                "look at the tokens that incidents.jsonl names, and start from an earlier checkpoint"
+            )
+        rewound = self.health.lasting and self._rewind()
+        if self.state.step % self.config.health.check_replicas_steps == 0:
+            self._check_replicas()
+        slow = self.stragglers.add(told.seconds)
+        if self.ranks.first:
+            for rank, times in slow:
+                text = f"rank {rank} on {self.watch.host(rank)} is {times:.1f} times slower than the others"
+                self.watch.incidents.log("straggler", text, rank=rank, step=self.state.step)
+        if rewound or told.save or self.checkpoints.due(before, self.state.tokens):
+            self.watch.at(self.state.step, "save")
+            self._remember()
+            self.checkpoints.save(self.state, self.engine)
+
+    def _rewind(self) -> bool:
+        """Weights from before a spike that lasts, and on with the data behind it: what lies between is left out."""
+        since = self.health.since
+        assert since is not None
+        self.watch.at(self.state.step, "save", LONG_PATIENCE)
+        self.checkpoints.flush()
+        folder = self.checkpoints.find(before=since)
+        if folder is None:
+            return False  # the updates go on being skipped, until there are too many
+        old = self.checkpoints.load(folder, self.engine)
+        rewinds = self.health.rewinds + 1
+        self.health.load({**old.health, "rewinds": rewinds, "calm": 0, "skipped": 0, "spikes": 0, "since": None})
+        self.state.updates = old.updates
+        if self.ranks.first:
+            text = (
+                f"the loss has spiked since token {since:,}: weights of {folder.name}, and tokens {old.tokens:,} to "
+                f"{self.state.tokens:,} are left out"
+            )
+            self.watch.incidents.log("rewind", text, tokens=[old.tokens, self.state.tokens], number=rewinds)
+        return True
+
+    def _check_replicas(self) -> None:
+        if drifted := drifting(self.model, self.engine, self.ranks):
+            names = ", ".join(f"rank {rank} on {self.watch.host(rank)}" for rank in drifted)
+            text = f"weights of {names} differ from their master copies after step {self.state.step}"
+            if self.ranks.first:
+                self.watch.incidents.log("drift", text, ranks=drifted, step=self.state.step)
+            raise RuntimeError(text)  # a crash: the next start takes the newest checkpoint
+
+    def _remember(self) -> None:
+        self.state.health = self.health.state()
 
     def _record(self, now: Now, result: dict[str, Any], seconds: float, waited: float) -> dict[str, Any]:
         """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""
-        nats, tokens = result["sums"].tolist()
         rate = now.tokens / seconds
+        told: Told = result["told"]
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            "loss": sum(nats) / sum(tokens),
-            "source_loss": {name: n / t for name, n, t in zip(self.plan.sources, nats, tokens, strict=True) if t},
+            "loss": told.loss,
+            "source_loss": {name: n / t for name, n, t in zip(self.plan.sources, *told.sums, strict=True) if t},
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
             "lr": now.lr,
@@ -175,6 +271,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest valid checkpoint, and refuse one of another run."""
+        self.loaded_step = 0
         folder = self.checkpoints.find()
         if folder is None:
             return
@@ -184,7 +281,16 @@ class Trainer:
             raise InputError(f"{folder} holds another model; {hint}")
         if state.plan != self.plan.hash:
             raise InputError(f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}")
-        self.state = state
+        self.state, self.loaded_step = state, state.step
+        self.health.load(state.health)
+
+    def _count_start(self) -> None:
+        """Refuse a start that would only crash again."""
+        why = None
+        if self.ranks.first and self.state.tokens < self.schedule.total:
+            starts = Starts(self.config.run.folder, self.config.health.max_starts)
+            why = starts.count(self.state.tokens, self.watch.incidents)
+        raise_everywhere(why)
 
     def _say(self, kernels: str) -> None:
         """The run in a few lines, before it starts."""
@@ -203,9 +309,3 @@ class Trainer:
             print(f"reused: the run is complete at step {self.state.step}", flush=True)
         elif self.state.tokens:
             print(f"going on at step {self.state.step}, {self.state.tokens:,} tokens", flush=True)
-
-    @staticmethod
-    def _data_parallel_group() -> Any:
-        from megatron.core import parallel_state
-
-        return parallel_state.get_data_parallel_group()

@@ -3,6 +3,7 @@
 The file is the record; the others are views of it and can neither delay nor stop the run.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -12,6 +13,8 @@ import re
 import sys
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ class Metrics:
     def log(self, record: Record) -> None:
         """Write one step's record everywhere."""
         self.file.write(record)
-        self.console.show(record)
+        with suppress(OSError):  # standard output may go to a full disk
+            self.console.show(record)
         if self.wandb is not None:
             self.wandb.log(record)
 
@@ -53,22 +57,49 @@ class Metrics:
 
 
 class JsonLines:
-    """One JSON object per line, in the order of tokens, without duplicates across restarts."""
+    """One JSON object per line, in the order of tokens, without duplicates across restarts.
+
+    A disk that is full for a while costs no record: lines wait in memory, up to a bound, and are written later.
+    """
+
+    WAITING = 100_000
 
     def __init__(self, path: Path, tokens: int) -> None:
         kept = [line for line in read_lines(path) if line["tokens"] <= tokens]
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         part.rename(path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.file = path.open("ab", buffering=0)
+        self.end = path.stat().st_size
+        self.waiting: deque[bytes] = deque(maxlen=self.WAITING)
 
     def write(self, record: Record) -> None:
         """Append a record; values that JSON lacks (NaN, infinity) become null."""
-        self.file.write(json.dumps(finite(record)) + "\n")
+        if not self.waiting:
+            self.failed = False
+        self.waiting.append((json.dumps(finite(record)) + "\n").encode())
+        try:
+            while self.waiting:
+                self._append(self.waiting[0])
+                self.waiting.popleft()
+        except OSError as error:
+            if not self.failed:
+                print(f"warning: metrics.jsonl cannot be written ({error}); its lines wait in memory", flush=True)
+            self.failed = True
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line, or leave the file as it was."""
+        written = self.file.write(line)
+        if written != len(line):  # the disk was full in the middle
+            self.file.truncate(self.end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.end += written
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+        if self.waiting:
+            print(f"warning: the last {len(self.waiting)} lines of metrics.jsonl are lost", flush=True)
 
 
 def read_lines(path: Path) -> list[Record]:

@@ -38,7 +38,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         model = build(MODEL, REFERENCE, 0, here.device)
         engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
-        Checkpoints(run.checkpoints, CheckpointConfig(1, 1), here).save(state, engine)
+        keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
+        Checkpoints(run.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
     demo = run_config("demo").eval
     settings = replace(demo, seq_len=16, batch=3, max_tokens=500, prompt="def f", new_tokens=8)
     return EvaluationConfig(run, MODEL, data, settings)

@@ -15,53 +15,28 @@ import torch
 
 from data.config import InputError
 from eval.config import Run
-from model.config import Backend
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
 from model.weights import Pieces, fault, newest, sha256_of
-from tests.compose import run_config
-from tests.corpus import corpus_config, make_corpus
+from tests.corpus import make_corpus
 from tests.distributed import run_ranks
+from tests.small import config
 from tests.tiny import TINY
-from train.config import (
-    CheckpointConfig,
-    Cluster,
-    Device,
-    MetricsConfig,
-    Optim,
-    Parallel,
-    Precision,
-    Recompute,
-    RunConfig,
-    ScheduleConfig,
-)  # fmt: skip
+from train.config import CheckpointConfig, Optim, Precision, RunConfig
 from train.distributed import ranks
 from train.engine import ZeroEngine
 from train.loop import Trainer
-
-
-def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
-    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and 32, clipping."""
-    return RunConfig(
-        run=Run(name, str(root / name), 0),
-        model=TINY,
-        data=corpus_config(root / "data"),
-        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
-        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
-        parallel=Parallel(tensor_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
-        checkpoint=CheckpointConfig(every_tokens=400, keep_last=100),
-        metrics=MetricsConfig(None, 60.0),
-        cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
-        eval=run_config("demo").eval,
-    )
+from train.signals import Leave
+from train.watchdog import Watch
 
 
 def train(run: RunConfig) -> None:
     """A whole run, or the rest of it."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
     with ranks("cpu", run.parallel.tensor_parallel) as here:
-        Trainer(run, here, {}).run()
+        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        Trainer(run, here, {}, watch, Leave(None, 0.0)).run()
 
 
 def train_from(root: Path, source: str, run: RunConfig) -> None:
@@ -183,10 +158,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path) -> None:
             model = build(TINY, REFERENCE, 0, here.device)
             engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
             for factor in factors:
-                before = {piece.key: tensor for piece, tensor in engine.pieces()}
+                before = {piece.key: tensor.clone() for piece, tensor in engine.pieces()}
                 engine.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
                 norm, skipped = engine.clip_and_step(1e-3)
-                after = {piece.key: tensor for piece, tensor in engine.pieces()}
+                after = {piece.key: tensor.clone() for piece, tensor in engine.pieces()}
                 same = all(torch.equal(before[key], after[key]) for key in before)
                 assert skipped == same == (factor != 1.0)
                 assert (norm < 100) == (factor == 1.0)
@@ -200,7 +175,9 @@ def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> Non
     spoil(first, "flip")
     (tmp_path / "kept" / "checkpoints" / "step-backup").mkdir()  # somebody's own folder
     run = replace(
-        config(root, "dp1"), run=Run("kept", str(tmp_path / "kept"), 0), checkpoint=CheckpointConfig(10**9, 1)
+        config(root, "dp1"),
+        run=Run("kept", str(tmp_path / "kept"), 0),
+        checkpoint=CheckpointConfig(10**9, 1, None, False, 0.0, 3),
     )
     train(run)
     left = list(newest(tmp_path / "kept" / "checkpoints"))

@@ -1,0 +1,50 @@
+"""The smallest run that has everything: two sources, three stages, a ramp, a context change, decay, clipping."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from eval.config import Run, ValidationConfig
+from model.config import Backend
+from tests.compose import run_config
+from tests.corpus import corpus_config
+from tests.tiny import TINY
+from train.config import (
+    CheckpointConfig,
+    Cluster,
+    Device,
+    HealthConfig,
+    MetricsConfig,
+    Optim,
+    Parallel,
+    Precision,
+    Recompute,
+    RunConfig,
+    ScheduleConfig,
+    VerifyShards,
+)
+
+
+def config(root: Path, name: str, tensor_parallel: int = 1) -> RunConfig:
+    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and 32, clipping."""
+    return RunConfig(
+        run=Run(name, str(root / name), 0),
+        model=TINY,
+        data=corpus_config(root / "data"),
+        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
+        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
+        parallel=Parallel(tensor_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
+        checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
+        health=health(),
+        metrics=MetricsConfig(None, 60.0),
+        cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
+        eval=replace(run_config("demo").eval, validation=ValidationConfig(1000, 200, 32, 4)),
+    )
+
+
+def health() -> HealthConfig:
+    """Checks at short intervals; no spikes, for a run this short has no window to tell one."""
+    return HealthConfig(
+        max_skipped=10, spike_window=128, spike_sigmas=6.0, spike_patience=3, max_rewinds=2, check_replicas_steps=5,
+        straggler_steps=8, straggler_factor=2.0, hang_seconds=60.0, max_starts=5, stop_after_seconds=None,
+        stop_margin_seconds=0.0, verify_shards=VerifyShards.before,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What happened to a run besides its steps, and how it ended: incidents.jsonl and outcome.json in its folder.
+
+The exit code says the same to whoever can see it, but torchrun turns every one of them into 1. So launchers read
+outcome.json, which is absent while a run goes on and after a crash:
+
+    code 0   finished   every token is behind it
+    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL of sysexits.h)
+    code 2   stopped    no restart cures it; the reason names what would
+    absent   a crash    start it again
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.command import USER_ERROR
+
+FINISHED = 0
+REQUEUE = 75
+HUNG = 76  # left because a peer hung; any code but the three above asks for a restart
+NAMES = {FINISHED: "finished", REQUEUE: "requeue", USER_ERROR: "stopped"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, for whoever started it."""
+
+    code: int
+    reason: str
+
+    def write(self, folder: Path) -> None:
+        """Put outcome.json into place at once; a disk that refuses it does not change the exit code."""
+        part = folder / "outcome.json.part"
+        try:
+            part.write_text(json.dumps({"outcome": NAMES[self.code], **asdict(self)}) + "\n", encoding="utf-8")
+            part.rename(folder / "outcome.json")
+        except OSError as error:
+            print(f"warning: outcome.json is not written: {error}", flush=True)
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """How the last start of a run ended, or None when it is running or crashed."""
+    try:
+        raw = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        return Outcome(int(raw["code"]), str(raw["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Incidents:
+    """The log of everything that was not a plain step: one JSON object per line, each said on the console too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "incidents.jsonl"
+
+    def log(self, kind: str, text: str, **facts: Any) -> None:
+        """Write an incident; a full disk or a closed console is no reason to stop."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "incident": kind, "text": text, **facts}
+        try:
+            print(f"{kind}: {text}", flush=True)
+            with self.path.open("ab", buffering=0) as file:  # one write, so that lines of several ranks stay whole
+                file.write((json.dumps(line) + "\n").encode())
+        except OSError:
+            pass
+
+    def read(self) -> list[dict[str, Any]]:
+        """All incidents so far; lines that a kill or a full disk cut are left out."""
+        if not self.path.is_file():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+class Starts:
+    """Counts starts from the same place: a run that crashes again and again before its next checkpoint stops."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.path = folder / "starts.json"
+        self.limit = limit
+
+    def count(self, tokens: int, incidents: Incidents) -> str | None:
+        """Note a start at `tokens`; returns why it must not go on, or None."""
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+            starts = int(raw["starts"]) + 1 if int(raw["tokens"]) == tokens else 1
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = 1
+        if starts > self.limit:
+            crashes = [entry for entry in incidents.read() if entry.get("incident") in ("crash", "hang")]
+            last = crashes[-1]["text"] if crashes else "none left a message, as after kill -9 or without memory"
+            return (
+                f"{self.limit} starts from {tokens:,} tokens ended before a new checkpoint; the last crash: {last}. "
+                f"Mend that, remove {self.path}, and start again"
+            )
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({"tokens": tokens, "starts": starts}) + "\n", encoding="utf-8")
+        part.rename(self.path)
+        return None

@@ -1,0 +1,99 @@
+"""What surrounds a run in its folder: lease, signals, watchdog, and a record of how it ended."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data.command import USER_ERROR
+from data.config import InputError
+from train.config import RunConfig
+from train.distributed import Ranks, raise_everywhere, ranks
+from train.incidents import FINISHED, Outcome, read_outcome
+from train.lease import Lease
+from train.loop import Trainer
+from train.signals import Leave
+from train.watchdog import Watch
+
+
+def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]) -> Outcome:
+    """Run `body` on every rank while this job alone holds the run's folder; returns how it ended, on disk too.
+
+    Raises InputError, on every rank, when another job holds the folder or it cannot be written.
+    """
+    folder = config.run.folder
+    before = read_outcome(folder)
+    lease = Lease(folder)
+    raise_everywhere(_take(lease) if here.first else None)
+    watch = Watch(folder, here.rank, here.world_size, config.health.hang_seconds)
+    try:
+        if before is not None and before.code != FINISHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            return before  # torchrun restarts whatever does not exit with 0: what asked to leave stays out
+        if here.first:
+            (folder / "outcome.json").unlink(missing_ok=True)
+        watch.begin(lease if here.first else None)
+        leave = Leave(config.health.stop_after_seconds, config.health.stop_margin_seconds)
+        leave.install()
+        outcome = body(watch, leave)
+        if here.first:
+            outcome.write(folder)
+        return outcome
+    except InputError as error:
+        if here.first:
+            Outcome(USER_ERROR, str(error)).write(folder)
+        raise
+    except Exception as error:
+        watch.incidents.log("crash", f"rank {here.rank}: {type(error).__name__}: {error}", rank=here.rank)
+        raise
+    finally:
+        # after a crash it goes on watching, for leaving a broken process group may hang; but never for another job
+        watch.lease = None
+        lease.release()
+        if sys.exc_info()[0] is None:
+            watch.end()
+
+
+def start(config: RunConfig, device: str) -> Outcome:
+    """Train with the ranks that the launcher started, from the newest checkpoint to wherever it gets."""
+    with ranks(device, config.parallel.tensor_parallel) as here:
+        return session(config, here, lambda watch, leave: _train(config, here, watch, leave))
+
+
+def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
+    record = plain(asdict(config))
+    trainer = Trainer(config, here, record, watch, leave)  # refuses a folder of another run before its record changes
+    if here.first:
+        part = config.run.folder / "config.yaml.part"
+        OmegaConf.save(OmegaConf.create(record), part)
+        part.rename(config.run.folder / "config.yaml")
+    outcome = trainer.run()
+    if here.first and outcome.code == FINISHED:
+        from train.report import draw  # the other ranks need no matplotlib
+
+        print(f"checkpoints: {config.run.checkpoints}\ncurves: {draw(config.run.folder)}", flush=True)
+    return outcome
+
+
+def plain(value: Any) -> Any:
+    """A config as plain JSON-like values."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _take(lease: Lease) -> str | None:
+    """Why the folder cannot be had, or None."""
+    try:
+        lease.path.parent.mkdir(parents=True, exist_ok=True)
+        lease.take()
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"run.dir {lease.path.parent} cannot be written ({error}): choose another, or mend it"
+    return None

@@ -5,7 +5,8 @@ RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench
+FAULTS ?= 60
+.PHONY: help install demo test check format bench soak faults
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -36,3 +37,10 @@ format: install  ## mend what can be mended
 
 bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -m tests.bench.gpu
 	$(BIN)/python -m tests.bench.cpu
+
+soak: install  ## the demo under FAULTS seeded faults of all kinds, beside a clean run: bit for bit the same
+	$(BIN)/python data/prepare.py +experiment=demo
+	$(BIN)/python -m tests.soak --faults $(FAULTS)
+
+faults: install  ## every fault of train/README.md's table, the long ones too, and a table of what was measured
+	$(BIN)/python -m pytest -q -m '' tests/train --faults

@@ -62,6 +62,7 @@ class Writer:
         self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
+        self.broken: Exception | None = None  # a peer is gone, and the ranks could not agree
 
     @property
     def busy(self) -> bool:
@@ -77,20 +78,20 @@ class Writer:
         )
         self.thread.start()
 
-    def wait(self, seconds: float | None = None) -> str | None:
-        """The end of the save in flight, or of its `seconds`; returns why it failed, or None."""
+    def wait(self) -> str | None:
+        """The end of the save in flight; returns why it failed, or None. Raises what a peer's death raised."""
         if self.thread is not None:
-            self.thread.join(seconds)
-            if self.thread.is_alive():
-                return f"it was not done after {seconds:.0f} s"
+            self.thread.join()
             self.thread = None
+        if self.broken is not None:
+            raise RuntimeError("a checkpoint was left behind, for a rank is gone") from self.broken
         return self.error
 
     def _work(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
         try:
             self.error = self._save(name, state, committed)
-        except Exception as error:  # a peer is gone; the loop learns it from its own collectives
-            self.error = f"ranks could not agree ({type(error).__name__}: {error})"
+        except Exception as error:
+            self.broken = error
 
     def _save(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> str | None:
         """Every collective below is reached by every rank, whatever fails on one of them."""

@@ -47,7 +47,10 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        watch.incidents.log("crash", f"rank {here.rank}: {type(error).__name__}: {error}", rank=here.rank)
+        text = f"rank {here.rank} on {watch.who['host']}: {type(error).__name__}: {error}"
+        watch.incidents.log("crash", text, rank=here.rank)
+        if isinstance(error, OSError):  # which the command line takes for a mistake; in the middle of a run it is none
+            raise RuntimeError(text) from error
         raise
     finally:
         # after a crash it goes on watching, for leaving a broken process group may hang; but never for another job

@@ -64,6 +64,7 @@ class Watch:
         home = self.folder / "heartbeats"
         home.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self._path(self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
+        self._beat()
         threading.Thread(target=self._work, name="watchdog", daemon=True).start()
 
     def end(self) -> None:

@@ -1,0 +1,12 @@
+"""Everything slow to import, loaded once in the process that tests/supervisor.py forks its ranks from."""
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+import train.loop
+import train.session
+from train.engine import _deepspeed
+
+torch.set_num_threads(1)
+_deepspeed("cpu")
+__all__ = ["parallel_state", "tensor_parallel", "train"]

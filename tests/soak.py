@@ -1,0 +1,175 @@
+"""`make soak`: the demo under seeded faults of all kinds, to the end, and its weights beside a clean run's.
+
+The clean run gets the losses that are not finite and the spikes too, for these change a run's course on purpose; all
+else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from eval.config import Run
+from model.weights import Pieces, newest_valid, read_state
+from tests.injector import NUMERIC, Fault, samples
+from tests.supervisor import History, supervise
+from train.config import RunConfig
+from train.metrics import read_lines
+from train.schedule import Schedule
+
+CANARY = "canary-5e1f-not-for-any-file"
+# (kind, share): the ones that wait for the watchdog cost the most time
+KINDS = (("kill", 10), ("kill in save", 8), ("checkpoint damaged", 6), ("SIGTERM", 4), ("SIGUSR1", 2), ("stop", 3),
+         ("disk full", 4), ("disk error", 2), ("nan", 3), ("inf", 1), ("spike", 2), ("loader dies", 2),
+         ("loader hangs", 1), ("weights flip", 2), ("slow", 1), ("log disk full", 2), ("clock jumps", 2),
+         ("second job", 2))  # fmt: skip
+LENGTH = {"slow": 20, "log disk full": 5, "nan": 1, "inf": 1, "spike": 1}
+
+
+@dataclass
+class Result:
+    """What a soak has shown."""
+
+    faults: list[Fault]
+    fired: set[str]
+    history: History
+    clean_seconds: float
+    steps: int
+    lost: int  # steps done more than once
+    differences: list[str]  # what is not as in the clean run
+    secrets: list[str]  # files with the canary
+
+
+def schedule(seed: int, count: int, steps: int, ranks: int, kinds: tuple[tuple[str, int], ...] = KINDS) -> list[Fault]:
+    """`count` faults, every kind at least once where there is room, at random steps and ranks."""
+    chance = random.Random(seed)
+    names = [kind for kind, _ in kinds] + chance.choices(*zip(*kinds, strict=True), k=max(0, count - len(kinds)))
+    faults = []
+    for kind in names[:count]:
+        rank = 0 if kind in ("log disk full", "second job", "checkpoint damaged") else chance.randrange(ranks)
+        first = steps // 3 if kind == "spike" else 1  # once its window is full
+        detail = LENGTH.get(kind, chance.randrange(10_000))
+        faults.append(Fault(kind, rank, chance.randrange(first, steps - steps // 10), detail))
+    return sorted(faults, key=lambda fault: fault.step)
+
+
+def steps_of(run: RunConfig) -> int:
+    """Steps that a run takes."""
+    plan, tokens, steps = Schedule(run.schedule, run.data), 0, 0
+    while tokens < plan.total:
+        tokens, steps = tokens + plan.at(tokens).tokens, steps + 1
+    return steps
+
+
+def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2) -> Result:
+    """A clean run and a run under faults, compared."""
+    os.environ["WANDB_API_KEY"] = os.environ["FALCON_TEST_SECRET"] = CANARY
+    named = {name: replace(run, run=Run(name, str(home / name), run.run.seed)) for name in ("clean", "faulty")}
+    clean = supervise(named["clean"], ranks, [f for f in faults if f.kind in NUMERIC], home / "clean-log")
+    history = supervise(named["faulty"], ranks, faults, home / "faulty-log")
+    begun = (home / "faulty-log" / "faults" / "steps").read_text().split()
+    fired = {fault.name for fault in faults if (home / "faulty-log" / "faults" / fault.name).exists()}
+    fired |= {fault.name for fault in faults if fault.kind in NUMERIC}
+    return Result(
+        faults, fired, history, clean.seconds, len(set(begun)), len(begun) - len(set(begun)),
+        differences(home, ranks), secrets(home),
+    )  # fmt: skip
+
+
+def differences(home: Path, ranks: int) -> list[str]:
+    """Where the faulty run is not the clean one."""
+    found = []
+    folders = [newest_valid(home / name / "checkpoints")[0] for name in ("clean", "faulty")]
+    if None in folders:
+        return ["a run has no checkpoint that verifies"]
+    left, right = (Pieces(folder) for folder in folders if folder is not None)
+    for kind, name in left.where:
+        if not torch.equal(left.full(kind, name).view(torch.int32), right.full(kind, name).view(torch.int32)):
+            found.append(f"{kind} {name}")
+    if read_state(left.folder) != read_state(right.folder):
+        found.append("state")
+    keys = ("step", "tokens", "loss", "grad_norm", "skipped", "lr", "batch", "seq_len", "source_loss")
+    lines = [[{key: line[key] for key in keys} for line in read_lines(home / name / "metrics.jsonl")]
+             for name in ("clean", "faulty")]  # fmt: skip
+    if lines[0] != lines[1]:
+        found.append("metrics.jsonl")
+    if samples(home / "clean-log" / "faults", ranks) != samples(home / "faulty-log" / "faults", ranks):
+        found.append("samples")
+    if json.loads((home / "faulty" / "outcome.json").read_text())["outcome"] != "finished":
+        found.append("outcome")
+    if left_over := [path.name for path in (home / "faulty" / "checkpoints").glob("*.part")]:
+        found.append(f"left over: {left_over}")
+    return found
+
+
+def secrets(home: Path) -> list[str]:
+    """Files that hold the canary of the environment."""
+    return [str(path) for path in home.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+
+
+def report(result: Result, step_seconds: float) -> Table:
+    """A line per kind, and the figures of the whole."""
+    fired = Counter(fault.kind for fault in result.faults if fault.name in result.fired)
+    table = Table("fault", "planned", "happened")
+    for kind, planned in sorted(Counter(fault.kind for fault in result.faults).items()):
+        table.add_row(kind, str(planned), str(fired[kind]))
+    history = result.history
+    table.add_section()
+    table.add_row("starts", "", str(history.starts))
+    table.add_row("steps, and steps done again", "", f"{result.steps}, {result.lost}")
+    table.add_row("seconds: clean, under faults", "", f"{result.clean_seconds:.0f}, {history.seconds:.0f}")
+    table.add_row("effective training time", "", f"{result.clean_seconds / history.seconds:.1%}")
+    per_fault = (history.seconds - result.clean_seconds) / max(1, len(result.fired))
+    table.add_row("seconds that a fault costs", "", f"{per_fault:.1f} ({per_fault / step_seconds:.0f} steps)")
+    table.add_row("bit-identical to the clean run", "", "no: " + ", ".join(result.differences)
+                  if result.differences else "yes")  # fmt: skip
+    table.add_row("files with a secret", "", str(len(result.secrets)))
+    return table
+
+
+def demo(home: Path, data: str) -> RunConfig:
+    """The demo's run, saved more often and watched more closely, as befits minutes instead of weeks."""
+    from tests.compose import run_config
+
+    overrides = [f"data.folder={data}", "checkpoint.every_tokens=50000", "checkpoint.retry_seconds=0.5",
+                 "health.hang_seconds=20", "health.max_starts=20", "health.spike_window=32",
+                 "health.check_replicas_steps=10", "health.straggler_steps=8", f"run.dir={home}/demo"]  # fmt: skip
+    return run_config("demo", *overrides)
+
+
+def main() -> int:
+    """Run it; exit code 0 when nothing differs and everything happened."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--home", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--data", default="runs/data/demo")
+    given = parser.parse_args()
+    shutil.rmtree(given.home, ignore_errors=True)
+    given.home.mkdir(parents=True)
+    run = demo(given.home, given.data)
+    steps = steps_of(run)
+    faults = schedule(given.seed, given.faults, steps, 2)
+    print(f"{len(faults)} faults over {steps} steps; logs in {given.home}", flush=True)
+    begun = time.monotonic()
+    result = soak(run, faults, given.home)
+    Console().print(report(result, result.clean_seconds / steps))
+    print(f"took {time.monotonic() - begun:.0f} s")
+    missed = [fault.name for fault in faults if fault.name not in result.fired]
+    if missed:
+        print(f"did not happen: {', '.join(missed)}")
+    return 1 if result.differences or result.secrets or missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

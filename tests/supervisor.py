@@ -1,0 +1,108 @@
+"""A launcher for tests: starts ranks as real processes, and restarts them as torchrun and a requeued job would.
+
+The ranks are forks of one process that has imported everything, so a restart costs a fraction of a second and faults
+by the dozen are affordable. What they run is train/session.py's start, with the command line's exit codes.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig
+from train.incidents import read_outcome
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.preload"])
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for peers of a rank that failed
+
+
+@dataclass
+class History:
+    """What the launcher saw: exit codes of all ranks, start by start."""
+
+    codes: list[list[int]] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @property
+    def starts(self) -> int:
+        """How often the ranks were started."""
+        return len(self.codes)
+
+
+def supervise(run: RunConfig, world: int, faults: list[Any], home: Path, limit: int = 200) -> History:
+    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie in `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    history = History()
+    while history.starts < limit:
+        history.codes.append(start_once(run, world, faults, home))
+        outcome = read_outcome(run.run.folder)
+        if outcome is not None and outcome.code in (0, 2):
+            break
+    history.seconds = time.monotonic() - history.begun
+    return history
+
+
+def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> list[int]:
+    """One start of all ranks; when one fails the others are ended, as torchrun does. Returns their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, home)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    while all(rank.is_alive() for rank in ranks) or (
+        any(rank.is_alive() for rank in ranks) and all(rank.exitcode in (None, 0, 75) for rank in ranks)
+    ):
+        time.sleep(0.02)
+    if any(rank.is_alive() for rank in ranks):
+        for rank in ranks:
+            rank.terminate()
+        end = time.monotonic() + GRACE_SECONDS
+        for rank in ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+            if rank.is_alive():
+                rank.kill()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode or 0 for rank in ranks]
+
+
+def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], home: Path) -> None:
+    """One rank, with the command line's way to leave."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    log = os.open(home / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch
+
+    torch.set_num_threads(1)
+    from data.config import InputError
+    from tests.injector import Injector
+    from train.session import start
+
+    Injector(faults, home / "faults", rank)
+    code = 1
+    try:
+        code = start(run, "cpu").code
+    except InputError as error:
+        print(f"error: {error}", flush=True)
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.exit(code)

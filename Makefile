@@ -43,4 +43,4 @@ soak: install  ## the demo under FAULTS seeded faults of all kinds, beside a cle
 	$(BIN)/python -m tests.soak --faults $(FAULTS)
 
 faults: install  ## every fault of train/README.md's table, the long ones too, and a table of what was measured
-	$(BIN)/python -m pytest -q -m '' tests/train --faults
+	$(BIN)/python -m pytest -q tests/train --faults

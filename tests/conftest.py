@@ -1,9 +1,62 @@
-"""What all tests share."""
+"""What all tests share, and the table of faults that `make faults` prints."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="the tests of faults alone, the slow ones too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--faults")
+    kept = [
+        item for item in items if (item.get_closest_marker("fault") if chosen else not item.get_closest_marker("slow"))
+    ]
+    dropped = [item for item in items if item not in kept]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Notes the figure that a test of a fault has measured."""
+    return lambda text: request.node.user_properties.append(("measured", text))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    outcome = yield
+    marker = item.get_closest_marker("fault")
+    if marker is not None:
+        outcome.get_result().fault = marker.args
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A line for each fault: what is promised, whether it held, what was measured."""
+    if not config.getoption("--faults"):
+        return
+    terminalreporter.section("faults")
+    for report in sorted(
+        (
+            report
+            for kind in ("passed", "failed", "error", "skipped")
+            for report in terminalreporter.stats.get(kind, [])
+        ),
+        key=lambda report: (getattr(report, "fault", ("", ""))[0], report.nodeid),
+    ):
+        if hasattr(report, "fault") and (report.when == "call" or report.outcome != "passed"):
+            figures = "; ".join(text for key, text in report.user_properties if key == "measured")
+            name, promise = report.fault
+            name = f"{name} [{report.nodeid.partition('[')[2]}" if "[" in report.nodeid else name
+            terminalreporter.write_line(
+                f"{report.outcome:>7} | {name} | {promise} | {figures} | {report.duration:.1f} s"
+            )

@@ -78,7 +78,16 @@ class Injector:
                 time.sleep(3600)
             return read(loader, *arguments)
 
+        check = Trainer._check_replicas
+
+        def checked(trainer: Trainer) -> None:
+            if self.fires("weights flip"):  # before the next update would write the copy anew
+                weight = next(trainer.model.parameters())
+                weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
+            check(trainer)
+
         self.now = -1
+        Trainer._check_replicas = checked  # type: ignore[method-assign]
         Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
         for name in ("save_file", "write_synced", "sync_folder", "entry", "remove"):
             setattr(commit, name, self.around(getattr(commit, name)))
@@ -134,10 +143,6 @@ class Injector:
             trainer.checkpoints.writer.wait()
             damage(trainer.checkpoints.folder, fault.detail)
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.fires("weights flip"):
-            weight = next(trainer.model.parameters())
-            weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
-            trainer._check_replicas()
         if fault := self.fires("slow"):
             self.slow_until = self.now + fault.detail
         if self.now < self.slow_until:

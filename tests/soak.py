@@ -40,6 +40,7 @@ LENGTH = {"slow": 20, "log disk full": 5, "nan": 1, "inf": 1, "spike": 1}
 class Result:
     """What a soak has shown."""
 
+    folder: Path
     faults: list[Fault]
     fired: set[str]
     history: History
@@ -71,25 +72,34 @@ def steps_of(run: RunConfig) -> int:
     return steps
 
 
-def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2) -> Result:
-    """A clean run and a run under faults, compared."""
+def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean: History | None = None) -> Result:
+    """A clean run, or the one that is there already, and a run under faults, compared."""
     os.environ["WANDB_API_KEY"] = os.environ["FALCON_TEST_SECRET"] = CANARY
-    named = {name: replace(run, run=Run(name, str(home / name), run.run.seed)) for name in ("clean", "faulty")}
-    clean = supervise(named["clean"], ranks, [f for f in faults if f.kind in NUMERIC], home / "clean-log")
-    history = supervise(named["faulty"], ranks, faults, home / "faulty-log")
-    begun = (home / "faulty-log" / "faults" / "steps").read_text().split()
-    fired = {fault.name for fault in faults if (home / "faulty-log" / "faults" / fault.name).exists()}
-    fired |= {fault.name for fault in faults if fault.kind in NUMERIC}
+    os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
+    if clean is None:
+        clean = supervise(
+            moved(run, home / "clean"), ranks, [f for f in faults if f.kind in NUMERIC], home / "clean-log"
+        )
+    name = "faulty" if not (home / "faulty").exists() else f"faulty-{len(list(home.glob('faulty*-log')))}"
+    log = home / f"{name}-log"
+    history = supervise(moved(run, home / name), ranks, faults, log)
+    begun = (log / "faults" / "steps").read_text().split()
+    fired = {fault.name for fault in faults if (log / "faults" / fault.name).exists() or fault.kind in NUMERIC}
     return Result(
-        faults, fired, history, clean.seconds, len(set(begun)), len(begun) - len(set(begun)),
-        differences(home, ranks), secrets(home),
+        home / name, faults, fired, history, clean.seconds, len(set(begun)), len(begun) - len(set(begun)),
+        differences(home / "clean", home / name, ranks), secrets(home),
     )  # fmt: skip
 
 
-def differences(home: Path, ranks: int) -> list[str]:
+def moved(run: RunConfig, folder: Path) -> RunConfig:
+    """The same run in another folder."""
+    return replace(run, run=Run(folder.name, str(folder), run.run.seed))
+
+
+def differences(clean: Path, faulty: Path, ranks: int) -> list[str]:
     """Where the faulty run is not the clean one."""
     found = []
-    folders = [newest_valid(home / name / "checkpoints")[0] for name in ("clean", "faulty")]
+    folders = [newest_valid(run / "checkpoints")[0] for run in (clean, faulty)]
     if None in folders:
         return ["a run has no checkpoint that verifies"]
     left, right = (Pieces(folder) for folder in folders if folder is not None)
@@ -99,17 +109,23 @@ def differences(home: Path, ranks: int) -> list[str]:
     if read_state(left.folder) != read_state(right.folder):
         found.append("state")
     keys = ("step", "tokens", "loss", "grad_norm", "skipped", "lr", "batch", "seq_len", "source_loss")
-    lines = [[{key: line[key] for key in keys} for line in read_lines(home / name / "metrics.jsonl")]
-             for name in ("clean", "faulty")]  # fmt: skip
+    lines = [
+        [{key: line[key] for key in keys} for line in read_lines(run / "metrics.jsonl")] for run in (clean, faulty)
+    ]
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")
-    if samples(home / "clean-log" / "faults", ranks) != samples(home / "faulty-log" / "faults", ranks):
+    if samples(log_of(clean) / "faults", ranks) != samples(log_of(faulty) / "faults", ranks):
         found.append("samples")
-    if json.loads((home / "faulty" / "outcome.json").read_text())["outcome"] != "finished":
+    if json.loads((faulty / "outcome.json").read_text())["outcome"] != "finished":
         found.append("outcome")
-    if left_over := [path.name for path in (home / "faulty" / "checkpoints").glob("*.part")]:
+    if left_over := [path.name for path in (faulty / "checkpoints").glob("*.part")]:
         found.append(f"left over: {left_over}")
     return found
+
+
+def log_of(run: Path) -> Path:
+    """Where the launcher keeps the logs of a run."""
+    return run.with_name(f"{run.name}-log")
 
 
 def secrets(home: Path) -> list[str]:

@@ -63,7 +63,7 @@ class Checkpoints:
         step = torch.full((1,), -1, dtype=torch.int64)
         if self.ranks.first:
             for folder in newest(self.folder):
-                why = fault(folder)
+                why = why_not(folder)
                 if why is not None:
                     # out of the way: retention counts good ones, and the step will be saved anew
                     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
@@ -168,6 +168,14 @@ class Checkpoints:
                 if tokens >= every:
                     keep.add(folder)
         return keep
+
+
+def why_not(folder: Path) -> str | None:
+    """Why a checkpoint must not be loaded, or None: every file is read and hashed."""
+    try:
+        return fault(folder)
+    except (OSError, ValueError, AttributeError) as error:  # hashed well and no JSON: somebody else made it
+        return f"a file of it is not readable ({type(error).__name__}: {error})"
 
 
 def tokens_of(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -143,9 +144,10 @@ class Writer:
         except OSError as error:
             print(f"warning: rank {self.ranks.rank} cannot save: {error}", flush=True)
             return error.errno or OTHER_ERROR
-        except Exception as error:  # safetensors' own, for one: the ranks must still meet
+        except Exception as error:  # whatever it is, the ranks must still meet
             print(f"warning: rank {self.ranks.rank} cannot save: {type(error).__name__}: {error}", flush=True)
-            return OTHER_ERROR
+            found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes one on
+            return int(found[1]) if found else OTHER_ERROR
         return 0
 
     def _agree(self, code: int) -> str | None:

@@ -118,22 +118,25 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 class Stragglers:
-    """Finds ranks whose own work, per micro-batch, takes longer than that of the others."""
+    """Finds ranks whose own work, per micro-batch, takes longer than that of the others in two windows on end."""
 
     def __init__(self, steps: int, factor: float) -> None:
         self.factor = factor
         self.rows: deque[list[float]] = deque(maxlen=steps)
+        self.suspects: set[int] = set()
 
     def add(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """Seconds of every rank in one step; returns slow ranks and how many times slower, once per full window."""
+        """Seconds of every rank in one step; returns slow ranks and how many times slower they are."""
         self.rows.append(seconds)
         if len(self.rows) < (self.rows.maxlen or 0):
             return []
         typical = [statistics.median(column) for column in zip(*self.rows, strict=True)]
         self.rows.clear()
-        slow = []
+        slow = {}
         for rank, own in enumerate(typical):
             others = statistics.median(typical[:rank] + typical[rank + 1 :] or [own])
             if own > self.factor * others and own - others > MIN_SLOWER_SECONDS:
-                slow.append((rank, own / max(others, 1e-9)))
-        return slow
+                slow[rank] = own / max(others, 1e-9)
+        found = [(rank, times) for rank, times in slow.items() if rank in self.suspects]
+        self.suspects = set(slow)
+        return found

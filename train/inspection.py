@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.weights import Pieces, fault, newest, newest_valid, read_manifest, read_state
+from model.weights import Pieces, newest, newest_valid, read_manifest, read_state
+from train.checkpoint import why_not
 from train.plan import GIB
 
 ROWS = 12  # tensors that diff lists at most, worst first
@@ -68,7 +69,7 @@ def one(folder: Path) -> Path:
     """The checkpoint that a path means, or the newest of several that verifies."""
     found = checkpoints(folder)
     best = found[0] if found[0] == folder else newest_valid(found[0].parent)[0]
-    if best is None or fault(best) is not None:
+    if best is None or why_not(best) is not None:
         raise ValueError(f"{folder} has no checkpoint that verifies")
     return best
 
@@ -95,7 +96,7 @@ def verify(found: list[Path]) -> int:
     """Hash everything; one line per checkpoint, as it comes."""
     bad = 0
     for folder in found:
-        why = fault(folder)
+        why = why_not(folder)
         bad += why is not None
         print(f"{folder.name}: {why or 'every file is what its manifest says'}", flush=True)
     return 1 if bad else 0

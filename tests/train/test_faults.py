@@ -1,15 +1,26 @@
 """A run under faults ends as a clean one: real processes, killed, stopped, cut off, and started again."""
 
-from dataclasses import replace
+import json
+import random
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from data.loader import source_folder
+from data.shards import read_manifest
 from tests.corpus import make_corpus
-from tests.injector import Fault
+from tests.injector import Fault, samples
 from tests.small import config, health
-from tests.soak import Result, soak
-from train.config import RunConfig
+from tests.soak import Result, differences, log_of, moved, soak, steps_of
+from tests.supervisor import History, start_once, supervise
+from train.config import RunConfig, VerifyShards
+from train.incidents import Incidents, read_outcome
+from train.metrics import read_lines
+from train.schedule import Schedule
 
 SHORT = [
     Fault("kill", 1, 6), Fault("kill in save", 0, 9, 4), Fault("checkpoint damaged", 0, 16, 8), Fault("stop", 1, 21),
@@ -19,7 +30,7 @@ SHORT = [
 
 def quick(root: Path) -> RunConfig:
     """The small run, with a watchdog as impatient as it can be on a busy machine."""
-    run = config(root, "soak")
+    run = config(root, "run")
     run.health = replace(health(), hang_seconds=8.0, max_starts=20, spike_window=8)
     return run
 
@@ -28,15 +39,16 @@ def quick(root: Path) -> RunConfig:
 def short(tmp_path_factory: pytest.TempPathFactory) -> Result:
     home = tmp_path_factory.mktemp("soak")
     make_corpus(home / "data")
-    run = quick(home)
-    return soak(run, SHORT, home)
+    return soak(quick(home), SHORT, home)
 
 
-def test_a_short_soak_ends_bit_for_bit_as_a_clean_run(short: Result) -> None:
+@pytest.mark.fault("eight faults of eight kinds in one short run", "ends bit for bit as a clean one")
+def test_a_short_soak_ends_bit_for_bit_as_a_clean_run(short: Result, measured: Any) -> None:
     assert short.differences == []
     assert {fault.name for fault in short.faults} == short.fired
     harmless = {"nan", "disk full"}
     assert short.history.starts == 1 + len({fault.kind for fault in SHORT} - harmless)
+    measured(f"{short.lost} of {short.steps} steps done again, {short.history.starts} starts")
 
 
 def test_exit_codes_say_what_happened(short: Result) -> None:
@@ -45,7 +57,214 @@ def test_exit_codes_say_what_happened(short: Result) -> None:
     assert [75, 75] in codes  # asked to leave by one rank's SIGTERM, three times over
     assert sum(-9 in start for start in codes) >= 4
     assert any(76 in start for start in codes)  # the peer of the stopped rank
+    outcome = read_outcome(short.folder)
+    assert outcome is not None and outcome.code == 0
 
 
-def test_no_secret_of_the_environment_is_written(short: Result) -> None:
+def test_incidents_name_the_rank_and_the_tokens(short: Result) -> None:
+    found = {entry["incident"]: entry for entry in Incidents(short.folder).read()}
+    assert found["drift"]["ranks"] == [1]
+    assert "no sign of life from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
+    assert found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
+    low, high = found["skipped update"]["tokens"]
+    lines = read_lines(short.folder / "metrics.jsonl")
+    assert [low, high] == [lines[23]["tokens"], lines[24]["tokens"]]
+    assert [line["step"] for line in lines if line["skipped"]] == [25]
+    assert (short.folder / "heartbeats" / "stacks-00000.txt").read_text().count("File") > 5
+
+
+@pytest.mark.fault("a secret in the environment", "is in no file and in no log")
+def test_no_secret_of_the_environment_is_written(short: Result, measured: Any) -> None:
     assert short.secrets == []
+    measured(f"0 of {sum(path.is_file() for path in short.folder.parent.rglob('*'))} files")
+
+
+@dataclass
+class Clean:
+    """A clean run, to be compared with many others."""
+
+    run: RunConfig
+    home: Path
+    history: History
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    home = tmp_path_factory.mktemp("clean")
+    make_corpus(home / "data")
+    run = quick(home)
+    return Clean(run, home, supervise(moved(run, home / "clean"), 2, [], home / "clean-log"))
+
+
+MATRIX = [
+    ("kill", "all ranks start again from the newest valid checkpoint", [Fault("kill", 0, 13), Fault("kill", 1, 29)]),
+    ("checkpoint damaged", "named, put aside, the one before is taken",
+     [Fault("checkpoint damaged", 0, 9 + 6 * i, 7 * i + i) for i in range(4)]),
+    ("kill in save", "the partial one is invisible", [Fault("kill in save", i % 2, 6 + 6 * i, i) for i in range(6)]),
+    ("disk full", "the save is tried again, no step is lost", [Fault("disk full", 0, 8), Fault("disk full", 1, 20)]),
+    ("disk error", "the save is tried again, no step is lost", [Fault("disk error", 1, 8), Fault("disk error", 0, 20)]),
+    ("SIGTERM", "saved within one step, exit 75; a second signal is harmless",
+     [Fault("SIGTERM", 0, 9), Fault("SIGTERM", 1, 23)]),
+    ("SIGUSR1", "saved within one step, exit 75", [Fault("SIGUSR1", 1, 15)]),
+    ("stop", "a rank that hangs is named, ended, and all start again", [Fault("stop", 0, 11), Fault("stop", 1, 22)]),
+    ("weights flip", "the rank that drifts is named, all start again", [Fault("weights flip", 0, 19)]),
+    ("loader dies", "all start again, no sample is lost or repeated", [Fault("loader dies", 1, 17)]),
+    ("loader hangs", "the watchdog ends the rank, no sample is lost or repeated", [Fault("loader hangs", 0, 17)]),
+    ("slow", "the run goes on", [Fault("slow", 1, 5, 24)]),
+    ("log disk full", "lines wait in memory", [Fault("log disk full", 0, 12, 6)]),
+    ("clock jumps", "no effect", [Fault("clock jumps", 0, 9, 1), Fault("clock jumps", 1, 9, 2)]),
+    ("second job", "refused", [Fault("second job", 0, 14)]),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "faults"),
+    [pytest.param(kind, faults, marks=pytest.mark.fault(kind, promise), id=kind) for kind, promise, faults in MATRIX],
+)
+def test_each_kind_of_fault_leaves_no_trace(clean: Clean, kind: str, faults: list[Fault], measured: Any) -> None:
+    result = soak(clean.run, faults, clean.home, clean=clean.history)
+    assert result.differences == [] and {fault.name for fault in faults} == result.fired
+    if kind in ("SIGTERM", "SIGUSR1"):
+        assert result.lost == 0 and result.history.codes == [[75, 75]] * len(faults) + [[0, 0]]
+    if kind in ("disk full", "disk error", "slow", "log disk full", "clock jumps", "second job"):
+        assert result.lost == 0 and result.history.starts == 1
+    if kind == "slow":
+        named = {entry["rank"] for entry in Incidents(result.folder).read() if entry["incident"] == "straggler"}
+        assert named == {1}
+    measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 at 20 random steps, of either rank", "bit for bit the uninterrupted run")
+def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
+    chance = random.Random(0)
+    steps = sorted(chance.sample(range(1, steps_of(clean.run)), 20))
+    result = soak(
+        clean.run, [Fault("kill", chance.randrange(2), step) for step in steps], clean.home, clean=clean.history
+    )
+    assert result.differences == [] and len(result.fired) == 20 and result.history.starts == 21
+    measured(f"bit-identical; {result.lost} steps done again")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 at every edge: ramp, context, stage, decay", "bit for bit the uninterrupted run")
+def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
+    run = clean.run
+    plan = Schedule(run.schedule, run.data)
+    edges = {run.schedule.ramp_tokens, run.schedule.warmup_tokens, plan.total - run.schedule.decay_tokens}
+    edges |= {end for end, _, _ in plan.edges[:-1]}
+    at = {step for edge in edges for step in (steps_until(plan, edge) - 1, steps_until(plan, edge))}
+    faults = [Fault("kill", step % 2, step) for step in sorted(at)]
+    result = soak(run, faults, clean.home, clean=clean.history)
+    assert result.differences == [] and len(result.fired) == len(faults) >= 8
+    measured(f"bit-identical; {len(faults)} kills at {len(edges)} edges")
+
+
+def steps_until(plan: Schedule, tokens: int) -> int:
+    """Steps until the one that reaches a token."""
+    at, steps = 0, 0
+    while at < tokens:
+        at, steps = at + plan.at(at).tokens, steps + 1
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.fault("another world size: 2, then 1, then 2 ranks", "the same samples, losses to 1e-6")
+def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: Any) -> None:
+    run, log = moved(clean.run, clean.home / "elastic"), clean.home / "elastic-log"
+    log.mkdir()
+    assert start_once(run, 2, [Fault("SIGTERM", 0, 12)], log) == [75, 75]
+    assert start_once(run, 1, [Fault("SIGUSR1", 0, 26)], log) == [75]
+    assert start_once(run, 2, [], log) == [0, 0]
+    ids = samples(log / "faults", 2)
+    assert ids == samples(log_of(clean.home / "clean") / "faults", 2)
+    curves = [torch.tensor([line["loss"] for line in read_lines(folder / "metrics.jsonl")], dtype=torch.float64)
+              for folder in (run.run.folder, clean.home / "clean")]  # fmt: skip
+    worst = float(((curves[0] - curves[1]) / curves[1]).abs().max())
+    assert len(curves[0]) == len(curves[1]) and worst < 1e-6
+    measured(f"{sum(map(len, ids.values()))} samples equal, losses to {worst:.1e}")
+
+
+@pytest.mark.fault("a loss spike that lasts", "back to a checkpoint from before, its data left out; too often: exit 2")
+def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: Any) -> None:
+    make_corpus(tmp_path / "data")
+    run = moved(quick(tmp_path), tmp_path / "rewound")
+    spike = Fault("spike", 0, 28, run.health.spike_patience)
+    assert supervise(run, 1, [spike], tmp_path / "rewound-log").codes == [[0]]
+    found = [entry for entry in Incidents(run.run.folder).read() if entry["incident"] == "rewind"]
+    lines = read_lines(run.run.folder / "metrics.jsonl")
+    assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
+    assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]
+    again = moved(run, tmp_path / "again")  # killed in the middle of the spike, and right after the rewind
+    faults = [spike, Fault("kill", 0, 29), Fault("kill", 0, 31)]
+    assert supervise(again, 1, faults, tmp_path / "again-log").starts == 3
+    assert differences(run.run.folder, again.run.folder, 1) == []
+    low, high = found[0]["tokens"]
+    endless = moved(run, tmp_path / "endless")
+    endless.health = replace(endless.health, max_rewinds=1)
+    assert supervise(endless, 1, [Fault("spike", 0, 28, 10_000)], tmp_path / "endless-log").codes == [[2]]
+    outcome = read_outcome(endless.run.folder)
+    assert outcome is not None and "spiked again" in outcome.reason
+    measured(f"{high - low} tokens left out, reproducible under kill -9")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("every start crashes at one place", "stops with exit code 2 and the reason")
+def test_a_crash_loop_stops(clean: Clean, measured: Any) -> None:
+    run = moved(clean.run, clean.home / "loop")
+    run.health = replace(run.health, max_starts=3)
+    history = supervise(run, 2, [Fault("loader dies", 0, 2, number) for number in range(9)], clean.home / "loop-log")
+    assert history.codes[-1] == [2, 2] and history.starts == 4
+    outcome = read_outcome(run.run.folder)
+    assert outcome is not None and "3 starts from 0 tokens" in outcome.reason and "injected" in outcome.reason
+    measured(f"exit 2 at start {history.starts}")
+
+
+@pytest.mark.fault("a shard that is flipped, cut, missing or swapped", "named, exit code 2, before or while training")
+def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
+    make_corpus(tmp_path / "data")
+    run = quick(tmp_path)
+    folder = source_folder(run.data, "prose")
+    files = [folder / file.name for file in read_manifest(folder).splits["train"]]
+    good = [path.read_bytes() for path in files]
+    flipped = bytearray(good[1])
+    flipped[1001] ^= 4
+    cases = {
+        "flipped": (good[0], bytes(flipped)), "cut": (good[0], good[1][:-2]), "missing": (good[0], None),
+        "swapped": (good[1], good[0]),
+    }  # fmt: skip
+    for name, contents in cases.items():
+        for path, content in zip(files, contents, strict=True):
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content)
+        log = tmp_path / f"{name}-log"
+        log.mkdir()
+        assert start_once(moved(run, tmp_path / name), 2, [], log) == [2, 2], name
+        said = (log / "rank-0.log").read_text()
+        assert f"shard {files[0 if name == 'swapped' else 1]}" in said and "error: " in said
+        assert not (tmp_path / name / "metrics.jsonl").exists()
+    files[0].write_bytes(good[0])
+    files[1].write_bytes(flipped)
+    later = moved(run, tmp_path / "background")
+    later.health = replace(later.health, verify_shards=VerifyShards.background)
+    (tmp_path / "background-log").mkdir()
+    assert start_once(later, 2, [], tmp_path / "background-log") == [2, 2]
+    reason = json.loads((tmp_path / "background" / "outcome.json").read_text())["reason"]
+    assert str(files[1]) in reason
+    steps = len(read_lines(tmp_path / "background" / "metrics.jsonl"))
+    measured(f"4 of 4 before the first step; in the background after {steps}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a rank hangs", "found within the limit")
+def test_a_hang_is_found_within_its_limit(clean: Clean, measured: Any) -> None:
+    run, log = moved(clean.run, clean.home / "hang"), clean.home / "hang-log"
+    log.mkdir()
+    begun = time.monotonic()
+    codes = start_once(run, 2, [Fault("stop", 1, 10)], log)
+    seconds = time.monotonic() - begun
+    assert codes == [76, -9]
+    measured(f"{seconds:.1f} s from the start of the ranks to their end, limit {run.health.hang_seconds:.0f} s")
+    assert seconds < 60

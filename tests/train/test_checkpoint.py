@@ -1,0 +1,313 @@
+"""Checkpoints: committed at once or not at all, in the background, verified, kept by rule, and never executed."""
+
+import errno
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train.commit as commit
+from data.config import InputError
+from model.weights import Piece, Pieces, fault, newest, newest_valid, read_manifest, sha256_of
+from tests.injector import Fault, Injector
+from tests.supervisor import CONTEXT
+from train.checkpoint import Checkpoints, State
+from train.config import CheckpointConfig
+from train.distributed import Ranks, ranks
+from train.inspection import main as inspect
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEEP = CheckpointConfig(100, 2, None, False, retry_seconds=0.0, max_failures=3)
+STATE = State(100, 1, 1, "plan", {"d_model": 4})
+
+
+class Stub:
+    """An engine with nothing but state: `count` tensors of `size` elements."""
+
+    def __init__(self, count: int = 3, size: int = 1000) -> None:
+        random_ = torch.Generator().manual_seed(count)
+        self.tensors = {f"layer.{i}": torch.randn(size, generator=random_) for i in range(count)}
+        self.updates = -1
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        raise NotImplementedError
+
+    def clip_and_step(self, lr: float) -> tuple[float, bool]:
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        for name, tensor in self.tensors.items():
+            yield Piece("param", name, tuple(tensor.shape), 0, 1, 0, tensor.numel()), tensor
+
+    def load(self, pieces: Pieces, updates: int) -> None:
+        self.updates = updates
+        for name, tensor in self.tensors.items():
+            tensor.copy_(pieces.range("param", name, 0, 1, 0, tensor.numel()))
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Ranks]:
+    with ranks("cpu", 1) as alone:
+        yield alone
+
+
+def saved(
+    folder: Path, here: Ranks, steps: int = 1, config: CheckpointConfig = KEEP, edges: tuple[int, ...] = ()
+) -> Stub:
+    """Checkpoints of steps 1, 2, ... with 100 tokens each."""
+    engine = Stub()
+    checkpoints = Checkpoints(folder, config, here, frozenset(edges))
+    for step in range(1, steps + 1):
+        checkpoints.save_and_wait(replace(STATE, step=step, tokens=100 * step), engine)
+    return engine
+
+
+def names(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return [int(path.name.removeprefix("step-")) for path in newest(folder)]
+
+
+@pytest.mark.fault("the cost of a save", "the loop waits for the copy to host memory alone")
+def test_the_loop_waits_for_the_copy_only(tmp_path: Path, here: Ranks, measured: Any) -> None:
+    engine = Stub(count=24, size=2_000_000)
+    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    shares = []
+    for step in range(1, 5):
+        begun = time.monotonic()
+        waited = checkpoints.save(replace(STATE, step=step), engine)
+        checkpoints.flush()
+        shares.append(waited / (time.monotonic() - begun))
+    measured(f"{min(shares[1:]):.1%} of the synchronous time (192 MB)")
+    assert min(shares[1:]) <= 0.10  # the first one allocates the host buffers
+
+
+def test_what_changes_after_the_copy_is_not_saved(tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Stub()
+    before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
+    real = commit.save_file
+    monkeypatch.setattr(commit, "save_file", lambda *a: (time.sleep(0.3), real(*a)))
+    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    checkpoints.save(STATE, engine)
+    for tensor in engine.tensors.values():
+        tensor.add_(1)  # the next update
+    assert checkpoints.flush()
+    pieces = Pieces(next(newest(tmp_path)))
+    assert all(torch.equal(pieces.range("param", name, 0, 1, 0, 1000), value) for name, value in before.items())
+
+
+def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(tmp_path: Path, here: Ranks) -> None:
+    config = CheckpointConfig(100, 2, 400, True, 0.0, 3)
+    saved(tmp_path, here, steps=14, config=config, edges=(700, 1400))
+    # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are the last
+    assert names(tmp_path) == [14, 13, 12, 8, 7, 4]
+
+
+def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, here: Ranks) -> None:
+    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset({250}))
+    due = [tokens for tokens in range(10, 400, 10) if checkpoints.due(tokens - 10, tokens)]
+    assert due == [100, 200, 250, 300]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.fault("disk full while saving", "the partial write is removed, the run goes on and tries again")
+def test_a_full_disk_costs_a_save_and_nothing_else(small_disk: Path, here: Ranks, capsys: Any, measured: Any) -> None:
+    folder = small_disk / "checkpoints"
+    engine = Stub(count=10, size=16_000)  # 640 kB: two do not fit
+    checkpoints = Checkpoints(folder, KEEP, here, frozenset())
+    checkpoints.save_and_wait(STATE, engine)
+    free = shutil.disk_usage(small_disk).free
+    checkpoints.save(replace(STATE, step=2), engine)
+    while checkpoints.writer.busy:
+        time.sleep(0.01)
+    assert checkpoints.wants_retry
+    assert names(folder) == [1] and fault(folder / "step-00000001") is None
+    assert shutil.disk_usage(small_disk).free == free and not list(folder.glob("*.part"))
+    measured("free space as before, old checkpoint verifies")
+    with pytest.raises(InputError, match="3 checkpoints in a row could not be written .* No space left"):
+        checkpoints.save_and_wait(replace(STATE, step=2), engine)
+    assert "No space left on device; older ones are untouched" in capsys.readouterr().out
+    shutil.rmtree(folder)  # somebody makes room
+    again = Checkpoints(folder, KEEP, here, frozenset())
+    again.save_and_wait(replace(STATE, step=2), engine)
+    assert names(folder) == [2]
+
+
+def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(tmp_path: Path, here: Ranks, monkeypatch: Any) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(commit, "save_file", _io_error)
+    checkpoints = Checkpoints(tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), here, frozenset())
+    for pause in (10, 20, 40):
+        checkpoints.save(STATE, Stub())
+        checkpoints.writer.thread.join()  # type: ignore[union-attr]
+        assert not checkpoints.wants_retry
+        clock[0] += pause - 1
+        assert not checkpoints.wants_retry
+        clock[0] += 1
+        assert checkpoints.wants_retry
+
+
+def _io_error(*arguments: Any) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.fault("bit rot in a checkpoint", "named, put aside, and the one before is taken")
+def test_every_flipped_bit_is_seen(tmp_path: Path, here: Ranks, measured: Any) -> None:
+    saved(tmp_path, here, steps=2)
+    best = next(newest(tmp_path))
+    chance, flips = random.Random(0), 0
+    for path in sorted(best.iterdir()):
+        data = path.read_bytes()
+        for _ in range(100):
+            spoiled = bytearray(data)
+            spoiled[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            path.write_bytes(spoiled)
+            assert _unseen(best) is None, f"{path.name} was not seen"
+            flips += 1
+        path.write_bytes(data)
+    measured(f"{flips} of {flips} flips seen")
+    assert newest_valid(tmp_path)[0] == best
+
+
+def _unseen(folder: Path) -> str | None:
+    """What a damaged checkpoint would be loaded as, or None when it is refused.
+
+    A manifest may change in a place that means nothing, such as white space; then all it protects is still verified.
+    """
+    if fault(folder) is not None:
+        return None
+    whole = {path.name: sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"}
+    listed = {name: digest for name, (_, digest) in read_manifest(folder).items()}
+    return None if whole == listed else "wrong"
+
+
+def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
+    """A second save, killed at its n-th point or when its file reaches a size."""
+    with ranks("cpu", 1) as here:
+        injector = Injector([] if point is None else [Fault("kill in save", 0, 0, point)], folder / "faults", 0)
+        injector.now = 0
+        if offset is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; the kernel's own kill is wanted
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
+        engine = Stub(count=4)
+        for tensor in engine.tensors.values():
+            tensor.add_(1)
+        Checkpoints(folder / "checkpoints", KEEP, here, frozenset()).save_and_wait(replace(STATE, step=2), engine)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 while a checkpoint is written", "the old one stays, or the new one is whole")
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, here: Ranks, measured: Any) -> None:
+    points = [(point, None) for point in range(1, 19)]
+    offsets = [(None, offset) for offset in range(0, 16_000, 777)]
+    old = new = 0
+    for number, (point, offset) in enumerate(points + offsets):
+        home = tmp_path / str(number)
+        saved(home / "checkpoints", here)
+        process = CONTEXT.Process(target=_save_and_die, args=(home, point, offset))
+        process.start()
+        process.join()
+        best, faults = newest_valid(home / "checkpoints")
+        assert faults == {} and best is not None
+        expected = Stub(count=4 if best.name.endswith("2") else 3)
+        old, new = old + best.name.endswith("1"), new + best.name.endswith("2")
+        if best.name.endswith("1"):
+            assert process.exitcode in (-signal.SIGKILL, -signal.SIGXFSZ)
+        shift = 1 if best.name.endswith("2") else 0
+        pieces = Pieces(best)
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(pieces.range("param", name, 0, 1, 0, 1000), tensor + shift)
+    measured(f"{old + new} kills: {old} times the old one, {new} times the new one, never another")
+    assert old >= 20 and new >= 1
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.canary,))
+
+
+@pytest.mark.fault("a checkpoint made by somebody else", "refused, and nothing of it is executed")
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"])
+def test_a_pickle_in_place_of_any_file_does_nothing(tmp_path: Path, here: Ranks, name: str, measured: Any) -> None:
+    saved(tmp_path / "c", here)
+    folder, canary = next(newest(tmp_path / "c")), tmp_path / "canary"
+    (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
+    if name != "manifest.json":  # whoever writes the file writes its hash too
+        files = {path.name: commit.entry(path) for path in folder.iterdir() if path.name != "manifest.json"}
+        commit.write_synced(folder / "manifest.json", {"files": files})
+    checkpoints = Checkpoints(tmp_path / "c", KEEP, here, frozenset())
+    try:
+        found = checkpoints.find()
+        if found is not None:
+            with pytest.raises(InputError, match="somebody made it"):
+                checkpoints.load(found, Stub())
+    finally:
+        assert not canary.exists()
+    measured("no effect")
+
+
+def test_a_pickle_would_have_had_an_effect(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "canary")))
+    assert (tmp_path / "canary").exists()
+
+
+def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, here: Ranks, capsys: Any) -> None:
+    engine = saved(tmp_path / "run" / "checkpoints", here, steps=2)
+    run = str(tmp_path / "run")
+    assert inspect(["ls", run]) == 0
+    assert "step-00000002" in capsys.readouterr().out
+    assert inspect(["verify", run]) == 0
+    assert inspect(["diff", run]) == 1  # the weights are equal, the steps are not
+    out = capsys.readouterr().out
+    assert "3 of 3 tensors are equal bit for bit" in out and "state differs in step, tokens" in out
+    assert inspect(["diff", run, run]) == 0
+    engine.tensors["layer.1"][5] += 0.25
+    other = Checkpoints(tmp_path / "other", KEEP, here, frozenset())
+    other.save_and_wait(replace(STATE, step=2, tokens=200), engine)
+    capsys.readouterr()
+    assert inspect(["diff", run, str(tmp_path / "other")]) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 tensors" in out and "param layer.1" in out and "at most 2.50e-01" in out
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").write_text("{}")
+    assert inspect(["verify", run]) == 1
+    assert "step-00000002: state.json has 2 bytes" in capsys.readouterr().out
+    assert inspect(["ls", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_command_line_reaches_it(tmp_path: Path, here: Ranks) -> None:
+    saved(tmp_path, here)
+    command = [sys.executable, "train/checkpoint.py", "verify", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "step-00000001: every file is what its manifest says" in done.stdout, done.stderr

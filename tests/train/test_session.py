@@ -1,0 +1,203 @@
+"""What surrounds a run: one job per folder, how it ended, starts that lead nowhere, disks that refuse."""
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.config import InputError
+from tests.small import config
+from tests.supervisor import CONTEXT
+from train.distributed import Ranks, ranks
+from train.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
+from train.lease import Lease, process_start
+from train.metrics import JsonLines, read_lines
+from train.pretrain import Unfailing
+from train.session import session
+from train.signals import Leave
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Ranks]:
+    with ranks("cpu", 1) as alone:
+        yield alone
+
+
+def _hold(folder: Path, ready: Any) -> None:
+    Lease(folder).take()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.fault("two jobs in one run folder", "the second refuses and writes nothing; a dead one's place is free")
+def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: Any) -> None:
+    ready = CONTEXT.Event()
+    first = CONTEXT.Process(target=_hold, args=(tmp_path, ready))
+    first.start()
+    ready.wait()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match=f"in use by process {first.pid} on"):
+        Lease(tmp_path).take()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before == ["run.lock"]
+    first.kill()
+    first.join()
+    begun = time.monotonic()
+    lease = Lease(tmp_path)
+    lease.take()
+    measured(f"taken over {time.monotonic() - begun:.2f} s after kill -9")
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def elsewhere(folder: Path) -> Path:
+    """The lock of a job on another machine."""
+    lock = folder / "run.lock"
+    holder = {"machine": "node7 boot pid:[1]", "pid": 1, "start": "1"}
+    lock.write_text(json.dumps(holder))
+    return lock
+
+
+def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(tmp_path: Path) -> None:
+    lock = elsewhere(tmp_path)
+    stop = threading.Event()
+
+    def renew() -> None:
+        past = 1_000_000_000  # years ago, and going backwards
+        while not stop.wait(0.2):
+            past -= 3600
+            os.utime(lock, (past, past))
+
+    threading.Thread(target=renew, daemon=True).start()
+    with pytest.raises(InputError, match="on node7"):
+        Lease(tmp_path, seconds=5.0).take()
+    stop.set()
+    time.sleep(0.3)
+    Lease(tmp_path, seconds=1.0).take()
+    assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_another_took_is_noticed_and_left_alone(tmp_path: Path) -> None:
+    lease = Lease(tmp_path)
+    lease.take()
+    assert lease.renew()
+    lease.path.unlink()
+    elsewhere(tmp_path)
+    assert not lease.renew()
+    lease.release()
+    assert "node7" in lease.path.read_text()
+
+
+def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
+    assert process_start(os.getpid()) == process_start(os.getpid()) is not None
+    assert process_start(2**22 + 1) is None
+
+
+@pytest.mark.fault("crash after crash at one place", "stops after max_starts, with the last crash as the reason")
+def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
+    incidents = Incidents(tmp_path)
+    incidents.log("crash", "rank 3: CUDA error: uncorrectable ECC error")
+    starts = Starts(tmp_path, limit=5)
+    assert [starts.count(100, incidents) for _ in range(4)] == [None] * 4
+    assert starts.count(200, incidents) is None  # a checkpoint further on
+    assert [starts.count(200, incidents) for _ in range(4)] == [None] * 4
+    why = starts.count(200, incidents)
+    assert why is not None and "5 starts from 200 tokens" in why and "uncorrectable ECC error" in why
+    measured("stopped at start 6 of 5")
+
+
+def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> None:
+    run = config(tmp_path, "run")
+    folder = run.run.folder
+    assert session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked")) == Outcome(REQUEUE, "asked")
+    assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
+
+    def mistake(watch: Any, leave: Any) -> Outcome:
+        assert read_outcome(folder) is None and (folder / "run.lock").exists()
+        raise InputError("no such thing; do this")
+
+    with pytest.raises(InputError):
+        session(run, here, mistake)
+    assert read_outcome(folder) == Outcome(2, "no such thing; do this")
+
+    def crash(watch: Any, leave: Any) -> Outcome:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(RuntimeError):  # not an OSError, which the command line would take for a mistake
+        session(run, here, crash)
+    assert read_outcome(folder) is None and Incidents(folder).read()[-1]["incident"] == "crash"
+
+
+def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
+    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, "run")
+    session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert session(run, here, lambda watch, leave: pytest.fail("it ran")).code == REQUEUE
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert session(run, here, lambda watch, leave: Outcome(0, "done")).code == 0
+
+
+@pytest.mark.fault("a run folder that cannot be written", "one line with the reason before anything is trained")
+def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) -> None:
+    run = config(tmp_path, "run")
+    run.run.dir = "/proc/run"
+    with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
+        session(run, here, lambda watch, leave: pytest.fail("it ran"))
+    measured("refused before the model is built")
+
+
+@pytest.mark.fault("a full disk under the logs", "lines wait in memory and are written when there is room")
+def test_no_line_is_lost_or_cut_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl", 0)
+    room = [10_000]
+
+    class Full:
+        """A file on a disk that takes some bytes of the line and then no more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, line: bytes) -> int:
+            if room[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written: int = self.file.write(line[: room[0]])
+            room[0] -= written
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    sink.file = Full(sink.file)  # type: ignore[assignment]
+    for step in range(500):
+        sink.write({"step": step, "tokens": step, "loss": 1.5})
+        if step == 400:
+            room[0] = 10**9
+    sink.close()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(500))
+    measured("500 of 500 lines, none cut")
+
+
+def test_standard_output_on_a_full_disk_stops_nothing() -> None:
+    out = Unfailing(open("/dev/full", "w", buffering=1))  # noqa: SIM115
+    print("a line", file=out, flush=True)  # type: ignore[call-overload]
+    with pytest.raises(OSError):
+        out.stream.write("x\n" * 10_000)
+
+
+@pytest.mark.fault("a clock that jumps", "limits and rates count on another clock")
+def test_the_time_limit_does_not_follow_the_wall_clock(monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
+    leave = Leave(None, margin_seconds=100.0)
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert leave.asked() is None
+    real = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: real + 901)
+    assert leave.asked() == "the time limit is near"
+    measured("0 effect of +70 years")

@@ -24,7 +24,8 @@ from train.lease import Lease
 from train.loop import Trainer
 
 NUMERIC = ("nan", "inf", "spike")  # change the run's course by design, so a clean run to compare with gets them too
-WRITE_POINTS = 9  # places of one save where a kill can fall, see Injector.point
+WRITE_POINTS = 18  # places of one save where a kill can fall: in the first rank, which commits
+PEER_POINTS = 8  # and in another
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Injector:
             if self.fires(kind):
                 raise OSError(number, f"{os.strerror(number)} (injected)")
         for fault in self.due("kill in save"):
-            if self.points % WRITE_POINTS == fault.detail % WRITE_POINTS:
+            places = WRITE_POINTS if self.rank == 0 else PEER_POINTS
+            if self.points % places == fault.detail % places:
                 self.mark(fault)
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -145,8 +147,6 @@ class Injector:
             os.kill(os.getpid(), signal.SIGKILL)
         if fault := self.fires("slow"):
             self.slow_until = self.now + fault.detail
-        if self.now < self.slow_until:
-            time.sleep(0.05)
         if fault := self.fires("log disk full"):
             self.full_until = self.now + fault.detail
             self.fill_log(trainer)
@@ -176,7 +176,7 @@ class Injector:
         sink._append = full  # type: ignore[method-assign]
 
     def numeric(self, trainer: Trainer) -> None:
-        """A loss that is not finite, or far too large, in this one step: the same in a clean run, so never marked."""
+        """Losses that are not finite or far too large: the same in a clean run, so never marked. Slow forward passes."""
         values = {"nan": float("nan"), "inf": float("inf"), "spike": 3.0}
         factors = [values[f.kind] for f in self.faults if f.kind in NUMERIC and f.step <= self.now < f.step + f.detail]
         model = trainer.model
@@ -185,10 +185,11 @@ class Injector:
         forward: Any = model.whole_forward
 
         def wrong(*arguments: Any) -> Any:
+            time.sleep(0.05 if self.now < self.slow_until else 0.0)
             losses, log_sums = forward(*arguments)
-            return losses * factors[0], log_sums
+            return losses * factors[0] if factors else losses, log_sums
 
-        model.forward = wrong if factors else forward
+        model.forward = wrong
 
 
 def samples(folder: Path, world: int) -> dict[int, list[str]]:

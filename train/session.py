@@ -1,6 +1,7 @@
 """What surrounds a run in its folder: lease, signals, watchdog, and a record of how it ended."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,9 @@ from train.lease import Lease
 from train.loop import Trainer
 from train.signals import Leave
 from train.watchdog import Watch
+
+# what gloo, NCCL and the checkpoint writer say on the ranks that did not fail themselves
+LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
 def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]) -> Outcome:
@@ -48,7 +52,7 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
         raise
     except Exception as error:
         text = f"rank {here.rank} on {watch.who['host']}: {type(error).__name__}: {error}"
-        watch.incidents.log("crash", text, rank=here.rank)
+        watch.incidents.log("lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank)
         if isinstance(error, OSError):  # which the command line takes for a mistake; in the middle of a run it is none
             raise RuntimeError(text) from error
         raise

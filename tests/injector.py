@@ -176,7 +176,7 @@ class Injector:
         sink._append = full  # type: ignore[method-assign]
 
     def numeric(self, trainer: Trainer) -> None:
-        """Losses that are not finite or far too large: the same in a clean run, so never marked. Slow forward passes."""
+        """Losses that are not finite or far too large, as in a clean run, so never marked; and slow forward passes."""
         values = {"nan": float("nan"), "inf": float("inf"), "spike": 3.0}
         factors = [values[f.kind] for f in self.faults if f.kind in NUMERIC and f.step <= self.now < f.step + f.detail]
         model = trainer.model

@@ -41,6 +41,8 @@ def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
     sys.stdout = Unfailing(sys.stdout)
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch, DeepSpeed and megatron-core", flush=True)
     from train.distributed import available_memory, check_device, present_device
 
     device = present_device(config.cluster.device)

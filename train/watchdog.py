@@ -68,8 +68,11 @@ class Watch:
         threading.Thread(target=self._work, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
-        """Stop to watch."""
+        """Stop to watch, and leave no sign of life behind."""
         self.ended.set()
+        if self.descriptor >= 0:
+            with suppress(OSError):
+                self._path(self.rank).unlink()
 
     def host(self, rank: int) -> str:
         """Where a rank runs, for messages."""

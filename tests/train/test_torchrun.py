@@ -1,0 +1,116 @@
+"""The demo's own command under torchrun: a rank, the launcher and the job are ended, and it goes on where it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.soak import differences
+from train.incidents import read_outcome
+from train.metrics import read_lines
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STAGES = (
+    "data.stages=[{name: short, tokens: 100000, seq_len: 128, mixture: {code: 50, math: 35, web: 15}},"
+    "{name: decay, tokens: 60000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, technical: 15}}]"
+)
+SHORTER = [STAGES, "schedule.warmup_tokens=10000", "schedule.ramp_tokens=60000", "schedule.decay_tokens=60000",
+           "checkpoint.every_tokens=12000", "metrics.wandb_project=null"]  # fmt: skip
+PATIENCE = 300.0
+
+
+class Job:
+    """torchrun with two ranks of one run."""
+
+    def __init__(self, run: Path, data: Path) -> None:
+        self.folder = run
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        arguments = ["+experiment=demo", f"run.dir={run}", f"data.folder={data}", *SHORTER]
+        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--max-restarts", "3"]
+        with run.with_name(f"{run.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*torchrun, "train/pretrain.py", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+        self.seen: set[psutil.Process] = set()
+
+    def steps(self) -> int:
+        """Steps that metrics.jsonl has."""
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return lines[-1]["step"] if lines else 0
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks."""
+        found = [
+            child for child in psutil.Process(self.process.pid).children() if "pretrain.py" in " ".join(child.cmdline())
+        ]
+        self.seen |= set(found)
+        return found
+
+    def until(self, condition: Callable[[], bool], what: str) -> float:
+        """Wait for something; returns the seconds it took."""
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() < begun + PATIENCE, f"{what}:\n{self.log()[-3000:]}"
+            time.sleep(0.1)
+        return time.monotonic() - begun
+
+    def log(self) -> str:
+        """What it has printed."""
+        return self.folder.with_name(f"{self.folder.name}.log").read_text()
+
+    def gone(self) -> bool:
+        """Whether no rank is left."""
+        return not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in self.seen)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    command = [sys.executable, "data/prepare.py", "+experiment=demo", f"data.folder={folder}", STAGES]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.fault("torchrun: a rank, then the launcher is killed, then SIGTERM", "as if nothing had been; no orphans")
+def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path, measured: Any) -> None:
+    run = tmp_path / "faulty"
+    first = Job(run, data)
+    first.until(lambda: first.steps() >= 8 and len(first.ranks()) == 2, "the first steps")
+    at = first.steps()
+    first.ranks()[1].kill()
+    restarted = first.until(lambda: "going on at step" in first.log() and first.steps() > at + 4, "a restart")
+    assert len(first.ranks()) == 2
+    first.process.kill()
+    first.process.wait()
+    left = first.until(first.gone, "ranks without a launcher")
+    outcome = read_outcome(run)
+    assert outcome is not None and outcome.code == 75
+
+    second = Job(run, data)
+    at = second.steps()
+    second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
+    second.process.send_signal(signal.SIGTERM)
+    ended = second.until(lambda: second.process.poll() is not None and second.gone(), "leaving after SIGTERM")
+    outcome = read_outcome(run)
+    assert outcome is not None and outcome.code == 75
+
+    last = Job(run, data)
+    assert last.process.wait(PATIENCE) == 0
+    outcome = read_outcome(run)
+    assert outcome is not None and outcome.code == 0
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+    clean = Job(tmp_path / "clean", data)
+    assert clean.process.wait(PATIENCE) == 0
+    assert differences(tmp_path / "clean", run, 2) == []
+    measured(f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in {left:.0f} s; "
+             f"SIGTERM: gone in {ended:.0f} s")  # fmt: skip

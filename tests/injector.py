@@ -107,6 +107,8 @@ class Injector:
     def point(self) -> None:
         """A place inside a save: die here, or find the disk full or broken."""
         self.points += 1
+        if self.fires("slow disk"):
+            time.sleep(2.0)
         for kind, number in (("disk full", errno.ENOSPC), ("disk error", errno.EIO)):
             if self.fires(kind):
                 raise OSError(number, f"{os.strerror(number)} (injected)")

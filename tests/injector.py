@@ -20,6 +20,7 @@ import train.commit as commit
 from data.config import InputError
 from data.loader import Loader
 from model.weights import newest
+from train.guard import Guard
 from train.lease import Lease
 from train.loop import Trainer
 
@@ -79,16 +80,16 @@ class Injector:
                 time.sleep(3600)
             return read(loader, *arguments)
 
-        check = Trainer._check_replicas
+        check = Guard.check_replicas
 
-        def checked(trainer: Trainer) -> None:
+        def checked(guard: Guard, step: int) -> None:
             if self.fires("weights flip"):  # before the next update would write the copy anew
-                weight = next(trainer.model.parameters())
+                weight = next(guard.model.parameters())
                 weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
-            check(trainer)
+            check(guard, step)
 
         self.now = -1
-        Trainer._check_replicas = checked  # type: ignore[method-assign]
+        Guard.check_replicas = checked  # type: ignore[method-assign]
         Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
         for name in ("save_file", "write_synced", "sync_folder", "entry", "remove"):
             setattr(commit, name, self.around(getattr(commit, name)))

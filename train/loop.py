@@ -1,7 +1,7 @@
 """The training loop: build once, then step from one token position to the next.
 
 A step is a function of its position alone: schedule -> batch, context and rate; plan -> tokens; engine -> update.
-What goes wrong on the way is decided in train/health.py, from values that all ranks share.
+What goes wrong on the way is train/guard.py's, which decides from values that all ranks share.
 """
 
 import time
@@ -25,15 +25,13 @@ from train.datacheck import DataCheck
 from train.distributed import Ranks, data_parallel_group, raise_everywhere
 from train.engine import Engine, ZeroEngine
 from train.exchange import Exchange, Told, count
-from train.health import Health, Stragglers, drifting
+from train.guard import LONG_PATIENCE, Guard
 from train.incidents import FINISHED, REQUEUE, Outcome, Starts
 from train.metrics import Metrics
 from train.schedule import Now, Schedule
 from train.signals import Leave
 from train.speed import memory_gib, peak_flops
 from train.watchdog import Watch
-
-LONG_PATIENCE = 6.0  # times health.hang_seconds, for what takes long: reading a checkpoint, the last save
 
 
 class Trainer:
@@ -66,11 +64,10 @@ class Trainer:
         edges = frozenset(end for end, _, _ in self.schedule.edges)
         self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks, edges)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
-        self.health = Health(config.health)
+        self.guard = Guard(config.health, ranks, self.model, self.engine, self.checkpoints, watch)
         self._resume()
         self._count_start()
         self.exchange = Exchange(ranks, len(self.plan.sources))
-        self.stragglers = Stragglers(config.health.straggler_steps, config.health.straggler_factor)
         self.validation = Validation(
             config.data,
             config.eval.validation,
@@ -93,10 +90,8 @@ class Trainer:
         """Train to the end of the last stage, or until somebody asks this run to leave."""
         try:
             why = self._steps()
-            self.watch.at(self.state.step, "leave", LONG_PATIENCE)
             if self.state.step > self.loaded_step:
-                self._remember()
-                self.checkpoints.save_and_wait(self.state, self.engine)
+                self.guard.leave(self.state)
         except InputError:  # raised on every rank alike, so that a save in flight can end
             self.checkpoints.writer.wait()
             raise
@@ -128,7 +123,9 @@ class Trainer:
                 news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)
                 self.metrics.log(record | {key: value for key, value in news.items() if value is not None})
-            self._after(before, result["told"])
+            if result["told"].bad_data:
+                raise_everywhere(self.datacheck.fault)
+            self.guard.after(self.state, before, result["told"])
             if result["told"].leave:
                 return self.leave.why or "another rank was asked to leave"
         return None
@@ -163,80 +160,7 @@ class Trainer:
             bad_data=self.datacheck.fault is not None,
         )
         self.watch.at(self.state.step, "update")
-        return {"told": told, **self._update(now, told.loss)}
-
-    def _update(self, now: Now, loss: float) -> dict[str, Any]:
-        """Update the weights, unless the step would do harm."""
-        why = self.health.judge(loss, now.stage)
-        if why is None:
-            grad_norm, skipped = self.engine.clip_and_step(now.lr)
-            why = "its gradient is not finite" if skipped else None
-            spiked = False
-        else:
-            self.engine.discard()
-            grad_norm, skipped, spiked = float("nan"), True, "spike" in why
-        self.health.settle(loss, self.state.tokens, not skipped, spiked)
-        self.state.updates += not skipped
-        if why is not None and self.ranks.first:
-            end = self.state.tokens + now.tokens
-            text = f"step {self.state.step + 1} (tokens {self.state.tokens:,} to {end:,}): {why}"
-            facts = {"step": self.state.step + 1, "tokens": [self.state.tokens, end]}
-            self.watch.incidents.log("skipped update", text, **facts)
-        return {"grad_norm": grad_norm, "skipped": skipped}
-
-    def _after(self, before: int, told: Told) -> None:
-        """What a step may call for: a stop, a rewind, a check, a save."""
-        if told.bad_data:
-            raise_everywhere(self.datacheck.fault)
-        if self.health.hopeless is not None:
-            raise InputError(
-                f"{self.health.hopeless}, up to step {self.state.step}: lower schedule.peak_lr or optim.clip_norm, or "
-                "look at the tokens that incidents.jsonl names, and start from an earlier checkpoint"
-            )
-        rewound = self.health.lasting and self._rewind()
-        if self.state.step % self.config.health.check_replicas_steps == 0:
-            self._check_replicas()
-        slow = self.stragglers.add(told.seconds)
-        if self.ranks.first:
-            for rank, times in slow:
-                text = f"rank {rank} on {self.watch.host(rank)} is {times:.1f} times slower than the others"
-                self.watch.incidents.log("straggler", text, rank=rank, step=self.state.step)
-        if rewound or told.save or self.checkpoints.due(before, self.state.tokens):
-            self.watch.at(self.state.step, "save")
-            self._remember()
-            self.checkpoints.save(self.state, self.engine)
-
-    def _rewind(self) -> bool:
-        """Weights from before a spike that lasts, and on with the data behind it: what lies between is left out."""
-        since = self.health.since
-        assert since is not None
-        self.watch.at(self.state.step, "save", LONG_PATIENCE)
-        self.checkpoints.flush()
-        folder = self.checkpoints.find(before=since)
-        if folder is None:
-            return False  # the updates go on being skipped, until there are too many
-        old = self.checkpoints.load(folder, self.engine)
-        rewinds = self.health.rewinds + 1
-        self.health.load({**old.health, "rewinds": rewinds, "calm": 0, "skipped": 0, "spikes": 0, "since": None})
-        self.state.updates = old.updates
-        if self.ranks.first:
-            text = (
-                f"the loss has spiked since token {since:,}: weights of {folder.name}, and tokens {old.tokens:,} to "
-                f"{self.state.tokens:,} are left out"
-            )
-            self.watch.incidents.log("rewind", text, tokens=[old.tokens, self.state.tokens], number=rewinds)
-        return True
-
-    def _check_replicas(self) -> None:
-        if drifted := drifting(self.model, self.engine, self.ranks):
-            names = ", ".join(f"rank {rank} on {self.watch.host(rank)}" for rank in drifted)
-            text = f"weights of {names} differ from their master copies after step {self.state.step}"
-            if self.ranks.first:
-                self.watch.incidents.log("drift", text, ranks=drifted, step=self.state.step)
-            raise RuntimeError(text)  # a crash: the next start takes the newest checkpoint
-
-    def _remember(self) -> None:
-        self.state.health = self.health.state()
+        return {"told": told, **self.guard.update(self.state, now, told.loss)}
 
     def _record(self, now: Now, result: dict[str, Any], seconds: float, waited: float) -> dict[str, Any]:
         """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""
@@ -282,7 +206,7 @@ class Trainer:
         if state.plan != self.plan.hash:
             raise InputError(f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}")
         self.state, self.loaded_step = state, state.step
-        self.health.load(state.health)
+        self.guard.health.load(state.health)
 
     def _count_start(self) -> None:
         """Refuse a start that would only crash again."""

@@ -4,7 +4,7 @@ A sequence is one cut of a block. Its number inside the stage, not the rank that
 number of ranks, workers and micro-batches see the same samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class Batch:
             None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts)
         ]
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
+
+    def pieces(self, piece: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same sequences, of each the part that `piece` takes of a tensor [b, l]."""
+        starts = None if self.starts is None else piece(self.starts)
+        return Batch(piece(self.tokens), piece(self.targets), starts, self.source)
 
 
 def document_starts(tokens: Tensor) -> Tensor:

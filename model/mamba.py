@@ -5,6 +5,8 @@ k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r, befor
 The modules hold mathematics alone; model/parallel.py puts sharded linears in their place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -130,6 +132,7 @@ class FalconMamba(nn.Module):
         self.config = config
         self.kernels = kernels
         self.recompute = False  # blocks keep only their input for the backward and run their forward again
+        self.context: ContextRanks | None = None  # of the ranks that hold the other pieces of the sequences
         self.vocabulary_group: VocabularyGroup | None = None  # of the ranks that the head is cut over
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
@@ -142,10 +145,21 @@ class FalconMamba(nn.Module):
         for layer in self.layers:
             layer.mixer.recompute = what is Recompute.selective  # type: ignore[union-attr]
 
-    def set_context(self, context: ContextRanks) -> None:
+    def set_context(self, context: ContextRanks | None) -> None:
         """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""
+        self.context = context
         for layer in self.layers:
             layer.mixer.context = context  # type: ignore[union-attr]
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Within it, every rank's sequences are whole."""
+        context = self.context
+        self.set_context(None)
+        try:
+            yield
+        finally:
+            self.set_context(context)
 
     def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""

@@ -73,6 +73,7 @@ class Parallel:
     """How one step is spread over ranks and memory."""
 
     tensor_parallel: int
+    context_parallel: int  # ranks that a sequence is split over
     zero_stage: int
     micro_batch_tokens: int  # of one forward; sequences per micro-batch follow from the stage's seq_len
     recompute: Recompute
@@ -82,8 +83,8 @@ class Parallel:
     def __post_init__(self) -> None:
         if self.zero_stage != 1:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; only ZeRO stage 1 is available")
-        if self.tensor_parallel < 1 or self.micro_batch_tokens < 1:
-            raise ValueError("parallel.tensor_parallel and parallel.micro_batch_tokens must be at least 1")
+        if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens) < 1:
+            raise ValueError("parallel.tensor_parallel, context_parallel and micro_batch_tokens must be at least 1")
 
 
 @dataclass
@@ -187,6 +188,14 @@ class RunConfig:
                 f"{self.model.vocab_size}: some ids would have no embedding"
             )
         self.model.check_cut(self.parallel.tensor_parallel)
+        for stage in self.data.stages:
+            piece, rest = divmod(stage.seq_len, self.parallel.context_parallel)
+            if rest or piece < self.model.d_conv - 1:
+                raise ValueError(
+                    f"parallel.context_parallel {self.parallel.context_parallel} cannot split the {stage.seq_len} "
+                    f"tokens of a sequence of stage {stage.name}: it must divide them and leave each rank at least "
+                    f"{self.model.d_conv - 1}"
+                )
         longest = max(stage.seq_len for stage in self.data.stages)
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(

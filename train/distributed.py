@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import InputError
+from model.context_parallel import ContextRanks
 from train.config import Device, Parallel, Precision
 
 # said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
@@ -35,9 +37,16 @@ class Ranks:
     world_size: int
     tp_rank: int
     tp_size: int
-    dp_rank: int
+    cp_rank: int  # which piece of its sequences this rank holds
+    cp_size: int
+    dp_rank: int  # which sequences
     dp_size: int
     device: torch.device
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the model, and sum their gradients."""
+        return self.dp_size * self.cp_size
 
     @property
     def first(self) -> bool:
@@ -66,14 +75,15 @@ def available_memory(device: str) -> int:
 
 
 @contextmanager
-def ranks(device: str, tensor_parallel: int) -> Iterator[Ranks]:
+def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Iterator[Ranks]:
     """Join the world that the launcher's environment names (one rank without a launcher), and leave it at the end."""
     from megatron.core import parallel_state
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % tensor_parallel:
+    if world % (tensor_parallel * context_parallel):
         raise InputError(
-            f"parallel.tensor_parallel {tensor_parallel} does not divide the {world} ranks of the launcher"
+            f"parallel.tensor_parallel {tensor_parallel} times parallel.context_parallel {context_parallel} does not "
+            f"divide the {world} ranks of the launcher"
         )
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
     if device == "cuda":
@@ -84,12 +94,16 @@ def ranks(device: str, tensor_parallel: int) -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_parallel, context_parallel_size=context_parallel, create_gloo_process_groups=False
+        )
         yield Ranks(
             rank=dist.get_rank(),
             world_size=world,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=tensor_parallel,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=context_parallel,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             device=torch.device(device, local) if device == "cuda" else torch.device("cpu"),
@@ -101,7 +115,12 @@ def ranks(device: str, tensor_parallel: int) -> Iterator[Ranks]:
 
 
 class Mpu:
-    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means tensor parallel there."""
+    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means tensor parallel there.
+
+    Ranks that hold pieces of the same sequences sum gradients like any others: to DeepSpeed they are data-parallel.
+    """
+
+    REPLICAS = ("get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size")
 
     def __getattr__(self, name: str) -> Any:
         from megatron.core import parallel_state
@@ -114,14 +133,22 @@ class Mpu:
         # DeepSpeed turns its Ulysses sequence parallelism on when it finds this one
         if name == "initialize_sequence_parallel":
             raise AttributeError(name)
-        return getattr(parallel_state, translated.get(name, name))
+        function = getattr(parallel_state, translated.get(name, name))
+        return partial(function, with_context_parallel=True) if name in self.REPLICAS else function
 
 
 def data_parallel_group() -> Any:
     """The ranks that hold the same part of the model."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def context_ranks() -> ContextRanks:
+    """The ranks that hold the other pieces of this rank's sequences."""
+    from megatron.core import parallel_state
+
+    return ContextRanks(parallel_state.get_context_parallel_group())
 
 
 def raise_everywhere(why: str | None) -> None:

@@ -90,7 +90,7 @@ class ZeroEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """See Engine. DeepSpeed averages over data-parallel ranks; the factor turns that into a sum."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.ranks.dp_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.ranks.replicas, scale_wrt_gas=False)
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
         """See Engine. A norm that is not finite skips the update and leaves weights and moments as they are."""

@@ -22,7 +22,7 @@ from model.parallel import build
 from train.checkpoint import Checkpoints, State
 from train.config import Precision, RunConfig
 from train.datacheck import DataCheck
-from train.distributed import Ranks, data_parallel_group, raise_everywhere
+from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
 from train.engine import Engine, ZeroEngine
 from train.exchange import Exchange, Told, count
 from train.guard import LONG_PATIENCE, Guard
@@ -59,6 +59,8 @@ class Trainer:
             tp_size=ranks.tp_size,
             recompute=config.parallel.recompute,
         )
+        self.context = context_ranks() if ranks.cp_size > 1 else None
+        self.model.set_context(self.context)
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         self.engine: Engine = ZeroEngine(self.model, config.optim, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)
@@ -118,7 +120,8 @@ class Trainer:
             self.state.step += 1
             seconds = time.perf_counter() - begun
             self.watch.at(self.state.step, "validate", LONG_PATIENCE)
-            validation = self.validation.after(before, self.state.tokens, self.model)
+            with self.model.whole_sequences():
+                validation = self.validation.after(before, self.state.tokens, self.model)
             if self.metrics is not None:
                 news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)
@@ -139,6 +142,8 @@ class Trainer:
             self.watch.at(self.state.step, "forward")
             begun = time.perf_counter()
             batch = batch.to(self.ranks.device)
+            if self.context is not None:
+                batch = batch.pieces(self.context.piece)
             # without its cache, which would hold a bf16 copy of every weight until the forward ends
             with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                 losses, log_sums = self.model(batch.tokens, batch.targets, batch.starts)
@@ -221,7 +226,8 @@ class Trainer:
         count, ranks = parameter_count(self.config.model), self.ranks
         print(
             f"run {self.config.run.name}: {count:,} parameters, {self.schedule.total:,} tokens, "
-            f"{ranks.world_size} ranks on {ranks.device.type} (data {ranks.dp_size} x tensor {ranks.tp_size}), "
+            f"{ranks.world_size} ranks on {ranks.device.type} "
+            f"(data {ranks.dp_size} x context {ranks.cp_size} x tensor {ranks.tp_size}), "
             f"kernels {kernels}",
             flush=True,
         )

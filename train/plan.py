@@ -39,7 +39,7 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     """
     c, tp = config.model, config.parallel.tensor_parallel
     per_rank = parameter_count(c) // tp
-    data_parallel = max(1, ranks // tp)
+    data_parallel = max(1, ranks // tp)  # context-parallel ranks share the optimizer's state like any others
     width = 2 if config.parallel.precision.value == "bf16" else 4
     layer = width * (5 * c.d_inner // tp + c.dt_rank + 2 * c.d_state + c.d_model)
     layer += 4 * c.d_inner // tp * c.d_state // SCAN_CHUNK
@@ -47,7 +47,8 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     recompute = config.parallel.recompute
     kept = {Recompute.none: layer, Recompute.selective: width * (3 * c.d_inner // tp + c.d_model), Recompute.full: 0}
     passing = 0 if recompute is Recompute.none else layer
-    activations = config.parallel.micro_batch_tokens * (c.n_layer * (residual + kept[recompute]) + passing)
+    tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
+    activations = tokens * (c.n_layer * (residual + kept[recompute]) + passing)
     if width == 2:
         activations += 2 * per_rank // (c.n_layer if recompute is Recompute.full else 1)
     buffers = 2 * 4 * min(REDUCE_BUCKET, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)

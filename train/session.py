@@ -66,7 +66,7 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
 
 def start(config: RunConfig, device: str) -> Outcome:
     """Train with the ranks that the launcher started, from the newest checkpoint to wherever it gets."""
-    with ranks(device, config.parallel.tensor_parallel) as here:
+    with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
         return session(config, here, lambda watch, leave: _train(config, here, watch, leave))
 
 

@@ -34,7 +34,7 @@ from train.watchdog import Watch
 def train(run: RunConfig) -> None:
     """A whole run, or the rest of it."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    with ranks("cpu", run.parallel.tensor_parallel) as here:
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         Trainer(run, here, {}, watch, Leave(None, 0.0)).run()
 
@@ -52,7 +52,7 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         newest_one = next(newest(root / source / "checkpoints"))
         shutil.copytree(newest_one, run.run.checkpoints / newest_one.name)
-    with ranks("cpu", run.parallel.tensor_parallel) as here:
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         trainer = Trainer(run, here, {}, watch, Leave(None, 0.0))
         trainer.state.step += 1
@@ -82,6 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (gradients, (folder, 2, "gradients-tp2")),
         (train, (config(folder, "dp2"),)),
         (train, (config(folder, "tp2", tensor_parallel=2),)),
+        (train, (config(folder, "cp2", context_parallel=2),)),
         (train_from, (folder, "dp2", config(folder, "dp2-resumed"))),
         (train_from, (folder, "dp1", config(folder, "dp1-to-tp2", tensor_parallel=2))),
         (reshard, (folder, "tp2", config(folder, "tp2-as-dp2"))),
@@ -133,7 +134,7 @@ def test_any_layout_loads_any_other_exactly(root: Path, source: str, other: str,
     measured("equal")
 
 
-@pytest.mark.parametrize("other", ["dp2", "tp2"])
+@pytest.mark.parametrize("other", ["dp2", "tp2", "cp2"])
 def test_two_ranks_equal_one(root: Path, other: str) -> None:
     torch.testing.assert_close(curve(root, other), curve(root, "dp1"), rtol=3e-5, atol=0)
     assert_same_weights(final(root, other), final(root, "dp1"), 1e-3)

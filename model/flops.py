@@ -3,9 +3,14 @@
 Training FLOPs per token count matrix products only, 2 per multiply-add, and twice the forward for the backward: 6 per
 matrix parameter that a token meets. The input embedding is a lookup and meets none. The scan adds about 7 FLOP per
 state element forward (0.4 % at 7B) and is left out, so that MFU compares with the usual transformer figures.
+
+What is not a matrix product runs at the speed of memory, or, in the scan, of exponentials. Bytes count every tensor
+that a fused kernel must read or write once; products' own inputs and outputs are left out, since they hide behind them.
 """
 
-from model.config import ModelConfig
+from dataclasses import dataclass
+
+from model.config import SCAN_CHUNK, ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -50,3 +55,28 @@ def matmul_parameters(config: ModelConfig) -> int:
 def train_flops_per_token(config: ModelConfig) -> int:
     """FLOPs of forward and backward per token: 6 per matrix parameter."""
     return 6 * matmul_parameters(config)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Per token, forward and backward of all layers: bytes of memory and evaluations of special functions."""
+
+    rows: int  # bytes of norms, residual additions and convolutions
+    scan: int  # bytes of the scan
+    specials: int  # exponentials, logarithms and reciprocals of the scan
+
+
+def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
+    """What a token moves outside matrix products; `width` bytes per element of the products' type.
+
+    Convolution: x in, y out; x, dy in, dx out. Scan: u, dt, z in, y out, a state every SCAN_CHUNK tokens; back, u, dt,
+    z, dy in, du, ddt, dz out and the states in. Norm and addition: h and y in, h out, h in and the normed row out;
+    back, h, its gradient and the row's in, h's gradient out twice. The scan takes one exponential per state element
+    forward and two back, and ten more functions per channel.
+    """
+    c = config
+    states = 4 * c.d_inner * c.d_state // SCAN_CHUNK
+    rows = 5 * c.d_inner * width + c.d_model * (12 + 2 * width) + c.d_model * (16 + width)
+    scan = 11 * c.d_inner * width + 2 * states
+    specials = 3 * c.d_inner * c.d_state + 10 * c.d_inner
+    return Traffic(c.n_layer * rows, c.n_layer * scan, c.n_layer * specials)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from data.config import InputError
 from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
 from model.flops import parameter_count, train_flops_per_token
-from train.config import RunConfig
+from train.config import Precision, RunConfig
 
 GIB = 2**30
 REDUCE_BUCKET = 100_000_000  # elements that DeepSpeed reduces and gathers at once: 0.4 GB of fp32, two in flight
@@ -27,30 +27,39 @@ class Needs:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
+def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
+    """Bytes per token that a layer keeps for the backward, and that the one being computed again holds besides.
+
+    The residual in fp32; in the products' type its norm, x|z, the convolution's output, dt, the scan's output, and
+    x_proj's before and after its norms; in fp32 the scan's states once a chunk. Selective recompute keeps the residual,
+    its norm, x|z and the scan's output, full recompute the residual alone.
+    """
+    c, tp = config.model, config.parallel.tensor_parallel
+    width = 2 if config.parallel.precision is Precision.bf16 else 4
+    inner = c.d_inner // tp
+    whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + c.d_model) + 4 * inner * c.d_state // SCAN_CHUNK
+    kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + c.d_model), Recompute.full: 0}
+    recompute = config.parallel.recompute
+    return 4 * c.d_model + kept[recompute], 0 if recompute is Recompute.none else whole
+
+
 def needs(config: RunConfig, ranks: int) -> Needs:
     """Memory of one of `ranks` ranks.
 
     fp32 parameters and gradients are whole on every data-parallel rank, master weights and two moments are cut over
-    them (ZeRO-1). Activations are what one micro-batch keeps for the backward with fused kernels: per token and layer
-    the residual in fp32, x|z, conv output, dt, x_dbl and the scan's output in the products' type, the scan's states
-    once a chunk in fp32, and in bf16 the layer's cast weights. Selective recompute keeps the residual, x|z and the
-    scan's output, full recompute the residual alone; both one whole layer. Buffers are two reduction buckets and the
-    logits of a chunk of the loss with their gradient.
+    them (ZeRO-1); context-parallel ranks share them like any others. Activations are what one micro-batch keeps
+    (kept_by_a_layer), and in bf16 the cast weights of layers that are not computed again. Buffers are two reduction
+    buckets and the logits of a chunk of the loss with their gradient.
     """
     c, tp = config.model, config.parallel.tensor_parallel
     per_rank = parameter_count(c) // tp
-    data_parallel = max(1, ranks // tp)  # context-parallel ranks share the optimizer's state like any others
-    width = 2 if config.parallel.precision.value == "bf16" else 4
-    layer = width * (5 * c.d_inner // tp + c.dt_rank + 2 * c.d_state + c.d_model)
-    layer += 4 * c.d_inner // tp * c.d_state // SCAN_CHUNK
-    residual = 4 * c.d_model
-    recompute = config.parallel.recompute
-    kept = {Recompute.none: layer, Recompute.selective: width * (3 * c.d_inner // tp + c.d_model), Recompute.full: 0}
-    passing = 0 if recompute is Recompute.none else layer
+    data_parallel = max(1, ranks // tp)
+    width = 2 if config.parallel.precision is Precision.bf16 else 4
+    kept, passing = kept_by_a_layer(config)
     tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
-    activations = tokens * (c.n_layer * (residual + kept[recompute]) + passing)
+    activations = tokens * (c.n_layer * kept + passing)
     if width == 2:
-        activations += 2 * per_rank // (c.n_layer if recompute is Recompute.full else 1)
+        activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
     buffers = 2 * 4 * min(REDUCE_BUCKET, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
     return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations, buffers)
 

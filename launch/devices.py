@@ -1,0 +1,22 @@
+"""GPUs by their datasheets: what a plan compares."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Limits of one GPU: dense bf16 FLOP/s, memory bytes/s and bytes, special functions/s (SMs x 16 x boost clock)."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory_gib: float
+    specials: float
+
+
+GPUS = (
+    Gpu("A100 80GB", 312e12, 2.039e12, 80, 108 * 16 * 1.41e9),
+    Gpu("H100 SXM", 989.5e12, 3.35e12, 80, 132 * 16 * 1.98e9),
+    Gpu("H200", 989.5e12, 4.8e12, 141, 132 * 16 * 1.98e9),
+    Gpu("B200", 2250e12, 8.0e12, 180, 148 * 16 * 1.85e9),
+)

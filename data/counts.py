@@ -5,7 +5,7 @@ datatrove's own `stats.json` covers only the tasks of the last launch, so the pe
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Step:
     forwarded: int
     dropped: dict[str, int]  # reason -> documents
     characters: int = 0  # of the documents passed on, where the step counts them
+    cut: dict[str, int] = field(default_factory=dict)  # "documents" and "characters" that were cut out of others
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[Step]:
@@ -40,8 +41,9 @@ def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[St
             ours.total += theirs.total
             ours.forwarded += theirs.forwarded
             ours.characters += theirs.characters
-            for reason, count in theirs.dropped.items():
-                ours.dropped[reason] = ours.dropped.get(reason, 0) + count
+            for sums, more in ((ours.dropped, theirs.dropped), (ours.cut, theirs.cut)):
+                for name, count in more.items():
+                    sums[name] = sums.get(name, 0) + count
     check_conservation([*before, *merged])
     return merged
 
@@ -55,7 +57,9 @@ def read_step(raw: dict[str, Any]) -> Step:
         dropped[ONLY_REASON.get(name, "unnamed")] = unnamed
     total = counts.get("total", 0)
     writes = "forwarded" not in counts and not dropped
-    return Step(name, total, total if writes else counts.get("forwarded", 0), dropped, counts.get("doc_len", 0))
+    forwarded = total if writes else counts.get("forwarded", 0)
+    cut = {name.removeprefix("cut_"): n for name, n in counts.items() if name.startswith("cut_")}
+    return Step(name, total, forwarded, dropped, counts.get("doc_len", 0), cut)
 
 
 def check_conservation(steps: list[Step]) -> None:
@@ -95,10 +99,11 @@ def table(steps: dict[str, list[Step]]) -> list[str]:
     lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
     for source, found in steps.items():
         for place, step in enumerate(found):
-            if place and not step.dropped:
+            if place and not step.dropped and not step.cut:
                 continue
             row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{step.total - step.forwarded:>12,}"
-            lines.append(f"{row}  {ranked(step.dropped)}".rstrip())
+            cut = f" (cut: {ranked(step.cut)})" if step.cut else ""
+            lines.append(f"{row}  {ranked(step.dropped)}{cut}".rstrip())
         total, out = found[0].total, found[-1].forwarded
         lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{total - out:>12,}")
     return lines

@@ -57,9 +57,9 @@ def drops(steps: dict[str, list[Step]]) -> str:
     rows = []
     for source, found in steps.items():
         for place, step in enumerate(found):
-            if place and not step.dropped:
+            if place and not step.dropped and not step.cut:
                 continue
-            why = escape(ranked(step.dropped))
+            why = escape(ranked(step.dropped)) + (f" (cut: {escape(ranked(step.cut))})" if step.cut else "")
             share = (step.total - step.forwarded) / max(1, step.total)
             rows.append(
                 f"<tr><td>{escape(source)}</td><td>{escape(step.name)}</td><td>{step.total:,}</td>"

@@ -100,6 +100,8 @@ def test_every_exclusion_has_its_reason(built: DataConfig) -> None:
     assert row["reason"] == "corrupt" and row["where"] == "1.jsonl:7" and row["raw"]["bytes"] == 8
     steps = json.loads((home / "report.json").read_text())["steps"]["web"]
     assert steps[0]["total"] == len(ROWS) + 1 and steps[0]["dropped"] == {"corrupt": 1}
+    assert steps[-2]["cut"] == {"documents": 4, "characters": steps[-2]["cut"]["characters"]}
+    assert steps[-2]["cut"]["characters"] > 3 * len(NOTICE)
     assert sum(sum(step["dropped"].values()) for step in steps) + steps[-1]["forwarded"] == len(ROWS) + 1
 
 

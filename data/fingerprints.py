@@ -141,20 +141,22 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def pin_tasks(folder: Path, name: str, tasks: int) -> None:
-    """Remember the number of tasks that a source was begun with.
+def check_tasks(folder: Path, name: str, tasks: int) -> None:
+    """Raise InputError when a source was begun with another number of tasks.
 
-    Raises InputError at another number: finished tasks would be thrown away or, with datatrove alone, documents lost.
+    Finished tasks would be thrown away or, with datatrove alone, documents lost.
     """
     lock = folder / "locks" / f"{name}.json"
-    if lock.is_file():
-        pinned = json.loads(lock.read_text(encoding="utf-8"))["tasks"]
-        if pinned != tasks:
-            raise InputError(
-                f"source {name} was begun with {pinned} tasks, not {tasks}: set data.sources.{name}.tasks={pinned}, or "
-                f"remove {lock} to build it anew"
-            )
-        return
+    if lock.is_file() and (pinned := json.loads(lock.read_text(encoding="utf-8"))["tasks"]) != tasks:
+        raise InputError(
+            f"source {name} was begun with {pinned} tasks, not {tasks}: set data.sources.{name}.tasks={pinned}, or "
+            f"remove {lock} to build it anew"
+        )
+
+
+def pin_tasks(folder: Path, name: str, tasks: int) -> None:
+    """Remember the number of tasks that a source is begun with."""
+    lock = folder / "locks" / f"{name}.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
     part = lock.with_suffix(".part")
     part.write_text(json.dumps({"tasks": tasks}) + "\n", encoding="utf-8")

@@ -49,7 +49,7 @@ class Preparation:
         self.report("prepare", f"{', '.join(cfg.sources)} into {self.folder}, {workers.describe()}")
         for name, source in cfg.sources.items():
             recipes.path_of(source.recipe)
-            fingerprints.pin_tasks(self.folder, name, source.tasks)
+            fingerprints.check_tasks(self.folder, name, source.tasks)
         self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
         self.keys = {name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources}
 
@@ -73,6 +73,7 @@ class Preparation:
             cleaning.check_packages(source)  # imports before the fork, and refuses before the first document
             builds[name] = Build(source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions)
         for name, build in builds.items():
+            fingerprints.pin_tasks(self.folder, name, build.source.tasks)
             if (listing := self.listings[name]) is not None:
                 pin_files(build.place, listing[0], list(listing[1]))
             preload = getattr(recipes.load(build.source.recipe), "preload", None)
@@ -157,6 +158,7 @@ class Preparation:
             place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name]))
             source, tasks = cfg.sources[name], cfg.sources[name].tasks
             if (listing := self.listings[name]) is not None and source.recipe == recipes.MEGATRON:
+                fingerprints.pin_tasks(self.folder, name, tasks)
                 job = megatron.Corpus(source.input, sorted(listing[1]), place, wanted[name].vocab_size, tasks)
                 jobs[name] = [(megatron.shard_task, job, cfg.heldout_percent, rank) for rank in range(tasks)]
             else:

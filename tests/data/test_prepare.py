@@ -120,7 +120,7 @@ def test_second_run_writes_nothing(built: DataConfig, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("reused") == 5
 
 
-def test_changed_settings_rebuild_their_source_only(base: DataConfig, tmp_path: Path) -> None:
+def test_changed_settings_rebuild_their_source_only(base: DataConfig, built: DataConfig, tmp_path: Path) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(cfg)
     before, left = changes(cfg), outputs(cfg, "left")
@@ -237,6 +237,7 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="set data.sources.<name>.input to a folder"):
         prepare(with_left(input=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "locks").exists(), "nothing was begun"
     with pytest.raises(InputError, match="is one of books, curated, forums, .*, web, megatron"):
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):

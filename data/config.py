@@ -79,6 +79,8 @@ class ExecutorConfig:
     max_array_size: int  # of the Slurm cluster (MaxArraySize)
     poll_seconds: float
     address: str | None  # of a Ray cluster; None starts one on this machine
+    account: str | None = None  # Slurm's
+    qos: str | None = None  # Slurm's
 
 
 @dataclass

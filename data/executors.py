@@ -145,7 +145,8 @@ class SlurmTasks:
             max_array_size=self.cfg.max_array_size,
             tasks_per_job=self.cfg.tasks_per_job,
             logging_dir=str(home),
-            mail_type="NONE",
+            qos=self.cfg.qos,
+            sbatch_args={"account": self.cfg.account} if self.cfg.account else None,
             requeue=True,
         )
         array.job_id_retriever = remember

@@ -149,7 +149,7 @@ def preload(source: Source, assets: Assets) -> None:
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; the archives of the host's pages are kept in `folder`/raw.
+    """Clean documents of `source`; the archives of the host's pages lie in `folder`/raw while it is built.
 
     The host's pages have no addresses and are English; they meet milder thresholds. Text that is extracted already
     (jsonl, parquet) meets all rules but the address's where it has none.

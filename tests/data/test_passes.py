@@ -153,7 +153,10 @@ def test_slurm_gives_the_same_bytes(
     executor = ExecutorConfig(Executor.slurm, 4, "cpu", "1:00:00", 2, 8, 1001, 0.01, None)
     source = replace(base.sources["web"], near_duplicates=None)
     cfg = replace(base, folder=str(tmp_path / "data"), sources={"web": source})
-    prepare(cfg, executor)
+    prepare(cfg, replace(executor, account="lab", qos="low"))
+    (script, *_) = (tmp_path / "data" / "slurm").glob("clean/*/launch_script.slurm")
+    for line in ("--account=lab", "--qos=low", "--partition=cpu", "--array=0-0%4", "--requeue", "--mem-per-cpu=2G"):
+        assert f"#SBATCH {line}\n" in script.read_text(), line
     local = replace(cfg, folder=str(tmp_path / "local"))
     prepare(local)
     assert shards(cfg) == shards(local)

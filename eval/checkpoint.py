@@ -78,9 +78,14 @@ def read_result(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load(config: EvaluationConfig, folder: Path) -> FalconMamba:
-    """The model of a checkpoint in fp32 on the CPU, ready to evaluate."""
-    return build(config.model, folder, torch.device("cpu"))
+def load(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
+    """The model of a checkpoint in fp32, ready to evaluate."""
+    return build(config.model, folder, torch.device(device))
+
+
+def best_device() -> str:
+    """Where one process computes fastest."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
@@ -135,9 +140,8 @@ class Subject:
             from lm_eval.models.huggingface import HFLM
 
             rows = max(1, batch_tokens // max_length)
-            device_name = "cuda" if torch.cuda.is_available() else "cpu"
             return HFLM(
-                str(self.folder), max_length=max_length, batch_size=rows, device=device_name, dtype="float32",
+                str(self.folder), max_length=max_length, batch_size=rows, device=best_device(), dtype="float32",
                 prefix_token_id=EOS,
             )  # fmt: skip
         shape, device = ModelConfig(**read_state(self.folder)["model"]), device_here()

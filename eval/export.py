@@ -99,6 +99,9 @@ def say(line: str) -> None:
 def entries(config: EvaluationConfig) -> Iterator[Entry]:
     """Every tensor under transformers' name, shape and order, with its exported type."""
     shapes = parameter_shapes(config.model)
+    known = {name.rsplit(".", 1)[-1] for name in shapes}
+    if odd := sorted(set(config.eval.keep_fp32) - known):
+        raise InputError(f"eval.keep_fp32 names {', '.join(odd)}; parameters end in {', '.join(sorted(known))}")
     for ours, theirs in tensor_names(config.model.n_layer):
         kept = ours.rsplit(".", 1)[-1] in config.eval.keep_fp32
         dtype = torch.float32 if kept else getattr(torch, config.eval.dtype)

@@ -118,7 +118,7 @@ def stream(model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sa
 
 def show(config: EvaluationConfig) -> None:
     """Stream a continuation of the configured prompt."""
-    model = checkpoint.load(config, checkpoint.find(config))
+    model = checkpoint.load(config, checkpoint.find(config), checkpoint.best_device())
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     print(config.eval.prompt, end="", flush=True)
     for piece in stream(model, tokenizer, config.eval.prompt, config.eval.new_tokens, config.eval.sampling):

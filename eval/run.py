@@ -50,7 +50,7 @@ def heldout(config: EvaluationConfig) -> None:
         show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
         print(f"\nreused: {path}", flush=True)
         return
-    model = checkpoint.load(config, folder)
+    model = checkpoint.load(config, folder, checkpoint.best_device())
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
     for name, score in evaluate(model, config.data, *settings):

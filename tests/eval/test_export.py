@@ -134,6 +134,10 @@ def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
 def test_errors_name_the_fix(config: EvaluationConfig) -> None:
     with pytest.raises(InputError, match="train first"):
         checkpoint.find(replace(config, run=Run("x", "/nonexistent", 0)))
+    with pytest.raises(InputError, match="keep_fp32 names Alog; parameters end in A_log"):
+        list(entries(replace(config, eval=replace(config.eval, keep_fp32=["Alog"]))))
+    with pytest.raises(InputError, match="manifest.json is missing"):
+        checkpoint.find(replace(config, eval=replace(config.eval, checkpoint="/nonexistent")))
 
 
 def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, exported: Path, capsys: Any) -> None:

@@ -74,8 +74,8 @@ class Trainer:
             config.data,
             config.eval.validation,
             bf16=config.parallel.precision is Precision.bf16,
-            rank=ranks.dp_rank,
-            ranks=ranks.dp_size,
+            rank=ranks.dp_rank * ranks.cp_size + ranks.cp_rank,  # the group holds context-parallel ranks too
+            ranks=ranks.replicas,
             group=data_parallel_group(),
         )
         self.jobs = SuiteJobs(config.run, config.eval.jobs)

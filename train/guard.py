@@ -70,7 +70,9 @@ class Guard:
         if rewound or told.save or self.checkpoints.due(before, state.tokens):
             self.watch.at(state.step, "save")
             state.health = self.health.state()
-            self.checkpoints.save(state, self.engine)
+            waited = self.checkpoints.save(state, self.engine)
+            if self.ranks.first:
+                print(f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s", flush=True)
 
     def leave(self, state: State) -> None:
         """The last save, which waits until it is on disk."""

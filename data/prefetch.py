@@ -5,8 +5,11 @@ paths to the cluster, and nothing asks for a network there.
 """
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+from urllib.request import urlopen
 
 import fsspec
 
@@ -19,6 +22,7 @@ from data.recipes.readers import HOST
 from data.shards import sha256_of
 
 PIECE = 2**20
+SILENCE_SECONDS = 60  # a server that says nothing for so long is taken for dead
 
 
 @dataclass
@@ -54,15 +58,26 @@ def download(name: str, url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with fsspec.open(url, "rb") as source, part.open("wb") as target:
+        with opened(url) as source, part.open("wb") as target:
             while piece := source.read(PIECE):
                 target.write(piece)
+            if missing := getattr(source, "length", 0):  # http.client's: bytes announced and not sent
+                raise OSError(f"the connection ended {missing} bytes early")
     except ImportError as error:
         raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
     except Exception as error:  # every filesystem of fsspec has errors of its own
         part.unlink(missing_ok=True)
         raise InputError(f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})") from error
     part.rename(path)
+
+
+def opened(url: str) -> AbstractContextManager[IO[bytes]]:
+    """A stream of an address; http by the standard library, since fsspec's needs aiohttp."""
+    if url.startswith(("https://", "http://")):
+        stream: AbstractContextManager[IO[bytes]] = urlopen(url, timeout=SILENCE_SECONDS)
+    else:
+        stream = fsspec.open(url, "rb")
+    return stream
 
 
 def prefetch(cfg: DataConfig) -> None:

@@ -5,7 +5,10 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -126,6 +129,19 @@ def test_prefetch_fetches_once_and_knows_another_file(tmp_path: Path, capsys: py
     assert not list(tmp_path.glob("other*"))
     with pytest.raises(InputError, match="no url: put the file there"):
         fetch("lid", Asset(str(tmp_path / "other")))
+
+
+def test_prefetch_speaks_http(tmp_path: Path) -> None:
+    (tmp_path / "lid.bin").write_bytes(b"model")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert fetch("lid", Asset(str(tmp_path / "copy"), f"{url}/lid.bin")).startswith("fetched")
+        with pytest.raises(InputError, match="HTTPError: HTTP Error 404"):
+            fetch("lid", Asset(str(tmp_path / "other"), f"{url}/nothing"))
+        server.shutdown()
+    assert (tmp_path / "copy").read_bytes() == b"model"
 
 
 def test_prefetch_lists_everything(built: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ def subject(config: EvaluationConfig) -> Subject:
             HfFolder(folder)
         except ValueError as error:
             raise InputError(str(error)) from error
-        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
         return Subject(folder, config.run.folder / "scores", {"folder": str(folder), "files": files}, None)
     folder = verified(config)
     tokenizer = tokenizer_path(config.data)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,8 @@ from eval.harness import FalconMambaLM
 from eval.run import expand
 from eval.suite import run_suite, score, siblings, table
 from tests.compose import run_config
+from tests.eval.test_layout import hf_folder
+from tests.tiny import TINY, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -130,6 +133,18 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
     assert "Rival-7B" in printed and f"{mine['choice']['score'] - 10:+.2f}" in printed
     run_suite(with_suite)
     assert "shots" not in capsys.readouterr().out  # stored rows are not run again
+
+
+def test_another_export_in_the_same_place_is_another_subject(config: EvaluationConfig, tmp_path: Path) -> None:
+    """Files of equal names and sizes, other weights: no stored row is taken for theirs."""
+    identities = []
+    for seed in (0, 1):
+        folder = tmp_path / "hf"
+        shutil.rmtree(folder, ignore_errors=True)
+        hf_folder(folder, model_of(TINY, seed=seed))
+        here = replace(config, eval=replace(config.eval, checkpoint=str(folder)))
+        identities.append(checkpoint.subject(here).identity)
+    assert identities[0]["folder"] == identities[1]["folder"] and identities[0] != identities[1]
 
 
 def test_missing_tasks_are_named_and_the_rest_is_scored(

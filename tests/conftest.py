@@ -56,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if hasattr(report, "fault") and (report.when == "call" or report.outcome != "passed"):
             figures = "; ".join(text for key, text in report.user_properties if key == "measured")
             name, promise = report.fault
-            name = f"{name} [{report.nodeid.partition('[')[2]}" if "[" in report.nodeid else name
+            file, test = report.nodeid.removeprefix("tests/train/").split("::")
             terminalreporter.write_line(
-                f"{report.outcome:>7} | {name} | {promise} | {figures} | {report.duration:.1f} s"
+                f"{report.outcome:>7} | {name} | {promise} | {file}: {test} | {figures} | {report.duration:.1f} s"
             )

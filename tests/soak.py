@@ -153,14 +153,14 @@ def report(result: Result, step_seconds: float) -> Table:
     return table
 
 
-def demo(home: Path, data: str) -> RunConfig:
+def demo(home: Path, data: str, further: list[str]) -> RunConfig:
     """The demo's run, saved more often and watched more closely, as befits minutes instead of weeks."""
     from tests.compose import run_config
 
     overrides = [f"data.folder={data}", "checkpoint.every_tokens=50000", "checkpoint.retry_seconds=0.5",
                  "health.hang_seconds=20", "health.max_starts=20", "health.spike_window=32",
                  "health.check_replicas_steps=10", "health.straggler_steps=8", f"run.dir={home}/demo"]  # fmt: skip
-    return run_config("demo", *overrides)
+    return run_config("demo", *overrides, *further)
 
 
 def main() -> int:
@@ -170,10 +170,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, default=Path("runs/soak"))
     parser.add_argument("--data", default="runs/data/demo")
+    parser.add_argument("overrides", nargs="*", help="of the demo's config")
     given = parser.parse_args()
     shutil.rmtree(given.home, ignore_errors=True)
     given.home.mkdir(parents=True)
-    run = demo(given.home, given.data)
+    run = demo(given.home, given.data, given.overrides)
     steps = steps_of(run)
     faults = schedule(given.seed, given.faults, steps, 2)
     print(f"{len(faults)} faults over {steps} steps; logs in {given.home}", flush=True)

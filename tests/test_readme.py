@@ -92,7 +92,7 @@ def test_every_record_is_whole(demo: Demo) -> None:
     assert all(set(step) - {"validation"} == keys for step in steps)
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert {step["stage"] for step in steps} == {"short", "decay"} and {step["seq_len"] for step in steps} == {128, 256}
-    validated = [step for step in steps if step["validation"]]
+    validated = [step for step in steps if step.get("validation")]
     assert validated and all(
         set(step["validation"]) == {"web", "code", "technical", "curated", "math"} for step in validated
     )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from model.kernels.carry import last_taps
 from model.kernels.interface import SelectiveScan
 
-FOREVER = 1e38  # time that passes in a piece in which a document opens: exp(A FOREVER) is 0
+FOREVER = 1e30  # time that passes in a piece in which a document opens: exp(A FOREVER) is 0
 
 
 class Gather(torch.autograd.Function):

@@ -37,7 +37,8 @@ __device__ inline float2 convolve(const Window &w, const float2 *weight, float2 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv_forward(const T *x, const float *weight, const float *bias, const unsigned char *start_flags, T *out, int length,
+conv_forward(const T *__restrict__ x, const float *__restrict__ weight, const float *__restrict__ bias,
+             const unsigned char *__restrict__ start_flags, T *__restrict__ out, int length,
              int channels, Index x_row) {
     const int d = (blockIdx.x * THREADS + threadIdx.x) * 2, t0 = blockIdx.y * SEGMENT;
     if (d >= channels) return;
@@ -51,7 +52,9 @@ conv_forward(const T *x, const float *weight, const float *bias, const unsigned 
     for (int t = t0 - TAPS + 1; t < t0; t++)
         window.push(t < 0 ? make_float2(0.0f, 0.0f) : load2(x + (row0 + t) * x_row + d));
     int reach = reach_before(starts, row0, t0);
-    for (int t = t0; t < length && t < t0 + SEGMENT; t++) {
+    const int end = min(length, t0 + SEGMENT);
+#pragma unroll 4
+    for (int t = t0; t < end; t++) {
         reach = starts.at(row0 + t) ? 0 : min(reach + 1, TAPS - 1);
         window.push(load2(x + (row0 + t) * x_row + d));
         const float2 s = convolve(window, taps, shift, reach);
@@ -61,7 +64,8 @@ conv_forward(const T *x, const float *weight, const float *bias, const unsigned 
 
 // sums [b][segment][TAPS + 1][d]: dweight and, last, dbias of one segment.
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv_backward(const T *x, const float *weight, const float *bias, const unsigned char *start_flags, const T *dout, T *dx,
+conv_backward(const T *__restrict__ x, const float *__restrict__ weight, const float *__restrict__ bias,
+             const unsigned char *__restrict__ start_flags, const T *__restrict__ dout, T *__restrict__ dx,
               float *sums, int length, int channels, Index x_row) {
     const int d = (blockIdx.x * THREADS + threadIdx.x) * 2, t0 = blockIdx.y * SEGMENT;
     if (d >= channels) return;

@@ -63,6 +63,11 @@ def active() -> ctypes.CDLL:
     return library(instruction_set())
 
 
+def _new(*shape: int) -> Tensor:
+    """Memory for a result, whatever the process' defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -152,7 +157,7 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [b, l, d], the last state [b, d, n], and the states that the backward starts its chunks from."""
     p = Prepared(inputs, starts, state)
-    y, last, kept = torch.empty(p.batch, p.length, p.d), torch.empty(p.batch, p.d, p.n), kept_like(inputs[0], inputs[2])
+    y, last, kept = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n), kept_like(inputs[0], inputs[2])
     active().selective_scan_forward(byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
     return p.channels(y, inputs[0].dtype), p.outer(last), kept
 
@@ -167,10 +172,10 @@ def scan_backward(
 ) -> list[Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in this order."""
     p = Prepared(inputs, starts, state)
-    du, ddt, dz = (torch.empty(p.batch, p.length, p.d) for _ in range(3))
-    dB, dC = (torch.empty(p.batch, p.length, p.n) for _ in range(2))
-    dA, dD, dbias = torch.empty(p.d, p.n), torch.empty(p.d), torch.empty(p.d)
-    dfirst = None if state is None else torch.empty(p.batch, p.d, p.n)
+    du, ddt, dz = (_new(p.batch, p.length, p.d) for _ in range(3))
+    dB, dC = (_new(p.batch, p.length, p.n) for _ in range(2))
+    dA, dD, dbias = _new(p.d, p.n), _new(p.d), _new(p.d)
+    dfirst = None if state is None else _new(p.batch, p.d, p.n)
     dy = (F.pad(dy, (0, p.pad_d)) if p.pad_d else dy).float().contiguous()
     if dlast is not None:
         dlast = (p.inner(dlast) if p.pad_d or p.pad_n else dlast).float().contiguous()
@@ -180,7 +185,7 @@ def scan_backward(
     return [
         p.channels(du, u), p.channels(ddt, dt), p.outer(dA, A), p.states(dB, B), p.states(dC, C), p.channels(dD, D),
         p.channels(dz, z), p.channels(dbias, dt_bias),
-        torch.empty(0) if state is None or dfirst is None else p.outer(dfirst, state.dtype),
+        _new(0) if state is None or dfirst is None else p.outer(dfirst, state.dtype),
     ]  # fmt: skip
 
 
@@ -210,7 +215,7 @@ class PreparedConv:
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
     """SiLU of the causal convolution, [b, l, d]."""
     p = PreparedConv(x, weight, bias, starts)
-    out = torch.empty(p.shape)
+    out = _new(*p.shape)
     active().causal_conv_forward(byref(p.arguments), _pointer(out))
     return p.channels(out, x.dtype)
 
@@ -219,7 +224,7 @@ def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     """Gradients of x, weight and bias."""
     p = PreparedConv(x, weight, bias, starts)
     dout = (F.pad(dout, (0, p.pad_d)) if p.pad_d else dout).float().contiguous()
-    dx, dweight, dbias = torch.empty(p.shape), torch.empty(p.shape[2], TAPS), torch.empty(p.shape[2])
+    dx, dweight, dbias = _new(*p.shape), _new(p.shape[2], TAPS), _new(p.shape[2])
     active().causal_conv_backward(byref(p.arguments), *(_pointer(t) for t in (dout, dx, dweight, dbias)))
     if p.pad_d or p.pad_k:
         dweight = dweight[: x.shape[2], p.pad_k :].contiguous()
@@ -246,7 +251,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """The normed rows, and what each part was multiplied by."""
     p = PreparedNorm(x, weight, eps, parts)
-    out, scales = torch.empty(x.shape), torch.empty(*x.shape[:-1], len(parts))
+    out, scales = _new(*x.shape), _new(*x.shape[:-1], len(parts))
     active().rms_norm_forward(byref(p.arguments), _pointer(out), _pointer(scales))
     return out.to(dtype), scales
 
@@ -256,15 +261,15 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight (empty without one)."""
     p = PreparedNorm(x, weight, 0.0, parts)
-    dout, dx = dout.float().contiguous(), torch.empty(x.shape)
-    dweight = None if weight is None else torch.empty(weight.shape)
+    dout, dx = dout.float().contiguous(), _new(*x.shape)
+    dweight = None if weight is None else _new(*weight.shape)
     active().rms_norm_backward(byref(p.arguments), *(_pointer(t) for t in (dout, scales, dx, dweight)))
-    return dx.to(x.dtype), torch.empty(0) if weight is None or dweight is None else dweight.to(weight.dtype)
+    return dx.to(x.dtype), _new(0) if weight is None or dweight is None else dweight.to(weight.dtype)
 
 
 def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     """See model.kernels.reference.loss_statistics."""
-    wide, out = logits.float().contiguous(), torch.empty(3, logits.shape[0])
+    wide, out = logits.float().contiguous(), _new(3, logits.shape[0])
     sizes = (c_int64(logits.shape[0]), c_int64(logits.shape[1]), c_int64(torch.get_num_threads()))
     active().loss_statistics(_pointer(wide), _pointer(labels.contiguous()), _pointer(out), *sizes)
     return out

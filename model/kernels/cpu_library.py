@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,9 +28,17 @@ WIDTHS = {"avx512": 16, "avx2": 8, "portable": 4}  # floats of a vector
 
 def missing() -> str | None:
     """Why the CPU kernels cannot be used here, with the fix; None when they can."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if shutil.which(_compiler()[0]) is None:
         return "no C++ compiler: install one (apt-get install g++), or name yours in CXX"
+    try:
+        library(instruction_set())
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"a C++ compiler that failed (name another in CXX, a writable cache in XDG_CACHE_HOME): {error}"
     return None
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
 
 
 @functools.cache
@@ -48,9 +57,9 @@ def instruction_set() -> str:
 @functools.cache
 def library(path: str) -> ctypes.CDLL:
     """The compiled library of an instruction set; compiles it into the cache when it is not there."""
-    compiler = os.environ.get("CXX", "g++")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    command = [compiler, *FLAGS, *PATHS[path]]
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    command = [*compiler, *FLAGS, *PATHS[path]]
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in HEADERS + SOURCES]
     key = hashlib.sha256("\n".join([*texts, *command, version, platform.machine()]).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "falcon_mamba"

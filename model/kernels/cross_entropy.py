@@ -87,7 +87,8 @@ def linear_cross_entropy(
     """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e], labels [t] -> [t].
 
     Peak memory is LOSS_CHUNK x v logits; the cost is one more forward of the head. With a group, v is this rank's
-    part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's gradient backward.
+    part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's gradient backward. Labels
+    are ids of the vocabulary; they are not checked, since that would wait for the device.
     """
-    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels, rows, group, LOSS_CHUNK)
+    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels.long(), rows, group, LOSS_CHUNK)
     return result

@@ -1,8 +1,8 @@
 """Our CUDA kernels (cuda_library.py compiles and launches them), called on tensors' memory.
 
 bf16 and fp32 in and out, fp32 state; channels are padded to 128, states to 16, taps to 4. Where channels and batch
-alone do not fill the GPU, the scan cuts the sequence into segments (scan.cuh): last bits depend on the GPU's size, and
-on nothing else.
+alone do not fill the GPU, the scan cuts the sequence into segments (scan.cuh): last bits depend on the shape and on the
+GPU's size, not on chance.
 """
 
 import functools
@@ -29,7 +29,7 @@ FORWARD_CHANNELS, FORWARD_THREADS, BACKWARD_THREADS = 64, 256, 128
 BACKWARD_SHARED = (
     4 * SCAN_CHUNK * (4 * CHANNELS + 2 * STATES + 1) + 4 * SCAN_CHUNK * CHANNELS * STATES // 2 + 4 * 4 * SCAN_CHUNK * 32
 )
-BACKWARD_BLOCKS = 2  # of an SM at once, by shared memory; the forward fills an SM with one
+BACKWARD_BLOCKS = 2  # of an SM at once, by shared memory; the forward, eight warps a block, makes do with one
 LEAST_SEGMENT = 256  # tokens below which cutting the sequence costs more than it fills
 TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
 LOG2E = 1.4426950408889634
@@ -79,12 +79,13 @@ class Prepared:
             raise ValueError(
                 f"model.d_state {self.states} exceeds the {STATES} states of the CUDA kernels: use reference"
             )
-        self.dtype = _computing(u.dtype)
+        narrow = all(x.dtype is torch.bfloat16 for x in (u, dt, B, C, z))
+        self.dtype = torch.bfloat16 if narrow else torch.float32
         self.pad_d, self.pad_n = -self.channels % CHANNELS, STATES - self.states
         self.d = self.channels + self.pad_d
         self.u, self.dt, self.z = (_rows(self.wide(x), self.dtype) for x in (u, dt, z))
         self.B, self.C = (_rows(F.pad(x, (0, self.pad_n)) if self.pad_n else x, self.dtype) for x in (B, C))
-        self.A = self.state(A[None] * LOG2E)[0]
+        self.A = self.state(A[None].float() * LOG2E)[0]
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
         self.rows = [c_int(row_stride(x)) for x in (self.u, self.dt, self.z, self.B, self.C)]
         self.inputs = [self.u, self.dt, self.z, self.A, self.B, self.C, self.D, self.bias, _flags(starts)]
@@ -199,7 +200,7 @@ def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     """Gradients of x, weight and bias."""
     p = PreparedConv(x, weight, bias, starts)
     dx = torch.empty(p.batch, p.length, p.d, dtype=p.dtype, device=x.device)
-    sums = torch.empty(p.batch, p.segments, TAPS + 1, p.d, device=x.device)
+    sums = torch.empty(p.batch, p.segments, TAPS + 1, p.d, dtype=torch.float32, device=x.device)
     dout = _rows(F.pad(dout, (0, p.pad)) if p.pad else dout, p.dtype).contiguous()
     arguments = [p.x, p.weight, p.bias, p.starts, dout, dx, sums, *p.tail]
     cuda_library.launch("conv.cu", "conv_backward", p.dtype, p.grid, CONV_THREADS, 0, arguments)

@@ -62,11 +62,12 @@ def launch(
     arguments: Arguments,
 ) -> None:
     """Run a kernel on the current stream of its first tensor's device."""
-    from cuda.core import LaunchConfig, Stream
+    from cuda.core import Device, LaunchConfig, Stream
     from cuda.core import launch as enqueue
 
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     with torch.cuda.device(device):
+        Device(device.index).set_current()  # a thread of autograd's may have no context yet
         kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *parameters(arguments))

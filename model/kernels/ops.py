@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels.interface import Kernels, LossRows, RmsNorm
-from model.kernels.reference import computing_type
 
 LIBRARIES: list[torch.library.Library] = []  # operators live as long as these do
 INPUTS = (
@@ -30,6 +30,7 @@ def register(backend: Any, name: str, device: str) -> Kernels:
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
         starts: Tensor | None = None, state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _refuse_empty(u)
         y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state)
         return y, last
 
@@ -73,6 +74,11 @@ def below(operator: Any, *arguments: Any) -> Any:
         return operator(*arguments)
 
 
+def _refuse_empty(x: Tensor) -> None:
+    if x.numel() == 0:
+        raise ValueError(f"a batch of shape {tuple(x.shape)} has no tokens: leave it out")
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -85,7 +91,9 @@ def _register_scan(backend: Any, space: Space) -> Any:
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
         inputs, state = arguments[:8], arguments[9]
-        return [_like(x) for x in inputs] + [inputs[0].new_empty(0) if state is None else _like(state)]
+        return [_like(x) for x in inputs] + [
+            inputs[0].new_empty(0, dtype=torch.float32) if state is None else _like(state)
+        ]
 
     forward = space.define(
         f"selective_scan({INPUTS}) -> (Tensor, Tensor, Tensor)",
@@ -108,6 +116,7 @@ def _register_scan(backend: Any, space: Space) -> Any:
             return y, last, kept
 
         @staticmethod
+        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             saved, (dy, dlast, _) = ctx.saved_tensors, grads
             *gradients, first = backward(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast)
@@ -134,11 +143,18 @@ def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
             return out
 
         @staticmethod
+        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             return *backward(*ctx.saved_tensors, *grads), None
 
     space.differentiate(forward, Conv)
-    return lambda x, weight, bias, starts=None: forward(x, weight, bias, starts)
+
+    def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+        _refuse_empty(x)
+        result: Tensor = forward(x, weight, bias, starts)
+        return result
+
+    return causal_conv1d
 
 
 def _register_norm(backend: Any, space: Space) -> RmsNorm:
@@ -153,7 +169,10 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
     backward = space.define(
         "rms_norm_backward(Tensor x, Tensor? weight, int[] parts, Tensor scales, Tensor dout) -> (Tensor, Tensor)",
         backend.norm_backward,
-        lambda x, weight, *_: (_like(x), x.new_empty(0) if weight is None else _like(weight)),
+        lambda x, weight, *_: (
+            _like(x),
+            x.new_empty(0, dtype=torch.float32) if weight is None else _like(weight),
+        ),
     )
 
     class Norm(torch.autograd.Function):
@@ -166,6 +185,7 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
             return out, scales
 
         @staticmethod
+        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             x, weight, scales = ctx.saved_tensors
             dx, dweight = backward(x, weight, ctx.parts, scales, grads[0])
@@ -177,8 +197,11 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
         x: Tensor, weight: Tensor | None, eps: float, parts: list[int] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         parts = parts or [x.shape[-1]]
-        if sum(parts) != x.shape[-1]:
-            raise ValueError(f"parts {parts} do not add up to the {x.shape[-1]} features of a row")
+        if sum(parts) != x.shape[-1] or (weight is not None and len(parts) > 1):
+            raise ValueError(
+                f"parts {parts} must add up to the {x.shape[-1]} features of a row, and have no weight when several"
+            )
+        _refuse_empty(x)
         result: Tensor = forward(x, weight, eps, parts, dtype or x.dtype)[0]
         return result
 
@@ -189,7 +212,7 @@ def _register_loss(backend: Any, space: Space) -> LossRows:
     statistics = space.define(
         "loss_statistics(Tensor logits, Tensor labels) -> Tensor",
         backend.loss_statistics,
-        lambda logits, labels: logits.new_empty(3, logits.shape[0], dtype=computing_type(logits)),
+        lambda logits, labels: logits.new_empty(3, logits.shape[0], dtype=torch.float32),
     )
     gradient = space.define(
         "loss_gradient(Tensor(a!) logits, Tensor labels, Tensor log_sums, Tensor dloss, Tensor dlog_sum) -> ()",

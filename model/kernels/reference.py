@@ -140,8 +140,9 @@ def selective_scan(
     """Selective state space with gate (arXiv 2312.00752, section 3; Euler for B, zero-order hold for A).
 
     dt_t = softplus(dt_t + dt_bias); s_t = exp(dt_t A) s_(t-1) + dt_t B_t u_t; y_t = (<s_t, C_t> + D u_t) SiLU(z_t).
-    u, dt, z [b, l, d]; A [d, n]; B, C [b, l, n]; D, dt_bias [d]; starts [b, l] bool: the state is forgotten before
-    such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64 for fp64).
+    u, dt, z [b, l, d]; A [d, n]; B, C [b, l, n]; D, dt_bias [d]; starts [b, l] bool: the state, which must be finite,
+    is forgotten before such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64
+    for fp64).
     Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
     """
     with torch.autocast(u.device.type, enabled=False):

@@ -21,7 +21,7 @@ __device__ inline float warp_sum(float x) {
 }
 
 template <class O>
-__device__ inline void forward(const T *x, const float *weight, O *out, float *scales, int rows, Index x_row, Parts parts,
+__device__ inline void forward(const T *__restrict__ x, const float *__restrict__ weight, O *__restrict__ out, float *scales, int rows, Index x_row, Parts parts,
                                int size, float eps) {
     const int lane = threadIdx.x & 31, row = blockIdx.x * WARPS + (threadIdx.x >> 5);
     if (row >= rows) return;
@@ -41,7 +41,7 @@ __device__ inline void forward(const T *x, const float *weight, O *out, float *s
 
 // y = x s w with s = (mean x^2 + eps)^-1/2: dx = s (g - x s^2 mean(g x)) with g = dout w.
 template <class O>
-__device__ inline void backward(const T *x, const float *weight, const float *scales, const O *dout, T *dx, int rows,
+__device__ inline void backward(const T *__restrict__ x, const float *__restrict__ weight, const float *__restrict__ scales, const O *__restrict__ dout, T *__restrict__ dx, int rows,
                                 Index x_row, Parts parts, int size) {
     const int lane = threadIdx.x & 31, row = blockIdx.x * WARPS + (threadIdx.x >> 5);
     if (row >= rows) return;
@@ -62,7 +62,7 @@ __device__ inline void backward(const T *x, const float *weight, const float *sc
 
 // Of rows in one part: sums [block of rows][size].
 template <class O>
-__device__ inline void weight_sums(const T *x, const float *scales, const O *dout, float *sums, int rows, Index x_row, int size) {
+__device__ inline void weight_sums(const T *__restrict__ x, const float *__restrict__ scales, const O *__restrict__ dout, float *sums, int rows, Index x_row, int size) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x, row0 = blockIdx.y * ROWS;
     if (i >= size) return;
     float sum = 0.0f;
@@ -74,18 +74,18 @@ __device__ inline void weight_sums(const T *x, const float *scales, const O *dou
 
 // *_narrow: the result, and the gradient that comes in, in bf16 whatever the type of x.
 #define NORMS(NAME, O)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                           \
-        norm_forward##NAME(const T *x, const float *weight, O *out, float *scales, int rows, Index x_row, int count,   \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 8)                                                        \
+        norm_forward##NAME(const T *__restrict__ x, const float *__restrict__ weight, O *__restrict__ out, float *scales, int rows, Index x_row, int count,   \
                            int a, int b, int c, float eps) {                                                           \
         forward<O>(x, weight, out, scales, rows, x_row, Parts{count, {a, b, c}}, a + b + c, eps);                      \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                           \
-        norm_backward##NAME(const T *x, const float *weight, const float *scales, const O *dout, T *dx, int rows,      \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 8)                                                        \
+        norm_backward##NAME(const T *__restrict__ x, const float *__restrict__ weight, const float *__restrict__ scales, const O *__restrict__ dout, T *__restrict__ dx, int rows,      \
                             Index x_row, int count, int a, int b, int c) {                                             \
         backward<O>(x, weight, scales, dout, dx, rows, x_row, Parts{count, {a, b, c}}, a + b + c);                     \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                           \
-        norm_weight##NAME(const T *x, const float *scales, const O *dout, float *sums, int rows, Index x_row, int size) { \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 8)                                                        \
+        norm_weight##NAME(const T *__restrict__ x, const float *__restrict__ scales, const O *__restrict__ dout, float *sums, int rows, Index x_row, int size) { \
         weight_sums<O>(x, scales, dout, sums, rows, x_row, size);                                                      \
     }
 NORMS(, T)
@@ -102,7 +102,7 @@ struct Top {
 
 // out [3][t]: the label's logit (0 when another rank holds it), the largest logit, the sum of exp(logit - largest).
 extern "C" __global__ void __launch_bounds__(THREADS)
-loss_statistics(const T *logits, const Index *labels, float *out, int t, int v) {
+loss_statistics(const T *__restrict__ logits, const Index *labels, float *out, int t, int v) {
     __shared__ float s_top[THREADS], s_sum[THREADS];
     const T *row = logits + (Index)blockIdx.x * v;
     const int tid = threadIdx.x;
@@ -130,7 +130,7 @@ loss_statistics(const T *logits, const Index *labels, float *out, int t, int v) 
 
 // In place: logits become their gradient, (dloss + dlog_sum) softmax - dloss onehot.
 extern "C" __global__ void __launch_bounds__(THREADS)
-loss_gradient(T *logits, const Index *labels, const float *log_sums, const float *grad_loss, const float *grad_log_sum,
+loss_gradient(T *logits, const Index *labels, const float *__restrict__ log_sums, const float *__restrict__ grad_loss, const float *__restrict__ grad_log_sum,
               int v) {
     T *row = logits + (Index)blockIdx.x * v;
     const Index label = labels[blockIdx.x];

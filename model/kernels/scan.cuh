@@ -11,11 +11,12 @@
 
 #define STATES 16
 #define CHUNK 16  // tokens of a tile, and between kept states
-#define FOREVER 1e38f  // time that passes where a document opens: exp(A FOREVER) is 0
+#define FOREVER 1e30f  // time that passes where a document opens: exp(A FOREVER) is 0; sums of it stay finite
 
 #define INPUTS                                                                                                         \
-    const T *u, const T *dt, const T *z, const float *A, const T *B, const T *C, const float *D, const float *bias,    \
-        const unsigned char *start_flags
+    const T *__restrict__ u, const T *__restrict__ dt, const T *__restrict__ z, const float *__restrict__ A,           \
+        const T *__restrict__ B, const T *__restrict__ C, const float *__restrict__ D, const float *__restrict__ bias, \
+        const unsigned char *__restrict__ start_flags
 #define SIZES int length, int channels, int segment, int u_row, int dt_row, int z_row, int B_row, int C_row
 
 __device__ inline float dot(const float4 a, const float4 b) {

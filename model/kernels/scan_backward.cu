@@ -242,7 +242,7 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
                 gD = fmaf(own_gy, own_u, gD);
                 gbias += dx;
                 if (t0 + k < end) {
-                    const Index out = (at.row0 + t0 + k) * channels + own_d;
+                    const Index out = (Index)(at.row0 + t0 + k) * channels + own_d;
                     put(du + out, fmaf(sum_B, own_dt, own_gy * skip));
                     put(ddt + out, dx);
                     put(dz + out, s.tile.dz[k][at.own] * fmaf(skip, own_u, sum_y));

@@ -18,7 +18,7 @@ __device__ inline void advance(float4 &h, const float4 a, const float4 B, float 
 }
 
 // What a thread reads of a tile, as it lies in memory.
-template <bool SUMMARY> struct Held {
+struct Held {
     Pair u[ROWS], dt[ROWS], z[ROWS];
     T b, c;
 };
@@ -26,7 +26,7 @@ template <bool SUMMARY> struct Held {
 // SUMMARY: only the state that the segment ends with from zero (the first from `first`), and the time that passes.
 template <bool SUMMARY>
 __device__ inline void run(INPUTS, const float *first, T *y, float *last, float *kept, float *ends, float *times, SIZES) {
-    __shared__ float s_dt[CHUNK][CHANNELS], s_du[CHUNK][CHANNELS], s_y[CHUNK][THREADS];
+    alignas(16) __shared__ float s_dt[CHUNK][CHANNELS], s_du[CHUNK][CHANNELS], s_y[CHUNK][THREADS];
     __shared__ float4 s_B[CHUNK][4], s_C[CHUNK][4];
     const int tid = threadIdx.x, quad = tid & 3, channel = tid >> 2, d = blockIdx.x * CHANNELS + channel;
     const int lane = tid & 31, warp = tid >> 5, pair = blockIdx.x * CHANNELS + 2 * lane;
@@ -42,7 +42,7 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
         for (int s = 0; s < blockIdx.z; s++)
             h = cross(h, a, times[(s * batch + b) * channels + d], load4(ends + s * batch * channels * STATES + state));
     auto read = [&](int t0) {  // past the end, the last token again
-        Held<SUMMARY> held;
+        Held held;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int row = row0 + min(t0 + warp + 8 * i, end - 1);
@@ -55,10 +55,10 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
         if (!SUMMARY) held.c = row_of(C, row, C_row)[own_state];
         return held;
     };
-    Held<SUMMARY> next = read(begin);
+    Held next = read(begin);
     for (int t0 = begin; t0 < end; t0 += CHUNK) {
         if (!SUMMARY) store4(kept + ((b * chunks + t0 / CHUNK) * channels + d) * STATES + quad * 4, h);
-        const Held<SUMMARY> held = next;
+        const Held held = next;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int k = warp + 8 * i;

@@ -25,7 +25,7 @@ from model.kernels.interface import Kernels
 from model.mamba import Block, FalconMamba
 from tests.bench.timing import Row, median_seconds, show, with_ratios, write
 from tests.compose import run_config
-from tests.model.cases import Case, assert_equal
+from tests.model.cases import Case, assert_equal, elsewhere
 
 L2_BYTES = 128 * 2**20  # of inputs that rotate: more than an H100's or H200's 50 MiB
 
@@ -67,9 +67,11 @@ class Bench:
 
     def check(self) -> None:
         """Every backend against the formula in fp64 before its time means anything."""
-        case = Case(2, 100, 64, self.config.d_state, resets=0.0)
+        n = self.config.d_state
         for kernels in self.backends.values():
-            assert_equal(_through(kernels, self.device), case, torch.float32, 1e-3)
+            there = elsewhere(kernels, self.device)
+            assert_equal(there, Case(2, 100, 64, n), torch.float32, 1e-3)
+            assert_equal(there, Case(1, 600, 64, n, resets=0.01, first=True), torch.bfloat16, 8e-3)  # several segments
 
     def scan_inputs(self, batch: int, seed: int) -> list[Tensor]:
         """Inputs as at initialisation: A = -(1..n), dt log-uniform."""
@@ -242,20 +244,6 @@ def _filled(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.uniform_(-0.01, 0.01)
     return module
-
-
-def _through(kernels: Kernels, device: torch.device) -> Kernels:
-    """A backend that takes and gives CPU tensors."""
-
-    def move(function: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            there = {key: x.to(device) if torch.is_tensor(x) else x for key, x in named.items()}
-            result = function(*(x.to(device) if torch.is_tensor(x) else x for x in arguments), **there)
-            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
-
-        return call
-
-    return replace(kernels, causal_conv1d=move(kernels.causal_conv1d), selective_scan=move(kernels.selective_scan))
 
 
 def main() -> None:

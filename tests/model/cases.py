@@ -1,6 +1,7 @@
 """Problems for kernels, the formula in fp64, and what being equal means."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -144,6 +145,60 @@ def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: fl
             assert error <= tolerance, (kernels.name, results.__name__, case, index, float(error))
 
 
+class Elsewhere:
+    """Functions of tensors on another device, called with tensors of this one."""
+
+    def __init__(self, functions: Any, device: torch.device) -> None:
+        self.functions, self.device = functions, device
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.functions, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            there = {key: x.to(self.device) if torch.is_tensor(x) else x for key, x in named.items()}
+            result = function(*(x.to(self.device) if torch.is_tensor(x) else x for x in arguments), **there)
+            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+
+        return call
+
+
+def elsewhere(kernels: Kernels, device: torch.device) -> Kernels:
+    """A backend of another device that takes and gives CPU tensors, for tests that compare there."""
+    there = Elsewhere(kernels, device)
+    return Kernels(
+        kernels.name, there.causal_conv1d, there.selective_scan, there.rms_norm, Elsewhere(kernels.loss_rows, device)
+    )
+
+
+def assert_documents_are_isolated(kernels: Kernels, cuts: list[int]) -> None:
+    """Packed documents give what each gives alone."""
+    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
+    weight, bias = (x.detach() for x in Case(2, 40, 16, 4).weights(torch.float32))
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[:, cuts] = True
+    conv = kernels.causal_conv1d(u, weight, bias, starts)
+    state = torch.ones(2, 16, 4) if 0 in cuts else None
+    scan, _ = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias, starts=starts, state=state)
+    edges = sorted({0, *cuts, 40})
+    for low, high in zip(edges, edges[1:], strict=False):
+        p = slice(low, high)
+        torch.testing.assert_close(conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), rtol=1e-6, atol=1e-6)
+        alone, _ = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias)
+        torch.testing.assert_close(scan[:, p], alone, rtol=1e-6, atol=1e-6)
+
+
+def assert_halves_are_the_whole(kernels: Kernels) -> None:
+    """A sequence in two pieces, with the state handed over."""
+    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 45, 16, 4).inputs(torch.float32))
+    whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
+    state, parts = None, []
+    for p in (slice(0, 19), slice(19, 45)):
+        y, state = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
+
+
 CASES = [
     Case(1, 1, 16, 16),
     Case(2, 40, 48, 16),
@@ -153,6 +208,8 @@ CASES = [
     Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
     Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
 ]
+
+CUTS = [[4], [0, 1, 2, 3], [7, 9]]  # where documents begin
 
 # any of them, for hypothesis
 CASE = st.builds(

@@ -4,7 +4,6 @@ import io
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn import functional as F
 
 from model.config import SCAN_CHUNK, Backend
-from model.kernels import CUDA, MAMBA_SSM, MissingBackend, cuda, cuda_library, cuda_rows, load, mamba_ssm
+from model.kernels import CUDA, MAMBA_SSM, REFERENCE, MissingBackend, cuda, cuda_library, cuda_rows, load, mamba_ssm
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from tests.cuda import emulated
-from tests.model.cases import CASE, CASES, Case, assert_equal, scan_results
+from tests.model.cases import (
+    CASE,
+    CASES,
+    CUTS,
+    Case,
+    assert_documents_are_isolated,
+    assert_equal,
+    assert_halves_are_the_whole,
+    elsewhere,
+    scan_results,
+)
 
 GPU = torch.cuda.is_available()
 # what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its backward two of
@@ -83,8 +92,8 @@ def test_emulated_in_fp32(case: Case, emulation: Kernels) -> None:
     assert_equal(emulation, case, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("resets", [0.0, 0.03])
-@pytest.mark.parametrize("length", [64, 70, 101])
+@pytest.mark.parametrize("resets", [0.0, 0.03, 0.3])
+@pytest.mark.parametrize("length", [70, 101])
 def test_emulated_in_segments(length: int, resets: float, emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several segments, the last one short; states and adjoints cross them unless a document opens between."""
     monkeypatch.setattr(cuda, "LEAST_SEGMENT", 16)
@@ -96,7 +105,8 @@ def test_emulated_in_segments(length: int, resets: float, emulation: Kernels, mo
 
     monkeypatch.setattr(cuda_library, "launch", launch)
     for first in (False, True):
-        assert_equal(emulation, Case(2, length, 20, 16, resets=resets, first=first, dt=-4.0), torch.float32, 1e-5)
+        case = Case(2, length, 20, 5 if first else 16, resets=resets, first=first, dt=-4.0)
+        assert_equal(emulation, case, torch.float32, 1e-5)
     assert {"scan_summary", "scan_adjoint"} <= {name for name, _ in seen}
     assert all(parts >= 3 for name, parts in seen if name in ("scan_forward", "scan_backward"))
 
@@ -171,6 +181,32 @@ def public_conv(x, weight, bias, seq_idx, activation):
     return naive_conv(x.transpose(1, 2), weight, bias, starts).transpose(1, 2)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
+def test_emulated_documents_are_isolated(cuts: list[int], emulation: Kernels) -> None:
+    assert_documents_are_isolated(emulation, cuts)
+
+
+def test_emulated_halves_are_the_whole(emulation: Kernels) -> None:
+    assert_halves_are_the_whole(emulation)
+
+
+def test_mixed_types_are_not_rounded(emulation: Kernels) -> None:
+    """One narrow input makes no other narrow, and a norm that is to be wide is wide."""
+    inputs = [x.detach() for x in CASES[1].inputs(torch.float32)]
+    inputs[0] = inputs[0].bfloat16()
+    expected, actual = (k.selective_scan(*inputs)[1] for k in (REFERENCE, emulation))
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    expected, actual = (k.rms_norm(inputs[0], None, 1e-6, dtype=torch.float32) for k in (REFERENCE, emulation))
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_public_kernels_isolate_documents(cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba_ssm, "_functions", lambda: (public_conv, public_scan))
+    assert_documents_are_isolated(MAMBA_SSM, cuts)
+    assert_halves_are_the_whole(MAMBA_SSM)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_public_kernels_are_composed_correctly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the two public functions: layouts, resets and first states by steps, and all gradients."""
@@ -193,28 +229,14 @@ def test_a_missing_gpu_or_package_is_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [*CASES, Case(2, 2000, 256, 16, resets=0.01, first=True)], ids=str)
 def test_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
-    assert_equal(on_gpu(CUDA), case, dtype, 1e-4 if dtype is torch.float32 else 8e-3)
+    assert_equal(elsewhere(CUDA, torch.device("cuda")), case, dtype, 1e-4 if dtype is torch.float32 else 8e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU or mamba_ssm.missing() is not None, reason="no GPU with mamba-ssm and causal-conv1d")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_public_kernels_on_the_gpu(case: Case) -> None:
-    assert_equal(on_gpu(MAMBA_SSM), case, torch.float32, 1e-3)
-
-
-def on_gpu(kernels: Kernels) -> Kernels:
-    """A backend that takes and gives CPU tensors, for tests that compare there."""
-
-    def move(function):
-        def call(*arguments, **named):
-            there = [x.cuda() if torch.is_tensor(x) else x for x in arguments]
-            result = function(*there, **{key: x.cuda() if torch.is_tensor(x) else x for key, x in named.items()})
-            return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
-
-        return call
-
-    return replace(kernels, causal_conv1d=move(kernels.causal_conv1d), selective_scan=move(kernels.selective_scan))
+    assert_equal(elsewhere(MAMBA_SSM, torch.device("cuda")), case, torch.float32, 1e-3)
 
 
 def test_sources_travel_with_the_package() -> None:

@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from model.config import SCAN_CHUNK, Backend
 from model.kernels import CPU, REFERENCE, MissingBackend, cpu, cpu_library, load, reference
 from model.kernels.interface import Kernels
-from tests.model.cases import CASE, CASES, Case, assert_equal, conv_results, scan_results
+from tests.model.cases import (
+    CASE,
+    CASES,
+    CUTS,
+    Case,
+    assert_documents_are_isolated,
+    assert_equal,
+    assert_halves_are_the_whole,
+    conv_results,
+    scan_results,
+)
 from tests.tiny import TINY, model_of
 
 PATHS = ["avx512", "avx2", "portable"]
@@ -75,35 +85,35 @@ def test_cpu_is_deterministic_for_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
-@pytest.mark.parametrize("cuts", [[4], [0, 1, 2, 3], [7, 9]])
+@pytest.mark.parametrize("cuts", CUTS)
 def test_resets_isolate_documents(cuts: list[int], kernels: Kernels) -> None:
-    """Packed documents give bit for bit what each gives alone."""
-    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
-    weight, bias = (x.detach() for x in Case(2, 40, 16, 4).weights(torch.float32))
-    starts = torch.zeros(2, 40, dtype=torch.bool)
-    starts[:, cuts] = True
-    conv = kernels.causal_conv1d(u, weight, bias, starts)
-    scan, _ = kernels.selective_scan(
-        u, dt, A, B, C, D, z, dt_bias, starts=starts, state=torch.ones(2, 16, 4) * (0 in cuts)
-    )
-    edges = sorted({0, *cuts, 40})
-    for low, high in zip(edges, edges[1:], strict=False):
-        p = slice(low, high)
-        torch.testing.assert_close(conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), rtol=1e-6, atol=1e-6)
-        alone, _ = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias)
-        torch.testing.assert_close(scan[:, p], alone, rtol=1e-6, atol=1e-6)
+    assert_documents_are_isolated(kernels, cuts)
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
 def test_a_sequence_in_two_halves_is_the_whole(kernels: Kernels) -> None:
-    u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 45, 16, 4).inputs(torch.float32))
-    whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
-    state, parts = None, []
-    for p in (slice(0, 19), slice(19, 45)):
-        y, state = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state)
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
+    assert_halves_are_the_whole(kernels)
+
+
+def test_defaults_of_the_process_change_nothing() -> None:
+    """Memory for results is fp32 on the CPU whatever torch would give by default."""
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert_equal(CPU, CASES[2], torch.float32, 1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_no_tokens_are_refused(shape: tuple[int, int]) -> None:
+    b, l = shape
+    with pytest.raises(ValueError, match="no tokens"):
+        CPU.causal_conv1d(torch.ones(b, l, 16), torch.ones(16, 4), torch.ones(16))
+    inputs = [x.detach() for x in Case(1, 1, 16, 4).inputs(torch.float32)]
+    for index in (0, 1, 3, 4, 6):
+        inputs[index] = inputs[index].expand(1, 1, -1).new_zeros(b, l, inputs[index].shape[-1])
+    with pytest.raises(ValueError, match="no tokens"):
+        CPU.selective_scan(*inputs)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -116,6 +126,28 @@ def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyP
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.selective_scan.default, (*inputs, case.starts(), state), test_utils=checks)
     torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
+    """Also those that a backward calls, and in bf16."""
+    case, ops, check = Case(2, 9, 12, 4, resets=0.2), torch.ops.falcon_cpu, ("test_schema", "test_faketensor")
+    inputs, (weight, bias) = ([x.detach() for x in t] for t in (case.inputs(dtype), case.weights(dtype)))
+    y, last, kept = ops.selective_scan(*inputs, case.starts(), None)
+    out, scales = ops.rms_norm(inputs[0], bias, 1e-5, [12], torch.float32)
+    logits, labels = inputs[0].flatten(0, 1), torch.arange(18) % 12
+    sums = torch.ones(18)
+    for operator, arguments in (
+        (ops.selective_scan_backward, (*inputs, case.starts(), None, kept, y, None)),
+        (ops.selective_scan_backward, (*inputs, case.starts(), last, kept, y, last)),
+        (ops.causal_conv1d_backward, (inputs[0], weight, bias, case.starts(), inputs[1])),
+        (ops.rms_norm, (inputs[0], None, 1e-5, [4, 8], dtype)),
+        (ops.rms_norm_backward, (inputs[0], bias, [12], scales, out)),
+        (ops.rms_norm_backward, (inputs[0], None, [12], scales, out)),
+        (ops.loss_statistics, (logits, labels)),
+        (ops.loss_gradient, (logits.clone(), labels, sums, sums, sums)),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=check)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "train": {"train", "eval", "model", "data"},
 }
 # of train, launch sees the config and pure functions; the command line comes from data
-LAUNCH = {"train.config", "train.plan", "train.schedule", "model.config", "model.flops", "data.command", "launch"}
+LAUNCH = {"train.config", "train.plan", "train.schedule", "train.incidents", "train.metrics", "model.config",
+          "model.flops", "data.command", "data.config", "launch"}  # fmt: skip
 TORCH_FREE = ("model/config.py", "model/flops.py", "data/config.py", "eval/config.py", "train/config.py",
               "train/schedule.py", "train/plan.py", "launch/plan.py", "launch/estimate.py")  # fmt: skip
 SOURCES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -11,11 +11,11 @@ class Slurm:
     """How jobs are put to Slurm."""
 
     partition: str | None
-    account: str | None
+    account: str | None  # that is charged
     time: str  # of one start, as sbatch writes it
     warn_seconds: int
     gpus: bool
-    exclusive: bool
+    exclusive: bool  # no other jobs on the run's nodes
     options: list[str]
     env: dict[str, str]
     restarts: int

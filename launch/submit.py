@@ -21,7 +21,12 @@ from launch.sweep import Job, Sweep, job, sweep
 from train.plan import GIB, check_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"prepare": "data/prepare.py", "train": "train/pretrain.py", "export": "eval/export.py", "eval": "eval/run.py"}
+SCRIPTS = {
+    "prepare": "data/prepare.py",
+    "train": "train/pretrain.py",
+    "export": "eval/export.py",
+    "eval": "eval/run.py",
+}
 EXAMPLES = """examples:
   python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
   python launch/submit.py +experiment=7b slurm.partition=h100 --stages prepare,train,export,eval
@@ -36,7 +41,9 @@ def main() -> int:
         prog="python launch/submit.py", description=__doc__, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("-m", "--multirun", action="store_true", help="one run per point of a sweep, in runs/sweeps/NAME")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="one run per point of a sweep, in runs/sweeps/NAME"
+    )
     parser.add_argument("--name", help="of the sweep; otherwise its file's, or the keys that it varies")
     parser.add_argument("--stages", default="train", help="of prepare,train,export,eval, each after the one before")
     parser.add_argument("--local", action="store_true", help="on this machine, one after another, instead of by Slurm")

@@ -1,4 +1,4 @@
-"""The points of a sweep: from Hydra's own syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to runs with names."""
+"""The points of a sweep: from Hydra's syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to named runs."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
 from data.command import CONFIGS, checked
 from data.config import InputError
@@ -43,7 +42,7 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
         whole = compose("config", base, return_hydra_config=True)
-    named = OmegaConf.to_container(whole.hydra.sweeper)["params"] or {}  # type: ignore[call-overload,index]
+    named = whole.hydra.sweeper.params or {}
     choice = next((word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None)
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     overrides += [f"{key}={value}" for key, value in named.items()]
@@ -60,7 +59,9 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
         text = "_".join(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in values.items())
         label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
         if label in points:
-            raise InputError(f"two points of the sweep would share the folder {folder}/{label}; give them shorter values")
+            raise InputError(
+                f"two points of the sweep would share the folder {folder}/{label}; give them shorter values"
+            )
         points[label] = values
         jobs.append(job([*words, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]))
     return Sweep(folder, points), jobs

@@ -140,21 +140,55 @@ def short(count: float) -> str:
     raise AssertionError
 
 
+class Pace:
+    """What single steps do not tell: skipped updates so far, recent waits for data, and the date of the end."""
+
+    STEPS = 50  # that a pace is the mean of: one slow step must not move the date by weeks
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.skipped = 0
+        self.recent: deque[tuple[float, float, float]] = deque(maxlen=self.STEPS)
+
+    def add(self, record: Record) -> None:
+        """Take a step in."""
+        self.skipped += bool(record["skipped"])
+        tokens = record["tokens_per_second"] * record["step_seconds"]
+        self.recent.append((tokens, record["step_seconds"], record["data_wait_seconds"]))
+
+    def line(self, record: Record) -> str:
+        """Tokens of all, pace per rank, waits, skips and the end, in a line that fits 80 columns."""
+        tokens, seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
+        rate = max(tokens / max(seconds, 1e-9), 1e-9)
+        return (
+            f"{short(record['tokens'])} of {short(self.total)} tokens, {short(rate / self.ranks)} tok/s/rank, "
+            f"data wait {waited / max(seconds, 1e-9):.0%}, skipped {self.skipped}, "
+            f"ends {date((self.total - record['tokens']) / rate)}"
+        )
+
+
+def date(seconds: float) -> str:
+    """The minute that lies so many seconds ahead, in UTC."""
+    end = time.time() + min(seconds, 1e9)  # a stalled run has no date, and the calendar an end
+    return time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(end))
+
+
 class PlainConsole:
     """A line now and then, for logs."""
 
     def __init__(self, total: int, seconds: float) -> None:
-        self.total = total
+        self.pace = Pace(total)
         self.seconds = seconds
         self.next = 0.0
 
     def show(self, record: Record) -> None:
         """Print the record when enough time has passed, and always the last one."""
-        if time.monotonic() >= self.next or record["tokens"] >= self.total:
+        self.pace.add(record)
+        if time.monotonic() >= self.next or record["tokens"] >= self.pace.total:
             self.next = time.monotonic() + self.seconds
-            left = (self.total - record["tokens"]) / max(record["tokens_per_second"], 1e-9)
-            place = f"{record['stage']:>8} {record['tokens'] / self.total:6.1%} of {short(self.total)} tokens"
-            print(f"{place}  {summary(record)}  {left / 60:.1f} min left", flush=True)
+            share = record["tokens"] / self.pace.total
+            print(f"{record['stage']:>8} {share:6.1%}  {summary(record)}  {self.pace.line(record)}", flush=True)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -165,16 +199,20 @@ class LiveConsole:
 
     def __init__(self, total: int) -> None:
         columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.pace = Pace(total)
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=total)
         self.last = Text("", no_wrap=True)
-        self.live = Live(Group(self.progress, self.last), refresh_per_second=4)
+        self.far = Text("", no_wrap=True)
+        self.live = Live(Group(self.progress, self.last, self.far), refresh_per_second=4)
         self.live.start()
 
     def show(self, record: Record) -> None:
-        """Move the bar and replace the line."""
+        """Move the bar and replace the lines."""
+        self.pace.add(record)
         self.progress.update(self.task, completed=record["tokens"], description=record["stage"])
         self.last.plain = summary(record)
+        self.far.plain = self.pace.line(record)
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -215,8 +253,9 @@ class Wandb:
     def _work(self) -> None:
         try:
             run = self._start()
+            run.define_metric("*", step_metric="tokens")  # runs of other batches are compared by what they have read
             while (record := self.queue.get()) is not None:
-                run.log(flatten(finite(record)), step=record["step"])
+                run.log(grouped(finite(record)), step=record["step"])
             run.finish()
         except Exception as error:  # whatever W&B raises must not reach the run; the message says what is lost
             print(f"warning: W&B is off ({type(error).__name__}: {error}); metrics.jsonl is complete", flush=True)
@@ -242,3 +281,18 @@ def flatten(record: Record, prefix: str = "") -> Record:
     for key, value in record.items():
         flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+SECTIONS = {
+    "schedule": ("lr", "batch", "seq_len", "stage"),
+    "health": ("grad_norm", "skipped", "memory_gib"),
+    "speed": ("tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"),
+}
+GROUPS = {"loss": "loss/all", "source_loss": "loss"} | {
+    key: f"{section}/{key}" for section, keys in SECTIONS.items() for key in keys
+}
+
+
+def grouped(record: Record) -> Record:
+    """A record with the keys that W&B shows as panels in sections; step and tokens stay, for they are axes."""
+    return flatten({GROUPS.get(key, key): value for key, value in record.items()})

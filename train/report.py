@@ -1,5 +1,8 @@
-"""A run in pictures: `python train/report.py runs/NAME` draws curves.png from metrics.jsonl."""
+"""Runs in pictures: curves.png of each, and with Plotly one page of all that needs no network."""
 
+import argparse
+import html
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,27 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from train.metrics import Record, read_lines
+from train.incidents import Incidents, read_outcome
+from train.metrics import Record, read_lines, short
+
+POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot")
+PANELS = {
+    "loss": ("loss, nats per token", ["loss"]),
+    "validation": ("held-out loss, nats per token", []),
+    "rate": ("learning rate", ["lr"]),
+    "batch": ("batch, sequences", ["batch"]),
+    "context": ("context, tokens", ["seq_len"]),
+    "gradient": ("gradient norm before clipping", ["grad_norm"]),
+    "throughput": ("tokens per second", ["tokens_per_second"]),
+    "utilisation": ("MFU", ["mfu"]),
+    "waiting": ("seconds of a step spent waiting for data", ["data_wait_seconds"]),
+}
+EXAMPLES = """examples:
+  python train/report.py runs/demo
+  python train/report.py runs/sweeps/norms/* --output runs/sweeps/norms/runs.html
+"""
 
 
 def draw(folder: Path) -> Path:
@@ -49,7 +72,130 @@ def _losses(axis: Any, records: list[Record], tokens: list[int]) -> None:
     axis.legend(ncols=3, fontsize="small")
 
 
+def page(folders: list[Path], path: Path) -> Path:
+    """One HTML file with every panel of every run, and what happened to them; it holds Plotly itself (5 MB)."""
+    from plotly.offline import get_plotlyjs
+
+    runs = {folder.name: read_lines(folder / "metrics.jsonl") for folder in folders}
+    parts = [
+        '<!doctype html><html><head><meta charset="utf-8"><title>' + html.escape(", ".join(runs)) + "</title>",
+        "<style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;"
+        "text-align:left;border-bottom:1px solid #ddd}</style>",
+        f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(', '.join(runs))}</h1>",
+    ]
+    parts += [panel(name, runs) for name in PANELS]
+    for folder in folders:
+        parts += [f"<h2>{html.escape(folder.name)}</h2>", *tables(folder, runs[folder.name])]
+    part = path.with_suffix(".part")
+    part.write_text("\n".join([*parts, "</body></html>\n"]), encoding="utf-8")
+    part.rename(path)
+    return path
+
+
+def panel(name: str, runs: dict[str, list[Record]]) -> str:
+    """One figure: a colour per run; sources of a loss are dashed and, with several runs, hidden at first."""
+    import plotly.graph_objects as go
+
+    title, keys = PANELS[name]
+    figure = go.Figure()
+    for number, (run, records) in enumerate(runs.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for key in keys:
+            x, y = curve([(record["tokens"], record[key]) for record in records])
+            figure.add_scatter(x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2})
+        if name in ("loss", "validation"):
+            for place, (source, points) in enumerate(by_source(name, records).items()):
+                x, y = curve(points)
+                line = {"color": COLOURS[place % len(COLOURS)] if len(runs) == 1 else colour, "width": 1}
+                line["dash"] = "solid" if len(runs) == 1 else DASHES[place % len(DASHES)]
+                hidden = "legendonly" if len(runs) > 1 and name == "loss" else True
+                mode = "lines" if name == "loss" else "lines+markers"
+                figure.add_scatter(x=x, y=y, name=f"{run}: {source}", mode=mode, line=line, visible=hidden)
+        if name == "gradient":
+            skipped = [record for record in records if record["skipped"]]
+            figure.add_scatter(
+                x=[record["tokens"] for record in skipped], y=[record["grad_norm"] for record in skipped],
+                name=f"{run}: skipped updates", mode="markers", marker={"color": colour, "symbol": "x", "size": 9},
+            )  # fmt: skip
+        for before, after in zip(records, records[1:], strict=False):
+            if before["stage"] != after["stage"] and number == 0:
+                figure.add_vline(before["tokens"], line_dash="dot", line_color="gray", annotation_text=after["stage"])
+    figure.update_layout(title=title, xaxis_title="tokens", template="simple_white", height=420, showlegend=True)
+    if name == "gradient":
+        figure.update_yaxes(type="log")
+    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name)
+
+
+def by_source(name: str, records: list[Record]) -> dict[str, list[tuple[int, float | None]]]:
+    """Points of each source: training losses, or held-out ones where they were measured."""
+    found: dict[str, list[tuple[int, float | None]]] = {}
+    for record in records:
+        losses = record["source_loss"] if name == "loss" else record.get("validation") or {}
+        for source, value in losses.items():
+            found.setdefault(source, []).append((record["tokens"], value if name == "loss" else value["loss"]))
+    return dict(sorted(found.items()))
+
+
+def curve(points: list[tuple[int, float | None]]) -> tuple[list[int], list[float | None]]:
+    """At most POINTS of them: each the mean of a span, at the span's end; a gap where a value is not finite."""
+    span = -(-len(points) // POINTS) if points else 1
+    x, y = [], []
+    for start in range(0, len(points), span):
+        values = [value for _, value in points[start : start + span] if value is not None]
+        x.append(points[min(start + span, len(points)) - 1][0])
+        y.append(sum(values) / len(values) if values else None)
+    return x, y
+
+
+def tables(folder: Path, records: list[Record]) -> list[str]:
+    """Where the run stands, its starts and incidents, its checkpoints."""
+    outcome = read_outcome(folder)
+    last = records[-1] if records else None
+    facts: list[tuple[str, Any]] = [("state", "running or crashed" if outcome is None else outcome.reason)]
+    if last is not None:
+        facts += [("step", last["step"]), ("tokens", short(last["tokens"])), ("stage", last["stage"])]
+        facts.append(("skipped updates", sum(bool(record["skipped"]) for record in records)))
+    starts = [entry for entry in read_lines(folder / "attempts.jsonl")]
+    begun = [(e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", []))) for e in starts]
+    happened = [(e.get("time"), e.get("incident"), e.get("text")) for e in Incidents(folder).read()]
+    events = sorted([*begun, *happened], key=lambda event: str(event[0]))
+    saved = []
+    for manifest in sorted(folder.glob("checkpoints/step-*/manifest.json")):
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        size = sum(entry["bytes"] for entry in files.values())
+        saved.append((manifest.parent.name, f"{size / 2**30:.3g} GiB", len(files)))
+    return [
+        table(("", ""), facts),
+        "<h3>starts, restarts and faults</h3>",
+        table(("time", "what", ""), events) if events else "<p>none</p>",
+        "<h3>checkpoints</h3>",
+        table(("name", "size", "files"), saved) if saved else "<p>none</p>",
+    ]
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A table of escaped text."""
+    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    return f"<table><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python train/report.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")
+    parser.add_argument("--output", type=Path, help="of the page; report.html in the first run's folder otherwise")
+    given = parser.parse_args()
+    folders = [folder for folder in given.runs if (folder / "metrics.jsonl").is_file()]
+    if not folders:
+        parser.error(f"no metrics.jsonl in {', '.join(map(str, given.runs))}; name folders of runs that have begun")
+    for folder in folders:
+        print(draw(folder))
+    print(page(folders, given.output or folders[0] / "report.html"))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
-        sys.exit("usage: python train/report.py RUN_FOLDER (one that holds metrics.jsonl)")
-    print(draw(Path(sys.argv[1])))
+    main()

@@ -5,10 +5,12 @@ Needs root and Debian's slurm-wlm and munge, which it installs where they are ab
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 NODES = 4
@@ -94,7 +96,9 @@ class Slurm:
         self.until(lambda: not self.run("squeue", "-h", check=False).strip(), 60)
         for path in [*self.home.glob("slurmd-*.pid"), self.home / "slurmctld.pid", self.home / "munge" / "pid"]:
             if path.is_file():
-                subprocess.run(["kill", path.read_text().strip()], check=False)
+                process = path.read_text().strip()
+                subprocess.run(["kill", process], check=False, stderr=subprocess.DEVNULL)
+                self.until(lambda gone=Path("/proc", process): not gone.exists(), 30)
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command that finds this cluster."""
@@ -107,16 +111,21 @@ class Slurm:
         self.run("slurmd", "-N", name)
 
     def lose_node(self, name: str) -> None:
-        """The daemon dies as a machine does; its ranks too, for they are gone with a machine."""
-        daemon = (self.home / f"slurmd-{name}.pid").read_text().strip()
-        subprocess.run(["kill", "-9", daemon], check=True)
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        """Kill what runs there, as a machine dies: first who could still tell the controller, then the ranks."""
+        here = [f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()]
+        tasks, managers = [], {(self.home / f"slurmd-{name}.pid").read_text().strip()}
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                entries = path.read_bytes().split(b"\0")
-            except OSError:
+                if not set(here) <= set((path / "environ").read_bytes().split(b"\0")):
+                    continue
+                tasks.append(path.name)
+                parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                managers |= {parent} if Path("/proc", parent, "comm").read_text().strip() == "slurmstepd" else set()
+            except OSError:  # it ended meanwhile
                 continue
-            if f"SLURMD_NODENAME={name}".encode() in entries and f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in entries:
-                subprocess.run(["kill", "-9", path.parent.name], check=False, stderr=subprocess.DEVNULL)
+        for process in [*managers, *tasks]:
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job."""

@@ -19,8 +19,8 @@ from tests.launch.slurm import Slurm, installed
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slurm
 TOKENS = 1500 * BLOCK
-MODEL = [f"model.{key}={value}" for key, value in
-         {"vocab_size": 96, "d_model": 24, "n_layer": 2, "d_inner": 48, "d_state": 6, "dt_rank": 5}.items()]  # fmt: skip
+MODEL = ["model.vocab_size=96", "model.d_model=24", "model.n_layer=2", "model.d_inner=48", "model.d_state=6",
+         "model.dt_rank=5"]  # fmt: skip
 SOURCE = "{recipe: curated, input: host, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
 DATA = [
     *(f"~data.sources.{name}" for name in ("web", "code", "technical", "curated", "math")),
@@ -31,8 +31,9 @@ DATA = [
 REST = [
     "schedule.warmup_tokens=1000", "schedule.ramp_tokens=8000", "schedule.decay_tokens=20000", "schedule.batch_start=2",
     "schedule.batch_end=4", "checkpoint.every_tokens=12000", "checkpoint.keep_last=3", "parallel.micro_batch_tokens=64",
-    "cluster.device=cpu", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.peak_tflops=1", "metrics.wandb_project=null",
-    "eval.validation.every_tokens=1_000_000", "slurm.warn_seconds=30", "slurm.exclusive=true", "slurm.time=1:00:00",
+    "cluster.device=cpu", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.peak_tflops=1",
+    "metrics.wandb_project=null", "eval.validation.every_tokens=1_000_000",
+    "slurm.warn_seconds=30", "slurm.exclusive=true", "slurm.time=1:00:00",
 ]  # fmt: skip
 
 
@@ -112,7 +113,9 @@ def test_what_interrupts_a_run_leaves_no_trace_in_it(slurm: Slurm, data: Path, a
     newest = checkpoints(run)[-1]
     slurm.until(lambda: checkpoints(run)[-1] != newest, 300)
 
-    urgent = slurm.run("sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    urgent = slurm.run(
+        "sbatch", "--parsable", "-p", "urgent", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+    )
     finished(slurm, urgent.strip(), run)  # it preempts the run, which goes on afterwards
     finished(slurm, job, run)
     assert int(slurm.job(job)["Restarts"]) == 3
@@ -138,7 +141,7 @@ def test_a_requeued_job_is_kept_from_bad_nodes(slurm: Slurm, tmp_path: Path) -> 
     bad_nodes = tmp_path / "bad_nodes.txt"
     script = tmp_path / "job.sh"
     text = (ROOT / "launch" / "pretrain.sbatch").read_text()
-    options = f"#SBATCH --nodes=2\n#SBATCH --exclusive\n#SBATCH --output={tmp_path}/out\n#SBATCH --open-mode=append\n#SBATCH --requeue"
+    options = ["nodes=2", "exclusive", f"output={tmp_path}/out", "open-mode=append", "requeue"]
     # torchrun's place is taken by a program that fails on one node until the job is restarted
     fake = tmp_path / "python"
     fake.write_text(
@@ -154,7 +157,11 @@ exit 1
     values = {"ROOT": ROOT, "PYTHON": fake, "RUN": run, "BAD_NODES": bad_nodes, "RANKS": 1, "RESTARTS": 0,
               "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
     settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
-    script.write_text(text.replace("@OPTIONS@", options).replace("@SETTINGS@", settings))
+    script.write_text(
+        text.replace("@OPTIONS@", "\n".join(f"#SBATCH --{option}" for option in options)).replace(
+            "@SETTINGS@", settings
+        )
+    )
     run.mkdir()
     job = slurm.run("sbatch", "--parsable", str(script)).strip()
     finished(slurm, job, run)

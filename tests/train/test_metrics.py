@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from train.config import MetricsConfig
-from train.metrics import JsonLines, LiveConsole, Metrics, Wandb, flatten, read_lines, short
+from train.metrics import JsonLines, LiveConsole, Metrics, Pace, Wandb, flatten, read_lines, short
 from train.report import draw
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
     fields = {"stage": "a", "loss": 5.0, "source_loss": {"web": 5.0}, "lr": 1e-3, "batch": 4, "seq_len": 16}
-    rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1}
+    rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": False}
+    rates |= {"step_seconds": 6.4, "data_wait_seconds": 0.0}
     return {"step": step, "tokens": step * 64} | fields | rates | extra
 
 
@@ -116,3 +117,18 @@ def test_a_terminal_shows_the_last_step_in_eighty_columns(monkeypatch: pytest.Mo
     console.close()
     assert console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
     assert console.last.plain.startswith("step 1400000 ") and len(console.last.plain) <= 80
+    assert console.far.plain.startswith("3.2k of 6.4k tokens, ") and len(console.far.plain) <= 100
+
+
+def test_the_end_of_a_run_is_a_date_by_its_recent_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the tokens are left; one slow step among fifty moves the date by its share alone."""
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)  # 2027-01-15 08:00 UTC
+    pace = Pace(total=12_800)
+    for step in range(1, 101):
+        slow = step == 100
+        pace.add(record(step, step_seconds=64.0 if slow else 6.4, tokens_per_second=1.0 if slow else 10.0,
+                        data_wait_seconds=0.64, skipped=step in (3, 60)))  # fmt: skip
+    seconds = 6400 / (50 * 64 / (49 * 6.4 + 64.0))
+    line = pace.line(record(100))
+    assert line.endswith(f"skipped 2, ends {time.strftime('%Y-%m-%d %H:%MZ', time.gmtime(1_800_000_000 + seconds))}")
+    assert "data wait 8%" in line and "6.4k of 12.8k tokens" in line

@@ -1,0 +1,177 @@
+"""The page of every config key, made of the dataclasses and configs/ when the site is built: nothing to keep in step.
+
+A key's meaning is the comment behind its field and the one behind its value, and the docstring above stands for those
+that need none. mkdocs loads this as a hook.
+"""
+
+import ast
+import dataclasses
+import enum
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from data.prepare import PrepareConfig
+from launch.config import SubmitConfig
+from train.config import RunConfig
+
+PAGE = "config.md"
+SCHEMAS = (RunConfig, PrepareConfig, SubmitConfig)
+HEAD = """# Every config key
+
+Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is one override away:
+`optim.clip_norm=0.5`. What no source tells is marked *assumed*.
+"""
+MEANINGS = {  # of fields whose names need no comment where they are used
+    "run.dir": "folder that holds everything the run writes",
+    "model.vocab_size": "rows of the embedding and of the head",
+    "model.d_model": "width of the residual",
+    "model.n_layer": "blocks",
+    "model.d_inner": "channels of the mixer",
+    "model.d_state": "state elements per channel",
+    "model.d_conv": "taps of the causal convolution",
+    "model.dt_rank": "width of the low-rank projection of the time step",
+    "model.dt_max": "see dt_min",
+    "model.dt_floor": "see dt_min",
+    "data.folder": "where data/prepare.py builds, and the loader reads",
+    "data.tokenizer.vocab_size": "ids of the tokenizer; a trained one gets as many",
+    "data.sources.NAME.licence": "SPDX name, kept in the manifest",
+    "optim.beta1": "decay of AdamW's first moment",
+    "optim.beta2": "decay of AdamW's second moment",
+    "optim.eps": "added to the root of the second moment",
+    "schedule.peak_lr": "rate after the warmup and until the decay",
+    "schedule.min_lr": "rate at the end of the decay",
+    "schedule.warmup_tokens": "over which the rate grows linearly from zero",
+    "schedule.batch_end": "sequences after the ramp",
+    "schedule.ramp_tokens": "over which the batch grows linearly",
+    "checkpoint.every_tokens": "from one save to the next",
+    "checkpoint.keep_last": "newest checkpoints that are kept",
+    "cluster.nodes": "machines",
+    "cluster.ranks_per_node": "processes of a machine, one per GPU",
+    "eval.prompt": "that the sample goes on from",
+    "eval.sampling.seed": "of the sample",
+    "eval.validation.every_tokens": "from one held-out loss to the next",
+    "eval.validation.seq_len": "context of it",
+    "eval.jobs.every_tokens": "from one leaderboard to the next",
+    "eval.suite.rows[].label": "its name in tables",
+    "eval.suite.rows[].task": "its name in lm-evaluation-harness",
+    "eval.suite.rows[].shots": "examples in the prompt",
+    "eval.suite.published": "scores of other models, in the order of the rows",
+    "data.stages[].name": "shown in metrics and consoles",
+    "eval.suite.name": "of its results' files",
+    "executor.poll_seconds": "between two looks at the tasks",
+}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs' event: put the generated page among the written ones."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, PAGE, content=page()))
+    return files
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = compose("config", ["+experiment=7b"])
+    sections: dict[str, type] = {}
+    for schema in SCHEMAS:
+        sections |= typing.get_type_hints(schema)
+    parts = [HEAD]
+    for name, schema in sections.items():
+        parts.append(f"\n## {name}\n\n{first_sentence(schema)}\n\n| key | type | value | meaning |\n|---|---|---|---|")
+        parts += [row(*entry) for entry in entries(schema, composed.get(name), name, comments_of(name))]
+    return "\n".join(parts) + "\n"
+
+
+def entries(schema: type, values: Any, prefix: str, yaml: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    """(key, type, value, meaning) of every leaf below a dataclass; of a table of dataclasses, its entries' fields."""
+    found = []
+    notes = field_comments(schema)
+    for name, hint in typing.get_type_hints(schema).items():
+        if name not in {field.name for field in dataclasses.fields(schema)}:
+            continue
+        key, value = f"{prefix}.{name}", raw(values, name)
+        note = "; ".join(text for text in (notes.get(name) or MEANINGS.get(key), yaml.get(key)) if text)
+        inner = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if inner is None:
+            found.append((key, type_name(hint), shown(value), note or first_sentence(schema, of_enum=hint)))
+            continue
+        marks = {"dict": ".NAME", "list": "[]"}
+        mark = marks.get(getattr(typing.get_origin(hint), "__name__", ""), "")
+        if mark or note:
+            found.append((key + mark, type_name(hint), "", note or first_sentence(inner)))
+        found += entries(inner, value if not mark else None, key + mark, yaml)
+    return found
+
+
+def raw(values: Any, name: str) -> Any:
+    """A value as it is written, interpolations unresolved."""
+    return OmegaConf.to_container(values, resolve=False).get(name) if isinstance(values, DictConfig) else (values or {}).get(name)
+
+
+def field_comments(schema: type) -> dict[str, str]:
+    """The comments behind the fields of a dataclass."""
+    source = textwrap.dedent(inspect.getsource(schema))
+    lines = source.splitlines()
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    fields = [node for node in body.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    found = {}
+    for node in fields:
+        _, mark, text = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
+        if mark and isinstance(node.target, ast.Name):
+            found[node.target.id] = text.strip()
+    return found
+
+
+def comments_of(section: str) -> dict[str, str]:
+    """The comments behind the values in a section's files, by full key."""
+    found: dict[str, str] = {}
+    for path in [*sorted((ROOT / "configs" / section).glob("*.yaml")), ROOT / "configs" / "config.yaml"]:
+        above = [] if path.name == "config.yaml" else [(-1, section)]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
+                indent = len(match[1])
+                above = [(at, name) for at, name in above if at < indent] + [(indent, match[2])]
+                if match[3]:
+                    found.setdefault(".".join(name for _, name in above), match[3].strip())
+    return found
+
+
+def first_sentence(schema: type, of_enum: Any = None) -> str:
+    """What a docstring says first; of an enum's key the enum's."""
+    if of_enum is not None and not (inspect.isclass(of_enum) and issubclass(of_enum, enum.Enum)):
+        return ""
+    return (inspect.getdoc(of_enum or schema) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def type_name(hint: Any) -> str:
+    """A type as a user writes its values."""
+    if inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        return ", ".join(f"`{member.value}`" for member in hint)
+    return re.sub(r"\b[\w]+\.(?=\w)", "", hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint))
+
+
+def shown(value: Any) -> str:
+    """A value, short."""
+    if isinstance(value, list | dict) and len(str(value)) > 60:
+        return f"{len(value)} entries"
+    return "" if value is None else f"`{value}`"
+
+
+def row(key: str, kind: str, value: str, note: str) -> str:
+    """A line of a table; what would end a cell is escaped."""
+    cells = (cell.replace("|", r"\|") for cell in (f"`{key}`", kind, value, note))
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,107 @@
+"""The runs of a sweep side by side: a table, collected.csv and collected.html in its folder."""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import plotly.graph_objects as go
+from rich.console import Console
+from rich.table import Table
+
+from data.config import InputError
+from train.incidents import read_outcome
+from train.metrics import read_lines
+
+LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
+EXAMPLES = """examples:
+  python launch/collect.py runs/sweeps/norms
+  python launch/collect.py runs/sweeps/130m-peak_lr-decay_tokens
+"""
+Row = dict[str, Any]
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """One row per point of sweep.json: what was varied, how far it got, losses at its end in nats per token."""
+    try:
+        points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} holds no sweep.json; name a folder that launch/submit.py -m has made") from error
+    return [{"run": label, **values, **measured(folder / label)} for label, values in points.items()]
+
+
+def measured(run: Path) -> Row:
+    """Figures of one run; a run that has not begun has none."""
+    records = read_lines(run / "metrics.jsonl")
+    outcome = read_outcome(run)
+    state = "running or crashed" if outcome is None else outcome.reason if outcome.code else "finished"
+    if not records:
+        return {"tokens": 0, "state": "not started" if outcome is None else state}
+    tokens = records[-1]["tokens"]
+    last = [record for record in records if record["tokens"] > (1 - LAST) * tokens and record["loss"] is not None]
+    before = [0, *(record["tokens"] for record in records)]
+    spans = {record["step"]: record["tokens"] - start for start, record in zip(before, records, strict=False)}
+    weight = sum(spans[record["step"]] for record in last)
+    row: Row = {"tokens": tokens, "state": state}
+    row["loss"] = sum(record["loss"] * spans[record["step"]] for record in last) / weight if weight else None
+    validations = [record["validation"] for record in records if record.get("validation")]
+    if validations:
+        losses = {name: entry["loss"] for name, entry in sorted(validations[-1].items())}
+        row["validation"] = sum(losses.values()) / len(losses)
+        row |= {f"validation/{name}": loss for name, loss in losses.items()}
+    row["grad_norm_max"] = max(record["grad_norm"] or 0.0 for record in records)
+    row["skipped"] = sum(bool(record["skipped"]) for record in records)
+    return row
+
+
+def plot(folder: Path, rows: list[Row]) -> Path:
+    """Training loss over tokens of all runs, smoothed as the eye needs it, on one page without a network."""
+    figure = go.Figure()
+    for row in rows:
+        records = [record for record in read_lines(folder / row["run"] / "metrics.jsonl") if record["loss"] is not None]
+        window = max(1, len(records) // 100)
+        losses = [record["loss"] for record in records]
+        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
+        figure.add_scatter(x=[record["tokens"] for record in records], y=smooth, name=row["run"], mode="lines")
+    figure.update_layout(
+        title=folder.name, xaxis_title="tokens", yaxis_title="loss, nats per token", template="simple_white"
+    )
+    path = folder / "collected.html"
+    figure.write_html(path, include_plotlyjs=True)
+    return path
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python launch/collect.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, help="of a sweep")
+    folder = parser.parse_args().folder
+    rows = rows_of(folder)
+    rows.sort(key=lambda row: (row.get("validation", row.get("loss")) is None, row.get("validation", row.get("loss"))))
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=str(folder))
+    for key in keys:
+        table.add_column(key, justify="left" if key in ("run", "state") else "right")
+    for row in rows:
+        values = (row.get(key, "") for key in keys)
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
+    Console().print(table)
+    with (folder / "collected.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{folder / 'collected.csv'}\n{plot(folder, rows)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,61 @@
+"""Is this machine fit for the run? `python launch/doctor.py +experiment=demo` looks, and names a fix for each fault."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+from rich.table import Table
+
+from data.command import USER_ERROR, command
+from launch.checks import CHECKS, Finding
+from train.config import RunConfig
+
+COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
+
+
+@dataclass
+class Line:
+    """One check with what it found."""
+
+    name: str
+    finding: Finding
+
+
+def examine(config: RunConfig) -> list[Line]:
+    """Every check in turn; one that cannot even run is a finding too."""
+    lines = []
+    for name, check in CHECKS.items():
+        try:
+            finding = check(config)
+        except Exception as error:  # a doctor that falls ill helps nobody: the patient gets the message
+            fix = "see the message; python -X faulthandler launch/doctor.py tells more"
+            finding = Finding("bad", f"{type(error).__name__}: {' '.join(str(error).split())}", fix)
+        lines.append(Line(name, finding))
+    return lines
+
+
+@command(RunConfig)
+def main(config: RunConfig) -> None:
+    """Print a line per check, and a fix below every red one; exit code 2 when there is any."""
+    lines = examine(config)
+    table = Table(title=f"{config.run.name} on {os.uname().nodename}")
+    for column in ("check", "", "found"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        finding = line.finding
+        table.add_row(line.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", finding.text)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    bad = [line for line in lines if line.finding.state != "ok" and line.finding.fix]
+    for line in bad:
+        console.print(f"{line.name}: {line.finding.fix}", markup=False, style=COLOURS[line.finding.state])
+    if any(line.finding.state == "bad" for line in lines):
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

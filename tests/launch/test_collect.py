@@ -1,0 +1,45 @@
+"""A sweep's runs come into one table, in the order of their losses; runs that did not end say so."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.config import InputError
+from launch.collect import rows_of
+from tests.train.test_report import write_run
+from train.incidents import Outcome
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    points = {"a": {"optim.clip_norm": "1.0"}, "b": {"optim.clip_norm": "0.5"}, "c": {"optim.clip_norm": "2.0"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
+    Outcome(0, "all").write(write_run(tmp_path / "a", 0.5))
+    write_run(tmp_path / "b", 0.0)
+    return tmp_path
+
+
+def test_rows_hold_what_was_varied_and_measured(folder: Path) -> None:
+    a, b, c = rows_of(folder)
+    steps = [json.loads(line) for line in (folder / "a" / "metrics.jsonl").read_text().splitlines()]
+    last = [step["loss"] for step in steps if step["tokens"] > 0.95 * 6000]
+    assert a["loss"] == pytest.approx(sum(last) / len(last)) and len(last) == 3
+    assert a["validation"] == pytest.approx(steps[-1]["loss"]) and a["skipped"] == 1 and a["optim.clip_norm"] == "1.0"
+    assert (a["state"], b["state"], c["state"]) == ("finished", "running or crashed", "not started")
+    with pytest.raises(InputError, match=r"no sweep\.json"):
+        rows_of(folder / "a")
+
+
+def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:
+    command = [sys.executable, "launch/collect.py", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    with (folder / "collected.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["b", "a", "c"]
+    assert '"name":"b"' in (folder / "collected.html").read_text()

@@ -1,0 +1,57 @@
+"""The doctor finds what is broken, says the fix, and is content with what is not."""
+
+from pathlib import Path
+
+import pytest
+
+from launch import checks, doctor
+from launch.checks import CHECKS
+from model import kernels
+from tests.compose import run_config
+from tests.corpus import make_corpus
+from train.config import RunConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    run = run_config("demo", f"run.dir={tmp_path}/run")
+    run.data = make_corpus(tmp_path / "data")
+    return run
+
+
+def test_a_sound_machine_has_no_red_line(config: RunConfig) -> None:
+    lines = doctor.examine(config)
+    assert [line.name for line in lines] == list(CHECKS)
+    assert [line for line in lines if line.finding.state == "bad" and line.name != "Slurm"] == []
+    assert all(line.finding.fix for line in lines if line.finding.state == "bad")
+    assert not list(config.run.folder.parent.glob(".doctor-*"))
+
+
+def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = kernels.load(config.parallel.kernels, "cpu")
+
+    class Wrong:
+        name = "wrong"
+
+        @staticmethod
+        def selective_scan(*inputs: object, starts: object = None) -> object:
+            return sound.selective_scan(*inputs)  # forgets to forget: no resets
+
+    monkeypatch.setattr(kernels, "load", lambda *_: Wrong)
+    assert checks.kernels(config).state == "bad"
+
+
+def test_missing_data_room_and_memory_are_red_with_a_fix(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    finding = checks.data(config)
+    assert finding.state == "bad" and "data/prepare.py" in finding.fix
+    large = run_config("7b", f"run.dir={tmp_path}/7b", "data.folder=/d", "data.tokenizer.path=/t", "cluster.device=cpu",
+                       "checkpoint.keep_last=10000")  # fmt: skip
+    for check in (checks.disk, checks.memory):
+        assert check(large).state == "bad" and check(large).fix
+
+
+def test_a_collective_that_fails_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ALL_REDUCE", "import sys; sys.exit('no route to host' if sys.argv[4] == '1' else 0)")
+    finding = checks.collectives(config)
+    assert finding.state == "bad" and "no route to host" in finding.text and "GLOO_SOCKET_IFNAME" in finding.fix

@@ -1,0 +1,108 @@
+"""A submission is checked before it waits in a queue; scripts say what the config says; sweeps are named runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.config import InputError
+from launch import submit
+from launch.script import render
+from launch.sweep import job, sweep
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CLUSTER = ["+experiment=7b", "cluster=h100_32n", "data.folder=/data", "data.tokenizer.path=/data/t.json"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["launch/submit.py", *words])
+    return submit.main()
+
+
+def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_text("# two strikes, and one\nn7 2026-01-01 7b crash\nn7 2026-01-02 7b crash\nn8 2026-01-02 7b crash\n")
+    odd = "run.dir='/tmp/a b$(touch x)'"
+    words = [*CLUSTER, "slurm.partition=h100", f"slurm.bad_nodes={bad}", "slurm.options=['--qos=long']", odd]
+    text = render(job(words), "train", "train/pretrain.py")
+    for line in ("--nodes=32", "--gpus-per-node=8", "--partition=h100", "--requeue", "--signal=B:USR1@900",
+                 "--exclude=n7", "--qos=long", "--open-mode=append"):  # fmt: skip
+        assert f"\n#SBATCH {line}\n" in text
+    shown = subprocess.run(
+        ["bash", "-c", text.split("cd ")[0] + '\nprintf "%s\\n" "${OVERRIDES[@]}" "$RUN"'],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.splitlines() == [*words, "/tmp/a b$(touch x)"]
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert "@" not in [line[:1] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["slurm.time=soon"], "write DAYS-HOURS"),
+        (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
+        (["schedule.min_lr=1"], "min_lr <= peak_lr"),
+        (["parallel.micro_batch_tokens=1"], "does not hold one sequence"),
+        (["parallel.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit here"),
+    ],
+)
+def test_mistakes_are_said_on_the_login_node(monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(monkeypatch, *CLUSTER, *words, "--dry-run")
+
+
+def test_a_chain_is_shown_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, *CLUSTER, "--dry-run", "--stages", "prepare,train,export,eval") == 0
+    text = capsys.readouterr().out
+    for before, script in (("PREPARE", "pretrain"), ("TRAIN", "export"), ("EXPORT", "run")):
+        assert f"afterok:${before}" in text and f"{script}.py" in text
+    with pytest.raises(InputError, match="in this order"):
+        call(monkeypatch, *CLUSTER, "--stages", "eval,train")
+
+
+def test_a_sweep_is_a_run_per_point_of_hydras_syntax() -> None:
+    words = ["+experiment=130m", "data.folder=/data", "data.tokenizer.path=/t.json"]
+    found, jobs = sweep([*words, "schedule.peak_lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None)
+    assert found.folder == "runs/sweeps/130m-decay_tokens-peak_lr" and len(jobs) == len(found.points) == 4
+    values = {(each.config.schedule.peak_lr, each.config.schedule.decay_tokens) for each in jobs}
+    assert values == {(rate, decay) for rate in (1e-3, 3e-3) for decay in (10**9, 2 * 10**9)}
+    folders = {each.config.run.dir for each in jobs}
+    assert folders == {f"{found.folder}/{label}" for label in found.points}
+    with pytest.raises(InputError, match="several values"):
+        sweep(words, None)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_named_sweeps_compose(path: Path) -> None:
+    words = ["+experiment=130m", f"+sweep={path.stem}", "data.folder=/data", "data.tokenizer.path=/t.json"]
+    found, jobs = sweep(words, None)
+    assert found.folder == f"runs/sweeps/{path.stem}" and len(jobs) >= 2
+    assert all(each.config.run.name.startswith(f"{path.stem}.") for each in jobs)
+
+
+def test_local_runs_go_on_after_one_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, int("optim.clip_norm=1.0" in command))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    words = ["-m", "+experiment=demo", f"hydra.sweep.dir={tmp_path}", "optim.clip_norm=0.5,1.0,2.0", "--name", "clip"]
+    assert call(monkeypatch, *words, "--local", "--stages", "prepare,train") == 1
+    scripts = [next(word for word in command if word.endswith(".py")) for command in seen]
+    assert scripts == [
+        "data/prepare.py",
+        "train/pretrain.py",
+        "data/prepare.py",
+        "data/prepare.py",
+        "train/pretrain.py",
+    ]
+    assert "clip.clip_norm-1.0 (prepare)" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "clip" / "sweep.json").read_text())["points"]) == 3

@@ -1,0 +1,79 @@
+"""The page of a run: every panel draws in a real browser, several runs share it, and nothing on it is code."""
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import image
+
+from train.report import PANELS, POINTS, curve, page
+
+
+def write_run(folder: Path, shift: float) -> Path:
+    """Sixty steps in two stages, with a skipped one, held-out losses, an incident and a checkpoint."""
+    folder.mkdir()
+    lines = []
+    for step in range(1, 61):
+        loss = 2 + 3 * math.exp(-step / 20) + shift
+        record: dict[str, Any] = {
+            "step": step, "tokens": 100 * step, "loss": None if step == 9 else loss, "lr": 1e-3,
+            "grad_norm": 1.0 + shift, "source_loss": {"web": loss + 0.1, "code": loss - 0.1},
+            "skipped": step == 9, "batch": 4 + step // 20,
+            "seq_len": 16 if step < 30 else 32, "stage": "short" if step < 30 else "long",
+            "tokens_per_second": 50.0 + step, "mfu": 0.2, "memory_gib": 1.0,
+            "data_wait_seconds": 0.01, "step_seconds": 2.0,
+        }  # fmt: skip
+        if step % 20 == 0:
+            record["validation"] = {name: {"loss": loss, "bits_per_byte": 1.0} for name in ("web", "code")}
+        lines.append(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    incident = {"time": "2026-01-01T00:00:00Z", "incident": "crash", "text": "<script>alert(1)</script> boom"}
+    (folder / "incidents.jsonl").write_text(json.dumps(incident) + "\n")
+    (folder / "checkpoints" / "step-00000060").mkdir(parents=True)
+    manifest = {"files": {"a.safetensors": {"bytes": 2**30, "sha256": "0"}}}
+    (folder / "checkpoints" / "step-00000060" / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def browse(path: Path, *options: str) -> str:
+    """What headless Chromium makes of a page, without a network."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,5200", "--hide-scrollbars",
+               "--virtual-time-budget=20000", f"--user-data-dir={path.parent / 'profile'}", *options]  # fmt: skip
+    result = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "one", 0.0), write_run(tmp_path / "two", 0.5)]
+    path = page(runs, tmp_path / "report.html")
+    picture = tmp_path / "page.png"
+    document = browse(path, f"--screenshot={picture}", "--dump-dom")
+    for name in PANELS:
+        drawn = document.partition(f'<div id="{name}"')[2].partition("</script>")[0]
+        assert drawn.count('class="js-line"') >= 2, name  # a curve of each run
+    assert "step-00000060" in document and "1 GiB" in document
+    pixels = image.imread(picture)[..., :3]
+    for colour in ((0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)):  # the colours of both runs
+        seen = (abs(pixels * 255 - colour).max(axis=2) < 8).sum()
+        assert seen > 2000, (colour, seen)
+
+
+def test_the_page_needs_no_network_and_runs_no_text(tmp_path: Path) -> None:
+    text = page([write_run(tmp_path / "one", 0.0)], tmp_path / "report.html").read_text()
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; boom" in text
+    assert 'src="http' not in text
+
+
+def test_curves_of_long_runs_are_means_of_spans() -> None:
+    points = [(step, float(step % 2)) for step in range(1, 10 * POINTS + 1)]
+    x, y = curve(points)
+    assert len(x) == POINTS and x[-1] == 10 * POINTS and set(y) == {0.5}
+    assert curve([(1, None), (2, 3.0)]) == ([1, 2], [None, 3.0])

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 60
-.PHONY: help install demo test check format bench soak faults
+.PHONY: help install demo test check format bench docs soak faults
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +34,10 @@ check: install  ## style, lint, types
 format: install  ## mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install  ## the documentation as a site in runs/site
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -m tests.bench.gpu
 	$(BIN)/python -m tests.bench.cpu

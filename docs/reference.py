@@ -21,12 +21,14 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from data.browse import BrowseConfig
 from data.prepare import PrepareConfig
+from data.verify import VerifyConfig
 from launch.config import SubmitConfig
-from train.config import RunConfig
+from launch.estimate import PlannedRun
 
 PAGE = "config.md"
-SCHEMAS = (RunConfig, PrepareConfig, SubmitConfig)
+SCHEMAS = (PlannedRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is one override away:
@@ -118,7 +120,11 @@ def entries(schema: type, values: Any, prefix: str, yaml: dict[str, str]) -> lis
 
 def raw(values: Any, name: str) -> Any:
     """A value as it is written, interpolations unresolved."""
-    return OmegaConf.to_container(values, resolve=False).get(name) if isinstance(values, DictConfig) else (values or {}).get(name)
+    return (
+        OmegaConf.to_container(values, resolve=False).get(name)
+        if isinstance(values, DictConfig)
+        else (values or {}).get(name)
+    )
 
 
 def field_comments(schema: type) -> dict[str, str]:
@@ -161,7 +167,9 @@ def type_name(hint: Any) -> str:
     """A type as a user writes its values."""
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
-    return re.sub(r"\b[\w]+\.(?=\w)", "", hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint))
+    return re.sub(
+        r"\b[\w]+\.(?=\w)", "", hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    )
 
 
 def shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import checks, doctor
 from launch.checks import CHECKS
@@ -34,8 +35,8 @@ def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPa
         name = "wrong"
 
         @staticmethod
-        def selective_scan(*inputs: object, starts: object = None) -> object:
-            return sound.selective_scan(*inputs)  # forgets to forget: no resets
+        def selective_scan(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return sound.selective_scan(*inputs[:-1])  # forgets to forget: no resets
 
     monkeypatch.setattr(kernels, "load", lambda *_: Wrong)
     assert checks.kernels(config).state == "bad"

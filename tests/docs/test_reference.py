@@ -1,0 +1,62 @@
+"""The documentation is about this code: every key has a meaning, every command that is shown exists."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from data.command import CONFIGS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT))  # the hook's, which needs it without an installed package
+    return module
+
+
+def leaves(config: DictConfig, prefix: str = "") -> set[str]:
+    """Keys of a config down to its values; entries of tables with names of their own count as one."""
+    found = set()
+    for name in config:
+        key = f"{prefix}{name}"
+        value = config._get_node(name)
+        if key in ("data.sources", "eval.suite"):
+            continue
+        found |= leaves(value, f"{key}.") if isinstance(value, DictConfig) and len(value) else {key}
+    return found
+
+
+def test_every_key_is_there_with_its_meaning(reference: ModuleType) -> None:
+    rows = [line for line in reference.page().splitlines() if line.startswith("| `")]
+    meanings = {row.split("`")[1]: re.split(r"(?<!\\)\|", row)[4].strip() for row in rows}
+    assert [key for key, meaning in meanings.items() if not meaning] == []
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose("config", ["+experiment=7b"])
+    shown = {key.replace("[]", "").replace(".NAME", "") for key in meanings}
+    missing = {key for key in leaves(composed) if key not in shown and not any(key.startswith(f"{s}.") for s in shown)}
+    assert missing == set() and "data.sources.NAME.recipe" in meanings
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_commands_and_links_exist(path: Path) -> None:
+    text = path.read_text()
+    assert text.isascii()
+    for script in re.findall(r"\b(?:data|train|eval|launch)/\w+\.py", text):
+        assert (ROOT / script).is_file(), script
+    for name in re.findall(r"\+(?:experiment|sweep)=(\w+)", text):
+        found = list(ROOT.glob(f"configs/*/{name}.yaml"))
+        assert found or name == "NAME", name
+    for link in re.findall(r"\]\(([\w.]+\.md)\)", text):
+        assert link == "config.md" or (path.parent / link).is_file(), link

@@ -91,7 +91,7 @@ def kernels(config: RunConfig) -> Finding:
     results = []
     for kernel, dtype in ((chosen, torch.float32), (REFERENCE, torch.float64)):
         inputs = {name: value.to(device, dtype, copy=True).requires_grad_() for name, value in drawn.items()}
-        y, _ = kernel.selective_scan(*inputs.values(), starts)
+        y, _ = kernel.selective_scan(*[*inputs.values(), starts])
         y.square().sum().backward()
         results.append(
             [y.detach().double(), *(value.grad.double() for value in inputs.values() if value.grad is not None)]

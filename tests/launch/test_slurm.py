@@ -18,7 +18,7 @@ from tests.launch.slurm import Slurm, installed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slurm
-TOKENS = 1500 * BLOCK
+TOKENS = 1000 * BLOCK
 MODEL = ["model.vocab_size=96", "model.d_model=24", "model.n_layer=2", "model.d_inner=48", "model.d_state=6",
          "model.dt_rank=5"]  # fmt: skip
 SOURCE = "{recipe: curated, input: host, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
@@ -30,7 +30,7 @@ DATA = [
 ]  # fmt: skip
 REST = [
     "schedule.warmup_tokens=1000", "schedule.ramp_tokens=8000", "schedule.decay_tokens=20000", "schedule.batch_start=2",
-    "schedule.batch_end=4", "checkpoint.every_tokens=12000", "checkpoint.keep_last=3", "parallel.micro_batch_tokens=64",
+    "schedule.batch_end=4", "checkpoint.every_tokens=6000", "checkpoint.keep_last=3", "parallel.micro_batch_tokens=64",
     "cluster.device=cpu", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.peak_tflops=1",
     "metrics.wandb_project=null", "eval.validation.every_tokens=1_000_000",
     "slurm.warn_seconds=30", "slurm.exclusive=true", "slurm.time=1:00:00",
@@ -135,45 +135,52 @@ def assert_same(run: Path, other: Path) -> None:
     assert weights[0] == weights[1] and len(weights[0]) == 2
 
 
+def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> tuple[str, Path]:
+    """The batch script of training with a shell script in torchrun's place; returns the job and its run's folder."""
+    run, fake, script = folder / "run", folder / "python", folder / "job.sh"
+    run.mkdir()
+    fake.write_text(f'#!/usr/bin/env bash\n[ "$1" = launch/attempt.py ] && exec {sys.executable} "$@"\n{ranks}\n')
+    fake.chmod(0o755)
+    values = {"ROOT": ROOT, "PYTHON": fake, "RUN": run, "BAD_NODES": folder / "bad_nodes.txt", "RANKS": 1,
+              "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
+    settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
+    lines = "\n".join(f"#SBATCH --{option}" for option in (f"output={folder}/out", "open-mode=append", *options))
+    text = (ROOT / "launch" / "pretrain.sbatch").read_text()
+    script.write_text(text.replace("@OPTIONS@", lines).replace("@SETTINGS@", settings))
+    return slurm.run("sbatch", "--parsable", str(script)).strip(), run
+
+
 def test_a_requeued_job_is_kept_from_bad_nodes(slurm: Slurm, tmp_path: Path) -> None:
     """The crash of a rank strikes its node; with as many strikes as the limit the requeued job starts elsewhere."""
-    run = tmp_path / "crashing"
-    bad_nodes = tmp_path / "bad_nodes.txt"
-    script = tmp_path / "job.sh"
-    text = (ROOT / "launch" / "pretrain.sbatch").read_text()
-    options = ["nodes=2", "exclusive", f"output={tmp_path}/out", "open-mode=append", "requeue"]
-    # torchrun's place is taken by a program that fails on one node until the job is restarted
-    fake = tmp_path / "python"
-    fake.write_text(
-        f"""#!/usr/bin/env bash
-[ "$1" = launch/attempt.py ] && exec {sys.executable} "$@"
-[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0
+    crash = '{"time": "9999", "incident": "crash", "text": "rank 0 on \'"$SLURMD_NODENAME"\': boom"}'
+    ranks = f"""[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0
 [ "$SLURM_NODEID" = 0 ] || {{ sleep 60; exit 0; }}
-echo '{{"time": "9999", "incident": "crash", "text": "rank 0 on '"$SLURMD_NODENAME"': boom"}}' >> {run}/incidents.jsonl
-exit 1
-"""
-    )
-    fake.chmod(0o755)
-    values = {"ROOT": ROOT, "PYTHON": fake, "RUN": run, "BAD_NODES": bad_nodes, "RANKS": 1, "RESTARTS": 0,
-              "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
-    settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
-    script.write_text(
-        text.replace("@OPTIONS@", "\n".join(f"#SBATCH --{option}" for option in options)).replace(
-            "@SETTINGS@", settings
-        )
-    )
-    run.mkdir()
-    job = slurm.run("sbatch", "--parsable", str(script)).strip()
+echo '{crash}' >> {tmp_path}/run/incidents.jsonl
+exit 1"""
+    job, run = fake_job(slurm, tmp_path, ranks, "nodes=2", "exclusive", "requeue")
     finished(slurm, job, run)
     first, second = (entry["nodes"] for entry in attempts(run, "begin"))
-    assert first[0] not in second and bad_nodes.read_text().startswith(first[0])
+    assert first[0] not in second and (tmp_path / "bad_nodes.txt").read_text().startswith(first[0])
     log = (tmp_path / "out").read_text()
     assert "requeue crash" in log and f"kept from {first[0]}" in log and "done the ranks" in log
 
 
+def test_the_time_limit_requeues_and_a_cancelled_job_stays_so(slurm: Slurm, tmp_path: Path) -> None:
+    """Slurm's own warning reaches the ranks, and the next start goes on; scancel means what it says."""
+    ranks = f"""trap 'echo "{{\\"code\\": 75, \\"reason\\": \\"asked\\"}}" > {tmp_path}/run/outcome.json; exit 1' TERM
+touch {tmp_path}/run/started-$SLURM_RESTART_COUNT
+while :; do sleep 0.2; done"""
+    job, run = fake_job(slurm, tmp_path, ranks, "nodes=1", "requeue", "time=1", "signal=B:USR1@30")
+    slurm.until(lambda: (run / "started-1").is_file(), 150)
+    assert attempts(run, "end")[0]["verdict"] == "requeue" and "time limit is near" in (tmp_path / "out").read_text()
+    slurm.run("scancel", job)
+    slurm.until(lambda: slurm.state(job) == "CANCELLED", 60)
+    assert slurm.job(job)["Restarts"] == "1" and len(attempts(run, "begin")) == 2
+
+
 def test_a_chain_waits_for_success(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    """Without data the first job fails, and the one that depends on it ends instead of waiting for ever."""
-    submit(slurm, data, tmp_path / "chain", "--stages", "prepare,train", "~data.sources.sums", "run.seed=1")
+    """A first job without a place for its data fails, and the one behind it ends instead of waiting for ever."""
+    submit(slurm, data, tmp_path / "chain", "--stages", "prepare,train", "data.folder=/dev/null/none")
     jobs = [line.split() for line in slurm.run("squeue", "-h", "-o", "%i %j").splitlines()]
     numbers = sorted(number for number, name in jobs if name.startswith("chain-"))
     assert len(numbers) == 2

@@ -11,13 +11,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import plotly.graph_objects as go
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from data.config import InputError
 from train.incidents import read_outcome
-from train.metrics import read_lines
+from train.metrics import read_lines, short
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
+BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
   python launch/collect.py runs/sweeps/130m-peak_lr-decay_tokens
@@ -48,11 +50,15 @@ def measured(run: Path) -> Row:
     weight = sum(spans[record["step"]] for record in last)
     row: Row = {"tokens": tokens, "state": state}
     row["loss"] = sum(record["loss"] * spans[record["step"]] for record in last) / weight if weight else None
-    validations = [record["validation"] for record in records if record.get("validation")]
-    if validations:
-        losses = {name: entry["loss"] for name, entry in sorted(validations[-1].items())}
+    validated = [record for record in records if record.get("validation")]
+    if validated:
+        losses = {name: entry["loss"] for name, entry in sorted(validated[-1]["validation"].items())}
         row["validation"] = sum(losses.values()) / len(losses)
         row |= {f"validation/{name}": loss for name, loss in losses.items()}
+        row["validated_at"] = validated[-1]["tokens"]
+    if (run / "eval.json").is_file():
+        heldout = json.loads((run / "eval.json").read_text(encoding="utf-8"))["heldout"]
+        row["bits_per_byte"] = heldout["all"]["bits_per_byte"]
     row["grad_norm_max"] = max(record["grad_norm"] or 0.0 for record in records)
     row["skipped"] = sum(bool(record["skipped"]) for record in records)
     return row
@@ -75,6 +81,21 @@ def plot(folder: Path, rows: list[Row]) -> Path:
     return path
 
 
+def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
+    """The table on the console, where what was varied names a run; held-out losses per source are in the file alone."""
+    table = Table(title=str(folder))
+    for key in keys:
+        table.add_column(key.rsplit(".", 1)[-1], justify="left" if key == "state" else "right", no_wrap=True)
+    for row in rows:
+        values = [
+            short(row[key]) if key in ("tokens", "validated_at") and key in row else row.get(key, "") for key in keys
+        ]
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
+    console = Console()
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, wide)).print(table)  # figures that are cut off help nobody
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -84,15 +105,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a sweep")
     folder = parser.parse_args().folder
     rows = rows_of(folder)
-    rows.sort(key=lambda row: (row.get("validation", row.get("loss")) is None, row.get("validation", row.get("loss"))))
+    best = next((key for key in BEST if any(key in row for row in rows)), "loss")
+    rows.sort(key=lambda row: float("inf") if row.get(best) is None else row[best])
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=str(folder))
-    for key in keys:
-        table.add_column(key, justify="left" if key in ("run", "state") else "right")
-    for row in rows:
-        values = (row.get(key, "") for key in keys)
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
-    Console().print(table)
+    show(folder, rows, [key for key in keys if key != "run" and "/" not in key])
     with (folder / "collected.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()

@@ -30,16 +30,23 @@ def test_rows_hold_what_was_varied_and_measured(folder: Path) -> None:
     steps = [json.loads(line) for line in (folder / "a" / "metrics.jsonl").read_text().splitlines()]
     last = [step["loss"] for step in steps if step["tokens"] > 0.95 * 6000]
     assert a["loss"] == pytest.approx(sum(last) / len(last)) and len(last) == 3
-    assert a["validation"] == pytest.approx(steps[-1]["loss"]) and a["skipped"] == 1 and a["optim.clip_norm"] == "1.0"
+    assert (
+        a["validation"] == pytest.approx(steps[-1]["loss"])
+        and a["skipped"] == 1
+        and a["validated_at"] == 6000
+        and a["optim.clip_norm"] == "1.0"
+    )
     assert (a["state"], b["state"], c["state"]) == ("finished", "running or crashed", "not started")
     with pytest.raises(InputError, match=r"no sweep\.json"):
         rows_of(folder / "a")
 
 
 def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:
+    (folder / "a" / "eval.json").write_text(json.dumps({"heldout": {"all": {"bits_per_byte": 1.25}}}))
     command = [sys.executable, "launch/collect.py", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     with (folder / "collected.csv").open() as file:
-        assert [row["run"] for row in csv.DictReader(file)] == ["b", "a", "c"]
+        assert [row["run"] for row in csv.DictReader(file)] == ["a", "b", "c"]  # a has been evaluated
+    assert "1.2500" in result.stdout and "running or crashed" in result.stdout
     assert '"name":"b"' in (folder / "collected.html").read_text()

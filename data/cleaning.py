@@ -100,7 +100,7 @@ def near_duplicate_passes(build: Build, setting: str, documents: Path) -> list[P
     return [
         Pass("signatures", lambda: list(first), logs / "signatures"),
         Pass("buckets", lambda: list(second), logs / "buckets"),
-        Pass("clusters", lambda: [(near_duplicates.clusters, setting, work)], logs / "clusters"),
+        Pass("clusters", lambda: [(near_duplicates.clusters, work)], logs / "clusters"),
         Pass("unique", lambda: list(last), logs / "unique", out),
     ]
 

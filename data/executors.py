@@ -16,6 +16,7 @@ from data.config import Executor, ExecutorConfig, InputError
 from data.workers import HEARTBEAT_SECONDS, Job, Workers, say
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 3  # looks at an empty queue before results count as lost: a shared file system may show them late
 Finished = Callable[[str, list[Any]], None]
 
 
@@ -106,15 +107,16 @@ class SlurmTasks:
         first, past = {}, 0
         for name, group in jobs.items():
             first[name], past = past, past + len(group)
+        quiet = 0
         while len(done) < len(jobs):
-            running = self.running()
+            quiet = 0 if self.running() else quiet + 1
             here = {int(path.stem) for path in results.glob("*.json")}
             for name in [name for name in jobs if name not in done]:
                 ranks = range(first[name], first[name] + len(jobs[name]))
                 if here.issuperset(ranks):
                     finished(name, [json.loads((results / f"{rank:06d}.json").read_text()) for rank in ranks])
                     done.append(name)
-            if len(done) < len(jobs) and not running and len(list(results.glob("*.json"))) < len(flat):
+            if len(done) < len(jobs) and quiet > PATIENCE:
                 missing = sorted(set(range(len(flat))) - here)
                 raise InputError(
                     f"{stage}: {len(missing)} of {len(flat)} tasks ended without a result, the first is {missing[0]}; "

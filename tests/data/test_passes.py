@@ -13,12 +13,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import networkx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import substrings, tokenizer
+from data import near_duplicates, substrings, tokenizer
 from data.config import DataConfig, Executor, ExecutorConfig, InputError, Source, Stage, TokenizerConfig
 from data.prepare import prepare
 
@@ -232,6 +233,25 @@ def test_a_cut_joins_no_words() -> None:
     assert substrings.cut(text, np.array([3]), 4) == "one, two. six"
     assert substrings.cut(text, np.array([2]), 2) == "one, Three four five. six"
     assert substrings.cut(text, np.array([1]), 3) == "one Three four five. six"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.tuples(*[st.integers(0, 3), st.integers(0, 12)] * 2), max_size=12), max_size=4))
+def test_clusters_are_the_connected_components(
+    tmp_path_factory: pytest.TempPathFactory, buckets: list[list[tuple[int, int, int, int]]]
+) -> None:
+    """Against networkx; the first document of each stays."""
+    work = tmp_path_factory.mktemp("clusters")
+    (work / "pairs").mkdir()
+    for number, pairs in enumerate(buckets):
+        np.array(pairs, dtype="<u4").tofile(work / "pairs" / f"{number:05d}_00.dups")
+    near_duplicates.clusters(work)
+    found = {
+        (int(path.stem), int(place)) for path in (work / "remove").iterdir() for place in np.fromfile(path, dtype="<u4")
+    }
+    graph = networkx.Graph(((a, b), (c, d)) for pairs in buckets for a, b, c, d in pairs)
+    expected = {node for component in networkx.connected_components(graph) for node in sorted(component)[1:]}
+    assert found == expected
 
 
 def test_partitions_stay_small() -> None:

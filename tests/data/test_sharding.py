@@ -22,7 +22,8 @@ ALPHABET = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    trained = tokenizer.train(["a river\nriver 12345. river"] * 3, 275, tmp_path_factory.mktemp("v"))
+    texts = ["a river\n\n\n\nriver   12345.\n \n\triver\n\n\n\n"] * 3  # runs of white space become ids
+    trained = tokenizer.train(texts, 280, tmp_path_factory.mktemp("v"))
     trained.encode_special_tokens = True
     return trained
 

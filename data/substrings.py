@@ -5,9 +5,9 @@ Here every window of n tokens gets a 64-bit hash; the hashes are sorted in runs 
 partition, and every window but the first of its kind is cut. A run of m >= n repeated tokens is m - n + 1 repeated
 windows, so both find the same runs. A token is a word or a mark, which Falcon's vocabulary writes in one token or more.
 
-Costs, for T tokens in tasks of t: 16 T bytes on disk while it runs; per process about 100 bytes x CHUNK, or a partition
-(PARTITION_BYTES on average), or 8 t bytes: nothing in memory grows with the corpus. Two different windows share a hash
-with probability 2^-64: about one wrong cut in 4e12 windows of such a corpus against another 4e6 of them.
+Costs, for T tokens: 16 T bytes on disk while it runs; per process about 100 bytes x CHUNK, or six times a partition
+(PARTITION_BYTES at most), or 8 bytes per repeated window of a task: nothing in memory grows with the corpus.
+Two different windows share a hash with probability 2^-64: T^2 / 2^65 windows are cut wrongly, at T = 4e12 one in 1e7.
 """
 
 import re

@@ -42,6 +42,8 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
         watch.begin(lease if here.first else None)
         leave = Leave(config.health.stop_after_seconds, config.health.stop_margin_seconds)
         leave.install()
+        if here.first:
+            print(f"{here.world_size} ranks have met; building the model", flush=True)
         outcome = body(watch, leave)
         if here.first:
             outcome.write(folder)

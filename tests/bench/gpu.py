@@ -212,30 +212,48 @@ class Bench:
 
             self.time("one layer, forward and backward", f"B 1, L {self.length}", name, step)
 
+    def embedding(self) -> None:
+        """The lookup, forward and backward: with the head and loss, what a rank's step has besides its layers."""
+        c = self.config
+        table = nn.Embedding(c.vocab_size, c.d_model, device=self.device)
+        tokens = torch.randint(0, c.vocab_size, (1, self.length), device=self.device)
+        self.time(
+            "embedding, forward and backward", f"{self.length} tokens", "torch", lambda: table(tokens).sum().backward()
+        )
+
     def rank(self, n_layer: int) -> None:
-        """One data-parallel rank's step, micro-batch 1: embedding, layers, head, loss, and AdamW on a 256th of it."""
-        config = replace(self.config, n_layer=n_layer)
-        tokens = torch.randint(0, config.vocab_size, (1, self.length + 1), device=self.device)
+        """One data-parallel rank's step of as many layers as fit, from n_layer on by halves."""
         for name, kernels in self.backends.items():
-            with self.device:
-                model = _filled(FalconMamba(config, kernels))
-            model.set_recompute(Recompute.full)
-            own = torch.zeros(parameter_count(config) // 256 + 1, device=self.device, requires_grad=True)
-            own.grad = torch.ones_like(own)
-            adam = torch.optim.AdamW([own], lr=1e-4, fused=True)
+            layers = n_layer
+            while layers:
+                try:
+                    self._rank(name, kernels, replace(self.config, n_layer=layers))
+                    break
+                except torch.cuda.OutOfMemoryError:
+                    print(f"{name}: {layers} layers do not fit", flush=True)
+                    layers //= 2
+                    torch.cuda.empty_cache()
 
-            def step(model: FalconMamba = model, adam: torch.optim.Optimizer = adam) -> Any:
-                with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-                    losses, _ = model(tokens[:, :-1], tokens[:, 1:])
-                losses.mean().backward()
-                adam.step()
+    def _rank(self, name: str, kernels: Kernels, config: ModelConfig) -> None:
+        """Micro-batch 1, full recompute: embedding, layers, head, loss, and AdamW on a 256th of the parameters."""
+        tokens = torch.randint(0, config.vocab_size, (1, self.length + 1), device=self.device)
+        with self.device:
+            model = _filled(FalconMamba(config, kernels))
+        model.set_recompute(Recompute.full)
+        own = torch.zeros(parameter_count(config) // 256 + 1, device=self.device, requires_grad=True)
+        own.grad = torch.ones_like(own)
+        adam = torch.optim.AdamW([own], lr=1e-4, fused=True)
 
-            shape = f"{n_layer} layers, full recompute, L {self.length}"
-            seconds = self.time("one rank's step", shape, name, step)
-            rate = self.length / seconds
-            tflops = rate * train_flops_per_token(config) / 1e12
-            print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
-            del model, own, adam, step
+        def step() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                losses, _ = model(tokens[:, :-1], tokens[:, 1:])
+            losses.mean().backward()
+            adam.step()
+
+        shape = f"{config.n_layer} layers, full recompute, L {self.length}"
+        rate = self.length / self.time("one rank's step", shape, name, step)
+        tflops = rate * train_flops_per_token(config) / 1e12
+        print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
 
 
 def _filled(module: nn.Module) -> nn.Module:
@@ -251,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
-    parser.add_argument("--layers", type=int, default=16, help="layers of the rank's step; 64 is the 7B")
+    parser.add_argument("--layers", type=int, default=64, help="layers of the rank's step, halved until they fit")
     parser.add_argument("--jax-python", help="a Python that has jax-linear-attention, to time its scan beside ours")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
@@ -267,6 +285,7 @@ def main() -> None:
     bench.jax_scans(arguments.jax_python)
     bench.convolutions()
     bench.norms()
+    bench.embedding()
     bench.loss()
     bench.layers()
     bench.rank(2 if arguments.small else arguments.layers)
@@ -276,7 +295,9 @@ def main() -> None:
     for name, why in bench.missing.items():
         print(f"not measured: {name} ({why})")
     if not arguments.no_record:
-        print(write(bench.rows, "gpu", hardware, bench.missing, {"length": length}))
+        print(
+            write(bench.rows, f"gpu-{hardware.lower().replace(' ', '-')}", hardware, bench.missing, {"length": length})
+        )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def show(rows: list[Row], title: str) -> None:
 
 def write(rows: list[Row], name: str, hardware: str, missing: dict[str, str], notes: dict[str, Any]) -> Path:
     """Write the rows with date, hardware, commit and versions; returns the file."""
-    packages = ("torch", "transformers", "mambapy", "mamba-ssm", "causal-conv1d", "cuda-core")
+    packages = ("torch", "transformers", "mambapy", "mamba-ssm", "causal-conv1d", "cuda-core", "liger-kernel")
     versions = {}
     for package in packages:
         try:

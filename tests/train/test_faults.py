@@ -15,7 +15,7 @@ from data.shards import read_manifest
 from tests.corpus import make_corpus
 from tests.injector import Fault, samples
 from tests.small import config, health
-from tests.soak import Result, differences, log_of, moved, soak, steps_of
+from tests.soak import Result, differences, log_of, moved, schedule, soak, steps_of
 from tests.supervisor import History, start_once, supervise
 from train.config import RunConfig, VerifyShards
 from train.incidents import Incidents, read_outcome
@@ -152,6 +152,19 @@ def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
     )
     assert result.differences == [] and len(result.fired) == 20 and result.history.starts >= 21
     measured(f"bit-identical; {result.lost} steps done again")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("52 faults of 18 kinds in one run", "bit for bit as a clean one")
+def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
+    make_corpus(tmp_path / "data")
+    run = config(tmp_path, "run")
+    run.health = replace(health(), hang_seconds=10.0, max_starts=60, spike_window=8)
+    faults = schedule(0, 52, steps_of(run), 2)
+    result = soak(run, faults, tmp_path)
+    assert result.differences == [] and {fault.name for fault in faults} == result.fired and result.secrets == []
+    share = result.clean_seconds / result.history.seconds
+    measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again, {share:.0%} of the time")
 
 
 @pytest.mark.slow

@@ -194,9 +194,11 @@ def fault(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
         if sha256_of(path) != sha256:
             return f"{name} does not hash to its manifest's SHA-256"
-    if (found := read_state(folder).get("format")) != FORMAT:
-        return f"its format is {found}, this code reads {FORMAT}"
-    return None
+    try:
+        found = read_state(folder).get("format")
+    except (ValueError, AttributeError):
+        return f"{STATE} is not a JSON object"
+    return None if found == FORMAT else f"its format is {found}, this code reads {FORMAT}"
 
 
 def newest(checkpoints: Path) -> Iterator[Path]:

@@ -252,11 +252,14 @@ class Wandb:
 
     def _work(self) -> None:
         try:
+            import wandb
+
             run = self._start()
             run.define_metric("*", step_metric="tokens")  # runs of other batches are compared by what they have read
             while (record := self.queue.get()) is not None:
                 run.log(grouped(finite(record)), step=record["step"])
             run.finish()
+            wandb.teardown()  # finish does not wait for the service's last write; the end of its process does
         except Exception as error:  # whatever W&B raises must not reach the run; the message says what is lost
             print(f"warning: W&B is off ({type(error).__name__}: {error}); metrics.jsonl is complete", flush=True)
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from train.config import MetricsConfig
@@ -71,6 +72,8 @@ def test_wandb_that_does_not_answer_keeps_every_record(
         sink.log(record(step, marker=f"record-{step}"))
     sink.close()
     assert not sink.thread.is_alive()
+    alive = [child.name() for child in psutil.Process().children(recursive=True)]
+    assert not [name for name in alive if "wandb" in name], "W&B's service may still hold records back"
     said = capsys.readouterr().out
     assert "goes on offline" in said and "W&B is off" not in said
     stored = b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))

@@ -107,17 +107,23 @@ class Loader:
         return Batch(tokens, targets, starts, torch.from_numpy(source))
 
     def share(
-        self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int
+        self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool = False
     ) -> Iterator[tuple[Batch, bool]]:
         """This rank's micro-batches of the global batch of `sequences` at position `token`, and whether each counts.
 
         Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so that it takes part
-        in the collectives of the step.
+        in the collectives of the step; with `equal` all ranks get as many micro-batches as the one with the most.
         """
         stage = self.plan.stage_at(token)
         first = (token - stage.first_token) // stage.seq_len
-        low, high = (sequences * r // ranks for r in (rank, rank + 1))
-        if low == high:
-            yield self.read(stage, np.array([first])), False
-        for start in range(low, high, micro_batch):
-            yield self.read(stage, np.arange(first + start, first + min(start + micro_batch, high))), True
+        for low, high in split(sequences, rank, ranks, micro_batch, equal):
+            numbers = np.arange(low, high) if low < high else np.zeros(1, dtype=np.int64)
+            yield self.read(stage, first + numbers), low < high
+
+
+def split(sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool) -> list[tuple[int, int]]:
+    """First sequence of each of a rank's micro-batches, and the one after its last; (0, 0) fills up (Loader.share)."""
+    low, high = (sequences * r // ranks for r in (rank, rank + 1))
+    cuts = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
+    wanted = -(-sequences // (ranks * micro_batch)) if equal else 1
+    return cuts + [(0, 0)] * (wanted - len(cuts))

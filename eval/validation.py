@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.command import command
 from data.config import DataConfig, InputError
@@ -53,6 +54,7 @@ class Validation:
         self.config, self.settings, self.bf16 = config, settings, bf16
         self.rank, self.ranks, self.group = rank, ranks, group
         self.rows: dict[str, Tensor] = {}
+        self.counted: dict[str, int] = {}  # of them; one more may fill up, for all ranks run equally many forwards
         self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
 
     def _read(self) -> None:
@@ -64,7 +66,10 @@ class Validation:
             if len(ids) <= length:
                 continue
             windows = torch.from_numpy(ids).unfold(0, length + 1, length)
-            self.rows[name] = windows[self.rank :: self.ranks]
+            numbers = torch.arange(self.rank, len(windows), self.ranks)
+            self.counted[name] = len(numbers)
+            rows = -(-len(windows) // self.ranks)
+            self.rows[name] = windows[F.pad(numbers, (0, rows - len(numbers)))]
             count = len(windows) * length
             self.sizes[name] = (count, int(lengths[ids[1 : count + 1]].sum()))
 
@@ -80,14 +85,14 @@ class Validation:
             self._read()
         device = next(model.parameters()).device
         nats = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
-        for index, rows in enumerate(self.rows.values()):
+        for index, (name, rows) in enumerate(self.rows.items()):
             for start in range(0, len(rows), self.settings.batch):
                 batch = rows[start : start + self.settings.batch].to(device)
                 tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
                 starts = document_starts(tokens) if self.config.reset_state else None
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
                     losses, _ = model(tokens, targets, starts)
-                nats[index] += losses.double().sum()
+                nats[index] += losses[: max(0, self.counted[name] - start)].double().sum()
         if dist.is_initialized():
             dist.all_reduce(nats, group=self.group)
         return {

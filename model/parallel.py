@@ -68,6 +68,7 @@ def build(
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
+    sequence_parallel: bool = False,
     recompute: Recompute = Recompute.none,
 ) -> FalconMamba:
     """A rank's model in fp32: empty on meta, cut, allocated, filled, marked, in this order.
@@ -79,6 +80,8 @@ def build(
         model = FalconMamba(config, kernels)
         if tp_size > 1:
             _put_parallel_layers(model, config, tp_size)
+            if sequence_parallel:
+                _put_sequence_parallel_layers(model, config)
     model.set_recompute(recompute)
     model.to_empty(device=device)
     initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
@@ -113,3 +116,23 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
             setattr(mixer, name, nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])))
     model.lm_head = ColumnParallel(c.d_model, c.vocab_size)
     model.vocabulary_group = VocabularyRanks()
+
+
+def _put_sequence_parallel_layers(model: FalconMamba, config: ModelConfig) -> None:
+    """Replace what touches the residual stream by what holds this rank's tokens of it alone."""
+    from model.sequence_parallel import (
+        GatheredColumnParallel,
+        JoinedNorm,
+        ScatteredRowParallel,
+        SequenceNorm,
+        SplitVocabParallel,
+    )
+
+    c = config
+    model.embedding = SplitVocabParallel(c.vocab_size, c.d_model)
+    for layer in model.layers:
+        block: Any = layer
+        block.norm = SequenceNorm(c.d_model, c.norm_eps, model.kernels)
+        block.mixer.in_proj = GatheredColumnParallel(c.d_model, 2 * c.d_inner)
+        block.mixer.out_proj = ScatteredRowParallel(c.d_inner, c.d_model)
+    model.final_norm = JoinedNorm(c.d_model, c.norm_eps, model.kernels)

@@ -7,8 +7,12 @@ those). Collectives per block: forward x_proj and out_proj sum, backward x_proj'
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def _config() -> ModelParallelConfig:
@@ -31,10 +35,14 @@ class ColumnParallel(tensor_parallel.ColumnParallelLinear):
             bias=False,
             disable_grad_reduce=not sum_input_gradient,
         )
+        self.sum_input_gradient = sum_input_gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs], the same on every rank -> [..., outputs / size]."""
-        return super().forward(x)[0]
+        if x.is_cuda:  # megatron-core's function sums x's gradient while it computes the weight's
+            return super().forward(x)[0]
+        # it takes autocast on CUDA alone
+        return F.linear(copy_to_tensor_model_parallel_region(x) if self.sum_input_gradient else x, self.weight)
 
 
 class RowParallel(tensor_parallel.RowParallelLinear):
@@ -53,7 +61,9 @@ class RowParallel(tensor_parallel.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs / size] -> [..., outputs], the same on every rank."""
-        return super().forward(x)[0]
+        if x.is_cuda:
+            return super().forward(x)[0]
+        return reduce_from_tensor_model_parallel_region(F.linear(x, self.weight))
 
 
 class SummedRowParallel(RowParallel):

@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks in processes of their own."""
 
+import multiprocessing
 import os
 import socket
 import traceback
@@ -9,19 +10,21 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def run_ranks(world_size: int, jobs: list[Job]) -> None:
     """Call one `function(*arguments)` after another on every rank, each with a launcher's environment of its own.
 
-    One set of processes does all jobs: starting one costs seconds. Raises with a failing rank's traceback.
+    One set of processes does all jobs, forked from one that has imported everything. Raises with a failing rank's
+    traceback.
     """
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]  # all open at once, so that all differ
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    mp.spawn(_rank, (world_size, ports, jobs), nprocs=world_size)
+    mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method="forkserver")
 
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:

@@ -32,7 +32,9 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         data=corpus_config(root / "data"),
         optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
         schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
-        parallel=Parallel(tensor_parallel, context_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto),
+        parallel=Parallel(
+            tensor_parallel, False, context_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto
+        ),
         checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
         health=health(),
         metrics=MetricsConfig(None, 60.0),

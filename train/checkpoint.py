@@ -26,7 +26,7 @@ from model.weights import Pieces, fault, newest, read_state
 from train.commit import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
-from train.engine import Engine
+from train.engines import Engine
 
 
 @dataclass

@@ -73,16 +73,17 @@ class Parallel:
     """How one step is spread over ranks and memory."""
 
     tensor_parallel: int
+    sequence_parallel: bool  # under tensor parallelism, residual and norms cut along the sequence
     context_parallel: int  # ranks that a sequence is split over
-    zero_stage: int
+    zero_stage: int  # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
     micro_batch_tokens: int  # of one forward; sequences per micro-batch follow from the stage's seq_len
     recompute: Recompute
     precision: Precision
     kernels: Backend
 
     def __post_init__(self) -> None:
-        if self.zero_stage != 1:
-            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; only ZeRO stage 1 is available")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens) < 1:
             raise ValueError("parallel.tensor_parallel, context_parallel and micro_batch_tokens must be at least 1")
 
@@ -196,12 +197,26 @@ class RunConfig:
                     f"tokens of a sequence of stage {stage.name}: it must divide them and leave each rank at least "
                     f"{self.model.d_conv - 1}"
                 )
+        if self.parallel.sequence_parallel:
+            self._check_sequence_parallel()
         longest = max(stage.seq_len for stage in self.data.stages)
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
                 f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} does not hold one sequence of the "
                 f"longest stage ({longest} tokens)"
             )
+
+    def _check_sequence_parallel(self) -> None:
+        tp = self.parallel.tensor_parallel
+        if tp == 1:
+            raise ValueError("parallel.sequence_parallel cuts over tensor-parallel ranks: set parallel.tensor_parallel")
+        pieces = {f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages}
+        for what, length in {**pieces, "eval.validation": self.eval.validation.seq_len}.items():
+            if length % tp:
+                raise ValueError(
+                    f"parallel.sequence_parallel: {tp} tensor-parallel ranks do not divide the {length} tokens of a "
+                    f"sequence of {what}"
+                )
 
     @property
     def tokens(self) -> int:

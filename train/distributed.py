@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data.config import InputError
 from model.context_parallel import ContextRanks
-from train.config import Device, Parallel, Precision
+from train.config import Device, Parallel
 
 # said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
@@ -49,6 +49,11 @@ class Ranks:
         return self.dp_size * self.cp_size
 
     @property
+    def replica(self) -> int:
+        """This rank's number among them."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
     def first(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.rank == 0
@@ -61,8 +66,6 @@ def present_device(wanted: Device) -> str:
 
 def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
     """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
-    if present == "cpu" and parallel.precision is Precision.bf16 and parallel.tensor_parallel > 1:
-        raise InputError("megatron-core's layers take bf16 on GPUs alone: set parallel.precision=fp32 for the CPU")
     if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 
@@ -142,6 +145,13 @@ def data_parallel_group() -> Any:
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def tensor_parallel_group() -> Any:
+    """The ranks that hold the other parts of the model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def context_ranks() -> ContextRanks:

@@ -8,7 +8,7 @@ from data.config import InputError
 from train.checkpoint import Checkpoints, State
 from train.config import HealthConfig
 from train.distributed import Ranks
-from train.engine import Engine
+from train.engines import Engine
 from train.exchange import Told
 from train.health import Health, Stragglers, drifting
 from train.schedule import Now

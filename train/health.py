@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.parallel import cut_of
 from train.config import HealthConfig
 from train.distributed import Ranks, data_parallel_group
-from train.engine import Engine
+from train.engines import Engine, Weights
 
 MIN_SLOWER_SECONDS = 0.005  # a micro-batch; below that a scheduler's whim looks like a slow machine
 
@@ -91,15 +91,20 @@ class Health:
 
 
 def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
-    """Ranks whose weights are not, bit for bit, the master weights that their owners hold.
+    """Ranks whose weights are not, bit for bit, what they should be.
 
-    Sums of bit patterns: one pass over the weights, and two collectives of a few bytes. After each update of ZeRO-1 all
-    copies are written anew, so this sees what went wrong since, and a gather that does not arrive.
+    That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are written anew, so this
+    sees what went wrong since, and a gather that does not arrive), or what most replicas hold. Ranks that hold parts
+    alone (ZeRO-3) have nothing to compare. Sums of bit patterns: one pass over the weights, and a few bytes exchanged.
     """
+    if engine.weights is Weights.parts:
+        return []
     weights = dict(model.named_parameters())
     held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))  # cut, whole tensors
     for name, weight in weights.items():
         held[int(cut_of(name) is None)] += bits(weight)
+    if engine.weights is Weights.replicas:
+        return outvoted(held.cpu(), ranks)
     for piece, tensor in engine.pieces():
         if piece.kind == "param":
             owned[int(cut_of(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
@@ -109,6 +114,15 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     flags = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
     dist.all_gather(flags, (held.cpu() != torch.cat([cut, whole])).any().long().view(1))
     return [rank for rank, flag in enumerate(flags) if flag]
+
+
+def outvoted(held: Tensor, ranks: Ranks) -> list[int]:
+    """Ranks whose sums `held` are not those of more than half of their replicas; all, where no half agrees."""
+    gathered = [torch.zeros_like(held) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, held)
+    sums = [tuple(pair.tolist()) for pair in gathered]
+    replicas = [sums[rank % ranks.tp_size :: ranks.tp_size] for rank in range(ranks.world_size)]
+    return [rank for rank, own in enumerate(sums) if 2 * replicas[rank].count(own) <= len(replicas[rank])]
 
 
 def bits(tensor: Tensor) -> Tensor:

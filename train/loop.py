@@ -23,7 +23,7 @@ from train.checkpoint import Checkpoints, State
 from train.config import Precision, RunConfig
 from train.datacheck import DataCheck
 from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
-from train.engine import Engine, ZeroEngine
+from train.engines import Engine, build_engine
 from train.exchange import Exchange, Told, count
 from train.guard import LONG_PATIENCE, Guard
 from train.incidents import FINISHED, REQUEUE, Outcome, Starts
@@ -57,12 +57,13 @@ class Trainer:
             ranks.device,
             tp_rank=ranks.tp_rank,
             tp_size=ranks.tp_size,
+            sequence_parallel=config.parallel.sequence_parallel,
             recompute=config.parallel.recompute,
         )
         self.context = context_ranks() if ranks.cp_size > 1 else None
         self.model.set_context(self.context)
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
-        self.engine: Engine = ZeroEngine(self.model, config.optim, ranks)
+        self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)
         self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks, edges)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
@@ -74,7 +75,7 @@ class Trainer:
             config.data,
             config.eval.validation,
             bf16=config.parallel.precision is Precision.bf16,
-            rank=ranks.dp_rank * ranks.cp_size + ranks.cp_rank,  # the group holds context-parallel ranks too
+            rank=ranks.replica,  # the group holds context-parallel ranks too
             ranks=ranks.replicas,
             group=data_parallel_group(),
         )
@@ -195,7 +196,8 @@ class Trainer:
             return self.reader.submit(list)
         now = self.schedule.at(token)
         micro_batch = self.config.parallel.micro_batch_tokens // now.seq_len
-        share = self.loader.share(token, now.batch, self.ranks.dp_rank, self.ranks.dp_size, micro_batch)
+        where = (self.ranks.dp_rank, self.ranks.dp_size, micro_batch, self.engine.in_step)
+        share = self.loader.share(token, now.batch, *where)
         return self.reader.submit(lambda: list(share))
 
     def _resume(self) -> None:

@@ -254,7 +254,7 @@ class Wandb:
         try:
             import wandb
 
-            run = self._start()
+            run = self._start(wandb)
             run.define_metric("*", step_metric="tokens")  # runs of other batches are compared by what they have read
             while (record := self.queue.get()) is not None:
                 run.log(grouped(finite(record)), step=record["step"])
@@ -263,9 +263,7 @@ class Wandb:
         except Exception as error:  # whatever W&B raises must not reach the run; the message says what is lost
             print(f"warning: W&B is off ({type(error).__name__}: {error}); metrics.jsonl is complete", flush=True)
 
-    def _start(self) -> Any:
-        import wandb
-
+    def _start(self, wandb: Any) -> Any:
         settings = wandb.Settings(init_timeout=self.ANSWER_SECONDS, console="off", silent=True)
         arguments: Record = {**self.settings, "config": self.run_config, "resume": "allow", "settings": settings}
         if not os.environ.get("WANDB_API_KEY"):

@@ -19,7 +19,7 @@ from tests.tiny import TINY
 from train.checkpoint import Checkpoints, State
 from train.config import CheckpointConfig, Optim
 from train.distributed import ranks
-from train.engine import ZeroEngine
+from train.engines.zero import ZeroEngine
 
 MODEL = replace(TINY, vocab_size=288)
 

@@ -89,7 +89,7 @@ def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_failing_wandb_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(self: Wandb) -> None:
+    def fail(self: Wandb, wandb: Any) -> None:
         raise RuntimeError("no space")
 
     monkeypatch.setattr(Wandb, "_start", fail)

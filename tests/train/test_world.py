@@ -25,7 +25,7 @@ from tests.small import config
 from tests.tiny import TINY
 from train.config import CheckpointConfig, Optim, Precision, RunConfig
 from train.distributed import ranks
-from train.engine import ZeroEngine
+from train.engines import build_engine
 from train.loop import Trainer
 from train.signals import Leave
 from train.watchdog import Watch
@@ -72,6 +72,11 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
         torch.save({"loss": loss.detach(), **held}, root / f"{name}-{here.tp_rank}.pt")
 
 
+def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
+    """The same run by another engine, or with the residual stream cut along the sequence."""
+    return replace(run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
@@ -84,7 +89,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (train, (config(folder, "tp2", tensor_parallel=2),)),
         (train, (config(folder, "cp2", context_parallel=2),)),
         (train_from, (folder, "dp2", config(folder, "dp2-resumed"))),
-        (train_from, (folder, "dp1", config(folder, "dp1-to-tp2", tensor_parallel=2))),
+        (train_from, (folder, "dp1", engine(config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence=True))),
+        (train_from, (folder, "dp2", engine(config(folder, "dp2-to-zero0"), 0))),
+        (train_from, (folder, "dp2-to-zero0", engine(config(folder, "zero0-to-zero3"), 3))),
+        (train_from, (folder, "zero0-to-zero3", engine(config(folder, "zero3-to-zero2"), 2))),
+        (reshard, (folder, "zero0-to-zero3", engine(config(folder, "zero3-as-zero0"), 0))),
+        (reshard, (folder, "zero3-to-zero2", engine(config(folder, "zero2-as-zero3"), 3))),
         (reshard, (folder, "tp2", config(folder, "tp2-as-dp2"))),
         (reshard, (folder, "dp1", config(folder, "dp1-as-tp2", tensor_parallel=2))),
     ]
@@ -126,11 +136,20 @@ def test_runs_cover_what_they_claim(root: Path) -> None:
 
 
 @pytest.mark.fault("a checkpoint for another layout of ranks", "weights and moments are the same, bit for bit")
-@pytest.mark.parametrize(("source", "other"), [("tp2", "tp2-as-dp2"), ("dp1", "dp1-as-tp2"), ("dp2", "dp2-as-dp1")])
+@pytest.mark.parametrize(
+    ("source", "other"),
+    [
+        ("tp2", "tp2-as-dp2"),
+        ("dp1", "dp1-as-tp2"),
+        ("dp2", "dp2-as-dp1"),
+        ("zero0-to-zero3", "zero3-as-zero0"),
+        ("zero3-to-zero2", "zero2-as-zero3"),
+    ],
+)
 def test_any_layout_loads_any_other_exactly(root: Path, source: str, other: str, measured: Any) -> None:
     assert_same_weights(final(root, source), final(root, other), 0)
     files = [{path.name for path in final(root, name).folder.glob("rank-*")} for name in (source, other)]
-    assert files[0] != files[1] or source == "tp2"
+    assert files[0] != files[1] or source in ("tp2", "zero0-to-zero3", "zero3-to-zero2")  # as many ranks
     measured("equal")
 
 
@@ -158,8 +177,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Path) -> None:
     assert_same_weights(final(root, "dp2-resumed"), final(root, "dp2"), 0)
 
 
-@pytest.mark.parametrize("moved", ["dp1-to-tp2", "tp2-to-dp1"])
-def test_another_layout_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
+@pytest.mark.parametrize("moved", ["dp1-to-tp2", "tp2-to-dp1", "dp2-to-zero0", "zero0-to-zero3", "zero3-to-zero2"])
+def test_another_layout_or_engine_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
     torch.testing.assert_close(curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0)
     assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)
 
@@ -174,24 +193,26 @@ def test_bf16_follows_fp32(root: Path) -> None:
     torch.testing.assert_close(bf16, fp32, rtol=1e-2, atol=0)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(root: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -> None:
     """The update is skipped: weights and moments stay byte for byte, and the next one is as if it had not been."""
     tokens = torch.randint(0, TINY.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
+    parallel = engine(config(root, ""), stage).parallel
     results = []
     spike = 3.0  # a finite gradient that the loop does not want
     for factors in ([1.0, 1.0], [1.0, float("nan"), spike, float("inf"), 1.0]):
         with ranks("cpu", 1) as here:
             model = build(TINY, REFERENCE, 0, here.device)
-            engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
+            chosen = build_engine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, here)
             for factor in factors:
-                before = {piece.key: tensor.clone() for piece, tensor in engine.pieces()}
-                engine.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
+                before = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}
+                chosen.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
                 norm, skipped = float("inf"), True
                 if factor == spike:
-                    engine.discard()
+                    chosen.discard()
                 else:
-                    norm, skipped = engine.clip_and_step(1e-3)
-                after = {piece.key: tensor.clone() for piece, tensor in engine.pieces()}
+                    norm, skipped = chosen.clip_and_step(1e-3)
+                after = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}
                 same = all(torch.equal(before[key], after[key]) for key in before)
                 assert skipped == same == (factor != 1.0)
                 assert (norm < 100) == (factor == 1.0)

@@ -1,0 +1,192 @@
+"""Tensor-parallel ranks x data-parallel ranks x ZeRO stages x accumulation x precision, each equal to one rank.
+
+Five updates with unequal batches: ranks hold different numbers of sequences, or none. Losses, gradient norms, and after
+the first and the last update weights and both moments, parameter by parameter: after one update the first moment is
+0.1 times the clipped gradient. The one rank is torch's AdamW and clip_grad_norm_ in a loop of ten lines, no engine.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.loader import split
+from model.flops import parameter_shapes
+from model.init import decays
+from model.kernels import REFERENCE
+from model.parallel import build, unshard
+from tests.compose import run_config
+from tests.distributed import run_ranks
+from tests.tiny import TINY, model_of
+from train.config import Optim, Precision
+from train.distributed import data_parallel_group, ranks
+from train.engines import build_engine
+
+OPTIM = Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
+BATCHES = (5, 3, 1, 6, 2)  # sequences of each update: not divisible by the ranks, fewer than the ranks
+RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
+LENGTH = 12
+# Relative: of losses and norms, and of a tensor after an update (first, last). Sums in another order give 1e-6 in fp32
+# and 1e-2 in bf16 products, which AdamW's division by a small second moment makes larger in weights. A sum over ranks
+# that is missing gives 0.3 and more.
+LIMITS = {
+    Precision.fp32: {
+        "curve": 5e-6, ("param", 0): 5e-5, ("exp_avg", 0): 5e-6, ("exp_avg_sq", 0): 5e-6,
+        ("param", 4): 5e-5, ("exp_avg", 4): 2e-4, ("exp_avg_sq", 4): 2e-4,
+    },
+    Precision.bf16: {
+        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 5e-2,
+        ("param", 4): 0.15, ("exp_avg", 4): 0.3, ("exp_avg_sq", 4): 0.3,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout and engine of the matrix."""
+
+    tp: int
+    dp: int
+    stage: int
+    micro_batch: int  # sequences; 2 accumulates up to three micro-batches on one rank
+    precision: Precision
+    sequence: bool = False  # sequence parallelism
+
+    def __str__(self) -> str:
+        sequence = "-sequence" * self.sequence
+        return f"tp{self.tp}-dp{self.dp}-zero{self.stage}-micro{self.micro_batch}-{self.precision.value}{sequence}"
+
+
+def rows_of(world: int) -> list[Row]:
+    """All layouts of this many ranks; beyond four, which take long here, in fp32 with accumulation alone."""
+    layouts = [(tp, world // tp) for tp in (1, 2, 4) if world % tp == 0 and world // tp <= 4]
+    kinds = [(2, Precision.fp32)] + [(8, Precision.fp32), (2, Precision.bf16)] * (world <= 4)
+    rows = [Row(*layout, stage, *kind) for layout, stage, kind in product(layouts, range(4), kinds)]
+    split = [row for row in rows if row.tp > 1 and row.micro_batch == 2 and row.stage in (1, 3)]
+    return rows + [replace(row, sequence=True) for row in split]
+
+
+WORLDS = (1, 2, 4, 8, 16)
+ROWS = [row for world in WORLDS for row in rows_of(world)]
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    """Tokens [b, l + 1] of an update, and where documents begin [b, l]."""
+    draw = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, TINY.vocab_size, (BATCHES[step], LENGTH + 1), generator=draw)
+    return tokens, torch.rand(BATCHES[step], LENGTH, generator=draw) < 0.1
+
+
+def loss_of(model: Any, tokens: Tensor, starts: Tensor, precision: Precision) -> Tensor:
+    """Nats of all tokens."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False):
+        losses, _ = model(tokens[:, :-1], tokens[:, 1:], starts)
+    return losses.sum()
+
+
+def one_rank(precision: Precision) -> dict[str, Any]:
+    """Curve, and full tensors after the first and the last update, by torch alone."""
+    model = model_of(TINY)
+    named = dict(model.named_parameters())
+    groups = [{"params": [p], "weight_decay": OPTIM.weight_decay * decays(name)} for name, p in named.items()]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    result: dict[str, Any] = {"curve": []}
+    for step, rate in enumerate(RATES):
+        tokens, starts = batch_of(step)
+        adamw.zero_grad()
+        loss = loss_of(model, tokens, starts, precision) / starts.numel()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        result["curve"].append([float(loss.detach()), float(norm)])
+        result[step] = {("param", name): p.detach().clone() for name, p in named.items()}
+        result[step] |= {(k, n): adamw.state[p][k].clone() for n, p in named.items() for k in ("exp_avg", "exp_avg_sq")}
+    return result
+
+
+def train_row(root: Path, row: Row) -> None:
+    """One rank of a row: five updates as the training loop does them, saved with what this rank owns."""
+    base = run_config("demo").parallel
+    parallel = replace(base, tensor_parallel=row.tp, zero_stage=row.stage, precision=row.precision)
+    with ranks("cpu", row.tp) as here:
+        where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
+        model = build(TINY, REFERENCE, 0, here.device, **where)
+        engine = build_engine(model, OPTIM, parallel, here)
+        result: dict[str, Any] = {"curve": []}
+        for step, rate in enumerate(RATES):
+            tokens, starts = batch_of(step)
+            total = torch.zeros(())
+            cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
+            for index, (low, high) in enumerate(cuts):
+                part = slice(low, high) if low < high else slice(0, 1)
+                loss = loss_of(model, tokens[part], starts[part], row.precision) * ((low < high) / starts.numel())
+                engine.backward(loss, last=index == len(cuts) - 1)
+                total += loss.detach()
+            torch.distributed.all_reduce(total, group=data_parallel_group())
+            norm, skipped = engine.clip_and_step(rate)
+            assert not skipped
+            result["curve"].append([float(total), norm])
+            result[step] = [
+                (piece.kind, piece.name, piece.tp_rank, piece.start, tensor.clone())
+                for piece, tensor in engine.pieces()
+            ]
+        torch.save(result, root / f"{row}-{here.rank}.pt")
+
+
+def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, str], Tensor]:
+    """The tensors that all ranks of a row own together; every element exactly once."""
+    parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
+    for kind, name, tp_rank, start, tensor in (piece for result in saved for piece in result[step]):
+        found = parts.setdefault((kind, name), {})
+        assert (tp_rank, start) not in found, f"{name} is owned twice"
+        found[tp_rank, start] = tensor
+    whole = {}
+    for (kind, name), found in parts.items():
+        by_rank = [torch.cat([found[k] for k in sorted(found) if k[0] == tp]) for tp in sorted({k[0] for k in found})]
+        shape = list(parameter_shapes(TINY)[name])
+        held = [tensor.view(shape_of(name, shape, len(by_rank))) for tensor in by_rank]
+        whole[kind, name] = unshard(name, held)
+    return whole
+
+
+def shape_of(name: str, shape: list[int], size: int) -> list[int]:
+    """Of a tensor-parallel rank's part."""
+    from model.parallel import cut_of
+
+    cut = cut_of(name)
+    return [n // size if cut is not None and dim == cut.dim else n for dim, n in enumerate(shape)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("matrix")
+    for world in WORLDS:
+        run_ranks(world, [(train_row, (folder, row)) for row in rows_of(world)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[Precision, dict[str, Any]]:
+    return {precision: one_rank(precision) for precision in Precision}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
+    saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.tp * row.dp)]
+    assert all(result["curve"] == saved[0]["curve"] for result in saved)
+    one, limits = expected[row.precision], LIMITS[row.precision]
+    torch.testing.assert_close(
+        torch.tensor(saved[0]["curve"]), torch.tensor(one["curve"]), rtol=limits["curve"], atol=0
+    )
+    for step in (0, len(RATES) - 1):
+        tensors = full(saved, row, step)
+        assert set(tensors) == set(one[step])
+        for (kind, name), tensor in tensors.items():
+            error = float((tensor - one[step][kind, name]).norm() / one[step][kind, name].norm())
+            assert error <= limits[kind, step], (kind, name, step)

@@ -1,10 +1,13 @@
 """Run a function on several gloo ranks in processes of their own."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,11 +23,16 @@ def run_ranks(world_size: int, jobs: list[Job]) -> None:
     One set of processes does all jobs, forked from one that has imported everything. Raises with a failing rank's
     traceback.
     """
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]  # all open at once, so that all differ
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    ports = list(islice(free_ports(), len(jobs)))
     mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method="forkserver")
+
+
+def free_ports() -> Iterator[int]:
+    """Ports below those that the system gives to outgoing connections, of which gloo opens many between the jobs."""
+    first = 10_000 + os.getpid() * 97 % 15_000
+    for port in range(first, 32_768):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            yield port
 
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:
@@ -39,3 +47,4 @@ def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None
             function(*arguments)
         except BaseException:
             raise RuntimeError(f"rank {rank}:\n{traceback.format_exc()}") from None
+        gc.collect()  # process groups of the job, whose threads would add up

@@ -5,7 +5,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 import train.loop
 import train.session
-from train.engines.zero import _deepspeed
+from train.engines.deepspeed import _deepspeed
 
 torch.set_num_threads(1)
 _deepspeed("cpu")

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.config import Run, ValidationConfig
-from model.config import Backend
 from tests.compose import run_config
 from tests.corpus import corpus_config
 from tests.tiny import TINY
@@ -15,9 +14,6 @@ from train.config import (
     HealthConfig,
     MetricsConfig,
     Optim,
-    Parallel,
-    Precision,
-    Recompute,
     RunConfig,
     ScheduleConfig,
     VerifyShards,
@@ -32,8 +28,11 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         data=corpus_config(root / "data"),
         optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
         schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
-        parallel=Parallel(
-            tensor_parallel, False, context_parallel, 1, 64, Recompute.none, Precision.fp32, Backend.auto
+        parallel=replace(
+            run_config("demo").parallel,
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
+            micro_batch_tokens=64,
         ),
         checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
         health=health(),

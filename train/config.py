@@ -19,8 +19,15 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class EngineKind(Enum):
+    """Who reduces gradients and updates weights; what each can do stands in train/README.md."""
+
+    deepspeed = "deepspeed"
+    megatron = "megatron"
+
+
 class Precision(Enum):
-    """Type of matrix products; parameters, residual, norms, scan and optimizer are fp32 in both."""
+    """Type of matrix products; residual, norms, scan and optimizer are fp32 in both, parameters with DeepSpeed."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -75,8 +82,10 @@ class Parallel:
     tensor_parallel: int
     sequence_parallel: bool  # under tensor parallelism, residual and norms cut along the sequence
     context_parallel: int  # ranks that a sequence is split over
+    engine: EngineKind
     zero_stage: int  # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
     micro_batch_tokens: int  # of one forward; sequences per micro-batch follow from the stage's seq_len
+    bucket_elements: int
     recompute: Recompute
     precision: Precision
     kernels: Backend
@@ -84,8 +93,15 @@ class Parallel:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
-        if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens) < 1:
-            raise ValueError("parallel.tensor_parallel, context_parallel and micro_batch_tokens must be at least 1")
+        if self.engine is EngineKind.megatron and self.zero_stage != 1:
+            raise ValueError(
+                f"parallel.engine megatron has ZeRO stage 1 alone, parallel.zero_stage is {self.zero_stage}: set "
+                "parallel.engine=deepspeed for the others"
+            )
+        if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens, self.bucket_elements) < 1:
+            raise ValueError(
+                "parallel.tensor_parallel, context_parallel, micro_batch_tokens and bucket_elements must be at least 1"
+            )
 
 
 @dataclass

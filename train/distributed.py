@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 from data.config import InputError
 from model.context_parallel import ContextRanks
-from train.config import Device, Parallel
+from train.config import Device, EngineKind, Parallel
 
-# said at import by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
+# said by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
+warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
 
 MESSAGE_BYTES = 2048
 TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
@@ -66,6 +67,8 @@ def present_device(wanted: Device) -> str:
 
 def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
     """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
+    if present == "cpu" and parallel.engine is EngineKind.megatron:
+        raise InputError("megatron-core's optimizer works on GPUs alone: set parallel.engine=deepspeed for the CPU")
     if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 

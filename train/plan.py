@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from data.config import InputError
 from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
 from model.flops import parameter_count, train_flops_per_token
-from train.config import Precision, RunConfig
+from train.config import EngineKind, Precision, RunConfig
 
 GIB = 2**30
-REDUCE_BUCKET = 100_000_000  # elements that DeepSpeed reduces and gathers at once: 0.4 GB of fp32, two in flight
+LIVE_PARAMETERS = 400_000_000  # elements that ZeRO-3 holds whole at once: a 7B's head and a layer, 1.6 GB of fp32
 
 
 @dataclass(frozen=True)
@@ -32,36 +32,48 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
 
     The residual in fp32; in the products' type its norm, x|z, the convolution's output, dt, the scan's output, and
     x_proj's before and after its norms; in fp32 the scan's states once a chunk. Selective recompute keeps the residual,
-    its norm, x|z and the scan's output, full recompute the residual alone.
+    its norm, x|z and the scan's output, full recompute the residual alone. Sequence parallelism cuts residual and norm
+    over tensor-parallel ranks.
     """
     c, tp = config.model, config.parallel.tensor_parallel
+    d_model = c.d_model // tp if config.parallel.sequence_parallel else c.d_model
     width = 2 if config.parallel.precision is Precision.bf16 else 4
     inner = c.d_inner // tp
-    whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + c.d_model) + 4 * inner * c.d_state // SCAN_CHUNK
-    kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + c.d_model), Recompute.full: 0}
+    whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + d_model) + 4 * inner * c.d_state // SCAN_CHUNK
+    kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + d_model), Recompute.full: 0}
     recompute = config.parallel.recompute
-    return 4 * c.d_model + kept[recompute], 0 if recompute is Recompute.none else whole
+    return 4 * d_model + kept[recompute], 0 if recompute is Recompute.none else whole
 
 
 def needs(config: RunConfig, ranks: int) -> Needs:
     """Memory of one of `ranks` ranks.
 
-    fp32 parameters and gradients are whole on every data-parallel rank, master weights and two moments are cut over
-    them (ZeRO-1); context-parallel ranks share them like any others. Activations are what one micro-batch keeps
-    (kept_by_a_layer), and in bf16 the cast weights of layers that are not computed again. Buffers are two reduction
-    buckets and the logits of a chunk of the loss with their gradient.
+    Parameters and gradients are fp32, but megatron-core's engine keeps bf16 parameters (the few that it does not
+    are not counted). Every replica (a data- or context-parallel rank) holds all of them and two
+    moments (ZeRO-0); AdamW's state and master weights are cut over replicas (1), gradients too (2), parameters too (3).
+    Activations are what one micro-batch keeps (kept_by_a_layer), and in bf16 the cast weights of layers that are not
+    computed again. Buffers are two reduction buckets, ZeRO-3's whole parameters, and the logits of a chunk of the loss
+    with their gradient.
     """
-    c, tp = config.model, config.parallel.tensor_parallel
+    c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp
-    data_parallel = max(1, ranks // tp)
+    cut = per_rank // max(1, ranks // tp)
     width = 2 if config.parallel.precision is Precision.bf16 else 4
     kept, passing = kept_by_a_layer(config)
     tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
     activations = tokens * (c.n_layer * kept + passing)
-    if width == 2:
+    megatron = config.parallel.engine is EngineKind.megatron and width == 2
+    if width == 2 and not megatron:
         activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
-    buffers = 2 * 4 * min(REDUCE_BUCKET, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
-    return Needs(4 * per_rank, 4 * per_rank, 12 * per_rank // data_parallel, activations, buffers)
+    buffers = 2 * 4 * min(config.parallel.bucket_elements, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
+    if stage == 3:
+        buffers += 4 * min(LIVE_PARAMETERS, per_rank)
+    if stage == 0:
+        return Needs(4 * per_rank, 8 * per_rank, 8 * per_rank, activations, buffers)
+    parameters, gradients = (4 * (cut if stage >= least else per_rank) for least in (3, 2))
+    if megatron:
+        parameters = 2 * per_rank
+    return Needs(parameters, gradients, 12 * cut, activations, buffers)
 
 
 def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:

@@ -19,7 +19,7 @@ from tests.tiny import TINY
 from train.checkpoint import Checkpoints, State
 from train.config import CheckpointConfig, Optim
 from train.distributed import ranks
-from train.engines.zero import ZeroEngine
+from train.engines import build_engine
 
 MODEL = replace(TINY, vocab_size=288)
 
@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     run = Run("small", str(root / "run"), 0)
     with ranks("cpu", 1) as here:
         model = build(MODEL, REFERENCE, 0, here.device)
-        engine = ZeroEngine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), here)
+        engine = build_engine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
         Checkpoints(run.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)

@@ -5,8 +5,8 @@ the first and the last update weights and both moments, parameter by parameter: 
 0.1 times the clipped gradient. The one rank is torch's AdamW and clip_grad_norm_ in a loop of ten lines, no engine.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from model.init import decays
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
 from tests.compose import run_config
+from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
-from train.config import Optim, Precision
-from train.distributed import data_parallel_group, ranks
+from train.config import EngineKind, Optim, Precision
+from train.distributed import Ranks, data_parallel_group, ranks
 from train.engines import build_engine
 
 OPTIM = Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
@@ -35,12 +36,11 @@ LENGTH = 12
 # that is missing gives 0.3 and more.
 LIMITS = {
     Precision.fp32: {
-        "curve": 5e-6, ("param", 0): 5e-5, ("exp_avg", 0): 5e-6, ("exp_avg_sq", 0): 5e-6,
+        "curve": 1e-5, ("param", 0): 5e-5, ("exp_avg", 0): 5e-6, ("exp_avg_sq", 0): 5e-6,
         ("param", 4): 5e-5, ("exp_avg", 4): 2e-4, ("exp_avg_sq", 4): 2e-4,
     },
     Precision.bf16: {
-        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 5e-2,
-        ("param", 4): 0.15, ("exp_avg", 4): 0.3, ("exp_avg_sq", 4): 0.3,
+        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 5e-2, ("param", 4): 0.15,
     },
 }  # fmt: skip
 
@@ -55,19 +55,26 @@ class Row:
     micro_batch: int  # sequences; 2 accumulates up to three micro-batches on one rank
     precision: Precision
     sequence: bool = False  # sequence parallelism
+    engine: EngineKind = EngineKind.deepspeed
 
     def __str__(self) -> str:
-        sequence = "-sequence" * self.sequence
-        return f"tp{self.tp}-dp{self.dp}-zero{self.stage}-micro{self.micro_batch}-{self.precision.value}{sequence}"
+        layout = f"tp{self.tp}-dp{self.dp}" + "-sequence" * self.sequence
+        engine = f"zero{self.stage}" if self.engine is EngineKind.deepspeed else self.engine.value
+        return f"{layout}-{engine}-micro{self.micro_batch}-{self.precision.value}"
 
 
 def rows_of(world: int) -> list[Row]:
-    """All layouts of this many ranks; beyond four, which take long here, in fp32 with accumulation alone."""
+    """All kinds of two ranks and fewer; of more, where a row takes seconds, the ones that could still differ."""
     layouts = [(tp, world // tp) for tp in (1, 2, 4) if world % tp == 0 and world // tp <= 4]
-    kinds = [(2, Precision.fp32)] + [(8, Precision.fp32), (2, Precision.bf16)] * (world <= 4)
-    rows = [Row(*layout, stage, *kind) for layout, stage, kind in product(layouts, range(4), kinds)]
-    split = [row for row in rows if row.tp > 1 and row.micro_batch == 2 and row.stage in (1, 3)]
-    return rows + [replace(row, sequence=True) for row in split]
+    accumulated, whole, rounded = (2, Precision.fp32), (8, Precision.fp32), (2, Precision.bf16)
+    rows = [Row(*layout, stage, *accumulated) for layout in layouts for stage in (range(4) if world <= 4 else (1, 3))]
+    if world <= 2:
+        rows += [Row(*layout, stage, *kind) for layout in layouts for stage in range(4) for kind in (whole, rounded)]
+    if world == 4:
+        rows += [Row(*layout, stage, *rounded) for layout in layouts for stage in (1, 3)]
+    cut = [replace(row, sequence=True) for row in rows if row.tp > 1 and row.micro_batch == 2 and row.stage in (1, 3)]
+    megatron = [replace(row, engine=EngineKind.megatron) for row in rows + cut if row.stage == 1]
+    return rows + cut + (megatron if world <= 4 else [])
 
 
 WORLDS = (1, 2, 4, 8, 16)
@@ -83,7 +90,7 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 def loss_of(model: Any, tokens: Tensor, starts: Tensor, precision: Precision) -> Tensor:
     """Nats of all tokens."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False):
         losses, _ = model(tokens[:, :-1], tokens[:, 1:], starts)
     return losses.sum()
 
@@ -110,33 +117,42 @@ def one_rank(precision: Precision) -> dict[str, Any]:
     return result
 
 
-def train_row(root: Path, row: Row) -> None:
-    """One rank of a row: five updates as the training loop does them, saved with what this rank owns."""
-    base = run_config("demo").parallel
-    parallel = replace(base, tensor_parallel=row.tp, zero_stage=row.stage, precision=row.precision)
-    with ranks("cpu", row.tp) as here:
-        where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
-        model = build(TINY, REFERENCE, 0, here.device, **where)
-        engine = build_engine(model, OPTIM, parallel, here)
-        result: dict[str, Any] = {"curve": []}
-        for step, rate in enumerate(RATES):
-            tokens, starts = batch_of(step)
-            total = torch.zeros(())
-            cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
-            for index, (low, high) in enumerate(cuts):
-                part = slice(low, high) if low < high else slice(0, 1)
-                loss = loss_of(model, tokens[part], starts[part], row.precision) * ((low < high) / starts.numel())
-                engine.backward(loss, last=index == len(cuts) - 1)
-                total += loss.detach()
-            torch.distributed.all_reduce(total, group=data_parallel_group())
-            norm, skipped = engine.clip_and_step(rate)
-            assert not skipped
-            result["curve"].append([float(total), norm])
-            result[step] = [
-                (piece.kind, piece.name, piece.tp_rank, piece.start, tensor.clone())
-                for piece, tensor in engine.pieces()
-            ]
-        torch.save(result, root / f"{row}-{here.rank}.pt")
+def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
+    """One rank of all rows of a layout, whose process groups cost more than the updates."""
+    shim = cuda_on_cpu if device == "cpu" else nullcontext
+    with ranks(device, rows[0].tp) as here:
+        for row in rows:
+            with shim() if row.engine is EngineKind.megatron else nullcontext():
+                torch.save(train_row(row, here), root / f"{row}-{here.rank}.pt")
+
+
+def train_row(row: Row, here: Ranks) -> dict[str, Any]:
+    """One rank of a row: five updates as the training loop does them; the curve, and what this rank owns."""
+    kind = {"engine": row.engine, "zero_stage": row.stage, "precision": row.precision, "bucket_elements": 5000}
+    parallel = replace(run_config("demo").parallel, tensor_parallel=row.tp, **kind)  # type: ignore[arg-type]
+    where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
+    model = build(TINY, REFERENCE, 0, here.device, **where)  # type: ignore[arg-type]
+    engine = build_engine(model, OPTIM, parallel, here)
+    result: dict[str, Any] = {"curve": []}
+    for step, rate in enumerate(RATES):
+        tokens, starts = batch_of(step)
+        total = torch.zeros((), device=here.device)
+        cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
+        for index, (low, high) in enumerate(cuts):
+            part = slice(low, high) if low < high else slice(0, 1)
+            loss = loss_of(model, tokens[part].to(here.device), starts[part].to(here.device), row.precision)
+            loss = loss * ((low < high) / starts.numel())
+            engine.backward(loss, last=index == len(cuts) - 1)
+            total += loss.detach()
+        torch.distributed.all_reduce(total, group=data_parallel_group())
+        norm, skipped = engine.clip_and_step(rate)
+        assert not skipped
+        result["curve"].append([float(total), norm])
+        result[step] = [
+            (piece.kind, piece.name, piece.tp_rank, piece.start, tensor.cpu().clone())
+            for piece, tensor in engine.pieces()
+        ]
+    return result
 
 
 def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, str], Tensor]:
@@ -167,7 +183,10 @@ def shape_of(name: str, shape: list[int], size: int) -> list[int]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
     for world in WORLDS:
-        run_ranks(world, [(train_row, (folder, row)) for row in rows_of(world)])
+        rows = rows_of(world)
+        run_ranks(
+            world, [(train_rows, (folder, [r for r in rows if r.tp == tp])) for tp in sorted({r.tp for r in rows})]
+        )
     return folder
 
 
@@ -179,8 +198,12 @@ def expected() -> dict[Precision, dict[str, Any]]:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
     saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.tp * row.dp)]
+    assert_equal_to_one_rank(saved, expected[row.precision], row)
+
+
+def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], row: Row) -> None:
     assert all(result["curve"] == saved[0]["curve"] for result in saved)
-    one, limits = expected[row.precision], LIMITS[row.precision]
+    limits = LIMITS[row.precision]
     torch.testing.assert_close(
         torch.tensor(saved[0]["curve"]), torch.tensor(one["curve"]), rtol=limits["curve"], atol=0
     )
@@ -190,3 +213,11 @@ def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]
         for (kind, name), tensor in tensors.items():
             error = float((tensor - one[step][kind, name]).norm() / one[step][kind, name].norm())
             assert error <= limits[kind, step], (kind, name, step)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("row", [row for row in ROWS if row.tp * row.dp == 1], ids=str)
+def test_it_equals_one_rank_on_a_gpu(expected: dict[Precision, dict[str, Any]], row: Row, tmp_path: Path) -> None:
+    train_rows(tmp_path, [row], "cuda")
+    assert_equal_to_one_rank([torch.load(tmp_path / f"{row}-0.pt", weights_only=True)], expected[row.precision], row)

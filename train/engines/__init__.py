@@ -17,7 +17,7 @@ from model.init import decays
 from model.mamba import FalconMamba
 from model.parallel import cut_of
 from model.weights import Piece, Pieces
-from train.config import Optim, Parallel
+from train.config import EngineKind, Optim, Parallel
 from train.distributed import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,9 +67,13 @@ def build_engine(model: FalconMamba, optim: Optim, parallel: Parallel, ranks: Ra
         from train.engines.plain import PlainEngine
 
         return PlainEngine(model, optim, ranks)
-    from train.engines.zero import ZeroEngine
+    if parallel.engine is EngineKind.megatron:
+        from train.engines.megatron import MegatronEngine
 
-    return ZeroEngine(model, optim, ranks, parallel.zero_stage)
+        return MegatronEngine(model, optim, ranks, parallel.precision, parallel.bucket_elements)
+    from train.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, optim, ranks, parallel.zero_stage, parallel.bucket_elements)
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:

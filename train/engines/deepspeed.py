@@ -14,16 +14,16 @@ from model.weights import Piece, Pieces
 from train.config import Optim
 from train.distributed import Mpu, Ranks
 from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
-from train.plan import REDUCE_BUCKET
+from train.plan import LIVE_PARAMETERS
 
 
-class ZeroEngine:
+class DeepSpeedEngine:
     """DeepSpeed behind the Engine protocol.
 
     A parameter's ranges that a rank owns are read from DeepSpeed's own links, by parameter name.
     """
 
-    def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks, stage: int = 1) -> None:
+    def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks, stage: int, bucket: int) -> None:
         deepspeed = _deepspeed(ranks.device.type)
         self.ranks, self.model, self.stage = ranks, model, stage
         self.weights = Weights.copies if stage < 3 else Weights.parts
@@ -36,9 +36,11 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
-                "reduce_bucket_size": REDUCE_BUCKET,
-                "allgather_bucket_size": REDUCE_BUCKET,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
                 "overlap_comm": ranks.device.type == "cuda",
+                "stage3_max_live_parameters": LIVE_PARAMETERS,
+                "stage3_prefetch_bucket_size": bucket,
             },
         }
         self.engine, *_ = deepspeed.initialize(

@@ -1,0 +1,153 @@
+"""megatron-core's DistributedDataParallel and DistributedOptimizer: ZeRO-1 on GPUs, with bf16 weights where it pays.
+
+Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, dt_bias, norms and the convolution stay
+fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket, while the backward goes on; weights are
+gathered while the next forward goes on. 6 bytes per parameter on every rank (2 weights, 4 gradients), 12 over ranks.
+
+megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind tests/cuda_shim.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from model.init import decays
+from model.mamba import FalconMamba
+from model.weights import Piece, Pieces
+from train.config import Optim, Precision
+from train.distributed import Ranks
+from train.engines import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of
+
+
+class MegatronEngine:
+    """megatron-core behind the Engine protocol.
+
+    With bf16 the initial weights are rounded to it once, masters included; a checkpoint's masters are taken as they
+    are. Its own optimizer never looks whether a gradient is finite, so that is done here.
+    """
+
+    weights = Weights.copies
+    in_step = False
+
+    def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks, precision: Precision, bucket: int) -> None:
+        self.model, self.ranks, self.config = model, ranks, config
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if precision is Precision.bf16:
+            for name, parameter in model.named_parameters():
+                if decays(name) and name.endswith(".weight"):
+                    parameter.data = parameter.data.bfloat16()
+        # DistributedDataParallel asks for a transformer's config, of which it reads these alone
+        shape = TransformerConfig(
+            num_layers=model.config.n_layer,
+            hidden_size=model.config.d_model,
+            num_attention_heads=ranks.tp_size,
+            tensor_model_parallel_size=ranks.tp_size,
+            context_parallel_size=ranks.cp_size,
+            calculate_per_token_loss=True,  # gradients are summed over ranks: losses carry the weights
+        )
+        overlapped = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            use_distributed_optimizer=True,
+            bucket_size=bucket,
+        )
+        self.ddp = DistributedDataParallel(shape, overlapped, model)
+        # the loss reads the head's weight without a call of its module, at which the gather would be waited for
+        model.final_norm.register_forward_pre_hook(self._wait_for_head)
+        undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: not decays(_own(name)))
+        chained: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.0,
+                min_lr=0.0,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                bf16=True,  # which means here: no loss scaling
+                params_dtype=torch.bfloat16,
+                use_distributed_optimizer=True,
+                overlap_param_gather=True,
+                clip_grad=config.clip_norm,
+            ),
+            [self.ddp],
+            config_overrides={ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}},
+            use_gloo_process_groups=False,
+        )
+        (self.zero,) = getattr(chained, "chained_optimizers", [chained])
+        self.ddp.zero_grad_buffer()
+        self._fill_state(updates=0)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See Engine."""
+        with nullcontext() if last else self.ddp.no_sync():
+            loss.backward()
+        if last:
+            self.ddp.finish_grad_sync()
+
+    def clip_and_step(self, lr: float) -> tuple[float, bool]:
+        """See Engine. A norm that is not finite skips the update and leaves weights and moments as they are."""
+        self.zero.prepare_grads()
+        norm = float(self.zero.get_grad_norm())
+        finite = norm < float("inf")
+        if finite:
+            for group in self.zero.param_groups:
+                group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
+            clip_grad_by_total_norm_fp32(self.zero.get_parameters(), self.config.clip_norm, norm)
+            self.zero.step_with_ready_grads()
+        self.discard()
+        return norm if finite else float("inf"), not finite
+
+    def discard(self) -> None:
+        """See Engine."""
+        self.ddp.zero_grad_buffer()
+        self.zero.zero_grad()
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        """See Engine. Every rank's weights are gathered after it: the overlapped gather waits for the next forward."""
+        self.ddp.start_param_sync(force_sync=True)
+        return pieces_of(self._fragments(), self.model, self.ranks)
+
+    def load(self, pieces: Pieces, updates: int) -> None:
+        """See Engine."""
+        self._fill_state(updates)
+        fill(self._fragments(), pieces, self.ranks)
+        self.zero._copy_main_params_to_model_params()
+        self.ddp.start_param_sync(force_sync=True)
+
+    def _wait_for_head(self, *_: Any) -> None:
+        self.ddp.param_to_bucket_group[self.model.lm_head.weight].finish_param_sync()
+
+    def _fill_state(self, updates: int) -> None:
+        """Of every master by itself: megatron-core's own loading lets them share one count of updates."""
+        for group in self.zero.param_groups:
+            for master in group["params"]:
+                fill_state(self.zero.optimizer, master, updates)
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """Each master beside its parameter, from the lists that the optimizer updates by.
+
+        Its map from parameters to masters (model_param_group_index_map) is wrong for a group with bf16 and fp32.
+        """
+        zero = self.zero
+        parameters = (*zero.model_fp32_groups, *zero.model_float16_groups)
+        masters = (*zero.shard_fp32_groups, *zero.shard_fp32_from_float16_groups)
+        for group, group_masters in zip(parameters, masters, strict=True):
+            for parameter, master in zip(group, group_masters, strict=True):
+                state = zero.optimizer.state[master]
+                start = zero._get_model_param_range_map(parameter)["param"].start
+                yield Fragment(self.names[id(parameter)], start, master.data, {kind: state[kind] for kind in MOMENTS})
+
+
+def _own(name: str) -> str:
+    """A parameter's name without the wrapper's."""
+    return name.removeprefix("module.")

@@ -169,6 +169,22 @@ class MetricsConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A close look at a few steps: a table of their time by phase, and a trace for Perfetto or chrome://tracing."""
+
+    steps: int  # that are traced; 0 looks at none
+    after: int  # steps of this start that come before
+    timed_steps: int  # between these and the traced ones: the table's, for a trace slows what it sees
+    ranks: list[int]  # that are looked at
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.after, self.timed_steps, *self.ranks, 0) < 0:
+            raise ValueError("profile.steps, after, timed_steps and ranks must not be negative")
+        if self.steps and not self.ranks:
+            raise ValueError("profile.ranks is empty: profile.steps=0 looks at no step")
+
+
+@dataclass
 class Cluster:
     """The machines a run is planned for; at run time the launcher's ranks count."""
 
@@ -192,6 +208,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     health: HealthConfig
     metrics: MetricsConfig
+    profile: ProfileConfig
     cluster: Cluster
     eval: Eval
 

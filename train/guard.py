@@ -54,6 +54,7 @@ class Guard:
 
     def after(self, state: State, before: int, told: Told) -> None:
         """Look at the step from token `before` to the state's; raises InputError, on every rank, to stop the run."""
+        self.watch.at(state.step, "check")
         if self.health.hopeless is not None:
             raise InputError(
                 f"{self.health.hopeless}, up to step {state.step}: lower schedule.peak_lr or optim.clip_norm, or look "

@@ -123,6 +123,7 @@ class Trainer:
             self.watch.at(self.state.step, "validate", LONG_PATIENCE)
             with self.model.whole_sequences():
                 validation = self.validation.after(before, self.state.tokens, self.model)
+            self.watch.at(self.state.step, "log")
             if self.metrics is not None:
                 news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)

@@ -17,6 +17,7 @@ from train.distributed import Ranks, raise_everywhere, ranks
 from train.incidents import FINISHED, Outcome, read_outcome
 from train.lease import Lease
 from train.loop import Trainer
+from train.profiler import listening
 from train.signals import Leave
 from train.watchdog import Watch
 
@@ -79,7 +80,8 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
         part = config.run.folder / "config.yaml.part"
         OmegaConf.save(OmegaConf.create(record), part)
         part.rename(config.run.folder / "config.yaml")
-    outcome = trainer.run()
+    with listening(config.profile, config.run.folder, here, watch):
+        outcome = trainer.run()
     if here.first and outcome.code == FINISHED:
         from train.report import draw  # the other ranks need no matplotlib
 

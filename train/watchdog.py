@@ -30,6 +30,8 @@ PHASES = (
     "agree",
     "update",
     "validate",
+    "log",
+    "check",
     "save",
     "leave",
 )  # in the order of a step
@@ -47,6 +49,7 @@ class Watch:
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
         self.lease: Lease | None = None
         self.incidents = Incidents(folder)
+        self.listener: Callable[[int, str], None] | None = None  # hears of every move: train/profiler.py
         self.beats = 0
         self.ended = threading.Event()
         self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
@@ -57,6 +60,8 @@ class Watch:
     def at(self, step: int, phase: str, patience: float = 1.0) -> None:
         """The loop has come this far; the next move may take `patience` times the limit."""
         self.place = (step, phase, time.monotonic() + patience * self.limit)
+        if self.listener is not None:
+            self.listener(step, phase)
 
     def begin(self, lease: Lease | None) -> None:
         """Start to beat; the first rank renews the lease."""

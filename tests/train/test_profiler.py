@@ -1,0 +1,119 @@
+"""The profiler's table adds up, its trace is one, and the run that it looks at is the run that nobody looks at."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus import make_corpus
+from tests.small import config
+from train.config import ProfileConfig
+from train.metrics import read_lines
+from train.profiler import MODEL, PREFIX, ROWS, by_phase, minus, table, union, waiting
+from train.session import start
+
+
+def event(name: str, begin: float, end: float, category: str, thread: int = 1) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": category, "ts": 1000 + begin, "dur": end - begin, "tid": thread}
+
+
+def test_time_without_overlaps() -> None:
+    assert union([(4.0, 5.0), (1.0, 3.0), (2.0, 3.5)]) == [(1.0, 3.5), (4.0, 5.0)]
+    assert minus([(0.0, 10.0), (20.0, 30.0)], [(1.0, 2.0), (8.0, 22.0), (29.0, 31.0)]) == [
+        (0.0, 1.0), (2.0, 8.0), (22.0, 29.0)]  # fmt: skip
+    assert minus([(1.0, 2.0)], []) == [(1.0, 2.0)] and minus([(1.0, 2.0)], [(0.0, 3.0)]) == []
+
+
+def test_a_gpu_waits_where_a_collective_runs_and_no_other_kernel() -> None:
+    """Backward 100-300 us: all-reduce 150-260, of which a product hides 150-200; update 300-400: gather 350-380."""
+    events = [
+        event(PREFIX + "backward", 100, 300, "user_annotation"),
+        event("ncclDevKernel_AllReduce_Sum", 150, 260, "kernel", 20),
+        event("gemm", 100, 200, "kernel", 7),
+        event("ncclDevKernel_AllGather", 350, 380, "kernel", 20),
+        event("gloo:all_reduce", 100, 400, "cpu_op"),  # the host's, beside the device's work
+        {"ph": "i", "name": "a mark", "ts": 1100},
+    ]
+    waits = waiting(events, [("backward", 0.0, 200e-6), ("update", 200e-6, 300e-6)])
+    assert waits["backward"] == pytest.approx(60e-6) and waits["update"] == pytest.approx(30e-6)
+
+
+def test_a_cpu_waits_where_its_loop_runs_no_operator() -> None:
+    events = [
+        event(PREFIX + "backward", 100, 300, "user_annotation"),
+        event("gloo:all_reduce", 150, 260, "cpu_op", 9),
+        event("aten::mm", 100, 170, "cpu_op"),
+        event("aten::mm", 100, 300, "cpu_op", 2),  # another thread's
+    ]
+    assert waiting(events, [("backward", 0.0, 200e-6)]) == pytest.approx({"backward": 90e-6})
+
+
+def test_the_table_moves_waits_into_a_row_of_their_own_and_keeps_the_sum() -> None:
+    timed = [
+        ("read", 0.0, 1.0),
+        ("forward", 1.0, 3.0),
+        ("backward", 3.0, 9.0),
+        ("update", 9.0, 9.5),
+        ("log", 9.5, 10.0),
+    ]
+    traced = [("backward", 0.0, 8.0), ("update", 8.0, 9.0)]
+    rows = by_phase(timed, traced, {"backward": 4.0, "update": 0.5, "agree": 1.0}, steps=2)
+    assert rows["reduce"] == pytest.approx((3.0 + 0.25) / 2) and rows["backward"] == pytest.approx(1.5)
+    assert sum(rows.values()) == pytest.approx(5.0)
+    text = table("head", rows)
+    assert text.splitlines()[-1].endswith("15.00%")  # data and log
+    assert "reduce         1625.00   32.5%" in text
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profiler")
+    make_corpus(folder / "data")
+    start(config(folder, "plain"), "cpu")
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in read_lines(folder / "metrics.jsonl")]
+
+
+def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any) -> None:
+    run = replace(config(root, "seen"), profile=ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0]))
+    start(run, "cpu")
+    assert losses(root / "seen") == losses(root / "plain")
+    (path,) = (root / "seen" / "profile").glob("*.trace.json.gz")
+    with gzip.open(path, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = [entry["name"] for entry in events if entry.get("cat") == "user_annotation"]
+    assert {names.count(PREFIX + ROWS[phase]) for phase in ("read", "update", "agree", "log", "check")} == {2}
+    assert any(entry["name"].startswith("gloo:") for entry in events)  # what tells waiting from work
+    text = path.with_name(path.name.replace(".trace.json.gz", ".txt")).read_text()
+    assert text.splitlines()[0] == "steps 2 to 5 of rank 0 by phase" and text in capsys.readouterr().out
+    shares = {line.split()[0]: float(line.split()[2][:-1]) for line in text.splitlines()[2:12]}
+    assert set(shares) == set(ROWS.values()) and sum(shares.values()) == pytest.approx(100, abs=0.6)
+    assert sum(shares[ROWS[phase]] for phase in MODEL) > 50
+
+
+def test_a_run_that_ends_too_soon_says_so_and_others_say_nothing(root: Path, capsys: Any) -> None:
+    steps = len(losses(root / "plain"))
+    profile = ProfileConfig(steps=1, after=steps, timed_steps=0, ranks=[0])
+    start(replace(config(root, "short"), profile=profile), "cpu")
+    assert f"no profile: this start ended before its {steps + 1} steps" in capsys.readouterr().out
+    start(replace(config(root, "other"), profile=replace(profile, ranks=[1])), "cpu")
+    assert "no profile" not in capsys.readouterr().out and not (root / "other" / "profile").exists()
+
+
+def test_the_last_steps_of_a_run_can_be_looked_at(root: Path) -> None:
+    steps = len(losses(root / "plain"))
+    start(replace(config(root, "end"), profile=ProfileConfig(1, steps - 1, 0, [0])), "cpu")
+    assert list((root / "end" / "profile").glob(f"step-{steps:08d}-rank-00000.txt"))
+
+
+def test_counts_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        ProfileConfig(1, 0, -1, [0])
+    with pytest.raises(ValueError, match=r"profile\.ranks is empty"):
+        ProfileConfig(1, 0, 0, [])

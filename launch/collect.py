@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data.config import InputError
 from train.incidents import read_outcome
-from train.metrics import read_lines, short
+from train.records import read_lines, short
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
 BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured

@@ -24,7 +24,7 @@ from model.weights import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import History, supervise
 from train.config import RunConfig
-from train.metrics import read_lines
+from train.records import read_lines
 from train.schedule import Schedule
 
 CANARY = "canary-5e1f-not-for-any-file"

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "train": {"train", "eval", "model", "data"},
 }
 # of train, launch sees the config and pure functions; the command line comes from data
-LAUNCH = {"train.config", "train.plan", "train.schedule", "train.incidents", "train.metrics", "model.config",
+LAUNCH = {"train.config", "train.plan", "train.schedule", "train.incidents", "train.records", "model.config",
           "model.flops", "data.command", "data.config", "launch"}  # fmt: skip
 DOCTOR = {"model.kernels", "data.loader"}  # what a machine must be able to run is tried, by launch/checks.py alone
 TORCH_FREE = ("model/config.py", "model/flops.py", "data/config.py", "eval/config.py", "train/config.py",

@@ -87,9 +87,11 @@ def test_it_learns(demo: Demo) -> None:
 
 def test_every_record_is_whole(demo: Demo) -> None:
     steps = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
-    keys = {"loss", "source_loss", "grad_norm", "lr", "batch", "seq_len", "stage", "tokens", "tokens_per_second", "mfu",
-            "memory_gib", "data_wait_seconds", "step", "step_seconds", "skipped"}  # fmt: skip
+    keys = {"loss", "source_loss", "source_tokens", "grad_norm", "lr", "batch", "seq_len", "stage", "tokens",
+            "tokens_per_second", "mfu", "memory_gib", "data_wait_seconds", "step", "step_seconds",
+            "skipped"}  # fmt: skip
     assert all(set(step) - {"validation"} == keys for step in steps)
+    assert all(sum(step["source_tokens"].values()) == step["batch"] * step["seq_len"] for step in steps)
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert {step["stage"] for step in steps} == {"short", "decay"} and {step["seq_len"] for step in steps} == {128, 256}
     validated = [step for step in steps if step.get("validation")]

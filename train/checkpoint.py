@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from data.config import InputError
-from model.weights import Pieces, fault, newest, read_state
+from model.weights import MANIFEST, Pieces, fault, newest, read_state
 from train.commit import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
@@ -83,6 +83,7 @@ class Checkpoints:
         try:
             state = State(**{key: value for key, value in read_state(folder).items() if key != "format"})
             engine.load(Pieces(folder), state.updates)
+            self.writer.done = self.writer.done or (folder.name, (folder / MANIFEST).stat().st_mtime)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{folder} verifies and is no checkpoint of this run ({type(error).__name__}: {error}): somebody made "
@@ -103,6 +104,18 @@ class Checkpoints:
         if self.retry_at is None:
             self.retry_at = time.monotonic() + self.config.retry_seconds * 2**self.failures
         return time.monotonic() >= self.retry_at
+
+    def standing(self) -> str:
+        """How far back a crash would throw the run: the last committed save and its age, and the one on its way."""
+        parts = ["no checkpoint yet"]
+        if self.writer.done is not None:
+            name, when = self.writer.done
+            parts = [f"saved {name} {age(time.time() - when)} ago"]
+        if self.writer.busy and self.saved is not None:
+            parts.append(f"saving step {self.saved.step}")
+        elif self.writer.error is not None and self.saved is not None:
+            parts.append(f"save of step {self.saved.step} failed: {self.writer.error}")
+        return ", ".join(parts)
 
     def save(self, state: State, engine: Engine) -> float:
         """Start to commit the training state; every rank takes part. Returns the seconds that the loop waited.
@@ -176,6 +189,14 @@ def why_not(folder: Path) -> str | None:
         return fault(folder)
     except (OSError, ValueError, AttributeError) as error:  # hashed well and no JSON: somebody else made it
         return f"a file of it is not readable ({type(error).__name__}: {error})"
+
+
+def age(seconds: float) -> str:
+    """A time span in its largest whole unit."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def tokens_of(folder: Path) -> int | None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,7 @@ class Writer:
         self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
+        self.done: tuple[str, float] | None = None  # the last folder that was committed, and when (time.time)
         self.broken: Exception | None = None  # a peer is gone, and the ranks could not agree
 
     @property
@@ -91,6 +93,8 @@ class Writer:
     def _work(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
         try:
             self.error = self._save(name, state, committed)
+            if self.error is None:
+                self.done = (name, time.time())
         except Exception as error:
             self.broken = error
 

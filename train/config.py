@@ -165,6 +165,7 @@ class MetricsConfig:
     """Where numbers go besides metrics.jsonl."""
 
     wandb_project: str | None  # None writes no W&B run
+    tensorboard: bool  # into the run's folder; needs the package of that name
     console_seconds: float  # a plain console shows a line at most this often
 
 

@@ -127,7 +127,8 @@ class Trainer:
             if self.metrics is not None:
                 news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)
-                self.metrics.log(record | {key: value for key, value in news.items() if value is not None})
+                record |= {key: value for key, value in news.items() if value is not None}
+                self.metrics.log(record, self.checkpoints.standing())
             if result["told"].bad_data:
                 raise_everywhere(self.datacheck.fault)
             self.guard.after(self.state, before, result["told"])
@@ -178,6 +179,7 @@ class Trainer:
             "tokens": self.state.tokens,
             "loss": told.loss,
             "source_loss": {name: n / t for name, n, t in zip(self.plan.sources, *told.sums, strict=True) if t},
+            "source_tokens": {name: int(t) for name, t in zip(self.plan.sources, told.sums[1], strict=True) if t},
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
             "lr": now.lr,

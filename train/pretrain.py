@@ -13,6 +13,7 @@ from data.loader import open_manifests
 from train.config import RunConfig
 from train.incidents import NAMES
 from train.plan import check_memory
+from train.trackers import check_trackers
 
 
 class Unfailing:
@@ -40,6 +41,7 @@ class Unfailing:
 def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
     sys.stdout = Unfailing(sys.stdout)
+    check_trackers(config.metrics)
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if os.environ.get("RANK", "0") == "0":
         print("loading torch, DeepSpeed and megatron-core", flush=True)

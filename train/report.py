@@ -4,6 +4,8 @@ import argparse
 import html
 import json
 import sys
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from omegaconf import OmegaConf
 
 from train.incidents import Incidents, read_outcome
-from train.metrics import Record, read_lines, short
+from train.records import Record, read_lines, short
 
 POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
@@ -23,6 +26,7 @@ DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot")
 PANELS = {
     "loss": ("loss, nats per token", ["loss"]),
     "validation": ("held-out loss, nats per token", []),
+    "mixture": ("share of a stage's tokens so far by source, planned ones dotted", []),
     "rate": ("learning rate", ["lr"]),
     "batch": ("batch, sequences", ["batch"]),
     "context": ("context, tokens", ["seq_len"]),
@@ -31,6 +35,8 @@ PANELS = {
     "utilisation": ("MFU", ["mfu"]),
     "waiting": ("seconds of a step spent waiting for data", ["data_wait_seconds"]),
 }
+BY_SOURCE = ("loss", "validation", "mixture")
+Plan = dict[str, dict[str, float]]  # stage, source -> share
 EXAMPLES = """examples:
   python train/report.py runs/demo
   python train/report.py runs/sweeps/norms/* --output runs/sweeps/norms/runs.html
@@ -83,7 +89,8 @@ def page(folders: list[Path], path: Path) -> Path:
         "text-align:left;border-bottom:1px solid #ddd}</style>",
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(', '.join(runs))}</h1>",
     ]
-    parts += [panel(name, runs) for name in PANELS]
+    plans = {folder.name: planned(config_of(folder)) for folder in folders}
+    parts += [panel(name, runs, plans) for name in PANELS]
     for folder in folders:
         parts += [f"<h2>{html.escape(folder.name)}</h2>", *tables(folder, runs[folder.name])]
     part = path.with_suffix(".part")
@@ -92,7 +99,7 @@ def page(folders: list[Path], path: Path) -> Path:
     return path
 
 
-def panel(name: str, runs: dict[str, list[Record]]) -> str:
+def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> str:
     """One figure: a colour per run; sources of a loss are dashed and, with several runs, hidden at first."""
     import plotly.graph_objects as go
 
@@ -103,14 +110,18 @@ def panel(name: str, runs: dict[str, list[Record]]) -> str:
         for key in keys:
             x, y = curve([(record["tokens"], record[key]) for record in records])
             figure.add_scatter(x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2})
-        if name in ("loss", "validation"):
+        if name in BY_SOURCE:
             for place, (source, points) in enumerate(by_source(name, records).items()):
                 x, y = curve(points)
                 line = {"color": COLOURS[place % len(COLOURS)] if len(runs) == 1 else colour, "width": 1}
                 line["dash"] = "solid" if len(runs) == 1 else DASHES[place % len(DASHES)]
                 hidden = "legendonly" if len(runs) > 1 and name == "loss" else True
-                mode = "lines" if name == "loss" else "lines+markers"
+                mode = "lines+markers" if name == "validation" else "lines"
                 figure.add_scatter(x=x, y=y, name=f"{run}: {source}", mode=mode, line=line, visible=hidden)
+                if name == "mixture" and len(runs) == 1:
+                    x, y = plan_line(records, plans[run], source)
+                    line = {"color": line["color"], "width": 1, "dash": "dot"}
+                    figure.add_scatter(x=x, y=y, name=f"{run}: {source}, planned", mode="lines", line=line)
         if name == "gradient":
             skipped = [record for record in records if record["skipped"]]
             figure.add_scatter(
@@ -127,13 +138,70 @@ def panel(name: str, runs: dict[str, list[Record]]) -> str:
 
 
 def by_source(name: str, records: list[Record]) -> dict[str, list[tuple[int, float | None]]]:
-    """Points of each source: training losses, or held-out ones where they were measured."""
+    """Points of each source: training losses, held-out ones where they were measured, or shares of the tokens."""
+    if name == "mixture":
+        return realised(records)
     found: dict[str, list[tuple[int, float | None]]] = {}
     for record in records:
         losses = record["source_loss"] if name == "loss" else record.get("validation") or {}
         for source, value in losses.items():
             found.setdefault(source, []).append((record["tokens"], value if name == "loss" else value["loss"]))
     return dict(sorted(found.items()))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What the run was told, or nothing."""
+    path = folder / "config.yaml"
+    found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    return dict(found)
+
+
+def planned(config: dict[str, Any]) -> Plan:
+    """Share of each source in the tokens of each stage."""
+    stages = config.get("data", {}).get("stages", [])
+    return {
+        stage["name"]: {source: part / sum(stage["mixture"].values()) for source, part in stage["mixture"].items()}
+        for stage in stages
+    }
+
+
+def realised(records: list[Record]) -> dict[str, list[tuple[int, float | None]]]:
+    """Share of each source in the tokens of its stage up to each step; records of older versions have no tokens."""
+    found: dict[str, list[tuple[int, float | None]]] = {}
+    read: Counter[str] = Counter()
+    for before, record in zip([None, *records], records, strict=False):
+        if before is None or before["stage"] != record["stage"]:
+            read.clear()
+        read.update(record.get("source_tokens", {}))
+        for source, tokens in read.items():
+            found.setdefault(source, []).append((record["tokens"], tokens / read.total()))
+    return dict(sorted(found.items()))
+
+
+def plan_line(records: list[Record], plan: Plan, source: str) -> tuple[list[int], list[float | None]]:
+    """A source's planned share over the stages that the run has come to: flat pieces with gaps between them."""
+    x: list[int] = []
+    y: list[float | None] = []
+    for stage, inside in groupby(records, key=lambda record: record["stage"]):
+        tokens = [record["tokens"] for record in inside]
+        share = plan.get(stage, {}).get(source)
+        x += [tokens[0], tokens[-1], tokens[-1]]
+        y += [share, share, None]
+    return x, y
+
+
+def mixture_rows(records: list[Record], plan: Plan) -> list[tuple[Any, ...]]:
+    """Stage, source, planned and realised share, tokens."""
+    rows = []
+    for stage, inside in groupby(records, key=lambda record: record["stage"]):
+        read: Counter[str] = Counter()
+        for record in inside:
+            read.update(record.get("source_tokens", {}))
+        for source in sorted({*plan.get(stage, {}), *read}):
+            share = plan.get(stage, {}).get(source)
+            said = "" if share is None else f"{share:.2%}"
+            rows.append((stage, source, said, f"{read[source] / max(read.total(), 1):.2%}", short(read[source])))
+    return rows
 
 
 def curve(points: list[tuple[int, float | None]]) -> tuple[list[int], list[float | None]]:
@@ -152,6 +220,9 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
     outcome = read_outcome(folder)
     last = records[-1] if records else None
     facts: list[tuple[str, Any]] = [("state", "running or crashed" if outcome is None else outcome.reason)]
+    config = config_of(folder)
+    if code := config.get("code"):
+        facts.append(("code", code["commit"] + (", with changes" if code["dirty"] else "")))
     if last is not None:
         facts += [("step", last["step"]), ("tokens", short(last["tokens"])), ("stage", last["stage"])]
         facts.append(("skipped updates", sum(bool(record["skipped"]) for record in records)))
@@ -164,8 +235,11 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         size = sum(entry["bytes"] for entry in files.values())
         saved.append((manifest.parent.name, f"{size / 2**30:.3g} GiB", len(files)))
+    mixture = mixture_rows(records, planned(config)) if any("source_tokens" in record for record in records) else []
     return [
         table(("", ""), facts),
+        "<h3>mixture</h3>",
+        table(("stage", "source", "planned", "realised", "tokens"), mixture) if mixture else "<p>not recorded</p>",
         "<h3>starts, restarts and faults</h3>",
         table(("time", "what", ""), events) if events else "<p>none</p>",
         "<h3>checkpoints</h3>",

@@ -2,10 +2,12 @@
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -74,7 +76,7 @@ def start(config: RunConfig, device: str) -> Outcome:
 
 
 def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
-    record = plain(asdict(config))
+    record = {"code": code_version() if here.first else None, **plain(asdict(config))}
     trainer = Trainer(config, here, record, watch, leave)  # refuses a folder of another run before its record changes
     if here.first:
         part = config.run.folder / "config.yaml.part"
@@ -87,6 +89,24 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
 
         print(f"checkpoints: {config.run.checkpoints}\ncurves: {draw(config.run.folder)}", flush=True)
     return outcome
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code that runs, and whether its files differ from it; empty where there is no git or repository."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-prefix") != "train/":  # installed somewhere inside another repository
+            return {}
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def plain(value: Any) -> Any:

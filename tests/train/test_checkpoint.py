@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from model.weights import Piece, Pieces, fault, newest, newest_valid, read_manif
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
 from train.checkpoint import Checkpoints, State
+from train.commit import Writer
 from train.config import CheckpointConfig
 from train.distributed import Ranks, ranks
 from train.inspection import main as inspect
@@ -156,6 +159,32 @@ def test_a_full_disk_costs_a_save_and_nothing_else(small_disk: Path, here: Ranks
     again = Checkpoints(folder, KEEP, here, frozenset())
     again.save_and_wait(replace(STATE, step=2), engine)
     assert names(folder) == [2]
+
+
+def test_how_the_saves_stand(tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
+    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    assert checkpoints.standing() == "no checkpoint yet"
+    engine, gate, write = Stub(), Event(), Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(60), write(self, part))[1])
+    checkpoints.save(STATE, engine)
+    assert checkpoints.standing() == "no checkpoint yet, saving step 1"
+    gate.set()
+    assert checkpoints.flush()
+    assert re.fullmatch(r"saved step-00000001 \d s ago", checkpoints.standing())
+
+    def full(self: Writer, part: Path) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Writer, "_write", full)
+    checkpoints.save(replace(STATE, step=2), engine)
+    assert not checkpoints.flush()
+    said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
+    assert re.fullmatch(said, checkpoints.standing())
+    again = Checkpoints(tmp_path, KEEP, here, frozenset())
+    os.utime(tmp_path / "step-00000001" / "manifest.json", (time.time() - 7300,) * 2)
+    again.load(tmp_path / "step-00000001", engine)
+    assert again.standing() == "saved step-00000001 2 h ago"
 
 
 def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(tmp_path: Path, here: Ranks, monkeypatch: Any) -> None:

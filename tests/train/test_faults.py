@@ -19,7 +19,7 @@ from tests.soak import Result, differences, log_of, moved, schedule, soak, steps
 from tests.supervisor import History, start_once, supervise
 from train.config import RunConfig, VerifyShards
 from train.incidents import Incidents, read_outcome
-from train.metrics import read_lines
+from train.records import read_lines
 from train.schedule import Schedule
 
 SHORT = [

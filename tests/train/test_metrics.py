@@ -7,10 +7,15 @@ from typing import Any
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.config import InputError
 from train.config import MetricsConfig
-from train.metrics import JsonLines, LiveConsole, Metrics, Pace, Wandb, flatten, read_lines, short
+from train.console import LiveConsole, Pace, PlainConsole
+from train.metrics import Metrics
+from train.records import JsonLines, read_lines, short
 from train.report import draw
+from train.trackers import Wandb, check_trackers, flatten
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
@@ -47,15 +52,14 @@ def test_wandb_that_does_not_answer_costs_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Wandb, "ANSWER_SECONDS", 2.0)
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 1.0)
     begun = time.monotonic()
-    metrics = Metrics(tmp_path, "run", MetricsConfig("project", 0.0), {"a": {"b": 1}}, tokens=0, total=6400)
+    metrics = Metrics(tmp_path, "run", MetricsConfig("project", False, 0.0), {"a": {"b": 1}}, tokens=0, total=6400)
     for step in range(1, 101):
-        metrics.log(record(step))
+        metrics.log(record(step), "no checkpoint yet")
     assert time.monotonic() - begun < 1.0, "logging waited for W&B"
     metrics.close()
     assert time.monotonic() - begun < 6.0, "closing waited for W&B"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
-    assert metrics.wandb is not None
-    metrics.wandb.thread.join(60)  # in this process another test starts W&B
+    metrics.trackers[0].thread.join(60)  # in this process another test starts W&B
     assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
 
 
@@ -82,14 +86,54 @@ def test_wandb_that_does_not_answer_keeps_every_record(
 
 def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    sink = Wandb("project", "run", tmp_path, {"a": 1})
+    sink = Wandb("project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}})
     sink.log(record(1))
     sink.close()
-    assert not sink.thread.is_alive() and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert not sink.thread.is_alive()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"c0ffee" * 6 in path.read_bytes(), "the commit is part of the config"
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder: (step, value) of each tag."""
+    shown = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    return {tag: [(point.step, point.value) for point in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(tmp_path: Path) -> None:
+    config = MetricsConfig(None, True, 60.0)
+    for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start goes on from step 3
+        metrics = Metrics(tmp_path, "run", config, {"model": {"n_layer": 64}}, tokens=64 * begin, total=6400)
+        for step in range(begin + 1, end + 1):
+            metrics.log(record(step, loss=float("nan") if step == 2 else loss, source_tokens={"web": 64}), "")
+        metrics.close()
+        time.sleep(1.1)  # the names of TensorBoard's files hold the second, and are read in their order
+    shown = scalars(tmp_path / "tensorboard")
+    expected = [(64, 5.0), (192, 5.0), *((64 * step, 4.0) for step in range(4, 8))]
+    assert shown["loss/all"] == expected
+    assert shown["mixture/web"] == [(64 * step, 64.0) for step in range(1, 8)]
+    assert {"speed/mfu", "schedule/lr", "health/grad_norm"} <= set(shown)
+    assert b"n_layer" in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "tensorboard").write_text("a file where its folder would be")
+    metrics = Metrics(tmp_path, "run", MetricsConfig(None, True, 60.0), {}, tokens=0, total=6400)
+    metrics.log(record(1), "")
+    metrics.close()
+    assert "TensorBoard is off (" in capsys.readouterr().out and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_view_without_its_package_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trackers(MetricsConfig(None, True, 60.0))
+    monkeypatch.setattr("train.trackers.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install .*\[tensorboard\]"):
+        check_trackers(MetricsConfig(None, True, 60.0))
+    check_trackers(MetricsConfig("project", False, 60.0))
 
 
 def test_a_failing_wandb_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(self: Wandb, wandb: Any) -> None:
+    def fail(self: Wandb) -> None:
         raise RuntimeError("no space")
 
     monkeypatch.setattr(Wandb, "_start", fail)
@@ -115,12 +159,19 @@ def test_a_terminal_shows_the_last_step_in_eighty_columns(monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "80")
     console = LiveConsole(total=6400)
     console.show(
-        record(1_400_000, tokens=3200, batch=2048, seq_len=8192, lr=1.23e-4, tokens_per_second=1.1e6, grad_norm=12.34)
+        record(1_400_000, tokens=3200, batch=2048, seq_len=8192, lr=1.23e-4, tokens_per_second=1.1e6, grad_norm=12.34),
+        "saved step-01399000 12 min ago, saving step 1400000",
     )
     console.close()
+    assert "saved step-01399000 12 min ago, saving step 1400000" in capsys.readouterr().out
     assert console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
     assert console.last.plain.startswith("step 1400000 ") and len(console.last.plain) <= 80
     assert console.far.plain.startswith("3.2k of 6.4k tokens, ") and len(console.far.plain) <= 100
+
+
+def test_a_log_line_says_how_the_checkpoints_stand(capsys: Any) -> None:
+    PlainConsole(total=6400, seconds=60.0).show(record(1), "saved step-00000001 3 s ago")
+    assert capsys.readouterr().out.endswith("Z, saved step-00000001 3 s ago\n")
 
 
 def test_the_end_of_a_run_is_a_date_by_its_recent_pace(monkeypatch: pytest.MonkeyPatch) -> None:

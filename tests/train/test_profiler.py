@@ -11,8 +11,8 @@ import pytest
 from tests.corpus import make_corpus
 from tests.small import config
 from train.config import ProfileConfig
-from train.metrics import read_lines
 from train.profiler import MODEL, PREFIX, ROWS, by_phase, minus, table, union, waiting
+from train.records import read_lines
 from train.session import start
 
 

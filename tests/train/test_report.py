@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from train.report import PANELS, POINTS, curve, page
+from train.records import read_lines
+from train.report import PANELS, POINTS, config_of, curve, page, plan_line, planned, realised
 
 
 def write_run(folder: Path, shift: float) -> Path:
@@ -21,7 +22,9 @@ def write_run(folder: Path, shift: float) -> Path:
         loss = 2 + 3 * math.exp(-step / 20) + shift
         record: dict[str, Any] = {
             "step": step, "tokens": 100 * step, "loss": None if step == 9 else loss, "lr": 1e-3,
-            "grad_norm": 1.0 + shift, "source_loss": {"web": loss + 0.1, "code": loss - 0.1},
+            "grad_norm": 1.0 + shift,
+            "source_tokens": {"web": 75, "code": 25} if step < 30 else {"web": 40, "code": 60},
+            "source_loss": {"web": loss + 0.1, "code": loss - 0.1},
             "skipped": step == 9, "batch": 4 + step // 20,
             "seq_len": 16 if step < 30 else 32, "stage": "short" if step < 30 else "long",
             "tokens_per_second": 50.0 + step, "mfu": 0.2, "memory_gib": 1.0,
@@ -31,6 +34,12 @@ def write_run(folder: Path, shift: float) -> Path:
             record["validation"] = {name: {"loss": loss, "bits_per_byte": 1.0} for name in ("web", "code")}
         lines.append(json.dumps(record))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    stages = [
+        {"name": "short", "mixture": {"web": 3, "code": 1}},
+        {"name": "long", "mixture": {"web": 1, "code": 1, "math": 2}},
+    ]
+    record = {"data": {"stages": stages}, "code": {"commit": "0ffc0de", "dirty": True}}
+    (folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
     incident = {"time": "2026-01-01T00:00:00Z", "incident": "crash", "text": "<script>alert(1)</script> boom"}
     (folder / "incidents.jsonl").write_text(json.dumps(incident) + "\n")
     (folder / "checkpoints" / "step-00000060").mkdir(parents=True)
@@ -59,11 +68,28 @@ def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
     for name in PANELS:
         drawn = document.partition(f'<div id="{name}"')[2].partition("</script>")[0]
         assert drawn.count('class="js-line"') >= 2, name  # a curve of each run
+    assert document.count("0ffc0de, with changes") == 2
     assert "step-00000060" in document and "1 GiB" in document
     pixels = image.imread(picture)[..., :3]
     for colour in ((0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)):  # the colours of both runs
         seen = (abs(pixels * 255 - colour).max(axis=2) < 8).sum()
         assert seen > 2000, (colour, seen)
+
+
+def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", 0.0)
+    text = page([folder], tmp_path / "report.html").read_text()
+    for row in (("short", "web", "75.00%", "75.00%", "2.17k"), ("long", "web", "25.00%", "40.00%", "1.24k"),
+                ("long", "math", "50.00%", "0.00%", "0")):  # fmt: skip
+        assert "".join(f"<td>{cell}</td>" for cell in row) in text
+    assert "one: math, planned" not in text  # no token of it came: the table says so
+    assert "one: web, planned" in text
+    records = read_lines(folder / "metrics.jsonl")
+    assert realised(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
+    plan = planned(config_of(folder))
+    assert plan_line(records, plan, "code") == ([100, 2900, 2900, 3000, 6000, 6000], [0.25, 0.25, None] * 2)
+    old = [{key: value for key, value in record.items() if key != "source_tokens"} for record in records]
+    assert realised(old) == {}
 
 
 def test_the_page_needs_no_network_and_runs_no_text(tmp_path: Path) -> None:

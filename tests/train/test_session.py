@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ from tests.supervisor import CONTEXT
 from train.distributed import Ranks, ranks
 from train.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
 from train.lease import Lease, process_start
-from train.metrics import JsonLines, read_lines
 from train.pretrain import Unfailing
-from train.session import session
+from train.records import JsonLines, read_lines
+from train.session import code_version, session
 from train.signals import Leave
 
 
@@ -53,6 +54,33 @@ def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: 
     measured(f"taken over {time.monotonic() - begun:.2f} s after kill -9")
     lease.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a repository with train/ at its top: clean, changed; in one that merely lies around the code: nothing."""
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    script = tmp_path / "train" / "session.py"
+    script.parent.mkdir()
+    script.write_text("1\n")
+    monkeypatch.setattr("train.session.__file__", str(script))
+    assert code_version() == {}
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD").strip()
+    assert code_version() == {"commit": commit, "dirty": False}
+    (tmp_path / "train" / "notes.txt").write_text("not part of the code")
+    assert code_version() == {"commit": commit, "dirty": False}
+    script.write_text("2\n")
+    assert code_version() == {"commit": commit, "dirty": True}
+    inner = tmp_path / "venv" / "train"
+    inner.mkdir(parents=True)
+    monkeypatch.setattr("train.session.__file__", str(inner / "session.py"))
+    assert code_version() == {}
 
 
 def elsewhere(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.soak import differences
 from train.incidents import read_outcome
-from train.metrics import read_lines
+from train.records import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = (

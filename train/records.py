@@ -1,0 +1,86 @@
+"""metrics.jsonl: one record per step, the numbers of a run."""
+
+import errno
+import json
+import math
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class JsonLines:
+    """One JSON object per line, in the order of tokens, without duplicates across restarts.
+
+    A disk that is full for a while costs no record: lines wait in memory, up to a bound, and are written later.
+    """
+
+    WAITING = 100_000
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        kept = [line for line in read_lines(path) if line["tokens"] <= tokens]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        part.rename(path)
+        self.file = path.open("ab", buffering=0)
+        self.end = path.stat().st_size
+        self.waiting: deque[bytes] = deque(maxlen=self.WAITING)
+
+    def write(self, record: Record) -> None:
+        """Append a record; values that JSON lacks (NaN, infinity) become null."""
+        if not self.waiting:
+            self.failed = False
+        self.waiting.append((json.dumps(finite(record)) + "\n").encode())
+        try:
+            while self.waiting:
+                self._append(self.waiting[0])
+                self.waiting.popleft()
+        except OSError as error:
+            if not self.failed:
+                print(f"warning: metrics.jsonl cannot be written ({error}); its lines wait in memory", flush=True)
+            self.failed = True
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line, or leave the file as it was."""
+        written = self.file.write(line)
+        if written != len(line):  # the disk was full in the middle
+            self.file.truncate(self.end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.end += written
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        if self.waiting:
+            print(f"warning: the last {len(self.waiting)} lines of metrics.jsonl are lost", flush=True)
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short(count: float) -> str:
+    """A count with three digits and a unit: 1.8M, 5.8T."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000 or unit == "T":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    raise AssertionError

@@ -8,6 +8,12 @@ from launch.attempt import excluded
 from launch.sweep import Job
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "prepare": "data/prepare.py",
+    "train": "train/pretrain.py",
+    "export": "eval/export.py",
+    "eval": "eval/run.py",
+}
 
 
 def dependency(before: str | None) -> list[str]:

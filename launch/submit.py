@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,17 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.command import USER_ERROR, one_line
 from data.config import InputError
-from launch.script import dependency, render
+from launch.local import run_here
+from launch.script import SCRIPTS, dependency, render
 from launch.sweep import Job, Sweep, job, sweep
 from train.plan import GIB, check_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {
-    "prepare": "data/prepare.py",
-    "train": "train/pretrain.py",
-    "export": "eval/export.py",
-    "eval": "eval/run.py",
-}
 EXAMPLES = """examples:
   python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
   python launch/submit.py +experiment=7b slurm.partition=h100 --stages prepare,train,export,eval
@@ -110,28 +104,6 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
             if stage == "prepare":
                 prepared[each.config.data.folder] = before
     return 0
-
-
-def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
-    """Every stage of every run, one after another; a run that fails is named at the end, the others go on."""
-    failed = []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    for number, each in enumerate(jobs, 1):
-        print(f"\n== {number} of {len(jobs)}: {each.config.run.name}", flush=True)
-        for stage in stages:
-            start = [sys.executable]
-            if stage == "train":
-                start += ["-m", "torch.distributed.run", "--standalone"]
-                start += ["--nproc-per-node", str(each.config.cluster.ranks_per_node)]
-            command = [*start, SCRIPTS[stage], *each.overrides]
-            print(f"== {shlex.join(command)}", flush=True)
-            if not dry_run and subprocess.run(command, cwd=ROOT, env=environment).returncode:
-                failed.append(f"{each.config.run.name} ({stage})")
-                break
-    if failed:
-        print(f"error: failed: {', '.join(failed)}; the same command goes on where they stopped", file=sys.stderr)
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from tests.tiny import TINY
 from train.config import (
     CheckpointConfig,
     Cluster,
+    DecayShape,
     Device,
     HealthConfig,
     MetricsConfig,
@@ -28,7 +29,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         model=TINY,
         data=corpus_config(root / "data"),
         optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
-        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, 1, 8, 1500, True),
+        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, DecayShape.exponential, 1, 8, 1500, True),
         parallel=replace(
             run_config("demo").parallel,
             tensor_parallel=tensor_parallel,

@@ -53,6 +53,15 @@ class Optim:
             raise ValueError("optim needs beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0 and z_loss >= 0")
 
 
+class DecayShape(Enum):
+    """How the rate falls from the peak to min_lr in the last decay_tokens; train/schedule.py has the formulas."""
+
+    exponential = "exponential"
+    linear = "linear"
+    cosine = "cosine"
+    one_minus_sqrt = "one_minus_sqrt"
+
+
 @dataclass
 class ScheduleConfig:
     """Warmup-stable-decay over tokens, with a linear batch ramp."""
@@ -61,6 +70,7 @@ class ScheduleConfig:
     min_lr: float
     warmup_tokens: int
     decay_tokens: int  # counted from the end of the last stage
+    decay_shape: DecayShape
     batch_start: int  # sequences
     batch_end: int
     ramp_tokens: int

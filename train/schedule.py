@@ -3,13 +3,17 @@
 Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak, exponential decay
 peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens; BatchScaling keeps lr / sqrt(batch)
 constant while the batch grows. How warmup and BatchScaling combine is published nowhere: they multiply here.
+
+Other shapes, for ablations, are min + (peak - min) f(r), r the share of the decay that is behind: f = 1 - r
+(linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv 2405.18392), and (1 + cos(pi r)) / 2
+(cosine: SGDR, arXiv 1608.03983).
 """
 
 import math
 from dataclasses import dataclass
 
 from data.config import DataConfig
-from train.config import ScheduleConfig
+from train.config import DecayShape, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,18 @@ class Now:
     def tokens(self) -> int:
         """Tokens that the step reads."""
         return self.batch * self.seq_len
+
+
+def decayed(shape: DecayShape, r: float, least: float) -> float:
+    """Factor of the rate when a share r in [0, 1] of the decay is behind, from 1 to `least`."""
+    if shape is DecayShape.exponential:
+        return least**r
+    falling = {
+        DecayShape.linear: 1 - r,
+        DecayShape.cosine: (1 + math.cos(math.pi * r)) / 2,
+        DecayShape.one_minus_sqrt: 1 - math.sqrt(r),
+    }
+    return least + (1 - least) * falling[shape]
 
 
 class Schedule:
@@ -56,7 +72,7 @@ class Schedule:
             lr *= tokens / c.warmup_tokens
         into_decay = tokens - (self.total - c.decay_tokens)
         if into_decay > 0:
-            lr *= (c.min_lr / c.peak_lr) ** (into_decay / c.decay_tokens)
+            lr *= decayed(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / c.peak_lr)
         return lr
 
     def at(self, tokens: int) -> Now:

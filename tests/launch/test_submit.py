@@ -1,14 +1,17 @@
 """A submission is checked before it waits in a queue; scripts say what the config says; sweeps are named runs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from data.config import InputError
-from launch import submit
+from launch import local, submit
 from launch.script import render
 from launch.sweep import job, sweep
 
@@ -89,11 +92,11 @@ def test_local_runs_go_on_after_one_that_fails(
 ) -> None:
     seen = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def wait(command: list[str]) -> tuple[int, bool]:
         seen.append(command)
-        return subprocess.CompletedProcess(command, int("optim.clip_norm=1.0" in command))
+        return int("optim.clip_norm=1.0" in command), False
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(local, "wait", wait)
     words = ["-m", "+experiment=demo", f"hydra.sweep.dir={tmp_path}", "optim.clip_norm=0.5,1.0,2.0", "--name", "clip"]
     assert call(monkeypatch, *words, "--local", "--stages", "prepare,train") == 1
     scripts = [next(word for word in command if word.endswith(".py")) for command in seen]
@@ -106,3 +109,50 @@ def test_local_runs_go_on_after_one_that_fails(
     ]
     assert "clip.clip_norm-1.0 (prepare)" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "clip" / "sweep.json").read_text())["points"]) == 3
+
+
+def script(folder: Path, text: str) -> list[str]:
+    """A program that stands for torchrun: it notes its start, and turns every exit code into 1."""
+    path = folder / "torchrun.py"
+    note = f"import json, os, pathlib, signal, sys, time\nrun = pathlib.Path({str(folder)!r})\n"
+    note += "open(run / 'starts', 'a').write('x')\n"
+    note += "def leave(code): (run / 'outcome.json').write_text(json.dumps({'code': code, 'reason': 'asked'}))\n"
+    path.write_text(note + text)
+    return [sys.executable, str(path)]
+
+
+def starts(folder: Path) -> int:
+    return len((folder / "starts").read_text())
+
+
+def test_a_start_that_saved_and_left_is_started_again_here_too(tmp_path: Path) -> None:
+    """Twice code 75 behind torchrun's 1, then the end; a stop, and a crash that left an old outcome, are failures."""
+    again = "n = len((run / 'starts').read_text())\nif n < 3: leave(75); sys.exit(1)\nleave(0)"
+    assert local.through(script(tmp_path, again), tmp_path) == "done" and starts(tmp_path) == 3
+    (tmp_path / "starts").unlink()
+    assert local.through(script(tmp_path, "leave(2); sys.exit(1)"), tmp_path) == "failed" and starts(tmp_path) == 1
+    (tmp_path / "outcome.json").write_text('{"code": 75, "reason": "of an earlier start"}')
+    assert local.through(script(tmp_path, "sys.exit(1)"), tmp_path) == "failed" and starts(tmp_path) == 2
+
+
+def test_ctrl_c_waits_for_the_ranks_to_save(tmp_path: Path) -> None:
+    """SIGINT reaches both, as from a terminal; the run leaves in its own time, and nothing is started again."""
+    ranks = """def save(*_):
+    time.sleep(1)
+    leave(75)
+    sys.exit(1)
+signal.signal(signal.SIGINT, save)
+(run / 'ready').touch()
+time.sleep(60)"""
+    command = script(tmp_path, ranks)
+    code = (
+        f"from pathlib import Path; from launch import local; print(local.through({command}, Path({str(tmp_path)!r})))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / "ready").is_file():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "left\n" and process.returncode == 0
+    assert starts(tmp_path) == 1 and json.loads((tmp_path / "outcome.json").read_text())["code"] == 75

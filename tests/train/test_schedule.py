@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import torch
+from transformers import get_wsd_schedule
 
 from tests.compose import run_config
-from train.schedule import Schedule
+from train.config import DecayShape
+from train.schedule import Schedule, decayed
 
 GT = 10**9
 
@@ -46,6 +49,46 @@ def test_lr_of_the_decay(falcon: Schedule) -> None:
     assert falcon.lr(total - 125 * GT, 2048) == pytest.approx(6.4e-4 / 64)  # 256 ** -0.75
     assert falcon.lr(total, 2048) == pytest.approx(2.5e-6)
     assert falcon.at(total - 2048 * 8192).lr == pytest.approx(2.5e-6)  # the last step
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half", "three_quarters"),
+    [
+        ("exponential", 1 / 4, 1 / 16, 1 / 64),  # 256 ** -r
+        ("linear", 769 / 1024, 257 / 512, 259 / 1024),  # (1 + 255 (1 - r)) / 256
+        ("one_minus_sqrt", 257 / 512, (256 - 255 * 0.5**0.5) / 256, (256 - 255 * 0.75**0.5) / 256),
+        ("cosine", (257 + 255 * 0.5**0.5) / 512, 257 / 512, (257 - 255 * 0.5**0.5) / 512),
+    ],
+)
+def test_shapes_of_the_decay(shape: str, quarter: float, half: float, three_quarters: float) -> None:
+    """Peak 6.4e-4 until 500 GT before the end, 1/256 of it at the end, and three points between by hand."""
+    config = run_config("7b", f"schedule.decay_shape={shape}")
+    schedule = Schedule(config.schedule, config.data)
+    for left, factor in ((600, 1), (500, 1), (375, quarter), (250, half), (125, three_quarters), (0, 1 / 256)):
+        assert schedule.lr(schedule.total - left * GT, 2048) == pytest.approx(6.4e-4 * factor, rel=1e-12), left
+    assert schedule.at(schedule.total - 2048 * 8192).lr == pytest.approx(2.5e-6)
+    assert schedule.lr(GT, 128) == pytest.approx(1.6e-4)  # warmup, ramp and BatchScaling are untouched
+
+
+@pytest.mark.parametrize(
+    ("shape", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("one_minus_sqrt", "1-sqrt")]
+)
+def test_shapes_are_those_of_transformers(shape: str, theirs: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_wsd_schedule(
+        optimizer, num_warmup_steps=0, num_decay_steps=40, num_stable_steps=0, decay_type=theirs, min_lr_ratio=1 / 256
+    )
+    for step in range(40):
+        assert decayed(DecayShape[shape], step / 40, 1 / 256) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("shape", DecayShape)
+def test_every_decay_falls_all_the_way(shape: DecayShape) -> None:
+    factors = [decayed(shape, r / 100, 1 / 256) for r in range(101)]
+    assert factors[0] == 1 and factors[-1] == pytest.approx(1 / 256)
+    assert all(later < earlier for earlier, later in zip(factors, factors[1:], strict=False))
 
 
 def test_noise_temperature_is_constant_over_the_ramp(falcon: Schedule) -> None:

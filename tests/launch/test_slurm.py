@@ -3,6 +3,7 @@
 One run is left alone, one is interrupted in every way; their losses and final checkpoints are compared bit for bit.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -186,3 +187,35 @@ def test_a_chain_waits_for_success(slurm: Slurm, data: Path, tmp_path: Path) -> 
     assert len(numbers) == 2
     slurm.until(lambda: slurm.state(numbers[1]) == "CANCELLED", 120)
     assert slurm.state(numbers[0]) == "FAILED"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of all that is built, but the logs, which hold times."""
+    files = [path for path in (folder / "shards").rglob("*") if path.is_file() and "logs" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_data_is_prepared_by_arrays_as_it_is_by_processes(slurm: Slurm, tmp_path: Path) -> None:
+    """A job that submits datatrove's arrays and waits for them gives the bytes of a preparation without Slurm."""
+    data = ["data.tokenizer.vocab_size=300", "model.vocab_size=300"]
+    for name in ("prose", "sums"):
+        raw = tmp_path / name
+        raw.mkdir()
+        for part in range(2):
+            texts = [f"{name}: {part} and {i} make {part + i}, and {part * i} when multiplied. " * 9 for i in range(40)]
+            (raw / f"{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        data += [f"data.sources.{name}.input={raw}", f"data.sources.{name}.tasks=2"]
+    arrays = ["executor=slurm", "executor.partition=main", "executor.workers=3", "executor.tasks_per_job=1",
+              "executor.memory_gib=1", "executor.time=10:00", "executor.poll_seconds=0.5"]  # fmt: skip
+    run = tmp_path / "run"
+    job = submit(slurm, tmp_path / "arrays", run, "--stages", "prepare", *data, *arrays)
+    finished(slurm, job, run)
+    log = next(run.glob("slurm-prepare-*.out")).read_text()
+    assert "Slurm partition main, 3 tasks at a time" in log
+    numbers = (tmp_path / "arrays" / "slurm" / "jobs.txt").read_text().split()
+    assert numbers and all(slurm.state(number) == "COMPLETED" for number in numbers)
+    words = [sys.executable, "data/prepare.py", "+experiment=demo", *MODEL, *DATA, *data]
+    words.append(f"data.folder={tmp_path / 'here'}")
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert hashes(tmp_path / "arrays") == hashes(tmp_path / "here")
+    assert {path.suffix for path in (tmp_path / "arrays" / "shards" / "sums").iterdir()} >= {".ds", ".json"}

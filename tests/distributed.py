@@ -3,11 +3,11 @@
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,16 +23,18 @@ def run_ranks(world_size: int, jobs: list[Job]) -> None:
     One set of processes does all jobs, forked from one that has imported everything. Raises with a failing rank's
     traceback.
     """
-    ports = list(islice(free_ports(), len(jobs)))
+    ports = free_ports(len(jobs))
     mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method="forkserver")
 
 
-def free_ports() -> Iterator[int]:
-    """Ports below those that the system gives to outgoing connections, of which gloo opens many between the jobs."""
-    first = 10_000 + os.getpid() * 97 % 15_000
-    for port in range(first, 32_768):
+def free_ports(count: int) -> list[int]:
+    """Ports that stay free until they are used, minutes later: the kernel gives none below 32768 to connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(10_000, 20_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            yield port
+            found += [port] if port not in found else []
+    return found
 
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:

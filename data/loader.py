@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.config import DataConfig, InputError
 from data.mixture import Indices, Plan, PlannedStage
-from data.shards import Manifest, Shards, read_manifest, sha256_of
+from data.shards import MANIFEST, Manifest, Shards, read_manifest, sha256_of
 from data.tokenizer import EOS
 
 
@@ -82,6 +82,23 @@ def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
     tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
     files = {name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()}
     return Plan(config, tokens, files)
+
+
+def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
+    """Train tokens of every source, and the names of those that are only expected."""
+    tokens, expected = {}, []
+    for name, source in config.sources.items():
+        folder = source_folder(config, name)
+        if (folder / MANIFEST).is_file():
+            tokens[name] = read_manifest(folder).tokens("train")
+        elif source.expected_tokens:
+            tokens[name] = source.expected_tokens
+            expected.append(name)
+        else:
+            raise InputError(
+                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
+            )
+    return tokens, expected
 
 
 class Loader:

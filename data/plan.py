@@ -12,11 +12,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data.command import command
-from data.config import DataConfig, InputError
-from data.loader import source_folder
+from data.config import DataConfig
+from data.loader import present_or_expected
 from data.mixture import Plan
 from data.packing import plan_table
-from data.shards import MANIFEST, read_manifest
 
 
 @dataclass
@@ -26,27 +25,10 @@ class PlanConfig:
     data: DataConfig
 
 
-def sizes(cfg: DataConfig) -> tuple[dict[str, int], list[str]]:
-    """Train tokens of every source, and the names of those that are only expected."""
-    tokens, expected = {}, []
-    for name, source in cfg.sources.items():
-        folder = source_folder(cfg, name)
-        if (folder / MANIFEST).is_file():
-            tokens[name] = read_manifest(folder).tokens("train")
-        elif source.expected_tokens:
-            tokens[name] = source.expected_tokens
-            expected.append(name)
-        else:
-            raise InputError(
-                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
-            )
-    return tokens, expected
-
-
 @command(PlanConfig)
 def main(cfg: PlanConfig) -> None:
     """Print the plan of a composed config."""
-    tokens, expected = sizes(cfg.data)
+    tokens, expected = present_or_expected(cfg.data)
     begun = time.perf_counter()
     plan = Plan(cfg.data, tokens, dict.fromkeys(tokens, "expected"))
     seconds = time.perf_counter() - begun

@@ -25,10 +25,10 @@ from data.browse import BrowseConfig
 from data.prepare import PrepareConfig
 from data.verify import VerifyConfig
 from launch.config import SubmitConfig
-from launch.estimate import PlannedRun
+from launch.dryrun import DryRun
 
 PAGE = "config.md"
-SCHEMAS = (PlannedRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
+SCHEMAS = (DryRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is one override away:

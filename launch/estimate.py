@@ -8,11 +8,12 @@ d_state x layers, whatever their length.
 import math
 from dataclasses import dataclass, replace
 
-from launch.devices import Gpu
+from launch.devices import GPUS, Gpu
 from model.config import Recompute
 from model.flops import matmul_parameters, parameter_count, train_flops_per_token, train_traffic
 from train.config import Parallel, Precision, RunConfig
 from train.plan import GIB, needs
+from train.traffic import payloads
 
 
 @dataclass
@@ -41,6 +42,11 @@ class PlannedRun(RunConfig):
     plan: PlanConfig
 
 
+def planned_gpu(run: RunConfig) -> Gpu:
+    """The GPU of the run's cluster by its peak; an H100 where the config does not say."""
+    return next((gpu for gpu in GPUS if gpu.flops == (run.cluster.peak_tflops or 0) * 1e12), GPUS[1])
+
+
 def width(config: RunConfig) -> int:
     """Bytes per element of the type that products are taken in."""
     return 2 if config.parallel.precision is Precision.bf16 else 4
@@ -64,17 +70,13 @@ def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
 
 def traffic_between_ranks(config: RunConfig, ranks: int) -> dict[str, float]:
     """Bytes that a rank sends in a step of the full batch at the longest context, by what asks for them."""
-    c, p, w = config.model, config.parallel, width(config)
-    tp, cp = p.tensor_parallel, p.context_parallel
-    replicas = ranks // tp
-    seq_len = max(stage.seq_len for stage in config.data.stages)
-    sequences = config.schedule.batch_end * tp * cp / ranks
-    tokens = sequences * seq_len / cp
-    weights = 4 * parameter_count(c) / tp * (replicas - 1) / replicas
-    sums = 2 * (tp - 1) / tp * tokens * c.n_layer * w * 2 * (c.dt_rank + 2 * c.d_state + c.d_model)
-    piece = c.d_inner / tp * ((c.d_state + 1) * 4 + (c.d_conv - 1) * w)
-    pieces = 3 * (cp - 1) * sequences * c.n_layer * piece  # gathered forward, summed and cut backward
-    return {"gradients": weights, "weights": weights, "tensor parallel": sums, "context parallel": pieces}
+    p = config.parallel
+    sequences = config.schedule.batch_end * p.tensor_parallel * p.context_parallel / ranks
+    sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
+    for payload in payloads(config, ranks, sequences, max(stage.seq_len for stage in config.data.stages)):
+        if payload.what in sent:  # norms and losses are a few bytes
+            sent[payload.what] += payload.sent
+    return sent
 
 
 def communication_seconds(run: PlannedRun, ranks: int) -> float:
@@ -143,14 +145,18 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu) -> list[Layout]:
         for context in (1, 2, 4, 8):
             for recompute in Recompute:
                 parallel = replace(run.parallel, tensor_parallel=tensor, context_parallel=context, recompute=recompute)
-                found.append(_layout(run, parallel, ranks, gpu))
+                found.append(layout_of(run, parallel, ranks, gpu))
     return sorted(found, key=lambda layout: (layout.why_not is not None, -layout.tokens_per_second, layout.memory_gib))
 
 
-def _layout(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
+def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
+    """What a layout needs and gives, or why it cannot run."""
     shape = (parallel.tensor_parallel, parallel.context_parallel, parallel.recompute.value)
     if ranks % (shape[0] * shape[1]):
         return Layout(*shape, 0.0, 0.0, f"{shape[0]} x {shape[1]} does not divide {ranks} ranks")
+    if run.schedule.batch_end < (groups := ranks // (shape[0] * shape[1])):
+        why = f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} groups without one"
+        return Layout(*shape, 0.0, 0.0, why)
     try:
         other = replace(run, parallel=parallel)
     except ValueError as error:
@@ -162,3 +168,17 @@ def _layout(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout
     seq_len = max(stage.seq_len for stage in run.data.stages)
     rate = run.schedule.batch_end * seq_len / ranks / sum(step_seconds(other, ranks, gpu))
     return Layout(*shape, memory, rate, None)
+
+
+def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | None:
+    """The layout that works and changes least of what was asked for; None when there is none."""
+    kinds = list(Recompute)
+
+    def distance(layout: Layout) -> tuple[float, float]:
+        steps = abs(math.log2(layout.tensor_parallel / asked.tensor_parallel))
+        steps += abs(math.log2(layout.context_parallel / asked.context_parallel))
+        steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(kinds)
+        return steps, -layout.tokens_per_second
+
+    works = [layout for layout in layouts(run, ranks, gpu) if layout.why_not is None]
+    return min(works, key=distance, default=None)

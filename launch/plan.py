@@ -20,6 +20,7 @@ from launch.devices import GPUS, Gpu
 from launch.estimate import (
     PlannedRun,
     layouts,
+    planned_gpu,
     reliability,
     roofline_seconds,
     step_seconds,
@@ -35,7 +36,7 @@ SHOWN = 12  # layouts
 def plan(run: PlannedRun) -> dict[str, Any]:
     """Everything of a plan as plain values: seconds, bytes, tokens, days, dollars."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
-    gpu = next((gpu for gpu in GPUS if gpu.flops == (run.cluster.peak_tflops or 0) * 1e12), GPUS[1])
+    gpu = planned_gpu(run)
     need, traffic = needs(run, ranks), train_traffic(run.model)
     computing, communicating = step_seconds(run, ranks, gpu)
     tokens_per_step = run.schedule.batch_end * max(stage.seq_len for stage in run.data.stages)

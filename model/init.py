@@ -1,4 +1,4 @@
-"""Every initial value and the weight-decay rule, by parameter name.
+"""Every initial value, by parameter name.
 
 | parameter | initial value | source |
 |---|---|---|
@@ -25,15 +25,6 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.flops import parameter_shapes
-
-NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")  # assumed: norms, biases and the SSM's own; sources
-# name A_log and D only (state-spaces/mamba), and leave the embedding decayed
-
-
-def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter of this name."""
-    return not name.endswith(NO_DECAY)
-
 
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     """The full fp32 initial value of a parameter, on the CPU, a pure function of (name, config, seed)."""

@@ -1,9 +1,5 @@
-"""How the model is cut over tensor-parallel ranks, and the one function that builds a rank's model.
+"""The parts of parameters that tensor-parallel ranks hold, and the one function that builds a rank's model."""
 
-The cut table serves initial values, checkpoints and export: whoever holds a part can say which part of what it is.
-"""
-
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,34 +9,7 @@ from model.config import ModelConfig, Recompute
 from model.init import initialize
 from model.kernels import Kernels
 from model.mamba import FalconMamba
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj: x over z)."""
-
-    dim: int
-    parts: int = 1
-
-
-CUTS = {
-    "embedding.weight": Cut(0),
-    "mixer.in_proj.weight": Cut(0, parts=2),
-    "mixer.conv_weight": Cut(0),
-    "mixer.conv_bias": Cut(0),
-    "mixer.x_proj.weight": Cut(1),
-    "mixer.dt_proj.weight": Cut(0),
-    "mixer.dt_bias": Cut(0),
-    "mixer.A_log": Cut(0),
-    "mixer.D": Cut(0),
-    "mixer.out_proj.weight": Cut(1),
-    "lm_head.weight": Cut(0),
-}
-
-
-def cut_of(name: str) -> Cut | None:
-    """How a parameter is cut; None means every rank holds all of it."""
-    return next((cut for suffix, cut in CUTS.items() if name.endswith(suffix)), None)
+from model.rules import cut_of
 
 
 def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
@@ -75,6 +44,17 @@ def build(
 
     With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of host memory.
     """
+    model = lay_out(config, kernels, tp_size, sequence_parallel, recompute)
+    model.to_empty(device=device)
+    initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
+    mark(model, tp_size)
+    return model
+
+
+def lay_out(
+    config: ModelConfig, kernels: Kernels, tp_size: int, sequence_parallel: bool, recompute: Recompute
+) -> FalconMamba:
+    """A rank's model on the meta device: cut, and with nothing allocated."""
     config.check_cut(tp_size)
     with torch.device("meta"):
         model = FalconMamba(config, kernels)
@@ -83,13 +63,16 @@ def build(
             if sequence_parallel:
                 _put_sequence_parallel_layers(model, config)
     model.set_recompute(recompute)
-    model.to_empty(device=device)
-    initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
-    for name, parameter in model.named_parameters():
-        cut = cut_of(name)
-        # DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the gradient norm
-        parameter.tensor_model_parallel = cut is not None and tp_size > 1  # type: ignore[attr-defined]
     return model
+
+
+def mark(model: FalconMamba, tp_size: int) -> None:
+    """Say of every parameter whether tensor-parallel ranks hold different parts of it.
+
+    DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the gradient norm.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.tensor_model_parallel = cut_of(name) is not None and tp_size > 1  # type: ignore[attr-defined]
 
 
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.hf import from_hf, model_config, tensor_names
-from model.parallel import cut_of, shard
+from model.parallel import shard
+from model.rules import cut_of
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

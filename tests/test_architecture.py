@@ -16,11 +16,13 @@ MAY_IMPORT = {
     "train": {"train", "eval", "model", "data"},
 }
 # of train, launch sees the config and pure functions; the command line comes from data
-LAUNCH = {"train.config", "train.plan", "train.schedule", "train.incidents", "train.records", "model.config",
-          "model.flops", "data.command", "data.config", "launch"}  # fmt: skip
+LAUNCH = {"train.config", "train.plan", "train.schedule", "train.traffic", "train.incidents", "train.records",
+          "model.config", "model.flops", "data.command", "data.config", "launch"}  # fmt: skip
 DOCTOR = {"model.kernels", "data.loader"}  # what a machine must be able to run is tried, by launch/checks.py alone
+DRY_RUN = {"train.dryrun"}  # and what a run would do, by launch/dryrun.py alone: a function of config and ranks
 TORCH_FREE = ("model/config.py", "model/flops.py", "data/config.py", "eval/config.py", "train/config.py",
-              "train/schedule.py", "train/plan.py", "launch/plan.py", "launch/estimate.py")  # fmt: skip
+              "train/schedule.py", "train/plan.py", "train/traffic.py", "launch/plan.py", "launch/estimate.py", "launch/dryrun.py",
+              "model/rules.py")  # fmt: skip
 SOURCES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
@@ -45,7 +47,7 @@ def test_imports_point_one_way(path: Path) -> None:
     for name in imports(path):
         assert name not in ROOMS, f"{path}: import {name} hides which part is used"
         if room == "launch":
-            may = LAUNCH | DOCTOR if path.name == "checks.py" else LAUNCH
+            may = LAUNCH | {"checks.py": DOCTOR, "dryrun.py": DRY_RUN}.get(path.name, set())
             assert any(name == allowed or name.startswith(allowed + ".") for allowed in may), f"{path}: {name}"
         else:
             assert name.split(".")[0] in MAY_IMPORT[room], f"{path} imports {name}"

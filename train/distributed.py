@@ -100,24 +100,31 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_parallel, context_parallel_size=context_parallel, create_gloo_process_groups=False
-        )
-        yield Ranks(
-            rank=dist.get_rank(),
-            world_size=world,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=tensor_parallel,
-            cp_rank=parallel_state.get_context_parallel_rank(),
-            cp_size=context_parallel,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            device=torch.device(device, local) if device == "cuda" else torch.device("cpu"),
-        )
+        yield stand(torch.device(device, local) if device == "cuda" else torch.device("cpu"), tensor_parallel, context_parallel)
         dist.barrier()  # nobody leaves while another still speaks to it
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
+    """Make megatron-core's groups out of the world that this process has joined, and say where it stands in them."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_parallel, context_parallel_size=context_parallel, create_gloo_process_groups=False
+    )
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tensor_parallel,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=context_parallel,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
 
 
 class Mpu:

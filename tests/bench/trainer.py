@@ -26,9 +26,9 @@ from data.loader import Loader, compile_plan, open_manifests
 from data.tokenizer import EOS
 from eval.layout import Entry, json_bytes, plan, write
 from model.hf import hf_config, tensor_names, to_hf
-from model.init import decays
 from model.kernels import REFERENCE
 from model.parallel import build
+from model.rules import decays
 from tests.compose import run_config
 from train.config import RunConfig
 from train.schedule import Schedule

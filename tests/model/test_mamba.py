@@ -7,10 +7,10 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from model.config import ModelConfig, Recompute
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
 from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
-from model.init import decays
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
 from model.parallel import build
+from model.rules import decays
 from tests.tiny import TINY, model_of
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from model.flops import parameter_shapes
-from model.init import decays
 from model.mamba import FalconMamba
-from model.parallel import cut_of
+from model.rules import cut_of, decays
 from model.weights import Piece, Pieces
 from train.config import EngineKind, Optim, Parallel
 from train.distributed import Ranks
@@ -77,7 +76,7 @@ def build_engine(model: FalconMamba, optim: Optim, parallel: Parallel, ranks: Ra
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay where model.init.decays says so; its rate is set at every update."""
+    """AdamW with weight decay where model.rules.decays says so; its rate is set at every update."""
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},

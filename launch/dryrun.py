@@ -1,0 +1,213 @@
+"""A run at full size without its machines: `python launch/dryrun.py +experiment=7b world=256` on a laptop's CPU.
+
+Builds the model, its cut and DeepSpeed's partition on tensors without memory in a process group that pretends to have
+`world` ranks, takes one step, and shows schedule, data plan, what each rank holds, and every collective with its bytes
+beside the formula of train/traffic.py. A layout that cannot run is refused with the nearest one that can. Also written
+to RUN/dryrun.json.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+from rich.table import Table
+
+from data.command import command
+from data.config import InputError
+from launch.estimate import PlannedRun, layout_of, nearest, planned_gpu
+from train.plan import GIB, needs
+from train.schedule import Schedule
+from train.traffic import SENT, by_kind, flats, payloads
+
+if TYPE_CHECKING:
+    from train.dryrun import Rehearsed
+
+
+@dataclass
+class DryRun(PlannedRun):
+    """A planned run, and on how many ranks it is tried."""
+
+    world: int | None  # ranks; None takes cluster.nodes x ranks_per_node
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+            if self.world is not None and self.world < 1:
+                raise ValueError(f"world is {self.world}; give the number of ranks")
+        except ValueError as error:
+            raise ValueError(f"{error}{self.way_out()}") from error
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that the run is tried on."""
+        return self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
+
+    def way_out(self) -> str:
+        """The nearest layout that works, as the end of a refusal; nothing when the layout is not what is wrong."""
+        asked = self.parallel
+        longest = max(stage.seq_len for stage in self.data.stages)
+        simple = replace(
+            asked, tensor_parallel=1, context_parallel=1, micro_batch_tokens=max(longest, asked.micro_batch_tokens)
+        )
+        try:
+            sections = {field.name: getattr(self, field.name) for field in fields(PlannedRun)}
+            run = PlannedRun(**{**sections, "parallel": simple})
+        except ValueError:
+            return ""
+        if self.ranks < 1:
+            return ""
+        layout = nearest(run, self.ranks, planned_gpu(self), asked)
+        if layout is None:
+            return f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each lacks"
+        wanted = {name: getattr(layout, name) for name in ("tensor_parallel", "context_parallel", "recompute")}
+        wanted |= {"micro_batch_tokens": simple.micro_batch_tokens}
+        given = {**asdict(asked), "recompute": asked.recompute.value}
+        changes = " ".join(f"parallel.{name}={value}" for name, value in wanted.items() if value != given[name])
+        fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
+        return f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}" if changes else ""
+
+
+@command(DryRun)
+def main(run: DryRun) -> None:
+    """Refuse what cannot run; else try it, print, and write down."""
+    layout = layout_of(run, run.parallel, run.ranks, planned_gpu(run))
+    if layout.why_not is not None:
+        p = run.parallel
+        shape = f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute {p.recompute.value}"
+        raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
+    print("loading torch, DeepSpeed and megatron-core", flush=True)
+    from train.dryrun import data_plan, dry_run
+
+    epochs = data_plan(run).epochs()
+    seen = dry_run(run, run.ranks)
+    result = {
+        "run": run.run.name,
+        "ranks": run.ranks,
+        "tensor_parallel": run.parallel.tensor_parallel,
+        "context_parallel": run.parallel.context_parallel,
+        "replicas": run.ranks // run.parallel.tensor_parallel,
+        "memory_gib_of_a_rank": layout.memory_gib,
+        "schedule": steps(run),
+        "epochs": epochs,
+        "shards": shards(run, seen),
+        "step": {**asdict(seen.now), "sequences_of_the_rank": sum(seen.micro_batches)}
+        | {"micro_batches_of_the_rank": len(seen.micro_batches)},
+        "collectives": collectives(run, seen),
+    }
+    show(run, result)
+    path = run.run.folder / "dryrun.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+def steps(run: DryRun) -> list[dict[str, Any]]:
+    """The first step of every stage and of the full batch, and how its sequences lie on the ranks."""
+    schedule = Schedule(run.schedule, run.data)
+    groups = run.ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
+    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
+    rows = []
+    for token in sorted({*begins, min(run.schedule.ramp_tokens, schedule.total - 1)}):
+        now = schedule.at(token)
+        most = -(-now.batch // groups)
+        micro = run.parallel.micro_batch_tokens // now.seq_len
+        rows.append(
+            {"token": token, **asdict(now)}
+            | {"least_sequences": now.batch // groups, "most_sequences": most, "micro_batches": -(-most // micro)}
+            | {"groups_without": max(0, groups - now.batch)}
+        )
+    return rows
+
+
+def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
+    """Elements that ranks hold: weights and gradients whole, the optimizer's part cut over replicas."""
+    groups = flats(run, run.ranks)
+    replicas = groups[0].replicas
+    owned = [sum(flat.owned(replica) for flat in groups) for replica in range(replicas)]
+    need = needs(run, run.ranks)
+    return {
+        "weights": sum(flat.elements for flat in groups),
+        "optimizer_part": sum(flat.part for flat in groups),
+        "optimizer_padding": sum(flat.part * replicas - flat.elements for flat in groups),
+        "optimizer_least": min(owned),
+        "optimizer_most": max(owned),
+        "largest_imbalance": max(owned) / (sum(owned) / replicas) - 1,
+        "rank": seen.rank,
+        "optimizer_of_the_rank": {"engine": seen.owned, "formula": owned[-1]},
+        "bytes": asdict(need) | {"total": need.total},
+    }
+
+
+def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
+    """Each kind of collective as counted, beside the formula."""
+    expected = payloads(run, run.ranks, sum(seen.micro_batches), seen.now.seq_len)
+    sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
+    rows = []
+    for when, counts in (("start", seen.start), ("step", seen.step)):
+        missing = {key: None for key in sizes if when == "step" and key not in counts}
+        for key in [*counts, *missing]:
+            group, operation = key
+            counted, n = counts.get(key), members[group]
+            size = counted.size if counted else 0
+            sent = SENT[operation] * (n - 1) / n * size if operation in SENT else None
+            formula = sizes.get(key, 0.0) if when == "step" else None
+            rows.append(
+                {"when": when, "group": group, "ranks": n, "operation": operation}
+                | {"calls": counted.calls if counted else 0, "bytes": size, "formula": formula, "sent_by_a_rank": sent}
+            )
+    return rows
+
+
+def show(run: DryRun, result: dict[str, Any]) -> None:
+    """Four tables."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    shape = f"tensor {result['tensor_parallel']} x context {result['context_parallel']}"
+    title = f"{result['run']} on {result['ranks']} ranks: {shape} x data "
+    title += str(result["ranks"] // result["tensor_parallel"] // result["context_parallel"])
+    grid = Table("stage", "at token", "batch", "context", "lr", "sequences of a group", "micro-batches", "groups without")
+    grid.title = title
+    for row in result["schedule"]:
+        share = f"{row['least_sequences']:,} to {row['most_sequences']:,}"
+        cells = (row["stage"], f"{row['token']:,}", f"{row['batch']:,}", f"{row['seq_len']:,}", f"{row['lr']:.3g}")
+        grid.add_row(*cells, share, f"{row['micro_batches']:,}", f"{row['groups_without']:,}")
+    console.print(grid)
+    console.print("epochs: " + ", ".join(f"{name} {value:.2f}" for name, value in result["epochs"].items()))
+    console.print(held(result["shards"]))
+    grid = Table("when", "group", "ranks", "operation", "calls", "bytes counted", "bytes by formula", "GB sent by a rank")
+    step = result["step"]
+    grid.title = f"collectives of rank {result['shards']['rank']}, in a step of {step['batch']:,} x {step['seq_len']:,}"
+    grid.title += f" tokens: {step['micro_batches_of_the_rank']:,} micro-batches"
+    for row in result["collectives"]:
+        sent = "" if row["sent_by_a_rank"] is None else f"{row['sent_by_a_rank'] / 1e9:.3f}"
+        formula = "" if row["formula"] is None else f"{row['formula']:,.0f}"
+        formula += " differs" if row["formula"] not in (None, row["bytes"]) else ""
+        cells = (row["when"], row["group"], str(row["ranks"]), row["operation"], f"{row['calls']:,}")
+        grid.add_row(*cells, f"{row['bytes']:,}", formula, sent)
+    console.print(grid)
+
+
+def held(shards: dict[str, Any]) -> Table:
+    """What a rank holds."""
+    grid = Table("a rank holds", "elements", "GiB", title="shards")
+    sizes, mine = shards["bytes"], shards["optimizer_of_the_rank"]
+    grid.add_row("weights", f"{shards['weights']:,}", f"{sizes['parameters'] / GIB:.2f}")
+    grid.add_row("gradients", f"{shards['weights']:,}", f"{sizes['gradients'] / GIB:.2f}")
+    spread = f"{shards['optimizer_least']:,} to {shards['optimizer_most']:,}"
+    grid.add_row("optimizer's part: fp32 weights, two moments", spread, f"{sizes['optimizer'] / GIB:.2f}")
+    grid.add_row("largest part over the mean", f"{shards['largest_imbalance']:+.2e}", "")
+    grid.add_row("padding of all parts", f"{shards['optimizer_padding']:,}", "")
+    same = "as by formula" if mine["engine"] == mine["formula"] else f"{mine['formula']:,} by formula"
+    grid.add_row(f"rank {shards['rank']}'s part, read from the engine", f"{mine['engine']:,}, {same}", "")
+    grid.add_row("activations, of one micro-batch", "", f"{sizes['activations'] / GIB:.2f}")
+    grid.add_row("buffers", "", f"{sizes['buffers'] / GIB:.2f}")
+    grid.add_row("together", "", f"{sizes['total'] / GIB:.2f}")
+    return grid
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Two rules by parameter name, torch-free: how a parameter is cut over tensor-parallel ranks, and whether it decays.
+
+The cut table serves initial values, checkpoints, export and the sizes of a plan: whoever holds a part can say which
+part of what it is.
+"""
+
+from dataclasses import dataclass
+
+NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")  # assumed: norms, biases and the SSM's own; sources
+# name A_log and D only (state-spaces/mamba), and leave the embedding decayed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj: x over z)."""
+
+    dim: int
+    parts: int = 1
+
+
+CUTS = {
+    "embedding.weight": Cut(0),
+    "mixer.in_proj.weight": Cut(0, parts=2),
+    "mixer.conv_weight": Cut(0),
+    "mixer.conv_bias": Cut(0),
+    "mixer.x_proj.weight": Cut(1),
+    "mixer.dt_proj.weight": Cut(0),
+    "mixer.dt_bias": Cut(0),
+    "mixer.A_log": Cut(0),
+    "mixer.D": Cut(0),
+    "mixer.out_proj.weight": Cut(1),
+    "lm_head.weight": Cut(0),
+}
+
+
+def cut_of(name: str) -> Cut | None:
+    """How a parameter is cut; None means every rank holds all of it."""
+    return next((cut for suffix, cut in CUTS.items() if name.endswith(suffix)), None)
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a parameter of this name."""
+    return not name.endswith(NO_DECAY)

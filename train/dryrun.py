@@ -1,0 +1,149 @@
+"""One step of a run at full size on a machine that could not hold a layer of it.
+
+The real model, megatron-core's real layers and groups, and the real DeepSpeed engine run on fake tensors, which have
+shapes and no memory, in a process group that pretends to be of any size and passes nothing on. What a rank would hold
+is read from the engine, and what it would send is counted as it asks for it. What needs values cannot be seen: losses,
+norms (a scalar that is read is 1), time.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.loader import present_or_expected
+from data.mixture import Plan
+from model.kernels import CPU
+from model.mamba import FalconMamba
+from model.parallel import lay_out, mark
+from train.collectives import Collectives, Count
+from train.config import Precision, RunConfig
+from train.distributed import Ranks, context_ranks, stand
+from train.engines import Engine, build_engine
+from train.exchange import Exchange
+from train.schedule import Now, Schedule
+
+
+@dataclass
+class Rehearsed:
+    """What one rank held and asked for."""
+
+    rank: int
+    now: Now  # the step
+    micro_batches: list[int]  # sequences of each
+    owned: int  # elements of master weights that this rank updates, padding aside
+    start: dict[tuple[str, str], Count]  # collectives by (group, operation): of the start,
+    step: dict[tuple[str, str], Count]  # and of the step
+
+
+def fullest(config: RunConfig) -> Now:
+    """The step that reads most tokens: of the stages' first ones and the one that ends the ramp."""
+    schedule = Schedule(config.schedule, config.data)
+    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
+    places = [*begins, *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins)]
+    return max((schedule.at(place) for place in places), key=lambda now: now.tokens)
+
+
+def micro_batches(config: RunConfig, now: Now, replica: int, replicas: int) -> list[int]:
+    """Sequences of each micro-batch of a replica in a step; without any it runs one that counts nothing."""
+    low, high = (now.batch * edge // replicas for edge in (replica, replica + 1))
+    most = config.parallel.micro_batch_tokens // now.seq_len
+    whole, rest = divmod(high - low, most)
+    return [most] * whole + [rest] * (rest > 0) or [1]
+
+
+def data_plan(config: RunConfig) -> Plan:
+    """The order of the run's blocks, by the tokens that its sources have or are expected to have."""
+    tokens = present_or_expected(config.data)[0]
+    return Plan(config.data, tokens, dict.fromkeys(tokens, "expected"))
+
+
+def dry_run(config: RunConfig, world: int) -> Rehearsed:
+    """Build the run on a rank of `world`, and take a step.
+
+    It is one of the last replica, which holds the padding and most sequences, and the first of its tensor-parallel
+    group, which writes what all of the group hold alike.
+    """
+    now = fullest(config)
+    fake = FakeTensorMode()
+    with fake_world(config, world) as ranks, Collectives() as collectives:
+        sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)
+        with fake, Scalars(), Pointers():
+            model = _fake_model(config, ranks)
+            engine = build_engine(model, config.optim, config.parallel, ranks)
+            start, collectives.counts = collectives.counts, {}
+            for size, times in Counter(sizes[:-1]).items():  # equal micro-batches ask for equal collectives
+                collectives.times = times
+                _micro_batch(config, model, engine, now, size, last=False)
+            collectives.times = 1
+            _micro_batch(config, model, engine, now, sizes[-1], last=True)
+        sources = len(config.data.sources)
+        Exchange(ranks, sources).tell(torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False)
+        with fake, Scalars(), Pointers():
+            engine.clip_and_step(now.lr)
+            owned = sum(tensor.numel() for piece, tensor in engine.pieces() if piece.kind == "param")
+    return Rehearsed(ranks.rank, now, sizes, owned, start, collectives.counts)
+
+
+@contextmanager
+def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
+    """Be the rank of dry_run among `world` that are not there."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import makes the backend known
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    dist.init_process_group("fake", store=FakeStore(), rank=world - config.parallel.tensor_parallel, world_size=world)
+    try:
+        yield stand(torch.device("cpu"), config.parallel.tensor_parallel, config.parallel.context_parallel)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
+    model = lay_out(config.model, CPU, ranks.tp_size, config.parallel.sequence_parallel, config.parallel.recompute)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+    mark(model, ranks.tp_size)
+    if ranks.cp_size > 1:
+        model.set_context(context_ranks())
+    # where DeepSpeed moves it, which is where it is: torch cannot swap parameters that a fake mode remembers
+    model.to = lambda *_, **__: model  # type: ignore[method-assign]
+    return model
+
+
+def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now, size: int, last: bool) -> None:
+    ids = torch.empty(size, now.seq_len // config.parallel.context_parallel, dtype=torch.int64)
+    starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
+    # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bf16, cache_enabled=False):
+        losses, _ = model(ids, ids, starts)
+        engine.backward(losses.sum() / now.tokens, last)
+
+
+class Scalars(TorchDispatchMode):
+    """A value that is read from a fake tensor is 1, or false."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See class."""
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 0
+        return function(*args, **(kwargs or {}))
+
+
+class Pointers(TorchFunctionMode):
+    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See class."""
+        return 0 if function is Tensor.data_ptr else function(*args, **(kwargs or {}))

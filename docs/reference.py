@@ -90,7 +90,10 @@ def page() -> str:
     sections: dict[str, type] = {}
     for schema in SCHEMAS:
         sections |= typing.get_type_hints(schema)
-    parts = [HEAD]
+    single = [name for name, schema in sections.items() if not dataclasses.is_dataclass(schema)]
+    notes = {name: note for schema in SCHEMAS for name, note in field_comments(schema).items() if name in single}
+    cells = [row(name, type_name(sections.pop(name)), shown(composed.get(name)), notes[name]) for name in single]
+    parts = [HEAD, "\n| key | type | value | meaning |\n|---|---|---|---|", *cells]
     for name, schema in sections.items():
         parts.append(f"\n## {name}\n\n{first_sentence(schema)}\n\n| key | type | value | meaning |\n|---|---|---|---|")
         parts += [row(*entry) for entry in entries(schema, composed.get(name), name, comments_of(name))]

@@ -148,17 +148,15 @@ def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
     expected = payloads(run, run.ranks, sum(seen.micro_batches), seen.now.seq_len)
     sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
     rows = []
-    for when, counts in (("start", seen.start), ("step", seen.step)):
-        missing = {key: None for key in sizes if when == "step" and key not in counts}
-        for key in [*counts, *missing]:
+    for when, counts, formula in (("start", seen.start, {}), ("step", seen.step, sizes)):
+        for key in [*counts, *(key for key in formula if key not in counts)]:
             group, operation = key
-            counted, n = counts.get(key), members[group]
-            size = counted.size if counted else 0
+            counted = counts.get(key)
+            calls, size, n = (counted.calls, counted.size, counted.ranks) if counted else (0, 0, members[group])
             sent = SENT[operation] * (n - 1) / n * size if operation in SENT else None
-            formula = sizes.get(key, 0.0) if when == "step" else None
             rows.append(
-                {"when": when, "group": group, "ranks": n, "operation": operation}
-                | {"calls": counted.calls if counted else 0, "bytes": size, "formula": formula, "sent_by_a_rank": sent}
+                {"when": when, "group": group, "ranks": n, "operation": operation, "calls": calls, "bytes": size}
+                | {"formula": formula.get(key, 0.0) if formula else None, "sent_by_a_rank": sent}
             )
     return rows
 
@@ -169,7 +167,9 @@ def show(run: DryRun, result: dict[str, Any]) -> None:
     shape = f"tensor {result['tensor_parallel']} x context {result['context_parallel']}"
     title = f"{result['run']} on {result['ranks']} ranks: {shape} x data "
     title += str(result["ranks"] // result["tensor_parallel"] // result["context_parallel"])
-    grid = Table("stage", "at token", "batch", "context", "lr", "sequences of a group", "micro-batches", "groups without")
+    grid = Table(
+        "stage", "at token", "batch", "context", "lr", "sequences of a group", "micro-batches", "groups without"
+    )
     grid.title = title
     for row in result["schedule"]:
         share = f"{row['least_sequences']:,} to {row['most_sequences']:,}"
@@ -178,7 +178,9 @@ def show(run: DryRun, result: dict[str, Any]) -> None:
     console.print(grid)
     console.print("epochs: " + ", ".join(f"{name} {value:.2f}" for name, value in result["epochs"].items()))
     console.print(held(result["shards"]))
-    grid = Table("when", "group", "ranks", "operation", "calls", "bytes counted", "bytes by formula", "GB sent by a rank")
+    grid = Table(
+        "when", "group", "ranks", "operation", "calls", "bytes counted", "bytes by formula", "GB sent by a rank"
+    )
     step = result["step"]
     grid.title = f"collectives of rank {result['shards']['rank']}, in a step of {step['batch']:,} x {step['seq_len']:,}"
     grid.title += f" tokens: {step['micro_batches_of_the_rank']:,} micro-batches"

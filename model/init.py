@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.flops import parameter_shapes
 
+
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
     """The full fp32 initial value of a parameter, on the CPU, a pure function of (name, config, seed)."""
     shape = parameter_shapes(config)[name]

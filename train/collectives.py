@@ -25,6 +25,7 @@ NAMES = {
 class Count:
     """Calls of one operation on one group, and the bytes of what they reduce or gather."""
 
+    ranks: int
     calls: int = 0
     size: int = 0
 
@@ -54,21 +55,19 @@ class Collectives(TorchDispatchMode):
             return
         tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         size = max(sum(x.numel() * x.element_size() for x in each) for each in tensors)
-        count = self.counts.setdefault((name_of(group), NAMES.get(name, name.strip("_"))), Count())
+        count = self.counts.setdefault((name_of(group), NAMES.get(name, name.strip("_"))), Count(group.size()))
         count.calls += self.times
         count.size += self.times * size
 
 
 def name_of(group: dist.ProcessGroup) -> str:
-    """Who the ranks of a group are to each other."""
+    """Who the ranks of a group are to each other; groups that have the same ranks are told apart."""
     from megatron.core import parallel_state
 
-    ranks = dist.get_process_group_ranks(group)
     named = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "context": parallel_state.get_context_parallel_group(),
         "replicas": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "world": dist.group.WORLD,
     }
-    names = [name for name, other in named.items() if dist.get_process_group_ranks(other) == ranks]
-    # the loop's own sum is on the default group, which at TP 1 has the replicas' ranks
-    return "world" if group == dist.group.WORLD or not names else names[0]
+    return next((name for name, other in named.items() if other == group), "other")

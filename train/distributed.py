@@ -100,7 +100,9 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield stand(torch.device(device, local) if device == "cuda" else torch.device("cpu"), tensor_parallel, context_parallel)
+        yield stand(
+            torch.device(device, local) if device == "cuda" else torch.device("cpu"), tensor_parallel, context_parallel
+        )
         dist.barrier()  # nobody leaves while another still speaks to it
     finally:
         parallel_state.destroy_model_parallel()

@@ -45,12 +45,12 @@ class Rehearsed:
     step: dict[tuple[str, str], Count]  # and of the step
 
 
-def fullest(config: RunConfig) -> Now:
-    """The step that reads most tokens: of the stages' first ones and the one that ends the ramp."""
+def fullest(config: RunConfig) -> int:
+    """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
     schedule = Schedule(config.schedule, config.data)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
     places = [*begins, *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins)]
-    return max((schedule.at(place) for place in places), key=lambda now: now.tokens)
+    return max(places, key=lambda place: schedule.at(place).tokens)
 
 
 def micro_batches(config: RunConfig, now: Now, replica: int, replicas: int) -> list[int]:
@@ -73,7 +73,7 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     It is one of the last replica, which holds the padding and most sequences, and the first of its tensor-parallel
     group, which writes what all of the group hold alike.
     """
-    now = fullest(config)
+    now = Schedule(config.schedule, config.data).at(fullest(config))
     fake = FakeTensorMode()
     with fake_world(config, world) as ranks, Collectives() as collectives:
         sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)
@@ -126,7 +126,9 @@ def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now
     ids = torch.empty(size, now.seq_len // config.parallel.context_parallel, dtype=torch.int64)
     starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
     # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bf16, cache_enabled=False):
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bf16, cache_enabled=False
+    ):
         losses, _ = model(ids, ids, starts)
         engine.backward(losses.sum() / now.tokens, last)
 

@@ -1,4 +1,4 @@
-"""What a step sends between ranks and which part of the optimizer's state each holds, from the config alone. Torch-free.
+"""What a step sends between ranks, and which part of the optimizer each holds, from the config alone. Torch-free.
 
 Payloads are bytes of the tensor that is reduced, or of the whole that is gathered. tests/train/test_traffic.py counts
 the collectives of real steps and finds these numbers exactly; launch/dryrun.py counts them at full size.

@@ -1,0 +1,82 @@
+"""The dry run by its command: the 7B's width on 256 ranks, and layouts that cannot run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.dryrun import DryRun
+from launch.estimate import layout_of, planned_gpu
+from tests.compose import typed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/dryrun.py", "+experiment=7b", f"run.dir={folder}", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("tensor", "replicas"), [(1, 256), (8, 32)])
+def test_a_step_on_256_ranks(tmp_path: Path, tensor: int, replicas: int) -> None:
+    """Of four of the 64 layers, so that it takes seconds."""
+    result = run(tmp_path, "world=256", f"parallel.tensor_parallel={tensor}", "model.n_layer=4")
+    assert result.returncode == 0, result.stderr
+    assert "differs" not in result.stdout and "as by formula" in result.stdout
+    seen = json.loads((tmp_path / "dryrun.json").read_text())
+    assert seen["replicas"] == replicas and seen["schedule"][0]["groups_without"] == max(0, replicas - 128)
+    steps = {(row["group"], row["operation"]): row for row in seen["collectives"] if row["when"] == "step"}
+    assert set(steps) == {
+        ("replicas", "all_reduce"), ("replicas", "all_gather"), ("world", "all_reduce"),
+        *([("tensor", "all_reduce")] if tensor > 1 else []),
+    }  # fmt: skip
+    assert all(row["bytes"] == row["formula"] and row["calls"] for row in steps.values())
+    assert seen["step"]["micro_batches_of_the_rank"] == 2048 / replicas
+    shards = seen["shards"]
+    assert shards["optimizer_of_the_rank"]["engine"] == shards["optimizer_of_the_rank"]["formula"] > 0
+    assert shards["optimizer_part"] * replicas == shards["weights"] + shards["optimizer_padding"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why", "instead"),
+    [
+        (("parallel.tensor_parallel=3",), "3 does not divide model.d_inner 8192", "parallel.tensor_parallel=4"),
+        (("parallel.tensor_parallel=4", "model.vocab_size=65026"), "not divide model.vocab_size", "tensor_parallel=2"),
+        (("parallel.context_parallel=3",), "cannot split the 2048 tokens", "parallel.context_parallel=4"),
+        (("parallel.micro_batch_tokens=4096",), "does not hold one sequence", "parallel.micro_batch_tokens=8192"),
+    ],
+)
+def test_a_wrong_layout_is_refused_with_one_that_works(overrides: tuple[str, ...], why: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=why) as refusal:
+        typed(DryRun, "7b", "world=256", *overrides)
+    said = str(refusal.value).split("the nearest layout that works on 256 ranks: ")[1].split(",")[0]
+    assert said.endswith(instead)
+    kept = [override for override in overrides if override.split("=")[0] != said.split("=")[0]]
+    mended = typed(DryRun, "7b", "world=256", *kept, said)
+    assert layout_of(mended, mended.parallel, 256, planned_gpu(mended)).why_not is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why", "instead"),
+    [
+        (("world=12", "parallel.tensor_parallel=8"), "8 x 1 does not divide 12 ranks", "parallel.tensor_parallel=4"),
+        (("world=256", "parallel.recompute=none"), "needs 138 of 80 GiB", "parallel.recompute=full"),
+        (("world=4096",), "leaves some of 4096 groups without one", "parallel.tensor_parallel=2"),
+        (("world=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
+    ],
+)
+def test_what_the_ranks_cannot_do_ends_in_one_line(
+    tmp_path: Path, overrides: tuple[str, ...], why: str, instead: str
+) -> None:
+    result = run(tmp_path, *overrides)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert why in result.stderr and instead in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_is_no_matter_of_layout_names_none() -> None:
+    with pytest.raises(ValueError, match="tokens$"):
+        typed(DryRun, "7b", "world=256", "schedule.decay_tokens=1e15")
+    with pytest.raises(ValueError, match="number of ranks$"):
+        typed(DryRun, "7b", "world=0")

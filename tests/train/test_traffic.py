@@ -1,0 +1,110 @@
+"""What crosses between ranks, counted: the formula's bytes exactly, and what the dry run sees without a world."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config import Backend, Recompute
+from tests.corpus import make_corpus
+from tests.distributed import run_ranks
+from tests.small import config
+from train.collectives import Collectives
+from train.config import Precision, RunConfig
+from train.distributed import ranks
+from train.dryrun import dry_run, fullest, micro_batches
+from train.loop import Trainer
+from train.schedule import Schedule
+from train.signals import Leave
+from train.traffic import Flat, by_kind, flats, payloads
+from train.watchdog import Watch
+
+CASES = {
+    "dp2": {},
+    "dp2-bf16-full": {"precision": Precision.bf16, "recompute": Recompute.full},
+    "tp2": {"tensor_parallel": 2},
+    "tp2-full": {"tensor_parallel": 2, "recompute": Recompute.full},
+    "cp2": {"context_parallel": 2},
+    "cp2-bf16-selective": {
+        "context_parallel": 2, "precision": Precision.bf16, "recompute": Recompute.selective,
+    },
+}  # fmt: skip
+STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of three; the fullest
+
+
+def run_of(root: Path, name: str) -> RunConfig:
+    run = config(root, name)
+    # the reference's scan may choose its own recomputation, the kernels of a run do not
+    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **CASES[name]))
+
+
+def count(root: Path, name: str) -> None:
+    """Take some steps of a run and write what each asked of other ranks, and what this rank owns."""
+    run = run_of(root, name)
+    run.run.folder.mkdir(parents=True, exist_ok=True)
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+        trainer = Trainer(run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0))
+        seen = []
+        for token in STEPS:
+            token = fullest(run) if token is None else token
+            batches = trainer._read(token).result()
+            with Collectives() as collectives:
+                trainer._step(trainer.schedule.at(token), batches, 0.0)
+            counts = {"/".join(key): [count.calls, count.size] for key, count in collectives.counts.items()}
+            seen.append({"token": token, "dp_rank": here.dp_rank, "dp_size": here.dp_size, "counts": counts})
+        owned = sum(tensor.numel() for piece, tensor in trainer.engine.pieces() if piece.kind == "param")
+        text = json.dumps({"steps": seen, "owned": owned})
+        (root / f"{name}-{os.environ['RANK']}.json").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traffic")
+    make_corpus(folder / "data")
+    run_ranks(2, [(count, (folder, name)) for name in CASES])
+    return folder
+
+
+def counted(root: Path, name: str, rank: int) -> dict[str, Any]:
+    return json.loads((root / f"{name}-{rank}.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
+    run = run_of(root, name)
+    batches = set()
+    for rank in (0, 1):
+        for step in counted(root, name, rank)["steps"]:
+            now = Schedule(run.schedule, run.data).at(step["token"])
+            batches.add(now.batch)
+            sequences = sum(micro_batches(run, now, step["dp_rank"], step["dp_size"]))
+            expected = {"/".join(key): size for key, size in by_kind(payloads(run, 2, sequences, now.seq_len)).items()}
+            assert {key: size for key, (_, size) in step["counts"].items()} == expected, (rank, now)
+    assert {1, 3, 8} <= batches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
+    """Calls and bytes of the fullest step of the last replica, and the elements that it owns."""
+    run = run_of(root, name)
+    seen = dry_run(run, 2)
+    real = counted(root, name, seen.rank)
+    assert {"/".join(key): [c.calls, c.size] for key, c in seen.step.items()} == real["steps"][-1]["counts"]
+    assert seen.owned == real["owned"]
+
+
+def test_every_element_has_one_owner(root: Path) -> None:
+    """DeepSpeed's parts on both ranks are those of the formula; the two together are the model."""
+    groups = flats(run_of(root, "dp2"), 2)
+    owned = [counted(root, "dp2", rank)["owned"] for rank in (0, 1)]
+    assert owned == [sum(flat.owned(rank) for flat in groups) for rank in (0, 1)]
+    assert sum(owned) == sum(flat.elements for flat in groups)
+
+
+def test_parts_by_hand() -> None:
+    """13 elements over 4 replicas: 16 in parts of 4; over 8, parts of 2, the last of which is padding alone."""
+    assert [Flat(13, 4).owned(rank) for rank in range(4)] == [4, 4, 4, 1] and Flat(13, 4).part == 4
+    assert [Flat(13, 8).owned(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0] and Flat(13, 8).part == 2

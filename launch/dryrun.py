@@ -20,6 +20,7 @@ from rich.table import Table
 from data.command import command
 from data.config import InputError
 from launch.estimate import PlannedRun, layout_of, nearest, planned_gpu
+from model.config import Recompute
 from train.plan import GIB, needs
 from train.schedule import Schedule
 from train.traffic import SENT, by_kind, flats, payloads
@@ -49,11 +50,11 @@ class DryRun(PlannedRun):
 
     def way_out(self) -> str:
         """The nearest layout that works, as the end of a refusal; nothing when the layout is not what is wrong."""
-        asked = self.parallel
-        longest = max(stage.seq_len for stage in self.data.stages)
-        simple = replace(
-            asked, tensor_parallel=1, context_parallel=1, micro_batch_tokens=max(longest, asked.micro_batch_tokens)
+        asked = replace(
+            self.parallel,
+            micro_batch_tokens=max(self.parallel.micro_batch_tokens, *(stage.seq_len for stage in self.data.stages)),
         )
+        simple = replace(asked, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
         try:
             sections = {field.name: getattr(self, field.name) for field in fields(PlannedRun)}
             run = PlannedRun(**{**sections, "parallel": simple})
@@ -64,10 +65,12 @@ class DryRun(PlannedRun):
         layout = nearest(run, self.ranks, planned_gpu(self), asked)
         if layout is None:
             return f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each lacks"
-        wanted = {name: getattr(layout, name) for name in ("tensor_parallel", "context_parallel", "recompute")}
-        wanted |= {"micro_batch_tokens": simple.micro_batch_tokens}
-        given = {**asdict(asked), "recompute": asked.recompute.value}
-        changes = " ".join(f"parallel.{name}={value}" for name, value in wanted.items() if value != given[name])
+        wanted: dict[str, Any] = {"tensor_parallel": layout.tensor_parallel}
+        wanted["sequence_parallel"] = asked.sequence_parallel and layout.tensor_parallel > 1
+        wanted |= {"context_parallel": layout.context_parallel, "recompute": Recompute(layout.recompute)}
+        wanted["micro_batch_tokens"] = asked.micro_batch_tokens
+        changed = {name: value for name, value in wanted.items() if value != getattr(self.parallel, name)}
+        changes = " ".join(f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items())
         fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
         return f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}" if changes else ""
 
@@ -145,7 +148,7 @@ def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
 
 def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
     """Each kind of collective as counted, beside the formula."""
-    expected = payloads(run, run.ranks, sum(seen.micro_batches), seen.now.seq_len)
+    expected = payloads(run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.now.seq_len)
     sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
     rows = []
     for when, counts, formula in (("start", seen.start, {}), ("step", seen.step, sizes)):

@@ -73,7 +73,9 @@ def traffic_between_ranks(config: RunConfig, ranks: int) -> dict[str, float]:
     p = config.parallel
     sequences = config.schedule.batch_end * p.tensor_parallel * p.context_parallel / ranks
     sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
-    for payload in payloads(config, ranks, sequences, max(stage.seq_len for stage in config.data.stages)):
+    seq_len = max(stage.seq_len for stage in config.data.stages)
+    micro_batches = math.ceil(sequences / (p.micro_batch_tokens // seq_len))
+    for payload in payloads(config, ranks, sequences, micro_batches, seq_len):
         if payload.what in sent:  # norms and losses are a few bytes
             sent[payload.what] += payload.sent
     return sent
@@ -138,13 +140,23 @@ class Layout:
     why_not: str | None
 
 
-def layouts(run: PlannedRun, ranks: int, gpu: Gpu) -> list[Layout]:
-    """Every layout of tensor, context and recompute, the fastest that fits first, then why the others fall."""
+def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None) -> list[Layout]:
+    """Every layout of tensor, context and recompute, the fastest that fits first, then why the others fall.
+
+    What else a layout says is taken from `asked`, by default from the run.
+    """
     found = []
+    base = asked or run.parallel
     for tensor in (1, 2, 4, 8):
         for context in (1, 2, 4, 8):
             for recompute in Recompute:
-                parallel = replace(run.parallel, tensor_parallel=tensor, context_parallel=context, recompute=recompute)
+                parallel = replace(
+                    base,
+                    tensor_parallel=tensor,
+                    context_parallel=context,
+                    recompute=recompute,
+                    sequence_parallel=base.sequence_parallel and tensor > 1,
+                )
                 found.append(layout_of(run, parallel, ranks, gpu))
     return sorted(found, key=lambda layout: (layout.why_not is not None, -layout.tokens_per_second, layout.memory_gib))
 
@@ -180,5 +192,5 @@ def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | 
         steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(kinds)
         return steps, -layout.tokens_per_second
 
-    works = [layout for layout in layouts(run, ranks, gpu) if layout.why_not is None]
+    works = [layout for layout in layouts(run, ranks, gpu, asked) if layout.why_not is None]
     return min(works, key=distance, default=None)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.loader import present_or_expected
+from data.loader import present_or_expected, split
 from data.mixture import Plan
 from model.kernels import CPU
 from model.mamba import FalconMamba
@@ -53,12 +53,11 @@ def fullest(config: RunConfig) -> int:
     return max(places, key=lambda place: schedule.at(place).tokens)
 
 
-def micro_batches(config: RunConfig, now: Now, replica: int, replicas: int) -> list[int]:
-    """Sequences of each micro-batch of a replica in a step; without any it runs one that counts nothing."""
-    low, high = (now.batch * edge // replicas for edge in (replica, replica + 1))
+def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[int]:
+    """Sequences of each micro-batch of a step on data-parallel rank `rank`; one that counts nothing has one."""
     most = config.parallel.micro_batch_tokens // now.seq_len
-    whole, rest = divmod(high - low, most)
-    return [most] * whole + [rest] * (rest > 0) or [1]
+    cuts = split(now.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
+    return [max(1, high - low) for low, high in cuts]
 
 
 def data_plan(config: RunConfig) -> Plan:

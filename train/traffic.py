@@ -59,39 +59,79 @@ class Payload:
         return SENT[self.operation] * (self.ranks - 1) / self.ranks * self.size
 
 
-def payloads(config: RunConfig, ranks: int, sequences: float, seq_len: int) -> list[Payload]:
-    """Collectives of a step in which a rank's forward passes see `sequences`, its group's context ranks a piece each.
+def payloads(config: RunConfig, ranks: int, sequences: float, micro_batches: int, seq_len: int) -> list[Payload]:
+    """Collectives of a step in which a rank's forward passes see `sequences` in some micro-batches.
 
-    Replicas: DeepSpeed's ZeRO-1 all-reduces whole gradient buckets, although a rank keeps its part alone, and gathers
-    the updated weights, both fp32; once more 4 bytes each for norm and overflow. Tensor: per token and layer the sums
-    of x_proj and out_proj forward, of x_proj's gradient and in_proj's input's backward, and x_proj's again where the
-    backward computes the layer again; the embedding's in fp32; the loss' three values and its input's gradient.
-    Context: taps and states of every layer are gathered, their gradients summed. World: one sum of losses and wishes.
+    The world: one sum of losses and wishes. See of_replicas, of_tensor and of_context for the others.
     """
-    c, p = config.model, config.parallel
-    tp, cp = p.tensor_parallel, p.context_parallel
-    width = 2 if p.precision is Precision.bf16 else 4
-    again = 1 if p.recompute is Recompute.none else 2
-    tokens = sequences * seq_len / cp
-    selected = c.dt_rank + 2 * c.d_state
-    layer = width * ((again + 1) * selected + 2 * c.d_model)
-    sums = tokens * (c.n_layer * layer + 4 * c.d_model + 12 + width * c.d_model)
-    piece = c.d_inner / tp * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)
-    pieces = cp * sequences * c.n_layer * piece
-    groups = flats(config, ranks)
-    replicas = ranks // tp
     world = 8 * (2 * len(config.data.sources) + 3 + ranks)
     found = [
-        Payload("gradients", "replicas", "all_reduce", 4 * sum(flat.elements for flat in groups), replicas),
-        Payload("norm and overflow", "replicas", "all_reduce", 8, replicas),
-        Payload("weights", "replicas", "all_gather", 4 * sum(flat.part for flat in groups) * replicas, replicas),
-        Payload("tensor parallel", "tensor", "all_reduce", sums, tp),
-        Payload("norm and overflow", "tensor", "all_reduce", 8, tp),
-        Payload("context parallel", "context", "all_gather", again * pieces, cp),
-        Payload("context parallel", "context", "all_reduce", pieces, cp),
+        *of_replicas(config, ranks, micro_batches),
+        *of_tensor(config, sequences * seq_len / config.parallel.context_parallel, micro_batches),
+        *of_context(config, sequences),
         Payload("losses", "world", "all_reduce", world, ranks),
     ]
-    return [payload for payload in found if payload.ranks > 1]
+    return [payload for payload in found if payload.ranks > 1 and payload.size]
+
+
+def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Payload]:
+    """Gradients summed and weights gathered, all fp32.
+
+    Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 sum whole buckets as well, although a rank keeps its part
+    alone, stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
+    Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there: an
+    upper bound, for DeepSpeed keeps small parameters whole.
+    """
+    stage, groups = config.parallel.zero_stage, flats(config, ranks)
+    replicas = groups[0].replicas
+    gradients = 4 * sum(flat.elements for flat in groups) * (micro_batches if stage > 1 else 1)
+    gathered = 4 * sum(flat.part for flat in groups) * replicas
+    reduction, times = ("reduce_scatter", 2 * micro_batches) if stage == 3 else ("all_reduce", min(stage, 1))
+    return [
+        Payload("gradients", "replicas", reduction, gradients, replicas),
+        Payload("norm and overflow", "replicas", "all_reduce", 8 if stage else 0, replicas),
+        Payload("weights", "replicas", "all_gather", gathered * times, replicas),
+    ]
+
+
+def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payload]:
+    """What tensor-parallel ranks sum, per token of theirs.
+
+    Per layer x_proj's output and its gradient, the former again where the backward computes the layer again, out_proj's
+    output and in_proj's input's gradient; the embedding's rows in fp32; three values of the loss and its input's
+    gradient. Under sequence parallelism sums of out_proj and in_proj become scatters, with gathers on the other side
+    of them and once more in the backward; embedding and last norm are gathered; norms' weights are summed in every
+    micro-batch.
+    """
+    c, p = config.model, config.parallel
+    width = 2 if p.precision is Precision.bf16 else 4
+    again = p.recompute is not Recompute.none
+    selected, residual = width * (c.dt_rank + 2 * c.d_state), width * c.d_model
+    sums = c.n_layer * selected * (2 + again) + 4 * c.d_model + 12 + residual
+    gathers = scatters = norms = 0
+    if p.sequence_parallel:
+        gathers = c.n_layer * residual * (3 + (p.recompute is Recompute.full)) + 4 * c.d_model + residual
+        scatters = c.n_layer * residual * 2
+        norms = micro_batches * (c.n_layer + 1) * 4 * c.d_model
+    else:
+        sums += c.n_layer * residual * 2
+    whole = {"all_reduce": tokens * sums + norms, "all_gather": tokens * gathers, "reduce_scatter": tokens * scatters}
+    found = [Payload("tensor parallel", "tensor", kind, size, p.tensor_parallel) for kind, size in whole.items()]
+    norm = 8 if p.zero_stage else 4
+    return [*found, Payload("norm and overflow", "tensor", "all_reduce", norm, p.tensor_parallel)]
+
+
+def of_context(config: RunConfig, sequences: float) -> list[Payload]:
+    """Taps and states of every layer, gathered in the forward and when it is computed again; their gradients summed."""
+    c, p = config.model, config.parallel
+    width = 2 if p.precision is Precision.bf16 else 4
+    piece = c.d_inner / p.tensor_parallel * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)
+    pieces = p.context_parallel * sequences * c.n_layer * piece
+    times = 1 if p.recompute is Recompute.none else 2
+    return [
+        Payload("context parallel", "context", "all_gather", times * pieces, p.context_parallel),
+        Payload("context parallel", "context", "all_reduce", pieces, p.context_parallel),
+    ]
 
 
 def by_kind(found: list[Payload]) -> dict[tuple[str, str], float]:

@@ -45,6 +45,8 @@ def test_a_step_on_256_ranks(tmp_path: Path, tensor: int, replicas: int) -> None
         (("parallel.tensor_parallel=3",), "3 does not divide model.d_inner 8192", "parallel.tensor_parallel=4"),
         (("parallel.tensor_parallel=4", "model.vocab_size=65026"), "not divide model.vocab_size", "tensor_parallel=2"),
         (("parallel.context_parallel=3",), "cannot split the 2048 tokens", "parallel.context_parallel=4"),
+        (("parallel.sequence_parallel=true",), "set parallel.tensor_parallel", "parallel.sequence_parallel=false"),
+        (("parallel.sequence_parallel=true", "parallel.tensor_parallel=3"), "does not divide", "tensor_parallel=4"),
         (("parallel.micro_batch_tokens=4096",), "does not hold one sequence", "parallel.micro_batch_tokens=8192"),
     ],
 )

@@ -25,6 +25,14 @@ from train.watchdog import Watch
 CASES = {
     "dp2": {},
     "dp2-bf16-full": {"precision": Precision.bf16, "recompute": Recompute.full},
+    "dp2-zero0": {"zero_stage": 0},
+    "dp2-zero2": {"zero_stage": 2},
+    "tp2-zero0-bf16": {"tensor_parallel": 2, "zero_stage": 0, "precision": Precision.bf16},
+    "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
+    "tp2-sp-bf16-full": {
+        "tensor_parallel": 2, "sequence_parallel": True, "precision": Precision.bf16, "recompute": Recompute.full,
+    },
+    "tp2-sp-selective": {"tensor_parallel": 2, "sequence_parallel": True, "recompute": Recompute.selective},
     "tp2": {"tensor_parallel": 2},
     "tp2-full": {"tensor_parallel": 2, "recompute": Recompute.full},
     "cp2": {"context_parallel": 2},
@@ -80,8 +88,9 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
         for step in counted(root, name, rank)["steps"]:
             now = Schedule(run.schedule, run.data).at(step["token"])
             batches.add(now.batch)
-            sequences = sum(micro_batches(run, now, step["dp_rank"], step["dp_size"]))
-            expected = {"/".join(key): size for key, size in by_kind(payloads(run, 2, sequences, now.seq_len)).items()}
+            micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
+            sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
+            expected = {"/".join(key): size for key, size in sizes.items()}
             assert {key: size for key, (_, size) in step["counts"].items()} == expected, (rank, now)
     assert {1, 3, 8} <= batches
 

@@ -63,6 +63,7 @@ def settings(each: Job, program: str) -> str:
         "RUN": str(each.config.run.folder.resolve()),
         "BAD_NODES": str(bad_nodes(each).resolve()),
         "RANKS": str(each.config.cluster.ranks_per_node),
+        "TENSOR_PARALLEL": str(each.config.parallel.tensor_parallel),
         "RESTARTS": str(slurm.restarts),
         "WARN_SECONDS": str(slurm.warn_seconds),
         "CRASHES": str(slurm.crashes),

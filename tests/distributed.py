@@ -28,13 +28,14 @@ def run_ranks(world_size: int, jobs: list[Job]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that stay free until they are used, minutes later: the kernel gives none below 32768 to connections."""
+    """Ports below those that a system gives to connections: one of gloo's own could take it before its job begins."""
     found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(10_000, 20_000)
+    for port in random.SystemRandom().sample(range(12_000, 32_000), 20 * count):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found += [port] if port not in found else []
-    return found
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"no {count} free ports between 12,000 and 32,000")
 
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:

@@ -1,0 +1,40 @@
+"""The environment of ranks: what is set stays, every setting has a reason, the batch script reads it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from launch.script import render
+from launch.sweep import job
+
+ENV = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
+
+
+def after(**before: str) -> dict[str, str]:
+    """The environment that a program gets after env.sh."""
+    command = ["bash", "-euo", "pipefail", "-c", f". {ENV}; env"]
+    path = {"PATH": "/usr/bin:/bin"}
+    text = subprocess.run(command, env=path | before, capture_output=True, text=True, check=True, timeout=30).stdout
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def test_defaults_give_way() -> None:
+    assert after()["NCCL_DEBUG"] == "WARN" and after(NCCL_DEBUG="INFO")["NCCL_DEBUG"] == "INFO"
+    assert after(LOGS="/logs")["TORCH_FR_DUMP_TEMP_FILE"] == "/logs/nccl-rank-"
+
+
+def test_one_queue_under_tensor_parallelism_alone() -> None:
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in after() | after(TENSOR_PARALLEL="1")
+    assert after(TENSOR_PARALLEL="2")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+def test_every_setting_has_a_reason() -> None:
+    for block in ENV.read_text().split("\n\n")[2:]:
+        lines = block.strip().splitlines()
+        assert lines[0].startswith("#"), lines[0]
+    assert len(re.findall(r"\bdefault [A-Z]", ENV.read_text())) == 7
+
+
+def test_the_batch_script_reads_it_where_the_layout_is_known() -> None:
+    text = render(job(["+experiment=7b", "parallel.tensor_parallel=8"]), "train", "train/pretrain.py")
+    assert text.index("TENSOR_PARALLEL=8") < text.index(". launch/env.sh") < text.index("\nsrun ")

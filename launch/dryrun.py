@@ -78,6 +78,11 @@ class DryRun(PlannedRun):
 @command(DryRun)
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
+    if run.parallel.zero_stage == 3:
+        raise InputError(
+            "DeepSpeed's ZeRO-3 compares what ranks say to each other, and here there is one: the dry run takes "
+            "parallel.zero_stage 0 to 2, the nearest is parallel.zero_stage=2; python launch/plan.py takes all"
+        )
     layout = layout_of(run, run.parallel, run.ranks, planned_gpu(run))
     if layout.why_not is not None:
         p = run.parallel

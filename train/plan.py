@@ -48,12 +48,15 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
 def needs(config: RunConfig, ranks: int) -> Needs:
     """Memory of one of `ranks` ranks.
 
-    Parameters and gradients are fp32, but megatron-core's engine keeps bf16 parameters (the few that it does not
-    are not counted). Every replica (a data- or context-parallel rank) holds all of them and two
-    moments (ZeRO-0); AdamW's state and master weights are cut over replicas (1), gradients too (2), parameters too (3).
-    Activations are what one micro-batch keeps (kept_by_a_layer), and in bf16 the cast weights of layers that are not
-    computed again. Buffers are two reduction buckets, ZeRO-3's whole parameters, and the logits of a chunk of the loss
-    with their gradient.
+    logits = LOSS_CHUNK * c.vocab_size // tp * (width + 8)
+    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 4 * per_rank
+    return Needs(
+        parameters=2 * per_rank if megatron else 4 * (cut if stage == 3 else per_rank),
+        gradients=4 * (cut if stage >= 2 else per_rank),
+        optimizer=12 * cut if stage else 8 * per_rank,
+        activations=activations,
+        buffers=buckets + logits + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
+    )
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp
@@ -65,15 +68,15 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     megatron = config.parallel.engine is EngineKind.megatron and width == 2
     if width == 2 and not megatron:
         activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
-    buffers = 2 * 4 * min(config.parallel.bucket_elements, per_rank) + LOSS_CHUNK * c.vocab_size // tp * (width + 8)
-    if stage == 3:
-        buffers += 4 * min(LIVE_PARAMETERS, per_rank)
-    if stage == 0:
-        return Needs(4 * per_rank, 8 * per_rank, 8 * per_rank, activations, buffers)
-    parameters, gradients = (4 * (cut if stage >= least else per_rank) for least in (3, 2))
-    if megatron:
-        parameters = 2 * per_rank
-    return Needs(parameters, gradients, 12 * cut, activations, buffers)
+    logits = LOSS_CHUNK * c.vocab_size // tp * (width + 8)
+    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 4 * per_rank
+    return Needs(
+        parameters=2 * per_rank if megatron else 4 * (cut if stage == 3 else per_rank),
+        gradients=4 * (cut if stage >= 2 else per_rank),
+        optimizer=12 * cut if stage else 8 * per_rank,
+        activations=activations,
+        buffers=buckets + logits + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
+    )
 
 
 def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:

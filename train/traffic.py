@@ -79,8 +79,8 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
 
     Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 sum whole buckets as well, although a rank keeps its part
     alone, stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
-    Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there: an
-    upper bound, for DeepSpeed keeps small parameters whole.
+    Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
+    estimate, for DeepSpeed keeps small parameters whole and gathers some once more.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas

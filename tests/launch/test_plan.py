@@ -18,7 +18,7 @@ from model.parallel import build
 from tests.compose import typed
 from tests.tiny import TINY
 from train.config import Precision
-from train.plan import kept_by_a_layer
+from train.plan import kept_by_a_layer, needs
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
@@ -56,6 +56,17 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     token = 64 * 2 * (3 * 288 + 2 * 4096) + 4 * 4096 + 12 + 2 * 4096
     assert sent["tensor parallel"] == pytest.approx(32 * 4096 * token)
     assert sent["context parallel"] == pytest.approx(4 * 32 * 64 * 4096 * (17 * 4 + 3 * 2))  # gathered twice
+
+
+def test_memory_by_stage(run: PlannedRun) -> None:
+    """What is whole on every rank in bytes per parameter, and what is cut: by hand, for 256 replicas."""
+    n, got = 7_272_665_088, {}
+    for stage in range(4):
+        need = needs(replace(run, parallel=replace(run.parallel, zero_stage=stage)), 256)
+        got[stage] = (need.parameters / n, need.gradients / n, need.optimizer / n)
+        assert need.activations == needs(run, 256).activations
+    assert got[0] == (4, 4, 8) and got[1] == pytest.approx((4, 4, 12 / 256))
+    assert got[2] == pytest.approx((4, 4 / 256, 12 / 256)) and got[3] == pytest.approx((4 / 256, 4 / 256, 12 / 256))
 
 
 def test_saving_pauses_by_young(run: PlannedRun) -> None:

@@ -48,15 +48,12 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
 def needs(config: RunConfig, ranks: int) -> Needs:
     """Memory of one of `ranks` ranks.
 
-    logits = LOSS_CHUNK * c.vocab_size // tp * (width + 8)
-    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 4 * per_rank
-    return Needs(
-        parameters=2 * per_rank if megatron else 4 * (cut if stage == 3 else per_rank),
-        gradients=4 * (cut if stage >= 2 else per_rank),
-        optimizer=12 * cut if stage else 8 * per_rank,
-        activations=activations,
-        buffers=buckets + logits + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
-    )
+    Parameters and gradients are fp32, but megatron-core's engine keeps bf16 parameters (the few that it does not are
+    left out here). Every replica (a data- or context-parallel rank) holds all of them and two moments (ZeRO-0); AdamW's
+    state and master weights are cut over replicas (1), gradients too (2), parameters too (3). Activations are what one
+    micro-batch keeps (kept_by_a_layer), and in bf16 the cast weights of layers that are not computed again. Buffers are
+    two reduction buckets (stage 0: one copy of the gradients), ZeRO-3's whole parameters, and the logits of a chunk of
+    the loss with their gradient.
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp

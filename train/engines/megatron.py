@@ -19,8 +19,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from model.init import decays
 from model.mamba import FalconMamba
+from model.rules import decays
 from model.weights import Piece, Pieces
 from train.config import Optim, Precision
 from train.distributed import Ranks

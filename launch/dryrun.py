@@ -21,6 +21,7 @@ from data.command import command
 from data.config import InputError
 from launch.estimate import PlannedRun, layout_of, nearest, planned_gpu
 from model.config import Recompute
+from train.config import EngineKind
 from train.plan import GIB, needs
 from train.schedule import Schedule
 from train.traffic import SENT, by_kind, flats, payloads
@@ -78,6 +79,11 @@ class DryRun(PlannedRun):
 @command(DryRun)
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
+    if run.parallel.engine is EngineKind.megatron:
+        raise InputError(
+            "megatron-core's optimizer allocates on CUDA alone, and here is none: the dry run takes "
+            "parallel.engine=deepspeed, which has the same layers and batches; python launch/plan.py takes both"
+        )
     if run.parallel.zero_stage == 3:
         raise InputError(
             "DeepSpeed's ZeRO-3 compares what ranks say to each other, and here there is one: the dry run takes "

@@ -10,7 +10,7 @@ from math import prod
 from model.config import Recompute
 from model.flops import parameter_shapes
 from model.rules import cut_of, decays
-from train.config import Precision, RunConfig
+from train.config import EngineKind, Precision, RunConfig
 
 ALIGNMENT = 2  # elements that DeepSpeed aligns the part of a rank to
 SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}  # times (n - 1) / n of the payload, by a ring of n ranks
@@ -80,10 +80,18 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
     Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 sum whole buckets as well, although a rank keeps its part
     alone, stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
     Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
-    estimate, for DeepSpeed keeps small parameters whole and gathers some once more.
+    estimate, for DeepSpeed keeps small parameters whole and gathers some once more. megatron-core scatters the gradient
+    once and gathers weights in their own type; an estimate too, without the padding of its buckets.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas
+    if config.parallel.engine is EngineKind.megatron:
+        decayed, rest = (flat.elements for flat in groups)
+        width = 2 if config.parallel.precision is Precision.bf16 else 4
+        return [
+            Payload("gradients", "replicas", "reduce_scatter", 4 * (decayed + rest), replicas),
+            Payload("weights", "replicas", "all_gather", width * decayed + 4 * rest, replicas),
+        ]
     gradients = 4 * sum(flat.elements for flat in groups) * (micro_batches if stage > 1 else 1)
     gathered = 4 * sum(flat.part for flat in groups) * replicas
     reduction, times = ("reduce_scatter", 2 * micro_batches) if stage == 3 else ("all_reduce", min(stage, 1))

@@ -17,7 +17,7 @@ from model.kernels import CPU
 from model.parallel import build
 from tests.compose import typed
 from tests.tiny import TINY
-from train.config import Precision
+from train.config import EngineKind, Precision
 from train.plan import kept_by_a_layer, needs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,10 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     sent = traffic_between_ranks(run, 256)
     assert sent["gradients"] == 2 * sent["weights"] == pytest.approx(2 * 4 * 7_272_665_088 * 255 / 256)
     assert sent["tensor parallel"] == sent["context parallel"] == 0
+    megatron = replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron))
+    sent = traffic_between_ranks(megatron, 256)  # scattered once; bf16 weights, fp32 small ones
+    assert sent["gradients"] == pytest.approx(4 * 7_272_665_088 * 255 / 256)
+    assert sent["weights"] == pytest.approx(2 * 7_272_665_088 * 255 / 256, rel=2e-3)
     cut = replace(run, parallel=replace(run.parallel, tensor_parallel=2, context_parallel=2))
     sent = traffic_between_ranks(cut, 256)
     # x_proj three times, since full recompute takes its sum again; embedding, loss

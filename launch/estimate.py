@@ -7,11 +7,12 @@ d_state x layers, whatever their length.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 from launch.devices import GPUS, Gpu
 from model.config import Recompute
 from model.flops import matmul_parameters, parameter_count, train_flops_per_token, train_traffic
-from train.config import Parallel, Precision, RunConfig
+from train.config import EngineKind, Parallel, Precision, RunConfig
 from train.plan import GIB, needs
 from train.traffic import payloads
 
@@ -133,7 +134,9 @@ class Layout:
     """One way to lay the run over its ranks."""
 
     tensor_parallel: int
+    sequence_parallel: bool
     context_parallel: int
+    zero_stage: int
     recompute: str
     memory_gib: float
     tokens_per_second: float  # of one rank; 0 where it cannot run
@@ -141,32 +144,34 @@ class Layout:
 
 
 def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None) -> list[Layout]:
-    """Every layout of tensor, context and recompute, the fastest that fits first, then why the others fall.
+    """Every layout of tensor, sequence, context, ZeRO stage and recompute: the fastest that fits first, then others.
 
-    What else a layout says is taken from `asked`, by default from the run.
+    With `asked`, stage and sequence parallelism are as asked for. Micro-batch, precision, engine are the run's.
     """
     found = []
     base = asked or run.parallel
-    for tensor in (1, 2, 4, 8):
-        for context in (1, 2, 4, 8):
-            for recompute in Recompute:
-                parallel = replace(
-                    base,
-                    tensor_parallel=tensor,
-                    context_parallel=context,
-                    recompute=recompute,
-                    sequence_parallel=base.sequence_parallel and tensor > 1,
-                )
-                found.append(layout_of(run, parallel, ranks, gpu))
+    stages = [base.zero_stage] if asked or base.engine is EngineKind.megatron else [0, 1, 2, 3]
+    for tensor, context, stage, recompute in product((1, 2, 4, 8), (1, 2, 4, 8), stages, Recompute):
+        for sequence in [base.sequence_parallel and tensor > 1] if asked else [False, True][: 1 + (tensor > 1)]:
+            parallel = replace(
+                base,
+                tensor_parallel=tensor,
+                sequence_parallel=sequence,
+                context_parallel=context,
+                zero_stage=stage,
+                recompute=recompute,
+            )
+            found.append(layout_of(run, parallel, ranks, gpu))
     return sorted(found, key=lambda layout: (layout.why_not is not None, -layout.tokens_per_second, layout.memory_gib))
 
 
 def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
     """What a layout needs and gives, or why it cannot run."""
-    shape = (parallel.tensor_parallel, parallel.context_parallel, parallel.recompute.value)
-    if ranks % (shape[0] * shape[1]):
-        return Layout(*shape, 0.0, 0.0, f"{shape[0]} x {shape[1]} does not divide {ranks} ranks")
-    if run.schedule.batch_end < (groups := ranks // (shape[0] * shape[1])):
+    p = parallel
+    shape = (p.tensor_parallel, p.sequence_parallel, p.context_parallel, p.zero_stage, p.recompute.value)
+    if ranks % (p.tensor_parallel * p.context_parallel):
+        return Layout(*shape, 0.0, 0.0, f"{p.tensor_parallel} x {p.context_parallel} does not divide {ranks} ranks")
+    if run.schedule.batch_end < (groups := ranks // (p.tensor_parallel * p.context_parallel)):
         why = f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} groups without one"
         return Layout(*shape, 0.0, 0.0, why)
     try:

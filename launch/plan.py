@@ -154,12 +154,19 @@ def _days(run: PlannedRun, ranks: int, gpu: Gpu) -> float:
 
 def choices(result: dict[str, Any]) -> Table:
     """Layouts, the fastest that fits first, and why others fall."""
-    grid = Table("tensor", "context", "recompute", "GiB", "tokens/s a rank", "")
+    grid = Table("tensor", "sequence", "context", "ZeRO", "recompute", "GiB", "tokens/s a rank", "")
     for row in result["layouts"][:SHOWN]:
         rate = f"{row['tokens_per_second']:,.0f}" if row["why_not"] is None else ""
         memory = f"{row['memory_gib']:.0f}" if row["memory_gib"] else ""
-        cells = (str(row["tensor_parallel"]), str(row["context_parallel"]), row["recompute"], memory, rate)
-        grid.add_row(*cells, row["why_not"] or "")
+        cut = "cut" if row["sequence_parallel"] else ""
+        cells = (
+            str(row["tensor_parallel"]),
+            cut,
+            str(row["context_parallel"]),
+            str(row["zero_stage"]),
+            row["recompute"],
+        )
+        grid.add_row(*cells, memory, rate, row["why_not"] or "")
     return grid
 
 

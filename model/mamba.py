@@ -145,6 +145,11 @@ class FalconMamba(nn.Module):
         for layer in self.layers:
             layer.mixer.recompute = what is Recompute.selective  # type: ignore[union-attr]
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile make each block's code at its first call, and again for other shapes."""
+        for layer in self.layers:
+            layer.compile()
+
     def set_context(self, context: ContextRanks | None) -> None:
         """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""
         self.context = context

@@ -98,6 +98,7 @@ class Parallel:
     bucket_elements: int
     recompute: Recompute
     precision: Precision
+    compile: bool  # blocks by torch.compile, around the kernels
     kernels: Backend
 
     def __post_init__(self) -> None:
@@ -107,6 +108,11 @@ class Parallel:
             raise ValueError(
                 f"parallel.engine megatron has ZeRO stage 1 alone, parallel.zero_stage is {self.zero_stage}: set "
                 "parallel.engine=deepspeed for the others"
+            )
+        if self.compile and (self.tensor_parallel > 1 or self.context_parallel > 1 or self.zero_stage == 3):
+            raise ValueError(
+                "parallel.compile takes whole blocks, without collectives inside: tensor_parallel and context_parallel "
+                "must be 1, and zero_stage below 3"
             )
         if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens, self.bucket_elements) < 1:
             raise ValueError(

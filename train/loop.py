@@ -63,6 +63,8 @@ class Trainer:
         self.context = context_ranks() if ranks.cp_size > 1 else None
         self.model.set_context(self.context)
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
+        if config.parallel.compile:
+            self.model.compile_blocks()
         self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)
         self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks, edges)

@@ -181,6 +181,23 @@ def test_sizes_agree_with_the_source() -> None:
     assert lib.chunk_steps() == SCAN_CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
 
 
+def test_compiled_blocks_are_the_same_model() -> None:
+    """By torch.compile's own code generator: loss and every gradient."""
+    tokens = torch.randint(0, TINY.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+    starts = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)) < 0.1
+    results = []
+    for compiled in (False, True):
+        model = model_of(replace(TINY, n_layer=1), kernels=CPU)
+        if compiled:
+            model.compile_blocks()
+        loss = model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean()
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert model.layers[0]._compiled_call_impl is not None
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)
+
+
 def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 21))
     model = model_of(TINY, kernels=CPU)

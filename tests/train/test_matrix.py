@@ -19,7 +19,7 @@ from data.loader import split
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel import build, unshard
-from model.rules import decays
+from model.rules import cut_of, decays
 from tests.compose import run_config
 from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
@@ -178,8 +178,6 @@ def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, st
 
 def shape_of(name: str, shape: list[int], size: int) -> list[int]:
     """Of a tensor-parallel rank's part."""
-    from model.rules import cut_of
-
     cut = cut_of(name)
     return [n // size if cut is not None and dim == cut.dim else n for dim, n in enumerate(shape)]
 

@@ -35,39 +35,42 @@ static inline float sum(V x) {
     return s;
 }
 
-// 2^x for x <= 127, relative error about 2e-7: the whole part of x goes to the exponent, 2^f of the rest in [-1/2, 1/2]
+// 2^x, relative error about 2e-7, for x <= 127: the whole part of x goes to the exponent, 2^f of the rest in [-1/2, 1/2]
 // is a polynomial. The largest x that gives 2^-126 or less may stop there, which is nothing beside any state.
-static inline V power(V f) {  // in pairs of terms: shorter chains of operations than Horner's
-    const V low = splat(6.9314718e-1f) * f + splat(1.0f), middle = splat(5.5503324e-2f) * f + splat(2.4022652e-1f);
-    const V high = splat(1.3395279e-3f) * f + splat(9.6178371e-3f), square = f * f;
-    return (high * square + middle) * square + low;
+static inline V power(V f) {
+    V p = splat(1.3395279e-3f) * f + splat(9.6178371e-3f);
+    p = p * f + splat(5.5503324e-2f);
+    p = p * f + splat(2.4022652e-1f);
+    p = p * f + splat(6.9314718e-1f);
+    return p * f + splat(1.0f);
 }
 #if W == 16
+static inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V minimum(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline V exp2v(V x) {
     const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (V)_mm512_scalef_ps((__m512)power(x - (V)whole), whole);
 }
-static inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V exp2_near(V x) { return exp2v(x); }
 #else
 #if W == 8
 static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline V minimum(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 static inline V maximum(V a, V b) { return select(a > b, a, b); }
+static inline V minimum(V a, V b) { return select(a < b, a, b); }
 #endif
-static inline V exp2v(V x) {
-    x = maximum(splat(-126.0f), x);  // in this order a NaN stays one
+static inline V exp2_near(V x) {  // for x >= -126
     const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
     const V r = x + shift;
     return (V)((I)power(x - (r - shift)) + ((I)r << 23));
 }
+static inline V exp2v(V x) { return exp2_near(maximum(splat(-126.0f), x)); }  // in this order a NaN stays one
 #endif
 
 static inline V expv(V x) { return exp2v(x * splat(LOG2E)); }
-static inline V sigmoid(V x) {
-    V e = expv(-select(x > 0, x, -x));  // of -|x|: never overflows
-    V r = splat(1.0f) / (splat(1.0f) + e);
-    return select(x > 0, r, e * r);
-}
+// e^-x stops at 2^126, beside which 1 is nothing.
+static inline V sigmoid(V x) { return splat(1.0f) / (splat(1.0f) + exp2v(minimum(splat(126.0f), x * splat(-LOG2E)))); }
 
 // ln(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)) as an odd series, relative error about 1e-7.
 static inline V log1p01(V e) {
@@ -82,7 +85,7 @@ static inline V log1p01(V e) {
     return s * p;
 }
 
-static inline V softplus(V x) { return maximum(x, V{}) + log1p01(expv(-select(x > 0, x, -x))); }
+static inline V softplus(V x) { return maximum(x, V{}) + log1p01(expv((V)((I)x | (I)splat(-0.0f)))); }
 
 // A piece of work: one batch row and a group of its channels.
 struct Piece {

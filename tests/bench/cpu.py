@@ -19,7 +19,7 @@ from model.kernels import CPU, REFERENCE
 from model.kernels.cpu_library import instruction_set
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.parallel import build
-from tests.bench.timing import Row, median_seconds, show, with_ratios, write
+from tests.bench.timing import Row, in_turn, median_seconds, show, write
 from tests.compose import run_config
 
 CHANNELS, STATES = 512, 16
@@ -64,14 +64,15 @@ def scans(lengths: list[int], missing: dict[str, str]) -> list[Row]:
         inputs = scan_inputs(length)
         expected = who["reference"](*inputs).detach()
         weight = torch.randn_like(expected)
+        calls = {}
         for name, scan in who.items():
             torch.testing.assert_close(scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4)  # the same problem
 
             def both(scan: Callable[..., Tensor] = scan, inputs: list[Tensor] = inputs, weight: Tensor = weight) -> Any:
                 return torch.autograd.grad(scan(*inputs), inputs, weight)
 
-            seconds, runs = median_seconds(both, DEVICE, least=3)
-            rows.append(Row("scan, forward and backward", f"L {length}", name, seconds, runs))
+            calls[name] = both
+        rows += in_turn("scan, forward and backward", f"L {length}", calls)
     return rows
 
 
@@ -81,13 +82,14 @@ def convolutions(lengths: list[int]) -> list[Row]:
     for length in lengths:
         x = torch.randn(1, length, CHANNELS).requires_grad_()
         weight, bias = torch.randn(CHANNELS, 4).requires_grad_(), torch.randn(CHANNELS).requires_grad_()
+        calls = {}
         for name, kernels in (("ours", CPU), ("reference", REFERENCE)):
 
             def both(conv: Any = kernels.causal_conv1d, inputs: Any = (x, weight, bias)) -> Any:
                 return torch.autograd.grad(conv(*inputs).sum(), inputs)
 
-            seconds, runs = median_seconds(both, DEVICE, budget=1.0)
-            rows.append(Row("conv and SiLU, forward and backward", f"L {length}", name, seconds, runs))
+            calls[name] = both
+        rows += in_turn("conv and SiLU, forward and backward", f"L {length}", calls)
     return rows
 
 
@@ -101,18 +103,16 @@ def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
         )
         head = torch.randn(config.vocab_size, config.d_model).requires_grad_()
         labels = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-        calls: dict[tuple[str, str], Callable[[], Tensor]] = {
-            ("norm", "torch"): lambda x=x, w=norm_weight: torch.nn.functional.rms_norm(x, x.shape[-1:], w, 1e-5).sum(),
-            ("head and loss", "torch"): lambda x=x, h=head, y=labels: cross_entropy(x @ h.t(), y),
+        norms: dict[str, Callable[[], Tensor]] = {
+            "torch": lambda x=x, w=norm_weight: torch.nn.functional.rms_norm(x, x.shape[-1:], w, 1e-5).sum()
         }
+        losses: dict[str, Callable[[], Tensor]] = {"torch": lambda x=x, h=head, y=labels: cross_entropy(x @ h.t(), y)}
         for name, k in (("ours", CPU), ("reference", REFERENCE)):
-            calls["norm", name] = lambda k=k, x=x, w=norm_weight: k.rms_norm(x, w, 1e-5).sum()
-            calls["head and loss", name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(
-                x, h, y, k.loss_rows
-            )[0].mean()
-        for (what, who), call in calls.items():
-            seconds, runs = median_seconds(lambda call=call: call().backward(), DEVICE, budget=1.0)
-            rows.append(Row(f"{what}, forward and backward", f"L {length}", who, seconds, runs))
+            norms[name] = lambda k=k, x=x, w=norm_weight: k.rms_norm(x, w, 1e-5).sum()
+            losses[name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(x, h, y, k.loss_rows)[0].mean()
+        for what, calls in (("norm", norms), ("head and loss", losses)):
+            both = {who: (lambda call=call: call().backward()) for who, call in calls.items()}
+            rows += in_turn(f"{what}, forward and backward", f"L {length}", both)
     return rows
 
 
@@ -138,8 +138,8 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
         expected = losses["ours"]().item()
         for name, loss in losses.items():
             assert abs(loss().item() - expected) < 1e-3, name  # the same model and tokens
-            seconds, runs = median_seconds(lambda loss=loss: loss().backward(), DEVICE, least=3)
-            rows.append(Row("demo model, training step", f"L {length}", name, seconds, runs))
+        calls = {name: (lambda loss=loss: loss().backward()) for name, loss in losses.items()}
+        rows += in_turn("demo model, training step", f"L {length}", calls)
     return rows
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     rows = ceilings() + scans(arguments.lengths, missing) + convolutions(arguments.lengths)
     rows += rows_of_a_model(arguments.lengths, run_config("demo").model)
     rows += steps([length for length in arguments.lengths if length >= 256], run_config("demo").model)
-    show(with_ratios(rows, "ours"), f"one thread, {instruction_set()}")
+    show(rows, f"one thread, {instruction_set()}")
     for name, fix in missing.items():
         print(f"not measured: {name} is missing ({fix})")
     if not arguments.no_record:

@@ -53,6 +53,42 @@ def median_seconds(
     return statistics.median(times), len(times)
 
 
+def in_turn(
+    what: str, shape: str, calls: dict[str, Callable[[], Any]], ours: str = "ours", rounds: int = 7, turn: float = 0.05
+) -> list[Row]:
+    """A row for each call on the processor. They take turns, since its speed may change by the second where others work.
+
+    A turn is one call that does not count, then calls for `turn` seconds. Seconds are medians over rounds of a turn's
+    median; ratios to ours are medians over rounds of ratios within one.
+    """
+    medians: dict[str, list[float]] = {who: [] for who in calls}
+    runs = dict.fromkeys(calls, 0)
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for who, call in calls.items():
+            if medians[who] and medians[who][-1] < turn:  # caches hold what the others left
+                call()
+            times: list[float] = []
+            while not times or sum(times) < turn:
+                begun = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - begun)
+            medians[who].append(statistics.median(times))
+            runs[who] += len(times)
+    return [
+        Row(
+            what,
+            shape,
+            who,
+            statistics.median(medians[who]),
+            runs[who],
+            statistics.median(theirs / base for theirs, base in zip(medians[who], medians[ours], strict=True)),
+        )
+        for who in calls
+    ]
+
+
 def with_ratios(rows: list[Row], ours: str) -> list[Row]:
     """Fill each row's ratio to ours, where ours was measured on the same problem."""
     base = {(row.what, row.shape): row.seconds for row in rows if row.who == ours}

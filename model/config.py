@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 SCAN_CHUNK = 16  # tokens between the states that a fused scan keeps for its backward
-LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes them again
+LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes all but the last again
 
 
 class Backend(Enum):

@@ -1,5 +1,7 @@
 """Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in the backward.
 
+The backward starts with the last chunk, whose logits are kept: they are the peak of memory in any case.
+
 The vocabulary may be cut over tensor-parallel ranks: each takes statistics of its own rows of the head, and one maximum
 and one sum over ranks, of all tokens at once, join them.
 """
@@ -29,7 +31,7 @@ class VocabularyGroup(Protocol):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes each chunk's logits again."""
+    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes earlier chunks' logits again."""
 
     @staticmethod
     def forward(
@@ -46,9 +48,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         statistics = hidden.new_empty(3, len(labels), dtype=computing_type(hidden))
         local = labels if group is None else labels - group.offset(len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(dtype)
+            head, logits = weight.to(dtype), None
             for part in _chunks(len(labels), chunk):
-                statistics[:, part] = rows.loss_statistics(hidden[part].to(dtype) @ head.t(), local[part])
+                logits = hidden[part].to(dtype) @ head.t()
+                statistics[:, part] = rows.loss_statistics(logits, local[part])
         own, top, sums = statistics
         if group is not None:
             here, top = top, group.maximum(top)
@@ -56,6 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         log_sums = top + sums.log()
         ctx.save_for_backward(hidden, weight, local, log_sums)
         ctx.run = dtype, rows, group, chunk  # type: ignore[attr-defined]
+        ctx.logits = logits  # type: ignore[attr-defined]
         return log_sums - own, log_sums
 
     @staticmethod
@@ -65,11 +69,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype, rows, group, chunk = ctx.run  # type: ignore[attr-defined]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sums.dtype)
         head = weight.to(dtype)
-        for part in _chunks(len(labels), chunk):
+        kept, ctx.logits = ctx.logits, None  # type: ignore[attr-defined]  # they become their gradient: only once
+        for part in reversed(_chunks(len(labels), chunk)):
             states = hidden[part].to(dtype)
-            grad = rows.loss_gradient(
-                states @ head.t(), labels[part], log_sums[part], grad_loss[part], grad_log_sum[part]
-            )
+            logits, kept = states @ head.t() if kept is None else kept, None
+            grad = rows.loss_gradient(logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part])
             grad_hidden[part] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
         if group is not None:
@@ -86,9 +90,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e], labels [t] -> [t].
 
-    Peak memory is LOSS_CHUNK x v logits; the cost is one more forward of the head. With a group, v is this rank's
-    part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's gradient backward. Labels
-    are ids of the vocabulary; they are not checked, since that would wait for the device.
+    Peak memory is LOSS_CHUNK x v logits; the cost is one more forward of the head for all chunks but one. With a
+    group, v is this rank's part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's
+    gradient backward. Labels are ids of the vocabulary; they are not checked, since that would wait for the device.
     """
     result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels.long(), rows, group, LOSS_CHUNK)
     return result

@@ -56,7 +56,7 @@ def median_seconds(
 def in_turn(
     what: str, shape: str, calls: dict[str, Callable[[], Any]], ours: str = "ours", rounds: int = 7, turn: float = 0.05
 ) -> list[Row]:
-    """A row for each call on the processor. They take turns, since its speed may change by the second where others work.
+    """A row for each call on the processor. They take turns, since its speed changes by the second where others work.
 
     A turn is one call that does not count, then calls for `turn` seconds. Seconds are medians over rounds of a turn's
     median; ratios to ours are medians over rounds of ratios within one.

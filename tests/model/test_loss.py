@@ -39,6 +39,15 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2  # hidden's gradient is a quarter of it
 
 
+def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept logits became their gradient in the first."""
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", 8)
+    hidden, weight = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
+    losses, _ = cross_entropy.linear_cross_entropy(hidden, weight, torch.randint(0, 50, (20,)), reference)
+    first, second = (torch.autograd.grad(losses.mean(), [hidden, weight], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_bf16_products_keep_fp32_sums() -> None:
     """Under autocast the loss differs from fp32's by the rounding of products alone, and gradients keep fp32."""
     tokens = torch.randint(0, TINY.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 INSTALL = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation "
     "mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0"
 )
+KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # starts -> its version, places and length
 FORGET = 1e6  # dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
 HOLD = -1e6  # dt of a step behind a row's end: softplus gives 0, the state stays
 SHORT = -27.6  # dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
@@ -49,7 +51,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     conv, _ = _functions()
     documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
     pad = -x.shape[2] % 8  # the public kernel wants multiples of 8 channels
-    weight, bias = F.pad(weight.to(x.dtype), (0, 0, 0, pad)), F.pad(bias.to(x.dtype), (0, pad))
+    weight, bias = (
+        F.pad(weight, (0, 0, 0, pad)),
+        F.pad(bias.to(weight.dtype), (0, pad)),
+    )  # not in x's type: they may be fp32
     rows = F.pad(x, (0, pad)) if pad else x
     out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
     return out[..., : x.shape[2]]
@@ -102,10 +107,16 @@ def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
 
 
 def _places(starts: Tensor) -> tuple[Tensor, int]:
-    """Where each token goes when every first token has a separating step before it: [b, l], and the new length."""
-    shift = starts.cumsum(1)
-    places = torch.arange(starts.shape[1], device=starts.device) + shift
-    return places, starts.shape[1] + int(shift[:, -1].max())
+    """Where each token goes when every first token has a separating step before it: [b, l], and the new length.
+
+    The length waits for the device: all layers of a step, which have the same `starts`, take one answer.
+    """
+    known = KNOWN.get(starts)
+    if known is None or known[0] != starts._version:
+        shift = starts.cumsum(1)
+        places = torch.arange(starts.shape[1], device=starts.device) + shift
+        known = KNOWN[starts] = (starts._version, places, starts.shape[1] + int(shift[:, -1].max()))
+    return known[1:]
 
 
 def _empty_steps(starts: Tensor, places: Tensor, length: int) -> Tensor:

@@ -207,6 +207,14 @@ def test_public_kernels_isolate_documents(cuts: list[int], monkeypatch: pytest.M
     assert_halves_are_the_whole(MAMBA_SSM)
 
 
+def test_layers_of_a_step_share_their_places() -> None:
+    starts = torch.tensor([[True, False, True, False]])
+    places, length = mamba_ssm._places(starts)
+    assert mamba_ssm._places(starts)[0] is places and (places.tolist(), length) == ([[1, 2, 4, 5]], 6)
+    starts[0, 1] = True
+    assert mamba_ssm._places(starts)[0].tolist() == [[1, 3, 5, 6]]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_public_kernels_are_composed_correctly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the two public functions: layouts, resets and first states by steps, and all gradients."""

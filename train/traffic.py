@@ -13,7 +13,9 @@ from model.rules import cut_of, decays
 from train.config import EngineKind, Precision, RunConfig
 
 ALIGNMENT = 2  # elements that DeepSpeed aligns the part of a rank to
-SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}  # times (n - 1) / n of the payload, by a ring of n ranks
+LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
+# times (n - 1) / n of the payload, by a ring of n ranks
+SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ def flats(config: RunConfig, ranks: int) -> list[Flat]:
     for name, shape in parameter_shapes(config.model).items():
         elements[decays(name)] += prod(shape) // (tp if cut_of(name) is not None else 1)
     return [Flat(elements[decayed], ranks // tp) for decayed in (True, False)]
+
+
+def to_owners(elements: int, replicas: int, bucket: int) -> bool:
+    """Whether DeepSpeed's stages 1 and 2 sum each rank's part of a gradient at that rank, which sends half as much.
+
+    Otherwise they sum whole buckets at all ranks: fewer messages, which is better where parts are small.
+    """
+    return elements // replicas >= bucket // LARGE
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,8 @@ def payloads(config: RunConfig, ranks: int, sequences: float, micro_batches: int
 def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Payload]:
     """Gradients summed and weights gathered, all fp32.
 
-    Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 sum whole buckets as well, although a rank keeps its part
-    alone, stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
+    Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large ones at their owner,
+    stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
     Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
     estimate, for DeepSpeed keeps small parameters whole and gathers some once more. megatron-core scatters the gradient
     once and gathers weights in their own type; an estimate too, without the padding of its buckets.
@@ -92,9 +102,13 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
             Payload("gradients", "replicas", "reduce_scatter", 4 * (decayed + rest), replicas),
             Payload("weights", "replicas", "all_gather", width * decayed + 4 * rest, replicas),
         ]
-    gradients = 4 * sum(flat.elements for flat in groups) * (micro_batches if stage > 1 else 1)
+    elements = sum(flat.elements for flat in groups)
+    gradients = 4 * elements * (micro_batches if stage > 1 else 1)
     gathered = 4 * sum(flat.part for flat in groups) * replicas
-    reduction, times = ("reduce_scatter", 2 * micro_batches) if stage == 3 else ("all_reduce", min(stage, 1))
+    owners = stage > 0 and to_owners(elements, replicas, config.parallel.bucket_elements)
+    reduction, times = "reduce" if owners else "all_reduce", min(stage, 1)
+    if stage == 3:
+        reduction, times = "reduce_scatter", 2 * micro_batches
     return [
         Payload("gradients", "replicas", reduction, gradients, replicas),
         Payload("norm and overflow", "replicas", "all_reduce", 8 if stage else 0, replicas),

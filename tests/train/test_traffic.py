@@ -25,6 +25,8 @@ from train.watchdog import Watch
 CASES = {
     "dp2": {},
     "dp2-bf16-full": {"precision": Precision.bf16, "recompute": Recompute.full},
+    "dp2-owners": {"bucket_elements": 10_000},
+    "dp2-zero2-owners": {"zero_stage": 2, "bucket_elements": 10_000},
     "dp2-zero0": {"zero_stage": 0},
     "dp2-zero2": {"zero_stage": 2},
     "tp2-zero0-bf16": {"tensor_parallel": 2, "zero_stage": 0, "precision": Precision.bf16},

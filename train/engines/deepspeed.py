@@ -15,6 +15,7 @@ from train.config import Optim
 from train.distributed import Mpu, Ranks
 from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
 from train.plan import LIVE_PARAMETERS
+from train.traffic import to_owners
 
 
 class DeepSpeedEngine:
@@ -30,6 +31,7 @@ class DeepSpeedEngine:
         self.in_step = stage > 1
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         optimizer = adamw(model, config)
+        elements = sum(parameter.numel() for parameter in model.parameters())
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its own log
             "gradient_clipping": config.clip_norm,
@@ -38,6 +40,7 @@ class DeepSpeedEngine:
                 "stage": stage,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
+                "use_multi_rank_bucket_allreduce": not to_owners(elements, ranks.replicas, bucket),
                 "overlap_comm": ranks.device.type == "cuda",
                 "stage3_max_live_parameters": LIVE_PARAMETERS,
                 "stage3_prefetch_bucket_size": bucket,

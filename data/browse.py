@@ -1,9 +1,10 @@
 """Look at data: documents of a source, sequences of a stage, what a run saw at a token, a page about all of it.
 
-python data/browse.py +experiment=demo browse.source=web
-python data/browse.py +experiment=7b browse.position=1.2e12
-python data/browse.py +experiment=7b browse.stage=decay browse.count=5
-python data/browse.py +experiment=demo browse.page=runs/demo/data.html
+examples:
+  python data/browse.py +experiment=demo browse.source=web
+  python data/browse.py +experiment=7b browse.position=1.2e12
+  python data/browse.py +experiment=7b browse.stage=decay browse.count=5
+  python data/browse.py +experiment=demo browse.page=runs/demo/data.html
 """
 
 import sys

@@ -27,6 +27,14 @@ SPEAKING_SECONDS = 2.0  # a launcher ends all ranks when one exits: the others l
 Schema = TypeVar("Schema")
 
 
+def about() -> str:
+    """What --help says of a script: its docstring, which ends with examples (hydra fills in words with a dollar sign)."""
+    return (sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
+
+
+OmegaConf.register_new_resolver("about", about)
+
+
 def convert(schema: type[Schema], config: DictConfig) -> Schema:
     """The sections of a composed config that `schema` names, checked and typed; other sections are left alone."""
     if OmegaConf.is_missing(config.run, "name"):

@@ -1,7 +1,11 @@
-"""What a run would read, before or after its data is prepared: `python data/plan.py +experiment=7b`.
+"""What a run would read, before or after its data is prepared.
 
 Prints tokens and epochs per source and stage, and refuses a plan that reads a source too often. Sources without shards
 count with their expected_tokens.
+
+examples:
+  python data/plan.py +experiment=7b
+  python data/plan.py +experiment=7b data.sources.web.expected_tokens=2e12
 """
 
 import sys

@@ -1,7 +1,10 @@
-"""Fetch what no package brings, on a machine with a network: `python data/prefetch.py +experiment=7b`.
+"""Fetch what no package brings, on a machine with a network.
 
 Every asset and the vocabulary have a path and an address in the config; what lies at its path is only checked. Copy the
 paths to the cluster, and nothing asks for a network there.
+
+examples:
+  python data/prefetch.py +experiment=7b
 """
 
 import sys

@@ -1,7 +1,10 @@
 """Build the data that a config describes: raw text -> clean documents -> vocabulary -> token shards.
 
-`python data/prepare.py +experiment=demo`; with `executor=slurm executor.partition=cpu` on a cluster. Stages that are
-complete are reused; a killed run is taken up where it was.
+Stages that are complete are reused; a killed run is taken up where it was.
+
+examples:
+  python data/prepare.py +experiment=demo
+  python data/prepare.py +experiment=7b executor=slurm executor.partition=cpu
 """
 
 import json

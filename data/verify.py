@@ -1,7 +1,11 @@
 """Look whether the shards of a data set are what their manifests say, and what a run would read of them.
 
-`python data/verify.py +experiment=demo`: hashes every byte again (verify.hashes=false only compares sizes), counts end
-tokens, decodes and encodes random documents, and prints tokens, epochs and packing. Ends with exit code 2 at a fault.
+Hashes every byte again, counts end tokens, decodes and encodes random documents, and prints tokens, epochs and packing.
+Ends with exit code 2 at a fault.
+
+examples:
+  python data/verify.py +experiment=demo
+  python data/verify.py +experiment=7b verify.hashes=false    # compares sizes, in seconds
 """
 
 import sys

@@ -1,10 +1,14 @@
-"""Benchmark generation: `python eval/bench_generate.py` measures what Falcon Mamba's figures 2 and 3 show.
+"""Benchmark generation: what Falcon Mamba's figures 2 and 3 show.
 
 Speed and peak memory over generated tokens, and the longest prompt that a given memory takes, at batch 1 with random
 weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
 section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
 into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
 Time is the processor's on a CPU.
+
+examples:
+  python eval/bench_generate.py
+  python eval/bench_generate.py +experiment=130m eval.bench.tokens=8192
 """
 
 import ctypes

@@ -1,8 +1,12 @@
-"""Generate text: `python eval/generate.py +experiment=NAME eval.prompt="..."` streams it to the terminal.
+"""Generate text from a run's newest checkpoint, streamed to the terminal.
 
 Decoding is recurrent: a token costs the same time and memory whatever came before it. A prompt is read in chunks with
 the state carried, so that any length fits. Prompts of a batch are aligned on the right; where one begins, convolution
 and scan forget the padding before it, so that a row's result is the one it gets alone.
+
+examples:
+  python eval/generate.py +experiment=demo eval.prompt="import os"
+  python eval/generate.py +experiment=demo eval.new_tokens=200 eval.sampling.temperature=0
 """
 
 import sys

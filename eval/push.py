@@ -1,7 +1,10 @@
-"""Publish: `python eval/push.py +experiment=NAME eval.hub=USER/MODEL` uploads the export with a model card.
+"""Publish: upload a run's export with a model card.
 
 The card is made of the run's own records. The token is that of `hf auth login` or HF_TOKEN; it is never
 written anywhere. Uploading again continues: files that the hub has already are not sent twice.
+
+examples:
+  python eval/push.py +experiment=demo eval.hub=USER/MODEL
 """
 
 import sys

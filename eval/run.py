@@ -1,9 +1,14 @@
 """Evaluate: held-out text of a run, or a leaderboard.
 
-`python eval/run.py +experiment=NAME` writes eval.json and prints a sample of generated text. Bits per byte come from
-our model and the newest checkpoint; the sample comes from transformers and the exported folder, as a user would get it.
-`python eval/run.py checkpoint=FOLDER suite=leaderboard_v1` scores a step folder or a Hugging Face folder; no experiment
-is needed. With `+experiment=NAME suite=...` it is the run's newest checkpoint.
+Held-out: writes eval.json and prints a sample of generated text. Bits per byte come from our model and the newest
+checkpoint; the sample comes from transformers and the exported folder, as a user would get it. Leaderboard: scores a
+step folder or a Hugging Face folder, for which no experiment is needed, or a run's newest checkpoint.
+
+examples:
+  python eval/run.py +experiment=demo
+  python eval/run.py +experiment=7b suite=leaderboard_v1
+  python eval/run.py checkpoint=runs/7b/checkpoints/step-00500000 suite=leaderboard_v2
+  python eval/run.py checkpoint=/models/falcon-mamba-7b suite=leaderboard_v1
 """
 
 import hashlib

@@ -1,8 +1,10 @@
 """Validation during training: fixed held-out tokens, the same ones every time, and proof that they are held out.
 
-Every rank keeps its share of the tokens in memory (8 bytes each) and does forward passes only. As a script,
-`python eval/validation.py +experiment=NAME`, it reads every training shard once and fails when it finds one of these
-documents.
+Every rank keeps its share of the tokens in memory (8 bytes each) and does forward passes only. As a script it reads
+every training shard once and fails when it finds one of these documents.
+
+examples:
+  python eval/validation.py +experiment=demo
 """
 
 import hashlib

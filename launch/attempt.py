@@ -1,8 +1,12 @@
-"""What a batch script asks before and after every start of a run: `python launch/attempt.py begin|end RUN_FOLDER ...`.
+"""What a batch script asks before and after every start of a run.
 
 `begin` notes the start in attempts.jsonl and strikes nodes that Slurm lost under the start before. `end` prints what to
 do: `done`, `requeue` or `stop`, then the reason, for the batch script and its log. How a run ended stands in its
 outcome.json (train/incidents.py), since srun and torchrun turn exit codes into others; without one it crashed.
+
+examples:
+  python launch/attempt.py begin runs/7b --bad-nodes runs/bad_nodes.txt
+  python launch/attempt.py end runs/7b --code 1 --bad-nodes runs/bad_nodes.txt
 """
 
 import argparse
@@ -124,13 +128,15 @@ def ask(*command: str) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="what a batch script asks before and after every start of a run")
-    parser.add_argument("event", choices=("begin", "end", "excluded"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--code", type=int, default=0)
-    parser.add_argument("--crashes", type=int, default=3)
-    parser.add_argument("--strikes", type=int, default=2)
-    parser.add_argument("--bad-nodes", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        prog="python launch/attempt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("event", choices=("begin", "end", "excluded"), help="excluded lists the nodes to avoid")
+    parser.add_argument("folder", type=Path, help="of the run")
+    parser.add_argument("--code", type=int, default=0, help="exit code of the step that ended")
+    parser.add_argument("--crashes", type=int, default=3, help="in a row without a new checkpoint, then it stops")
+    parser.add_argument("--strikes", type=int, default=2, help="lines of a node after which it is avoided")
+    parser.add_argument("--bad-nodes", type=Path, required=True, help="file with a line per crash or loss")
     given = parser.parse_args()
     if given.event == "begin":
         nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", ""))

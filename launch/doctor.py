@@ -1,4 +1,9 @@
-"""Is this machine fit for the run? `python launch/doctor.py +experiment=demo` looks, and names a fix for each fault."""
+"""Is this machine fit for the run? Looks at everything that it needs, and names a fix for each fault.
+
+examples:
+  python launch/doctor.py +experiment=demo
+  srun -N 1 --gpus-per-node=8 python launch/doctor.py +experiment=7b
+"""
 
 import os
 import sys

@@ -1,9 +1,13 @@
-"""A run at full size without its machines: `python launch/dryrun.py +experiment=7b world=256` on a laptop's CPU.
+"""A run at full size without its machines, on a laptop's CPU.
 
 Builds the model, its cut and DeepSpeed's partition on tensors without memory in a process group that pretends to have
 `world` ranks, takes one step, and shows schedule, data plan, what each rank holds, and every collective with its bytes
 beside the formula of train/traffic.py. A layout that cannot run is refused with the nearest one that can. Also written
 to RUN/dryrun.json.
+
+examples:
+  python launch/dryrun.py +experiment=7b world=256
+  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 parallel.sequence_parallel=true
 """
 
 import json

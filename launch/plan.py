@@ -1,7 +1,11 @@
-"""What a run needs, before anything is allocated: `python launch/plan.py +experiment=7b cluster=h100_32n`.
+"""What a run needs, before anything is allocated.
 
 Memory of a rank, time and cost at a utilisation, the roofline of several GPUs, communication, checkpoints and faults,
 tokens and epochs per source, and the layouts that fit. Also written to RUN/plan.json.
+
+examples:
+  python launch/plan.py +experiment=7b cluster=h100_32n
+  python launch/plan.py +experiment=1b cluster.nodes=1 cluster.ranks_per_node=8
 """
 
 import json

@@ -18,6 +18,7 @@ from train.config import (
     ProfileConfig,
     RunConfig,
     ScheduleConfig,
+    Train,
     VerifyShards,
 )
 
@@ -39,7 +40,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
         health=health(),
         metrics=MetricsConfig(None, False, 60.0),
-        profile=ProfileConfig(0, 0, 0, [0]),
+        train=Train(ProfileConfig(0, 0, 0, [0])),
         cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
         eval=replace(run_config("demo").eval, validation=ValidationConfig(1000, 200, 32, 4)),
     )

@@ -1,7 +1,8 @@
 """`make soak`: the demo under seeded faults of all kinds, to the end, and its weights beside a clean run's.
 
 The clean run gets the losses that are not finite and the spikes too, for these change a run's course on purpose; all
-else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit.
+else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit. Ctrl-C, or
+--seconds, stops it; the same command then goes on, until it has come to its end.
 """
 
 import argparse
@@ -9,11 +10,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,9 +26,12 @@ from model.weights import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import History, supervise
 from train.config import RunConfig
+from train.incidents import REQUEUE
 from train.records import read_lines
 from train.schedule import Schedule
+from train.session import code_version, plain
 
+PLAN = "plan.json"  # of a soak that is not over
 CANARY = "canary-5e1f-not-for-any-file"
 # (kind, share): the ones that wait for the watchdog cost the most time
 KINDS = (("kill", 10), ("kill in save", 8), ("checkpoint damaged", 6), ("SIGTERM", 4), ("SIGUSR1", 2), ("stop", 3),
@@ -76,11 +81,12 @@ def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean:
     """A clean run, or the one that is there already, and a run under faults, compared."""
     os.environ["WANDB_API_KEY"] = os.environ["FALCON_TEST_SECRET"] = CANARY
     os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
+    name = f"faulty-{len(list(home.glob('faulty*-log')))}"
     if clean is None:
+        name = "faulty"
         clean = supervise(
             moved(run, home / "clean"), ranks, [f for f in faults if f.kind in NUMERIC], home / "clean-log"
         )
-    name = "faulty" if not (home / "faulty").exists() else f"faulty-{len(list(home.glob('faulty*-log')))}"
     log = home / f"{name}-log"
     history = supervise(moved(run, home / name), ranks, faults, log)
     begun = (log / "faults" / "steps").read_text().split()
@@ -141,7 +147,8 @@ def report(result: Result, step_seconds: float) -> Table:
         table.add_row(kind, str(planned), str(fired[kind]))
     history = result.history
     table.add_section()
-    table.add_row("starts", "", str(history.starts))
+    pauses = history.codes.count([])
+    table.add_row("starts, and after a pause of the soak", "", f"{history.starts}, {pauses}")
     table.add_row("steps, and steps done again", "", f"{result.steps}, {result.lost}")
     table.add_row("seconds: clean, under faults", "", f"{result.clean_seconds:.0f}, {history.seconds:.0f}")
     table.add_row("effective training time", "", f"{result.clean_seconds / history.seconds:.1%}")
@@ -163,6 +170,17 @@ def demo(home: Path, data: str, further: list[str]) -> RunConfig:
     return run_config("demo", *overrides, *further)
 
 
+def begin(home: Path, plan: dict[str, Any]) -> bool:
+    """Whether a soak of the same plan and code was paused there; empties the folder of anything else."""
+    path, text = home / PLAN, json.dumps(plan)
+    if path.is_file() and path.read_text() == text:
+        return True
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
+    path.write_text(text)
+    return False
+
+
 def main() -> int:
     """Run it; exit code 0 when nothing differs and everything happened."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
@@ -170,18 +188,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, default=Path("runs/soak"))
     parser.add_argument("--data", default="runs/data/demo")
+    parser.add_argument("--seconds", type=int, help="pause after as many")
     parser.add_argument("overrides", nargs="*", help="of the demo's config")
     given = parser.parse_args()
-    shutil.rmtree(given.home, ignore_errors=True)
-    given.home.mkdir(parents=True)
     run = demo(given.home, given.data, given.overrides)
     steps = steps_of(run)
     faults = schedule(given.seed, given.faults, steps, 2)
-    print(f"{len(faults)} faults over {steps} steps; logs in {given.home}", flush=True)
-    begun = time.monotonic()
-    result = soak(run, faults, given.home)
+    paused = begin(given.home, {"config": plain(asdict(run)), "faults": [fault.name for fault in faults],
+                                "code": code_version()})  # fmt: skip
+    print(f"{len(faults)} faults over {steps} steps; logs in {given.home}{', going on' * paused}", flush=True)
+    if given.seconds:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(given.seconds)
+    try:
+        result = soak(run, faults, given.home)
+    except KeyboardInterrupt:
+        fired = sum((given.home / "faulty-log" / "faults" / fault.name).exists() for fault in faults)
+        print(f"paused after {fired} faults; the same command goes on")
+        return REQUEUE
+    signal.alarm(0)
+    (given.home / PLAN).unlink()
     Console().print(report(result, result.clean_seconds / steps))
-    print(f"took {time.monotonic() - begun:.0f} s")
     missed = [fault.name for fault in faults if fault.name not in result.fired]
     if missed:
         print(f"did not happen: {', '.join(missed)}")

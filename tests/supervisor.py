@@ -5,6 +5,7 @@ by the dozen are affordable. What they run is train/session.py's start, with the
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 from train.config import RunConfig
 from train.incidents import read_outcome
+from train.records import read_lines
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -26,10 +28,9 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for peers of a rank that fai
 
 @dataclass
 class History:
-    """What the launcher saw: exit codes of all ranks, start by start."""
+    """What the launcher saw: exit codes of all ranks, start by start (none of one that was interrupted), and the time."""
 
     codes: list[list[int]] = field(default_factory=list)
-    begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
     @property
@@ -39,16 +40,25 @@ class History:
 
 
 def supervise(run: RunConfig, world: int, faults: list[Any], home: Path, limit: int = 200) -> History:
-    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie in `home`."""
+    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie in `home`.
+
+    Interrupted by Ctrl-C, the ranks save and leave, and another call with the same arguments goes on.
+    """
     home.mkdir(parents=True, exist_ok=True)
-    history = History()
-    while history.starts < limit:
-        history.codes.append(start_once(run, world, faults, home))
+    record = home / "starts.jsonl"
+    while len(read_lines(record)) < limit:
         outcome = read_outcome(run.run.folder)
         if outcome is not None and outcome.code in (0, 2):
             break
-    history.seconds = time.monotonic() - history.begun
-    return history
+        codes: list[int] = []
+        begun = time.monotonic()
+        try:
+            codes = start_once(run, world, faults, home)
+        finally:
+            with record.open("a") as file:
+                file.write(json.dumps({"codes": codes, "seconds": time.monotonic() - begun}) + "\n")
+    starts = read_lines(record)
+    return History([start["codes"] for start in starts], sum(start["seconds"] for start in starts))
 
 
 def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> list[int]:
@@ -56,12 +66,20 @@ def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> lis
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     ranks = [CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, home)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    while all(rank.is_alive() for rank in ranks) or (
-        any(rank.is_alive() for rank in ranks) and all(rank.exitcode in (None, 0, 75) for rank in ranks)
-    ):
-        time.sleep(0.02)
+    try:
+        for rank in ranks:
+            rank.start()
+        while all(rank.is_alive() for rank in ranks) or (
+            any(rank.is_alive() for rank in ranks) and all(rank.exitcode in (None, 0, 75) for rank in ranks)
+        ):
+            time.sleep(0.02)
+    finally:
+        codes = finish([rank for rank in ranks if rank.pid])
+    return codes
+
+
+def finish(ranks: list[Any]) -> list[int]:
+    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; returns the exit codes of all."""
     if any(rank.is_alive() for rank in ranks):
         for rank in ranks:
             rank.terminate()

@@ -196,9 +196,16 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.after, self.timed_steps, *self.ranks, 0) < 0:
-            raise ValueError("profile.steps, after, timed_steps and ranks must not be negative")
+            raise ValueError("train.profile.steps, after, timed_steps and ranks must not be negative")
         if self.steps and not self.ranks:
-            raise ValueError("profile.ranks is empty: profile.steps=0 looks at no step")
+            raise ValueError("train.profile.ranks is empty: train.profile.steps=0 looks at no step")
+
+
+@dataclass
+class Train:
+    """What the loop does besides training."""
+
+    profile: ProfileConfig
 
 
 @dataclass
@@ -225,7 +232,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     health: HealthConfig
     metrics: MetricsConfig
-    profile: ProfileConfig
+    train: Train
     cluster: Cluster
     eval: Eval
 

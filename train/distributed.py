@@ -4,6 +4,8 @@ megatron-core's parallel_state owns the groups; it feeds the tensor-parallel lay
 """
 
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
 
 MESSAGE_BYTES = 2048
+MEETING_SECONDS = 0.02  # between two looks for ranks that have not come
 TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
 
 
@@ -96,7 +99,10 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            backend, store=own_part(store, rank, world), rank=rank, world_size=world, timeout=TIMEOUT
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -107,6 +113,29 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """The part of a launcher's store that this start alone reads and writes.
+
+    torchrun's agent keeps one store over its restarts, and since torch 2.5 workers get no prefix per attempt
+    (pytorch PR 135957): a restarted rank would find addresses of ranks that are dead. A count of restarts is no such
+    prefix, for agents of several nodes count apart (issue 135712). So rank 0 names the part, and tells it under a name
+    that each other rank makes up; what a rank of an earlier start has asked, nobody comes to read.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", name)
+        part = store.get(f"told/{name}").decode()
+        store.set(f"met/{part}/{rank}", "")
+        return dist.PrefixStore(part, store)
+    missing = list(range(1, world))
+    while missing:
+        for other in missing:
+            store.set(f"told/{store.get(f'asks/{other}').decode()}", name)
+        time.sleep(MEETING_SECONDS)
+        missing = [other for other in missing if not store.check([f"met/{name}/{other}"])]
+    return dist.PrefixStore(name, store)
 
 
 def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:

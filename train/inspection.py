@@ -1,6 +1,11 @@
 """What lies in a folder of checkpoints, for eyes: the commands behind `python train/checkpoint.py`.
 
 Exit codes are those of diff(1): 0 all well or equal, 1 damaged or different, 2 a mistake in the question.
+
+examples:
+  python train/checkpoint.py ls runs/demo
+  python train/checkpoint.py verify runs/demo/checkpoints/step-00000321
+  python train/checkpoint.py diff runs/demo runs/again    # the newest valid one of each
 """
 
 import argparse
@@ -21,7 +26,9 @@ ROWS = 12  # tensors that diff lists at most, worst first
 
 def main(arguments: list[str]) -> int:
     """`ls DIR`, `verify DIR` or `diff DIR [OTHER]`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python train/checkpoint.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python train/checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("ls", "steps, tokens, sizes and ages; nothing is hashed"),

@@ -107,7 +107,7 @@ class Profiler:
             self.trace.stop()
         if not self.done:
             print(
-                f"warning: no profile: this start ended before its {self.last} steps (profile.after, timed_steps and "
+                f"warning: no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps and "
                 "steps together)",
                 flush=True,
             )

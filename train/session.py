@@ -82,7 +82,7 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
         part = config.run.folder / "config.yaml.part"
         OmegaConf.save(OmegaConf.create(record), part)
         part.rename(config.run.folder / "config.yaml")
-    with listening(config.profile, config.run.folder, here, watch):
+    with listening(config.train.profile, config.run.folder, here, watch):
         outcome = trainer.run()
     if here.first and outcome.code == FINISHED:
         from train.report import draw  # the other ranks need no matplotlib

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +48,17 @@ def test_every_key_is_there_with_its_meaning(reference: ModuleType) -> None:
     shown = {key.replace("[]", "").replace(".NAME", "") for key in meanings}
     missing = {key for key in leaves(composed) if key not in shown and not any(key.startswith(f"{s}.") for s in shown)}
     assert missing == set() and "data.sources.NAME.recipe" in meanings
+
+
+SCRIPTS = [path for room in ("data", "train", "eval", "launch") for path in sorted((ROOT / room).glob("*.py"))
+           if "\nif __name__ ==" in path.read_text()]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_help_shows_examples(path: Path) -> None:
+    help = subprocess.run([sys.executable, path, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    _, _, examples = help.stdout.partition("examples:\n")
+    assert help.returncode == 0 and f"{path.parent.name}/{path.name} " in examples, help.stdout + help.stderr
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

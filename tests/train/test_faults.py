@@ -80,6 +80,22 @@ def test_no_secret_of_the_environment_is_written(short: Result, measured: Any) -
     measured(f"0 of {sum(path.is_file() for path in short.folder.parent.rglob('*'))} files")
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.fault("ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit for bit as a clean run")
+def test_other_zero_stages_under_faults(short: Result, stage: int, measured: Any) -> None:
+    root = short.folder.parent
+    run, home = config(root, "run"), root / f"zero-{stage}"
+    run.parallel.zero_stage = stage
+    run.health.hang_seconds = 120.0
+    home.mkdir()
+    faults = [Fault("nan", 1, 8, 1), Fault("kill", 1, 13), Fault("kill in save", 0, 18, 6), Fault("SIGTERM", 0, 30)]
+    result = soak(run, faults, home)
+    assert result.differences == [] and {fault.name for fault in faults} == result.fired
+    skipped = [line["step"] for line in read_lines(result.folder / "metrics.jsonl") if line["skipped"]]
+    assert skipped == [9] and result.history.starts == 4 and [75, 75] in result.history.codes
+    measured(f"bit-identical; {result.lost} steps done again, {result.history.starts} starts")
+
+
 @dataclass
 class Clean:
     """A clean run, to be compared with many others."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.corpus import make_corpus
 from tests.small import config
-from train.config import ProfileConfig
+from train.config import ProfileConfig, Train
 from train.profiler import MODEL, PREFIX, ROWS, by_phase, minus, table, union, waiting
 from train.records import read_lines
 from train.session import start
@@ -81,7 +81,7 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any) -> None:
-    run = replace(config(root, "seen"), profile=ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0]))
+    run = replace(config(root, "seen"), train=Train(ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0])))
     start(run, "cpu")
     assert losses(root / "seen") == losses(root / "plain")
     (path,) = (root / "seen" / "profile").glob("*.trace.json.gz")
@@ -100,20 +100,20 @@ def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any)
 def test_a_run_that_ends_too_soon_says_so_and_others_say_nothing(root: Path, capsys: Any) -> None:
     steps = len(losses(root / "plain"))
     profile = ProfileConfig(steps=1, after=steps, timed_steps=0, ranks=[0])
-    start(replace(config(root, "short"), profile=profile), "cpu")
+    start(replace(config(root, "short"), train=Train(profile)), "cpu")
     assert f"no profile: this start ended before its {steps + 1} steps" in capsys.readouterr().out
-    start(replace(config(root, "other"), profile=replace(profile, ranks=[1])), "cpu")
+    start(replace(config(root, "other"), train=Train(replace(profile, ranks=[1]))), "cpu")
     assert "no profile" not in capsys.readouterr().out and not (root / "other" / "profile").exists()
 
 
 def test_the_last_steps_of_a_run_can_be_looked_at(root: Path) -> None:
     steps = len(losses(root / "plain"))
-    start(replace(config(root, "end"), profile=ProfileConfig(1, steps - 1, 0, [0])), "cpu")
+    start(replace(config(root, "end"), train=Train(ProfileConfig(1, steps - 1, 0, [0]))), "cpu")
     assert list((root / "end" / "profile").glob(f"step-{steps:08d}-rank-00000.txt"))
 
 
 def test_counts_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         ProfileConfig(1, 0, -1, [0])
-    with pytest.raises(ValueError, match=r"profile\.ranks is empty"):
+    with pytest.raises(ValueError, match=r"train\.profile\.ranks is empty"):
         ProfileConfig(1, 0, 0, [])

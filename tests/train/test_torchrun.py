@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from tests.soak import differences
+from train.distributed import own_part
 from train.incidents import read_outcome
 from train.records import read_lines
 
@@ -29,11 +32,11 @@ PATIENCE = 300.0
 class Job:
     """torchrun with two ranks of one run."""
 
-    def __init__(self, run: Path, data: Path) -> None:
+    def __init__(self, run: Path, data: Path, *options: str) -> None:
         self.folder = run
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         arguments = ["+experiment=demo", f"run.dir={run}", f"data.folder={data}", *SHORTER]
-        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--max-restarts", "3"]
+        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--max-restarts", "3", *options]
         with run.with_name(f"{run.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*torchrun, "train/pretrain.py", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -76,6 +79,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "data/prepare.py", "+experiment=demo", f"data.folder={folder}", STAGES]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
     return folder
+
+
+def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
+    """The keys of a start that is gone, of a rank that never came to an answer too, mislead nobody."""
+    store, world = dist.HashStore(), 3
+    with ThreadPoolExecutor(world) as pool:
+        store.set("asks/1", "somebody who is dead")
+        for _ in range(3):
+            late = [pool.submit(own_part, store, rank, world) for rank in (0, 2)]
+            time.sleep(0.1)  # the first rank has answered the dead one
+            parts = [*(future.result(30) for future in [*late, pool.submit(own_part, store, 1, world)])]
+            for rank, part in enumerate(parts):
+                assert not part.check(["address"])
+                part.set(f"address/{rank}", str(rank))
+            assert all(part.get(f"address/{rank}") == str(rank).encode() for part in parts for rank in range(world))
+            parts[0].set("address", "of a rank that will be dead")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ Schema = TypeVar("Schema")
 
 
 def about() -> str:
-    """What --help says of a script: its docstring, which ends with examples (hydra fills in words with a dollar sign)."""
+    """What --help says of a script: its docstring, which ends with examples. Hydra replaces $NAME, but not $$NAME."""
     return (sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 

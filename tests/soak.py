@@ -1,8 +1,8 @@
 """`make soak`: the demo under seeded faults of all kinds, to the end, and its weights beside a clean run's.
 
 The clean run gets the losses that are not finite and the spikes too, for these change a run's course on purpose; all
-else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit. Ctrl-C, or
---seconds, stops it; the same command then goes on, until it has come to its end.
+else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit. It can be
+paused by Ctrl-C or --seconds: the same command then goes on.
 """
 
 import argparse

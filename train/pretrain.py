@@ -3,8 +3,9 @@
 examples:
   torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo
   torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo optim.clip_norm=0.5 run.name=clipped
-  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo train.profile.steps=3    # a trace and a table by phase
-  torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 train/pretrain.py +experiment=7b
+  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo train.profile.steps=3   # a trace and a table
+  torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+    train/pretrain.py +experiment=7b
 """
 
 import os

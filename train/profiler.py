@@ -107,8 +107,8 @@ class Profiler:
             self.trace.stop()
         if not self.done:
             print(
-                f"warning: no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps and "
-                "steps together)",
+                f"warning: no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps "
+                "and steps together)",
                 flush=True,
             )
 

@@ -7,10 +7,12 @@ share it without breaking the order of imports.
 """
 
 import dataclasses
+import difflib
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -23,6 +25,7 @@ from data.config import InputError
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 USER_ERROR = 2  # exit code of a mistake that the user can mend; launch/torchrun.py knows it too
+UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 SPEAKING_SECONDS = 2.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
 Schema = TypeVar("Schema")
 
@@ -50,14 +53,20 @@ def convert(schema: type[Schema], config: DictConfig) -> Schema:
     return typed
 
 
-def whole_numbers(schema: type, values: DictConfig) -> None:
-    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be written either way."""
+def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
+    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be written either way.
+
+    A value in the place of a section is refused on the way, with the section's keys.
+    """
     for key, wanted in get_type_hints(schema).items():
         if key not in values or OmegaConf.is_missing(values, key):
             continue
         value = values[key]
-        if dataclasses.is_dataclass(wanted) and isinstance(value, DictConfig):
-            whole_numbers(wanted, value)  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, DictConfig):
+                known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(wanted))
+                raise InputError(f"{prefix}{key} is a section, not a value: set one of its keys, {known}")
+            whole_numbers(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
             values[key] = int(value)
 
@@ -85,7 +94,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
                 if show_traceback:
                     raise
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+                    print(f"error: {one_line(error, keys_of(schema))}", file=sys.stderr, flush=True)
                 else:
                     time.sleep(SPEAKING_SECONDS)
                 sys.exit(USER_ERROR)
@@ -105,8 +114,22 @@ def checked(schema: type[Schema], config: DictConfig) -> Schema:
         raise InputError(str(error)) from error
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error on one line, with the full key where the config library knows it."""
+def keys_of(schema: type, prefix: str = "") -> list[str]:
+    """The keys below a schema, as a command line writes them."""
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        keys += keys_of(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]  # type: ignore[arg-type]
+    return keys
+
+
+def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
+    """The message of an error on one line, with the full key where the config library knows it.
+
+    An unknown key is answered with the nearest of `keys`.
+    """
+    if match := UNKNOWN_KEY.match(str(error)):  # hydra's own advice, to append it with a +, would be refused next
+        near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
+        return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
     key = getattr(error, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]

@@ -51,7 +51,6 @@ MEANINGS = {  # of fields whose names need no comment where they are used
     "optim.beta1": "decay of AdamW's first moment",
     "optim.beta2": "decay of AdamW's second moment",
     "optim.eps": "added to the root of the second moment",
-    "schedule.peak_lr": "rate after the warmup and until the decay",
     "schedule.min_lr": "rate at the end of the decay",
     "schedule.warmup_tokens": "over which the rate grows linearly from zero",
     "schedule.batch_end": "sequences after the ramp",

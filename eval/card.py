@@ -67,7 +67,7 @@ def _recipe(config: Any, shape: ModelConfig) -> list[str]:
     schedule, optim = config["schedule"], config["optim"]
     rows = [
         ["layers, width, inner, state", f"{shape.n_layer}, {shape.d_model}, {shape.d_inner}, {shape.d_state}"],
-        ["peak and final rate", f"{schedule['peak_lr']:g}, {schedule['min_lr']:g}"],
+        ["peak and final rate", f"{optim['lr']:g}, {schedule['min_lr']:g}"],
         ["warmup, decay, tokens", f"{schedule['warmup_tokens']:,}, {schedule['decay_tokens']:,}"],
         [
             "batch, sequences",

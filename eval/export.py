@@ -1,7 +1,8 @@
 """Write a run's newest checkpoint as a Hugging Face folder, load it again with transformers and compare the logits.
 
 It lies in runs/NAME/hf, in the layout of tiiuae/falcon-mamba-7b, the same bytes from any layout of ranks. Weights are
-streamed a few rows at a time: writing takes well under 1 GB at any size of model. The comparison holds both models where the memory is there, and else one layer of each.
+streamed a few rows at a time: writing takes well under 1 GB at any size of model. The comparison holds both
+models where the memory is there, and else one layer of each.
 
 examples:
   python eval/export.py +experiment=demo

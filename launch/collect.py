@@ -22,7 +22,7 @@ LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one b
 BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
-  python launch/collect.py runs/sweeps/130m-peak_lr-decay_tokens
+  python launch/collect.py runs/sweeps/130m-decay_tokens-lr
 """
 Row = dict[str, Any]
 

@@ -13,18 +13,20 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from data.command import USER_ERROR, one_line
+from data.command import USER_ERROR, keys_of, one_line
 from data.config import InputError
+from launch.config import SubmitConfig
 from launch.local import run_here
 from launch.script import SCRIPTS, dependency, render
 from launch.sweep import Job, Sweep, job, sweep
+from train.config import RunConfig
 from train.plan import GIB, check_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = """examples:
   python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
   python launch/submit.py +experiment=7b slurm.partition=h100 --stages prepare,train,export,eval
-  python launch/submit.py -m +experiment=130m schedule.peak_lr=1e-4,3e-4 schedule.decay_tokens=1e9,2e9
+  python launch/submit.py -m +experiment=130m optim.lr=1e-4,3e-4 schedule.decay_tokens=1e9,2e9
   python launch/submit.py -m +experiment=demo +sweep=norms --local --stages prepare,train
 """
 
@@ -110,5 +112,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        known = [*keys_of(RunConfig), *keys_of(SubmitConfig)]
+        print(f"error: {one_line(error, known)}", file=sys.stderr)
         sys.exit(USER_ERROR)

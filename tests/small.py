@@ -29,8 +29,8 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         run=Run(name, str(root / name), 0),
         model=TINY,
         data=corpus_config(root / "data"),
-        optim=Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
-        schedule=ScheduleConfig(1e-2, 1e-2 / 256, 200, 600, DecayShape.exponential, 1, 8, 1500, True),
+        optim=Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
+        schedule=ScheduleConfig(1e-2 / 256, 200, 600, DecayShape.exponential, 1, 8, 1500, True),
         parallel=replace(
             run_config("demo").parallel,
             tensor_parallel=tensor_parallel,

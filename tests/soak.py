@@ -71,7 +71,7 @@ def schedule(seed: int, count: int, steps: int, ranks: int, kinds: tuple[tuple[s
 
 def steps_of(run: RunConfig) -> int:
     """Steps that a run takes."""
-    plan, tokens, steps = Schedule(run.schedule, run.data), 0, 0
+    plan, tokens, steps = Schedule(run), 0, 0
     while tokens < plan.total:
         tokens, steps = tokens + plan.at(tokens).tokens, steps + 1
     return steps

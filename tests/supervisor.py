@@ -28,7 +28,7 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for peers of a rank that fai
 
 @dataclass
 class History:
-    """What the launcher saw: exit codes of all ranks, start by start, none of one that was interrupted; and the time."""
+    """What the launcher saw: exit codes of all ranks by start, none where it was interrupted; and the time."""
 
     codes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0

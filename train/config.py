@@ -37,6 +37,7 @@ class Precision(Enum):
 class Optim:
     """AdamW and the clipping of its gradient."""
 
+    lr: float  # its peak, after the warmup and until the decay
     beta1: float
     beta2: float
     eps: float
@@ -48,13 +49,15 @@ class Optim:
         if self.clip_norm <= 0:
             raise ValueError(f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches clipping off)")
         if not (
-            0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and min(self.weight_decay, self.z_loss) >= 0
+            0 <= self.beta1 < 1
+            and 0 <= self.beta2 < 1
+            and min(self.lr, self.eps) > 0 <= min(self.weight_decay, self.z_loss)
         ):
-            raise ValueError("optim needs beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0 and z_loss >= 0")
+            raise ValueError("optim needs lr > 0, beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0, z_loss >= 0")
 
 
 class DecayShape(Enum):
-    """How the rate falls from the peak to min_lr in the last decay_tokens; train/schedule.py has the formulas."""
+    """How the rate falls from optim.lr to min_lr in the last decay_tokens; train/schedule.py has the formulas."""
 
     exponential = "exponential"
     linear = "linear"
@@ -66,7 +69,6 @@ class DecayShape(Enum):
 class ScheduleConfig:
     """Warmup-stable-decay over tokens, with a linear batch ramp."""
 
-    peak_lr: float
     min_lr: float
     warmup_tokens: int
     decay_tokens: int  # counted from the end of the last stage
@@ -77,8 +79,8 @@ class ScheduleConfig:
     batch_scaling: bool  # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_lr <= self.peak_lr:
-            raise ValueError("schedule needs 0 < min_lr <= peak_lr")
+        if self.min_lr <= 0:
+            raise ValueError(f"schedule.min_lr is {self.min_lr}; it must be positive")
         if not 1 <= self.batch_start <= self.batch_end:
             raise ValueError("schedule needs 1 <= batch_start <= batch_end")
         if min(self.warmup_tokens, self.decay_tokens, self.ramp_tokens) < 0:
@@ -238,6 +240,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         tokens = self.tokens
+        if self.schedule.min_lr > self.optim.lr:
+            raise ValueError(
+                f"schedule.min_lr {self.schedule.min_lr:g}, where the decay ends, exceeds the peak optim.lr "
+                f"{self.optim.lr:g}: lower one or raise the other"
+            )
         if self.schedule.decay_tokens > tokens:
             raise ValueError(f"schedule.decay_tokens {self.schedule.decay_tokens} exceeds the stages' {tokens} tokens")
         if self.data.tokenizer.vocab_size > self.model.vocab_size:

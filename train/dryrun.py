@@ -47,7 +47,7 @@ class Rehearsed:
 
 def fullest(config: RunConfig) -> int:
     """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
-    schedule = Schedule(config.schedule, config.data)
+    schedule = Schedule(config)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
     places = [*begins, *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins)]
     return max(places, key=lambda place: schedule.at(place).tokens)
@@ -72,7 +72,7 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     It is one of the last replica, which holds the padding and most sequences, and the first of its tensor-parallel
     group, which writes what all of the group hold alike.
     """
-    now = Schedule(config.schedule, config.data).at(fullest(config))
+    now = Schedule(config).at(fullest(config))
     fake = FakeTensorMode()
     with fake_world(config, world) as ranks, Collectives() as collectives:
         sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)

@@ -57,7 +57,7 @@ class Guard:
         self.watch.at(state.step, "check")
         if self.health.hopeless is not None:
             raise InputError(
-                f"{self.health.hopeless}, up to step {state.step}: lower schedule.peak_lr or optim.clip_norm, or look "
+                f"{self.health.hopeless}, up to step {state.step}: lower optim.lr or optim.clip_norm, or look "
                 "at the tokens that incidents.jsonl names, and start from an earlier checkpoint"
             )
         rewound = self.health.lasting and self._rewind(state)

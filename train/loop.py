@@ -45,7 +45,7 @@ class Trainer:
         self.datacheck.start(config.health.verify_shards)
         self.plan = compile_plan(config.data, manifests)
         self.loader = Loader(self.plan, manifests)
-        self.schedule = Schedule(config.schedule, config.data)
+        self.schedule = Schedule(config)
         try:
             kernels = load(config.parallel.kernels, ranks.device.type)
         except MissingBackend as error:

@@ -12,8 +12,7 @@ Other shapes, for ablations, are min + (peak - min) f(r), r the share of the dec
 import math
 from dataclasses import dataclass
 
-from data.config import DataConfig
-from train.config import DecayShape, ScheduleConfig
+from train.config import DecayShape, RunConfig
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ def decayed(shape: DecayShape, r: float, least: float) -> float:
 class Schedule:
     """The schedule of one run."""
 
-    def __init__(self, config: ScheduleConfig, data: DataConfig) -> None:
-        self.config = config
+    def __init__(self, run: RunConfig) -> None:
+        self.config, self.peak_lr = run.schedule, run.optim.lr
         self.edges: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
         end = 0
-        for stage in data.stages:
-            end += data.tokens_of(stage)
+        for stage in run.data.stages:
+            end += run.data.tokens_of(stage)
             self.edges.append((end, stage.seq_len, stage.name))
         self.total = end
 
@@ -65,14 +64,14 @@ class Schedule:
     def lr(self, tokens: int, batch: int) -> float:
         """Learning rate of a step of `batch` sequences that ends at `tokens`."""
         c = self.config
-        lr = c.peak_lr
+        lr = self.peak_lr
         if c.batch_scaling:
             lr *= math.sqrt(batch / c.batch_end)
         if tokens < c.warmup_tokens:
             lr *= tokens / c.warmup_tokens
         into_decay = tokens - (self.total - c.decay_tokens)
         if into_decay > 0:
-            lr *= decayed(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / c.peak_lr)
+            lr *= decayed(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / self.peak_lr)
         return lr
 
     def at(self, tokens: int) -> Now:

@@ -106,7 +106,7 @@ def train_theirs(config: RunConfig, folder: Path, steps: int) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
     for layer in model.backbone.layers:
         layer.mixer.use_mambapy = True
-    schedule, optim = Schedule(config.schedule, config.data), config.optim
+    schedule, optim = Schedule(config), config.optim
     ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
     groups = [
         {"params": [p for name, p in model.named_parameters() if decays(ours[name]) is decayed], "weight_decay": decay}

@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     run = Run("small", str(root / "run"), 0)
     with ranks("cpu", 1) as here:
         model = build(MODEL, REFERENCE, 0, here.device)
-        engine = build_engine(model, Optim(0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here)
+        engine = build_engine(model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
         Checkpoints(run.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)

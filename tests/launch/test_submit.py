@@ -48,7 +48,7 @@ def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
     [
         (["slurm.time=soon"], "write DAYS-HOURS"),
         (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
-        (["schedule.min_lr=1"], "min_lr <= peak_lr"),
+        (["schedule.min_lr=1"], "exceeds the peak optim.lr"),
         (["parallel.micro_batch_tokens=1"], "does not hold one sequence"),
         (["parallel.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit here"),
     ],
@@ -69,9 +69,9 @@ def test_a_chain_is_shown_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_a_sweep_is_a_run_per_point_of_hydras_syntax() -> None:
     words = ["+experiment=130m", "data.folder=/data", "data.tokenizer.path=/t.json"]
-    found, jobs = sweep([*words, "schedule.peak_lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None)
-    assert found.folder == "runs/sweeps/130m-decay_tokens-peak_lr" and len(jobs) == len(found.points) == 4
-    values = {(each.config.schedule.peak_lr, each.config.schedule.decay_tokens) for each in jobs}
+    found, jobs = sweep([*words, "optim.lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None)
+    assert found.folder == "runs/sweeps/130m-decay_tokens-lr" and len(jobs) == len(found.points) == 4
+    values = {(each.config.optim.lr, each.config.schedule.decay_tokens) for each in jobs}
     assert values == {(rate, decay) for rate in (1e-3, 3e-3) for decay in (10**9, 2 * 10**9)}
     folders = {each.config.run.dir for each in jobs}
     assert folders == {f"{found.folder}/{label}" for label in found.points}

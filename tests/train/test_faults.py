@@ -187,7 +187,7 @@ def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
 @pytest.mark.fault("kill -9 at every edge: ramp, context, stage, decay", "bit for bit the uninterrupted run")
 def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
     run = clean.run
-    plan = Schedule(run.schedule, run.data)
+    plan = Schedule(run)
     edges = {run.schedule.ramp_tokens, run.schedule.warmup_tokens, plan.total - run.schedule.decay_tokens}
     edges |= {end for end, _, _ in plan.edges[:-1]}
     at = {step for edge in edges for step in (steps_until(plan, edge) - 1, steps_until(plan, edge))}

@@ -28,7 +28,7 @@ from train.config import EngineKind, Optim, Precision
 from train.distributed import Ranks, data_parallel_group, ranks
 from train.engines import build_engine
 
-OPTIM = Optim(0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
+OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
 BATCHES = (5, 3, 1, 6, 2)  # sequences of each update: not divisible by the ranks, fewer than the ranks
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 12

@@ -16,7 +16,7 @@ GT = 10**9
 @pytest.fixture(scope="module")
 def falcon() -> Schedule:
     config = run_config("7b")
-    return Schedule(config.schedule, config.data)
+    return Schedule(config)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_lr_of_the_decay(falcon: Schedule) -> None:
 def test_shapes_of_the_decay(shape: str, quarter: float, half: float, three_quarters: float) -> None:
     """Peak 6.4e-4 until 500 GT before the end, 1/256 of it at the end, and three points between by hand."""
     config = run_config("7b", f"schedule.decay_shape={shape}")
-    schedule = Schedule(config.schedule, config.data)
+    schedule = Schedule(config)
     for left, factor in ((600, 1), (500, 1), (375, quarter), (250, half), (125, three_quarters), (0, 1 / 256)):
         assert schedule.lr(schedule.total - left * GT, 2048) == pytest.approx(6.4e-4 * factor, rel=1e-12), left
     assert schedule.at(schedule.total - 2048 * 8192).lr == pytest.approx(2.5e-6)
@@ -110,7 +110,7 @@ def test_context_and_stage_follow_the_tokens(falcon: Schedule) -> None:
 def test_steps_tile_every_stage() -> None:
     """Steps add up to the run exactly, never cross an edge, and a short step has the rate of a full one."""
     config = run_config("demo")
-    schedule = Schedule(config.schedule, config.data)
+    schedule = Schedule(config)
     tokens, short, last = 0, [], None
     while tokens < schedule.total:
         now = schedule.at(tokens)
@@ -118,7 +118,7 @@ def test_steps_tile_every_stage() -> None:
         if now.batch < schedule.batch(tokens):
             short.append(tokens + now.tokens)
         if config.schedule.ramp_tokens <= tokens < tokens + now.tokens <= schedule.total - config.schedule.decay_tokens:
-            assert now.lr == pytest.approx(config.schedule.peak_lr)
+            assert now.lr == pytest.approx(config.optim.lr)
         tokens += now.tokens
         last = now
     assert tokens == schedule.total == config.tokens
@@ -128,8 +128,8 @@ def test_steps_tile_every_stage() -> None:
 
 def test_switches() -> None:
     plain = run_config("7b", "schedule.batch_scaling=false", "schedule.warmup_tokens=0", "schedule.ramp_tokens=0")
-    schedule = Schedule(plain.schedule, plain.data)
+    schedule = Schedule(plain)
     assert schedule.batch(0) == 2048
     assert schedule.lr(1, 128) == pytest.approx(6.4e-4)
     none = run_config("demo", "schedule.decay_tokens=0")
-    assert Schedule(none.schedule, none.data).lr(none.tokens, 32) == pytest.approx(none.schedule.peak_lr)
+    assert Schedule(none).lr(none.tokens, 32) == pytest.approx(none.optim.lr)

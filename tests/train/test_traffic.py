@@ -88,7 +88,7 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
     batches = set()
     for rank in (0, 1):
         for step in counted(root, name, rank)["steps"]:
-            now = Schedule(run.schedule, run.data).at(step["token"])
+            now = Schedule(run).at(step["token"])
             batches.add(now.batch)
             micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
             sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))

@@ -55,10 +55,18 @@ SCRIPTS = [path for room in ("data", "train", "eval", "launch") for path in sort
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_help_shows_examples(path: Path) -> None:
-    help = subprocess.run([sys.executable, path, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    _, _, examples = help.stdout.partition("examples:\n")
-    assert help.returncode == 0 and f"{path.parent.name}/{path.name} " in examples, help.stdout + help.stderr
+def test_every_entry_script_has_examples(path: Path) -> None:
+    text = (ROOT / "train/inspection.py" if path.stem == "checkpoint" else path).read_text()  # its commands are there
+    examples = text.partition("examples:\n")[2].partition('"""')[0]
+    assert f"{path.parent.name}/{path.name} " in examples
+    for group, name in re.findall(r"\+(experiment|sweep)=(\w+)", examples):
+        assert (ROOT / "configs" / group / f"{name}.yaml").is_file(), name
+
+
+@pytest.mark.parametrize("script", ["data/plan.py", "launch/attempt.py"])  # by Hydra, and by argparse
+def test_help_shows_them(script: str) -> None:
+    help = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, help.stdout + help.stderr
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

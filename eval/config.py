@@ -15,7 +15,7 @@ class Run:
     name: str
     dir: str
     seed: int  # of the initial weights
-    init_from: str | None = None  # Hugging Face folder of the initial weights instead; values stand in configs/
+    init_from: str | None = None  # instead of random weights
 
     @property
     def folder(self) -> Path:

@@ -7,6 +7,7 @@ examples:
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,13 @@ class Line:
     finding: Finding
 
 
-def examine(config: RunConfig) -> list[Line]:
-    """Every check in turn; one that cannot even run is a finding too."""
+def examine(config: RunConfig, console: Console | None = None) -> list[Line]:
+    """Every check in turn, named on the console meanwhile; one that cannot even run is a finding too."""
     lines = []
     for name, check in CHECKS.items():
         try:
-            finding = check(config)
+            with console.status(name) if console else nullcontext():
+                finding = check(config)
         except Exception as error:  # a doctor that falls ill helps nobody: the patient gets the message
             fix = "see the message; python -X faulthandler launch/doctor.py tells more"
             finding = Finding("bad", f"{type(error).__name__}: {' '.join(str(error).split())}", fix)
@@ -46,14 +48,14 @@ def examine(config: RunConfig) -> list[Line]:
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Print a line per check, and a fix below every red one; exit code 2 when there is any."""
-    lines = examine(config)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    lines = examine(config, console)
     table = Table(title=f"{config.run.name} on {os.uname().nodename}")
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
     for line in lines:
         finding = line.finding
         table.add_row(line.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", finding.text)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     bad = [line for line in lines if line.finding.state != "ok" and line.finding.fix]
     for line in bad:

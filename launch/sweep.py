@@ -37,6 +37,15 @@ def job(overrides: list[str]) -> Job:
     return Job(overrides, checked(RunConfig, composed), checked(SubmitConfig, composed))
 
 
+def short(value: str) -> str:
+    """A value as a folder's name has it: 1e9 instead of Hydra's 1000000000.0, where nothing is lost."""
+    try:
+        brief = f"{float(value):g}"
+        return re.sub(r"e\+?(-?)0*", r"e\1", brief) if float(brief) == float(value) else value
+    except ValueError:
+        return value
+
+
 def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     """One job per point, each in a folder of its own; all are checked before any is returned."""
     with initialize_config_dir(CONFIGS, version_base="1.3"):
@@ -56,7 +65,7 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     jobs = []
     for words in BasicSweeper.split_arguments(parsed, None)[0]:
         values = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in swept)
-        text = "_".join(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in values.items())
+        text = "_".join(f"{key.rsplit('.', 1)[-1]}-{short(value)}" for key, value in values.items())
         label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
         if label in points:
             raise InputError(

@@ -36,6 +36,7 @@ PANELS = {
     "waiting": ("seconds of a step spent waiting for data", ["data_wait_seconds"]),
 }
 BY_SOURCE = ("loss", "validation", "mixture")
+STEPPED = ("batch", "context")  # panels of what jumps
 Plan = dict[str, dict[str, float]]  # stage, source -> share
 EXAMPLES = """examples:
   python train/report.py runs/demo
@@ -82,21 +83,27 @@ def page(folders: list[Path], path: Path) -> Path:
     """One HTML file with every panel of every run, and what happened to them; it holds Plotly itself (5 MB)."""
     from plotly.offline import get_plotlyjs
 
-    runs = {folder.name: read_lines(folder / "metrics.jsonl") for folder in folders}
+    runs = {name: read_lines(folder / "metrics.jsonl") for name, folder in zip(names(folders), folders, strict=True)}
     parts = [
         '<!doctype html><html><head><meta charset="utf-8"><title>' + html.escape(", ".join(runs)) + "</title>",
         "<style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;"
         "text-align:left;border-bottom:1px solid #ddd}</style>",
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(', '.join(runs))}</h1>",
     ]
-    plans = {folder.name: planned(config_of(folder)) for folder in folders}
+    plans = {name: planned(config_of(folder)) for name, folder in zip(runs, folders, strict=True)}
     parts += [panel(name, runs, plans) for name in PANELS]
-    for folder in folders:
-        parts += [f"<h2>{html.escape(folder.name)}</h2>", *tables(folder, runs[folder.name])]
+    for name, folder in zip(runs, folders, strict=True):
+        parts += [f"<h2>{html.escape(name)}</h2>", *tables(folder, runs[name])]
     part = path.with_suffix(".part")
     part.write_text("\n".join([*parts, "</body></html>\n"]), encoding="utf-8")
     part.rename(path)
     return path
+
+
+def names(folders: list[Path]) -> list[str]:
+    """What each run is called: its folder, by the whole path where others are called the same."""
+    short_ones = [folder.name for folder in folders]
+    return short_ones if len(set(short_ones)) == len(folders) else [str(folder) for folder in folders]
 
 
 def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> str:
@@ -109,7 +116,8 @@ def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> s
         colour = COLOURS[number % len(COLOURS)]
         for key in keys:
             x, y = curve([(record["tokens"], record[key]) for record in records])
-            figure.add_scatter(x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2})
+            shape = "vh" if name in STEPPED else "linear"
+            figure.add_scatter(x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2, "shape": shape})
         if name in BY_SOURCE:
             for place, (source, points) in enumerate(by_source(name, records).items()):
                 x, y = curve(points)
@@ -130,7 +138,8 @@ def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> s
             )  # fmt: skip
         for before, after in zip(records, records[1:], strict=False):
             if before["stage"] != after["stage"] and number == 0:
-                figure.add_vline(before["tokens"], line_dash="dot", line_color="gray", annotation_text=after["stage"])
+                figure.add_vline(before["tokens"], line_dash="dot", line_color="gray", annotation_text=after["stage"],
+                                 annotation_yanchor="bottom")  # fmt: skip
     figure.update_layout(title=title, xaxis_title="tokens", template="simple_white", height=420, showlegend=True)
     if name == "gradient":
         figure.update_yaxes(type="log")

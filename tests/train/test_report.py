@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 
 from train.records import read_lines
-from train.report import PANELS, POINTS, config_of, curve, page, plan_line, planned, realised
+from train.report import PANELS, POINTS, config_of, curve, names, page, plan_line, planned, realised
 
 
 def write_run(folder: Path, shift: float) -> Path:
@@ -90,6 +90,16 @@ def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
     assert plan_line(records, plan, "code") == ([100, 2900, 2900, 3000, 6000, 6000], [0.25, 0.25, None] * 2)
     old = [{key: value for key, value in record.items() if key != "source_tokens"} for record in records]
     assert realised(old) == {}
+
+
+def test_runs_of_the_same_name_stay_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "one" / "demo", tmp_path / "two" / "demo"]
+    assert names([*folders, folders[0].with_name("other")])[:2] == [str(folder) for folder in folders]
+    assert names([folders[0]]) == ["demo"]
+    for folder in folders:
+        folder.parent.mkdir()
+    text = page([write_run(folder, 0.0) for folder in folders], tmp_path / "report.html").read_text()
+    assert all(f"<h2>{folder}</h2>" in text for folder in folders)
 
 
 def test_the_page_needs_no_network_and_runs_no_text(tmp_path: Path) -> None:

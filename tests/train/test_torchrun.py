@@ -98,7 +98,7 @@ def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("torchrun: a rank, then the launcher is killed, then SIGTERM", "as if nothing had been; no orphans")
+@pytest.mark.fault("torchrun: a rank, the launcher, a rank by c10d are killed, SIGTERM", "the same; no orphans")
 def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path, measured: Any) -> None:
     run = tmp_path / "faulty"
     first = Job(run, data)
@@ -113,9 +113,13 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path,
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
 
-    second = Job(run, data)
+    second = Job(run, data, "--standalone")  # which meets by c10d, as several nodes do
     at = second.steps()
     second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
+    at, starts = second.steps(), second.log().count("going on at step")
+    second.ranks()[0].kill()
+    second.until(lambda: second.log().count("going on at step") > starts and second.steps() > at + 3, "a restart")
+    assert len(second.ranks()) == 2
     second.process.send_signal(signal.SIGTERM)
     ended = second.until(lambda: second.process.poll() is not None and second.gone(), "leaving after SIGTERM")
     outcome = read_outcome(run)

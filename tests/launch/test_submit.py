@@ -73,6 +73,7 @@ def test_a_sweep_is_a_run_per_point_of_hydras_syntax() -> None:
     assert found.folder == "runs/sweeps/130m-decay_tokens-lr" and len(jobs) == len(found.points) == 4
     values = {(each.config.optim.lr, each.config.schedule.decay_tokens) for each in jobs}
     assert values == {(rate, decay) for rate in (1e-3, 3e-3) for decay in (10**9, 2 * 10**9)}
+    assert "lr-0.001_decay_tokens-1e9" in found.points
     folders = {each.config.run.dir for each in jobs}
     assert folders == {f"{found.folder}/{label}" for label in found.points}
     with pytest.raises(InputError, match="several values"):
@@ -107,7 +108,7 @@ def test_local_runs_go_on_after_one_that_fails(
         "data/prepare.py",
         "train/pretrain.py",
     ]
-    assert "clip.clip_norm-1.0 (prepare)" in capsys.readouterr().err
+    assert "clip.clip_norm-1 (prepare)" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "clip" / "sweep.json").read_text())["points"]) == 3
 
 

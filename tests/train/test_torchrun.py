@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from tests.distributed import free_ports
 from tests.soak import differences
 from train.distributed import own_part
 from train.incidents import read_outcome
@@ -30,17 +31,27 @@ PATIENCE = 300.0
 
 
 class Job:
-    """torchrun with two ranks of one run."""
+    """torchrun with two ranks of one run: together, or as on two nodes with one each."""
 
-    def __init__(self, run: Path, data: Path, *options: str) -> None:
+    def __init__(self, run: Path, data: Path, nodes: int = 1) -> None:
         self.folder = run
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         arguments = ["+experiment=demo", f"run.dir={run}", f"data.folder={data}", *SHORTER]
-        torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--max-restarts", "3", *options]
+        torchrun = [
+            Path(sys.executable).parent / "torchrun",
+            "--max-restarts",
+            "3",
+            "--nproc-per-node",
+            str(2 // nodes),
+        ]
+        if nodes > 1:
+            torchrun += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+            torchrun += ["--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}"]
+        command = [*torchrun, "train/pretrain.py", *arguments]
         with run.with_name(f"{run.name}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*torchrun, "train/pretrain.py", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
+            self.launchers = [
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) for _ in range(nodes)
+            ]
         self.seen: set[psutil.Process] = set()
 
     def steps(self) -> int:
@@ -50,9 +61,8 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks."""
-        found = [
-            child for child in psutil.Process(self.process.pid).children() if "pretrain.py" in " ".join(child.cmdline())
-        ]
+        children = [child for launcher in self.launchers for child in psutil.Process(launcher.pid).children()]
+        found = [child for child in children if "pretrain.py" in " ".join(child.cmdline())]
         self.seen |= set(found)
         return found
 
@@ -98,7 +108,7 @@ def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("torchrun: a rank, the launcher, a rank by c10d are killed, SIGTERM", "the same; no orphans")
+@pytest.mark.fault("torchrun: a rank, the launcher, a rank of two nodes are killed; SIGTERM", "the same; no orphans")
 def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path, measured: Any) -> None:
     run = tmp_path / "faulty"
     first = Job(run, data)
@@ -107,33 +117,36 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path,
     first.ranks()[1].kill()
     restarted = first.until(lambda: "going on at step" in first.log() and first.steps() > at + 4, "a restart")
     assert len(first.ranks()) == 2
-    first.process.kill()
-    first.process.wait()
+    first.launchers[0].kill()
+    first.launchers[0].wait()
     left = first.until(first.gone, "ranks without a launcher")
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
 
-    second = Job(run, data, "--standalone")  # which meets by c10d, as several nodes do
+    second = Job(run, data, nodes=2)
     at = second.steps()
     second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
     at, starts = second.steps(), second.log().count("going on at step")
     second.ranks()[0].kill()
     second.until(lambda: second.log().count("going on at step") > starts and second.steps() > at + 3, "a restart")
     assert len(second.ranks()) == 2
-    second.process.send_signal(signal.SIGTERM)
-    ended = second.until(lambda: second.process.poll() is not None and second.gone(), "leaving after SIGTERM")
+    for launcher in second.launchers:
+        launcher.send_signal(signal.SIGTERM)
+    ended = second.until(
+        lambda: all(launcher.poll() is not None for launcher in second.launchers) and second.gone(), "leaving"
+    )
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
 
     last = Job(run, data)
-    assert last.process.wait(PATIENCE) == 0
+    assert last.launchers[0].wait(PATIENCE) == 0
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 0
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
     clean = Job(tmp_path / "clean", data)
-    assert clean.process.wait(PATIENCE) == 0
+    assert clean.launchers[0].wait(PATIENCE) == 0
     assert differences(tmp_path / "clean", run, 2) == []
     measured(f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in {left:.0f} s; "
              f"SIGTERM: gone in {ended:.0f} s")  # fmt: skip

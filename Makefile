@@ -42,7 +42,7 @@ docs: install  ## the documentation as a site in runs/site
 bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -m tests.bench.gpu
 	$(BIN)/python -m tests.bench.cpu
 
-soak: install  ## the demo under FAULTS seeded faults of all kinds, beside a clean run: bit for bit the same
+soak: install  ## the demo under FAULTS seeded faults of all kinds, bit for bit as a clean run; Ctrl-C pauses it
 	$(BIN)/python data/prepare.py +experiment=demo
 	$(BIN)/python -m tests.soak --faults $(FAULTS)
 

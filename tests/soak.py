@@ -2,7 +2,7 @@
 
 The clean run gets the losses that are not finite and the spikes too, for these change a run's course on purpose; all
 else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit. It can be
-paused by Ctrl-C or --seconds: the same command then goes on.
+paused by Ctrl-C, SIGTERM or --seconds: the same command then goes on.
 """
 
 import argparse
@@ -197,9 +197,9 @@ def main() -> int:
     paused = begin(given.home, {"config": plain(asdict(run)), "faults": [fault.name for fault in faults],
                                 "code": code_version()})  # fmt: skip
     print(f"{len(faults)} faults over {steps} steps; logs in {given.home}{', going on' * paused}", flush=True)
-    if given.seconds:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.alarm(given.seconds)
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    signal.alarm(given.seconds or 0)
     try:
         result = soak(run, faults, given.home)
     except KeyboardInterrupt:

@@ -86,12 +86,14 @@ def test_wandb_that_does_not_answer_keeps_every_record(
 
 def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    sink = Wandb("project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}})
-    sink.log(record(1))
-    sink.close()
-    assert not sink.thread.is_alive()
-    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"c0ffee" * 6 in path.read_bytes(), "the commit is part of the config"
+    for step in (1, 2):  # a start, and one after a requeue
+        sink = Wandb("project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}})
+        sink.log(record(step))
+        sink.close()
+        assert not sink.thread.is_alive()
+    paths = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert all(b"c0ffee" * 6 in path.read_bytes() for path in paths), "the commit is part of the config"
+    assert len(paths) == 2 and len({path.name for path in paths}) == 1, "both starts are one run of W&B"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

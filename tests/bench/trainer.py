@@ -1,9 +1,11 @@
 """Our training beside transformers' Trainer: the same initial weights, batches, rates and rules, the loss of each step.
 
-`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, then by the Trainer
-`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, then by their Trainer
-with `python data/prepare.py +experiment=demo`. transformers cannot reset state between documents, so both do without;
-its scan is mambapy's, which is several times faster on a CPU than its own loop.
+`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, once more by it with the
+reference kernels and small batches accumulated, whose sums are rounded in another order, and then by the Trainer. How
+far the first two part is the yardstick for how far the Trainer may: training is chaotic, so differences of rounding
+grow. It needs the demo's data (`python data/prepare.py +experiment=demo`), writes losses.json and losses.png into
+FOLDER and the differences into tests/bench/results/. transformers cannot reset state between documents, so all do
+without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches are faster again.
 """
 
 import json
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from data.loader import Loader, compile_plan, open_manifests
 from data.tokenizer import EOS
-from eval.layout import Entry, json_bytes, plan, write
+from eval import layout
+from eval.layout import Entry, json_bytes
+from model.flops import parameter_count
 from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import REFERENCE
 from model.parallel import build
 from model.rules import decays
+from tests.bench.timing import Row, show, with_ratios, write
 from tests.compose import run_config
 from train.config import RunConfig
 from train.schedule import Schedule
@@ -36,10 +42,14 @@ from train.schedule import Schedule
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16
 SEQ_LEN = 128
+MICRO_BATCH = 2  # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
+OTHERWISE = ("parallel.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
 EVERY = 20  # steps between lines of progress
+PARTS = 10  # of the run, each with its mean differences
+TIMES = 3.0  # how many yardsticks the curves may be apart in any part and be called equal to noise
 
 
-def overrides(folder: Path, steps: int) -> list[str]:
+def overrides(steps: int) -> list[str]:
     """The demo with one context and a constant batch, for `steps` steps, a fifth of them decay."""
     tokens = steps * BATCH * SEQ_LEN
     decay = tokens // 5 // (BATCH * SEQ_LEN) * BATCH * SEQ_LEN
@@ -49,7 +59,7 @@ def overrides(folder: Path, steps: int) -> list[str]:
         "technical: 10, curated: 20, math: 25}}]"
     )
     return [
-        f"run.dir={folder / 'ours'}", stages, "data.reset_state=false", f"schedule.decay_tokens={decay}",
+        stages, "data.reset_state=false", f"schedule.decay_tokens={decay}",
         f"schedule.warmup_tokens={tokens // 20}", "schedule.ramp_tokens=0", f"schedule.batch_start={BATCH}",
         f"schedule.batch_end={BATCH}", f"checkpoint.every_tokens={tokens}", "metrics.wandb_project=null",
     ]  # fmt: skip
@@ -75,14 +85,20 @@ class Recorded(Trainer):
     """transformers' Trainer that keeps every step's loss."""
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        loss = super().training_step(*arguments, **named)
-        self.losses = [*getattr(self, "losses", []), float(loss)]
+        part = super().training_step(*arguments, **named)  # this small batch's share of the step's mean
+        self.parts = [*getattr(self, "parts", []), float(part)]
+        if len(self.parts) == BATCH // MICRO_BATCH:
+            self._note(sum(self.parts))
+            self.parts = []
+        return part
+
+    def _note(self, loss: float) -> None:
+        self.losses = [*getattr(self, "losses", []), loss]
         if len(self.losses) % EVERY == 1:
             self.begun = getattr(self, "begun", time.monotonic())
             rate = (len(self.losses) - 1) / max(time.monotonic() - self.begun, 1e-9)
             left = (self.args.max_steps - len(self.losses)) / rate / 60 if rate else math.nan
-            print(f"Trainer: step {len(self.losses)} loss {self.losses[-1]:.3f}, {left:.1f} min left", flush=True)
-        return loss
+            print(f"Trainer: step {len(self.losses)} loss {loss:.3f}, {left:.1f} min left", flush=True)
 
 
 def export_initial(config: RunConfig, folder: Path) -> None:
@@ -92,11 +108,11 @@ def export_initial(config: RunConfig, folder: Path) -> None:
         stale.unlink()
     model = build(config.model, REFERENCE, config.run.seed, torch.device("cpu"))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    layout = plan(
+    files = layout.plan(
         Entry(ours, theirs, torch.float32, tuple(to_hf(ours, weights[ours]).shape))
         for ours, theirs in tensor_names(config.model.n_layer)
     )
-    write(folder, layout, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print)
+    layout.write(folder, files, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print)
     (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
 
 
@@ -117,24 +133,49 @@ def train_theirs(config: RunConfig, folder: Path, steps: int) -> list[float]:
         adamw, lambda step: schedule.at(min(step, steps - 1) * BATCH * SEQ_LEN).lr
     )
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
-        max_grad_norm=optim.clip_norm, save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
+        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH, use_cpu=True, max_grad_norm=optim.clip_norm,
+        save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     trainer = Recorded(model, arguments, train_dataset=Batches(config), optimizers=(adamw, rates))
     trainer.train()
     return trainer.losses
 
 
-def train_ours(folder: Path, settings: list[str]) -> list[float]:
+def train_ours(folder: Path, *settings: str) -> list[float]:
     """Losses of the real command, one rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train/pretrain.py"]
-    subprocess.run([*command, "+experiment=demo", *settings], cwd=ROOT, check=True, env={**os.environ})
-    lines = (folder / "ours" / "metrics.jsonl").read_text().splitlines()
+    subprocess.run([*command, "+experiment=demo", f"run.dir={folder}", *settings], cwd=ROOT, check=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
-def draw(path: Path, ours: list[float], theirs: list[float]) -> None:
-    """Both curves, and their difference below."""
+def apart(left: list[float], right: list[float]) -> list[float]:
+    """Mean magnitude of the difference of two curves in each part of the run."""
+    parts = np.array_split(np.abs(np.array(left) - np.array(right)), PARTS)
+    return [float(part.mean()) for part in parts]
+
+
+def judge(ours: list[float], again: list[float], theirs: list[float]) -> dict[str, Any]:
+    """How far the Trainer's curve is from ours, in nats and in yardsticks."""
+    to_theirs, yardstick = apart(ours, theirs), apart(ours, again)
+    ratios = [mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)]  # 1e-7: of fp32
+    difference = np.abs(np.array(ours) - np.array(theirs))
+    return {
+        "first": [ours[0], again[0], theirs[0]],
+        "last_20_mean": [float(np.mean(losses[-20:])) for losses in (ours, again, theirs)],
+        "largest_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "difference_of_first_20": float(difference[:20].max()),
+        "mean_difference_by_part": to_theirs,
+        "yardstick_by_part": yardstick,
+        "yardsticks_by_part": ratios,
+        "equal_to_noise": max(ratios) <= TIMES,
+    }
+
+
+def draw(path: Path, ours: list[float], again: list[float], theirs: list[float]) -> None:
+    """The curves, and their differences below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,32 +186,39 @@ def draw(path: Path, ours: list[float], theirs: list[float]) -> None:
     above.plot(ours, linewidth=1, label="ours")
     above.set_ylabel("loss, nats per token")
     above.legend()
-    below.plot(np.array(ours) - np.array(theirs))
-    below.set_ylabel("ours - theirs")
+    below.semilogy(np.abs(np.array(ours) - np.array(theirs)), label="ours - Trainer")
+    below.semilogy(np.abs(np.array(ours) - np.array(again)), label="ours - ours, rounded otherwise", alpha=0.7)
+    below.set_ylabel("magnitude of the difference")
     below.set_xlabel("step")
+    below.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def main(folder: Path, steps: int) -> None:
-    """Train twice and compare."""
+    """Train three times and compare."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = folder.resolve()
-    settings = overrides(folder, steps)
-    begun = time.monotonic()
-    ours = train_ours(folder, settings)
-    between = time.monotonic()
-    theirs = train_theirs(run_config("demo", *settings), folder, steps)
-    ended = time.monotonic()
-    difference = np.abs(np.array(ours) - np.array(theirs))
-    result = {
-        "steps": len(ours), "tokens_per_step": BATCH * SEQ_LEN, "seconds": [between - begun, ended - between],
-        "first": [ours[0], theirs[0]], "last_20_mean": [float(np.mean(x[-20:])) for x in (ours, theirs)],
-        "largest_difference": float(difference.max()), "mean_difference": float(difference.mean()),
-        "difference_of_first_20": float(difference[:20].max()),
-    }  # fmt: skip
-    (folder / "losses.json").write_text(json.dumps({**result, "ours": ours, "theirs": theirs}, indent=1) + "\n")
-    draw(folder / "losses.png", ours, theirs)
+    settings = overrides(steps)
+    config = run_config("demo", f"run.dir={folder / 'ours'}", *settings)
+    times = [time.monotonic()]
+    ours = train_ours(folder / "ours", *settings)
+    times.append(time.monotonic())
+    again = train_ours(folder / "again", *settings, *OTHERWISE)
+    times.append(time.monotonic())
+    theirs = train_theirs(config, folder, steps)
+    times.append(time.monotonic())
+    result = judge(ours, again, theirs)
+    curves = {"ours": ours, "again": again, "theirs": theirs}
+    (folder / "losses.json").write_text(json.dumps({**result, **curves}, indent=1) + "\n")
+    shape = f"{parameter_count(config.model):,} parameters, {len(ours)} steps of {BATCH} x {SEQ_LEN}"
+    who = ("ours", "ours, rounded otherwise", "transformers.Trainer")
+    rows = [
+        Row("training", shape, name, end - begin, 1) for name, (begin, end) in zip(who, pairwise(times), strict=True)
+    ]
+    show(with_ratios(rows, "ours"), "one thread, start and evaluation of held-out text included")
+    print("written:", write(rows, "trainer", "one thread", {}, result))
+    draw(folder / "losses.png", ours, again, theirs)
     print(json.dumps(result, indent=1))
 
 

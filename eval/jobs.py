@@ -1,15 +1,18 @@
 """Leaderboards while a run goes on: jobs of their own on saved checkpoints, scores back to the run.
 
-The first rank looks now and then for a committed checkpoint past the next multiple of every_tokens, holds its files by
-hard links (retention may remove the original while the job waits) and starts `eval/run.py` on it, here or by Slurm.
-What was started stands in scores/jobs.json, so that a resumed run starts nothing twice.
+The first rank looks now and then for committed checkpoints that are due: the first past each multiple of every_tokens,
+the last one before the decay and the run's last. It holds their files by hard links (retention may remove the original
+while the job waits) and starts `eval/run.py` on them, here or by Slurm. What was started stands in scores/jobs.json, so
+that a resumed run starts nothing twice; what was reported stands in the run's own records.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +26,72 @@ OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_
 
 
 class SuiteJobs:
-    """The jobs of one run; only its first rank makes one."""
+    """The jobs of one run; only its first rank uses them."""
 
-    def __init__(self, run: Run, settings: Jobs) -> None:
-        self.run, self.settings = run, settings
+    def __init__(
+        self,
+        run: Run,
+        settings: Jobs,
+        *,
+        always: Collection[int] = (),
+        after: Sequence[str] = (),
+    ) -> None:
+        """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the command `after`."""
+        self.run, self.settings, self.always, self.after = run, settings, always, after
         self.scores = run.folder / "scores"
         self.record = self.scores / "jobs.json"
+        self.reported: set[tuple[int, str]] = set()  # step, suite
         self.next_look = 0.0
 
-    def look(self) -> dict[str, Any] | None:
-        """Start what is due, at most once in LOOK_SECONDS; returns scores that have come in since, by suite."""
-        if not self.settings.suites or time.monotonic() < self.next_look:
-            return None
+    def know(self, records: Sequence[dict[str, Any]]) -> None:
+        """Take these records of scores for reported."""
+        self.reported |= {(record["step"], suite) for record in records for suite in record["scores"]}
+
+    def look(self, *, now: bool = False) -> list[dict[str, Any]]:
+        """Start what is due, at most once in LOOK_SECONDS or now; returns scores that have come in since.
+
+        A record holds the step and the tokens of a checkpoint, and scores in percent by suite and row.
+        """
+        if not self.settings.suites or (time.monotonic() < self.next_look and not now):
+            return []
         self.next_look = time.monotonic() + LOOK_SECONDS
         self.scores.mkdir(parents=True, exist_ok=True)
-        state = {"started": {}, "reported": [], **read_result(self.record)}
-        self._start_due(state["started"])
-        news = self._news(state)
-        write_result(self.record, state)
-        return news or None
+        started: dict[str, int] = read_result(self.record).get("started", {})
+        for folder, tokens in self._due(started):
+            started[folder.name] = tokens
+            write_result(self.record, {"started": started})
+            self._hold_and_launch(folder)
+        return self.news()
 
-    def _start_due(self, started: dict[str, int]) -> None:
-        """Start the suites on the newest checkpoint when it is the first past a multiple of every_tokens."""
-        folder = next((f for f in newest(self.run.checkpoints) if (f / MANIFEST).is_file()), None)
-        if folder is None:
-            return
-        tokens = int(read_state(folder)["tokens"])
-        every = self.settings.every_tokens
-        if tokens // every <= max((then // every for then in started.values()), default=0):
-            return
-        started[folder.name] = tokens
+    def _due(self, started: dict[str, int]) -> list[tuple[Path, int]]:
+        """Checkpoints that no job was started for and that are due, oldest first."""
+        found = []
+        before = max(started.values(), default=0)
+        for folder in reversed([folder for folder in newest(self.run.checkpoints) if (folder / MANIFEST).is_file()]):
+            tokens = int(read_state(folder)["tokens"])
+            every = self.settings.every_tokens
+            if tokens > before and (tokens // every > before // every or tokens in self.always):
+                found.append((folder, tokens))
+                before = tokens
+        return found
+
+    def _hold_and_launch(self, folder: Path) -> None:
+        """Every suite as a job on the held files of a checkpoint."""
         held = self.scores / "held" / folder.name
         shutil.copytree(folder, held, copy_function=os.link, dirs_exist_ok=True)
         for suite in self.settings.suites:
             self._launch(suite, held)
 
     def _launch(self, suite: str, held: Path) -> None:
-        """One job: python eval/run.py on the held checkpoint."""
+        """One job: python eval/run.py on the held checkpoint, then what the run wants to be told by."""
         name = f"{suite}-{held.name}"
-        command = [sys.executable, str(ROOT / "eval" / "run.py"), f"checkpoint={held.resolve()}", f"suite={suite}"]
-        command += [f"run.name='{self.run.name}'", f"run.dir='{self.run.folder.resolve()}'"]
-        command += self.settings.overrides
+        words = [sys.executable, str(ROOT / "eval" / "run.py"), f"checkpoint={held.resolve()}", f"suite={suite}"]
+        words += [f"run.name='{self.run.name}'", f"run.dir='{self.run.folder.resolve()}'", *self.settings.overrides]
+        script = "; ".join(shlex.join(part) for part in (words, self.after) if part)
         log = self.scores / f"{name}.log"
+        command = ["sh", "-c", script]
         if self.settings.launcher is Launcher.slurm:
-            quoted = " ".join(f"'{word}'" if "'" not in word else f'"{word}"' for word in command)
-            command = ["sbatch", f"--job-name={name}", f"--output={log}", *self.settings.sbatch, f"--wrap={quoted}"]
+            command = ["sbatch", f"--job-name={name}", f"--output={log}", *self.settings.sbatch, f"--wrap={script}"]
         environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC")}
         try:
@@ -80,17 +104,25 @@ class SuiteJobs:
         except OSError as error:  # no sbatch here: the run does not stop for it
             print(f"warning: {name} could not be started ({error})", flush=True)
 
-    def _news(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Complete results that were not reported before; what they were made of is let go."""
-        news: dict[str, Any] = {}
-        for step, tokens in sorted(state["started"].items(), key=lambda item: item[1]):
-            for suite in self.settings.suites:
-                name = f"{suite}-{step}"
-                result = read_result(self.scores / f"{name}.json")
-                if name in state["reported"] or not result.get("complete"):
-                    continue
-                news[suite] = {"tokens": tokens, **{label: row["score"] for label, row in result["rows"].items()}}
-                state["reported"].append(name)
-            if all(f"{suite}-{step}" in state["reported"] for suite in self.settings.suites):
-                shutil.rmtree(self.scores / "held" / step, ignore_errors=True)
-        return news
+    def news(self) -> list[dict[str, Any]]:
+        """Scores of ended jobs that were not reported before; the files they were made of are let go."""
+        records = []
+        started: dict[str, int] = read_result(self.record).get("started", {})
+        for name, tokens in sorted(started.items(), key=lambda item: item[1]):
+            step = int(name.removeprefix("step-"))
+            ended = {suite: self._ended(f"{suite}-{name}") for suite in self.settings.suites}
+            new = {suite: rows for suite, rows in ended.items() if rows and (step, suite) not in self.reported}
+            if new:
+                records.append({"step": step, "tokens": tokens, "scores": new})
+            if None not in ended.values():
+                shutil.rmtree(self.scores / "held" / name, ignore_errors=True)
+        self.know(records)
+        return records
+
+    def _ended(self, name: str) -> dict[str, float] | None:
+        """Scores of a job's rows, and their average when none is missing; None while the job goes on."""
+        result = read_result(self.scores / f"{name}.json")
+        if not result.get("complete") and not result.get("missing"):
+            return None
+        rows = {label: float(row["score"]) for label, row in result["rows"].items()}
+        return {**rows, "average": sum(rows.values()) / len(rows)} if result["complete"] else rows

@@ -59,9 +59,9 @@ def run_suite(config: EvaluationConfig) -> None:
             continue
         if raw is not None:  # the first rank's
             results[row.label] = {"row": asdict(row), **score(row, raw)}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            complete = len(results) == len(suite.rows)
-            checkpoint.write_result(path, {**made_of, "complete": complete, "rows": results})
+            write(path, made_of, suite, results)
+    if missing and first:
+        write(path, made_of, suite, results, missing)
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
@@ -70,6 +70,13 @@ def run_suite(config: EvaluationConfig) -> None:
     if missing:
         reasons = "; ".join(f"{label}: {why}" for label, why in missing.items())
         raise InputError(f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: {reasons}. {FIX}")
+
+
+def write(path: Path, made_of: Result, suite: Suite, rows: Result, missing: dict[str, str] | None = None) -> None:
+    """Write the rows that are done; `missing` says of the others why, once no more will come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    complete = len(rows) == len(suite.rows)
+    checkpoint.write_result(path, {**made_of, "complete": complete, "rows": rows, "missing": missing or {}})
 
 
 def fits(entry: Result, row: Row) -> bool:

@@ -28,7 +28,9 @@ from train.exchange import Exchange, Told, count
 from train.guard import LONG_PATIENCE, Guard
 from train.incidents import FINISHED, REQUEUE, Outcome, Starts
 from train.metrics import Metrics
+from train.records import read_scores
 from train.schedule import Now, Schedule
+from train.scores import collecting
 from train.signals import Leave
 from train.speed import memory_gib, peak_flops
 from train.watchdog import Watch
@@ -81,7 +83,14 @@ class Trainer:
             ranks=ranks.replicas,
             group=data_parallel_group(),
         )
-        self.jobs = SuiteJobs(config.run, config.eval.jobs)
+        decay = self.schedule.total - config.schedule.decay_tokens
+        before_decay = max((end for end in edges if end <= decay), default=decay)
+        self.jobs = SuiteJobs(
+            config.run,
+            config.eval.jobs,
+            always={before_decay, self.schedule.total},
+            after=collecting(config.run.folder),
+        )
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.metrics: Metrics | None = None
         if ranks.first:
@@ -90,6 +99,7 @@ class Trainer:
             self.peak = peak_flops(config.cluster, config.parallel.precision, ranks.device)
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
             self.metrics = Metrics(*arguments, tokens=self.state.tokens, total=self.schedule.total)
+            self.jobs.know(read_scores(self.metrics.file.path))
 
     def run(self) -> Outcome:
         """Train to the end of the last stage, or until somebody asks this run to leave."""
@@ -97,6 +107,7 @@ class Trainer:
             why = self._steps()
             if self.state.step > self.loaded_step:
                 self.guard.leave(self.state)
+            self._score(now=True)
         except InputError:  # raised on every rank alike, so that a save in flight can end
             self.checkpoints.writer.wait()
             raise
@@ -127,10 +138,10 @@ class Trainer:
                 validation = self.validation.after(before, self.state.tokens, self.model)
             self.watch.at(self.state.step, "log")
             if self.metrics is not None:
-                news = {"validation": validation, "scores": self.jobs.look()}
                 record = self._record(now, result, seconds, waited)
-                record |= {key: value for key, value in news.items() if value is not None}
+                record |= {} if validation is None else {"validation": validation}
                 self.metrics.log(record, self.checkpoints.standing())
+                self._score()
             if result["told"].bad_data:
                 raise_everywhere(self.datacheck.fault)
             self.guard.after(self.state, before, result["told"])
@@ -171,6 +182,12 @@ class Trainer:
         )
         self.watch.at(self.state.step, "update")
         return {"told": told, **self.guard.update(self.state, now, told.loss)}
+
+    def _score(self, *, now: bool = False) -> None:
+        """Start the suites that are due, and record what others have found."""
+        if self.metrics is not None:
+            for record in self.jobs.look(now=now):
+                self.metrics.log_scores(record)
 
     def _record(self, now: Now, result: dict[str, Any], seconds: float, waited: float) -> dict[str, Any]:
         """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""

@@ -22,11 +22,7 @@ class Metrics:
         """`tokens` is where the run goes on: records of a lost future behind it are dropped. `total` ends the run."""
         self.file = JsonLines(folder / "metrics.jsonl", tokens)
         self.console = LiveConsole(total) if sys.stdout.isatty() else PlainConsole(total, config.console_seconds)
-        self.trackers: list[Tracker] = []
-        if config.wandb_project is not None:
-            self.trackers.append(Wandb(config.wandb_project, name, folder, run_config))
-        if config.tensorboard:
-            self.trackers.append(TensorBoard(folder, run_config, tokens))
+        self.trackers = trackers(folder, name, config, run_config, tokens)
 
     def log(self, record: Record, saves: str) -> None:
         """Write one step's record everywhere; `saves` tells the console how the checkpoints stand."""
@@ -36,9 +32,34 @@ class Metrics:
         for tracker in self.trackers:
             tracker.log(record)
 
+    def log_scores(self, record: Record) -> None:
+        """Write the scores of a checkpoint wherever they belong."""
+        self.file.write(record)
+        say(record)
+        for tracker in self.trackers:
+            tracker.log(record)
+
     def close(self) -> None:
         """Flush and stop every sink."""
         self.file.close()
         self.console.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def trackers(folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int) -> list[Tracker]:
+    """The views that the config wants; `tokens` is where the run goes on."""
+    chosen: list[Tracker] = []
+    if config.wandb_project is not None:
+        chosen.append(Wandb(config.wandb_project, name, folder, run_config))
+    if config.tensorboard:
+        chosen.append(TensorBoard(folder, run_config, tokens))
+    return chosen
+
+
+def say(record: Record) -> None:
+    """A line for each suite of a record of scores."""
+    for suite, rows in record["scores"].items():
+        line = ", ".join(f"{label} {score:.2f}" for label, score in rows.items())
+        with suppress(OSError):
+            print(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}", flush=True)

@@ -1,4 +1,8 @@
-"""metrics.jsonl: one record per step, the numbers of a run."""
+"""metrics.jsonl: one record per step, the numbers of a run, and one for each checkpoint whose scores came in.
+
+A record of scores (step, tokens, scores by suite) stands where the run was when they came, with the step and the tokens
+of the checkpoint that they belong to.
+"""
 
 import errno
 import json
@@ -20,10 +24,11 @@ class JsonLines:
     WAITING = 100_000
 
     def __init__(self, path: Path, tokens: int) -> None:
-        kept = [line for line in read_lines(path) if line["tokens"] <= tokens]
+        kept = [line for line in everything(path) if line["tokens"] <= tokens]
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         part.rename(path)
+        self.path = path
         self.file = path.open("ab", buffering=0)
         self.end = path.stat().st_size
         self.waiting: deque[bytes] = deque(maxlen=self.WAITING)
@@ -58,7 +63,17 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The records of a metrics file; a last line that a kill cut short is left out."""
+    """The records of steps in a metrics file, or all of another's; a last line that a kill cut short is left out."""
+    return [record for record in everything(path) if "scores" not in record]
+
+
+def read_scores(path: Path) -> list[Record]:
+    """The records of scores in a metrics file, in the order of their tokens."""
+    return sorted((record for record in everything(path) if "scores" in record), key=lambda record: record["tokens"])
+
+
+def everything(path: Path) -> list[Record]:
+    """All records of a file of JSON lines; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     records = []

@@ -18,7 +18,7 @@ from matplotlib import pyplot
 from omegaconf import OmegaConf
 
 from train.incidents import Incidents, read_outcome
-from train.records import Record, read_lines, short
+from train.records import Record, read_lines, read_scores, short
 
 POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
@@ -249,11 +249,24 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
         table(("", ""), facts),
         "<h3>mixture</h3>",
         table(("stage", "source", "planned", "realised", "tokens"), mixture) if mixture else "<p>not recorded</p>",
+        *score_tables(read_scores(folder / "metrics.jsonl")),
         "<h3>starts, restarts and faults</h3>",
         table(("time", "what", ""), events) if events else "<p>none</p>",
         "<h3>checkpoints</h3>",
         table(("name", "size", "files"), saved) if saved else "<p>none</p>",
     ]
+
+
+def score_tables(scores: list[Record]) -> list[str]:
+    """A table for each suite: its rows, and a column for each checkpoint in the order of tokens."""
+    parts = []
+    for suite in sorted({suite for record in scores for suite in record["scores"]}):
+        columns = [(record["tokens"], record["scores"][suite]) for record in scores if suite in record["scores"]]
+        labels = dict.fromkeys(label for _, rows in columns for label in rows)
+        cells = [(label, *(f"{rows[label]:.2f}" if label in rows else "-" for _, rows in columns)) for label in labels]
+        head = ("", *(f"{tokens:,} tokens" for tokens, _ in columns))
+        parts += [f"<h3>{html.escape(suite)}</h3>", table(head, cells)]
+    return parts
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -77,6 +77,8 @@ class Wandb(Tracker):
         run_id = re.sub(r"[^A-Za-z0-9_-]", "-", f"{name}-{digest}")
         self.settings = {"project": project, "name": name, "id": run_id, "dir": str(folder)}
         self.run_config = run_config
+        self.at: Record = {}  # the step that W&B counts, once there is one
+        self.defined: set[str] = set()
         super().__init__()
 
     def _open(self) -> None:
@@ -85,7 +87,19 @@ class Wandb(Tracker):
         self.run.define_metric("*", step_metric="tokens")  # runs of other batches are compared by what they have read
 
     def _write(self, record: Record) -> None:
-        self.run.log(grouped(record), step=record["step"])
+        if "scores" in record:
+            self._write_scores(record)
+            return
+        self.at = {"step": record["step"]}
+        self.run.log(grouped(record), **self.at)
+
+    def _write_scores(self, record: Record) -> None:
+        """Scores over the tokens of their own checkpoint: W&B's steps only grow, and the run is further by now."""
+        values = {**flatten({"scores": record["scores"]}), "scores/tokens": record["tokens"]}
+        for key in values.keys() - self.defined - {"scores/tokens"}:
+            self.run.define_metric(key, step_metric="scores/tokens")
+            self.defined.add(key)
+        self.run.log(values, **self.at)
 
     def _finish(self) -> None:
         import wandb

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from eval.validation import Validation, prove, trained_documents
 from model.weights import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
+from train.records import read_lines, read_scores
+from train.scores import collecting
 
 SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch=3)
 
@@ -108,29 +110,39 @@ def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_p
 def test_suites_run_as_jobs_of_their_own(
     config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Started once per multiple of tokens, on held files, with the scores back; a resumed run starts nothing twice."""
+    """On held files, with the scores in the run's records at its end; a resumed run starts and takes nothing twice."""
     monkeypatch.setattr("eval.jobs.LOOK_SECONDS", 0.0)
     folder = checkpoint.find(config)
     monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
-    (config.run.folder / "config.yaml").write_text(json.dumps({"data": {"folder": config.data.folder}}))
+    metrics = config.run.folder / "metrics.jsonl"
+    metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')  # the run is further than its checkpoint
     row = "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: {}, by_size: true}]"
     overrides = [f"eval.suite.include={tasks}", f"eval.suite.rows={row}", "~eval.suite.published",
                  "+eval.suite.published={}", "eval.seq_len=64"]  # fmt: skip
     settings = Jobs(["leaderboard_v1"], 100, Launcher.local, [], overrides)
-    jobs = SuiteJobs(config.run, settings)
-    assert jobs.look() is None
+    record = {
+        "run": {"name": "small", "seed": 0}, "data": {"folder": config.data.folder},
+        "metrics": {"wandb_project": None, "tensorboard": False, "console_seconds": 1.0},
+        "eval": {"jobs": {**asdict(settings), "launcher": "local"}},
+    }  # fmt: skip
+    (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
+    jobs = SuiteJobs(config.run, settings, after=collecting(config.run.folder))
+    assert jobs.look() == []
     held = config.run.folder / "scores" / "held" / folder.name
     file = next(folder.glob("*.safetensors"))
     assert (held / file.name).stat().st_ino == file.stat().st_ino
-    again = SuiteJobs(config.run, settings)  # as a resumed run would
     deadline = time.monotonic() + 240
-    while (news := again.look()) is None:
+    while not (found := read_scores(metrics)):
         log = config.run.folder / "scores" / f"leaderboard_v1-{folder.name}.log"
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
-    assert news["leaderboard_v1"]["tokens"] == 250 and 0 <= news["leaderboard_v1"]["choice"] <= 100
-    assert log.read_text().count("shots)") == 1 and not held.exists()
-    assert again.look() is None
+    rows = found[0]["scores"]["leaderboard_v1"]
+    assert found[0]["tokens"] == 250 and found[0]["step"] == 0 and 0 <= rows["choice"] == rows["average"] <= 100
+    assert log.read_text().count("shots)") == 1 and [line["step"] for line in read_lines(metrics)] == [3]
+    assert not held.exists()
+    again = SuiteJobs(config.run, settings)  # as a resumed run would
+    again.know(found)
+    assert again.look() == [] and again.look() == []
 
 
 def test_slurm_gets_one_job_per_suite(

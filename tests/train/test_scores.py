@@ -1,0 +1,197 @@
+"""Scores of evaluation jobs: which checkpoints get them, and that none is lost on the way to the run's records."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.config import InputError
+from eval.config import Jobs, Launcher, Run
+from eval.jobs import SuiteJobs
+from model.weights import MANIFEST, STATE
+from tests.corpus import make_corpus
+from tests.small import config
+from tests.train.test_metrics import record, scalars
+from tests.train.test_world import train
+from train.config import MetricsConfig
+from train.lease import Lease
+from train.metrics import Metrics
+from train.records import read_lines, read_scores
+from train.report import page
+from train.scores import collect
+from train.trackers import Wandb
+
+SUITES = ["v1", "v2"]
+
+
+def checkpoint(run: Path, step: int, tokens: int) -> Path:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / STATE).write_text(json.dumps({"tokens": tokens}))
+    (folder / MANIFEST).write_text("{}")
+    return folder
+
+
+def result(run: Path, suite: str, step: int, score: float, **extra: Any) -> None:
+    rows = {"ARC": {"score": score}, "GSM8K": {"score": score + 2}}
+    body = {"complete": True, "rows": rows, **extra}
+    (run / "scores" / f"{suite}-step-{step:08d}.json").write_text(json.dumps(body))
+
+
+def finished(run: Path, tensorboard: bool = False) -> list[str]:
+    """A run that is over, with jobs on two of its checkpoints."""
+    started = {"step-00000004": 256, "step-00000009": 576}
+    (run / "scores").mkdir(parents=True)
+    (run / "scores" / "jobs.json").write_text(json.dumps({"started": started}))
+    jobs = {"suites": SUITES, "every_tokens": 100, "launcher": "local", "sbatch": [], "overrides": []}
+    metrics = {"wandb_project": None, "tensorboard": tensorboard, "console_seconds": 1.0}
+    whole = {"run": {"name": "r", "seed": 0}, "metrics": metrics, "eval": {"jobs": jobs}}
+    (run / "config.yaml").write_text(json.dumps(whole))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 10)))
+    return list(started)
+
+
+def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first past each multiple, the last one before the decay and the run's last, each once."""
+    launched: list[int] = []
+    monkeypatch.setattr(SuiteJobs, "_hold_and_launch", lambda self, folder: launched.append(int(folder.name[5:])))
+    jobs = SuiteJobs(Run("r", str(tmp_path), 0), Jobs(SUITES, 1000, Launcher.local, [], []), always={1600, 1900})
+    for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
+        checkpoint(tmp_path, step, tokens)
+    assert jobs.look() == [] and launched == [2]
+    for step, tokens in ((4, 1600), (5, 1700), (6, 1900)):  # all within one look
+        checkpoint(tmp_path, step, tokens)
+    assert jobs.look() == [] and launched == [2], "it has just looked"
+    assert jobs.look(now=True) == [] and launched == [2, 4, 6]
+    again = SuiteJobs(jobs.run, jobs.settings, always=jobs.always)
+    assert again.look() == [] and launched == [2, 4, 6]
+
+
+def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
+    """Two checkpoints ready at one look; a suite with rows that cannot be scored is no reason to wait for ever."""
+    finished(tmp_path)
+    held = tmp_path / "scores" / "held" / "step-00000004"
+    held.mkdir(parents=True)
+    result(tmp_path, "v1", 4, 30.0)
+    result(tmp_path, "v1", 9, 50.0)
+    jobs = SuiteJobs(Run("r", str(tmp_path), 0), Jobs(SUITES, 100, Launcher.local, [], []))
+    first = jobs.news()
+    assert [(r["step"], r["tokens"]) for r in first] == [(4, 256), (9, 576)]
+    assert first[0]["scores"] == {"v1": {"ARC": 30.0, "GSM8K": 32.0, "average": 31.0}}
+    assert jobs.news() == [] and held.exists()
+    result(tmp_path, "v2", 4, 7.0, complete=False)
+    assert jobs.news() == [], "it goes on"
+    result(tmp_path, "v2", 4, 7.0, complete=False, missing={"MATH": "no dataset"})
+    assert jobs.news() == [{"step": 4, "tokens": 256, "scores": {"v2": {"ARC": 7.0, "GSM8K": 9.0}}}]
+    assert not held.exists()
+
+
+def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys: Any) -> None:
+    finished(tmp_path, tensorboard=True)
+    assert collect(tmp_path) == 0
+    result(tmp_path, "v1", 4, 30.0)
+    result(tmp_path, "v1", 9, 50.0)
+    assert collect(tmp_path) == 2 and collect(tmp_path) == 0
+    assert "v1 at step 9, 576 tokens: ARC 50.00, GSM8K 52.00, average 51.00" in capsys.readouterr().out
+    path = tmp_path / "metrics.jsonl"
+    assert [line["step"] for line in read_lines(path)] == list(range(1, 10))
+    assert [(line["step"], line["scores"]["v1"]["average"]) for line in read_scores(path)] == [(4, 31.0), (9, 51.0)]
+    assert scalars(tmp_path / "tensorboard")["scores/v1/ARC"] == [(256, 30.0), (576, 50.0)]
+    with pytest.raises(InputError, match="name the folder of a run"):
+        collect(tmp_path / "scores")
+
+
+def test_a_run_that_lives_takes_its_scores_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job waits while the folder is held, and takes what the run has not taken when it left."""
+    monkeypatch.setattr("train.scores.AGAIN_SECONDS", 0.05)
+    finished(tmp_path)
+    result(tmp_path, "v1", 4, 30.0)
+    lease = Lease(tmp_path)
+    lease.take()
+    counts: list[int] = []
+    job = threading.Thread(target=lambda: counts.append(collect(tmp_path)))
+    job.start()
+    time.sleep(0.3)
+    assert not counts and not read_scores(tmp_path / "metrics.jsonl")
+    lease.release()
+    job.join(20)
+    assert counts == [1]
+    monkeypatch.setattr("train.scores.PATIENCE", 0.1)
+    result(tmp_path, "v1", 9, 50.0)
+    lease.take()
+    assert collect(tmp_path) == 0
+    lease.release()
+
+
+def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_again(tmp_path: Path) -> None:
+    def scored(step: int) -> dict[str, Any]:
+        return {"step": step, "tokens": 64 * step, "scores": {"v1": {"ARC": 1.0}}}
+
+    metrics = Metrics(tmp_path, "r", MetricsConfig(None, False, 60.0), {}, tokens=0, total=6400)
+    for step in range(1, 8):
+        metrics.log(record(step), "")
+    metrics.log_scores(scored(2))  # it came at step 7
+    metrics.log_scores(scored(6))
+    metrics.close()
+    again = Metrics(tmp_path, "r", MetricsConfig(None, False, 60.0), {}, tokens=3 * 64, total=6400)
+    again.close()
+    path = tmp_path / "metrics.jsonl"
+    assert [r["step"] for r in read_lines(path)] == [1, 2, 3] and [r["step"] for r in read_scores(path)] == [2]
+
+
+def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own steps only grow, so scores have an axis of their own."""
+
+    class Remote:
+        config: dict[str, Any] = {}
+        calls: list[tuple[str, Any, Any]] = []
+
+        def define_metric(self, name: str, step_metric: str) -> None:
+            self.calls.append(("axis", name, step_metric))
+
+        def log(self, values: dict[str, Any], step: int | None = None) -> None:
+            self.calls.append(("log", values, step))
+
+        def finish(self) -> None: ...
+
+    remote = Remote()
+    remote.config = type("Config", (), {"update": lambda *a, **b: None})()  # type: ignore[assignment]
+    monkeypatch.setattr(Wandb, "_start", lambda self: remote)
+    sink = Wandb("project", "r", tmp_path, {})
+    scores = {"step": 4, "tokens": 256, "scores": {"v1": {"ARC": 30.0}}}
+    sink.log(scores)  # of a job that ends after its run
+    sink.log(record(9))
+    sink.log({**scores, "step": 8, "tokens": 512})
+    sink.close()
+    axes = [call for call in remote.calls if call[0] == "axis"]
+    assert axes == [("axis", "*", "tokens"), ("axis", "scores/v1/ARC", "scores/tokens")]
+    logged = [call[1:] for call in remote.calls if call[0] == "log"]
+    assert logged[0] == ({"scores/v1/ARC": 30.0, "scores/tokens": 256}, None)
+    assert logged[1][1] == 9 and logged[2] == ({"scores/v1/ARC": 30.0, "scores/tokens": 512}, 9)
+
+
+def test_a_run_scores_itself_before_the_decay_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run whose jobs end at once: both checkpoints stand in its records and side by side on its page."""
+
+    def score(self: SuiteJobs, suite: str, held: Path) -> None:
+        step = int(held.name[5:])
+        assert (held / MANIFEST).is_file() and "train/scores.py" in self.after[1]
+        result(self.run.folder, suite, step, float(step))
+
+    monkeypatch.setattr(SuiteJobs, "_launch", score)
+    make_corpus(tmp_path / "data")
+    run = config(tmp_path, "scored")
+    run.eval = replace(run.eval, jobs=Jobs(["v1"], 10**9, Launcher.local, [], []))
+    run.metrics = MetricsConfig(None, False, 60.0)
+    train(run)
+    path = run.run.folder / "metrics.jsonl"
+    found = read_scores(path)
+    end = run.data.tokens_of(run.data.stages[0]) + run.data.tokens_of(run.data.stages[1])
+    assert [r["tokens"] for r in found] == [end, read_lines(path)[-1]["tokens"]]
+    assert [r["scores"]["v1"]["ARC"] for r in found] == [float(r["step"]) for r in found]
+    text = page([run.run.folder], tmp_path / "page.html").read_text()
+    assert f"<th>{end:,} tokens</th>" in text and f"<td>{float(found[0]['step']):.2f}</td>" in text

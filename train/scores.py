@@ -1,0 +1,98 @@
+"""Take in the scores of evaluation jobs: `python train/scores.py RUN_FOLDER`, with which every job ends.
+
+A run takes them itself while it lives, but those of its last checkpoint come when it is gone. They go where the run
+would have put them: metrics.jsonl, W&B, TensorBoard.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from omegaconf import OmegaConf
+
+from data.config import InputError
+from eval.config import Jobs, Run
+from eval.jobs import LOOK_SECONDS, SuiteJobs
+from train.config import MetricsConfig
+from train.lease import Lease
+from train.metrics import say, trackers
+from train.records import JsonLines, read_lines, read_scores
+
+AGAIN_SECONDS = 5.0
+PATIENCE = 5 * LOOK_SECONDS  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
+
+
+def collecting(folder: Path) -> list[str]:
+    """The command that takes in the scores of a run."""
+    return [sys.executable, str(Path(__file__).resolve()), str(folder.resolve())]
+
+
+def collect(folder: Path) -> int:
+    """Write the scores that nobody has recorded yet; returns how many records. Waits while another job does the same.
+
+    Raises InputError when the folder is no run's.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
+    config = OmegaConf.load(folder / "config.yaml")
+    run = Run(config.run.name, str(folder), config.run.seed)
+    settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs))
+    lease, path = Lease(folder), folder / "metrics.jsonl"
+    end = time.monotonic() + PATIENCE
+    while True:
+        jobs = SuiteJobs(run, settings)
+        jobs.know(read_scores(path))
+        records = jobs.news()
+        if not records:
+            return 0
+        try:
+            lease.take()
+        except InputError as error:  # the run itself, or another job at its end
+            if time.monotonic() > end:
+                print(f"scores are left to the run: {error}", flush=True)
+                return 0
+            time.sleep(AGAIN_SECONDS)
+            continue
+        try:
+            jobs = SuiteJobs(run, settings)  # somebody may have taken them in the meantime
+            jobs.know(read_scores(path))
+            return _write(folder, config, jobs.news())
+        finally:
+            lease.release()
+
+
+def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
+    """Append the records and show them wherever the run is shown."""
+    if not records:
+        return 0
+    wanted: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics))
+    last = max((record["tokens"] for record in read_lines(folder / "metrics.jsonl")), default=0)
+    file = JsonLines(folder / "metrics.jsonl", last)
+    views = trackers(folder, config.run.name, wanted, OmegaConf.to_container(config), last)  # type: ignore[arg-type]
+    for record in records:
+        file.write(record)
+        say(record)
+        for view in views:
+            view.log(record)
+    file.close()
+    for view in views:
+        view.close()
+    return len(records)
+
+
+def main() -> None:
+    """The command line."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python train/scores.py RUN_FOLDER")
+    try:
+        collect(Path(sys.argv[1]))
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

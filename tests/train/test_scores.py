@@ -16,7 +16,7 @@ from model.weights import MANIFEST, STATE
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.test_metrics import record, scalars
-from tests.train.test_world import train
+from tests.train.world import train
 from train.config import MetricsConfig
 from train.lease import Lease
 from train.metrics import Metrics

@@ -1,0 +1,109 @@
+"""Short runs over a made-up corpus on one and two ranks, in many layouts: what tests of the world compare."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.kernels import REFERENCE
+from model.parallel import build
+from model.weights import Pieces, newest
+from tests.corpus import make_corpus
+from tests.distributed import run_ranks
+from tests.small import config
+from tests.tiny import TINY
+from train.config import RunConfig
+from train.distributed import ranks
+from train.loop import Trainer
+from train.signals import Leave
+from train.watchdog import Watch
+
+
+def train(run: RunConfig) -> None:
+    """A whole run, or the rest of it."""
+    run.run.folder.mkdir(parents=True, exist_ok=True)
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        Trainer(run, here, {}, watch, Leave(None, 0.0)).run()
+
+
+def train_from(root: Path, source: str, run: RunConfig) -> None:
+    """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are still to come."""
+    if os.environ.get("RANK", "0") == "0":
+        second = list(newest(root / source / "checkpoints"))[-2]
+        shutil.copytree(second, run.run.checkpoints / second.name)
+    train(run)
+
+
+def reshard(root: Path, source: str, run: RunConfig) -> None:
+    """Load another layout's newest checkpoint and save it as this one's, without a step."""
+    if os.environ.get("RANK", "0") == "0":
+        newest_one = next(newest(root / source / "checkpoints"))
+        shutil.copytree(newest_one, run.run.checkpoints / newest_one.name)
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        trainer = Trainer(run, here, {}, watch, Leave(None, 0.0))
+        trainer.state.step += 1
+        trainer.checkpoints.save_and_wait(trainer.state, trainer.engine)
+
+
+def gradients(root: Path, tensor_parallel: int, name: str) -> None:
+    """One backward pass without an engine; every rank saves the gradients it holds."""
+    tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
+    with ranks("cpu", tensor_parallel) as here:
+        model = build(TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size)
+        losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], starts)
+        loss = losses.mean() + 1e-2 * log_sums.square().mean()
+        loss.backward()
+        held = {key: parameter.grad for key, parameter in model.named_parameters()}
+        torch.save({"loss": loss.detach(), **held}, root / f"{name}-{here.tp_rank}.pt")
+
+
+def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
+    """The same run by another engine, or with the residual stream cut along the sequence."""
+    return replace(run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence))
+
+
+def run_all(folder: Path) -> None:
+    """All runs, in two processes but for those on one rank."""
+    make_corpus(folder / "data")
+    gradients(folder, 1, "gradients-tp1")
+    train(config(folder, "dp1"))
+    jobs = [
+        (gradients, (folder, 2, "gradients-tp2")),
+        (train, (config(folder, "dp2"),)),
+        (train, (config(folder, "tp2", tensor_parallel=2),)),
+        (train, (config(folder, "cp2", context_parallel=2),)),
+        (train_from, (folder, "dp2", config(folder, "dp2-resumed"))),
+        (train_from, (folder, "dp1", engine(config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence=True))),
+        (train_from, (folder, "dp2", engine(config(folder, "dp2-to-zero0"), 0))),
+        (train_from, (folder, "dp2-to-zero0", engine(config(folder, "zero0-to-zero3"), 3))),
+        (train_from, (folder, "zero0-to-zero3", engine(config(folder, "zero3-to-zero2"), 2))),
+        (reshard, (folder, "zero0-to-zero3", engine(config(folder, "zero3-as-zero0"), 0))),
+        (reshard, (folder, "zero3-to-zero2", engine(config(folder, "zero2-as-zero3"), 3))),
+        (reshard, (folder, "tp2", config(folder, "tp2-as-dp2"))),
+        (reshard, (folder, "dp1", config(folder, "dp1-as-tp2", tensor_parallel=2))),
+        (reshard, (folder, "dp1-to-tp2", config(folder, "sequence-as-dp2"))),
+    ]
+    run_ranks(2, jobs)
+    train_from(folder, "tp2", config(folder, "tp2-to-dp1"))
+    reshard(folder, "dp2", config(folder, "dp2-as-dp1"))
+
+
+def records(root: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(root: Path, name: str) -> Pieces:
+    return Pieces(next(newest(root / name / "checkpoints")))
+
+
+def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:
+    """Loss, norm and rate of every step, or of the steps that run `like` has."""
+    first = records(root, like or name)[0]["step"]
+    return torch.tensor([[r["loss"], r["grad_norm"], r["lr"]] for r in records(root, name) if r["step"] >= first])

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 WIDTH = 110  # columns that a table takes at least
 FIX = (
     "Data sets must be in the cache (HF_HOME) or reachable: run once with a network, or name a folder of task files in "
-    "eval.suite.include; a missing package goes into an environment of its own where it excludes ours (eval/README.md)"
+    "eval.suite.include"
 )
 BOOTSTRAP = 100  # any number above 0 asks for standard errors; those of means are exact, not drawn
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import lm_eval
 import pytest
 import yaml
 
@@ -47,11 +48,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three local tasks: a multiple choice, a perplexity, a generation."""
+    """Local tasks: a multiple choice, a perplexity, a generation, and MATH by the harness's own rules."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
         {"q": f"def f{i}(x):\n    return", "choices": [f" x + {i}", " y", " x * x * x"], "gold": i % 3,
-         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}"}
+         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}",
+         "level": f"Level {5 if i < 4 else 4}", "problem": f"Add 0 to {i}/2",
+         "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$."}
         for i in range(12)
     ]  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,6 +69,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "local_answer": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{answer}}",
                          "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
                          "metric_list": [{"metric": "exact_match", **mean}]},
+    }  # fmt: skip
+    math = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "math" / "_template_yaml"
+    write["local_math"] = {  # the harness's own rules, over problems of ours
+        "include": str(math), "fewshot_split": None,
+        "generation_kwargs": {"until": ["Problem:"], "max_gen_toks": 8, "do_sample": False},
     }  # fmt: skip
     for name, body in write.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **body}))

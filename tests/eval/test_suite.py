@@ -49,6 +49,7 @@ def suite_of(folder: Path | None, *names: str) -> Suite:
         "local_choice": Row("choice", "local_choice", 2, ["acc_norm,none", "acc,none"], 0.25, {}, True),
         "local_text": Row("text", "local_text", 0, ["bits_per_byte,none"], 0.0, {}, True),
         "local_answer": Row("answer", "local_answer", 0, ["exact_match,none"], 0.0, {}, True),
+        "local_math": Row("math", "local_math", 4, ["exact_match,none"], 0.0, {}, True),
         "absent": Row("absent", "no_such_task", 0, ["acc,none"], 0.0, {}, True),
         "arc": Row("ARC", "arc_challenge", 25, ["acc_norm,none"], 0.0, {}, True),
     }
@@ -133,6 +134,33 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
     assert "Rival-7B" in printed and f"{mine['choice']['score'] - 10:+.2f}" in printed
     run_suite(with_suite)
     assert "shots" not in capsys.readouterr().out  # stored rows are not run again
+
+
+@pytest.mark.parametrize(("form", "correct"), [(r"\frac{{{n}}}{{2}}", 100.0), ("{half}", 100.0), ("7", 0.0)])
+def test_mathematics_is_checked_by_value(
+    config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch, form: str, correct: float
+) -> None:  # fmt: skip
+    """The MATH row in this very environment, hydra's antlr4 included, with a model that answers as it is told."""
+    asked: list[str] = []
+
+    def answer(self: FalconMambaLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked.extend(request.args[0] for request in requests)
+        numbers = [int(re.findall(r"Add 0 to (\d+)/2", request.args[0])[-1]) for request in requests]
+        texts = [form.format(n=n, half=n / 2) for n in numbers]
+        return [f" Final Answer: The final answer is ${text}$. I hope it is correct." for text in texts]
+
+    monkeypatch.setattr(FalconMambaLM, "generate_until", answer)
+    suite = replace(suite_of(tasks, "local_math"), name=f"math{len(form)}")
+    run_suite(replace(config, eval=replace(config.eval, suite=suite)))
+    stored = config.run.folder / "scores" / f"{suite.name}-{checkpoint.find(config).name}.json"
+    result = json.loads(stored.read_text())["rows"]["math"]
+    assert result["score"] == correct and result["parts"]["local_math"]["documents"] == 4  # of level 5
+    assert all(prompt.count("Problem:") == 5 for prompt in asked), "four examples and the question"
+
+
+def test_a_metric_that_would_be_wrong_here_is_refused() -> None:
+    with pytest.raises(ValueError, match="take exact_match"):
+        Row("MATH", "leaderboard_math_hard", 4, ["exact_match_original,none"], 0.0, {}, True)
 
 
 def test_another_export_in_the_same_place_is_another_subject(config: EvaluationConfig, tmp_path: Path) -> None:

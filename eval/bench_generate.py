@@ -4,7 +4,7 @@ Speed and peak memory over generated tokens, and the longest prompt that a given
 weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
 section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
 into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
-Time is the processor's on a CPU.
+Time is the processor's on a CPU; what the bars compare is measured there in turns, block by block: eval/lockstep.py.
 
 examples:
   python eval/bench_generate.py
@@ -29,13 +29,15 @@ from rich.table import Table
 from data.command import command
 from eval.checkpoint import write_result
 from eval.config import EvaluationConfig
+from eval.lockstep import BLOCK, relative_speeds
 from eval.rivals import Decoder, falcon, llama, ours
 from model.flops import parameter_count
 
 MIB = 2**20
 MODELS = {"ours": ours, "transformers FalconMamba": falcon, "transformers Llama": llama}
 FIRST_PROMPT = 512
-BLOCK = 64  # tokens that are timed together
+FLAT_FROM = 1024  # generated tokens from which on speed and memory must not change
+ROUNDS = 40  # of turns
 Result = dict[str, Any]
 
 
@@ -148,38 +150,55 @@ def bench(config: EvaluationConfig) -> None:
         "models": {},
     }
     config.run.folder.mkdir(parents=True, exist_ok=True)
+    decoders: dict[str, Decoder] = {}
     for name, make in MODELS.items():
-        decode = make(config.model, device)
+        decode = decoders[name] = make(config.model, device)
         tokens = settings.tokens if name == "ours" else settings.rival_tokens
         generated = speed(name, decode, tokens, meter)
         most = settings.tokens if name == "ours" else settings.rival_prompt_tokens
         prompt = longest_prompt(name, decode, result["prompt_memory_bytes"], most, meter)
         result["models"][name] = {"generated": generated, "prompt": prompt}
         write_result(config.run.folder / "bench_generate.json", result)  # what is done stays
-        del decode
-    result["bars"] = bars(result["models"])
+        if meter.cuda:
+            del decoders[name], decode  # their weights would not fit together
+    if not meter.cuda:
+        result["relative_speeds"] = in_turns(decoders, settings.tokens, settings.rival_tokens)
+    result["bars"] = bars(result["models"], result.get("relative_speeds"))
     write_result(config.run.folder / "bench_generate.json", result)
     draw(config.run.folder / "bench_generate.png", result)
     show(result)
     print(f"written: {config.run.folder / 'bench_generate.json'} and .png", flush=True)
 
 
-def bars(models: Result) -> Result:
-    """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last length both reached."""
-    mine = [row for row in models["ours"]["generated"] if row["tokens"] >= 1024] or models["ours"]["generated"]
+def in_turns(decoders: dict[str, Decoder], tokens: int, rival_tokens: int) -> dict[str, float]:
+    """Speeds of ours behind 1,024 to `tokens` tokens and of the others behind `rival_tokens`, relative to the first."""
+    stops = [stop for stop in marks(tokens) if stop >= FLAT_FROM] or marks(tokens)
+    entrants = {f"ours after {stop:,}": (decoders["ours"], stop) for stop in stops}
+    entrants |= {name: (decode, rival_tokens) for name, decode in decoders.items() if name != "ours"}
+    print(f"in turns, {ROUNDS} rounds of {BLOCK} tokens: {', '.join(entrants)}", flush=True)
+    return relative_speeds(entrants, ROUNDS)
+
+
+def bars(models: Result, relative: dict[str, float] | None = None) -> Result:
+    """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last length both reached.
+
+    `relative` speeds are taken where they were measured, else those of the models' own passes.
+    """
+    mine = [row for row in models["ours"]["generated"] if row["tokens"] >= FLAT_FROM] or models["ours"]["generated"]
     rates, peaks = [[row[key] for row in mine] for key in ("tokens_per_second", "total_bytes")]
-    found: Result = {
+    others = {name: model["generated"][-1] for name, model in models.items() if name != "ours"}
+    ours = {row["tokens"]: row["tokens_per_second"] for row in models["ours"]["generated"]}
+    times = {name: ours[row["tokens"]] / row["tokens_per_second"] for name, row in others.items()}
+    if relative is not None:
+        rates = [rate for name, rate in relative.items() if name.startswith("ours after")]
+        times = {name: rates[0] / relative[name] for name in others}
+    return {
         "tokens": [mine[0]["tokens"], mine[-1]["tokens"]],
         "memory_growth": peaks[-1] / peaks[0] - 1,  # weights included
         "speed_change": rates[-1] / rates[0] - 1,
         "speed_spread": max(rates) / min(rates) - 1,
+        **{f"times faster than {name}": ratio for name, ratio in times.items()},
     }
-    for name, model in models.items():
-        if name != "ours":
-            row = model["generated"][-1]
-            same = next(r for r in models["ours"]["generated"] if r["tokens"] == row["tokens"])
-            found[f"times faster than {name}"] = same["tokens_per_second"] / row["tokens_per_second"]
-    return found
 
 
 def show(result: Result) -> None:
@@ -196,7 +215,14 @@ def show(result: Result) -> None:
         more = "" if why == "memory" else " or more"
         print(f"{name}: a prompt of {fits:,}{more} in {result['prompt_memory_bytes'] / 2**30:g} GiB")
     for key, value in result["bars"].items():
-        print(f"{key}: {value}")
+        shown = (
+            f"{value[0]:,} to {value[1]:,}"
+            if key == "tokens"
+            else f"{value:.3g}"
+            if "times" in key
+            else f"{value:+.2%}"
+        )
+        print(f"{key.replace('_', ' ')}: {shown}")
 
 
 def draw(path: Path, result: Result) -> None:

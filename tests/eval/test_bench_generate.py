@@ -1,6 +1,7 @@
 """The benchmark of generation: what it counts, on models small enough for a test."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from eval.bench_generate import Meter, bars, bench, longest_prompt, marks, speed
 from eval.config import Bench, EvaluationConfig
-from eval.rivals import falcon, llama, llama_config, ours
+from eval.lockstep import BLOCK, relative_speeds
+from eval.rivals import Decoder, falcon, llama, llama_config, ours
 from model.flops import parameter_count
 from tests.compose import run_config
 from tests.tiny import TINY
@@ -76,12 +78,49 @@ def test_bars() -> None:
     found = bars(models)
     assert found["memory_growth"] == pytest.approx(0.01) and found["speed_change"] == pytest.approx(-0.1)
     assert found["speed_spread"] == pytest.approx(100 / 90 - 1) and found["times faster than other"] == 5.0
+    in_turns = bars(models, {"ours after 1,024": 1.0, "ours after 2,048": 0.98, "other": 0.125})
+    assert in_turns["speed_change"] == pytest.approx(-0.02) and in_turns["times faster than other"] == 8.0
+    assert in_turns["memory_growth"] == pytest.approx(0.01)
 
 
-def test_the_whole_benchmark(config: EvaluationConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_turns_compare_decoders_on_a_machine_that_changes_its_speed() -> None:
+    """Work in blocks that neighbour in time, on a machine that halves its speed now and then: ratios do not see it."""
+    clock, factor = threading.local(), [1.0]
+    order: list[str] = []
+
+    def decoder(name: str, cost: float) -> Decoder:
+        def decode(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
+            for number in range(count):
+                clock.now = getattr(clock, "now", 0.0) + cost * factor[0] * (1 if number >= 128 else 9)
+                order.append(name)
+                factor[0] = 2.0 if len(order) // 3000 % 2 else 1.0
+                watch()
+
+        return decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.thread_time", lambda: getattr(clock, "now", 0.0))
+        found = relative_speeds({"a": (decoder("a", 1.0), 128), "b": (decoder("b", 4.0), 256)}, rounds=30)
+    assert found == {"a": 1.0, "b": pytest.approx(0.25)}
+    assert order.count("a") == 128 + 30 * BLOCK and order.count("b") == 256 + 30 * BLOCK
+
+    def broken(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        relative_speeds({"a": (broken, 128)}, rounds=1)
+
+
+def test_the_whole_benchmark(
+    config: EvaluationConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.bench_generate.ROUNDS", 2)
     bench(replace(config, eval=replace(config.eval, bench=Bench(512, 512, 512, 0.25))))
     result = json.loads((config.run.folder / "bench_generate.json").read_text())
     assert list(result["models"]) == ["ours", "transformers FalconMamba", "transformers Llama"]
     assert (config.run.folder / "bench_generate.png").stat().st_size > 10_000
     assert abs(result["bars"]["memory_growth"]) < 0.02
+    speeds = result["relative_speeds"]
+    assert list(speeds) == ["ours after 256", "ours after 512", *list(result["models"])[1:]]
+    assert result["bars"]["times faster than transformers FalconMamba"] == 1 / speeds["transformers FalconMamba"]
     assert "times faster than transformers FalconMamba" in capsys.readouterr().out

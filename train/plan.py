@@ -28,12 +28,13 @@ class Needs:
 
 
 def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
-    """Bytes per token that a layer keeps for the backward, and that the one being computed again holds besides.
+    """Bytes per token that a layer keeps for the backward, and that the one in its backward holds besides.
 
     The residual in fp32; in the products' type its norm, x|z, the convolution's output, dt, the scan's output, and
     x_proj's before and after its norms; in fp32 the scan's states once a chunk. Selective recompute keeps the residual,
-    its norm, x|z and the scan's output, full recompute the residual alone. Sequence parallelism cuts residual and norm
-    over tensor-parallel ranks.
+    its norm, x|z and the scan's output, full recompute the residual alone. In its backward a layer has what it computed
+    again, the gradients of its scan's output and of x|z, and the residual's. Sequence parallelism cuts residual and
+    norm over tensor-parallel ranks.
     """
     c, tp = config.model, config.parallel.tensor_parallel
     d_model = c.d_model // tp if config.parallel.sequence_parallel else c.d_model
@@ -42,7 +43,16 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + d_model) + 4 * inner * c.d_state // SCAN_CHUNK
     kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + d_model), Recompute.full: 0}
     recompute = config.parallel.recompute
-    return 4 * d_model + kept[recompute], 0 if recompute is Recompute.none else whole
+    return 4 * d_model + kept[recompute], whole - kept[recompute] + 3 * width * inner + 4 * d_model
+
+
+def held_by_the_loss(config: RunConfig, tokens: int) -> int:
+    """Bytes while the head is in its backward: a chunk of logits, its gradient of the head beside that of all chunks,
+    and the final norm's input, output and gradient."""
+    c, tp = config.model, config.parallel.tensor_parallel
+    width = 2 if config.parallel.precision is Precision.bf16 else 4
+    vocab = c.vocab_size // tp
+    return width * LOSS_CHUNK * vocab + (4 + width) * vocab * c.d_model + (4 + 2 * width) * tokens * c.d_model
 
 
 def needs(config: RunConfig, ranks: int) -> Needs:
@@ -52,8 +62,9 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     left out here). Every replica (a data- or context-parallel rank) holds all of them and two moments (ZeRO-0); AdamW's
     state and master weights are cut over replicas (1), gradients too (2), parameters too (3). Activations are what one
     micro-batch keeps (kept_by_a_layer), and in bf16 the cast weights of layers that are not computed again. Buffers are
-    two reduction buckets (stage 0: one copy of the gradients), ZeRO-3's whole parameters, and the logits of a chunk of
-    the loss with their gradient.
+    two reduction buckets, ZeRO-3's whole parameters, and what the loss or a layer in its backward holds, whichever is
+    more. Stage 0 copies the gradients when activations are gone. Within 5 % of what torch's allocator hands out on a
+    CPU (tests/train/test_plan.py).
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp
@@ -61,18 +72,20 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     width = 2 if config.parallel.precision is Precision.bf16 else 4
     kept, passing = kept_by_a_layer(config)
     tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
-    activations = tokens * (c.n_layer * kept + passing)
+    activations = tokens * c.n_layer * kept
     megatron = config.parallel.engine is EngineKind.megatron and width == 2
     if width == 2 and not megatron:
         activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
-    logits = LOSS_CHUNK * c.vocab_size // tp * (width + 8)
-    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 4 * per_rank
+    working = max(held_by_the_loss(config, tokens), tokens * passing)
+    if stage == 0:
+        working = max(working, 4 * per_rank - activations)
+    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 0
     return Needs(
         parameters=2 * per_rank if megatron else 4 * (cut if stage == 3 else per_rank),
         gradients=4 * (cut if stage >= 2 else per_rank),
         optimizer=12 * cut if stage else 8 * per_rank,
         activations=activations,
-        buffers=buckets + logits + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
+        buffers=buckets + working + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
     )
 
 

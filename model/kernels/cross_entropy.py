@@ -76,6 +76,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = rows.loss_gradient(logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part])
             grad_hidden[part] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
+            del grad  # before the next chunk's logits
         if group is not None:
             grad_hidden = group.sum(grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -91,7 +91,8 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
     stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
     Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
     estimate, for DeepSpeed keeps small parameters whole and gathers some once more. megatron-core scatters the gradient
-    once and gathers weights in their own type; an estimate too, without the padding of its buckets.
+    once and gathers weights in their own type; without the padding of its buckets (64 elements a tensor at the most,
+    128 a bucket), and without the 4 bytes of its norm.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas
@@ -139,7 +140,7 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
         sums += c.n_layer * residual * 2
     whole = {"all_reduce": tokens * sums + norms, "all_gather": tokens * gathers, "reduce_scatter": tokens * scatters}
     found = [Payload("tensor parallel", "tensor", kind, size, p.tensor_parallel) for kind, size in whole.items()]
-    norm = 8 if p.zero_stage else 4
+    norm = 0 if p.engine is EngineKind.megatron else 8 if p.zero_stage else 4
     return [*found, Payload("norm and overflow", "tensor", "all_reduce", norm, p.tensor_parallel)]
 
 

@@ -1,13 +1,15 @@
 """Our training beside transformers' Trainer: the same initial weights, batches, rates and rules, the loss of each step.
 
-`python -m tests.bench.trainer FOLDER [STEPS]` trains the demo's model by the real command, once more by it with the
+`python -m tests.bench.trainer FOLDER --steps N` trains the demo's model by the real command, once more by it with the
 reference kernels and small batches accumulated, whose sums are rounded in another order, and then by the Trainer. How
 far the first two part is the yardstick for how far the Trainer may: training is chaotic, so differences of rounding
 grow. It needs the demo's data (`python data/prepare.py +experiment=demo`), writes losses.json and losses.png into
 FOLDER and the differences into tests/bench/results/. transformers cannot reset state between documents, so all do
 without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches are faster again.
+With --minutes it stops there, and the curves are compared as far as it came; what ours has done stays.
 """
 
+import argparse
 import json
 import math
 import os
@@ -15,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +83,29 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
 
 class Recorded(Trainer):
-    """transformers' Trainer that keeps every step's loss."""
+    """transformers' Trainer that keeps every step's loss and seconds, and stops in time."""
+
+    losses: list[float]
+    times: list[float]  # when each step was over
+    until: float
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         part = super().training_step(*arguments, **named)  # this small batch's share of the step's mean
-        self.parts = [*getattr(self, "parts", []), float(part)]
+        self.parts.append(float(part))
         if len(self.parts) == BATCH // MICRO_BATCH:
             self._note(sum(self.parts))
             self.parts = []
         return part
 
     def _note(self, loss: float) -> None:
-        self.losses = [*getattr(self, "losses", []), loss]
-        if len(self.losses) % EVERY == 1:
-            self.begun = getattr(self, "begun", time.monotonic())
-            rate = (len(self.losses) - 1) / max(time.monotonic() - self.begun, 1e-9)
-            left = (self.args.max_steps - len(self.losses)) / rate / 60 if rate else math.nan
+        self.losses.append(loss)
+        self.times.append(time.monotonic())
+        if len(self.losses) % EVERY == 1 and len(self.losses) > 1:
+            rate = (len(self.losses) - 1) / (self.times[-1] - self.times[0])
+            left = (self.args.max_steps - len(self.losses)) / rate / 60
             print(f"Trainer: step {len(self.losses)} loss {loss:.3f}, {left:.1f} min left", flush=True)
+        if time.monotonic() > self.until:
+            self.control.should_training_stop = True
 
 
 def export_initial(config: RunConfig, folder: Path) -> None:
@@ -116,8 +123,8 @@ def export_initial(config: RunConfig, folder: Path) -> None:
     (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
 
 
-def train_theirs(config: RunConfig, folder: Path, steps: int) -> list[float]:
-    """Losses of transformers' Trainer with our rates, weight decay rule and clipping."""
+def train_theirs(config: RunConfig, folder: Path, steps: int, minutes: float) -> tuple[list[float], float]:
+    """Losses of transformers' Trainer with our rates, weight decay rule and clipping; mean seconds of a step."""
     export_initial(config, folder / "initial")
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
     for layer in model.backbone.layers:
@@ -138,16 +145,18 @@ def train_theirs(config: RunConfig, folder: Path, steps: int) -> list[float]:
         save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     trainer = Recorded(model, arguments, train_dataset=Batches(config), optimizers=(adamw, rates))
+    trainer.losses, trainer.times, trainer.parts = [], [], []
+    trainer.until = time.monotonic() + 60 * minutes
     trainer.train()
-    return trainer.losses
+    return trainer.losses, (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
 
 
-def train_ours(folder: Path, *settings: str) -> list[float]:
-    """Losses of the real command, one rank."""
+def train_ours(folder: Path, *settings: str) -> tuple[list[float], float]:
+    """Losses of the real command, one rank; mean seconds of a step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train/pretrain.py"]
     subprocess.run([*command, "+experiment=demo", f"run.dir={folder}", *settings], cwd=ROOT, check=True)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines], float(np.mean([line["step_seconds"] for line in lines]))
 
 
 def apart(left: list[float], right: list[float]) -> list[float]:
@@ -195,32 +204,34 @@ def draw(path: Path, ours: list[float], again: list[float], theirs: list[float])
     figure.savefig(path, dpi=120)
 
 
-def main(folder: Path, steps: int) -> None:
+def main() -> None:
     """Train three times and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of the Trainer's part at most")
+    arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    folder = folder.resolve()
+    folder, steps = arguments.folder.resolve(), arguments.steps
     settings = overrides(steps)
     config = run_config("demo", f"run.dir={folder / 'ours'}", *settings)
-    times = [time.monotonic()]
-    ours = train_ours(folder / "ours", *settings)
-    times.append(time.monotonic())
-    again = train_ours(folder / "again", *settings, *OTHERWISE)
-    times.append(time.monotonic())
-    theirs = train_theirs(config, folder, steps)
-    times.append(time.monotonic())
-    result = judge(ours, again, theirs)
+    runs = {
+        "ours": train_ours(folder / "ours", *settings),
+        "ours, rounded otherwise": train_ours(folder / "again", *settings, *OTHERWISE),
+        "transformers.Trainer": train_theirs(config, folder, steps, arguments.minutes),
+    }
+    done = min(len(losses) for losses, _ in runs.values())
+    ours, again, theirs = (losses[:done] for losses, _ in runs.values())
+    result = {"steps": done, "of": steps, **judge(ours, again, theirs)}
     curves = {"ours": ours, "again": again, "theirs": theirs}
     (folder / "losses.json").write_text(json.dumps({**result, **curves}, indent=1) + "\n")
-    shape = f"{parameter_count(config.model):,} parameters, {len(ours)} steps of {BATCH} x {SEQ_LEN}"
-    who = ("ours", "ours, rounded otherwise", "transformers.Trainer")
-    rows = [
-        Row("training", shape, name, end - begin, 1) for name, (begin, end) in zip(who, pairwise(times), strict=True)
-    ]
-    show(with_ratios(rows, "ours"), "one thread, start and evaluation of held-out text included")
-    print("written:", write(rows, "trainer", "one thread", {}, result))
     draw(folder / "losses.png", ours, again, theirs)
+    shape = f"{parameter_count(config.model):,} parameters, {BATCH} x {SEQ_LEN}"
+    rows = [Row("step", shape, name, seconds, done) for name, (_, seconds) in runs.items()]
+    show(with_ratios(rows, "ours"), "mean of a step, one thread")
     print(json.dumps(result, indent=1))
+    print("written:", write(rows, "trainer", "one thread", {}, result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 300)
+    main()

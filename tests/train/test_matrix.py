@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks x data-parallel ranks x ZeRO stages x accumulation x precision, each equal to one rank.
+"""Tensor- x data- x context-parallel ranks x ZeRO stages x accumulation x precision, each equal to one rank.
 
 Five updates with unequal batches: ranks hold different numbers of sequences, or none. Losses, gradient norms, and after
 the first and the last update weights and both moments, parameter by parameter: after one update the first moment is
@@ -6,6 +6,7 @@ the first and the last update weights and both moments, parameter by parameter: 
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
 from train.config import EngineKind, Optim, Precision
-from train.distributed import Ranks, data_parallel_group, ranks
+from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
 from train.engines import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
@@ -57,9 +58,14 @@ class Row:
     precision: Precision
     sequence: bool = False  # sequence parallelism
     engine: EngineKind = EngineKind.deepspeed
+    cp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.dp * self.cp
 
     def __str__(self) -> str:
-        layout = f"tp{self.tp}-dp{self.dp}" + "-sequence" * self.sequence
+        layout = f"tp{self.tp}-dp{self.dp}" + f"-cp{self.cp}" * (self.cp > 1) + "-sequence" * self.sequence
         engine = f"zero{self.stage}" if self.engine is EngineKind.deepspeed else self.engine.value
         return f"{layout}-{engine}-micro{self.micro_batch}-{self.precision.value}"
 
@@ -78,6 +84,9 @@ def rows_of(world: int) -> list[Row]:
     if world == 4:
         rows += [Row(*layout, stage, *rounded) for layout in layouts for stage in (1, 3)]
     cut = [replace(row, sequence=True) for row in rows if row.tp > 1 and row.micro_batch == 2 and row.stage in (1, 3)]
+    if world in (2, 4):  # of ranks that see other sequences, half see other pieces instead
+        pieces = [replace(row, dp=row.dp // 2, cp=2) for row in rows if row.dp > 1 and row.micro_batch == 2]
+        cut += [row for row in pieces if row.precision is Precision.fp32]
     megatron = [replace(row, engine=EngineKind.megatron) for row in rows + cut if row.stage == 1]
     return rows + cut + megatron if world <= 4 else rows
 
@@ -93,10 +102,12 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.rand(BATCHES[step], LENGTH, generator=draw) < 0.1
 
 
-def loss_of(model: Any, tokens: Tensor, starts: Tensor, precision: Precision) -> Tensor:
-    """Nats of all tokens."""
+def loss_of(
+    model: Any, tokens: Tensor, starts: Tensor, precision: Precision, piece: Callable[[Tensor], Tensor] = torch.clone
+) -> Tensor:
+    """Nats of all tokens, or of the piece of them that a rank holds."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False):
-        losses, _ = model(tokens[:, :-1], tokens[:, 1:], starts)
+        losses, _ = model(piece(tokens[:, :-1]), piece(tokens[:, 1:]), piece(starts))
     return losses.sum()
 
 
@@ -125,7 +136,7 @@ def one_rank(precision: Precision) -> dict[str, Any]:
 def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
     """One rank of all rows of a layout, whose process groups cost more than the updates."""
     shim = cuda_on_cpu if device == "cpu" else nullcontext
-    with ranks(device, rows[0].tp) as here:
+    with ranks(device, rows[0].tp, rows[0].cp) as here:
         for row in rows:
             with shim() if row.engine is EngineKind.megatron else nullcontext():
                 torch.save(train_row(row, here), root / f"{row}-{here.rank}.pt")
@@ -134,9 +145,13 @@ def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
 def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     """One rank of a row: five updates as the training loop does them; the curve, and what this rank owns."""
     kind = {"engine": row.engine, "zero_stage": row.stage, "precision": row.precision, "bucket_elements": 5000}
-    parallel = replace(run_config("demo").parallel, tensor_parallel=row.tp, **kind)  # type: ignore[arg-type]
+    layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
+    parallel = replace(run_config("demo").parallel, **layout, **kind)  # type: ignore[arg-type]
     where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
     model = build(TINY, REFERENCE, 0, here.device, **where)  # type: ignore[arg-type]
+    context = context_ranks() if row.cp > 1 else None
+    model.set_context(context)
+    piece = torch.clone if context is None else context.piece
     engine = build_engine(model, OPTIM, parallel, here)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
@@ -145,7 +160,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
         cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
         for index, (low, high) in enumerate(cuts):
             part = slice(low, high) if low < high else slice(0, 1)
-            loss = loss_of(model, tokens[part].to(here.device), starts[part].to(here.device), row.precision)
+            loss = loss_of(model, tokens[part].to(here.device), starts[part].to(here.device), row.precision, piece)
             loss = loss * ((low < high) / starts.numel())
             engine.backward(loss, last=index == len(cuts) - 1)
             total += loss.detach()
@@ -188,7 +203,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world in WORLDS:
         rows = rows_of(world)
         run_ranks(
-            world, [(train_rows, (folder, [r for r in rows if r.tp == tp])) for tp in sorted({r.tp for r in rows})]
+            world,
+            [
+                (train_rows, (folder, [row for row in rows if (row.tp, row.cp) == layout]))
+                for layout in sorted({(row.tp, row.cp) for row in rows})
+            ],
         )
     return folder
 
@@ -200,7 +219,7 @@ def expected() -> dict[Precision, dict[str, Any]]:
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
-    saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.tp * row.dp)]
+    saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
     assert_equal_to_one_rank(saved, expected[row.precision], row)
 
 
@@ -220,7 +239,7 @@ def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], r
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("row", [row for row in ROWS if row.tp * row.dp == 1], ids=str)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.world == 1], ids=str)
 def test_it_equals_one_rank_on_a_gpu(expected: dict[Precision, dict[str, Any]], row: Row, tmp_path: Path) -> None:
     train_rows(tmp_path, [row], "cuda")
     assert_equal_to_one_rank([torch.load(tmp_path / f"{row}-0.pt", weights_only=True)], expected[row.precision], row)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 
 from model.config import Backend, Recompute
+from model.flops import parameter_shapes
 from tests.corpus import make_corpus
+from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
 from tests.small import config
 from train.collectives import Collectives
-from train.config import Precision, RunConfig
+from train.config import EngineKind, Precision, RunConfig
 from train.distributed import ranks
 from train.dryrun import dry_run, fullest, micro_batches
 from train.loop import Trainer
@@ -42,20 +45,26 @@ CASES = {
         "context_parallel": 2, "precision": Precision.bf16, "recompute": Recompute.selective,
     },
 }  # fmt: skip
+MEGATRON: dict[str, dict[str, Any]] = {  # behind a shim of torch.cuda
+    "dp2-megatron": {"engine": EngineKind.megatron, "bucket_elements": 3000},
+    "dp2-megatron-bf16": {"engine": EngineKind.megatron, "precision": Precision.bf16},
+    "tp2-megatron": {"engine": EngineKind.megatron, "tensor_parallel": 2},
+}
 STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of three; the fullest
 
 
 def run_of(root: Path, name: str) -> RunConfig:
     run = config(root, name)
     # the reference's scan may choose its own recomputation, the kernels of a run do not
-    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **CASES[name]))
+    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **(CASES | MEGATRON)[name]))
 
 
 def count(root: Path, name: str) -> None:
     """Take some steps of a run and write what each asked of other ranks, and what this rank owns."""
     run = run_of(root, name)
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+    shim = cuda_on_cpu if name in MEGATRON else nullcontext
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
         trainer = Trainer(run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0))
         seen = []
         for token in STEPS:
@@ -74,7 +83,7 @@ def count(root: Path, name: str) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("traffic")
     make_corpus(folder / "data")
-    run_ranks(2, [(count, (folder, name)) for name in CASES])
+    run_ranks(2, [(count, (folder, name)) for name in CASES | MEGATRON])
     return folder
 
 
@@ -95,6 +104,24 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
             expected = {"/".join(key): size for key, size in sizes.items()}
             assert {key: size for key, (_, size) in step["counts"].items()} == expected, (rank, now)
     assert {1, 3, 8} <= batches
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+def test_megatrons_bytes_are_the_formulas_and_padding(root: Path, name: str) -> None:
+    """A parameter begins at a multiple of 64 elements of its buffer, a bucket ends at one of 128; no more on top."""
+    run = run_of(root, name)
+    padding = 4 * (64 + 128) * len(parameter_shapes(run.model))
+    for rank in (0, 1):
+        for step in counted(root, name, rank)["steps"]:
+            now = Schedule(run.schedule, run.data).at(step["token"])
+            micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
+            sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
+            seen = {tuple(key.split("/")): size for key, (_, size) in step["counts"].items()}
+            assert seen.pop(("other", "all_reduce")) == 4  # the norm, over all ranks of the model
+            assert set(seen) == set(sizes)
+            for kind, expected in sizes.items():
+                least, most = expected, expected + padding * (kind[0] == "replicas")
+                assert least <= seen[kind] <= most, (rank, now, kind)
 
 
 @pytest.mark.parametrize("name", CASES)

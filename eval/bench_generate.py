@@ -173,7 +173,8 @@ def bench(config: EvaluationConfig) -> None:
 def in_turns(decoders: dict[str, Decoder], tokens: int, rival_tokens: int) -> dict[str, float]:
     """Speeds of ours behind 1,024 to `tokens` tokens and of the others behind `rival_tokens`, relative to the first."""
     stops = [stop for stop in marks(tokens) if stop >= FLAT_FROM] or marks(tokens)
-    entrants = {f"ours after {stop:,}": (decoders["ours"], stop) for stop in stops}
+    chosen = dict.fromkeys([stops[0], stops[len(stops) // 2], stops[-1]])
+    entrants = {f"ours after {stop:,}": (decoders["ours"], stop) for stop in chosen}
     entrants |= {name: (decode, rival_tokens) for name, decode in decoders.items() if name != "ours"}
     print(f"in turns, {ROUNDS} rounds of {BLOCK} tokens: {', '.join(entrants)}", flush=True)
     return relative_speeds(entrants, ROUNDS)

@@ -50,6 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head, logits = weight.to(dtype), None
             for part in _chunks(len(labels), chunk):
+                logits = None  # one chunk's at a time
                 logits = hidden[part].to(dtype) @ head.t()
                 statistics[:, part] = rows.loss_statistics(logits, local[part])
         own, top, sums = statistics
@@ -76,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = rows.loss_gradient(logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part])
             grad_hidden[part] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
-            del grad  # before the next chunk's logits
+            del logits, grad  # before the next chunk's
         if group is not None:
             grad_hidden = group.sum(grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

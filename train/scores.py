@@ -4,6 +4,7 @@ A run takes them itself while it lives, but those of its last checkpoint come wh
 would have put them: metrics.jsonl, W&B, TensorBoard.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,9 @@ from train.metrics import say, trackers
 from train.records import JsonLines, read_lines, read_scores
 
 AGAIN_SECONDS = 5.0
+EXAMPLES = """examples:
+  python train/scores.py runs/7b
+"""
 PATIENCE = 5 * LOOK_SECONDS  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
 
 
@@ -86,10 +90,14 @@ def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
 
 def main() -> None:
     """The command line."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python train/scores.py RUN_FOLDER")
+    parser = argparse.ArgumentParser(
+        prog="python train/scores.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, help="of a run")
     try:
-        collect(Path(sys.argv[1]))
+        if not collect(parser.parse_args().folder):
+            print("no scores that its records do not have")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
 

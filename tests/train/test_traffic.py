@@ -113,7 +113,7 @@ def test_megatrons_bytes_are_the_formulas_and_padding(root: Path, name: str) -> 
     padding = 4 * (64 + 128) * len(parameter_shapes(run.model))
     for rank in (0, 1):
         for step in counted(root, name, rank)["steps"]:
-            now = Schedule(run.schedule, run.data).at(step["token"])
+            now = Schedule(run).at(step["token"])
             micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
             sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
             seen = {tuple(key.split("/")): size for key, (_, size) in step["counts"].items()}

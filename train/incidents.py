@@ -12,6 +12,7 @@ outcome.json, which is absent while a run goes on and after a crash:
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,10 @@ class Incidents:
     def log(self, kind: str, text: str, **facts: Any) -> None:
         """Write an incident; a full disk or a closed console is no reason to stop."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "incident": kind, "text": text, **facts}
-        try:
+        with suppress(OSError):  # neither takes the other along
             print(f"{kind}: {text}", flush=True)
-            with self.path.open("ab", buffering=0) as file:  # one write, so that lines of several ranks stay whole
-                file.write((json.dumps(line) + "\n").encode())
-        except OSError:
-            pass
+        with suppress(OSError), self.path.open("ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())  # one write, so that lines of several ranks stay whole
 
     def read(self) -> list[dict[str, Any]]:
         """All incidents so far; lines that a kill or a full disk cut are left out."""

@@ -97,7 +97,7 @@ class Lease:
             if os.path.samestat(stale, self.path.stat()):
                 self.path.unlink()
         except FileNotFoundError:
-            pass
+            return  # somebody else removed it, and taking it is tried next
 
     def _changes(self, before: int) -> bool:
         """Whether the lock is renewed within `seconds`."""

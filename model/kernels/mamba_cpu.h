@@ -25,7 +25,6 @@ static const float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 static inline V splat(float x) { return x - V{}; }
 static inline V load(const float *p) { return *(const V *)p; }
 static inline void store(float *p, V x) { *(V *)p = x; }
-static inline V select(I mask, V yes, V no) { return mask ? yes : no; }
 static inline float sum(V x) {
 #if W == 16
     return _mm512_reduce_add_ps((__m512)x);
@@ -57,8 +56,8 @@ static inline V exp2_near(V x) { return exp2v(x); }
 static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline V minimum(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
-static inline V maximum(V a, V b) { return select(a > b, a, b); }
-static inline V minimum(V a, V b) { return select(a < b, a, b); }
+static inline V maximum(V a, V b) { return a > b ? a : b; }
+static inline V minimum(V a, V b) { return a < b ? a : b; }
 #endif
 static inline V exp2_near(V x) {  // for x >= -126
     const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits

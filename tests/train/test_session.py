@@ -229,3 +229,13 @@ def test_the_time_limit_does_not_follow_the_wall_clock(monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "monotonic", lambda: real + 901)
     assert leave.asked() == "the time limit is near"
     measured("0 effect of +70 years")
+
+
+def test_an_incident_reaches_its_file_when_the_console_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    incidents = Incidents(tmp_path)
+    incidents.log("skip", "a loss that is not finite", step=3)
+    assert [(line["incident"], line["step"]) for line in incidents.read()] == [("skip", 3)]

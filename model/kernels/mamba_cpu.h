@@ -47,11 +47,16 @@ static inline V power(V f) {
 static inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline V minimum(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline V exp2v(V x) {
-    const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (V)_mm512_scalef_ps((__m512)power(x - (V)whole), whole);
+    const V f = (V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x less its whole part
+    return (V)_mm512_scalef_ps((__m512)power(f), (__m512)(x - f));
 }
 static inline V exp2_near(V x) { return exp2v(x); }
+static inline V reciprocal(V x) {  // of 14 bits, and a step of Newton's method: a third of a division's time
+    const V r = (V)_mm512_rcp14_ps((__m512)x);
+    return r + r * (splat(1.0f) - x * r);
+}
 #else
+static inline V reciprocal(V x) { return splat(1.0f) / x; }
 #if W == 8
 static inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline V minimum(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
@@ -69,22 +74,23 @@ static inline V exp2v(V x) { return exp2_near(maximum(splat(-126.0f), x)); }  //
 
 static inline V expv(V x) { return exp2v(x * splat(LOG2E)); }
 // e^-x stops at 2^126, beside which 1 is nothing.
-static inline V sigmoid(V x) { return splat(1.0f) / (splat(1.0f) + exp2v(minimum(splat(126.0f), x * splat(-LOG2E)))); }
+static inline V sigmoid(V x) { return reciprocal(splat(1.0f) + exp2v(minimum(splat(126.0f), x * splat(-LOG2E)))); }
 
-// ln(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)) as an odd series, relative error about 1e-7.
-static inline V log1p01(V e) {
-    V s = e / (splat(2.0f) + e), q = s * s;
-    V p = splat(2.0f / 13);
-    p = p * q + splat(2.0f / 11);
-    p = p * q + splat(2.0f / 9);
-    p = p * q + splat(2.0f / 7);
-    p = p * q + splat(2.0f / 5);
-    p = p * q + splat(2.0f / 3);
-    p = p * q + splat(2.0f);
-    return s * p;
-}
-
-static inline V softplus(V x) { return maximum(x, V{}) + log1p01(expv((V)((I)x | (I)splat(-0.0f)))); }
+// softplus(x) = max(x, 0) + ln(1 + e), e = e^-|x|, and its slope, sigmoid(x). ln(1 + e) is 2 atanh(s), s = e / (2 + e), as
+// s times a polynomial in s^2, relative error 5e-9 and its rounding; one division serves 1 / (2 + e) and 1 / (1 + e).
+struct Softplus {
+    V value, slope;
+    explicit inline Softplus(V x) {
+        const V e = expv((V)((I)x | (I)splat(-0.0f))), one = splat(1.0f) + e, two = splat(2.0f) + e;
+        const V r = reciprocal(one * two), s = e * one * r, q = s * s, upper = two * r;
+        V p = splat(0.28011993f) * q + splat(0.28001804f);
+        p = p * q + splat(0.40021527f);
+        p = p * q + splat(0.66666416f);
+        p = p * q + splat(2.0f);
+        value = maximum(x, V{}) + s * p;
+        slope = x > 0.0f ? upper : e * upper;
+    }
+};
 
 // A piece of work: one batch row and a group of its channels.
 struct Piece {

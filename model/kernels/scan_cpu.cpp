@@ -1,8 +1,8 @@
 // Selective scan of Mamba-1 on a CPU, forward and backward, fp32, channel-last.
 //
-// Axes: b batch, l time, d channel, n state. A tile of channels goes through a chunk of time at once: what needs no state
-// is computed row by row, in whole cache lines, then time runs sequentially with some states of one vector of channels in
-// registers. The backward starts each chunk from a kept state and computes the chunk's states again.
+// Axes: b batch, l time, d channel, n state. A group of channels goes through a chunk of time at once: what needs no state
+// is computed row by row, which the processor reads ahead, then time runs sequentially with some states of one vector of
+// channels in registers. The backward starts each chunk from a kept state and computes the chunk's states again.
 #include "mamba_cpu.h"
 
 static const int CHUNK = 16;  // time steps between kept states: a chunk's states and decays stay in the first-level cache
@@ -22,11 +22,8 @@ struct Gradients {
     float *u, *dt, *z, *A, *B, *C, *D, *bias, *first;
 };
 
-static const int TILE = 64;            // channels whose rows are read together
-static const int VECTORS = TILE / W;   // of a tile
-// States that go through a chunk together: as many as the registers hold, 32 of them with AVX-512 and 16 without.
-template <int N> constexpr int AHEAD = W == 16 || N < 8 ? N : 8;
-template <int N> constexpr int BACK = N < 8 ? N : 8;
+static const int VECTORS = GROUP / W;
+static const int M = 4;  // states that go through a chunk together: their decays and terms stay in the first-level cache
 
 static int64_t chunks_of(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 static int steps_of(int64_t length, int64_t chunk) { return int(length - chunk * CHUNK < CHUNK ? length - chunk * CHUNK : CHUNK); }
@@ -55,8 +52,8 @@ static inline bool within(V x) {
 
 // What the steps of a chunk need besides states, of one vector of channels: dt, dt u, what y is multiplied by, and y, onto
 // which C h is summed. Computed ahead of the recurrence, so that these long chains of operations overlap. `steepest` is the
-// largest dt of the chunk, for the range of dt A.
-struct Steps {
+// largest dt of the chunk, for the range of dt A. A vector that lies on two cache lines is read twice, hence alignas.
+struct alignas(64) Steps {
     float dt[CHUNK * W], du[CHUNK * W], gate[CHUNK * W], y[CHUNK * W], steepest[W];
 };
 // And for the backward: the gradient of y, the slope of softplus, and sums over states of adjoint times B, and times A p.
@@ -64,39 +61,59 @@ struct BackwardSteps : Steps {
     float gy[CHUNK * W], slope[CHUNK * W], sum_B[CHUNK * W], sum_A[CHUNK * W];
 };
 
-// One step of one vector of channels.
-static inline void prepare(const Scan &s, Steps &at, int k, int64_t row, int64_t d) {
-    const V u = load(s.u + row * s.u_row + d), z = load(s.z + row * s.z_row + d);
-    const V dt = softplus(load(s.dt + row * s.dt_row + d) + load(s.bias + d));
-    store(at.dt + k * W, dt), store(at.du + k * W, dt * u);
-    store(at.gate + k * W, z * sigmoid(z)), store(at.y + k * W, load(s.D + d) * u);
-    store(at.steepest, k ? maximum(load(at.steepest), dt) : dt);
+// Ask for a cache line that a chunk's end writes: it comes while the recurrence runs.
+static inline void soon_written(float *p) { __builtin_prefetch(p, 1, 2); }
+
+// One step of a group of channels from d0 on.
+static inline void prepare(const Scan &s, Steps *group, int vectors, int k, int64_t row, int64_t d0, float *y) {
+    const float *u = s.u + row * s.u_row + d0, *x = s.dt + row * s.dt_row + d0, *z = s.z + row * s.z_row + d0;
+    const float *bias = s.bias + d0, *D = s.D + d0;
+    y += row * s.channels + d0;
+    for (int v = 0; v < vectors; v++) {
+        const int i = v * W;
+        Steps &at = group[v];
+        soon_written(y + i);
+        const V uk = load(u + i), zk = load(z + i), dt = Softplus(load(x + i) + load(bias + i)).value;
+        store(at.dt + k * W, dt), store(at.du + k * W, dt * uk);
+        store(at.gate + k * W, zk * sigmoid(zk)), store(at.y + k * W, load(D + i) * uk);
+        store(at.steepest, k ? maximum(load(at.steepest), dt) : dt);
+    }
 }
 
 // The same for the backward; dD gathers.
-static inline void prepare(const Scan &s, BackwardSteps &at, int k, int64_t row, int64_t d, const float *dy, float *dD) {
-    const V u = load(s.u + row * s.u_row + d), x = load(s.dt + row * s.dt_row + d) + load(s.bias + d), dt = softplus(x);
-    const V z = load(s.z + row * s.z_row + d), gate = sigmoid(z), dout = load(dy + row * s.channels + d), gy = dout * z * gate;
-    store(at.dt + k * W, dt), store(at.du + k * W, dt * u);
-    store(at.gate + k * W, dout * gate * (splat(1.0f) + z * (splat(1.0f) - gate))), store(at.y + k * W, load(s.D + d) * u);
-    store(at.gy + k * W, gy), store(at.slope + k * W, sigmoid(x));
-    store(at.sum_B + k * W, V{}), store(at.sum_A + k * W, V{});
-    store(dD, load(dD) + gy * u);
-    store(at.steepest, k ? maximum(load(at.steepest), dt) : dt);
+static inline void prepare(const Scan &s, const Gradients &g, BackwardSteps *group, int vectors, int k, int64_t row, int64_t d0,
+                           const float *dy, float *dD) {
+    const float *u = s.u + row * s.u_row + d0, *x = s.dt + row * s.dt_row + d0, *z = s.z + row * s.z_row + d0;
+    const float *bias = s.bias + d0, *D = s.D + d0;
+    const int64_t out = row * s.channels + d0;
+    for (int v = 0; v < vectors; v++) {
+        const int i = v * W;
+        BackwardSteps &at = group[v];
+        soon_written(g.u + out + i), soon_written(g.dt + out + i), soon_written(g.z + out + i);
+        const Softplus dt(load(x + i) + load(bias + i));
+        const V uk = load(u + i), zk = load(z + i), dout = load(dy + out + i), gate = sigmoid(zk), gy = dout * zk * gate;
+        store(at.dt + k * W, dt.value), store(at.du + k * W, dt.value * uk);
+        store(at.gate + k * W, dout * gate * (splat(1.0f) + zk * (splat(1.0f) - gate)));
+        store(at.y + k * W, load(D + i) * uk);
+        store(at.gy + k * W, gy), store(at.slope + k * W, dt.slope);
+        store(at.sum_B + k * W, V{}), store(at.sum_A + k * W, V{});
+        store(dD + i, load(dD + i) + gy * uk);
+        store(at.steepest, k ? maximum(load(at.steepest), dt.value) : dt.value);
+    }
 }
 
 // Per step k and state n of one vector of channels: e decay, p decay times the state before; and the terms of dB and dC,
 // which gather over the piece's channels a vector at a time.
-template <int N> struct Chunk {
-    float e[CHUNK * BACK<N> * W], p[CHUNK * BACK<N> * W], dB[CHUNK * N * W], dC[CHUNK * N * W];
-    BackwardSteps tile[VECTORS];
+template <int N> struct alignas(64) Chunk {
+    float e[CHUNK * M * W], p[CHUNK * M * W], dB[CHUNK * N * W], dC[CHUNK * N * W];
+    BackwardSteps group[VECTORS];
 };
 
 // The forward pass leaves nothing behind in the recurrence; the backward's keeps decays and states, and adds to dC.
 struct Forget {
     inline void operator()(int, int, V, V, V) const {}
 };
-template <int N, int M> struct Keep {
+template <int N> struct Keep {
     Chunk<N> &c;
     const float *gy;
     int n0;
@@ -108,7 +125,7 @@ template <int N, int M> struct Keep {
 };
 
 // M states of one vector of channels through a chunk; A, B, C and state [n][W] begin at the first of them.
-template <int M, bool NEAR, class Each>
+template <bool NEAR, class Each>
 static inline void advance(const Scan &s, const float *A, float *state, Steps &at, int64_t row0, int steps, int n0, Each each) {
     V h[M];
     for (int n = 0; n < M; n++) h[n] = load(state + n * W);
@@ -119,7 +136,7 @@ static inline void advance(const Scan &s, const float *A, float *state, Steps &a
         const V dt = load(at.dt + k * W), du = load(at.du + k * W);
         const float *Bt = s.B + row * s.B_row + n0, *Ct = s.C + row * s.C_row + n0;
         V y0 = load(at.y + k * W), y1 = V{};
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int n = 0; n < M; n++) {
             const V x = dt * load(A + n * W), e = NEAR ? exp2_near(x) : exp2v(x), p = e * h[n];
             h[n] = p + du * splat(Bt[n]);
@@ -133,43 +150,39 @@ static inline void advance(const Scan &s, const float *A, float *state, Steps &a
 }
 
 template <int N> static void scan_forward(const Scan &s, float *y, float *last, float *kept, const Piece &p) {
-    const int64_t L = s.length, D = s.channels, C = chunks_of(L), b = p.b, width = p.d1 - p.d0;
-    const int M = AHEAD<N>;
-    std::vector<float> A(N * width), state(N * width), least(width);
-    Steps tile[VECTORS];
-    for (int64_t d = p.d0; d < p.d1; d += W) {
-        gather<N>(&A[N * (d - p.d0)], s.A + d * N, LOG2E);
-        store(&least[d - p.d0], smallest<N>(&A[N * (d - p.d0)]));
-        if (s.first) gather<N>(&state[N * (d - p.d0)], s.first + (b * D + d) * N, 1.0f);
+    const int64_t L = s.length, D = s.channels, C = chunks_of(L), b = p.b;
+    const int vectors = int(p.d1 - p.d0) / W;
+    alignas(64) float A[N * GROUP], state[N * GROUP] = {}, least[GROUP];
+    Steps group[VECTORS];
+    for (int v = 0; v < vectors; v++) {
+        const int64_t d = p.d0 + v * W;
+        gather<N>(A + N * v * W, s.A + d * N, LOG2E);
+        store(least + v * W, smallest<N>(A + N * v * W));
+        if (s.first) gather<N>(state + N * v * W, s.first + (b * D + d) * N, 1.0f);
     }
     for (int64_t chunk = 0; chunk < C; chunk++) {
         const int64_t row0 = b * L + chunk * CHUNK;
         const int steps = steps_of(L, chunk);
-        for (int64_t d0 = p.d0; d0 < p.d1; d0 += TILE) {
-            const int vectors = int(d0 + TILE < p.d1 ? TILE : p.d1 - d0) / W;
-            for (int k = 0; k < steps; k++)
-                for (int v = 0; v < vectors; v++) prepare(s, tile[v], k, row0 + k, d0 + v * W);
-            for (int v = 0; v < vectors; v++) {
-                const int64_t d = d0 + v * W, i = d - p.d0;
-                float *h = &state[N * i];
-                for (int n = 0; n < N; n++) store(kept + ((b * C + chunk) * N + n) * D + d, load(h + n * W));
-                const bool near = within(load(tile[v].steepest) * load(&least[i]));
-                for (int n = 0; n < N; n += M) {
-                    const float *a = &A[N * i + n * W];
-                    if (near) advance<M, true>(s, a, h + n * W, tile[v], row0, steps, n, Forget());
-                    else advance<M, false>(s, a, h + n * W, tile[v], row0, steps, n, Forget());
-                }
+        for (int k = 0; k < steps; k++) prepare(s, group, vectors, k, row0 + k, p.d0, y);
+        for (int v = 0; v < vectors; v++) {
+            float *h = state + N * v * W;
+            for (int n = 0; n < N; n++) store(kept + ((b * C + chunk) * N + n) * D + p.d0 + v * W, load(h + n * W));
+            const bool near = within(load(group[v].steepest) * load(least + v * W));
+            for (int n = 0; n < N; n += M) {
+                const float *a = A + (N * v + n) * W;
+                if (near) advance<true>(s, a, h + n * W, group[v], row0, steps, n, Forget());
+                else advance<false>(s, a, h + n * W, group[v], row0, steps, n, Forget());
             }
-            for (int k = 0; k < steps; k++)
-                for (int v = 0; v < vectors; v++)
-                    store(y + (row0 + k) * D + d0 + v * W, load(tile[v].y + k * W) * load(tile[v].gate + k * W));
         }
+        for (int k = 0; k < steps; k++)
+            for (int v = 0; v < vectors; v++)
+                store(y + (row0 + k) * D + p.d0 + v * W, load(group[v].y + k * W) * load(group[v].gate + k * W));
     }
-    for (int64_t d = p.d0; d < p.d1; d += W) scatter<N>(last + (b * D + d) * N, &state[N * (d - p.d0)]);
+    for (int v = 0; v < vectors; v++) scatter<N>(last + (b * D + p.d0 + v * W) * N, state + N * v * W);
 }
 
 // The adjoint recurrence of M states from n0 on, backwards through the chunk; dA and the sums over states gather.
-template <int N, int M>
+template <int N>
 static void adjoint(const Scan &s, const float *A, float *state, float *dA, Chunk<N> &c, BackwardSteps &at, int64_t row0, int steps, int n0) {
     V g[M], gA[M];
     for (int n = 0; n < M; n++) g[n] = load(state + n * W), gA[n] = load(dA + n * W);
@@ -178,7 +191,7 @@ static void adjoint(const Scan &s, const float *A, float *state, float *dA, Chun
         const float *Bt = s.B + row * s.B_row + n0, *Ct = s.C + row * s.C_row + n0;
         const V gy = load(at.gy + k * W), dt = load(at.dt + k * W), du = load(at.du + k * W);
         V sum_B = load(at.sum_B + k * W), sum_A = load(at.sum_A + k * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int n = 0; n < M; n++) {
             const V gh = gy * splat(Ct[n]) + g[n], ga = gh * load(c.p + (k * M + n) * W);
             float *dB = c.dB + (k * N + n0 + n) * W;
@@ -209,52 +222,50 @@ static inline void finish(const Scan &s, const Gradients &g, const BackwardSteps
 template <int N>
 static void scan_backward(const Scan &s, const float *kept, const float *dy, const float *dlast, const Gradients &g,
                           const Piece &p) {
-    const int64_t L = s.length, D = s.channels, b = p.b, width = p.d1 - p.d0;
-    const int M = BACK<N>;
-    std::vector<Chunk<N>> held(1);
-    Chunk<N> &c = held[0];
-    std::vector<float> A(N * width), state(N * width), dA(N * width), dD(width), dbias(width), least(width);
-    for (int64_t d = p.d0; d < p.d1; d += W) {
-        gather<N>(&A[N * (d - p.d0)], s.A + d * N, LOG2E);
-        store(&least[d - p.d0], smallest<N>(&A[N * (d - p.d0)]));
-        if (dlast) gather<N>(&state[N * (d - p.d0)], dlast + (b * D + d) * N, 1.0f);
+    const int64_t L = s.length, D = s.channels, b = p.b;
+    const int vectors = int(p.d1 - p.d0) / W;
+    Chunk<N> c;
+    alignas(64) float A[N * GROUP], state[N * GROUP] = {}, dA[N * GROUP] = {}, least[GROUP], dD[GROUP] = {}, dbias[GROUP] = {};
+    for (int v = 0; v < vectors; v++) {
+        const int64_t d = p.d0 + v * W;
+        gather<N>(A + N * v * W, s.A + d * N, LOG2E);
+        store(least + v * W, smallest<N>(A + N * v * W));
+        if (dlast) gather<N>(state + N * v * W, dlast + (b * D + d) * N, 1.0f);
     }
     for (int64_t chunk = chunks_of(L) - 1; chunk >= 0; chunk--) {
         const int64_t row0 = b * L + chunk * CHUNK;
         const int steps = steps_of(L, chunk);
         memset(c.dB, 0, sizeof c.dB);
         memset(c.dC, 0, sizeof c.dC);
-        for (int64_t d0 = p.d0; d0 < p.d1; d0 += TILE) {
-            const int vectors = int(d0 + TILE < p.d1 ? TILE : p.d1 - d0) / W;
-            for (int k = 0; k < steps; k++)
-                for (int v = 0; v < vectors; v++) prepare(s, c.tile[v], k, row0 + k, d0 + v * W, dy, &dD[d0 - p.d0 + v * W]);
-            for (int v = 0; v < vectors; v++) {
-                const int64_t d = d0 + v * W, i = N * (d - p.d0);
-                BackwardSteps &at = c.tile[v];
-                const bool near = within(load(at.steepest) * load(&least[d - p.d0]));
-                for (int n = 0; n < N; n += M) {
-                    float h[M * W];
-                    for (int m = 0; m < M; m++) store(h + m * W, load(kept + ((b * chunks_of(L) + chunk) * N + n + m) * D + d));
-                    const Keep<N, M> keep{c, at.gy, n};
-                    if (near) advance<M, true>(s, &A[i + n * W], h, at, row0, steps, n, keep);
-                    else advance<M, false>(s, &A[i + n * W], h, at, row0, steps, n, keep);
-                    adjoint<N, M>(s, &A[i + n * W], &state[i + n * W], &dA[i + n * W], c, at, row0, steps, n);
-                }
+        for (int k = 0; k < steps; k++) prepare(s, g, c.group, vectors, k, row0 + k, p.d0, dy, dD);
+        for (int v = 0; v < vectors; v++) {
+            BackwardSteps &at = c.group[v];
+            const bool near = within(load(at.steepest) * load(least + v * W));
+            for (int n = 0; n < N; n += M) {
+                const int i = (N * v + n) * W;
+                alignas(64) float h[M * W];
+                for (int m = 0; m < M; m++)
+                    store(h + m * W, load(kept + ((b * chunks_of(L) + chunk) * N + n + m) * D + p.d0 + v * W));
+                const Keep<N> keep{c, at.gy, n};
+                if (near) advance<true>(s, A + i, h, at, row0, steps, n, keep);
+                else advance<false>(s, A + i, h, at, row0, steps, n, keep);
+                adjoint<N>(s, A + i, state + i, dA + i, c, at, row0, steps, n);
             }
-            for (int k = 0; k < steps; k++)
-                for (int v = 0; v < vectors; v++) finish(s, g, c.tile[v], k, row0 + k, d0 + v * W, &dbias[d0 - p.d0 + v * W]);
         }
+        for (int k = 0; k < steps; k++)
+            for (int v = 0; v < vectors; v++) finish(s, g, c.group[v], k, row0 + k, p.d0 + v * W, dbias + v * W);
         for (int i = 0; i < steps * N; i++) {
             g.B[row0 * N + i] = sum(load(c.dB + i * W));
             g.C[row0 * N + i] = sum(load(c.dC + i * W));
         }
     }
-    for (int64_t d = p.d0; d < p.d1; d += W) {
-        scatter<N>(g.A + d * N, &dA[N * (d - p.d0)]);
-        if (g.first) scatter<N>(g.first + (b * D + d) * N, &state[N * (d - p.d0)]);
+    for (int v = 0; v < vectors; v++) {
+        const int64_t d = p.d0 + v * W;
+        scatter<N>(g.A + d * N, dA + N * v * W);
+        if (g.first) scatter<N>(g.first + (b * D + d) * N, state + N * v * W);
     }
-    memcpy(g.D + p.d0, dD.data(), sizeof(float) * width);
-    memcpy(g.bias + p.d0, dbias.data(), sizeof(float) * width);
+    memcpy(g.D + p.d0, dD, sizeof(float) * vectors * W);
+    memcpy(g.bias + p.d0, dbias, sizeof(float) * vectors * W);
 }
 
 template <int N> static void forward(const Scan &s, float *y, float *last, float *kept) {

@@ -14,13 +14,13 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from data.config import InputError
 from model.context_parallel import ContextRanks
 from train.config import Device, EngineKind, Parallel
+from train.memory import keep_freed
 
 # said by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
@@ -76,13 +76,6 @@ def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 
 
-def available_memory(device: str) -> int:
-    """Bytes that this machine's device has: of one GPU in all, or free for all ranks of a CPU machine."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
-    return int(psutil.virtual_memory().available)
-
-
 @contextmanager
 def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Iterator[Ranks]:
     """Join the world that the launcher's environment names (one rank without a launcher), and leave it at the end."""
@@ -97,6 +90,8 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
     if device == "cuda":
         torch.cuda.set_device(local)
+    else:
+        keep_freed()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))

@@ -53,10 +53,11 @@ def main(config: RunConfig) -> None:
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if os.environ.get("RANK", "0") == "0":
         print("loading torch, DeepSpeed and megatron-core", flush=True)
-    from train.distributed import available_memory, check_device, present_device
+    from train.distributed import check_device, present_device
+    from train.memory import available
 
     device = present_device(config.cluster.device)
-    check_memory(config, world, local_world, device, available_memory(device))
+    check_memory(config, world, local_world, device, available(device))
     check_device(config.cluster.device, device, config.parallel)
     open_manifests(config.data)  # missing data is said before groups and models are built
     from train.session import start

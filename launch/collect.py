@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data.config import InputError
 from train.incidents import read_outcome
-from train.records import read_lines, short
+from train.records import curve, read_lines, short
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
 BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured
@@ -65,14 +65,12 @@ def measured(run: Path) -> Row:
 
 
 def plot(folder: Path, rows: list[Row]) -> Path:
-    """Training loss over tokens of all runs, smoothed as the eye needs it, on one page without a network."""
+    """Training loss over tokens of all runs, in spans that the eye needs, on one page without a network."""
     figure = go.Figure()
     for row in rows:
-        records = [record for record in read_lines(folder / row["run"] / "metrics.jsonl") if record["loss"] is not None]
-        window = max(1, len(records) // 100)
-        losses = [record["loss"] for record in records]
-        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
-        figure.add_scatter(x=[record["tokens"] for record in records], y=smooth, name=row["run"], mode="lines")
+        records = read_lines(folder / row["run"] / "metrics.jsonl")
+        x, y = curve([(record["tokens"], record["loss"]) for record in records], most=200)
+        figure.add_scatter(x=x, y=y, name=row["run"], mode="lines")
     figure.update_layout(
         title=folder.name, xaxis_title="tokens", yaxis_title="loss, nats per token", template="simple_white"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
 
 
 class JsonLines:
@@ -99,3 +100,14 @@ def short(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     raise AssertionError
+
+
+def curve(points: list[tuple[int, float | None]], most: int = POINTS) -> tuple[list[int], list[float | None]]:
+    """At most `most` of them: each the mean of a span, at the span's end; a gap where a value is not finite."""
+    span = -(-len(points) // most) if points else 1
+    x, y = [], []
+    for start in range(0, len(points), span):
+        values = [value for _, value in points[start : start + span] if value is not None]
+        x.append(points[min(start + span, len(points)) - 1][0])
+        y.append(sum(values) / len(values) if values else None)
+    return x, y

@@ -18,9 +18,8 @@ from matplotlib import pyplot
 from omegaconf import OmegaConf
 
 from train.incidents import Incidents, read_outcome
-from train.records import Record, read_lines, read_scores, short
+from train.records import Record, curve, read_lines, read_scores, short
 
-POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 DASHES = ("solid", "dot", "dash", "longdash", "dashdot", "longdashdot")
 PANELS = {
@@ -211,17 +210,6 @@ def mixture_rows(records: list[Record], plan: Plan) -> list[tuple[Any, ...]]:
             said = "" if share is None else f"{share:.2%}"
             rows.append((stage, source, said, f"{read[source] / max(read.total(), 1):.2%}", short(read[source])))
     return rows
-
-
-def curve(points: list[tuple[int, float | None]]) -> tuple[list[int], list[float | None]]:
-    """At most POINTS of them: each the mean of a span, at the span's end; a gap where a value is not finite."""
-    span = -(-len(points) // POINTS) if points else 1
-    x, y = [], []
-    for start in range(0, len(points), span):
-        values = [value for _, value in points[start : start + span] if value is not None]
-        x.append(points[min(start + span, len(points)) - 1][0])
-        y.append(sum(values) / len(values) if values else None)
-    return x, y
 
 
 def tables(folder: Path, records: list[Record]) -> list[str]:

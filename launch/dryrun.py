@@ -1,6 +1,6 @@
 """A run at full size without its machines, on a laptop's CPU.
 
-Builds the model, its cut and DeepSpeed's partition on tensors without memory in a process group that pretends to have
+Builds the model, its cut and the engine's partition on tensors without memory in a process group that pretends to have
 `world` ranks, takes one step, and shows schedule, data plan, what each rank holds, and every collective with its bytes
 beside the formula of train/traffic.py. A layout that cannot run is refused with the nearest one that can. Also written
 to RUN/dryrun.json.
@@ -12,6 +12,7 @@ examples:
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from model.config import Recompute
 from train.config import EngineKind
 from train.plan import GIB, needs
 from train.schedule import Schedule
-from train.traffic import SENT, by_kind, flats, payloads
+from train.traffic import SENT, Bucket, Flat, buckets, by_kind, flats, payloads
 
 if TYPE_CHECKING:
     from train.dryrun import Rehearsed
@@ -83,11 +84,6 @@ class DryRun(PlannedRun):
 @command(DryRun)
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
-    if run.parallel.engine is EngineKind.megatron:
-        raise InputError(
-            "megatron-core's optimizer allocates on CUDA alone, and here is none: the dry run takes "
-            "parallel.engine=deepspeed, which has the same layers and batches; python launch/plan.py takes both"
-        )
     if run.parallel.zero_stage == 3:
         raise InputError(
             "DeepSpeed's ZeRO-3 compares what ranks say to each other, and here there is one: the dry run takes "
@@ -143,15 +139,19 @@ def steps(run: DryRun) -> list[dict[str, Any]]:
 
 
 def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
-    """Elements that ranks hold: weights and gradients whole, the optimizer's part cut over replicas."""
-    groups = flats(run, run.ranks)
-    replicas = groups[0].replicas
-    owned = [sum(flat.owned(replica) for flat in groups) for replica in range(replicas)]
+    """Elements that ranks hold: weights and gradients whole, the optimizer's part cut over replicas.
+
+    DeepSpeed cuts each of the optimizer's groups once, megatron-core every bucket.
+    """
+    megatron = run.parallel.engine is EngineKind.megatron
+    cuts: Sequence[Flat | Bucket] = buckets(run, run.ranks) if megatron else flats(run, run.ranks)
+    replicas = cuts[0].replicas
+    owned = [sum(cut.owned(replica) for cut in cuts) for replica in range(replicas)]
     need = needs(run, run.ranks)
     return {
-        "weights": sum(flat.elements for flat in groups),
-        "optimizer_part": sum(flat.part for flat in groups),
-        "optimizer_padding": sum(flat.part * replicas - flat.elements for flat in groups),
+        "weights": sum(owned),
+        "optimizer_part": sum(cut.part for cut in cuts),
+        "optimizer_padding": sum(cut.part for cut in cuts) * replicas - sum(owned),
         "optimizer_least": min(owned),
         "optimizer_most": max(owned),
         "largest_imbalance": max(owned) / (sum(owned) / replicas) - 1,

@@ -14,18 +14,18 @@ from model.config import SCAN_CHUNK, ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and full shape of every parameter, in the model's own order."""
+    """Name and full shape of every parameter, in the order of the model's named_parameters."""
     c = config
     layer = {
         "norm.weight": (c.d_model,),
-        "mixer.in_proj.weight": (2 * c.d_inner, c.d_model),
         "mixer.conv_weight": (c.d_inner, c.d_conv),
         "mixer.conv_bias": (c.d_inner,),
-        "mixer.x_proj.weight": (c.dt_rank + 2 * c.d_state, c.d_inner),
-        "mixer.dt_proj.weight": (c.d_inner, c.dt_rank),
         "mixer.dt_bias": (c.d_inner,),
         "mixer.A_log": (c.d_inner, c.d_state),
         "mixer.D": (c.d_inner,),
+        "mixer.in_proj.weight": (2 * c.d_inner, c.d_model),
+        "mixer.x_proj.weight": (c.dt_rank + 2 * c.d_state, c.d_inner),
+        "mixer.dt_proj.weight": (c.d_inner, c.dt_rank),
         "mixer.out_proj.weight": (c.d_model, c.d_inner),
     }
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (c.vocab_size, c.d_model)}

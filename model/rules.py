@@ -1,4 +1,4 @@
-"""Two rules by parameter name, torch-free: how a parameter is cut over tensor-parallel ranks, and whether it decays.
+"""Rules by parameter name, torch-free: how tensor-parallel ranks cut it, whether it decays, whether products take it.
 
 The cut table serves initial values, checkpoints, export and the sizes of a plan: whoever holds a part can say which
 part of what it is.
@@ -41,3 +41,8 @@ def cut_of(name: str) -> Cut | None:
 def decays(name: str) -> bool:
     """Whether weight decay applies to a parameter of this name."""
     return not name.endswith(NO_DECAY)
+
+
+def in_products(name: str) -> bool:
+    """Whether a parameter is a factor of matrix products, or the embedding: all others are fp32 in any precision."""
+    return decays(name) and name.endswith(".weight")

@@ -53,6 +53,11 @@ def test_imports_point_one_way(path: Path) -> None:
             assert name.split(".")[0] in MAY_IMPORT[room], f"{path} imports {name}"
 
 
+def test_no_training_takes_the_cpu_for_a_gpu() -> None:
+    """The dry run alone does, whose tensors hold nothing."""
+    assert [str(path) for path in SOURCES if "train.cuda_on_cpu" in imports(path)] == ["train/dryrun.py"]
+
+
 def test_some_imports_are_seen() -> None:
     assert "model.mamba" in imports(Path("train/engines/deepspeed.py")) and "train.config" in imports(
         Path("launch/estimate.py")

@@ -33,8 +33,8 @@ class Count:
 class Collectives(TorchDispatchMode):
     """Within it, torch.distributed's operations are counted by (group, operation); groups of one rank are left out.
 
-    Groups are named tensor, context, replicas and world. An operation is seen where autograd runs it too, since a CPU's
-    backward runs in the thread that asks for it.
+    Groups are named tensor, context, replicas, optimizer (all ranks that share one of megatron-core's) and world. An
+    operation is seen where autograd runs it too, since a CPU's backward runs in the thread that asks for it.
     """
 
     def __init__(self) -> None:
@@ -68,6 +68,7 @@ def name_of(group: dist.ProcessGroup) -> str:
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "context": parallel_state.get_context_parallel_group(),
         "replicas": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "optimizer": parallel_state.get_intra_distributed_optimizer_instance_group(),
         "world": dist.group.WORLD,
     }
     return next((name for name, other in named.items() if other == group), "other")

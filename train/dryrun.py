@@ -1,24 +1,27 @@
 """One step of a run at full size on a machine that could not hold a layer of it.
 
-The real model, megatron-core's real layers and groups, and the real DeepSpeed engine run on fake tensors, which have
-shapes and no memory, in a process group that pretends to be of any size and passes nothing on. What a rank would hold
+The real model, megatron-core's real layers and groups, and the real engine run on fake tensors, which have shapes and
+no memory, in a process group that pretends to be of any size and passes nothing on. What a rank would hold
 is read from the engine, and what it would send is counted as it asks for it. What needs values cannot be seen: losses,
 norms (a scalar that is read is 1), time.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from data.loader import present_or_expected, split
 from data.mixture import Plan
@@ -26,7 +29,8 @@ from model.kernels import CPU
 from model.mamba import FalconMamba
 from model.parallel import lay_out, mark
 from train.collectives import Collectives, Count
-from train.config import Precision, RunConfig
+from train.config import EngineKind, Precision, RunConfig
+from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import Ranks, context_ranks, stand
 from train.engines import Engine, build_engine
 from train.exchange import Exchange
@@ -60,6 +64,11 @@ def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[in
     return [max(1, high - low) for low, high in cuts]
 
 
+def before_the_last(sizes: list[int]) -> list[tuple[int, int]]:
+    """Micro-batches as (size, times): those alike ask for the same, but for the first, which gathers weights."""
+    return [*((size, 1) for size in sizes[:-1][:1]), *Counter(sizes[1:-1]).items()]
+
+
 def data_plan(config: RunConfig) -> Plan:
     """The order of the run's blocks, by the tokens that its sources have or are expected to have."""
     tokens = present_or_expected(config.data)[0]
@@ -74,23 +83,25 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     """
     now = Schedule(config).at(fullest(config))
     fake = FakeTensorMode()
+    cuda = cuda_on_cpu if config.parallel.engine is EngineKind.megatron else nullcontext
     with fake_world(config, world) as ranks, Collectives() as collectives:
         sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)
-        with fake, Scalars(), Pointers():
+        with fake, Scalars(), Pointers(), cuda():
             model = _fake_model(config, ranks)
             engine = build_engine(model, config.optim, config.parallel, ranks)
             start, collectives.counts = collectives.counts, {}
-            for size, times in Counter(sizes[:-1]).items():  # equal micro-batches ask for equal collectives
+            for size, times in before_the_last(sizes):
                 collectives.times = times
                 _micro_batch(config, model, engine, now, size, last=False)
             collectives.times = 1
             _micro_batch(config, model, engine, now, sizes[-1], last=True)
         sources = len(config.data.sources)
         Exchange(ranks, sources).tell(torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False)
-        with fake, Scalars(), Pointers():
+        with fake, Scalars(), Pointers(), cuda():
             engine.clip_and_step(now.lr)
+            step, collectives.counts = collectives.counts, {}
             owned = sum(tensor.numel() for piece, tensor in engine.pieces() if piece.kind == "param")
-    return Rehearsed(ranks.rank, now, sizes, owned, start, collectives.counts)
+    return Rehearsed(ranks.rank, now, sizes, owned, start, step)
 
 
 @contextmanager
@@ -102,10 +113,21 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group("fake", store=FakeStore(), rank=world - config.parallel.tensor_parallel, world_size=world)
     try:
-        yield stand(torch.device("cpu"), config.parallel.tensor_parallel, config.parallel.context_parallel)
+        with Silence(), patch("torch.distributed.all_gather_object", by_real_tensors(dist.all_gather_object)):
+            yield stand(torch.device("cpu"), config.parallel.tensor_parallel, config.parallel.context_parallel)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
+    """Gather objects, which need bytes; in a world that is not there, every rank says what this one does."""
+
+    def gather_objects(*args: Any, **kwargs: Any) -> None:
+        with unset_fake_temporarily():
+            gather(*args, **kwargs)
+
+    return gather_objects
 
 
 def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
@@ -132,19 +154,31 @@ def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now
         engine.backward(losses.sum() / now.tokens, last)
 
 
+class Silence(TorchDispatchMode):
+    """Coalesced collectives pass nothing on; torch answers the others of a fake tensor itself, but not these."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See class."""
+        if function.namespace == "c10d" and "tensor_coalesced" in function.__name__:
+            return FakeWork().boxed()
+        return function(*args, **(kwargs or {}))
+
+
 class Scalars(TorchDispatchMode):
     """A value that is read from a fake tensor is 1, or false."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See class."""
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 0
         return function(*args, **(kwargs or {}))
 
 
 class Pointers(TorchFunctionMode):
-    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts."""
+    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts. torch.tensor gets their numbers."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See class."""
+        if function is torch.tensor:  # which would look for a number in the memory of each
+            args = tree_map_only(FakeTensor, Tensor.item, args)
         return 0 if function is Tensor.data_ptr else function(*args, **(kwargs or {}))

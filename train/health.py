@@ -99,13 +99,14 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     """
     if engine.weights is Weights.parts:
         return []
+    pieces = engine.pieces()  # first, for megatron-core gathers weights for the next forward only, or for this
     weights = dict(model.named_parameters())
     held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))  # cut, whole tensors
     for name, weight in weights.items():
         held[int(cut_of(name) is None)] += bits(weight)
     if engine.weights is Weights.replicas:
         return outvoted(held.cpu(), ranks)
-    for piece, tensor in engine.pieces():
+    for piece, tensor in pieces:
         if piece.kind == "param":
             owned[int(cut_of(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
     cut, whole = owned[:1].cpu(), owned[1:].cpu()

@@ -6,6 +6,7 @@ from data.config import InputError
 from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
 from model.flops import parameter_count, train_flops_per_token
 from train.config import EngineKind, Precision, RunConfig
+from train.traffic import buckets
 
 GIB = 2**30
 LIVE_PARAMETERS = 400_000_000  # elements that ZeRO-3 holds whole at once: a 7B's head and a layer, 1.6 GB of fp32
@@ -58,35 +59,46 @@ def held_by_the_loss(config: RunConfig, tokens: int) -> int:
 def needs(config: RunConfig, ranks: int) -> Needs:
     """Memory of one of `ranks` ranks.
 
-    Parameters and gradients are fp32, but megatron-core's engine keeps bf16 parameters (the few that it does not are
-    left out here). Every replica (a data- or context-parallel rank) holds all of them and two moments (ZeRO-0); AdamW's
-    state and master weights are cut over replicas (1), gradients too (2), parameters too (3). Activations are what one
-    micro-batch keeps (kept_by_a_layer), and in bf16 the cast weights of layers that are not computed again. Buffers are
-    two reduction buckets, ZeRO-3's whole parameters, and what the loss or a layer in its backward holds, whichever is
-    more. Stage 0 copies the gradients when activations are gone. Within 5 % of what torch's allocator hands out on a
-    CPU (tests/train/test_plan.py).
+    Parameters and gradients are fp32, but see state_of_megatron. Every replica (a data- or context-parallel rank) holds
+    all of them and two moments (ZeRO-0); AdamW's state and master weights are cut over replicas (1), gradients too (2),
+    parameters too (3). Activations are what one micro-batch keeps (kept_by_a_layer), and with DeepSpeed in bf16 the
+    cast weights of layers that are not computed again. Buffers are two of DeepSpeed's reduction buckets, ZeRO-3's whole
+    parameters, and what the loss or a layer in its backward holds, whichever is more. Stage 0 copies the gradients when
+    activations are gone. Within 5 % of what torch's allocator hands out on a CPU (tests/train/test_plan.py).
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp
     cut = per_rank // max(1, ranks // tp)
-    width = 2 if config.parallel.precision is Precision.bf16 else 4
     kept, passing = kept_by_a_layer(config)
     tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
     activations = tokens * c.n_layer * kept
-    megatron = config.parallel.engine is EngineKind.megatron and width == 2
-    if width == 2 and not megatron:
-        activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
     working = max(held_by_the_loss(config, tokens), tokens * passing)
+    if config.parallel.engine is EngineKind.megatron:
+        return Needs(*state_of_megatron(config, ranks), activations=activations, buffers=working)
+    if config.parallel.precision is Precision.bf16:
+        activations += 2 * per_rank // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
     if stage == 0:
         working = max(working, 4 * per_rank - activations)
-    buckets = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 0
+    reduction = 8 * min(config.parallel.bucket_elements, per_rank) if stage else 0
     return Needs(
-        parameters=2 * per_rank if megatron else 4 * (cut if stage == 3 else per_rank),
+        parameters=4 * (cut if stage == 3 else per_rank),
         gradients=4 * (cut if stage >= 2 else per_rank),
         optimizer=12 * cut if stage else 8 * per_rank,
         activations=activations,
-        buffers=buckets + working + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
+        buffers=reduction + working + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
     )
+
+
+def state_of_megatron(config: RunConfig, ranks: int) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer with megatron-core's engine, padding too.
+
+    Parameters are in the products' type where products take them; such ones have fp32 masters, the others are their
+    own. Gradients are fp32. Both lie in buffers that are reduced and gathered in place, without buckets besides.
+    """
+    cut = buckets(config, ranks)
+    parameters = sum(bucket.width * bucket.size for bucket in cut)
+    optimizer = sum((12 if bucket.width == 2 else 8) * bucket.part for bucket in cut)
+    return parameters, sum(4 * bucket.size for bucket in cut), optimizer
 
 
 def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:

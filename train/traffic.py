@@ -5,11 +5,11 @@ the collectives of real steps and finds these numbers exactly; launch/dryrun.py 
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 from model.config import Recompute
 from model.flops import parameter_shapes
-from model.rules import cut_of, decays
+from model.rules import cut_of, decays, in_products
 from train.config import EngineKind, Precision, RunConfig
 
 ALIGNMENT = 2  # elements that DeepSpeed aligns the part of a rank to
@@ -45,6 +45,51 @@ def flats(config: RunConfig, ranks: int) -> list[Flat]:
     return [Flat(elements[decayed], ranks // tp) for decayed in (True, False)]
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Some of megatron-core's parameters of one type, in one part of a buffer, which is cut evenly over replicas."""
+
+    size: int  # elements, padding too
+    width: int  # bytes of a weight
+    ranges: tuple[tuple[int, int], ...]  # where its parameters lie; between them is padding
+    replicas: int
+
+    @property
+    def part(self) -> int:
+        """Elements of a rank's part."""
+        return self.size // self.replicas
+
+    def owned(self, rank: int) -> int:
+        """Elements of a replica's part that are no padding."""
+        low, high = rank * self.part, (rank + 1) * self.part
+        return sum(max(0, min(high, end) - max(low, start)) for start, end in self.ranges)
+
+
+def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
+    """How megatron-core lays parameters out: one buffer per type, from the model's last parameter to its first.
+
+    A parameter begins at a multiple of 64 elements; a bucket ends with the parameter that fills it, at a multiple of
+    128 and of the replicas (core/distributed/param_and_grad_buffer.py of megatron-core 0.16.1).
+    """
+    tp = config.parallel.tensor_parallel
+    unit, found = lcm(ranks // tp, 128), []
+    for width in (2, 4):
+        ranges: list[tuple[int, int]] = []
+        named = [(name, shape) for name, shape in parameter_shapes(config.model).items() if wide(config, name) == width]
+        for name, shape in reversed(named):
+            start = -(-ranges[-1][1] // 64) * 64 if ranges else 0
+            ranges.append((start, start + prod(shape) // (tp if cut_of(name) is not None else 1)))
+            if ranges[-1][1] >= config.parallel.bucket_elements or name == named[0][0]:
+                found.append(Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), ranks // tp))
+                ranges = []
+    return found
+
+
+def wide(config: RunConfig, name: str) -> int:
+    """Bytes of an element of a parameter with megatron-core: matrices are in the products' type, others in fp32."""
+    return 2 if config.parallel.precision is Precision.bf16 and in_products(name) else 4
+
+
 def to_owners(elements: int, replicas: int, bucket: int) -> bool:
     """Whether DeepSpeed's stages 1 and 2 sum each rank's part of a gradient at that rank, which sends half as much.
 
@@ -58,7 +103,7 @@ class Payload:
     """What one kind of collective carries in a step, all its calls together."""
 
     what: str
-    group: str  # tensor, context, replicas or world
+    group: str  # tensor, context, replicas, optimizer or world (see train/collectives.py)
     operation: str
     size: float  # bytes
     ranks: int
@@ -91,17 +136,16 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
     stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
     Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
     estimate, for DeepSpeed keeps small parameters whole and gathers some once more. megatron-core scatters the gradient
-    once and gathers weights in their own type; without the padding of its buckets (64 elements a tensor at the most,
-    128 a bucket), and without the 4 bytes of its norm.
+    once and gathers weights in their own type, bucket by bucket with their padding, and sums its norm over all ranks.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas
     if config.parallel.engine is EngineKind.megatron:
-        decayed, rest = (flat.elements for flat in groups)
-        width = 2 if config.parallel.precision is Precision.bf16 else 4
+        cut = buckets(config, ranks)
         return [
-            Payload("gradients", "replicas", "reduce_scatter", 4 * (decayed + rest), replicas),
-            Payload("weights", "replicas", "all_gather", width * decayed + 4 * rest, replicas),
+            Payload("gradients", "replicas", "reduce_scatter", sum(4 * bucket.size for bucket in cut), replicas),
+            Payload("weights", "replicas", "all_gather", sum(bucket.width * bucket.size for bucket in cut), replicas),
+            Payload("norm", "optimizer", "all_reduce", 4, ranks),
         ]
     elements = sum(flat.elements for flat in groups)
     gradients = 4 * elements * (micro_batches if stage > 1 else 1)
@@ -121,19 +165,20 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
     """What tensor-parallel ranks sum, per token of theirs.
 
     Per layer x_proj's output and its gradient, the former again where the backward computes the layer again, out_proj's
-    output and in_proj's input's gradient; the embedding's rows in fp32; three values of the loss and its input's
-    gradient. Under sequence parallelism sums of out_proj and in_proj become scatters, with gathers on the other side
-    of them and once more in the backward; embedding and last norm are gathered; norms' weights are summed in every
-    micro-batch.
+    output and in_proj's input's gradient; the embedding's rows in its weight's type; three values of the loss and its
+    input's gradient. Under sequence parallelism sums of out_proj and in_proj become scatters, with gathers on the other
+    side of them and once more in the backward; embedding and last norm are gathered; norms' weights are summed in
+    every micro-batch.
     """
     c, p = config.model, config.parallel
     width = 2 if p.precision is Precision.bf16 else 4
     again = p.recompute is not Recompute.none
     selected, residual = width * (c.dt_rank + 2 * c.d_state), width * c.d_model
-    sums = c.n_layer * selected * (2 + again) + 4 * c.d_model + 12 + residual
+    rows = c.d_model * (wide(config, "embedding.weight") if p.engine is EngineKind.megatron else 4)
+    sums = c.n_layer * selected * (2 + again) + rows + 12 + residual
     gathers = scatters = norms = 0
     if p.sequence_parallel:
-        gathers = c.n_layer * residual * (3 + (p.recompute is Recompute.full)) + 4 * c.d_model + residual
+        gathers = c.n_layer * residual * (3 + (p.recompute is Recompute.full)) + rows + residual
         scatters = c.n_layer * residual * 2
         norms = micro_batches * (c.n_layer + 1) * 4 * c.d_model
     else:

@@ -34,6 +34,7 @@ def exported(root: Path, name: str) -> dict[str, str]:
         ("zero0-to-zero3", "zero3-as-zero0"),  # ZeRO-3, no ZeRO
         ("zero3-to-zero2", "zero2-as-zero3"),  # ZeRO-2, ZeRO-3
         ("dp1-to-tp2", "sequence-as-dp2"),  # sequence parallel, data parallel
+        ("megatron", "megatron-as-zero3"),  # megatron-core's optimizer, DeepSpeed's
     ],
 )
 def test_checkpoints_of_any_layout_export_the_same_bytes(world: Path, written_by: str, and_by: str) -> None:
@@ -45,7 +46,7 @@ def test_different_weights_export_different_bytes(world: Path) -> None:
     assert exported(world, "dp1") != exported(world, "tp2")  # equal to rounding alone
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "cp2", "dp1-to-tp2", "zero0-to-zero3"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "cp2", "dp1-to-tp2", "zero0-to-zero3", "megatron"])
 def test_validation_is_the_same_in_any_layout(world: Path, layout: str) -> None:
     """Under context parallelism too, where training cuts sequences over ranks and validation does not."""
 

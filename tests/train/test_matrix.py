@@ -22,10 +22,10 @@ from model.kernels import REFERENCE
 from model.parallel import build, unshard
 from model.rules import cut_of, decays
 from tests.compose import run_config
-from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
 from train.config import EngineKind, Optim, Precision
+from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
 from train.engines import build_engine
 

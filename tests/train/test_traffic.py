@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,22 +11,22 @@ from typing import Any
 import pytest
 
 from model.config import Backend, Recompute
-from model.flops import parameter_shapes
+from model.flops import parameter_count
 from tests.corpus import make_corpus
-from tests.cuda_shim import cuda_on_cpu
 from tests.distributed import run_ranks
 from tests.small import config
 from train.collectives import Collectives
 from train.config import EngineKind, Precision, RunConfig
+from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import ranks
 from train.dryrun import dry_run, fullest, micro_batches
 from train.loop import Trainer
 from train.schedule import Schedule
 from train.signals import Leave
-from train.traffic import Flat, by_kind, flats, payloads
+from train.traffic import Bucket, Flat, buckets, by_kind, flats, payloads
 from train.watchdog import Watch
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "dp2": {},
     "dp2-bf16-full": {"precision": Precision.bf16, "recompute": Recompute.full},
     "dp2-owners": {"bucket_elements": 10_000},
@@ -44,26 +45,32 @@ CASES = {
     "cp2-bf16-selective": {
         "context_parallel": 2, "precision": Precision.bf16, "recompute": Recompute.selective,
     },
-}  # fmt: skip
-MEGATRON: dict[str, dict[str, Any]] = {  # behind a shim of torch.cuda
     "dp2-megatron": {"engine": EngineKind.megatron, "bucket_elements": 3000},
-    "dp2-megatron-bf16": {"engine": EngineKind.megatron, "precision": Precision.bf16},
-    "tp2-megatron": {"engine": EngineKind.megatron, "tensor_parallel": 2},
-}
+    "dp2-megatron-bf16-full": {
+        "engine": EngineKind.megatron, "bucket_elements": 3000, "precision": Precision.bf16,
+        "recompute": Recompute.full,
+    },
+    "tp2-megatron-bf16": {"engine": EngineKind.megatron, "tensor_parallel": 2, "precision": Precision.bf16},
+    "tp2-sp-megatron-bf16-selective": {
+        "engine": EngineKind.megatron, "tensor_parallel": 2, "sequence_parallel": True, "precision": Precision.bf16,
+        "recompute": Recompute.selective,
+    },
+    "cp2-megatron": {"engine": EngineKind.megatron, "context_parallel": 2, "bucket_elements": 3000},
+}  # fmt: skip
 STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of three; the fullest
 
 
 def run_of(root: Path, name: str) -> RunConfig:
     run = config(root, name)
     # the reference's scan may choose its own recomputation, the kernels of a run do not
-    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **(CASES | MEGATRON)[name]))
+    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **CASES[name]))
 
 
 def count(root: Path, name: str) -> None:
     """Take some steps of a run and write what each asked of other ranks, and what this rank owns."""
     run = run_of(root, name)
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    shim = cuda_on_cpu if name in MEGATRON else nullcontext
+    shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
         trainer = Trainer(run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0))
         seen = []
@@ -83,7 +90,7 @@ def count(root: Path, name: str) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("traffic")
     make_corpus(folder / "data")
-    run_ranks(2, [(count, (folder, name)) for name in CASES | MEGATRON])
+    run_ranks(2, [(count, (folder, name)) for name in CASES])
     return folder
 
 
@@ -106,24 +113,6 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
     assert {1, 3, 8} <= batches
 
 
-@pytest.mark.parametrize("name", MEGATRON)
-def test_megatrons_bytes_are_the_formulas_and_padding(root: Path, name: str) -> None:
-    """A parameter begins at a multiple of 64 elements of its buffer, a bucket ends at one of 128; no more on top."""
-    run = run_of(root, name)
-    padding = 4 * (64 + 128) * len(parameter_shapes(run.model))
-    for rank in (0, 1):
-        for step in counted(root, name, rank)["steps"]:
-            now = Schedule(run).at(step["token"])
-            micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
-            sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
-            seen = {tuple(key.split("/")): size for key, (_, size) in step["counts"].items()}
-            assert seen.pop(("other", "all_reduce")) == 4  # the norm, over all ranks of the model
-            assert set(seen) == set(sizes)
-            for kind, expected in sizes.items():
-                least, most = expected, expected + padding * (kind[0] == "replicas")
-                assert least <= seen[kind] <= most, (rank, now, kind)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
     """Calls and bytes of the fullest step of the last replica, and the elements that it owns."""
@@ -134,15 +123,23 @@ def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
     assert seen.owned == real["owned"]
 
 
-def test_every_element_has_one_owner(root: Path) -> None:
-    """DeepSpeed's parts on both ranks are those of the formula; the two together are the model."""
-    groups = flats(run_of(root, "dp2"), 2)
-    owned = [counted(root, "dp2", rank)["owned"] for rank in (0, 1)]
-    assert owned == [sum(flat.owned(rank) for flat in groups) for rank in (0, 1)]
-    assert sum(owned) == sum(flat.elements for flat in groups)
+@pytest.mark.parametrize("name", ["dp2", "dp2-megatron", "dp2-megatron-bf16-full", "cp2-megatron"])
+def test_every_element_has_one_owner(root: Path, name: str) -> None:
+    """Parts on both ranks are those of the formula; the two together are the model."""
+    run = run_of(root, name)
+    cuts: Sequence[Flat | Bucket] = buckets(run, 2) if "megatron" in name else flats(run, 2)
+    owned = [counted(root, name, rank)["owned"] for rank in (0, 1)]
+    assert owned == [sum(cut.owned(rank) for cut in cuts) for rank in (0, 1)]
+    assert sum(owned) == parameter_count(run.model) and ("megatron" not in name or len(cuts) > 1)
 
 
 def test_parts_by_hand() -> None:
     """13 elements over 4 replicas: 16 in parts of 4; over 8, parts of 2, the last of which is padding alone."""
     assert [Flat(13, 4).owned(rank) for rank in range(4)] == [4, 4, 4, 1] and Flat(13, 4).part == 4
     assert [Flat(13, 8).owned(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0] and Flat(13, 8).part == 2
+
+
+def test_buckets_by_hand() -> None:
+    """Of 3 replicas, so that a bucket ends at a multiple of 384: what a part holds beside padding."""
+    bucket = Bucket(768, 2, ((0, 100), (128, 700)), 3)
+    assert bucket.part == 256 and [bucket.owned(rank) for rank in range(3)] == [228, 256, 188]

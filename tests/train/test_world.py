@@ -58,16 +58,19 @@ def test_runs_cover_what_they_claim(root: Path) -> None:
         ("zero0-to-zero3", "zero3-as-zero0"),
         ("zero3-to-zero2", "zero2-as-zero3"),
         ("dp1-to-tp2", "sequence-as-dp2"),
+        ("megatron", "megatron-as-zero3"),
+        ("zero0-to-zero3", "zero3-as-megatron"),
     ],
 )
 def test_any_layout_loads_any_other_exactly(root: Path, source: str, other: str, measured: Any) -> None:
     assert_same_weights(final(root, source), final(root, other), 0)
     files = [{path.name for path in final(root, name).folder.glob("rank-*")} for name in (source, other)]
-    assert files[0] != files[1] or source in ("tp2", "dp1-to-tp2", "zero0-to-zero3", "zero3-to-zero2")  # as many ranks
+    alike = ("tp2", "dp1-to-tp2", "zero0-to-zero3", "zero3-to-zero2", "megatron")  # as many ranks
+    assert files[0] != files[1] or source in alike
     measured("equal")
 
 
-@pytest.mark.parametrize("other", ["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize("other", ["dp2", "tp2", "cp2", "megatron", "megatron-cp2"])
 def test_two_ranks_equal_one(root: Path, other: str) -> None:
     torch.testing.assert_close(curve(root, other), curve(root, "dp1"), rtol=3e-5, atol=0)
     assert_same_weights(final(root, other), final(root, "dp1"), 1e-3)
@@ -91,7 +94,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Path) -> None:
     assert_same_weights(final(root, "dp2-resumed"), final(root, "dp2"), 0)
 
 
-@pytest.mark.parametrize("moved", ["dp1-to-tp2", "tp2-to-dp1", "dp2-to-zero0", "zero0-to-zero3", "zero3-to-zero2"])
+MOVED = ["dp1-to-tp2", "tp2-to-dp1", "dp2-to-zero0", "zero0-to-zero3", "zero3-to-zero2", "dp2-to-megatron",
+         "megatron-to-zero2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("moved", MOVED)
 def test_another_layout_or_engine_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
     torch.testing.assert_close(curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0)
     assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.config import Recompute
 from model.kernels import REFERENCE
 from model.parallel import build
 from model.weights import Pieces, newest
@@ -16,17 +19,26 @@ from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.tiny import TINY
-from train.config import RunConfig
-from train.distributed import ranks
+from train.config import EngineKind, RunConfig
+from train.cuda_on_cpu import cuda_on_cpu
+from train.distributed import Ranks, ranks
 from train.loop import Trainer
 from train.signals import Leave
 from train.watchdog import Watch
 
 
+@contextmanager
+def standing(run: RunConfig) -> Iterator[Ranks]:
+    """A rank of a run's layout; megatron-core's optimizer takes it for one with a GPU."""
+    shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
+    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
+        yield here
+
+
 def train(run: RunConfig) -> None:
     """A whole run, or the rest of it."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+    with standing(run) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         Trainer(run, here, {}, watch, Leave(None, 0.0)).run()
 
@@ -44,7 +56,7 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         newest_one = next(newest(root / source / "checkpoints"))
         shutil.copytree(newest_one, run.run.checkpoints / newest_one.name)
-    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here:
+    with standing(run) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         trainer = Trainer(run, here, {}, watch, Leave(None, 0.0))
         trainer.state.step += 1
@@ -69,6 +81,12 @@ def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence))
 
 
+def megatron(run: RunConfig, sequence: bool = False, recompute: Recompute = Recompute.none) -> RunConfig:
+    """The same run by megatron-core's optimizer, with buckets that end inside the model."""
+    parallel = replace(run.parallel, engine=EngineKind.megatron, bucket_elements=3000, recompute=recompute)
+    return replace(run, parallel=replace(parallel, sequence_parallel=sequence))
+
+
 def run_all(folder: Path) -> None:
     """All runs, in two processes but for those on one rank."""
     make_corpus(folder / "data")
@@ -84,7 +102,13 @@ def run_all(folder: Path) -> None:
         (train_from, (folder, "dp2", engine(config(folder, "dp2-to-zero0"), 0))),
         (train_from, (folder, "dp2-to-zero0", engine(config(folder, "zero0-to-zero3"), 3))),
         (train_from, (folder, "zero0-to-zero3", engine(config(folder, "zero3-to-zero2"), 2))),
+        (train, (megatron(config(folder, "megatron"), recompute=Recompute.full),)),
+        (train, (megatron(config(folder, "megatron-cp2", context_parallel=2), recompute=Recompute.selective),)),
+        (train_from, (folder, "dp2", megatron(config(folder, "dp2-to-megatron", 2), True, Recompute.full))),
+        (train_from, (folder, "dp2-to-megatron", engine(config(folder, "megatron-to-zero2"), 2))),
         (reshard, (folder, "zero0-to-zero3", engine(config(folder, "zero3-as-zero0"), 0))),
+        (reshard, (folder, "megatron", engine(config(folder, "megatron-as-zero3"), 3))),
+        (reshard, (folder, "zero0-to-zero3", megatron(config(folder, "zero3-as-megatron")))),
         (reshard, (folder, "zero3-to-zero2", engine(config(folder, "zero2-as-zero3"), 3))),
         (reshard, (folder, "tp2", config(folder, "tp2-as-dp2"))),
         (reshard, (folder, "dp1", config(folder, "dp1-as-tp2", tensor_parallel=2))),

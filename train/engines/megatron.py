@@ -4,7 +4,7 @@ Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, d
 fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket, while the backward goes on; weights are
 gathered while the next forward goes on. 6 bytes per parameter on every rank (2 weights, 4 gradients), 12 over ranks.
 
-megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind tests/cuda_shim.py.
+megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind train/cuda_on_cpu.py, as the dry run does.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from model.mamba import FalconMamba
-from model.rules import decays
+from model.rules import decays, in_products
 from model.weights import Piece, Pieces
 from train.config import Optim, Precision
 from train.distributed import Ranks
@@ -42,7 +42,7 @@ class MegatronEngine:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         if precision is Precision.bf16:
             for name, parameter in model.named_parameters():
-                if decays(name) and name.endswith(".weight"):
+                if in_products(name):
                     parameter.data = parameter.data.bfloat16()
         # DistributedDataParallel asks for a transformer's config, of which it reads these alone
         shape = TransformerConfig(

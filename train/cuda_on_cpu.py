@@ -1,6 +1,7 @@
-"""torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU: for tests without a GPU.
+"""torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU.
 
-It replaces names of torch.cuda and maps `device="cuda"` to the CPU; nothing in the product knows of it.
+It replaces names of torch.cuda and maps `device="cuda"` to the CPU: for the dry run and for tests, where no GPU is. No
+training goes this way (tests/test_architecture.py).
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ class Stream:
     """Does nothing, at once."""
 
     def __getattr__(self, name: str) -> Any:
+        """Any method, which takes anything."""
         return lambda *args, **kwargs: None
 
 
@@ -25,6 +27,7 @@ class OnCpu(TorchFunctionMode):
     """Tensors asked for on CUDA lie on the CPU, and say that they are CUDA's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See class."""
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
@@ -36,7 +39,7 @@ class OnCpu(TorchFunctionMode):
 
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Within it megatron-core's distributed optimizer works on gloo."""
+    """Within it megatron-core's distributed optimizer works on a CPU's tensors and groups."""
     answers: dict[str, Any] = {
         "current_device": lambda: CPU,
         "synchronize": lambda *_: None,

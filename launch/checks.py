@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.config import InputError
 from model.flops import parameter_count
-from train.config import Device, RunConfig
+from train.config import Device, EngineKind, RunConfig
 from train.plan import GIB, check_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,9 @@ def torch_and_driver(config: RunConfig) -> Finding:
     if config.cluster.device is Device.cuda:
         has_driver = shutil.which("nvidia-smi") is not None
         fix = "install the torch build for your driver's CUDA" if has_driver else "install NVIDIA's driver"
-        return Finding("bad", f"{text}, no GPU", f"{fix}, or set cluster.device=cpu")
+        return Finding("bad", f"{text}, no GPU", f"{fix}, or set cluster.device=cpu parallel.engine=deepspeed")
+    if config.parallel.engine is EngineKind.megatron:
+        return Finding("bad", f"{text}, no GPU for parallel.engine=megatron", "set parallel.engine=deepspeed")
     return Finding("ok", f"{text}, no GPU")
 
 

@@ -71,7 +71,11 @@ def present_device(wanted: Device) -> str:
 def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
     """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
     if present == "cpu" and parallel.engine is EngineKind.megatron:
-        raise InputError("megatron-core's optimizer works on GPUs alone: set parallel.engine=deepspeed for the CPU")
+        device = " cluster.device=cpu" if wanted is Device.cuda else ""
+        raise InputError(
+            "parallel.engine is megatron, which works on GPUs alone, and this rank has none: set "
+            f"parallel.engine=deepspeed{device}"
+        )
     if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 

@@ -19,24 +19,36 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("tensor", "replicas"), [(1, 256), (8, 32)])
-def test_a_step_on_256_ranks(tmp_path: Path, tensor: int, replicas: int) -> None:
+DEEPSPEED = "parallel.engine=deepspeed"
+SCATTERED = ("parallel.sequence_parallel=true", "parallel.recompute=selective")
+KINDS = {  # of collectives between replicas; what megatron-core's optimizer sums is on all ranks
+    "deepspeed": {("replicas", "all_reduce"), ("replicas", "all_gather")},
+    "megatron": {("replicas", "reduce_scatter"), ("replicas", "all_gather"), ("optimizer", "all_reduce")},
+}
+
+
+@pytest.mark.parametrize("engine", KINDS)
+@pytest.mark.parametrize(("tensor", "replicas", "more"), [(1, 256, ()), (8, 32, ()), (8, 32, SCATTERED)])
+def test_a_step_on_256_ranks(tmp_path: Path, engine: str, tensor: int, replicas: int, more: tuple[str, ...]) -> None:
     """Of four of the 64 layers, so that it takes seconds."""
-    result = run(tmp_path, "world=256", f"parallel.tensor_parallel={tensor}", "model.n_layer=4")
+    layout = (f"parallel.engine={engine}", f"parallel.tensor_parallel={tensor}", *more)
+    result = run(tmp_path, "world=256", "model.n_layer=4", "parallel.bucket_elements=30_000_000", *layout)
     assert result.returncode == 0, result.stderr
     assert "differs" not in result.stdout and "as by formula" in result.stdout
     seen = json.loads((tmp_path / "dryrun.json").read_text())
     assert seen["replicas"] == replicas and seen["schedule"][0]["groups_without"] == max(0, replicas - 128)
     steps = {(row["group"], row["operation"]): row for row in seen["collectives"] if row["when"] == "step"}
-    assert set(steps) == {
-        ("replicas", "all_reduce"), ("replicas", "all_gather"), ("world", "all_reduce"),
-        *([("tensor", "all_reduce")] if tensor > 1 else []),
-    }  # fmt: skip
+    between = {("tensor", kind) for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if more else tensor > 1]}
+    assert set(steps) == KINDS[engine] | between | {("world", "all_reduce")}
     assert all(row["bytes"] == row["formula"] and row["calls"] for row in steps.values())
     assert seen["step"]["micro_batches_of_the_rank"] == 2048 / replicas
     shards = seen["shards"]
     assert shards["optimizer_of_the_rank"]["engine"] == shards["optimizer_of_the_rank"]["formula"] > 0
     assert shards["optimizer_part"] * replicas == shards["weights"] + shards["optimizer_padding"]
+    if engine == "megatron":  # one collective per bucket
+        assert steps["replicas", "all_gather"]["calls"] == steps["replicas", "reduce_scatter"]["calls"] > 1
+    weights = shards["bytes"]["parameters"] / shards["weights"]
+    assert weights == pytest.approx({"megatron": 2, "deepspeed": 4}[engine], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +76,10 @@ def test_a_wrong_layout_is_refused_with_one_that_works(overrides: tuple[str, ...
     ("overrides", "why", "instead"),
     [
         (("world=12", "parallel.tensor_parallel=8"), "8 x 1 does not divide 12 ranks", "parallel.tensor_parallel=4"),
-        (("world=256", "parallel.recompute=none"), "needs 139 of 80 GiB", "parallel.recompute=full"),
+        (("world=256", "parallel.recompute=none"), "needs 111 of 80 GiB", "parallel.recompute=selective"),
         (("world=4096",), "leaves some of 4096 groups without one", "parallel.tensor_parallel=2"),
-        (("world=256", "parallel.engine=megatron"), "allocates on CUDA alone", "parallel.engine=deepspeed"),
-        (("world=256", "parallel.zero_stage=3"), "compares what ranks say", "parallel.zero_stage=2"),
-        (("world=256", "parallel.zero_stage=0"), "needs 135 of 80 GiB", "parallel.tensor_parallel=2"),
+        (("world=256", DEEPSPEED, "parallel.zero_stage=3"), "compares what ranks say", "parallel.zero_stage=2"),
+        (("world=256", DEEPSPEED, "parallel.zero_stage=0"), "needs 135 of 80 GiB", "parallel.tensor_parallel=2"),
         (("world=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
     ],
 )

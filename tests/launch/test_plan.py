@@ -15,10 +15,10 @@ from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
 from model.parallel import build
-from tests.compose import typed
+from tests.compose import run_config, typed
 from tests.tiny import TINY
 from train.config import EngineKind, Precision
-from train.plan import kept_by_a_layer, needs
+from train.plan import GIB, kept_by_a_layer, needs
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
@@ -26,7 +26,7 @@ H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
 
 @pytest.fixture(scope="module")
 def run() -> PlannedRun:
-    return typed(PlannedRun, "7b", "cluster=h100_32n")
+    return typed(PlannedRun, "7b", "cluster=h100_32n", "parallel.engine=deepspeed")
 
 
 def test_traffic_by_hand(run: PlannedRun) -> None:
@@ -71,6 +71,16 @@ def test_memory_by_stage(run: PlannedRun) -> None:
         assert need.activations == needs(run, 256).activations
     assert got[0] == (4, 4, 8) and got[1] == pytest.approx((4, 4, 12 / 256))
     assert got[2] == pytest.approx((4, 4 / 256, 12 / 256)) and got[3] == pytest.approx((4 / 256, 4 / 256, 12 / 256))
+
+
+def test_memory_of_the_7b(run: PlannedRun) -> None:
+    """bf16 matrices with fp32 masters, the rest fp32: norms, convolution, dt's bias, A_log and D. It fits with room."""
+    small = 64 * (4096 + 5 * 8192 + 8192 + 16 * 8192 + 8192) + 4096
+    need = needs(replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron)), 256)
+    assert need == needs(run_config("7b"), 256) and need.total < 60 * GIB
+    assert need.parameters == pytest.approx(2 * (7_272_665_088 + small), rel=1e-6)
+    assert need.gradients == pytest.approx(4 * 7_272_665_088, rel=1e-6)
+    assert need.optimizer == pytest.approx((12 * 7_272_665_088 - 4 * small) / 256, rel=1e-4)
 
 
 def test_saving_pauses_by_young(run: PlannedRun) -> None:

@@ -14,6 +14,8 @@ from data.config import InputError
 from model.flops import parameter_count
 from model.mamba import FalconMamba
 from tests.compose import run_config
+from train.config import EngineKind
+from train.distributed import check_device
 from train.plan import check_memory, needs
 from train.schedule import Schedule
 
@@ -43,6 +45,16 @@ def test_7b_is_the_published_model() -> None:
     assert fits < config.cluster.memory_gib, f"the 7b needs {fits:.0f} GiB of a rank"
 
 
+def test_the_7b_is_for_gpus_and_says_the_way_back() -> None:
+    config = run_config("7b")
+    assert config.parallel.engine is EngineKind.megatron
+    with pytest.raises(InputError, match="set parallel.engine=deepspeed cluster.device=cpu$"):
+        check_device(config.cluster.device, "cpu", config.parallel)
+    check_device(config.cluster.device, "cuda", config.parallel)
+    back = run_config("7b", "parallel.engine=deepspeed", "cluster.device=cpu")
+    check_device(back.cluster.device, "cpu", back.parallel)
+
+
 def test_token_counts_may_be_floats_that_are_whole() -> None:
     assert run_config("demo", "schedule.decay_tokens=1e5").schedule.decay_tokens == 100_000
     with pytest.raises(OmegaConfBaseException):
@@ -54,6 +66,7 @@ def test_token_counts_may_be_floats_that_are_whole() -> None:
     [
         (["optim.lrr=1"], "optim.lrr"),
         (["+optim.lrr=1"], "optim.lrr"),
+        (["parallel.engine=megatron", "parallel.compile=true", "parallel.recompute=full"], "parallel.recompute=none"),
         (["train.profile=3"], "set one of its keys, train.profile.steps"),
         (["+shedule.min_lr=5"], "no section shedule"),
         (["data.block_tokens=0"], "at least 1"),
@@ -106,6 +119,7 @@ def test_torchrun_leaves_the_line_as_the_last_word() -> None:
     [
         (["train/pretrain.py", "+experiment=7b"], "+experiment=demo"),
         (["train/pretrain.py", "+experiment=demo", "data.folder=/nonexistent"], "data/prepare.py"),
+        (["train/pretrain.py", "+experiment=demo", "parallel.engine=megatron"], "set parallel.engine=deepspeed"),
         (["train/pretrain.py", "+experiment=demo", "optim.lrr=1"], "optim.lrr"),
         (["eval/export.py", "+experiment=demo", "run.dir=/nonexistent"], "no checkpoint"),
         (["train/pretrain.py"], "+experiment=NAME"),

@@ -8,6 +8,7 @@ to RUN/dryrun.json.
 examples:
   python launch/dryrun.py +experiment=7b world=256
   python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 parallel.sequence_parallel=true
+  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 parallel.zero_stage=3
 """
 
 import json
@@ -84,11 +85,6 @@ class DryRun(PlannedRun):
 @command(DryRun)
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
-    if run.parallel.zero_stage == 3:
-        raise InputError(
-            "DeepSpeed's ZeRO-3 compares what ranks say to each other, and here there is one: the dry run takes "
-            "parallel.zero_stage 0 to 2, the nearest is parallel.zero_stage=2; python launch/plan.py takes all"
-        )
     layout = layout_of(run, run.parallel, run.ranks, planned_gpu(run))
     if layout.why_not is not None:
         p = run.parallel
@@ -139,19 +135,22 @@ def steps(run: DryRun) -> list[dict[str, Any]]:
 
 
 def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
-    """Elements that ranks hold: weights and gradients whole, the optimizer's part cut over replicas.
+    """Elements that ranks hold: of the optimizer a part, from stage 2 on of gradients too, in stage 3 of weights.
 
-    DeepSpeed cuts each of the optimizer's groups once, megatron-core every bucket.
+    DeepSpeed cuts each of the optimizer's groups once, in stage 3 every parameter, megatron-core every bucket.
     """
-    megatron = run.parallel.engine is EngineKind.megatron
+    megatron, stage = run.parallel.engine is EngineKind.megatron, run.parallel.zero_stage
     cuts: Sequence[Flat | Bucket] = buckets(run, run.ranks) if megatron else flats(run, run.ranks)
     replicas = cuts[0].replicas
     owned = [sum(cut.owned(replica) for cut in cuts) for replica in range(replicas)]
     need = needs(run, run.ranks)
+    whole, part = sum(owned), sum(cut.part for cut in cuts)
     return {
-        "weights": sum(owned),
-        "optimizer_part": sum(cut.part for cut in cuts),
-        "optimizer_padding": sum(cut.part for cut in cuts) * replicas - sum(owned),
+        "weights": whole,
+        "weights_of_a_rank": part if stage == 3 else whole,
+        "gradients_of_a_rank": part if stage > 1 else whole,
+        "optimizer_part": part,
+        "optimizer_padding": part * replicas - whole,
         "optimizer_least": min(owned),
         "optimizer_most": max(owned),
         "largest_imbalance": max(owned) / (sum(owned) / replicas) - 1,
@@ -215,8 +214,8 @@ def held(shards: dict[str, Any]) -> Table:
     """What a rank holds."""
     grid = Table("a rank holds", "elements", "GiB", title="shards")
     sizes, mine = shards["bytes"], shards["optimizer_of_the_rank"]
-    grid.add_row("weights", f"{shards['weights']:,}", f"{sizes['parameters'] / GIB:.2f}")
-    grid.add_row("gradients", f"{shards['weights']:,}", f"{sizes['gradients'] / GIB:.2f}")
+    grid.add_row("weights", f"{shards['weights_of_a_rank']:,}", f"{sizes['parameters'] / GIB:.2f}")
+    grid.add_row("gradients", f"{shards['gradients_of_a_rank']:,}", f"{sizes['gradients'] / GIB:.2f}")
     spread = f"{shards['optimizer_least']:,} to {shards['optimizer_most']:,}"
     grid.add_row("optimizer's part: fp32 weights, two moments", spread, f"{sizes['optimizer'] / GIB:.2f}")
     grid.add_row("largest part over the mean", f"{shards['largest_imbalance']:+.2e}", "")

@@ -36,6 +36,8 @@ from train.engines import Engine, build_engine
 from train.exchange import Exchange
 from train.schedule import Now, Schedule
 
+LEARNING = 2  # micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
+
 
 @dataclass
 class Rehearsed:
@@ -45,7 +47,7 @@ class Rehearsed:
     now: Now  # the step
     micro_batches: list[int]  # sequences of each
     owned: int  # elements of master weights that this rank updates, padding aside
-    start: dict[tuple[str, str], Count]  # collectives by (group, operation): of the start,
+    start: dict[tuple[str, str], Count]  # collectives by (group, operation): of the start, with what is learned in it,
     step: dict[tuple[str, str], Count]  # and of the step
 
 
@@ -89,6 +91,9 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
         with fake, Scalars(), Pointers(), cuda():
             model = _fake_model(config, ranks)
             engine = build_engine(model, config.optim, config.parallel, ranks)
+            with agreement() if config.parallel.zero_stage == 3 else nullcontext():
+                for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
+                    _micro_batch(config, model, engine, now, sizes[0], last=False)
             start, collectives.counts = collectives.counts, {}
             for size, times in before_the_last(sizes):
                 collectives.times = times
@@ -152,6 +157,27 @@ def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now
     ):
         losses, _ = model(ids, ids, starts)
         engine.backward(losses.sum() / now.tokens, last)
+
+
+@contextmanager
+def agreement() -> Iterator[None]:
+    """Within it the lists of numbers that DeepSpeed's stage 3 compares between ranks are equal.
+
+    They are the orders of modules and parameters, and every rank runs the same ones. Rank 0 would broadcast a list's
+    length and then the list; both are counted, but nobody is there to say them, and fake tensors hold no numbers.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    def broadcast(numbers: list[int]) -> None:
+        for size in (1, len(numbers)):
+            dist.broadcast(torch.empty(size, dtype=torch.int64), src=0)
+
+    compare = coordinator.assert_ints_same_as_other_ranks
+    coordinator.assert_ints_same_as_other_ranks = broadcast
+    try:
+        yield
+    finally:
+        coordinator.assert_ints_same_as_other_ranks = compare
 
 
 class Silence(TorchDispatchMode):

@@ -9,7 +9,7 @@ from train.config import EngineKind, Precision, RunConfig
 from train.traffic import buckets
 
 GIB = 2**30
-LIVE_PARAMETERS = 400_000_000  # elements that ZeRO-3 holds whole at once: a 7B's head and a layer, 1.6 GB of fp32
+LIVE_BUCKETS = 4  # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of fp32
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def needs(config: RunConfig, ranks: int) -> Needs:
         gradients=4 * (cut if stage >= 2 else per_rank),
         optimizer=12 * cut if stage else 8 * per_rank,
         activations=activations,
-        buffers=reduction + working + (4 * min(LIVE_PARAMETERS, per_rank) if stage == 3 else 0),
+        buffers=reduction
+        + working
+        + (4 * min(LIVE_BUCKETS * config.parallel.bucket_elements, per_rank) if stage == 3 else 0),
     )
 
 

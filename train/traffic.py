@@ -11,8 +11,9 @@ from model.config import Recompute
 from model.flops import parameter_shapes
 from model.rules import cut_of, decays, in_products
 from train.config import EngineKind, Precision, RunConfig
+from train.zero3 import gathered, persistent
 
-ALIGNMENT = 2  # elements that DeepSpeed aligns the part of a rank to
+ALIGNMENT = 2  # elements that DeepSpeed's stages 1 and 2 align the part of a rank to
 LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
 # times (n - 1) / n of the payload, by a ring of n ranks
 SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
@@ -20,29 +21,42 @@ SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one optimizer group, flattened one after another and cut evenly over replicas."""
+    """Parameters flattened one after another and cut evenly over replicas."""
 
     elements: int
     replicas: int
+    alignment: int = ALIGNMENT
 
     @property
     def part(self) -> int:
-        """Elements of a rank's part: the group's, filled up to a multiple of ALIGNMENT x replicas, over replicas."""
-        unit = ALIGNMENT * self.replicas
-        return -(-self.elements // unit) * ALIGNMENT
+        """Elements of a rank's part: all of them, filled up to a multiple of alignment x replicas, over replicas."""
+        unit = self.alignment * self.replicas
+        return -(-self.elements // unit) * self.alignment
 
     def owned(self, rank: int) -> int:
         """Elements of a replica's part that are no padding; the padding lies at the end."""
         return max(0, min(self.part, self.elements - rank * self.part))
 
 
-def flats(config: RunConfig, ranks: int) -> list[Flat]:
-    """The optimizer's two groups on one tensor-parallel rank: what decays, and what does not."""
+def elements_of(config: RunConfig) -> dict[str, int]:
+    """Every parameter's elements on one tensor-parallel rank."""
     tp = config.parallel.tensor_parallel
-    elements = {True: 0, False: 0}
-    for name, shape in parameter_shapes(config.model).items():
-        elements[decays(name)] += prod(shape) // (tp if cut_of(name) is not None else 1)
-    return [Flat(elements[decayed], ranks // tp) for decayed in (True, False)]
+    shapes = parameter_shapes(config.model)
+    return {name: prod(shape) // (tp if cut_of(name) is not None else 1) for name, shape in shapes.items()}
+
+
+def flats(config: RunConfig, ranks: int) -> list[Flat]:
+    """What is cut on one tensor-parallel rank: the optimizer's two groups, what decays and what does not.
+
+    Stage 3 cuts every parameter by itself.
+    """
+    elements, replicas = elements_of(config), ranks // config.parallel.tensor_parallel
+    if config.parallel.zero_stage == 3:
+        return [Flat(count, replicas, alignment=1) for count in elements.values()]
+    groups = {True: 0, False: 0}
+    for name, count in elements.items():
+        groups[decays(name)] += count
+    return [Flat(groups[decayed], replicas) for decayed in (True, False)]
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,10 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
     """Gradients summed and weights gathered, all fp32.
 
     Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large ones at their owner,
-    stage 2 in every micro-batch, and gather the updated weights; 4 bytes each for norm and overflow.
-    Stage 3 gathers weights for the forward and for the backward of every micro-batch and scatters gradients there; an
-    estimate, for DeepSpeed keeps small parameters whole and gathers some once more. megatron-core scatters the gradient
-    once and gathers weights in their own type, bucket by bucket with their padding, and sums its norm over all ranks.
+    stage 2 in every micro-batch, and gather the updated weights. Stage 3 scatters gradients and gathers weights in
+    every micro-batch (zero3.py), small weights after the update alone; a run's first two micro-batches gather more.
+    megatron-core scatters the gradient once and gathers weights in their own type, bucket by bucket with their padding,
+    and sums its norm over all ranks.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas
@@ -149,15 +163,17 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
         ]
     elements = sum(flat.elements for flat in groups)
     gradients = 4 * elements * (micro_batches if stage > 1 else 1)
-    gathered = 4 * sum(flat.part for flat in groups) * replicas
+    whole = 4 * sum(flat.part for flat in groups) * replicas
     owners = stage > 0 and to_owners(elements, replicas, config.parallel.bucket_elements)
-    reduction, times = "reduce" if owners else "all_reduce", min(stage, 1)
+    reduction, weights = "reduce" if owners else "all_reduce", whole if stage else 0
     if stage == 3:
-        reduction, times = "reduce_scatter", 2 * micro_batches
+        kept = sum(flat.part * replicas for flat in groups if persistent(config, flat.elements))
+        reduction, gradients = "reduce_scatter", micro_batches * whole
+        weights = 4 * (micro_batches * gathered(config, elements_of(config), replicas) + kept)
     return [
         Payload("gradients", "replicas", reduction, gradients, replicas),
-        Payload("norm and overflow", "replicas", "all_reduce", 8 if stage else 0, replicas),
-        Payload("weights", "replicas", "all_gather", gathered * times, replicas),
+        Payload("norm and overflow", "replicas", "all_reduce", norm(config), replicas),
+        Payload("weights", "replicas", "all_gather", weights, replicas),
     ]
 
 
@@ -185,8 +201,13 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
         sums += c.n_layer * residual * 2
     whole = {"all_reduce": tokens * sums + norms, "all_gather": tokens * gathers, "reduce_scatter": tokens * scatters}
     found = [Payload("tensor parallel", "tensor", kind, size, p.tensor_parallel) for kind, size in whole.items()]
-    norm = 0 if p.engine is EngineKind.megatron else 8 if p.zero_stage else 4
-    return [*found, Payload("norm and overflow", "tensor", "all_reduce", norm, p.tensor_parallel)]
+    scalars = 0 if p.engine is EngineKind.megatron else norm(config) if p.zero_stage else 4
+    return [*found, Payload("norm and overflow", "tensor", "all_reduce", scalars, p.tensor_parallel)]
+
+
+def norm(config: RunConfig) -> int:
+    """Bytes of DeepSpeed's gradient norm and overflow, 4 each and in stage 3 8 each."""
+    return {0: 0, 3: 16}.get(config.parallel.zero_stage, 8)
 
 
 def of_context(config: RunConfig, sequences: float) -> list[Payload]:

@@ -19,12 +19,13 @@ from train.collectives import Collectives
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import ranks
-from train.dryrun import dry_run, fullest, micro_batches
+from train.dryrun import LEARNING, dry_run, fullest, micro_batches
 from train.loop import Trainer
 from train.schedule import Schedule
 from train.signals import Leave
-from train.traffic import Bucket, Flat, buckets, by_kind, flats, payloads
+from train.traffic import Bucket, Flat, buckets, by_kind, elements_of, flats, payloads
 from train.watchdog import Watch
+from train.zero3 import gathered
 
 CASES: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -33,6 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-zero2-owners": {"zero_stage": 2, "bucket_elements": 10_000},
     "dp2-zero0": {"zero_stage": 0},
     "dp2-zero2": {"zero_stage": 2},
+    "dp2-zero3": {"zero_stage": 3},  # buckets so large that all weights stay whole
+    "dp2-zero3-cut": {"zero_stage": 3, "bucket_elements": 60_000},  # all but the smallest are cut
+    "dp2-zero3-twice": {"zero_stage": 3, "bucket_elements": 1000},  # and gathered again for the backward
+    "dp2-zero3-bf16-full": {
+        "zero_stage": 3, "bucket_elements": 100, "precision": Precision.bf16, "recompute": Recompute.full,
+    },
+    "dp2-zero3-selective": {"zero_stage": 3, "bucket_elements": 2500, "recompute": Recompute.selective},
     "tp2-zero0-bf16": {"tensor_parallel": 2, "zero_stage": 0, "precision": Precision.bf16},
     "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
     "tp2-sp-bf16-full": {
@@ -73,6 +81,8 @@ def count(root: Path, name: str) -> None:
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
         trainer = Trainer(run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0))
+        for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
+            trainer._step(trainer.schedule.at(0), trainer._read(0).result(), 0.0)
         seen = []
         for token in STEPS:
             token = fullest(run) if token is None else token
@@ -143,3 +153,13 @@ def test_buckets_by_hand() -> None:
     """Of 3 replicas, so that a bucket ends at a multiple of 384: what a part holds beside padding."""
     bucket = Bucket(768, 2, ((0, 100), (128, 700)), 3)
     assert bucket.part == 256 and [bucket.owned(rank) for rank in range(3)] == [228, 256, 188]
+
+
+def test_gathers_by_hand(root: Path) -> None:
+    """Nothing of what stays whole; once where all is near; else twice, but the head, used last and then first."""
+    run = run_of(root, "dp2-zero3")
+    elements = elements_of(run)
+    whole, head = sum(elements.values()), elements["lm_head.weight"]
+    for bucket, expected in ((100_000_000, 0), (20_000, whole), (1, 2 * whole - head)):
+        cut = replace(run, parallel=replace(run.parallel, bucket_elements=bucket))
+        assert gathered(cut, elements, 2) == expected

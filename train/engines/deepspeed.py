@@ -14,8 +14,9 @@ from model.weights import Piece, Pieces
 from train.config import Optim
 from train.distributed import Mpu, Ranks
 from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
-from train.plan import LIVE_PARAMETERS
+from train.plan import LIVE_BUCKETS
 from train.traffic import to_owners
+from train.zero3 import PERSISTENT_PARTS, REUSE_BUCKETS
 
 
 class DeepSpeedEngine:
@@ -42,8 +43,10 @@ class DeepSpeedEngine:
                 "allgather_bucket_size": bucket,
                 "use_multi_rank_bucket_allreduce": not to_owners(elements, ranks.replicas, bucket),
                 "overlap_comm": ranks.device.type == "cuda",
-                "stage3_max_live_parameters": LIVE_PARAMETERS,
                 "stage3_prefetch_bucket_size": bucket,
+                "stage3_max_live_parameters": LIVE_BUCKETS * bucket,
+                "stage3_max_reuse_distance": REUSE_BUCKETS * bucket,
+                "stage3_param_persistence_threshold": bucket // PERSISTENT_PARTS,
             },
         }
         self.engine, *_ = deepspeed.initialize(

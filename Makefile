@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 60
-.PHONY: help install demo test check format bench docs soak faults
+.PHONY: help install demo test check format bench docs soak faults matrix
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,3 +48,6 @@ soak: install  ## the demo under FAULTS seeded faults of all kinds, bit for bit 
 
 faults: install  ## every fault of train/README.md's table, the long ones too, and a table of what was measured
 	$(BIN)/python -m pytest -q tests/train --faults
+
+matrix: install  ## every layout of up to 16 ranks x engine x precision against one rank: half an hour on two cores
+	$(BIN)/python -m pytest -q tests/train/test_matrix.py --slow

@@ -14,12 +14,15 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="the tests of faults alone, the slow ones too")
+    parser.addoption("--slow", action="store_true", help="the slow tests too, as `make matrix` does")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = config.getoption("--faults")
+    chosen, slow = config.getoption("--faults"), config.getoption("--slow")
     kept = [
-        item for item in items if (item.get_closest_marker("fault") if chosen else not item.get_closest_marker("slow"))
+        item
+        for item in items
+        if (item.get_closest_marker("fault") if chosen else slow or not item.get_closest_marker("slow"))
     ]
     dropped = [item for item in items if item not in kept]
     config.hook.pytest_deselected(items=dropped)

@@ -47,9 +47,10 @@ LIMITS = {
         ("param", 4): 5e-5, ("exp_avg", 4): 2e-4, ("exp_avg_sq", 4): 2e-4,
     },
     Precision.bf16: {
-        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 0.1, ("param", 4): 0.15,
+        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 5e-2, ("param", 4): 0.15,
     },
 }  # fmt: skip
+SQUARE_OF_MANY = 0.1  # of exp_avg_sq in bf16 on more than 4 ranks: up to 7.0e-2 seen, with 2.7e-2 in exp_avg
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]
 def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], row: Row) -> None:
     assert all(result["curve"] == saved[0]["curve"] for result in saved)
     limits = LIMITS[row.precision]
+    if row.precision is Precision.bf16 and row.world > 4:
+        limits = {**limits, ("exp_avg_sq", 0): SQUARE_OF_MANY}
     torch.testing.assert_close(
         torch.tensor(saved[0]["curve"]), torch.tensor(one["curve"]), rtol=limits["curve"], atol=0
     )

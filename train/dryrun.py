@@ -7,6 +7,7 @@ norms (a scalar that is read is 1), time.
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,9 +67,10 @@ def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[in
     return [max(1, high - low) for low, high in cuts]
 
 
-def before_the_last(sizes: list[int]) -> list[tuple[int, int]]:
-    """Micro-batches as (size, times): those alike ask for the same, but for the first, which gathers weights."""
-    return [*((size, 1) for size in sizes[:-1][:1]), *Counter(sizes[1:-1]).items()]
+def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int]]:
+    """Micro-batches as (size, times): those alike ask for the same, but megatron-core's first, which gathers."""
+    apart = int(engine is EngineKind.megatron)
+    return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
 
 
 def data_plan(config: RunConfig) -> Plan:
@@ -95,7 +97,7 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
                 for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
                     _micro_batch(config, model, engine, now, sizes[0], last=False)
             start, collectives.counts = collectives.counts, {}
-            for size, times in before_the_last(sizes):
+            for size, times in before_the_last(sizes, config.parallel.engine):
                 collectives.times = times
                 _micro_batch(config, model, engine, now, size, last=False)
             collectives.times = 1
@@ -151,12 +153,14 @@ def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
 def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now, size: int, last: bool) -> None:
     ids = torch.empty(size, now.seq_len // config.parallel.context_parallel, dtype=torch.int64)
     starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
+    begun = time.perf_counter()
     # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
     with torch.autocast(
         "cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bf16, cache_enabled=False
     ):
         losses, _ = model(ids, ids, starts)
         engine.backward(losses.sum() / now.tokens, last)
+    print(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 @contextmanager

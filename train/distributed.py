@@ -26,6 +26,8 @@ from train.memory import keep_freed
 warnings.filterwarnings("ignore", message=".*Apex.*")
 warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+# by megatron-core of its fp32 bucket, which is asked for second and stands last; all others are gathered one ahead
+warnings.filterwarnings("ignore", message="The next bucket's parameter all-gather.*")
 warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
 
 MESSAGE_BYTES = 2048

@@ -85,16 +85,16 @@ def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
     A parameter begins at a multiple of 64 elements; a bucket ends with the parameter that fills it, at a multiple of
     128 and of the replicas (core/distributed/param_and_grad_buffer.py of megatron-core 0.16.1).
     """
-    tp = config.parallel.tensor_parallel
-    unit, found = lcm(ranks // tp, 128), []
+    replicas = ranks // config.parallel.tensor_parallel
+    unit, found = lcm(replicas, 128), []
     for width in (2, 4):
         ranges: list[tuple[int, int]] = []
-        named = [(name, shape) for name, shape in parameter_shapes(config.model).items() if wide(config, name) == width]
-        for name, shape in reversed(named):
+        named = [(name, count) for name, count in elements_of(config).items() if wide(config, name) == width]
+        for name, count in reversed(named):
             start = -(-ranges[-1][1] // 64) * 64 if ranges else 0
-            ranges.append((start, start + prod(shape) // (tp if cut_of(name) is not None else 1)))
+            ranges.append((start, start + count))
             if ranges[-1][1] >= config.parallel.bucket_elements or name == named[0][0]:
-                found.append(Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), ranks // tp))
+                found.append(Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), replicas))
                 ranges = []
     return found
 

@@ -10,7 +10,7 @@ from launch.checks import CHECKS
 from model import kernels
 from tests.compose import run_config
 from tests.corpus import make_corpus
-from train.config import RunConfig
+from train.config import EngineKind, RunConfig
 
 
 @pytest.fixture
@@ -56,3 +56,11 @@ def test_a_collective_that_fails_is_named(config: RunConfig, monkeypatch: pytest
     monkeypatch.setattr(checks, "ALL_REDUCE", "import sys; sys.exit('no route to host' if sys.argv[4] == '1' else 0)")
     finding = checks.collectives(config)
     assert finding.state == "bad" and "no route to host" in finding.text and "GLOO_SOCKET_IFNAME" in finding.fix
+
+
+def test_an_engine_without_its_gpu_is_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checks.torch_and_driver(config).state == "ok"
+    config.parallel.engine = EngineKind.megatron
+    finding = checks.torch_and_driver(config)
+    assert finding.state == "bad" and finding.fix == "set parallel.engine=deepspeed"

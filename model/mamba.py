@@ -20,6 +20,8 @@ from model.kernels.carry import continued_conv, last_taps
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
 from model.kernels.reference import computing_type, product_type
 
+COMPILED_VARIANTS = 32  # of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
+
 
 class LayerState(NamedTuple):
     """What a layer remembers of all tokens so far; its size does not depend on their number."""
@@ -146,9 +148,16 @@ class FalconMamba(nn.Module):
             layer.mixer.recompute = what is Recompute.selective  # type: ignore[union-attr]
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make each block's code at its first call, and again for other shapes."""
+        """Have torch.compile make one piece of code for all blocks at the first call, or raise.
+
+        For all shapes too (dynamic): a block that is computed again must find the code that it found before. With or
+        without gradients, and a batch or sequence of one, need their own. Forward alone, for hooks stay outside.
+        """
         for layer in self.layers:
-            layer.compile()
+            # torch's own types do not know the limit
+            layer.forward = torch.compile(  # type: ignore[call-overload]
+                layer.forward, dynamic=True, fullgraph=True, recompile_limit=COMPILED_VARIANTS
+            )
 
     def set_context(self, context: ContextRanks | None) -> None:
         """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""

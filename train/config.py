@@ -116,11 +116,6 @@ class Parallel:
                 "parallel.compile takes whole blocks, without collectives inside: tensor_parallel and context_parallel "
                 "must be 1, and zero_stage below 3"
             )
-        if self.compile and self.engine is EngineKind.megatron and self.recompute is not Recompute.none:
-            raise ValueError(
-                "parallel.compile with parallel.engine megatron needs parallel.recompute=none: a block that is "
-                "computed again may be given other code than before; parallel.engine=deepspeed takes both"
-            )
         if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens, self.bucket_elements) < 1:
             raise ValueError(
                 "parallel.tensor_parallel, context_parallel, micro_batch_tokens and bucket_elements must be at least 1"

@@ -1,16 +1,16 @@
 """torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU.
 
-It replaces names of torch.cuda and maps `device="cuda"` to the CPU: for the dry run and for tests, where no GPU is. No
+It replaces names of torch.cuda and has `device="cuda"` mean the CPU: for the dry run and for tests, where no GPU is. No
 training goes this way (tests/test_architecture.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -23,18 +23,25 @@ class Stream:
         return lambda *args, **kwargs: None
 
 
-class OnCpu(TorchFunctionMode):
-    """Tensors asked for on CUDA lie on the CPU, and say that they are CUDA's."""
+def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that makes a tensor, which lies on the CPU where CUDA is asked for."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See class."""
-        kwargs = dict(kwargs or {})
+    def made(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+        return make(*args, **kwargs)
+
+    return made
+
+
+def kind(of: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensor.type, which says of every tensor that it is CUDA's."""
+
+    def of_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = of(tensor, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return of_cuda
 
 
 @contextmanager
@@ -50,5 +57,11 @@ def cuda_on_cpu() -> Iterator[None]:
         "Event": lambda *args, **kwargs: Stream(),
         "stream": lambda *_: nullcontext(),
     }
-    with patch.multiple(torch.cuda, **answers), OnCpu():
+    # no torch function mode: torch leaves it while a backward runs, which would compile recomputed blocks once more
+    made: dict[str, Any] = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros")}
+    with (
+        patch.multiple(torch.cuda, **answers),
+        patch.multiple(torch, **made),
+        patch.object(torch.Tensor, "type", kind(torch.Tensor.type)),
+    ):
         yield

@@ -4,6 +4,7 @@ megatron-core's parallel_state owns the groups; it feeds the tensor-parallel lay
 """
 
 import os
+import resource
 import time
 import uuid
 import warnings
@@ -32,6 +33,7 @@ warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_te
 
 MESSAGE_BYTES = 2048
 MEETING_SECONDS = 0.02  # between two looks for ranks that have not come
+SOCKETS, OTHER_FILES = 8, 200  # of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
 TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
 
 
@@ -93,6 +95,7 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
             f"parallel.tensor_parallel {tensor_parallel} times parallel.context_parallel {context_parallel} does not "
             f"divide the {world} ranks of the launcher"
         )
+    allow_sockets(world)
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
     if device == "cuda":
         torch.cuda.set_device(local)
@@ -114,6 +117,21 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def allow_sockets(world: int) -> None:
+    """Raise this process's limit of open files to what it may; InputError where `world` ranks need more.
+
+    gloo joins each rank with all others in every group that it is in: at 256 ranks twice the usual limit of 1,024.
+    """
+    needed = SOCKETS * world + OTHER_FILES
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise InputError(
+            f"{world} ranks need {needed:,} open files each, this machine allows {most:,}: raise its hard limit "
+            "(nofile in /etc/security/limits.conf, LimitNOFILE of slurmd's service)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:

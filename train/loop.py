@@ -17,7 +17,7 @@ from eval.checkpoint import start_from
 from eval.jobs import SuiteJobs
 from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token
-from model.kernels import MissingBackend, load
+from model.kernels import REFERENCE, MissingBackend, load
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
 from train.config import Precision, RunConfig
@@ -66,6 +66,11 @@ class Trainer:
         self.model.set_context(self.context)
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         if config.parallel.compile:
+            if kernels is REFERENCE:  # it would be unrolled, token by token
+                raise InputError(
+                    "parallel.compile=true is for blocks around kernels, and the reference kernels are a loop over "
+                    "tokens: set parallel.compile=false, or another parallel.kernels"
+                )
             self.model.compile_blocks()
         self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)

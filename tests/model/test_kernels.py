@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from model.config import SCAN_CHUNK, Backend
+from model.config import SCAN_CHUNK, Backend, Recompute
 from model.kernels import CPU, REFERENCE, MissingBackend, cpu, cpu_library, load, reference
 from model.kernels.interface import Kernels
 from tests.model.cases import (
@@ -182,20 +182,22 @@ def test_sizes_agree_with_the_source() -> None:
 
 
 def test_compiled_blocks_are_the_same_model() -> None:
-    """By torch.compile's own code generator: loss and every gradient."""
-    tokens = torch.randint(0, TINY.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
-    starts = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)) < 0.1
-    results = []
-    for compiled in (False, True):
-        model = model_of(replace(TINY, n_layer=1), kernels=CPU)
-        if compiled:
-            model.compile_blocks()
-        loss = model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean()
-        loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    assert model.layers[0]._compiled_call_impl is not None
-    for plain, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)
+    """By torch.compile's own code generator: losses and gradients, of one code for all blocks and shapes."""
+    generator = torch.Generator().manual_seed(1)
+    plain, compiled = model_of(TINY, kernels=CPU), model_of(TINY, kernels=CPU)
+    compiled.set_recompute(Recompute.full)
+    compiled.compile_blocks()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for batch, length in ((2, 32), (3, 48), (2, 20), (3, 32)):
+        tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator)
+        starts = torch.rand(batch, length, generator=generator) < 0.1
+        expected, losses = (model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean() for model in (plain, compiled))
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-7)
+        (expected + losses).backward()
+    for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-6, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:

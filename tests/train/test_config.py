@@ -66,7 +66,6 @@ def test_token_counts_may_be_floats_that_are_whole() -> None:
     [
         (["optim.lrr=1"], "optim.lrr"),
         (["+optim.lrr=1"], "optim.lrr"),
-        (["parallel.engine=megatron", "parallel.compile=true", "parallel.recompute=full"], "parallel.recompute=none"),
         (["train.profile=3"], "set one of its keys, train.profile.steps"),
         (["+shedule.min_lr=5"], "no section shedule"),
         (["data.block_tokens=0"], "at least 1"),

@@ -4,25 +4,32 @@ A handful of short runs over a made-up corpus: their losses, norms, gradients an
 """
 
 import json
+import resource
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import optimizer as optimizers
 
 from data.config import InputError
 from eval.config import Run
+from model.config import Backend, Recompute
 from model.flops import parameter_shapes
-from model.kernels import REFERENCE
+from model.kernels import CPU, REFERENCE
 from model.parallel import build, unshard
 from model.weights import Pieces, fault, newest, sha256_of
+from tests.bench.recompute import step
+from tests.compose import run_config
 from tests.small import config
 from tests.tiny import TINY
 from tests.train.world import curve, engine, final, records, train
-from train.config import CheckpointConfig, Optim, Precision
-from train.distributed import ranks
+from train.config import CheckpointConfig, EngineKind, Optim, Precision
+from train.cuda_on_cpu import cuda_on_cpu
+from train.distributed import allow_sockets, ranks
 from train.engines import build_engine
 
 
@@ -74,6 +81,53 @@ def test_any_layout_loads_any_other_exactly(root: Path, source: str, other: str,
 def test_two_ranks_equal_one(root: Path, other: str) -> None:
     torch.testing.assert_close(curve(root, other), curve(root, "dp1"), rtol=3e-5, atol=0)
     assert_same_weights(final(root, other), final(root, "dp1"), 1e-3)
+
+
+def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
+    """Recomputed too, whose backward must find the code of the forward; its hooks and gathers stay outside."""
+    weights = []
+    for compiled in (False, True):
+        with ranks("cpu", 1) as here, cuda_on_cpu():
+            model = build(TINY, CPU, 0, here.device, recompute=Recompute.full)
+            if compiled:
+                torch._dynamo.reset()
+                torch._dynamo.utils.counters.clear()
+                model.compile_blocks()
+            parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron, bucket_elements=3000)
+            built = build_engine(model, Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0), parallel, here)
+            torch.manual_seed(0)
+            for _ in range(2):
+                step(model, built, TINY.vocab_size)
+            built.pieces()
+            weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    for plain, other in zip(*weights, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_megatron_updates_by_torchs_adamw_though_another_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(optimizers, "Adam", None)
+    parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron)
+    with ranks("cpu", 1) as here, cuda_on_cpu():
+        built: Any = build_engine(build(TINY, CPU, 0, here.device), run_config("demo").optim, parallel, here)
+    assert type(built.zero.optimizer) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(("world", "fits"), [(256, True), (1024, False)])
+def test_a_rank_may_open_sockets_to_all_others(world: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: (1024, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    with nullcontext() if fits else pytest.raises(InputError, match="8,392 open files"):
+        allow_sockets(world)
+    assert limits[resource.RLIMIT_NOFILE][0] == (4096 if fits else 1024)
+
+
+def test_reference_kernels_are_not_compiled(root: Path) -> None:
+    run = config(root, "compiled-reference")
+    with pytest.raises(InputError, match="parallel.compile=false"):
+        train(replace(run, parallel=replace(run.parallel, compile=True, kernels=Backend.reference)))
 
 
 def test_tensor_parallel_gradients_equal_one_rank(root: Path) -> None:

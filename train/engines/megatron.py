@@ -12,12 +12,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from megatron.core import optimizer as optimizers
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.nn import Module
 
 from model.mamba import FalconMamba
 from model.rules import decays, in_products
@@ -61,8 +63,14 @@ class MegatronEngine:
             bucket_size=bucket,
         )
         self.ddp = DistributedDataParallel(shape, overlapped, model)
-        # the loss reads the head's weight without a call of its module, at which the gather would be waited for
-        model.final_norm.register_forward_pre_hook(self._wait_for_head)
+        # its own hooks stand inside of blocks, where torch.compile would break off at each, and the loss reads the
+        # head's weight without a call of its module
+        self.ddp.disable_forward_pre_hook(param_sync=False)
+        for module in (model.embedding, *model.layers, model.final_norm):
+            module.register_forward_pre_hook(self._wait_for_weights)
+        # where Transformer Engine or Apex is installed it would take their Adam, which counts updates elsewhere than
+        # torch's, into whose state checkpoints are loaded
+        optimizers.USING_PYTORCH_OPTIMIZER = True
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: not decays(_own(name)))
         chained: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -124,8 +132,11 @@ class MegatronEngine:
         self.zero._copy_main_params_to_model_params()
         self.ddp.start_param_sync(force_sync=True)
 
-    def _wait_for_head(self, *_: Any) -> None:
-        self.ddp.param_to_bucket_group[self.model.lm_head.weight].finish_param_sync()
+    def _wait_for_weights(self, module: Module, _: Any) -> None:
+        """Until those are gathered that the module will read, and with the final norm's the head's."""
+        head = self.model.lm_head.parameters() if module is self.model.final_norm else ()
+        for parameter in (*module.parameters(), *head):
+            self.ddp.param_to_bucket_group[parameter].finish_param_sync()
 
     def _fill_state(self, updates: int) -> None:
         """Of every master by itself: megatron-core's own loading lets them share one count of updates."""

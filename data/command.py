@@ -26,7 +26,7 @@ from data.config import InputError
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 USER_ERROR = 2  # exit code of a mistake that the user can mend; launch/torchrun.py knows it too
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
-SPEAKING_SECONDS = 2.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
+SPEAKING_SECONDS = 10.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
 Schema = TypeVar("Schema")
 
 

@@ -4,6 +4,7 @@ It replaces names of torch.cuda and has `device="cuda"` mean the CPU: for the dr
 training goes this way (tests/test_architecture.py).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -38,8 +39,8 @@ def kind(of: Callable[..., Any]) -> Callable[..., Any]:
     """Tensor.type, which says of every tensor that it is CUDA's."""
 
     def of_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = of(tensor, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        result = of(tensor, *args, **kwargs)  # of a fake tensor it comes here twice
+        return re.sub(r"^torch\.(?!cuda)", "torch.cuda.", result) if isinstance(result, str) else result
 
     return of_cuda
 

@@ -37,6 +37,7 @@ from train.engines import Engine, build_engine
 from train.exchange import Exchange
 from train.schedule import Now, Schedule
 
+TENSOR = torch.tensor  # its own: cuda_on_cpu puts another in its place
 LEARNING = 2  # micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
 
 
@@ -209,6 +210,6 @@ class Pointers(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See class."""
-        if function is torch.tensor:  # which would look for a number in the memory of each
+        if function is TENSOR:  # which would look for a number in the memory of each
             args = tree_map_only(FakeTensor, Tensor.item, args)
         return 0 if function is Tensor.data_ptr else function(*args, **(kwargs or {}))

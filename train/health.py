@@ -94,8 +94,9 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     """Ranks whose weights are not, bit for bit, what they should be.
 
     That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are written anew, so this
-    sees what went wrong since, and a gather that does not arrive), or what most replicas hold. Ranks that hold parts
-    alone (ZeRO-3) have nothing to compare. Sums of bit patterns: one pass over the weights, and a few bytes exchanged.
+    sees what went wrong since, and a gather that does not arrive; megatron-core's gather comes right before, so of that
+    only the latter), or what most replicas hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of
+    bit patterns: one pass over the weights, and a few bytes exchanged.
     """
     if engine.weights is Weights.parts:
         return []

@@ -17,10 +17,10 @@ from eval.checkpoint import start_from
 from eval.jobs import SuiteJobs
 from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token
-from model.kernels import REFERENCE, MissingBackend, load
+from model.kernels import REFERENCE, Kernels, MissingBackend, load
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
-from train.config import Precision, RunConfig
+from train.config import Parallel, Precision, RunConfig
 from train.datacheck import DataCheck
 from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
 from train.engines import Engine, build_engine
@@ -36,6 +36,20 @@ from train.speed import memory_gib, peak_flops
 from train.watchdog import Watch
 
 
+def kernels_of(config: Parallel, device: str) -> Kernels:
+    """The kernels that a run takes; InputError when they are missing, or cannot be compiled around."""
+    try:
+        kernels = load(config.kernels, device)
+    except MissingBackend as error:
+        raise InputError(str(error)) from error
+    if config.compile and kernels is REFERENCE:  # which torch.compile would unroll, token by token
+        raise InputError(
+            "parallel.compile=true is for blocks around kernels, and the reference kernels are a loop over tokens: set "
+            "parallel.compile=false, or another parallel.kernels"
+        )
+    return kernels
+
+
 class Trainer:
     """One rank's share of a run."""
 
@@ -48,10 +62,7 @@ class Trainer:
         self.plan = compile_plan(config.data, manifests)
         self.loader = Loader(self.plan, manifests)
         self.schedule = Schedule(config)
-        try:
-            kernels = load(config.parallel.kernels, ranks.device.type)
-        except MissingBackend as error:
-            raise InputError(str(error)) from error
+        kernels = kernels_of(config.parallel, ranks.device.type)
         self.model = build(
             config.model,
             kernels,
@@ -66,11 +77,6 @@ class Trainer:
         self.model.set_context(self.context)
         start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         if config.parallel.compile:
-            if kernels is REFERENCE:  # it would be unrolled, token by token
-                raise InputError(
-                    "parallel.compile=true is for blocks around kernels, and the reference kernels are a loop over "
-                    "tokens: set parallel.compile=false, or another parallel.kernels"
-                )
             self.model.compile_blocks()
         self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from data.command import command
 from data.config import InputError
-from launch.estimate import PlannedRun, layout_of, nearest, planned_gpu
+from launch.estimate import PlannedRun, planned_gpu
+from launch.layouts import layout_of, nearest
 from model.config import Recompute
 from train.config import EngineKind
 from train.plan import GIB, needs

@@ -1,19 +1,18 @@
-"""Time, communication, faults and cost of a run, and the layouts that could run it: pure arithmetic on a config.
+"""Time, communication and faults of a run: pure arithmetic on a config.
 
 Costs per step and rank: products grow with tokens x parameters / ranks; gradients and weights with parameters, whatever
-the tokens; tensor-parallel sums with tokens x d_model x layers; context-parallel gathers with sequences x d_inner x
-d_state x layers, whatever their length.
+the tokens, so that they weigh most where the context is short; tensor-parallel sums with tokens x d_model x layers;
+context-parallel gathers with sequences x d_inner x d_state x layers, whatever their length.
 """
 
 import math
 from dataclasses import dataclass, replace
-from itertools import product
 
 from launch.devices import GPUS, Gpu
 from model.config import Recompute
 from model.flops import matmul_parameters, parameter_count, train_flops_per_token, train_traffic
-from train.config import EngineKind, Parallel, Precision, RunConfig
-from train.plan import GIB, needs
+from train.config import EngineKind, Precision, RunConfig
+from train.schedule import Schedule
 from train.traffic import payloads
 
 
@@ -54,13 +53,17 @@ def width(config: RunConfig) -> int:
 
 
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
-    """Least seconds per token on one GPU at its datasheet's rates, with what is computed again."""
-    c, traffic = config.model, train_traffic(config.model, width(config))
+    """Least seconds per token and GPU at its datasheet's rates, with what is computed again.
+
+    Tensor-parallel ranks each do the whole norms and residual additions, unless the sequence is cut over them too.
+    """
+    c, p, traffic = config.model, config.parallel, train_traffic(config.model, width(config))
     products = train_flops_per_token(c) / gpu.flops
     scan = max(traffic.scan / gpu.bandwidth, traffic.specials / gpu.specials)
-    scan *= 1 if config.parallel.context_parallel == 1 else 2  # pieces run once more, from zero
-    rows = traffic.rows / gpu.bandwidth
-    match config.parallel.recompute:
+    scan *= 1 if p.context_parallel == 1 else 2  # pieces run once more, from zero
+    whole = 1 if p.sequence_parallel else p.tensor_parallel
+    rows = (traffic.convolutions + whole * traffic.residual) / gpu.bandwidth
+    match p.recompute:
         case Recompute.full:
             return 4 / 3 * (products + scan + rows)
         case Recompute.selective:
@@ -69,133 +72,134 @@ def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     return products + scan + rows
 
 
-def traffic_between_ranks(config: RunConfig, ranks: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step of the full batch at the longest context, by what asks for them."""
-    p = config.parallel
-    sequences = config.schedule.batch_end * p.tensor_parallel * p.context_parallel / ranks
+@dataclass(frozen=True)
+class Phase:
+    """Steps of one size: of a stage with the full batch, or of the ramp within it."""
+
+    name: str
+    tokens: int
+    seq_len: int
+    batch: float  # sequences of a step; of the ramp the mean, at which what a step sends is the mean too
+    steps: float
+
+
+def phases(run: RunConfig) -> list[Phase]:
+    """The run as steps. Where the batch grows linearly in tokens from a to b, their mean is (b - a) / ln(b / a)."""
+    schedule, found, begin = Schedule(run), [], 0
+    for end, seq_len, name in schedule.edges:
+        edge = min(max(begin, run.schedule.ramp_tokens), end)
+        if edge > begin:
+            first, last = schedule.batch(begin), schedule.batch(edge)
+            mean = (last - first) / math.log(last / first) if last > first else first
+            found.append(Phase(f"{name}, ramp", edge - begin, seq_len, mean, (edge - begin) / seq_len / mean))
+        if end > edge:
+            batch = run.schedule.batch_end
+            found.append(Phase(name, end - edge, seq_len, batch, (end - edge) / seq_len / batch))
+        begin = end
+    return found
+
+
+def sequences_of_a_group(config: RunConfig, ranks: int, batch: float) -> int:
+    """Sequences of a step that the fullest group of ranks, which all wait for, runs one after another or together."""
+    return math.ceil(batch * config.parallel.tensor_parallel * config.parallel.context_parallel / ranks)
+
+
+def traffic_between_ranks(config: RunConfig, ranks: int, batch: float, seq_len: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step of `batch` sequences, by what asks for them."""
     sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
-    seq_len = max(stage.seq_len for stage in config.data.stages)
-    micro_batches = math.ceil(sequences / (p.micro_batch_tokens // seq_len))
+    sequences = sequences_of_a_group(config, ranks, batch)
+    micro_batches = math.ceil(sequences / (config.parallel.micro_batch_tokens // seq_len))
     for payload in payloads(config, ranks, sequences, micro_batches, seq_len):
         if payload.what in sent:  # norms and losses are a few bytes
             sent[payload.what] += payload.sent
     return sent
 
 
-def communication_seconds(run: PlannedRun, ranks: int) -> float:
-    """Seconds of a step's communication if nothing overlaps: inside a node where a group fits one, else between."""
-    p = run.parallel
-    inside, between = run.plan.node_gbytes * 1e9, run.plan.network_gbytes * 1e9
-    local = run.cluster.ranks_per_node
-    by = traffic_between_ranks(run, ranks)
-    group = p.tensor_parallel * p.context_parallel
-    seconds = (by["gradients"] + by["weights"]) / (inside if ranks <= local else between)
-    seconds += by["tensor parallel"] / (inside if p.tensor_parallel <= local else between)
-    return seconds + by["context parallel"] / (inside if group <= local else between)
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step."""
+
+    computing: float
+    may_hide: float  # communication that can go on beside computing
+    exposed: float  # communication that computing waits for
+
+    @property
+    def total(self) -> float:
+        """All of it, one after another: nothing hides."""
+        return self.computing + self.may_hide + self.exposed
 
 
-def step_seconds(run: PlannedRun, ranks: int, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of computing and of communication of a full step.
+def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int) -> StepTime:
+    """A step of `batch` sequences.
 
-    Computing at the plan's utilisation, and in proportion longer by what is computed again, by the roofline.
+    Computing at the plan's utilisation, whatever the layout, and in proportion longer by what the layout computes again
+    or more than once, by the roofline. Bytes at the plan's rates, inside a node where a group fits one, else between;
+    no latency. Sums and gathers inside a layer are waited for. Gradients may hide behind the backward (not in stage 0),
+    weights behind the next forward (megatron-core and stage 3).
     """
-    seq_len = max(stage.seq_len for stage in run.data.stages)
-    tokens = run.schedule.batch_end * seq_len / ranks
-    plain = replace(run, parallel=replace(run.parallel, recompute=Recompute.none, context_parallel=1))
-    again = roofline_seconds(run, gpu) / roofline_seconds(plain, gpu)
+    p = run.parallel
+    group = p.tensor_parallel * p.context_parallel
+    tokens = sequences_of_a_group(run, ranks, batch) * seq_len / group
+    plain = replace(p, recompute=Recompute.none, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
+    again = roofline_seconds(run, gpu) / roofline_seconds(replace(run, parallel=plain), gpu)
     computing = tokens * train_flops_per_token(run.model) / (gpu.flops * run.plan.mfu) * again
-    return computing, communication_seconds(run, ranks)
+    sent = traffic_between_ranks(run, ranks, batch, seq_len)
+    sizes = {"gradients": ranks, "weights": ranks, "tensor parallel": p.tensor_parallel, "context parallel": group}
+    seconds = {what: size / link(run, sizes[what]) for what, size in sent.items()}
+    hiding = {"gradients"} if p.zero_stage else set()
+    hiding |= {"weights"} if p.engine is EngineKind.megatron or p.zero_stage == 3 else set()
+    behind = sum(seconds[what] for what in hiding)
+    return StepTime(computing, behind, sum(seconds.values()) - behind)
+
+
+def link(run: PlannedRun, ranks: int) -> float:
+    """Bytes per second of a rank's link to the `ranks` of its group."""
+    return 1e9 * (run.plan.node_gbytes if ranks <= run.cluster.ranks_per_node else run.plan.network_gbytes)
+
+
+def timed(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[Phase, StepTime]]:
+    """Every phase with the time of its steps."""
+    known: dict[tuple[float, int], StepTime] = {}
+    found = []
+    for phase in phases(run):
+        size = (phase.batch, phase.seq_len)
+        if size not in known:
+            known[size] = step_time(run, ranks, gpu, *size)
+        found.append((phase, known[size]))
+    return found
 
 
 @dataclass
 class Reliability:
-    """What saving and failing cost."""
+    """What saving and failing cost; a share that is lost is of the run's time, starts not counted."""
 
     checkpoint_bytes: int
-    blocking_seconds: float  # a save stops training: each rank's part goes to its host
+    blocking_seconds: (
+        float  # a save stops training: megatron-core gathers weights, each rank copies its part to its host
+    )
     writing_seconds: float  # and goes to storage in the background
     failures: float  # expected over the run
-    interval_minutes: float  # best pause between saves: Young's sqrt(2 x blocking x mean time between failures)
+    interval_minutes: float  # between saves as configured, at the mean pace
+    lost: float  # share, by that
+    best_minutes: float  # Young's sqrt(2 x blocking x mean time between failures), but no shorter than writing takes
+    best_lost: float
 
 
 def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
-    """Young's interval (J. W. Young, CACM 17(9), 1974), but no shorter than writing takes."""
+    """Of saves every T seconds, what they stop and half of T per fault are lost (J. W. Young, CACM 17(9), 1974)."""
     size = 12 * parameter_count(run.model)
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
-    rate = nodes * run.plan.failures_per_1000_node_days / 1000  # per day
+    rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
     blocking = size / ranks / (run.plan.host_gbytes * 1e9)
+    if run.parallel.engine is EngineKind.megatron:  # its pieces() has the weights gathered before anything is read
+        seq_len = max(stage.seq_len for stage in run.data.stages)
+        sent = traffic_between_ranks(run, ranks, run.schedule.batch_end, seq_len)
+        blocking += sent["weights"] / link(run, ranks)
     writing = size / (run.plan.storage_gbytes * 1e9)
-    best = math.sqrt(2 * blocking * 86400 / rate) if rate else math.inf
-    return Reliability(size, blocking, writing, rate * days, max(best, writing) / 60)
 
+    def lost(seconds: float) -> float:
+        return blocking / seconds + rate * seconds / 2
 
-@dataclass
-class Layout:
-    """One way to lay the run over its ranks."""
-
-    tensor_parallel: int
-    sequence_parallel: bool
-    context_parallel: int
-    zero_stage: int
-    recompute: str
-    memory_gib: float
-    tokens_per_second: float  # of one rank; 0 where it cannot run
-    why_not: str | None
-
-
-def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None) -> list[Layout]:
-    """Every layout of tensor, sequence, context, ZeRO stage and recompute: the fastest that fits first, then others.
-
-    With `asked`, stage and sequence parallelism are as asked for. Micro-batch, precision, engine are the run's.
-    """
-    found = []
-    base = asked or run.parallel
-    stages = [base.zero_stage] if asked or base.engine is EngineKind.megatron else [0, 1, 2, 3]
-    for tensor, context, stage, recompute in product((1, 2, 4, 8), (1, 2, 4, 8), stages, Recompute):
-        for sequence in [base.sequence_parallel and tensor > 1] if asked else [False, True][: 1 + (tensor > 1)]:
-            parallel = replace(
-                base,
-                tensor_parallel=tensor,
-                sequence_parallel=sequence,
-                context_parallel=context,
-                zero_stage=stage,
-                recompute=recompute,
-            )
-            found.append(layout_of(run, parallel, ranks, gpu))
-    return sorted(found, key=lambda layout: (layout.why_not is not None, -layout.tokens_per_second, layout.memory_gib))
-
-
-def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
-    """What a layout needs and gives, or why it cannot run."""
-    p = parallel
-    shape = (p.tensor_parallel, p.sequence_parallel, p.context_parallel, p.zero_stage, p.recompute.value)
-    if ranks % (p.tensor_parallel * p.context_parallel):
-        return Layout(*shape, 0.0, 0.0, f"{p.tensor_parallel} x {p.context_parallel} does not divide {ranks} ranks")
-    if run.schedule.batch_end < (groups := ranks // (p.tensor_parallel * p.context_parallel)):
-        why = f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} groups without one"
-        return Layout(*shape, 0.0, 0.0, why)
-    try:
-        other = replace(run, parallel=parallel)
-    except ValueError as error:
-        return Layout(*shape, 0.0, 0.0, str(error))
-    memory = needs(other, ranks).total / GIB
-    limit = run.cluster.memory_gib or gpu.memory_gib
-    if memory > limit:
-        return Layout(*shape, memory, 0.0, f"needs {memory:.0f} of {limit:.0f} GiB")
-    seq_len = max(stage.seq_len for stage in run.data.stages)
-    rate = run.schedule.batch_end * seq_len / ranks / sum(step_seconds(other, ranks, gpu))
-    return Layout(*shape, memory, rate, None)
-
-
-def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | None:
-    """The layout that works and changes least of what was asked for; None when there is none."""
-    kinds = list(Recompute)
-
-    def distance(layout: Layout) -> tuple[float, float]:
-        steps = abs(math.log2(layout.tensor_parallel / asked.tensor_parallel))
-        steps += abs(math.log2(layout.context_parallel / asked.context_parallel))
-        steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(kinds)
-        return steps, -layout.tokens_per_second
-
-    works = [layout for layout in layouts(run, ranks, gpu, asked) if layout.why_not is None]
-    return min(works, key=distance, default=None)
+    now = 86400 * days * min(1.0, run.checkpoint.every_tokens / run.tokens)
+    best = max(math.sqrt(2 * blocking / rate), writing) if rate else 86400 * days
+    return Reliability(size, blocking, writing, 86400 * rate * days, now / 60, lost(now), best / 60, lost(best))

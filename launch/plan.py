@@ -21,17 +21,10 @@ from rich.table import Table
 
 from data.command import command
 from launch.devices import GPUS, Gpu
-from launch.estimate import (
-    PlannedRun,
-    layouts,
-    planned_gpu,
-    reliability,
-    roofline_seconds,
-    step_seconds,
-    traffic_between_ranks,
-)
+from launch.estimate import PlannedRun, planned_gpu, reliability, roofline_seconds, timed, traffic_between_ranks
+from launch.layouts import layout_of, layouts, worth_showing
 from model.flops import parameter_count, train_flops_per_token, train_traffic
-from train.plan import GIB, needs
+from train.plan import GIB, headroom, needs
 from train.schedule import Schedule
 
 SHOWN = 12  # layouts
@@ -42,9 +35,12 @@ def plan(run: PlannedRun) -> dict[str, Any]:
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
     gpu = planned_gpu(run)
     need, traffic = needs(run, ranks), train_traffic(run.model)
-    computing, communicating = step_seconds(run, ranks, gpu)
-    tokens_per_step = run.schedule.batch_end * max(stage.seq_len for stage in run.data.stages)
-    days = run.tokens / tokens_per_step * computing / 86400
+    seconds = timed(run, ranks, gpu)
+    days = {
+        part: sum(phase.steps * getattr(time, part) for phase, time in seconds) / 86400
+        for part in ("computing", "may_hide", "exposed", "total")
+    }
+    found, own = layouts(run, ranks, gpu), layout_of(run, run.parallel, ranks, gpu)
     return {
         "run": run.run.name,
         "ranks": ranks,
@@ -56,14 +52,21 @@ def plan(run: PlannedRun) -> dict[str, Any]:
         "gpu": gpu.name,
         "mfu": run.plan.mfu,
         "days": days,
-        "gpu_hours": 24 * days * ranks,
-        "dollars": 24 * days * ranks * run.plan.price_per_gpu_hour,
-        "step": {"computing_seconds": computing, "communication_seconds": communicating}
-        | {"bytes_sent_by_a_rank": traffic_between_ranks(run, ranks)},
-        "reliability": asdict(reliability(run, ranks, days)),
+        "gpu_hours": 24 * days["total"] * ranks,
+        "dollars": 24 * days["total"] * ranks * run.plan.price_per_gpu_hour,
+        "tokens_per_second": own.tokens_per_second,
+        "phases": [
+            asdict(phase)
+            | {"step_seconds": asdict(time) | {"total": time.total}, "days": phase.steps * time.total / 86400}
+            | {"bytes_sent_by_a_rank": traffic_between_ranks(run, ranks, phase.batch, phase.seq_len)}
+            for phase, time in seconds
+        ],
+        "reliability": asdict(reliability(run, ranks, days["total"])),
         "roofline_tokens_per_second": {other.name: 1 / roofline_seconds(run, other) for other in GPUS},
         "sources": sources(run),
-        "layouts": [asdict(layout) for layout in layouts(run, ranks, gpu)],
+        "layout": asdict(own),
+        "layouts": [asdict(layout) for layout in found],
+        "layouts_shown": [(place, asdict(layout)) for place, layout in worth_showing(found, own, SHOWN)],
     }
 
 
@@ -81,9 +84,10 @@ def sources(run: PlannedRun) -> dict[str, dict[str, float | None]]:
 @command(PlannedRun)
 def main(run: PlannedRun) -> None:
     """Print the plan, and write it beside the run."""
-    result, console = plan(run), Console()
+    result, console = plan(run), Console(width=None if sys.stdout.isatty() else 120)
     console.print(summary(run, result))
     console.print(stages(run))
+    console.print(times(result))
     console.print(fed(result))
     console.print(machines(run, result))
     console.print(choices(result))
@@ -103,21 +107,33 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
     for name, size in result["memory_of_a_rank"].items():
         rows.add_row(f"memory of a rank, {name}", f"{size / GIB:.1f} GiB")
     if run.cluster.memory_gib is not None:
-        rows.add_row("memory of a rank, present", f"{run.cluster.memory_gib:.0f} GiB")
-    days, step, saving = result["days"], result["step"], result["reliability"]
-    again = f", recompute {run.parallel.recompute.value}"
-    rows.add_row(f"days at {result['mfu']:.0%} MFU{again}", f"{days:.1f} ({result['gpu_hours']:,.0f} GPU hours)")
+        kept = headroom(run, run.cluster.device.value) / GIB
+        rows.add_row("memory of a rank, present", f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free")
+    days, saving = result["days"], result["reliability"]
+    at = f"{result['mfu']:.0%} MFU, recompute {run.parallel.recompute.value}"
+    rows.add_row(f"days at {at}", f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), if nothing hides")
+    hiding, exposed = (f"{days[part]:.1f} ({days[part] / days['total']:.1%})" for part in ("may_hide", "exposed"))
+    rows.add_row("of these, computing", f"{days['computing']:.1f}")
+    rows.add_row("sending that may hide behind it", hiding)
+    rows.add_row("sending that it waits for", exposed)
+    rows.add_row("tokens/s of a rank, by these days", f"{result['tokens_per_second']:,.0f}")
     rows.add_row("cost", f"{result['dollars']:,.0f} dollars at {run.plan.price_per_gpu_hour} an hour")
-    sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in step["bytes_sent_by_a_rank"].items() if size)
-    rows.add_row("step of the full batch", f"{step['computing_seconds']:.2f} s computing")
-    rows.add_row("a rank sends, 1e9 bytes a step", sent or "nothing")
-    share = step["communication_seconds"] / (step["computing_seconds"] + step["communication_seconds"])
-    rows.add_row("communication", f"{step['communication_seconds']:.2f} s, {share:.1%} if nothing overlaps")
+    sent = ", ".join(
+        f"{name} {size / 1e9:.1f}" for name, size in result["phases"][-1]["bytes_sent_by_a_rank"].items() if size
+    )
+    rows.add_row("a rank sends, 1e9 bytes a step of the last stage", sent or "nothing")
+    size, writing = saving["checkpoint_bytes"] / GIB, saving["writing_seconds"]
     rows.add_row(
-        "checkpoint", f"{saving['checkpoint_bytes'] / GIB:.1f} GiB, written in {saving['writing_seconds']:.0f} s"
+        "checkpoint",
+        f"{size:.1f} GiB, stops training for {saving['blocking_seconds']:.2f} s, written in {writing:.0f} s",
     )
     rows.add_row("expected faults", f"{saving['failures']:.1f}")
-    rows.add_row("best pause between saves", f"{saving['interval_minutes']:.1f} minutes")
+    for what, minutes, lost in (
+        (f"saved every {run.checkpoint.every_tokens:,} tokens", saving["interval_minutes"], saving["lost"]),
+        ("best pause between saves", saving["best_minutes"], saving["best_lost"]),
+    ):
+        hours = lost * result["gpu_hours"]
+        rows.add_row(what, f"{minutes:.1f} minutes; {lost:.2%} lost to it and to faults, {hours:,.0f} GPU hours")
     return rows
 
 
@@ -133,6 +149,20 @@ def stages(run: PlannedRun) -> Table:
     return grid
 
 
+def times(result: dict[str, Any]) -> Table:
+    """How long the steps of each stage take, those of its ramp by themselves."""
+    grid = Table("steps of", "how many", "seconds", "computing", "sending", "share", "days")
+    grid.title = "time, if nothing hides"
+    for phase in result["phases"]:
+        time = phase["step_seconds"]
+        sending = time["may_hide"] + time["exposed"]
+        seconds = (f"{part:.2f}" for part in (time["total"], time["computing"], sending))
+        grid.add_row(
+            phase["name"], f"{phase['steps']:,.0f}", *seconds, f"{sending / time['total']:.1%}", f"{phase['days']:.2f}"
+        )
+    return grid
+
+
 def fed(result: dict[str, Any]) -> Table:
     """Tokens and epochs of each source."""
     grid = Table("source", "tokens", "epochs")
@@ -143,8 +173,10 @@ def fed(result: dict[str, Any]) -> Table:
 
 
 def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
-    """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet rates."""
-    grid = Table("GPU", "roofline, tokens/s", "MFU there", f"days at {run.plan.mfu:.0%} MFU, recompute none")
+    """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet rates, nothing sent."""
+    grid = Table(
+        "GPU", "roofline, tokens/s", "MFU there", f"days of computing at {run.plan.mfu:.0%} MFU, recompute none"
+    )
     for gpu in GPUS:
         rate = result["roofline_tokens_per_second"][gpu.name]
         days = _days(run, result["ranks"], gpu)
@@ -157,20 +189,24 @@ def _days(run: PlannedRun, ranks: int, gpu: Gpu) -> float:
 
 
 def choices(result: dict[str, Any]) -> Table:
-    """Layouts, the fastest that fits first, and why others fall."""
-    grid = Table("tensor", "sequence", "context", "ZeRO", "recompute", "GiB", "tokens/s a rank", "")
-    for row in result["layouts"][:SHOWN]:
-        rate = f"{row['tokens_per_second']:,.0f}" if row["why_not"] is None else ""
-        memory = f"{row['memory_gib']:.0f}" if row["memory_gib"] else ""
-        cut = "cut" if row["sequence_parallel"] else ""
+    """Layouts: the fastest that fit if nothing hides, the run's own, and the first of each kind that falls."""
+    grid = Table("", "tensor", "context", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "at best", "")
+    runs = sum(row["why_not"] is None for row in result["layouts"])
+    grid.title = f"{runs} of {len(result['layouts'])} layouts can run; tokens/s of a rank if nothing hides, and at best"
+    for place, row in result["layouts_shown"]:
         cells = (
-            str(row["tensor_parallel"]),
-            cut,
+            "" if place is None else str(place),
+            f"{row['tensor_parallel']}{' cut' if row['sequence_parallel'] else ''}",
             str(row["context_parallel"]),
             str(row["zero_stage"]),
             row["recompute"],
+            f"{row['micro_batch_tokens']:,}",
+            f"{row['memory_gib']:.1f}" if row["memory_gib"] else "",
+            *(f"{row[key]:,.0f}" if row[key] else "" for key in ("tokens_per_second", "tokens_per_second_hidden")),
         )
-        grid.add_row(*cells, memory, rate, row["why_not"] or "")
+        own = row == result["layout"]
+        note = "; ".join(text for text in ("this run's" if own else "", row["why_not"]) if text)
+        grid.add_row(*cells, note, style="bold" if own else None)
     return grid
 
 

@@ -61,7 +61,8 @@ def train_flops_per_token(config: ModelConfig) -> int:
 class Traffic:
     """Per token, forward and backward of all layers: bytes of memory and evaluations of special functions."""
 
-    rows: int  # bytes of norms, residual additions and convolutions
+    residual: int  # bytes of norms and residual additions
+    convolutions: int  # bytes
     scan: int  # bytes of the scan
     specials: int  # exponentials, logarithms and reciprocals of the scan
 
@@ -76,7 +77,8 @@ def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
     """
     c = config
     states = 4 * c.d_inner * c.d_state // SCAN_CHUNK
-    rows = 5 * c.d_inner * width + c.d_model * (12 + 2 * width) + c.d_model * (16 + width)
+    residual = c.d_model * (12 + 2 * width) + c.d_model * (16 + width)
+    convolutions = 5 * c.d_inner * width
     scan = 11 * c.d_inner * width + 2 * states
     specials = 3 * c.d_inner * c.d_state + 10 * c.d_inner
-    return Traffic(c.n_layer * rows, c.n_layer * scan, c.n_layer * specials)
+    return Traffic(c.n_layer * residual, c.n_layer * convolutions, c.n_layer * scan, c.n_layer * specials)

@@ -5,6 +5,7 @@ part of what it is.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")  # assumed: norms, biases and the SSM's own; sources
 # name A_log and D only (state-spaces/mamba), and leave the embedding decayed
@@ -33,6 +34,7 @@ CUTS = {
 }
 
 
+@cache  # a plan asks for every name of a 7B in every layout
 def cut_of(name: str) -> Cut | None:
     """How a parameter is cut; None means every rank holds all of it."""
     return next((cut for suffix, cut in CUTS.items() if name.endswith(suffix)), None)

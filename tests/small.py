@@ -41,7 +41,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         health=health(),
         metrics=MetricsConfig(None, False, 60.0),
         train=Train(ProfileConfig(0, 0, 0, [0])),
-        cluster=Cluster(Device.cpu, 1, 1, None, 1.0),
+        cluster=Cluster(Device.cpu, 1, 1, None, 0.0, 1.0),
         eval=replace(run_config("demo").eval, validation=ValidationConfig(1000, 200, 32, 4)),
     )
 

@@ -218,6 +218,7 @@ class Cluster:
     nodes: int
     ranks_per_node: int
     memory_gib: float | None  # of one rank's device; None asks the machine
+    headroom_gib: float  # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
     peak_tflops: float | None  # dense, of one rank, in the run's precision; None measures a matrix product
 
 

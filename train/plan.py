@@ -1,10 +1,10 @@
-"""What a run needs of memory, compute and time, from its config alone. Torch-free."""
+"""What a run needs of memory, from its config alone. Torch-free."""
 
 from dataclasses import dataclass, fields
 
 from data.config import InputError
 from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
-from model.flops import parameter_count, train_flops_per_token
+from model.flops import parameter_count
 from train.config import EngineKind, Precision, RunConfig
 from train.traffic import buckets
 
@@ -103,26 +103,28 @@ def state_of_megatron(config: RunConfig, ranks: int) -> tuple[int, int, int]:
     return parameters, sum(4 * bucket.size for bucket in cut), optimizer
 
 
+def headroom(config: RunConfig, device: str) -> int:
+    """Bytes of a device that a run must leave to CUDA, NCCL and the allocator: none on a CPU."""
+    return 0 if device == "cpu" else int(config.cluster.headroom_gib * GIB)
+
+
 def check_memory(config: RunConfig, ranks: int, ranks_here: int, device: str, available: int) -> None:
     """Raise InputError when the ranks of this machine need more than the `available` bytes of their device.
 
-    `ranks_here` ranks share the memory of a CPU; a GPU serves one.
+    `ranks_here` ranks share the memory of a CPU; a GPU serves one, and some of it is headroom.
     """
-    need = needs(config, ranks)
+    need, kept = needs(config, ranks), headroom(config, device)
     sharing = ranks_here if device == "cpu" else 1
-    if need.total * sharing <= available:
+    if need.total * sharing <= available - kept:
         return
+    reserved = f" less {kept / GIB:g} of headroom" if kept else ""
     count = f"{sharing} ranks of this machine need" if sharing > 1 else "a rank needs"
     parts = ", ".join(f"{field.name} {getattr(need, field.name) / GIB:.1f}" for field in fields(need))
     raise InputError(
         f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit here: {count} "
-        f"{need.total * sharing / GIB:.1f} GiB (of one rank: {parts}), the {device} has {available / GIB:.1f} GiB. "
+        f"{need.total * sharing / GIB:.1f} GiB (of one rank: {parts}), "
+        f"the {device} has {available / GIB:.1f} GiB{reserved}. "
         f"Run +experiment=demo here, a larger parallel.tensor_parallel, or {config.run.name} on the machines of its "
         f"cluster config ({config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks; see "
         "`python launch/plan.py`)"
     )
-
-
-def days(config: RunConfig, ranks: int, mfu: float, peak_tflops: float) -> float:
-    """Days that the run takes at a model FLOPs utilisation."""
-    return train_flops_per_token(config.model) * config.tokens / (ranks * peak_tflops * 1e12 * mfu) / 86400

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.dryrun import DryRun
-from launch.estimate import layout_of, planned_gpu
+from launch.estimate import planned_gpu
+from launch.layouts import layout_of
 from tests.compose import typed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,9 +91,14 @@ def test_a_wrong_layout_is_refused_with_one_that_works(overrides: tuple[str, ...
     ("overrides", "why", "instead"),
     [
         (("world=12", "parallel.tensor_parallel=8"), "8 x 1 does not divide 12 ranks", "parallel.tensor_parallel=4"),
-        (("world=256", "parallel.recompute=none"), "needs 111 of 80 GiB", "parallel.recompute=selective"),
+        (("world=256", "parallel.recompute=none"), "of 79 GiB less 5 of headroom", "parallel.recompute=full"),
+        (("world=256", "parallel.recompute=selective"), "of 79 GiB less 5 of headroom", "parallel.recompute=full"),
         (("world=4096",), "leaves some of 4096 groups without one", "parallel.tensor_parallel=2"),
-        (("world=256", DEEPSPEED, "parallel.zero_stage=0"), "needs 135 of 80 GiB", "parallel.tensor_parallel=2"),
+        (
+            ("world=256", DEEPSPEED, "parallel.zero_stage=0"),
+            "of 79 GiB less 5 of headroom",
+            "parallel.tensor_parallel=2",
+        ),
         (("world=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
     ],
 )

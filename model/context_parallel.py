@@ -4,7 +4,8 @@ The convolution needs the last k - 1 inputs of the rank before. The scan needs t
 piece once from zero, all exchange what they end with and the time that passes in them, and each joins the pieces before
 its own (a piece multiplies what enters it by exp(A time), and by nothing where a document opens in it). Gradients go
 the same way back. Costs per layer: the scan twice, forward and backward; d_inner (d_state + k) values per sequence
-and rank gathered over the ranks, whatever the length.
+and rank gathered over the ranks, whatever the length; the states of both scans kept. What is little work, time and
+joining, is computed again in the backward instead of kept.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.kernels.carry import last_taps
 from model.kernels.interface import SelectiveScan
@@ -77,11 +79,21 @@ class ContextRanks:
     ) -> Tensor:
         """The scan's state [b, d, n] before this rank's piece; arguments as of the scan."""
         _, end = scan(u, dt, A, B, C, D, z, dt_bias, starts)
-        time = F.softplus(dt.to(end.dtype) + dt_bias).sum(1)
+        time = checkpoint(time_of, dt, dt_bias, end.dtype, use_reentrant=False)
         if starts is not None:
             time = time.masked_fill(starts.any(1)[:, None], FOREVER)
         pieces = Gather.apply(torch.cat([end, time.unsqueeze(-1)], -1), self.group)
-        state = pieces[0, ..., :-1] * 0.0  # as in taps: every rank is part of the gradient's sum
-        for before in range(self.rank):
-            state = torch.exp(A * pieces[before, ..., -1:]) * state + pieces[before, ..., :-1]
-        return state
+        return checkpoint(join, A, pieces, self.rank, use_reentrant=False)
+
+
+def time_of(dt: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The time [b, d] that passes in a piece, dt [b, l, d] as the scan takes it."""
+    return F.softplus(dt.to(dtype) + dt_bias).sum(1)
+
+
+def join(A: Tensor, pieces: Tensor, rank: int) -> Tensor:
+    """The state [b, d, n] before piece `rank` of what pieces end with, and in the last column their time."""
+    state = pieces[0, ..., :-1] * 0.0  # as in taps: every rank is part of the gradient's sum
+    for before in range(rank):
+        state = torch.exp(A * pieces[before, ..., -1:]) * state + pieces[before, ..., :-1]
+    return state

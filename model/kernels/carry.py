@@ -14,12 +14,16 @@ from model.kernels.interface import CausalConv1d
 def continued_conv(
     conv: CausalConv1d, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, taps: Tensor | None
 ) -> Tensor:
-    """conv(x [b, l, d]) as it is after a piece whose last inputs are taps [b, k - 1, d]; None at the beginning."""
-    if taps is None:
+    """conv(x [b, l, d]) as it is after a piece whose last inputs are taps [b, k - 1, d]; None at the beginning.
+
+    The first k - 1 outputs, which taps reach, are computed apart: taps joined to x would be kept for the backward.
+    """
+    if taps is None or taps.shape[1] == 0:
         return conv(x, weight, bias, starts)
     behind = taps.shape[1]
-    rows = torch.cat([taps, x], 1)
-    return conv(rows, weight, bias, None if starts is None else F.pad(starts, (behind, 0)))[:, behind:]
+    rows = torch.cat([taps, x[:, :behind]], 1)
+    first = conv(rows, weight, bias, None if starts is None else F.pad(starts[:, :behind], (behind, 0)))[:, behind:]
+    return first if x.shape[1] <= behind else torch.cat([first, conv(x, weight, bias, starts)[:, behind:]], 1)
 
 
 def last_taps(x: Tensor, starts: Tensor | None, taps: Tensor | None, behind: int) -> Tensor:

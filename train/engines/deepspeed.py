@@ -39,7 +39,7 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
-                "reduce_bucket_size": bucket,
+                "reduce_bucket_size": min(bucket, elements),  # it allocates all of it, whatever the model
                 "allgather_bucket_size": bucket,
                 "use_multi_rank_bucket_allreduce": not to_owners(elements, ranks.replicas, bucket),
                 "overlap_comm": ranks.device.type == "cuda",

@@ -236,8 +236,8 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
                 const float sum_B = over_states(from_B), sum_A = over_states(from_A), sum_y = over_states(y);
                 const float own_dt = s.tile.dt[k][at.own], own_u = s.tile.u[k][at.own], own_gy = s.tile.gy[k][at.own];
                 // the derivative of softplus from its value: 1 - exp(-dt), by its series where that cancels
-                const float slope = own_dt < 0.02f ? own_dt * fmaf(own_dt, fmaf(own_dt, 1.0f / 6, -0.5f), 1.0f)
-                                                   : 1.0f - ex2(-own_dt * LOG2E);
+                const float series = fmaf(own_dt, fmaf(own_dt, fmaf(own_dt, -1.0f / 24, 1.0f / 6), -0.5f), 1.0f);
+                const float slope = own_dt < 0.1f ? own_dt * series : 1.0f - ex2(-own_dt * LOG2E);
                 const float dx = fmaf(sum_B, own_u, sum_A * LN2) * slope;
                 gD = fmaf(own_gy, own_u, gD);
                 gbias += dx;

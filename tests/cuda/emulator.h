@@ -25,6 +25,15 @@ inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
+// The hardware's approximate functions with the errors that the PTX manual allows them, denormal results zero.
+inline float rounded(float x, int bits) {  // to a multiple of 2^bits of its units in the last place
+    if (fabsf(x) < 1.17549435e-38f) return 0.0f;
+    const unsigned half = 1u << (bits - 1);
+    return __uint_as_float((__float_as_uint(x) + half) & ~(2 * half - 1));
+}
+inline float ex2(float x) { return rounded(exp2f(x), 2); }  // relative error 2^-22
+inline float reciprocal(float x) { return rounded(1.0f / x, 1); }  // relative error 2^-23
+
 struct Dim { int x = 1, y = 1, z = 1; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 

@@ -207,6 +207,7 @@ CASES = [
     Case(1, 64, 130, 16, resets=0.05, first=True),  # more than one group of channels
     Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
     Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
+    Case(2, 33, 48, 16, dt=-6.5),  # time steps as at the beginning of training, 0.0002 to 0.02
 ]
 
 CUTS = [[4], [0, 1, 2, 3], [7, 9]]  # where documents begin
@@ -220,6 +221,6 @@ CASE = st.builds(
     st.integers(1, 16),
     resets=st.sampled_from([0.0, 0.1, 0.5]),
     first=st.booleans(),
-    dt=st.sampled_from([-10.0, -2.0, 0.0, 8.0]),
+    dt=st.sampled_from([-10.0, -6.5, -2.0, 0.0, 8.0]),
     seed=st.integers(0, 1000),
 )

@@ -7,27 +7,52 @@
 // Sums over states (du, ddt, dz) end in the lane whose number is the channel's, sums over channels (dB, dC) in the lane of
 // their state, by exchanging halves between lanes; what warps hold of dB and dC is added in shared memory to one partial
 // sum per block, and the caller adds the blocks: no atomics. 106 KiB of shared memory: two blocks an SM.
+//
+// Eight warps an SM hide little of memory's latency. So what a chunk needs is on its way while the chunk behind it is
+// computed: copied without registers to where kept states have been read already, each thread's own.
 #include "scan.cuh"
 
 #define CHANNELS 128
 #define THREADS 128
 #define QUADS 4  // channels of a thread, and states
 #define PAIRS (CHUNK / 2)
+#define FETCH 2  // pairs of tokens still to compute when the next chunk is asked for
 
 #ifndef EMULATED
 extern __shared__ float4 shared_memory[];
+// Begins a copy from global to shared memory, which is there when this thread has called arrive().
+template <class P> __device__ inline void depart(P *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
+                 "n"(sizeof(P)) : "memory");
+}
+__device__ inline void arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-struct Staged {
-    float dt[CHUNK][CHANNELS], u[CHUNK][CHANNELS], gy[CHUNK][CHANNELS];
-    float dz[CHUNK][CHANNELS];  // dL/dz per unit of y
-    float4 B[CHUNK][4], C[CHUNK][4];
+typedef float4 Column[THREADS];
+
+struct Staged {  // what adjoints need of a chunk
+    float dt[CHUNK][CHANNELS], gy[CHUNK][CHANNELS];
+    float4 C[CHUNK][4];
     float opens[CHUNK];  // time that passes at a token besides its own: FOREVER where a document opens, else 0
 };
+struct Tile : Staged {
+    float u[CHUNK][CHANNELS];
+    float dz[CHUNK][CHANNELS];  // dL/dz per unit of y
+    float4 B[CHUNK][4];
+};
 struct Backward {
-    Staged tile;
-    float4 before[PAIRS][QUADS][THREADS];    // states before every second token
+    Tile tile;
+    Column before[PAIRS * QUADS];                 // states before every second token
     float sums[THREADS / 32][CHUNK][2 * STATES];  // a warp's dB and dC
+};
+
+// What a thread reads of a chunk, in pairs: for each of its PAIRS tokens dt, z, dy (and u, unless SUMMARY) of two channels,
+// and of one token two states of C (and B).
+template <bool SUMMARY> struct Held {
+    static constexpr int EACH = SUMMARY ? 3 : 4, PER = sizeof(float4) / sizeof(Pair);
+    static constexpr int COLUMNS = (EACH * PAIRS + (SUMMARY ? 1 : 2) + PER - 1) / PER;
+    Column *at;
+    __device__ Pair *operator()(int i) const { return reinterpret_cast<Pair *>(&at[i / PER][threadIdx.x]) + i % PER; }
 };
 
 struct Four {
@@ -56,31 +81,50 @@ __device__ inline float over_states(Four x) {
     return x[0];
 }
 
-// Inputs of a chunk, two channels and CHUNK / 2 tokens a thread; past the end nothing happens. SUMMARY needs less.
+// Has a chunk copied; past the end, the last token again. Whether token threadIdx.x of it opens a document.
 template <bool SUMMARY>
-__device__ inline void stage(Staged &s, INPUTS, const T *dy, int row0, int t0, int end, int channels, int u_row, int dt_row,
-                             int z_row, int B_row, int C_row) {
-    const int tid = threadIdx.x, column = 2 * (tid & 63), pair = blockIdx.x * CHANNELS + column;
-    const float2 shift = make_float2(bias[pair], bias[pair + 1]);
-    if (tid < CHUNK) s.opens[tid] = t0 + tid < end && Starts{start_flags}.at(row0 + t0 + tid) ? FOREVER : 0.0f;
-#pragma unroll 4
-    for (int k = tid >> 6; k < CHUNK; k += 2) {
-        const int row = row0 + min(t0 + k, end - 1);
-        const float2 x = load2(row_of(dt, row, dt_row) + pair), g = load2(row_of(z, row, z_row) + pair);
-        const float2 o = load2(row_of(dy, row, channels) + pair), gate = make_float2(sigmoid(g.x), sigmoid(g.y));
+__device__ inline unsigned char fetch(Held<SUMMARY> held, INPUTS, const T *dy, int row0, int t0, int end, int channels,
+                                      int u_row, int dt_row, int z_row, int B_row, int C_row) {
+    const int tid = threadIdx.x, pair = blockIdx.x * CHANNELS + 2 * (tid & 63);
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int row = row0 + min(t0 + 2 * i + (tid >> 6), end - 1), slot = i * held.EACH;
+        depart(held(slot), row_of(dt, row, dt_row) + pair);
+        depart(held(slot + 1), row_of(z, row, z_row) + pair);
+        depart(held(slot + 2), row_of(dy, row, channels) + pair);
+        if (!SUMMARY) depart(held(slot + 3), row_of(u, row, u_row) + pair);
+    }
+    const int n = 2 * (tid & 7), row = row0 + min(t0 + (tid >> 3), end - 1), slot = PAIRS * held.EACH;
+    depart(held(slot), row_of(C, row, C_row) + n);
+    if (!SUMMARY) depart(held(slot + 1), row_of(B, row, B_row) + n);
+    return start_flags != nullptr && tid < CHUNK && t0 + tid < end ? start_flags[row0 + t0 + tid] : 0;
+}
+
+// What was fetched, as all threads of the block need it; past the end nothing happens.
+template <bool SUMMARY>
+__device__ inline void stage(Staged &s, Held<SUMMARY> held, unsigned char opens, float2 shift, int t0, int end) {
+    Tile &tile = static_cast<Tile &>(s);  // if it is one
+    const int tid = threadIdx.x, column = 2 * (tid & 63);
+    if (tid < CHUNK) s.opens[tid] = opens ? FOREVER : 0.0f;
+    arrive();
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int k = 2 * i + (tid >> 6), slot = i * held.EACH;
+        const float2 x = widen2(*held(slot)), g = widen2(*held(slot + 1)), o = widen2(*held(slot + 2));
+        const float2 gate = make_float2(sigmoid(g.x), sigmoid(g.y));
         float2 step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
         float2 gy = make_float2(o.x * g.x * gate.x, o.y * g.y * gate.y);
         if (t0 + k >= end) step = gy = make_float2(0.0f, 0.0f);
         *reinterpret_cast<float2 *>(&s.dt[k][column]) = step;
         *reinterpret_cast<float2 *>(&s.gy[k][column]) = gy;
         if (SUMMARY) continue;
-        *reinterpret_cast<float2 *>(&s.u[k][column]) = load2(row_of(u, row, u_row) + pair);
-        *reinterpret_cast<float2 *>(&s.dz[k][column]) =
+        *reinterpret_cast<float2 *>(&tile.u[k][column]) = widen2(*held(slot + 3));
+        *reinterpret_cast<float2 *>(&tile.dz[k][column]) =
             make_float2(o.x * gate.x * fmaf(g.x, 1.0f - gate.x, 1.0f), o.y * gate.y * fmaf(g.y, 1.0f - gate.y, 1.0f));
     }
-    const int k = tid >> 3, n = 2 * (tid & 7), row = row0 + min(t0 + k, end - 1);  // two states of one token
-    if (!SUMMARY) *reinterpret_cast<float2 *>(reinterpret_cast<float *>(s.B[k]) + n) = load2(row_of(B, row, B_row) + n);
-    *reinterpret_cast<float2 *>(reinterpret_cast<float *>(s.C[k]) + n) = load2(row_of(C, row, C_row) + n);
+    const int slot = PAIRS * held.EACH;
+    reinterpret_cast<float2 *>(s.C)[tid] = widen2(*held(slot));
+    if (!SUMMARY) reinterpret_cast<float2 *>(tile.B)[tid] = widen2(*held(slot + 1));
 }
 
 // Where a thread is.
@@ -100,8 +144,12 @@ struct Place {
 extern "C" __global__ void __launch_bounds__(THREADS)
 scan_adjoint(INPUTS, const T *dy, const float *dlast, float *ends, float *times, SIZES) {
     __shared__ Staged s;
+    __shared__ Column columns[Held<true>::COLUMNS];
+    const Held<true> held{columns};
     const Place at(length, channels);
     const int part = blockIdx.z + 1, begin = part * segment, end = min(begin + segment, length);
+    const int last = begin + (end - 1 - begin) / CHUNK * CHUNK, pair = blockIdx.x * CHANNELS + 2 * (threadIdx.x & 63);
+    const float2 shift = make_float2(bias[pair], bias[pair + 1]);
     Four a[QUADS], g[QUADS];
     Four time = {};
 #pragma unroll
@@ -110,9 +158,14 @@ scan_adjoint(INPUTS, const T *dy, const float *dlast, float *ends, float *times,
         g[c] = {};
         if (dlast && end == length) g[c] = four(dlast + at.state + c * STATES);
     }
-    for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
-        stage<true>(s, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row, B_row,
-                    C_row);
+    auto read = [&](int t0) {
+        return fetch(held, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row,
+                     B_row, C_row);
+    };
+    unsigned char opens = read(last);
+    for (int t0 = last; t0 >= begin; t0 -= CHUNK) {
+        stage(s, held, opens, shift, t0, end);
+        if (t0 > begin) opens = read(t0 - CHUNK);
         __syncthreads();
 #pragma unroll 4
         for (int k = CHUNK - 1; k >= 0; k--) {
@@ -144,6 +197,11 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
     const Place at(length, channels);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, own_d = blockIdx.x * CHANNELS + at.own;
     const int chunks = (length + CHUNK - 1) / CHUNK, begin = blockIdx.z * segment, end = min(begin + segment, length);
+    const int last = begin + (end - 1 - begin) / CHUNK * CHUNK, pair = blockIdx.x * CHANNELS + 2 * (tid & 63);
+    Column *const next = s.before + FETCH * QUADS;  // the state before the next chunk, and its inputs
+    const Held<false> held{next + QUADS};
+    static_assert((FETCH + 1) * QUADS + held.COLUMNS <= PAIRS * QUADS, "states that are still to be read");
+    const float2 shift = make_float2(bias[pair], bias[pair + 1]);
     // dC of state `quad * 4 + group` for groups below 4, dB above
     const int slot = (lane < 16 ? STATES : 0) + at.quad * 4 + ((lane >> 2) & 3);
     const float skip = D[own_d];
@@ -163,21 +221,27 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
         g[c] = {{joined.x, joined.y, joined.z, joined.w}};
         gA[c] = {};
     }
-    for (int t0 = begin + (end - 1 - begin) / CHUNK * CHUNK; t0 >= begin; t0 -= CHUNK) {
-        stage<false>(s.tile, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row,
-                     B_row, C_row);
-        __syncthreads();
-        Four h[QUADS];
+    auto read = [&](int t0) {
 #pragma unroll
         for (int c = 0; c < QUADS; c++)
-            h[c] = four(kept + ((at.b * chunks + t0 / CHUNK) * channels + at.d + c) * STATES + at.quad * 4);
+            depart(&next[c][tid], kept + ((at.b * chunks + t0 / CHUNK) * channels + at.d + c) * STATES + at.quad * 4);
+        return fetch(held, u, dt, z, A, B, C, D, bias, start_flags, dy, at.row0, t0, end, channels, u_row, dt_row, z_row,
+                     B_row, C_row);
+    };
+    unsigned char opens = read(last);
+    for (int t0 = last; t0 >= begin; t0 -= CHUNK) {
+        stage(s.tile, held, opens, shift, t0, end);
+        Four h[QUADS];
+#pragma unroll
+        for (int c = 0; c < QUADS; c++) h[c] = four(reinterpret_cast<const float *>(&next[c][tid]));
+        __syncthreads();
 #pragma unroll 2
         for (int k = 0; k < CHUNK; k++) {  // states before every second token
             const Four step = four(&s.tile.dt[k][at.first]), v = four(&s.tile.u[k][at.first]);
             const Four b = four(reinterpret_cast<const float *>(&s.tile.B[k][at.quad]));
 #pragma unroll
             for (int c = 0; c < QUADS; c++) {
-                if (k % 2 == 0) s.before[k / 2][c][tid] = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
+                if (k % 2 == 0) s.before[k / 2 * QUADS + c][tid] = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
                 const float input = step[c] * v[c], passed = step[c] + s.tile.opens[k];
 #pragma unroll
                 for (int n = 0; n < 4; n++) h[c][n] = fmaf(ex2(passed * a[c][n]), h[c][n], input * b[n]);
@@ -185,9 +249,10 @@ scan_backward(INPUTS, const float *kept, const T *dy, const float *dlast, const 
         }
 #pragma unroll 1
         for (int j = PAIRS - 1; j >= 0; j--) {
+            if (j == FETCH - 1 && t0 > begin) opens = read(t0 - CHUNK);
             Four before[2][QUADS], decay[2][QUADS];  // of the pair's tokens
 #pragma unroll
-            for (int c = 0; c < QUADS; c++) before[0][c] = four(reinterpret_cast<const float *>(&s.before[j][c][tid]));
+            for (int c = 0; c < QUADS; c++) before[0][c] = four(reinterpret_cast<const float *>(&s.before[j * QUADS + c][tid]));
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int k = 2 * j + r;

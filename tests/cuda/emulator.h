@@ -41,6 +41,7 @@ namespace emulator {
 static std::vector<ucontext_t> fibers;
 static std::vector<bool> done;
 static std::vector<float> exchange;
+static std::vector<std::vector<std::function<void()>>> copies;
 static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
@@ -56,7 +57,7 @@ static void wait() {
 static void run_block(int threads, bool falling) {
     static std::vector<std::vector<char>> stacks;
     stacks.resize(threads, std::vector<char>(1 << 16));
-    fibers.assign(threads, {}), done.assign(threads, false), exchange.assign(threads, 0.0f);
+    fibers.assign(threads, {}), done.assign(threads, false), exchange.assign(threads, 0.0f), copies.assign(threads, {});
     for (int i = 0; i < threads; i++) {
         getcontext(&fibers[i]);
         fibers[i].uc_stack.ss_sp = stacks[i].data(), fibers[i].uc_stack.ss_size = stacks[i].size();
@@ -86,6 +87,15 @@ bool add(const char *name, void (*kernel)(P...)) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(); }
+// Copies to shared memory: what was there is lost at once, what comes is there when the thread has waited.
+template <class P> inline void depart(P *to, const void *from) {
+    memset(to, 0xff, sizeof(P));  // not a number
+    emulator::copies[emulator::current].push_back([=] { memcpy(to, from, sizeof(P)); });
+}
+inline void arrive() {
+    for (auto &copy : emulator::copies[emulator::current]) copy();
+    emulator::copies[emulator::current].clear();
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     emulator::exchange[emulator::current] = value;
     emulator::wait();

@@ -8,7 +8,7 @@ GPU's size, not on chance.
 import functools
 import importlib.util
 from collections.abc import Sequence
-from ctypes import c_int, c_longlong
+from ctypes import c_int
 from typing import Any
 
 import torch
@@ -184,7 +184,7 @@ class PreparedConv:
         self.bias, self.starts = F.pad(bias.float(), (0, self.pad)).contiguous(), _flags(starts)
         self.segments = -(-self.length // CONV_SEGMENT)
         self.grid = (-(-self.d // (2 * CONV_THREADS)), self.segments, self.batch)
-        self.tail = [c_int(self.length), c_int(self.d), c_longlong(row_stride(self.x))]
+        self.tail = [c_int(self.length), c_int(self.d), c_int(row_stride(self.x))]
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:

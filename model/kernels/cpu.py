@@ -106,7 +106,7 @@ def _padding(u: Tensor, A: Tensor) -> tuple[int, int]:
 
 
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor of the shape that scan_forward keeps for the backward."""
+    """An empty tensor for the states that the backward starts its chunks from."""
     pad_d, pad_n = _padding(u, A)
     shape = (u.shape[0], -(-u.shape[1] // SCAN_CHUNK), A.shape[1] + pad_n, u.shape[2] + pad_d)
     return u.new_empty(shape, dtype=torch.float32)
@@ -153,13 +153,13 @@ class Prepared:
 
 
 def scan_forward(
-    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [b, l, d], the last state [b, d, n], and the states that the backward starts its chunks from."""
+    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its chunks from."""
     p = Prepared(inputs, starts, state)
-    y, last, kept = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n), kept_like(inputs[0], inputs[2])
+    y, last = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n)
     active().selective_scan_forward(byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
-    return p.channels(y, inputs[0].dtype), p.outer(last), kept
+    return p.channels(y, inputs[0].dtype), p.outer(last)
 
 
 def scan_backward(

@@ -96,7 +96,8 @@ class Prepared:
 
     def state(self, x: Tensor) -> Tensor:
         """[b, d, n] fp32, padded."""
-        return F.pad(x.float(), (0, self.pad_n, 0, self.pad_d)).contiguous()
+        padded = self.pad_n or self.pad_d  # F.pad copies also by nothing
+        return (F.pad(x.float(), (0, self.pad_n, 0, self.pad_d)) if padded else x.float()).contiguous()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a result."""
@@ -115,18 +116,18 @@ class Prepared:
 
 
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
-    """An empty tensor of the shape that scan_forward keeps for the backward."""
+    """An empty tensor for the states that the backward starts its chunks from."""
     channels = -(-u.shape[2] // CHANNELS) * CHANNELS
     return u.new_empty(u.shape[0], -(-u.shape[1] // SCAN_CHUNK), channels, STATES, dtype=torch.float32)
 
 
 def scan_forward(
-    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [b, l, d], the last state [b, d, n], and the states that the backward starts its chunks from."""
+    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its chunks from."""
     p = Prepared(inputs, starts)
     y, last = p.new(p.batch, p.length, p.d, dtype=p.dtype), p.new(p.batch, p.d, STATES)
-    kept, first = kept_like(inputs[0], inputs[2]), None if state is None else p.state(state)
+    first = None if state is None else p.state(state)
     segments, sizes = p.cut(FORWARD_CHANNELS, 1)
     arguments = [*p.inputs, first, y, last, kept, *p.joints(segments), *sizes]
     blocks = (p.d // FORWARD_CHANNELS, p.batch)
@@ -134,7 +135,7 @@ def scan_forward(
         grid = (*blocks, segments - 1)
         cuda_library.launch("scan_forward.cu", "scan_summary", p.dtype, grid, FORWARD_THREADS, 0, arguments)
     cuda_library.launch("scan_forward.cu", "scan_forward", p.dtype, (*blocks, segments), FORWARD_THREADS, 0, arguments)
-    return y[..., : p.channels].to(inputs[0].dtype).contiguous(), last[:, : p.channels, : p.states].contiguous(), kept
+    return y[..., : p.channels].to(inputs[0].dtype).contiguous(), last[:, : p.channels, : p.states].contiguous()
 
 
 def scan_backward(
@@ -179,9 +180,11 @@ class PreparedConv:
             raise ValueError(f"model.d_conv {self.taps} exceeds the {TAPS} taps of the CUDA kernels: use reference")
         self.dtype, self.pad = _computing(x.dtype), self.channels % 2
         self.d = self.channels + self.pad
-        self.x = _rows(F.pad(x, (0, self.pad)) if self.pad else x, self.dtype)
-        self.weight = F.pad(weight.float().t(), (0, self.pad, TAPS - self.taps, 0)).contiguous()
-        self.bias, self.starts = F.pad(bias.float(), (0, self.pad)).contiguous(), _flags(starts)
+        if self.pad or self.taps < TAPS:
+            x, bias = F.pad(x, (0, self.pad)), F.pad(bias, (0, self.pad))
+            weight = F.pad(weight, (TAPS - self.taps, 0, 0, self.pad))
+        self.x, self.weight = _rows(x, self.dtype), weight.float().t().contiguous()
+        self.bias, self.starts = bias.float().contiguous(), _flags(starts)
         self.segments = -(-self.length // CONV_SEGMENT)
         self.grid = (-(-self.d // (2 * CONV_THREADS)), self.segments, self.batch)
         self.tail = [c_int(self.length), c_int(self.d), c_int(row_stride(self.x))]

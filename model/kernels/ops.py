@@ -31,7 +31,7 @@ def register(backend: Any, name: str, device: str) -> Kernels:
         starts: Tensor | None = None, state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         _refuse_empty(u)
-        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state)
+        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state, torch.is_grad_enabled())
         return y, last
 
     return Kernels(
@@ -84,10 +84,22 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _register_scan(backend: Any, space: Space) -> Any:
+    """`keep`: whether the states that the backward starts from are written; without gradients nobody reads them."""
+
+    def room(u: Tensor, A: Tensor, keep: bool) -> Tensor:
+        kept: Tensor = backend.kept_like(u, A) if keep else u.new_empty(0, dtype=torch.float32)
+        return kept
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, starts, state, keep = arguments
+        kept = room(inputs[0], inputs[2], keep)
+        y, last = backend.scan_forward(inputs, starts, state, kept if keep else None)
+        return y, last, kept
+
     def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         u, A = arguments[0], arguments[2]
         last = u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
-        return _like(u), last, backend.kept_like(u, A)
+        return _like(u), last, room(u, A, arguments[10])
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
         inputs, state = arguments[:8], arguments[9]
@@ -95,11 +107,7 @@ def _register_scan(backend: Any, space: Space) -> Any:
             inputs[0].new_empty(0, dtype=torch.float32) if state is None else _like(state)
         ]
 
-    forward = space.define(
-        f"selective_scan({INPUTS}) -> (Tensor, Tensor, Tensor)",
-        lambda *x: backend.scan_forward(x[:8], *x[8:]),
-        fake,
-    )
+    forward = space.define(f"selective_scan({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", run, fake)
     backward = space.define(
         f"selective_scan_backward({INPUTS}, Tensor kept, Tensor dy, Tensor? dlast) -> Tensor[]",
         lambda *x: backend.scan_backward(x[:8], *x[8:]),
@@ -110,7 +118,7 @@ def _register_scan(backend: Any, space: Space) -> Any:
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             y, last, kept = below(forward, *arguments)
-            ctx.save_for_backward(*arguments, kept)
+            ctx.save_for_backward(*arguments[:10], kept)
             ctx.mark_non_differentiable(kept)
             ctx.set_materialize_grads(False)
             return y, last, kept
@@ -120,7 +128,7 @@ def _register_scan(backend: Any, space: Space) -> Any:
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             saved, (dy, dlast, _) = ctx.saved_tensors, grads
             *gradients, first = backward(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast)
-            return *gradients, None, None if saved[9] is None else first
+            return *gradients, None, None if saved[9] is None else first, None
 
     space.differentiate(forward, Scan)
     return forward

@@ -166,7 +166,8 @@ template <int N> static void scan_forward(const Scan &s, float *y, float *last, 
         for (int k = 0; k < steps; k++) prepare(s, group, vectors, k, row0 + k, p.d0, y);
         for (int v = 0; v < vectors; v++) {
             float *h = state + N * v * W;
-            for (int n = 0; n < N; n++) store(kept + ((b * C + chunk) * N + n) * D + p.d0 + v * W, load(h + n * W));
+            for (int n = 0; kept && n < N; n++)
+                store(kept + ((b * C + chunk) * N + n) * D + p.d0 + v * W, load(h + n * W));
             const bool near = within(load(group[v].steepest) * load(least + v * W));
             for (int n = 0; n < N; n += M) {
                 const float *a = A + (N * v + n) * W;
@@ -308,7 +309,7 @@ extern "C" {
 int vector_width() { return W; }
 int chunk_steps() { return CHUNK; }
 
-// y [b][l][d]; last [b][d][n]; kept [b][chunk][n][d]. Returns 0, or 1 for a number of states that is not built.
+// y [b][l][d]; last [b][d][n]; kept [b][chunk][n][d], or null. Returns 0, or 1 for a number of states that is not built.
 int selective_scan_forward(const Scan *s, float *y, float *last, float *kept) {
 #define CALL(N) forward<N>(*s, y, last, kept)
     FOR_STATES(CALL)

@@ -3,7 +3,7 @@
 // A block of 256 threads owns 64 channels of one batch row; four neighbouring lanes share a channel and hold 4 of its 16
 // states each, in registers. At batch 1 and 8,192 channels this is 128 blocks, one per SM, without cutting the sequence.
 // Time runs in tiles staged through shared memory, rows read coalesced, two channels a lane; the next tile is read while
-// this one is computed. The state before every tile is kept for the backward.
+// this one is computed. The state before every tile is kept for the backward, if there is one.
 #include "scan.cuh"
 
 #define CHANNELS 64
@@ -57,7 +57,7 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
     };
     Held next = read(begin);
     for (int t0 = begin; t0 < end; t0 += CHUNK) {
-        if (!SUMMARY) store4(kept + ((b * chunks + t0 / CHUNK) * channels + d) * STATES + quad * 4, h);
+        if (!SUMMARY && kept) store4(kept + ((b * chunks + t0 / CHUNK) * channels + d) * STATES + quad * 4, h);
         const Held held = next;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
@@ -100,7 +100,7 @@ __device__ inline void run(INPUTS, const float *first, T *y, float *last, float 
     }
 }
 
-// first may be null; kept [b][chunk][d][16]; ends [segment][b][d][16] and times [segment][b][d] are read for gridDim.z > 1.
+// first and kept [b][chunk][d][16] may be null; ends [segment][b][d][16] and times [segment][b][d] are read for gridDim.z > 1.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 scan_forward(INPUTS, const float *first, T *y, float *last, float *kept, float *ends, float *times, SIZES) {
     run<false>(u, dt, z, A, B, C, D, bias, start_flags, first, y, last, kept, ends, times, length, channels, segment, u_row,

@@ -224,3 +224,16 @@ CASE = st.builds(
     dt=st.sampled_from([-10.0, -6.5, -2.0, 0.0, 8.0]),
     seed=st.integers(0, 1000),
 )
+
+
+def assert_kept_for_gradients_alone(kernels: Kernels, backend: Any, monkeypatch: Any) -> None:
+    """Without gradients the scan makes no room for the states that a backward starts from, and gives the same."""
+    inputs, made, room = Case(2, 40, 16, 4).inputs(torch.float32), [], backend.kept_like
+    monkeypatch.setattr(backend, "kept_like", lambda *x: made.append(room(*x)) or made[-1])
+    y, last = kernels.selective_scan(*inputs)
+    assert len(made) == 1
+    with torch.no_grad():
+        plain, end = kernels.selective_scan(*inputs)
+    assert len(made) == 1
+    assert torch.equal(plain, y)
+    assert torch.equal(end, last)

@@ -24,13 +24,14 @@ from tests.model.cases import (
     assert_documents_are_isolated,
     assert_equal,
     assert_halves_are_the_whole,
+    assert_kept_for_gradients_alone,
     elsewhere,
     scan_results,
 )
 
 GPU = torch.cuda.is_available()
 # what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its backward two of
-# 128, as its shared memory allows; four in its adjoint; of 128 threads seven in the convolution's backward, eight elsewhere
+# 128, as its shared memory allows; four in its adjoint; of 128 seven in the convolution's backward, eight elsewhere
 REGISTERS = {
     "scan_forward.cu": {"scan_forward": 85, "scan_summary": 85},
     "scan_backward.cu": {"scan_backward": 255, "scan_adjoint": 128},
@@ -188,6 +189,10 @@ def test_emulated_documents_are_isolated(cuts: list[int], emulation: Kernels) ->
 
 def test_emulated_halves_are_the_whole(emulation: Kernels) -> None:
     assert_halves_are_the_whole(emulation)
+
+
+def test_emulated_keeps_nothing_without_gradients(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_kept_for_gradients_alone(emulation, cuda, monkeypatch)
 
 
 def test_mixed_types_are_not_rounded(emulation: Kernels) -> None:

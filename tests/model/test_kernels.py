@@ -18,6 +18,7 @@ from tests.model.cases import (
     assert_documents_are_isolated,
     assert_equal,
     assert_halves_are_the_whole,
+    assert_kept_for_gradients_alone,
     conv_results,
     scan_results,
 )
@@ -124,7 +125,7 @@ def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyP
     inputs, state = case.inputs(torch.float32), case.state(torch.float32)
     ops = torch.ops.falcon_cpu
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.selective_scan.default, (*inputs, case.starts(), state), test_utils=checks)
+    torch.library.opcheck(ops.selective_scan.default, (*inputs, case.starts(), state, True), test_utils=checks)
     torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
 
 
@@ -133,11 +134,12 @@ def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
     """Also those that a backward calls, and in bf16."""
     case, ops, check = Case(2, 9, 12, 4, resets=0.2), torch.ops.falcon_cpu, ("test_schema", "test_faketensor")
     inputs, (weight, bias) = ([x.detach() for x in t] for t in (case.inputs(dtype), case.weights(dtype)))
-    y, last, kept = ops.selective_scan(*inputs, case.starts(), None)
+    y, last, kept = ops.selective_scan(*inputs, case.starts(), None, True)
     out, scales = ops.rms_norm(inputs[0], bias, 1e-5, [12], torch.float32)
     logits, labels = inputs[0].flatten(0, 1), torch.arange(18) % 12
     sums = torch.ones(18)
     for operator, arguments in (
+        (ops.selective_scan, (*inputs, case.starts(), None, False)),
         (ops.selective_scan_backward, (*inputs, case.starts(), None, kept, y, None)),
         (ops.selective_scan_backward, (*inputs, case.starts(), last, kept, y, last)),
         (ops.causal_conv1d_backward, (inputs[0], weight, bias, case.starts(), inputs[1])),
@@ -148,6 +150,10 @@ def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
         (ops.loss_gradient, (logits.clone(), labels, sums, sums, sums)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=check)
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_kept_for_gradients_alone(CPU, cpu, monkeypatch)
 
 
 @pytest.mark.parametrize("path", PATHS)

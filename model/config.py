@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 SCAN_CHUNK = 16  # tokens between the states that a fused scan keeps for its backward
-LOSS_CHUNK = 1024  # tokens whose logits live at once; the backward computes all but the last again
+LOSS_CHUNK = 1024  # tokens whose logits live at once, or as many as d_model; see loss_chunk
 
 
 class Backend(Enum):
@@ -23,6 +23,15 @@ class Recompute(Enum):
     none = "none"
     selective = "selective"  # from in_proj's output to out_proj's input: convolution, x_proj, dt_proj and scan
     full = "full"  # whole blocks: the residual stream alone is kept
+
+
+def loss_chunk(tokens: int, d_model: int) -> int:
+    """Tokens whose logits live at once: equal parts of all tokens, none above LOSS_CHUNK and d_model both.
+
+    Each chunk adds to the head's gradient [v, d_model] in memory; with d_model tokens its logits are as large.
+    """
+    chunks = max(1, -(-tokens // max(LOSS_CHUNK, d_model)))
+    return max(1, -(-tokens // chunks))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from data.config import InputError
-from model.config import LOSS_CHUNK, SCAN_CHUNK, Recompute
+from model.config import SCAN_CHUNK, Recompute, loss_chunk
 from model.flops import parameter_count
 from train.config import EngineKind, Precision, RunConfig
 from train.traffic import buckets
@@ -73,7 +73,8 @@ def held_by_the_loss(config: RunConfig, tokens: int) -> int:
     width = 2 if config.parallel.precision is Precision.bf16 else 4
     head = 4 + width + (width if width == 2 and config.parallel.engine is EngineKind.deepspeed else 0)
     vocab = c.vocab_size // tp
-    return width * LOSS_CHUNK * vocab + head * vocab * c.d_model + (4 + 2 * width) * tokens * c.d_model
+    logits = width * loss_chunk(tokens, c.d_model) * vocab
+    return logits + head * vocab * c.d_model + (4 + 2 * width) * tokens * c.d_model
 
 
 def needs(config: RunConfig, ranks: int) -> Needs:

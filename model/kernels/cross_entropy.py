@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from model.config import LOSS_CHUNK
+from model.config import loss_chunk
 from model.kernels.interface import LossRows
 from model.kernels.reference import computing_type, product_type
 
@@ -92,9 +92,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e], labels [t] -> [t].
 
-    Peak memory is LOSS_CHUNK x v logits; the cost is one more forward of the head for all chunks but one. With a
-    group, v is this rank's part of the vocabulary: 3 values per token cross ranks forward, and one sum of hidden's
-    gradient backward. Labels are ids of the vocabulary; they are not checked, since that would wait for the device.
+    Peak memory is one chunk's logits (model.config.loss_chunk); the cost is one more forward of the head for all
+    chunks but one. With a group, v is this rank's part of the vocabulary: 3 values per token cross ranks forward, and
+    one sum of hidden's gradient backward. Labels are ids of the vocabulary; they are not checked, since that would wait
+    for the device.
     """
-    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels.long(), rows, group, LOSS_CHUNK)
+    chunk = loss_chunk(*hidden.shape)
+    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels.long(), rows, group, chunk)
     return result

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from model.config import loss_chunk
 from model.kernels import CPU, cross_entropy, reference
 from tests.tiny import TINY, model_of
 
@@ -11,7 +12,7 @@ from tests.tiny import TINY, model_of
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_chunks_change_nothing(chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: chunk)
     tokens = torch.randint(0, TINY.vocab_size, (2, 26), generator=torch.Generator().manual_seed(0))
     model = model_of(TINY).double()
     losses, log_sums = model(tokens[:, :-1], tokens[:, 1:])
@@ -27,7 +28,7 @@ def test_chunks_change_nothing(chunk: int, z_loss: float, monkeypatch: pytest.Mo
 
 
 def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", 8)
+    monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     model = model_of(TINY)
     tokens = torch.randint(0, TINY.vocab_size, (2, 401))
     hidden = model.hidden(tokens[:, :-1]).flatten(0, 1).detach().requires_grad_()
@@ -39,9 +40,17 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2  # hidden's gradient is a quarter of it
 
 
+def test_chunks_are_equal_parts() -> None:
+    assert loss_chunk(8192, 4096) == 4096  # the 7B
+    assert loss_chunk(9000, 4096) == 3000
+    assert loss_chunk(2048, 192) == 1024  # the demo
+    assert loss_chunk(5, 192) == 5
+    assert loss_chunk(0, 192) == 1
+
+
 def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kept logits became their gradient in the first, in place where the kernels are in C++."""
-    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK", 8)
+    monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     hidden, weight = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     losses, _ = cross_entropy.linear_cross_entropy(hidden, weight, torch.randint(0, 50, (20,)), CPU.loss_rows)
     first, second = (torch.autograd.grad(losses.mean(), [hidden, weight], retain_graph=True) for _ in range(2))

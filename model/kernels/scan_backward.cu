@@ -18,41 +18,16 @@
 #define PAIRS (CHUNK / 2)
 #define FETCH 2  // pairs of tokens still to compute when the next chunk is asked for
 
+#include "scan_stage.cuh"
+
 #ifndef EMULATED
 extern __shared__ float4 shared_memory[];
-// Begins a copy from global to shared memory, which is there when this thread has called arrive().
-template <class P> __device__ inline void depart(P *to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-                 "n"(sizeof(P)) : "memory");
-}
-__device__ inline void arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-typedef float4 Column[THREADS];
-
-struct Staged {  // what adjoints need of a chunk
-    float dt[CHUNK][CHANNELS], gy[CHUNK][CHANNELS];
-    float4 C[CHUNK][4];
-    float opens[CHUNK];  // time that passes at a token besides its own: FOREVER where a document opens, else 0
-};
-struct Tile : Staged {
-    float u[CHUNK][CHANNELS];
-    float dz[CHUNK][CHANNELS];  // dL/dz per unit of y
-    float4 B[CHUNK][4];
-};
 struct Backward {
     Tile tile;
     Column before[PAIRS * QUADS];                 // states before every second token
     float sums[THREADS / 32][CHUNK][2 * STATES];  // a warp's dB and dC
-};
-
-// What a thread reads of a chunk, in pairs: for each of its PAIRS tokens dt, z, dy (and u, unless SUMMARY) of two channels,
-// and of one token two states of C (and B).
-template <bool SUMMARY> struct Held {
-    static constexpr int EACH = SUMMARY ? 3 : 4, PER = sizeof(float4) / sizeof(Pair);
-    static constexpr int COLUMNS = (EACH * PAIRS + (SUMMARY ? 1 : 2) + PER - 1) / PER;
-    Column *at;
-    __device__ Pair *operator()(int i) const { return reinterpret_cast<Pair *>(&at[i / PER][threadIdx.x]) + i % PER; }
 };
 
 struct Four {
@@ -79,52 +54,6 @@ __device__ inline float over_states(Four x) {
     exchange<2>(x.v, 2);
     exchange<1>(x.v, 1);
     return x[0];
-}
-
-// Has a chunk copied; past the end, the last token again. Whether token threadIdx.x of it opens a document.
-template <bool SUMMARY>
-__device__ inline unsigned char fetch(Held<SUMMARY> held, INPUTS, const T *dy, int row0, int t0, int end, int channels,
-                                      int u_row, int dt_row, int z_row, int B_row, int C_row) {
-    const int tid = threadIdx.x, pair = blockIdx.x * CHANNELS + 2 * (tid & 63);
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int row = row0 + min(t0 + 2 * i + (tid >> 6), end - 1), slot = i * held.EACH;
-        depart(held(slot), row_of(dt, row, dt_row) + pair);
-        depart(held(slot + 1), row_of(z, row, z_row) + pair);
-        depart(held(slot + 2), row_of(dy, row, channels) + pair);
-        if (!SUMMARY) depart(held(slot + 3), row_of(u, row, u_row) + pair);
-    }
-    const int n = 2 * (tid & 7), row = row0 + min(t0 + (tid >> 3), end - 1), slot = PAIRS * held.EACH;
-    depart(held(slot), row_of(C, row, C_row) + n);
-    if (!SUMMARY) depart(held(slot + 1), row_of(B, row, B_row) + n);
-    return start_flags != nullptr && tid < CHUNK && t0 + tid < end ? start_flags[row0 + t0 + tid] : 0;
-}
-
-// What was fetched, as all threads of the block need it; past the end nothing happens.
-template <bool SUMMARY>
-__device__ inline void stage(Staged &s, Held<SUMMARY> held, unsigned char opens, float2 shift, int t0, int end) {
-    Tile &tile = static_cast<Tile &>(s);  // if it is one
-    const int tid = threadIdx.x, column = 2 * (tid & 63);
-    if (tid < CHUNK) s.opens[tid] = opens ? FOREVER : 0.0f;
-    arrive();
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int k = 2 * i + (tid >> 6), slot = i * held.EACH;
-        const float2 x = widen2(*held(slot)), g = widen2(*held(slot + 1)), o = widen2(*held(slot + 2));
-        const float2 gate = make_float2(sigmoid(g.x), sigmoid(g.y));
-        float2 step = make_float2(softplus(x.x + shift.x), softplus(x.y + shift.y));
-        float2 gy = make_float2(o.x * g.x * gate.x, o.y * g.y * gate.y);
-        if (t0 + k >= end) step = gy = make_float2(0.0f, 0.0f);
-        *reinterpret_cast<float2 *>(&s.dt[k][column]) = step;
-        *reinterpret_cast<float2 *>(&s.gy[k][column]) = gy;
-        if (SUMMARY) continue;
-        *reinterpret_cast<float2 *>(&tile.u[k][column]) = widen2(*held(slot + 3));
-        *reinterpret_cast<float2 *>(&tile.dz[k][column]) =
-            make_float2(o.x * gate.x * fmaf(g.x, 1.0f - gate.x, 1.0f), o.y * gate.y * fmaf(g.y, 1.0f - gate.y, 1.0f));
-    }
-    const int slot = PAIRS * held.EACH;
-    reinterpret_cast<float2 *>(s.C)[tid] = widen2(*held(slot));
-    if (!SUMMARY) reinterpret_cast<float2 *>(tile.B)[tid] = widen2(*held(slot + 1));
 }
 
 // Where a thread is.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -74,6 +75,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See model.kernels.reference.selective_scan."""
     places, dtype = None, u.dtype
+    A, D, dt_bias = A.float(), D.float(), dt_bias.float()  # once: two gradients of the bias cancel (_bring_in)
     if state is not None:
         u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
     if starts is not None:
@@ -81,18 +83,41 @@ def selective_scan(
         u, B, C, z = (_spread(x, places, length) for x in (u, B, C, z))
         dt = _spread(dt, places, length, empty=_empty_steps(starts, places, length))
     if state is not None:
-        before = _bring_in(state.float(), dt_bias.float())
+        before = _bring_in(state.float(), dt_bias)
         u, dt, B, C, z = (torch.cat(pair, 1) for pair in zip(before, (u, dt, B, C, z), strict=True))
     _, scan = _functions()
-    rows = [x.transpose(1, 2).contiguous() for x in (u, dt, B, C, z)]
-    y, last = scan(
-        rows[0], rows[1], A.float(), rows[2], rows[3], D.float(), z=rows[4], delta_bias=dt_bias.float(),
-        delta_softplus=True, return_last_state=True,
-    )  # fmt: skip
+    u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
+    y, last = scan(u, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True)
+    last = LastState.apply(last.detach(), u, dt, A, B, dt_bias)
     y = y.transpose(1, 2).to(dtype)
     if state is not None:
         y = y[:, state.shape[2] :]
     return y if places is None else y.gather(1, places.unsqueeze(-1).expand(-1, -1, y.shape[2])), last
+
+
+class LastState(torch.autograd.Function):
+    """The last state [b, d, n] of a scan with its gradient, which costs nothing until somebody asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, last: Tensor, *inputs: Tensor) -> Tensor:
+        """u, dt [b, d, l], A [d, n], B [b, n, l] and dt's bias [d] are those that the scan was given."""
+        ctx.save_for_backward(*inputs)
+        return last.view_as(last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        """Runs the scan again, in the state's type and with steps behind that show a state each in y, and back."""
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        _, scan = _functions()
+        with torch.enable_grad():
+            u, dt, A, B, bias = (x.to(dlast.dtype) for x in inputs)
+            batch, n, length = B.shape
+            u, B = (F.pad(x, (0, n)) for x in (u, B))
+            dt = F.pad(dt, (0, n), value=HOLD)
+            C = F.pad(torch.eye(n, dtype=B.dtype, device=B.device), (length, 0)).repeat(batch, 1, 1)
+            y = scan(u, dt, A, B, C, None, delta_bias=bias, delta_softplus=True)
+            return None, *torch.autograd.grad(y[..., length:], inputs, dlast)
 
 
 def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch.nn import functional as F
 
 from model.config import SCAN_CHUNK, Backend
 from model.kernels import CUDA, MAMBA_SSM, REFERENCE, MissingBackend, cuda, cuda_library, cuda_rows, load, mamba_ssm
@@ -28,6 +27,7 @@ from tests.model.cases import (
     elsewhere,
     scan_results,
 )
+from tests.model.public import public_kernels
 
 GPU = torch.cuda.is_available()
 # what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its backward two of
@@ -155,33 +155,6 @@ def test_models_that_do_not_fit_are_refused(emulation: Kernels) -> None:
         emulation.causal_conv1d(inputs[0], torch.ones(8, 5), torch.ones(8))
 
 
-def public_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
-    """selective_scan_fn of mamba-ssm as its documentation has it: channels before time, no boundaries."""
-    assert delta_softplus and return_last_state and u.is_contiguous()
-    from tests.model.cases import naive_scan
-
-    y, last = naive_scan(
-        *(x.transpose(1, 2) for x in (u, delta)),
-        A,
-        *(x.transpose(1, 2) for x in (B, C)),
-        D,
-        z.transpose(1, 2),
-        delta_bias,
-    )
-    return y.transpose(1, 2), last
-
-
-def public_conv(x, weight, bias, seq_idx, activation):
-    """causal_conv1d_fn: channels before time, documents by number."""
-    from tests.model.cases import naive_conv
-
-    assert activation == "silu" and x.shape[1] % 8 == 0
-    starts = None
-    if seq_idx is not None:
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return naive_conv(x.transpose(1, 2), weight, bias, starts).transpose(1, 2)
-
-
 @pytest.mark.parametrize("cuts", CUTS)
 def test_emulated_documents_are_isolated(cuts: list[int], emulation: Kernels) -> None:
     assert_documents_are_isolated(emulation, cuts)
@@ -206,10 +179,10 @@ def test_mixed_types_are_not_rounded(emulation: Kernels) -> None:
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-def test_public_kernels_isolate_documents(cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba_ssm, "_functions", lambda: (public_conv, public_scan))
-    assert_documents_are_isolated(MAMBA_SSM, cuts)
-    assert_halves_are_the_whole(MAMBA_SSM)
+def test_public_kernels_isolate_documents(cuts: list[int]) -> None:
+    with public_kernels():
+        assert_documents_are_isolated(MAMBA_SSM, cuts)
+        assert_halves_are_the_whole(MAMBA_SSM)
 
 
 def test_layers_of_a_step_share_their_places() -> None:
@@ -221,11 +194,12 @@ def test_layers_of_a_step_share_their_places() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_public_kernels_are_composed_correctly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_kernels_are_composed_correctly(case: Case) -> None:
     """With stand-ins for the two public functions: layouts, resets and first states by steps, and all gradients."""
-    monkeypatch.setattr(mamba_ssm, "_functions", lambda: (public_conv, public_scan))
-    # the composition hands A over in fp32, and all of it where a state comes in
-    assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.first else 1e-6)
+    with public_kernels():
+        # the composition hands A over in fp32, and all of it where a state comes in
+        assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.first else 1e-6)
+        assert_equal(MAMBA_SSM, case, torch.bfloat16, 8e-3)
 
 
 @pytest.mark.skipif(GPU, reason="a GPU is here")

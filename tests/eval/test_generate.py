@@ -9,27 +9,37 @@ from eval.config import Sampling
 from eval.decode import Decoder
 from eval.generate import GREEDY, choose, generate, prefill, stream
 from model.config import Backend
-from model.kernels import REFERENCE, load
+from model.kernels import CUDA, REFERENCE, load
 from model.kernels.interface import Kernels
+from model.mamba import FalconMamba
 from tests.tiny import TINY, model_of
 
 PROMPTS = [[12, 40, 7, 33, 21, 9], [50], [13, 14, 15, 16, 17, 18, 19, 20, 90, 91, 92, 93, 94]]
 
 
-@pytest.fixture(params=["reference", "auto"])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.fixture(params=["reference", "auto", pytest.param("cuda", marks=ON_GPU)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return REFERENCE if request.param == "reference" else load(Backend.auto, "cpu")
+    return {"reference": REFERENCE, "auto": load(Backend.auto, "cpu"), "cuda": CUDA}[request.param]
+
+
+def tiny(kernels: Kernels, seed: int = 0, norms: bool = True) -> FalconMamba:
+    """The small model on the device of the kernels."""
+    device = "cuda" if kernels is CUDA else "cpu"
+    return model_of(replace(TINY, mixer_norms=norms), seed, kernels, device)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 4096])
 def test_prompts_of_any_length_in_chunks(kernels: Kernels, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of a padded batch, read in chunks, ends in the state that it reaches alone and whole."""
     monkeypatch.setattr("eval.generate.PREFILL_TOKENS", tokens)
-    model = model_of(TINY, kernels=kernels)
+    model = tiny(kernels)
     hidden, state = prefill(model, PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         with torch.no_grad():
-            alone, layers = model.extend(torch.tensor([prompt]))
+            alone, layers = model.extend(torch.tensor([prompt], device=hidden.device))
         torch.testing.assert_close(hidden[row], alone[0, -1], rtol=1e-5, atol=1e-6)
         for batched, single in zip(state, layers, strict=True):
             torch.testing.assert_close(batched.scan[row], single.scan[0], rtol=1e-5, atol=1e-6)
@@ -37,10 +47,10 @@ def test_prompts_of_any_length_in_chunks(kernels: Kernels, tokens: int, monkeypa
 
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -> None:
-    model = model_of(TINY, seed=2, kernels=kernels)
+    model = tiny(kernels, seed=2)
     steps = torch.stack(list(generate(model, PROMPTS, 20, GREEDY)), 1)
     for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([[*prompt, *steps[row].tolist()]])
+        ids = torch.tensor([[*prompt, *steps[row].tolist()]], device=steps.device)
         with torch.no_grad():
             expected = model.logits(ids)[0, len(prompt) - 1 : -1].argmax(-1)
         assert torch.equal(steps[row], expected), row
@@ -49,14 +59,15 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -
 @pytest.mark.parametrize("norms", [True, False])
 def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
     """Scores and states of many single steps against extend; plain Mamba too."""
-    model = model_of(replace(TINY, mixer_norms=norms), seed=1, kernels=kernels)
+    model = tiny(kernels, 1, norms)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+            parameter.add_(0.1 * noise.to(parameter.device))
     _, state = prefill(model, PROMPTS)
     decoder = Decoder(model, state)
     for step in range(12):
-        tokens = torch.tensor([13 + step, 20, 90 - step])
+        tokens = torch.tensor([13 + step, 20, 90 - step], device=model.lm_head.weight.device)
         with torch.no_grad():
             hidden, state = model.extend(tokens.unsqueeze(1), state)
             expected = model.lm_head(hidden[:, 0])
@@ -68,10 +79,12 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_the_cuda_graph_is_the_step() -> None:
-    model = model_of(TINY, kernels=load(Backend.auto, "cuda"), device="cuda")
-    plain = [t.cpu() for t in generate(model.cpu(), PROMPTS, 30)]
-    captured = [t.cpu() for t in generate(model.cuda(), PROMPTS, 30)]
+def test_the_cuda_graph_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens with the step launched kernel by kernel."""
+    model = tiny(CUDA)
+    captured = list(generate(model, PROMPTS, 30))
+    monkeypatch.setattr(Decoder, "_capture", lambda decoder: None)
+    plain = list(generate(model, PROMPTS, 30))
     assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
 
 

@@ -49,6 +49,14 @@ def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
     return kernel
 
 
+@functools.cache
+def _stream(handle: int, device: int) -> Any:
+    """A stream of torch's for cuda-core, kept: from_handle builds a class for each, and torch takes its own in turn."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
 Arguments = Sequence[Any]  # tensors, None for a null pointer, and ctypes integers
 
 
@@ -62,14 +70,14 @@ def launch(
     arguments: Arguments,
 ) -> None:
     """Run a kernel on the current stream of its first tensor's device."""
-    from cuda.core import Device, LaunchConfig, Stream
+    from cuda.core import Device, LaunchConfig
     from cuda.core import launch as enqueue
 
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     with torch.cuda.device(device):
         Device(device.index).set_current()  # a thread of autograd's may have no context yet
         kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
-        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        stream = _stream(torch.cuda.current_stream(device).cuda_stream, device.index)
         enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *parameters(arguments))
 
 

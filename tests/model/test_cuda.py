@@ -4,7 +4,9 @@ import io
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -136,6 +138,20 @@ def test_the_driver_takes_our_arguments(emulation: Kernels, monkeypatch: pytest.
     monkeypatch.setattr(cuda_library, "launch", launch)
     assert_equal(emulation, CASES[2], torch.float32, 1e-5)
     assert set(seen) == {name for kernels in REGISTERS.values() for name in kernels} - UNSEEN
+
+
+def test_launches_go_to_torchs_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One object for each stream, whatever the order."""
+    core, seen, handles = pytest.importorskip("cuda.core"), [], iter([7, 7, 9, 7])
+    monkeypatch.setattr(core, "launch", lambda stream, *rest: seen.append(stream))
+    monkeypatch.setattr(core, "Device", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(handles)))
+    monkeypatch.setattr(cuda_library, "_kernel", lambda *arguments: None)
+    for _ in range(4):
+        cuda_library.launch("rows.cu", "norm_forward", torch.float32, (1, 1, 1), 32, 0, [torch.ones(1)])
+    assert [int(stream.handle) for stream in seen] == [7, 7, 9, 7]
+    assert seen[0] is seen[1] is seen[3]
 
 
 def test_no_thread_depends_on_another_without_a_barrier(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

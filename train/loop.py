@@ -17,7 +17,7 @@ from eval.checkpoint import start_from
 from eval.jobs import SuiteJobs
 from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token
-from model.kernels import REFERENCE, Kernels, MissingBackend, load
+from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
 from model.parallel import build
 from train.checkpoint import Checkpoints, State
 from train.config import Parallel, Precision, RunConfig
@@ -105,7 +105,7 @@ class Trainer:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.metrics: Metrics | None = None
         if ranks.first:
-            self._say(kernels.name)
+            self._say(kernels)
         if ranks.first and self.state.tokens < self.schedule.total:
             self.peak = peak_flops(config.cluster, config.parallel.precision, ranks.device)
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
@@ -256,20 +256,22 @@ class Trainer:
             why = starts.count(self.state.tokens, self.watch.incidents)
         raise_everywhere(why)
 
-    def _say(self, kernels: str) -> None:
+    def _say(self, kernels: Kernels) -> None:
         """The run in a few lines, before it starts."""
         count, ranks = parameter_count(self.config.model), self.ranks
         print(
             f"run {self.config.run.name}: {count:,} parameters, {self.schedule.total:,} tokens, "
             f"{ranks.world_size} ranks on {ranks.device.type} "
             f"(data {ranks.dp_size} x context {ranks.cp_size} x tensor {ranks.tp_size}), "
-            f"kernels {kernels}",
+            f"kernels {kernels.name}",
             flush=True,
         )
         epochs = ", ".join(f"{name} {value:.2f}" for name, value in self.plan.epochs().items())
         print(f"epochs over the run: {epochs}", flush=True)
-        if kernels == "reference" and ranks.device.type == "cuda":
+        if kernels.name == "reference" and ranks.device.type == "cuda":
             print("warning: the reference kernels are far too slow for a GPU run", flush=True)
+        for line in passed_over(kernels, ranks.device.type):
+            print(f"faster kernels are not used: {line}", flush=True)
         if self.state.tokens == self.schedule.total:
             print(f"reused: the run is complete at step {self.state.step}", flush=True)
         elif self.state.tokens:

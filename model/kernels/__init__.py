@@ -37,3 +37,16 @@ def load(backend: Backend, device: str) -> Kernels:
                 raise MissingBackend(f"parallel.kernels is {backend.value}, but there is {why}")
             return kernels
     raise MissingBackend(f"parallel.kernels is {backend.value}, but the run's device is {device}: choose auto")
+
+
+def passed_over(taken: Kernels, device: str) -> list[str]:
+    """A line for each backend of a device that is faster than the one taken: why it is not used, and the fix."""
+    lines = []
+    for name, module, kernels in BACKENDS[device]:
+        if kernels is taken:
+            break
+        why = module.missing()
+        lines.append(
+            f"{name.value}: " + (f"it is here, parallel.kernels={name.value} takes it" if why is None else why)
+        )
+    return lines

@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 from model.config import SCAN_CHUNK, Backend, Recompute
-from model.kernels import CPU, REFERENCE, MissingBackend, cpu, cpu_library, load, reference
+from model.kernels import (
+    CPU,
+    CUDA,
+    MAMBA_SSM,
+    REFERENCE,
+    MissingBackend,
+    cpu,
+    cpu_library,
+    cuda,
+    load,
+    passed_over,
+    reference,
+)
 from model.kernels.interface import Kernels
 from tests.model.cases import (
     CASE,
@@ -226,6 +238,16 @@ def test_backends_are_chosen_by_name_and_presence(monkeypatch: pytest.MonkeyPatc
         load(Backend.cpu, "cpu")
     with pytest.raises(MissingBackend, match="choose auto"):
         load(Backend.cpu, "cuda")
+
+
+def test_faster_backends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'")
+    lines = passed_over(REFERENCE, "cuda")
+    assert lines[0] == "cuda: no cuda-core: pip install 'cuda-core[cu13]'"
+    assert len(lines) == 2 and lines[1].startswith("mamba_ssm: no ")
+    assert passed_over(MAMBA_SSM, "cuda") == lines[:1] and passed_over(CUDA, "cuda") == []
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    assert passed_over(REFERENCE, "cuda")[0] == "cuda: it is here, parallel.kernels=cuda takes it"
 
 
 def test_backward_cost_grows_linearly() -> None:

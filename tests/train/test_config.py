@@ -3,6 +3,9 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from data.command import CONFIGS, one_line
 from data.config import InputError
 from model.flops import parameter_count
+from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
 from tests.compose import run_config
 from train.config import EngineKind
-from train.distributed import check_device
+from train.distributed import Ranks, check_device
+from train.loop import Trainer
 from train.plan import check_memory, needs
 from train.schedule import Schedule
 
@@ -130,3 +135,18 @@ def test_the_command_says_it_without_a_traceback(command: list[str], says: str) 
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and says in errors[0], result.stderr
     assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_gpu_run_on_slow_kernels_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what to install; a stand-in for the trainer, since no GPU need be here."""
+    config = run_config("demo")
+    ranks = Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cuda"))
+    plan = SimpleNamespace(epochs=lambda: {"web": 0.5})
+    run: Any = SimpleNamespace(config=config, ranks=ranks, plan=plan, schedule=Schedule(config))
+    run.state = SimpleNamespace(tokens=0)
+    with mock.patch.object(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"):
+        Trainer._say(run, REFERENCE)
+    lines = capsys.readouterr().out.splitlines()
+    assert "warning: the reference kernels are far too slow for a GPU run" in lines
+    assert "faster kernels are not used: cuda: no cuda-core: pip install 'cuda-core[cu13]'" in lines
+    assert any(line.startswith("faster kernels are not used: mamba_ssm: no ") for line in lines)

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks in processes of their own."""
+"""Run a function on several ranks in processes of their own."""
 
 import gc
 import multiprocessing
@@ -17,14 +17,15 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
-def run_ranks(world_size: int, jobs: list[Job]) -> None:
+def run_ranks(world_size: int, jobs: list[Job], device: str = "cpu") -> None:
     """Call one `function(*arguments)` after another on every rank, each with a launcher's environment of its own.
 
-    One set of processes does all jobs, forked from one that has imported everything. Raises with a failing rank's
+    One set of processes does all jobs, forked from one that has imported everything; for GPUs they begin anew, since
+    DeepSpeed takes a device once for a process and its children, and took the CPU. Raises with a failing rank's
     traceback.
     """
-    ports = free_ports(len(jobs))
-    mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method="forkserver")
+    ports, method = free_ports(len(jobs)), "forkserver" if device == "cpu" else "spawn"
+    mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method=method)
 
 
 def free_ports(count: int) -> list[int]:

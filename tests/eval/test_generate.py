@@ -12,12 +12,10 @@ from model.config import Backend
 from model.kernels import CUDA, REFERENCE, load
 from model.kernels.interface import Kernels
 from model.mamba import FalconMamba
+from tests.gpu import ON_GPU
 from tests.tiny import TINY, model_of
 
 PROMPTS = [[12, 40, 7, 33, 21, 9], [50], [13, 14, 15, 16, 17, 18, 19, 20, 90, 91, 92, 93, 94]]
-
-
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 @pytest.fixture(params=["reference", "auto", pytest.param("cuda", marks=ON_GPU)])
@@ -77,11 +75,10 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
         torch.testing.assert_close(taps, theirs.taps, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_the_cuda_graph_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
+def test_the_cuda_graph_is_the_step(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens with the step launched kernel by kernel."""
-    model = tiny(CUDA)
+    model = tiny(kernels)
     captured = list(generate(model, PROMPTS, 30))
     monkeypatch.setattr(Decoder, "_capture", lambda decoder: None)
     plain = list(generate(model, PROMPTS, 30))

@@ -22,6 +22,7 @@ from model.kernels import (
     reference,
 )
 from model.kernels.interface import Kernels
+from tests.gpu import DEVICES
 from tests.model.cases import (
     CASE,
     CASES,
@@ -199,22 +200,24 @@ def test_sizes_agree_with_the_source() -> None:
     assert lib.chunk_steps() == SCAN_CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
 
 
-def test_compiled_blocks_are_the_same_model() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_blocks_are_the_same_model(device: str) -> None:
     """By torch.compile's own code generator: losses and gradients, of one code for all blocks and shapes."""
     generator = torch.Generator().manual_seed(1)
-    plain, compiled = model_of(TINY, kernels=CPU), model_of(TINY, kernels=CPU)
+    kernels, limits = (CPU, (1e-6, 1e-7)) if device == "cpu" else (CUDA, (1e-4, 1e-6))
+    plain, compiled = (model_of(TINY, kernels=kernels, device=device) for _ in range(2))
     compiled.set_recompute(Recompute.full)
     compiled.compile_blocks()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for batch, length in ((2, 32), (3, 48), (2, 20), (3, 32)):
-        tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator)
-        starts = torch.rand(batch, length, generator=generator) < 0.1
+        tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator).to(device)
+        starts = (torch.rand(batch, length, generator=generator) < 0.1).to(device)
         expected, losses = (model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean() for model in (plain, compiled))
-        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(losses, expected, rtol=limits[0], atol=limits[1])
         (expected + losses).backward()
     for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=limits[0], atol=limits[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

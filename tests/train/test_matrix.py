@@ -109,6 +109,7 @@ def always(row: Row) -> bool:
 
 
 WORLDS = (1, 2, 4, 8, 16)
+GPUS = torch.cuda.device_count()
 ROWS = [row for world in WORLDS for row in rows_of(world)]
 
 
@@ -216,21 +217,31 @@ def shape_of(name: str, shape: list[int], size: int) -> list[int]:
     return [n // size if cut is not None and dim == cut.dim else n for dim, n in enumerate(shape)]
 
 
+def train_all(folder: Path, rows: set[Row], device: str) -> Path:
+    """What each rank of each row saves, whose tests then only compare; the folder of it."""
+    for world in sorted({row.world for row in rows}):
+        here = [row for row in rows_of(world) if row in rows]
+        layouts = sorted({(row.tp, row.cp) for row in here})
+        parts = [[row for row in here if (row.tp, row.cp) == layout] for layout in layouts]
+        run_ranks(world, [(train_rows, (folder, part, device)) for part in parts], device)
+    return folder
+
+
+def chosen(request: pytest.FixtureRequest, test: str) -> set[Row]:
+    """The rows of a test that this run of pytest has not deselected."""
+    items = (item for item in request.session.items if item.fspath == request.fspath and item.originalname == test)
+    return {item.callspec.params["row"] for item in items}
+
+
 @pytest.fixture(scope="module")
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each rank of each chosen row saved, whose tests then only compare."""
-    folder = tmp_path_factory.mktemp("matrix")
-    chosen = {item.callspec.params["row"] for item in request.session.items if item.fspath == request.fspath}
-    for world in sorted({row.world for row in chosen}):
-        rows = [row for row in rows_of(world) if row in chosen]
-        run_ranks(
-            world,
-            [
-                (train_rows, (folder, [row for row in rows if (row.tp, row.cp) == layout]))
-                for layout in sorted({(row.tp, row.cp) for row in rows})
-            ],
-        )
-    return folder
+    return train_all(tmp_path_factory.mktemp("matrix"), chosen(request, "test_it_equals_one_rank"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def gpu_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = {row for row in chosen(request, "test_it_equals_one_rank_on_gpus") if row.world <= GPUS}
+    return train_all(tmp_path_factory.mktemp("matrix-on-gpus"), rows, "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +249,11 @@ def expected() -> dict[Precision, dict[str, Any]]:
     return {precision: one_rank(precision) for precision in Precision}
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=[] if always(row) else pytest.mark.slow) for row in ROWS], ids=str
-)
+def marks(row: Row) -> list[Any]:
+    return [] if always(row) else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in ROWS], ids=str)
 def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
     saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
     assert_equal_to_one_rank(saved, expected[row.precision], row)
@@ -260,9 +273,12 @@ def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], r
             assert error <= limits.get((kind, step), math.inf), (kind, name, step)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("row", [row for row in ROWS if row.world == 1], ids=str)
-def test_it_equals_one_rank_on_a_gpu(expected: dict[Precision, dict[str, Any]], row: Row, tmp_path: Path) -> None:
-    train_rows(tmp_path, [row], "cuda")
-    assert_equal_to_one_rank([torch.load(tmp_path / f"{row}-0.pt", weights_only=True)], expected[row.precision], row)
+def on_gpus(row: Row) -> list[Any]:
+    return [*marks(row), pytest.mark.gpu, pytest.mark.skipif(row.world > GPUS, reason=f"needs {row.world} NVIDIA GPUs")]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=on_gpus(row)) for row in ROWS], ids=str)
+def test_it_equals_one_rank_on_gpus(gpu_root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
+    """As far as this machine's GPUs go, with NCCL; the one rank is the CPU's."""
+    saved = [torch.load(gpu_root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
+    assert_equal_to_one_rank(saved, expected[row.precision], row)

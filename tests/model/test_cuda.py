@@ -129,7 +129,7 @@ def test_emulated_in_segments(length: int, resets: float, emulation: Kernels, mo
     assert all(parts >= 3 for name, parts in seen if name in ("scan_forward", "scan_backward"))
 
 
-@pytest.mark.parametrize("case", [CASES[2], Case(2, 65, 66, 16, resets=0.1)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case(2, 65, 66, 16, resets=0.1)], ids=str)
 def test_in_bf16(case: Case, kernels: Kernels) -> None:
     assert_equal(kernels, case, torch.bfloat16, 8e-3)  # also the gradient that comes in is rounded, 2^-9
 

@@ -170,7 +170,7 @@ def test_peak_memory_is_the_plans_within_five_percent(
 
 
 @pytest.mark.parametrize("layout", ["plain", "megatron", "cp2"])
-@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
 def test_peak_memory_in_bf16_is_the_plans_within_five_percent(recompute: Recompute, layout: str) -> None:
     """Of what lies around the kernels: a CPU's make fp32 copies of all they take, a GPU's do not."""
     run, world = planned("deep", layout, recompute, 10**8, Precision.bf16), 2 if layout == "cp2" else 1

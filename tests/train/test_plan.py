@@ -72,10 +72,9 @@ class Bare:
     kept_like = staticmethod(cpu.kept_like)
 
     @staticmethod
-    def scan_forward(inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None) -> tuple[Tensor, ...]:
+    def scan_forward(inputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
         u, A = inputs[0], inputs[2]
-        last = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
-        return zeros(u), last, cpu.kept_like(u, A)
+        return zeros(u), u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
 
     @staticmethod
     def scan_backward(inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, *_: Any) -> list[Tensor]:

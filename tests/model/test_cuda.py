@@ -306,9 +306,10 @@ def test_operators_are_what_their_fakes_say(device: str, request: pytest.Fixture
     inputs = [x.detach().to(device) for x in case.inputs(torch.bfloat16)]
     weight, bias = (x.detach().to(device) for x in case.weights(torch.float32))
     starts = case.starts().to(device)
-    y, last, kept = ops.selective_scan(*inputs, starts, None)
+    y, last, kept = ops.selective_scan(*inputs, starts, None, True)
     for operator, arguments in (
-        (ops.selective_scan, (*inputs, starts, last)),
+        (ops.selective_scan, (*inputs, starts, last, True)),
+        (ops.selective_scan, (*inputs, starts, last, False)),
         (ops.selective_scan_backward, (*inputs, starts, last, kept, y, last)),
         (ops.causal_conv1d, (inputs[0], weight, bias, starts)),
         (ops.causal_conv1d_backward, (inputs[0], weight, bias, starts, y)),

@@ -174,9 +174,7 @@ class Reliability:
     """What saving and failing cost; a share that is lost is of the run's time, starts not counted."""
 
     checkpoint_bytes: int
-    blocking_seconds: (
-        float  # a save stops training: megatron-core gathers weights, each rank copies its part to its host
-    )
+    blocking_seconds: float  # a save stops training: megatron-core gathers weights, each part goes to its host
     writing_seconds: float  # and goes to storage in the background
     failures: float  # expected over the run
     interval_minutes: float  # between saves as configured, at the mean pace

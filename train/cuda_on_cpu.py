@@ -1,7 +1,8 @@
 """torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU.
 
-It replaces names of torch.cuda and has `device="cuda"` mean the CPU: for the dry run and for tests, where no GPU is. No
-training goes this way (tests/test_architecture.py).
+It replaces names of torch.cuda, has `device="cuda"` of torch.tensor and torch.zeros mean the CPU, and every tensor say
+that it is CUDA's: for the dry run and for tests, where no GPU is. No training goes this way
+(tests/test_architecture.py).
 """
 
 import re

@@ -45,9 +45,9 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     states = 4 * inner * c.d_state // SCAN_CHUNK
     whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + d_model) + states * (1 + again)
     kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + d_model), Recompute.full: 0}
-    # the first scan goes backward last: output and states of the second are gone, its gradients are there, three; the
-    # first one's are three as well, and that of its output is zeros
-    gradients = 7 * width * inner - width * inner - states if again else 3 * width * inner
+    # the first scan goes backward last: the second's three gradients are there, its output and states are gone; the first
+    # one's are three as well, and that of its output, zeros, is in the place of the second's output
+    gradients = 6 * width * inner - states if again else 3 * width * inner
     recompute = config.parallel.recompute
     return 4 * d_model + kept[recompute], whole - kept[recompute] + gradients + 4 * d_model
 
@@ -94,7 +94,7 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     cut = per_rank // max(1, ranks // tp)
     kept, passing = kept_by_a_layer(config)
     tokens = config.parallel.micro_batch_tokens // config.parallel.context_parallel
-    sequences = config.parallel.micro_batch_tokens // min(stage.seq_len for stage in config.data.stages)
+    sequences = config.parallel.micro_batch_tokens // min(part.seq_len for part in config.data.stages)
     loss, layer, activations = held_by_the_loss(config, tokens), tokens * passing, tokens * c.n_layer * kept
     if config.parallel.recompute is Recompute.none:
         activations += sequences * c.n_layer * kept_of_a_sequence(config)

@@ -45,8 +45,8 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     states = 4 * inner * c.d_state // SCAN_CHUNK
     whole = width * (5 * inner + 2 * (c.dt_rank + 2 * c.d_state) + d_model) + states * (1 + again)
     kept = {Recompute.none: whole, Recompute.selective: width * (3 * inner + d_model), Recompute.full: 0}
-    # the first scan goes backward last: the second's three gradients are there, its output and states are gone; the first
-    # one's are three as well, and that of its output, zeros, is in the place of the second's output
+    # the first scan goes backward last: the second's three gradients are there, its output and states are gone; the
+    # first one's are three as well, and that of its output, zeros, is in the place of the second's output
     gradients = 6 * width * inner - states if again else 3 * width * inner
     recompute = config.parallel.recompute
     return 4 * d_model + kept[recompute], whole - kept[recompute] + gradients + 4 * d_model

@@ -1,0 +1,39 @@
+"""The runs whose losses are golden: some thirty steps each, with a batch ramp, two contexts, decay and clipping."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.compose import run_config
+from tests.corpus import make_corpus
+from tests.small import config
+from tests.train.world import train
+from train.config import RunConfig
+
+INSTRUCTIONS = "avx2"
+
+
+def runs(root: Path) -> dict[str, tuple[int, RunConfig]]:
+    """Ranks and config of every golden run, by name."""
+    demo = run_config("demo").model
+    data = make_corpus(root / "demo-data", vocab_size=demo.vocab_size)
+
+    def of_demo(name: str) -> RunConfig:
+        run = replace(config(root, name), model=demo, data=replace(data, reset_state=False))
+        return replace(run, optim=replace(run.optim, lr=4e-3))
+
+    tiny = make_corpus(root / "data")
+    tp2 = replace(config(root, "tiny-tp2", tensor_parallel=2), data=replace(tiny, reset_state=False))
+    return {
+        "demo-1": (1, of_demo("demo-1")),
+        "demo-2": (2, of_demo("demo-2")),
+        "tiny-tp2": (2, tp2),
+        "tiny-resets": (1, config(root, "tiny-resets")),
+    }
+
+
+def train_on_one_instruction_set(run: RunConfig) -> None:
+    """A whole run, with our CPU kernels for INSTRUCTIONS."""
+    from model.kernels import cpu
+
+    cpu.instruction_set = lambda: INSTRUCTIONS  # type: ignore[attr-defined]
+    train(run)

@@ -1,0 +1,95 @@
+"""What commit bd3e05a wrote is read, verified, resumed and exported by the code of today (tests/fixtures/README.md)."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from data.command import convert
+from eval.card import model_card
+from eval.config import EvaluationConfig
+from eval.export import export
+from eval.twin import load as transformers_model
+from model.weights import HfFolder, Pieces, fault, newest, read_state
+from tests.distributed import run_ranks
+from tests.small import config
+from tests.train.world import curve, engine, megatron, records, train
+from train.config import RunConfig
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+RELATIVE = 2e-4  # between instruction sets
+ZERO_STAGES = {"zero0-dp2": 0, "zero1-dp2": 1, "zero2-dp2": 2, "zero3-dp2": 3}
+LAYOUTS = (*ZERO_STAGES, "megatron-dp2", "zero1-tp2", "zero1-cp2")
+
+
+def of_layout(root: Path, name: str) -> RunConfig:
+    """The config that a fixture was trained with, to go on below `root`."""
+    run = config(
+        root, name, tensor_parallel=2 if name == "zero1-tp2" else 1, context_parallel=2 if "cp2" in name else 1
+    )
+    run = replace(run, data=replace(run.data, folder=str(FIXTURES / "corpus")))
+    return megatron(run) if name == "megatron-dp2" else engine(run, ZERO_STAGES.get(name, 1))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layouts, taken up from the checkpoints of the fixtures and trained to their end."""
+    root = tmp_path_factory.mktemp("resumed")
+    for name in LAYOUTS:
+        shutil.copytree(FIXTURES / "runs" / name / "checkpoints", root / name / "checkpoints")
+    run_ranks(2, [(train, (of_layout(root, name),)) for name in LAYOUTS])
+    return root
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
+    found = curve(resumed, name)
+    expected = curve(FIXTURES / "runs", name)
+    assert len(found) == 15 and len(expected) == 43
+    torch.testing.assert_close(found, expected[28:], rtol=RELATIVE, atol=1e-7)
+    assert [r["tokens"] for r in records(resumed, name)] == [r["tokens"] for r in records(FIXTURES / "runs", name)][28:]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
+    (folder,) = newest(FIXTURES / "runs" / name / "checkpoints")
+    assert fault(folder) is None and read_state(folder)["step"] == 28
+    pieces = Pieces(folder)
+    assert {kind for kind, _ in pieces.where} == {"param", "exp_avg", "exp_avg_sq"}
+    assert len(pieces.where) == 3 * 23
+    assert all(torch.isfinite(pieces.full(kind, tensor)).all() for kind, tensor in pieces.where)
+
+
+def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
+    old = FIXTURES / "runs" / "zero1-dp2"
+    shutil.copytree(old / "checkpoints", tmp_path / "zero1-dp2" / "checkpoints")
+    run = of_layout(tmp_path, "zero1-dp2")
+    export(EvaluationConfig(run.run, run.model, run.data, run.eval), max_bytes=20_000)
+    files = {path.name: path.read_bytes() for path in run.run.hf.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
+
+
+def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
+    folder = FIXTURES / "runs" / "zero1-dp2" / "hf"
+    ours = HfFolder(folder)
+    (step,) = newest(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
+    for name in ours.names:
+        assert torch.equal(ours.full(name), Pieces(step).full("param", name))
+    assert sum(p.numel() for p in transformers_model(folder).parameters()) == 14_952
+
+
+def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
+    folder = FIXTURES / "runs" / "zero1-dp2"
+    record = OmegaConf.load(folder / "config.yaml")
+    assert record.pop("code")["commit"].startswith("bd3e05a")
+    run = convert(RunConfig, record)
+    wanted = config(Path("runs"), "zero1-dp2")
+    assert run == replace(wanted, data=replace(wanted.data, folder="corpus"))
+    (step,) = newest(folder / "checkpoints")
+    card = model_card(folder, step, run.model)
+    assert "14,952 parameters after 816 tokens" in card and "prose" in card
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"

@@ -24,6 +24,7 @@ from data.tasks import exclude_into, run_task, write_documents
 
 Job = tuple[Any, ...]
 BYTES_PER_TOKEN = 2  # compressed text per word or mark, from below: it only decides into how many parts the work is cut
+VERSION = 1  # raised with the order of the passes, or the row that they write
 KEPT = ("logs", "excluded", QUARANTINE)
 
 

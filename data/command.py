@@ -43,7 +43,8 @@ def convert(schema: type[Schema], config: DictConfig) -> Schema:
     if OmegaConf.is_missing(config.run, "name"):
         names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
         raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
-    known = {"run", "world"} | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
+    primary = set(OmegaConf.load(Path(CONFIGS, "config.yaml"))) - {"defaults", "hydra"}
+    known = primary | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
     if unknown := sorted(str(key) for key in config if key not in known):
         raise InputError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     sections = {field.name: config[field.name] for field in dataclasses.fields(schema) if field.name in config}  # type: ignore[arg-type]

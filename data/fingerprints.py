@@ -1,7 +1,9 @@
 """What a folder was built from: one hash per stage, so that a finished folder is reused only while it is right.
 
-A built folder holds `built.json` with its key. A folder under construction bears its key in its name, so whatever was
-begun under other settings (another recipe, input, number of tasks) is never taken up.
+The hash is of a recipe's name and version, of settings, input files, assets, and versions of the packages that shape
+text; never of our own source text, which may be moved or reformatted. A built folder holds `built.json` with its key. A
+folder under construction bears its key in its name, so whatever was begun under other settings (another recipe, input,
+number of tasks) is never taken up.
 """
 
 import hashlib
@@ -13,20 +15,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data import megatron
-from data.cleaning import check_assets
+from data import cleaning, megatron, near_duplicates, recipes, sharding, substrings, tokenizer
 from data.config import Assets, DataConfig, InputError, Source
-from data.recipes import MEGATRON, path_of
+from data.recipes import MEGATRON, decontamination
 from data.recipes.readers import HOST, raw_files
 from data.shards import Manifest, read_manifest, sha256_of
 
 BUILT = "built.json"
-ROOT = Path(__file__).resolve().parent
-# What every recipe may use; a changed rule is a changed recipe.
-SHARED_CODE = sorted(path for path in (ROOT / "recipes").glob("*.py") if "\ndef steps(" not in path.read_text())
-SHARED_CODE += [ROOT / name for name in ("cleaning.py", "tasks.py", "near_duplicates.py", "substrings.py")]
-SHARDING_CODE = [ROOT / name for name in ("sharding.py", "shards.py", "megatron.py")]
-PACKAGES = ("datatrove", "trafilatura", "spacy", "warcio", "xxhash", "tldextract")  # their versions shape the text
+# distributions whose versions shape text, by what recipes and passes import
+SHAPING = {
+    "spacy": ("spacy",),
+    "trafilatura": ("trafilatura", "lxml"),
+    "lxml_html_clean": ("lxml_html_clean",),
+    "fasttext": ("fasttext-numpy2-wheel",),
+    "tldextract": ("tldextract",),
+    "ahocorasick": ("pyahocorasick",),
+    "warcio": ("warcio",),
+    "xxhash": ("xxhash",),
+}
 SHAPES_TEXT = ("recipe", "tasks", "text_key", "near_duplicates", "exact_substrings", "replace_pii", "decontaminate")
 
 
@@ -45,19 +51,37 @@ def list_input(source: Source) -> Listing:
     return None if source.input == HOST else raw_files(source.input)
 
 
+def versions_of(source: Source) -> dict[str, int | str]:
+    """Versions of all that shapes a source's text: its recipe, the passes that it asks for, packages."""
+    if source.recipe == MEGATRON:
+        return {MEGATRON: megatron.RECIPE_VERSION}
+    recipe = recipes.load(source.recipe)
+    found: dict[str, int | str] = {source.recipe: recipe.RECIPE_VERSION, "cleaning": cleaning.VERSION}
+    imports = [*recipe.REQUIRES]
+    if source.near_duplicates is not None:
+        found["near_duplicates"] = near_duplicates.VERSION
+        imports += near_duplicates.REQUIRES
+    if source.exact_substrings:
+        found["exact_substrings"] = substrings.VERSION
+        imports += substrings.REQUIRES
+    if source.decontaminate:
+        found["decontaminate"] = decontamination.VERSION
+    packages = {package for name in imports for package in SHAPING.get(name, ())}
+    return found | {package: version(package) for package in sorted(packages | {"datatrove"})}
+
+
 def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
-    """All that decides a source's text but its input: settings, code, versions, assets."""
-    code = [sha256_of(path) for path in (path_of(source.recipe), *SHARED_CODE)]
-    read = check_assets(name, source, assets)
+    """All that decides a source's text but its input: settings, versions, assets."""
+    read = cleaning.check_assets(name, source, assets)
     files = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in read}
     optional = {asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")}
     files |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path and Path(path).is_file()}
     licence = source.licence  # recipe source_code judges files by it
-    return [[getattr(source, key) for key in SHAPES_TEXT], licence, code, files, [version(name) for name in PACKAGES]]
+    return [{key: getattr(source, key) for key in SHAPES_TEXT}, licence, versions_of(source), files]
 
 
 def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's shards but the vocabulary: settings, code, versions, files of input.
+    """Hash of all that decides a source's shards but the vocabulary: settings, versions, files of input.
 
     The input's place and times are left out: the same files elsewhere give the same shards.
     """
@@ -65,8 +89,8 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
     if listing is not None:
         kind, files = listing
         text = [kind, {name: size for name, (size, _) in files.items()}]
-    code = [sha256_of(path) for path in SHARDING_CODE]
-    return digest(settings_of(name, cfg.sources[name], cfg.assets), text, code, cfg.seed, cfg.heldout_percent)
+    settings = settings_of(name, cfg.sources[name], cfg.assets)
+    return digest(settings, text, sharding.VERSION, cfg.seed, cfg.heldout_percent)
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
@@ -79,11 +103,10 @@ def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
 def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
     """Hash of all that decides the vocabulary: the file it is copied from, or the texts and settings of training."""
     settings = cfg.tokenizer
-    code = sha256_of(ROOT / "tokenizer.py")
     if settings.path is not None:
-        return digest(sha256_of(Path(settings.path)), settings.vocab_size, code)  # a smaller size is checked again
+        return digest(sha256_of(Path(settings.path)), settings.vocab_size)  # a smaller size is checked again
     numbers = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
-    return digest(clean_keys, numbers, code, version("tokenizers"))
+    return digest(clean_keys, numbers, tokenizer.TRAINING_VERSION, version("tokenizers"))
 
 
 def shards_key(manifest: Manifest) -> str:
@@ -101,6 +124,11 @@ def same_shards(folder: Path, wanted: Manifest) -> bool:
         return False
     files = [file for files in found.splits.values() for file in files]
     return all(sha256_of(folder / file.name) == file.sha256 for file in files)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the clean documents' files in a folder."""
+    return {path.name: path.stat().st_size for path in folder.glob("*.jsonl.gz")}
 
 
 def write_built(folder: Path, key: str, **details: Any) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data.tasks import Documents, exclude_into, run_task, write_documents
 
 REQUIRES = ("spacy", "xxhash")
+VERSION = 1  # raised with what it keeps or removes
 N_GRAMS = 5  # words; RefinedWeb and FineWeb
 
 

@@ -5,6 +5,7 @@ Stages that are complete are reused; a killed run is taken up where it was.
 examples:
   python data/prepare.py +experiment=demo
   python data/prepare.py +experiment=7b executor=slurm executor.partition=cpu
+  python data/prepare.py +experiment=7b prepare.adopt=true    # keeps shards that an earlier version made
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data import cleaning, counts, fingerprints, megatron, recipes, sharding, tokenizer
+from data.adoption import adopt
 from data.cleaning import Build
 from data.command import command
 from data.config import DataConfig, ExecutorConfig, InputError
@@ -31,11 +33,19 @@ REPORT = "report.json"
 
 
 @dataclass
+class PrepareSettings:
+    """What this program does besides preparing."""
+
+    adopt: bool  # take over a folder of an earlier version as it is, after hashing its shards
+
+
+@dataclass
 class PrepareConfig:
     """The sections of the config that this program reads."""
 
     data: DataConfig
     executor: ExecutorConfig
+    prepare: PrepareSettings
 
 
 class Preparation:
@@ -97,7 +107,7 @@ class Preparation:
         """Take up the finished clean documents of a source, if their files are the ones that were written."""
         folder = self.folder / "clean" / name
         built = fingerprints.read_built(folder, self.keys[name])
-        if built is None or built["files"] != sizes(folder):
+        if built is None or built["files"] != fingerprints.sizes(folder):
             return False
         self.steps[name] = [Step(**step) for step in built["steps"]]
         self.cleans[name] = Clean(folder, sorted(built["files"]), self.steps[name][-1].forwarded)
@@ -115,7 +125,9 @@ class Preparation:
             fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
             raise InputError(str(error)) from error
         cleaning.finish(build)
-        fingerprints.write_built(place, self.keys[name], files=sizes(place), steps=[asdict(step) for step in steps])
+        fingerprints.write_built(
+            place, self.keys[name], files=fingerprints.sizes(place), steps=[asdict(step) for step in steps]
+        )
         fingerprints.discard(self.folder / "shards" / name)
         fingerprints.discard(self.folder / "building" / "shards" / name)
         fingerprints.install(place, self.folder / "clean" / name)
@@ -227,11 +239,6 @@ class Preparation:
         print(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}", flush=True)
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the clean documents' files in a folder."""
-    return {path.name: path.stat().st_size for path in folder.glob("*.jsonl.gz")}
-
-
 def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
     """Build everything under `cfg.folder`, with processes of this machine unless `executor` says otherwise.
 
@@ -251,7 +258,9 @@ def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
 
 @command(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
-    """Prepare the data of a composed config."""
+    """Prepare the data of a composed config, after taking over what is there where that is asked for."""
+    if cfg.prepare.adopt:
+        adopt(cfg.data, cfg.executor)
     prepare(cfg.data, cfg.executor)
 
 

@@ -18,6 +18,7 @@ from data.recipes.readers import Jsonl
 from data.shards import DTYPE, SPLITS, ShardFile, sha256_of
 from data.tasks import run_task
 
+VERSION = 1  # raised with the split, the order inside a shard, or what is tokenized
 HASH_BUCKETS = 1_000_000
 BATCH_BYTES = 2**21  # text that is tokenized at once: memory stays flat whatever the documents' length
 PIECE_CHARACTERS = 2**20  # the tokenizer is slow on longer texts

@@ -39,7 +39,7 @@ class Manifest:
     source: str
     licence: str
     recipe: str
-    recipe_sha256: str  # of the recipe's settings and code, so that a changed recipe is seen
+    recipe_sha256: str  # of its version and settings, so that a changed recipe is seen
     tokenizer_sha256: str
     eos: int
     vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one

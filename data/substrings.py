@@ -26,6 +26,7 @@ from data.mixture import mix
 from data.tasks import Documents, exclude_into, run_task, write_documents
 
 REQUIRES = ("xxhash",)
+VERSION = 1  # raised with what it cuts
 PIECE = re.compile(r"\w+|[^\w\s]")
 WINDOW = np.dtype([("hash", "<u8"), ("place", "<u8")])
 CHUNK = 2**22  # windows that are sorted in memory at once

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from data.config import InputError
 from data.shards import sha256_of
 
+TRAINING_VERSION = 1  # raised with what a trained vocabulary follows from
 EOS_TOKEN = "<|endoftext|>"
 MARKS = (
     *(">>TITLE<<", ">>ABSTRACT<<", ">>INTRODUCTION<<", ">>SUMMARY<<", ">>COMMENT<<", ">>ANSWER<<", ">>QUESTION<<"),

@@ -13,6 +13,7 @@ from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, open_input
 
 REQUIRES = ("orjson", "spacy")
+RECIPE_VERSION = 1
 START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
 END = re.compile(r"^\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
 PAGE_NUMBER = re.compile(

@@ -11,6 +11,7 @@ from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, Rows, open_input
 
 REQUIRES = ("orjson",)
+RECIPE_VERSION = 1
 
 
 def host_topics() -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import InputError
 
+VERSION = 1  # raised with what it drops
 N = 13
 WORD = re.compile(r"\w+")
 

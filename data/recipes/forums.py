@@ -20,6 +20,7 @@ from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, Counted, Jsonl, Parquet, open_input
 
 REQUIRES = ("orjson",)
+RECIPE_VERSION = 1
 GONE = ("[deleted]", "[removed]", "")
 Message = dict[str, Any]
 

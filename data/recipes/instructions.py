@@ -15,6 +15,7 @@ from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, Counted, open_input
 
 REQUIRES = ("orjson",)
+RECIPE_VERSION = 1
 HEADS = {"system": "System", "user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("inputs", "targets"),
          ("question", "response"))  # fmt: skip

@@ -17,6 +17,7 @@ from data.recipes.readers import HOST, Rows, Warc, open_input
 from data.recipes.urls import blocklist
 
 REQUIRES = (*web.REQUIRES,)
+RECIPE_VERSION = 1
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:

@@ -16,6 +16,7 @@ from data.recipes.filters import Handwritten, Lines, Permissive, Plausible
 from data.recipes.readers import HOST, Rows, open_input
 
 REQUIRES = ("orjson",)
+RECIPE_VERSION = 1
 PERMISSIVE = "permissive"
 
 

@@ -12,6 +12,7 @@ from data.recipes.filters import Plausible
 from data.recipes.readers import HOST, open_input
 
 REQUIRES = ("orjson", "spacy")
+RECIPE_VERSION = 1
 
 
 class Refusals(BaseFilter):

@@ -15,6 +15,7 @@ from data.recipes.papers import PaperBody
 from data.recipes.readers import HOST, Rows, open_input
 
 REQUIRES = ("orjson",)
+RECIPE_VERSION = 1
 
 
 def signature(node: ast.AST) -> str:

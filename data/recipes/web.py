@@ -29,6 +29,7 @@ from data.recipes.urls import blocklist
 # the system library that magic looks for.
 REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy",
             "fasttext", "tldextract", "ahocorasick", "xxhash")  # fmt: skip
+RECIPE_VERSION = 1
 ASSETS = ("language_model",)
 
 # Gopher's published values (datatrove's defaults) hold for crawls. The host's help pages repeat signatures and list

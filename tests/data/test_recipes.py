@@ -5,38 +5,27 @@ import io
 import json
 import os
 import re
-import struct
 import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from data import cleaning, counts, recipes
 from data.cleaning import Build
-from data.config import Asset, Assets, InputError, Source
+from data.config import Assets, InputError, Source
 from data.recipes import arithmetic, books, curated, forums, host, source_code, technical, web
 from data.recipes.extraction import MainText
 from data.recipes.lines import corrected
 from data.recipes.readers import Jsonl, open_input, pin_files, raw_files
+from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
-PROSE = (
-    "The river rises in the hills to the north of the town and runs, with many turns, to the sea. In the spring it "
-    "carries the snow of the mountains, and the fields on both sides have to be kept dry with ditches that the farmers "
-    "dig and clean together. Nobody who has seen the water that comes in a wet year would call this work idle. "
-)
 
 
 NONE = Assets()
-
-GERMAN = "Der Fluss entspringt in den Bergen und die Leute der Stadt haben ihn nicht vergessen. "
-SUMS = "let x be a real number such that the equation holds then the proof follows by induction on n. "
-SHOP = "buy cheap shoes now and save money with our best offers of the week in every shop near you today. "
-QUESTION = "What do the farmers dig together to keep the fields on both sides of the river dry in a wet year?"
 
 
 def folder_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
@@ -59,11 +48,6 @@ def run(source: Source, place: Path, assets: Assets = NONE) -> tuple[list[dict[s
     files = sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
     rows = [json.loads(line) for path in files for line in gzip.decompress(path.read_bytes()).splitlines()]
     return rows, counts.read_counts(place / "logs" / "clean" / "stats", source.tasks)
-
-
-def write_rows(path: Path, rows: list[object]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
@@ -100,37 +84,10 @@ def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path)
     assert [json.loads(line)["text"][-1] for line in written.splitlines()] == ["b", "d"]
 
 
-def write_model(path: Path, texts: dict[str, str]) -> None:
-    """A fastText model (fastText's format, version 12) in which every word of a text votes for its label.
-
-    Written by hand: training in the wheel that datatrove asks for ends in "Encountered NaN".
-    """
-    words = {word: place for place, text in enumerate(texts.values()) for word in text.split()}
-    size = len(texts)
-    settings = (size, 5, 5, 1, 5, 1, 3, 3, 0, 0, 0, 100)  # dim, ..., loss softmax, model supervised, no n-grams
-    out = struct.pack("<2i12id", 793712314, 12, *settings, 1e-4)
-    out += struct.pack("<3i2q", len(words) + size, len(words), size, len(words), -1)
-    for word in words:
-        out += word.encode() + b"\0" + struct.pack("<qb", 1, 0)
-    for label in texts:
-        out += f"__label__{label}".encode() + b"\0" + struct.pack("<qb", 1, 1)
-    vectors = np.zeros((len(words), size), "<f4")
-    vectors[np.arange(len(words)), list(words.values())] = 1
-    for matrix in (vectors, 8 * np.eye(size, dtype="<f4")):
-        out += struct.pack("<?2q", False, *matrix.shape) + matrix.tobytes()
-    path.write_bytes(out)
-
-
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """A model that knows English from German, one that knows mathematics, a short block list, an evaluation."""
-    home = tmp_path_factory.mktemp("assets")
-    write_model(home / "lid.bin", {"en": PROSE, "de": GERMAN})
-    write_model(home / "math.bin", {"math": SUMS, "other": SHOP})
-    (home / "domains").write_text("casino-lists.com\n")
-    (home / "evaluations.jsonl").write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
-    paths = (home / name for name in ("lid.bin", "math.bin", "domains", "evaluations.jsonl"))
-    return Assets(*(Asset(str(path)) for path in paths))
+    return make_assets(tmp_path_factory.mktemp("assets"))
 
 
 def test_crawls_meet_the_published_thresholds(tmp_path: Path, assets: Assets) -> None:

@@ -43,6 +43,7 @@ bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -
 	$(BIN)/python -m tests.bench.cpu
 
 soak: install  ## the demo under FAULTS seeded faults of all kinds, bit for bit as a clean run; Ctrl-C pauses it
+	$(BIN)/python examples/make_demo_corpus.py
 	$(BIN)/python data/prepare.py +experiment=demo
 	$(BIN)/python -m tests.soak --faults $(FAULTS)
 

@@ -19,7 +19,7 @@ from data import near_duplicates, recipes, substrings
 from data.config import Assets, InputError, Source
 from data.counts import Step, read_counts
 from data.recipes.decontamination import Uncontaminated
-from data.recipes.readers import HOST, QUARANTINE
+from data.recipes.readers import QUARANTINE
 from data.tasks import exclude_into, run_task, write_documents
 
 Job = tuple[Any, ...]
@@ -167,7 +167,7 @@ def check_assets(name: str, source: Source, assets: Assets) -> list[str]:
     """Names of the assets that a source reads; raises InputError for one that is missing."""
     if source.recipe == recipes.MEGATRON:
         return []
-    needed = [] if source.input == HOST else list(getattr(recipes.load(source.recipe), "ASSETS", ()))
+    needed = list(getattr(recipes.load(source.recipe), "ASSETS", ()))
     needed += ["evaluations"] if source.decontaminate else []
     for asset in needed:
         path = getattr(assets, asset).path

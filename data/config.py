@@ -14,7 +14,7 @@ class Source:
     """One kind of text and the recipe that cleans it."""
 
     recipe: str  # module of data/recipes
-    input: str  # folder or URL of the raw documents; "host" is the text every Python carries
+    input: str  # folder or URL of the raw documents
     licence: str
     max_epochs: float  # the mixture refuses to read the source more often than this
     tasks: int  # datatrove tasks; at most the number of input files does work; pinned by the first launch
@@ -24,6 +24,7 @@ class Source:
     replace_pii: bool = False  # e-mail and public IP addresses become placeholders
     decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
     expected_tokens: int = 0  # plans a run before the source is prepared
+    obtained_by: str | None = None  # command or address that brings the input; said where it is missing
     min_yield: float = 0.5  # extracting text from a smaller share of the pages is an error, not a filter
 
     def __post_init__(self) -> None:

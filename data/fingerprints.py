@@ -8,7 +8,6 @@ number of tasks) is never taken up.
 
 import hashlib
 import json
-import platform
 import shutil
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from typing import Any
 from data import cleaning, megatron, near_duplicates, recipes, sharding, substrings, tokenizer
 from data.config import Assets, DataConfig, InputError, Source
 from data.recipes import MEGATRON, decontamination
-from data.recipes.readers import HOST, raw_files
+from data.recipes.readers import raw_files
 from data.shards import Manifest, read_manifest, sha256_of
 
 BUILT = "built.json"
@@ -41,14 +40,17 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-Listing = tuple[str, dict[str, list[Any]]] | None  # kind, and [bytes, time of change] by name; None for the host's text
+Listing = tuple[str, dict[str, list[Any]]]  # kind, and [bytes, time of change] by name
 
 
 def list_input(source: Source) -> Listing:
     """The files of a source's input, looked at once: the whole build works from this list."""
-    if source.recipe == MEGATRON:
-        return megatron.raw_files(source.input)
-    return None if source.input == HOST else raw_files(source.input)
+    try:
+        return megatron.raw_files(source.input) if source.recipe == MEGATRON else raw_files(source.input)
+    except InputError as error:
+        if source.obtained_by is None:
+            raise
+        raise InputError(f"{error}; it is obtained by: {source.obtained_by}") from error
 
 
 def versions_of(source: Source) -> dict[str, int | str]:
@@ -85,10 +87,8 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 
     The input's place and times are left out: the same files elsewhere give the same shards.
     """
-    text: Any = platform.python_version()
-    if listing is not None:
-        kind, files = listing
-        text = [kind, {name: size for name, (size, _) in files.items()}]
+    kind, files = listing
+    text = [kind, {name: size for name, (size, _) in files.items()}]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
     return digest(settings, text, sharding.VERSION, cfg.seed, cfg.heldout_percent)
 
@@ -96,7 +96,7 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
     """Hash of all that decides a source's clean documents, the times of its input files included."""
     source = cfg.sources[name]
-    text: Any = platform.python_version() if listing is None else [source.input, *listing]
+    text = [source.input, *listing]
     return digest(settings_of(name, source, cfg.assets), text, cfg.keep_exclusions)
 
 

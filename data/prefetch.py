@@ -21,7 +21,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from data.command import command
 from data.config import Asset, DataConfig, InputError
 from data.recipes import urls
-from data.recipes.readers import HOST
 from data.shards import sha256_of
 
 PIECE = 2**20
@@ -89,9 +88,7 @@ def prefetch(cfg: DataConfig) -> None:
     print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
     for name, asset in vars(cfg.assets).items():
         print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
-    if cfg.assets.url_blocklist.path is None and any(
-        source.recipe == "web" and source.input != HOST for source in cfg.sources.values()
-    ):
+    if cfg.assets.url_blocklist.path is None and any(source.recipe == "web" for source in cfg.sources.values()):
         print(f"{'url lists':<18}unpacked from datatrove, {len(urls.blocklist(None).block_listed_domains):,} domains")
 
 

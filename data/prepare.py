@@ -87,8 +87,8 @@ class Preparation:
             builds[name] = Build(source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions)
         for name, build in builds.items():
             fingerprints.pin_tasks(self.folder, name, build.source.tasks)
-            if (listing := self.listings[name]) is not None:
-                pin_files(build.place, listing[0], list(listing[1]))
+            kind, files = self.listings[name]
+            pin_files(build.place, kind, list(files))
             preload = getattr(recipes.load(build.source.recipe), "preload", None)
             if preload is not None:
                 preload(build.source, self.cfg.assets)
@@ -172,9 +172,11 @@ class Preparation:
         for name in (name for name in cfg.sources if name not in self.manifests):
             place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name]))
             source, tasks = cfg.sources[name], cfg.sources[name].tasks
-            if (listing := self.listings[name]) is not None and source.recipe == recipes.MEGATRON:
+            if source.recipe == recipes.MEGATRON:
                 fingerprints.pin_tasks(self.folder, name, tasks)
-                job = megatron.Corpus(source.input, sorted(listing[1]), place, wanted[name].vocab_size, tasks)
+                job = megatron.Corpus(
+                    source.input, sorted(self.listings[name][1]), place, wanted[name].vocab_size, tasks
+                )
                 jobs[name] = [(megatron.shard_task, job, cfg.heldout_percent, rank) for rank in range(tasks)]
             else:
                 sharding_job = Sharding(self.cleans[name], place, file, cfg.seed, cfg.heldout_percent, tasks)

@@ -24,7 +24,7 @@ def corpus_config(folder: Path, vocab_size: int = 96) -> DataConfig:
         reset_state=True,
         workers=1,
         tokenizer=TokenizerConfig(None, None, vocab_size, 1),
-        sources={name: Source("curated", "host", "CC0-1.0", 4.0, 1) for name in SOURCES},
+        sources={name: Source("curated", "raw", "CC0-1.0", 4.0, 1) for name in SOURCES},
         stages=[
             Stage("short", 20 * BLOCK, 16, {"prose": 3, "sums": 1}),
             Stage("long", 20 * BLOCK, 32, {"prose": 1, "sums": 1}),

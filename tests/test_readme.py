@@ -32,7 +32,8 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
-        self.overrides = [f"run.dir={self.run}", f"data.folder={folder / 'data'}", STAGES, *SHORTER]
+        self.data = folder / "data"
+        self.overrides = [f"run.dir={self.run}", f"data.folder={self.data}", STAGES, *SHORTER]
         self.outputs: dict[str, str] = {}
         self.silences: dict[str, float] = {}
 
@@ -44,7 +45,8 @@ class Demo:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         lines, silence, last = [], 0.0, time.monotonic()
-        arguments = [*command, *self.overrides]
+        corpus = command[-1] == "examples/make_demo_corpus.py"
+        arguments = [*command, str(self.data / "raw")] if corpus else [*command, *self.overrides]
         with subprocess.Popen(
             arguments, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
@@ -64,9 +66,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return run
 
 
-def test_the_readme_has_the_four_commands() -> None:
+def test_the_readme_has_the_five_commands() -> None:
     scripts = [next(word for word in command if word.endswith(".py")) for command in commands()]
-    assert scripts == ["data/prepare.py", "train/pretrain.py", "eval/export.py", "eval/run.py"]
+    assert scripts == [
+        "examples/make_demo_corpus.py",
+        "data/prepare.py",
+        "train/pretrain.py",
+        "eval/export.py",
+        "eval/run.py",
+    ]
 
 
 def test_everything_lies_in_the_run_folder(demo: Demo) -> None:

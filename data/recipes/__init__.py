@@ -2,7 +2,7 @@
 
 `steps(source, folder, assets)` gives the short list of datatrove steps that ends in clean documents. `REQUIRES` names
 the packages that they import only at the first document, which would be too late, `ASSETS` the files that no package
-brings (of a folder of documents; the host's text needs none). A recipe with lists that all workers share has
+brings. A recipe with lists that all workers share has
 `preload(source, assets)`. `RECIPE_VERSION` keys finished data: raise it with any change that makes other text of the
 same input (tests/data/test_recipe_versions.py sees one), and leave it with any other change.
 """

@@ -8,9 +8,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.recipes.filters import Plausible
-from data.recipes.readers import HOST, open_input
+from data.recipes.readers import open_input
 
 REQUIRES = ("orjson", "spacy")
 RECIPE_VERSION = 1
@@ -40,8 +40,6 @@ class BookBody(BaseFilter):
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    if source.input == HOST:
-        raise InputError("recipe books: no Python carries books; set the source's input to a folder of them")
     # a paragraph may be one line, and verse has short ones: only the repetition rules of n-grams are for prose
     repetition = GopherRepetitionFilter(dup_line_frac=None, dup_line_char_frac=None)
     return [open_input(source, folder), BookBody(), Plausible(1000, 0.5, 1_000_000), repetition]

@@ -15,9 +15,9 @@ from typing import Any
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.recipes.filters import Plausible
-from data.recipes.readers import HOST, Counted, Jsonl, Parquet, open_input
+from data.recipes.readers import Counted, Jsonl, Parquet, open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1
@@ -155,8 +155,6 @@ class ParquetConversations(Conversations, Parquet):
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    if source.input == HOST:
-        raise InputError("recipe forums: no Python carries conversations; set the source's input to a folder of them")
     plain = open_input(source, folder)
     reader: Counted = (JsonlConversations if isinstance(plain, Jsonl) else ParquetConversations)(source.input)
     reader.files, reader.quarantine = plain.files, plain.quarantine

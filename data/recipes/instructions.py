@@ -10,9 +10,9 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.recipes.filters import Plausible
-from data.recipes.readers import HOST, Counted, open_input
+from data.recipes.readers import Counted, open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1
@@ -63,6 +63,4 @@ def as_documents(reader: Counted) -> Counted:
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    if source.input == HOST:
-        raise InputError("recipe instructions: no Python carries them; set the source's input to a folder of them")
     return [as_documents(open_input(source, folder)), Plausible(min_chars=20, min_letters=0.2, max_line=1_000_000)]

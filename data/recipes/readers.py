@@ -9,9 +9,9 @@ What is no document is written to `quarantine/`, with the place it came from.
 import base64
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.readers import JsonlReader, ParquetReader, WarcReader
-from datatrove.pipeline.readers.base import BaseReader
+from datatrove.pipeline.readers.base import BaseDiskReader, BaseReader
 from datatrove.pipeline.readers.warc import process_record
 from loguru import logger
 
 from data.config import InputError, Source
 
-HOST = "host"
 PINNED = "input.json"
 QUARANTINE = "quarantine"
 KEPT_BYTES = 1_000_000  # of a quarantined row
@@ -33,7 +32,9 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "parquet": (".parquet",),
     "warc": (".warc", ".warc.gz"),
+    "html": (".html", ".htm"),
 }
+CHARSET = re.compile(rb"""<meta[^>]+charset=["']?([\w-]+)""", re.IGNORECASE)
 
 
 def is_damage(error: Exception) -> bool:
@@ -50,6 +51,7 @@ class Counted(BaseReader):
 
     files: list[str]
     quarantine: Path | None = None  # folder
+    holds_html = False  # whether documents are pages, of which a recipe extracts the text
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Documents of files rank, rank + world_size, ...; a damaged file gives what can be read of it, and counts.
@@ -183,6 +185,8 @@ class WholeArchive:
 class Warc(Counted, WarcReader):
     """One response (or conversion) record per document; its text is HTML."""
 
+    holds_html = True
+
     def read_file(self, filepath: str) -> DocumentsPipeline:
         """Documents of one archive; records of other types (requests, metadata) are no documents."""
         from warcio.archiveiterator import ArchiveIterator
@@ -208,22 +212,25 @@ class Warc(Counted, WarcReader):
             whole.check_end()
 
 
-class Rows(Counted):
-    """Documents made by a function instead of read from files; every task makes all and keeps its share."""
+class Html(Counted, BaseDiskReader):
+    """One page per file, whose path is its id."""
 
-    name = "Rows"
+    name = "Html"
+    holds_html = True
 
-    def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Documents rank, rank + world_size, ..."""
-        self.set_aside = None
-        for index, row in enumerate(islice(self.rows(), rank, None, world_size)):
-            document = self.get_document_from_dict(row, HOST, index)
-            if document is not None:
-                yield document
+    def read_file(self, filepath: str) -> DocumentsPipeline:
+        """The page, decoded as it says or as UTF-8."""
+        with self.data_folder.open(filepath, "rb") as file:
+            raw = file.read()
+        declared = CHARSET.search(raw[:2048])
+        try:
+            text = raw.decode(declared[1].decode() if declared else "utf-8")
+        except (UnicodeDecodeError, LookupError):
+            self.drop("undecodable", filepath, raw)
+            return
+        document = self.get_document_from_dict({self.text_key: text, "id": filepath}, filepath, 0)
+        if document is not None:
+            yield document
 
 
 def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
@@ -267,11 +274,13 @@ def pin_files(place: Path, kind: str, files: list[str]) -> None:
 
 
 def open_input(source: Source, place: Path, html: bool = False) -> Counted:
-    """The reader of the files pinned in `place`; web archives only for a recipe that extracts text from `html`."""
+    """The reader of the files pinned in `place`; web pages only for a recipe that extracts text from `html`."""
     pinned = json.loads((place / PINNED).read_text(encoding="utf-8"))
-    if pinned["kind"] == "warc" and not html:
-        raise InputError(f"input folder {source.input} holds web archives: use recipe web, which extracts their text")
-    kinds: dict[str, type[Counted]] = {"jsonl": Jsonl, "parquet": Parquet, "warc": Warc}
+    kinds: dict[str, type[Counted]] = {"jsonl": Jsonl, "parquet": Parquet, "warc": Warc, "html": Html}
+    if kinds[pinned["kind"]].holds_html and not html:
+        raise InputError(
+            f"input folder {source.input} holds web pages: use recipe web or manuals, which extract their text"
+        )
     reader: Counted = kinds[pinned["kind"]](source.input, text_key=source.text_key)
     reader.files = pinned["files"]
     reader.quarantine = place / QUARANTINE

@@ -7,9 +7,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.recipes.filters import Plausible
-from data.recipes.readers import HOST, open_input
+from data.recipes.readers import open_input
 
 REQUIRES = ("orjson", "spacy")
 RECIPE_VERSION = 1
@@ -29,6 +29,4 @@ class Refusals(BaseFilter):
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`. Copies of one prompt go with near_duplicates."""
-    if source.input == HOST:
-        raise InputError("recipe synthetic: no Python carries model output; set the source's input to a folder of it")
     return [open_input(source, folder), Refusals(), Plausible(200, 0.4, 100_000), GopherRepetitionFilter()]

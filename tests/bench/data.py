@@ -25,9 +25,10 @@ from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.loader import Loader, source_folder
 from data.mixture import Plan
-from data.recipes import arithmetic, source_code, technical
 from data.sharding import Clean, Sharding, shard_task
 from data.shards import DTYPE, Manifest, ShardFile
+from examples.demo_corpus import arithmetic
+from examples.demo_corpus.standard_library import code_files, reference_pages
 from tests.bench.timing import Row, median_seconds, show, with_ratios, write
 from tests.compose import run_config
 
@@ -38,7 +39,7 @@ VOCABULARY = 65_024
 
 def corpus(folder: Path, tokens: int) -> DataConfig:
     """One source of random ids in one shard, and the same bytes as a Megatron pair."""
-    sources = {"web": Source("curated", "host", "CC0-1.0", 1e6, 1)}
+    sources = {"web": Source("curated", "raw", "CC0-1.0", 1e6, 1)}
     stages = [Stage("only", 10**12, 2048, {"web": 1.0})]
     settings = TokenizerConfig(None, None, VOCABULARY, 1)
     cfg = DataConfig(str(folder), 0, 8192, 1.0, False, 1, settings, sources, stages)
@@ -143,7 +144,7 @@ def reading(tokens: int, budget: float) -> tuple[list[Row], dict[str, float]]:
 
 def documents(count: int) -> list[dict[str, str]]:
     """Text that every Python carries: code, reference pages, problems; long and short ones."""
-    rows = [*source_code.host_files(), *technical.host_pages(), *arithmetic.problems(400_000)]
+    rows = [*code_files(), *reference_pages(), *arithmetic.problems(400_000)]
     return [{"text": row["text"], "id": str(i), "group": str(i)} for i, row in enumerate(rows[:count]) if row["text"]]
 
 

@@ -16,9 +16,9 @@ import torch
 from data import cleaning, fingerprints, megatron, sharding, tokenizer
 from data.cleaning import Build
 from data.config import Assets, Source
-from data.recipes import web
 from data.recipes.readers import pin_files, raw_files
 from data.sharding import Clean, Sharding
+from examples.demo_corpus.archives import write_archive
 from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
 HERE = Path(__file__).resolve().parent
@@ -86,8 +86,12 @@ def sources(home: Path) -> dict[str, Source]:
     pages = {"1": PAGE, "2": PAGE.replace(PROSE, 3 * GERMAN), "3": PAGE.replace(PROSE, SECOND)}
     (home / "web").mkdir()
     with (home / "web" / "0.warc.gz").open("wb") as file:
-        web.write_archive(file, ((f"http://a.invalid/{name}", page) for name, page in pages.items()))
+        write_archive(file, ((f"http://a.invalid/{name}", page) for name, page in pages.items()))
     found["web"] = Source("web", str(home / "web"), "CC0-1.0", 1.0, 1)
+    found["manuals"] = Source("manuals", str(home / "pages"), "CC0-1.0", 1.0, 1)
+    (home / "pages").mkdir()
+    for name, page in pages.items():
+        (home / "pages" / f"{name}.html").write_text(page)
     rows = [{"text": f"{text} {tail}"} for text in (PROSE, SECOND) for tail in ("One.", "Two.", f"{LONG} {LONG}.")]
     rows += [{"text": f"{3 * SHOP} {QUESTION}"}, {"text": f"{SUMS} mail ann@corp.org {PROSE[50:]} {LONG}"}]
     write_rows(home / "passes" / "0.jsonl", rows)

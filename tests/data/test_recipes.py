@@ -1,13 +1,11 @@
-"""Recipes: every row is accounted for, and no text of the host belongs to two sources."""
+"""Recipes: every row is accounted for, and what is dropped has its reason."""
 
 import gzip
 import io
 import json
 import os
-import re
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,11 @@ from omegaconf import OmegaConf
 from data import cleaning, counts, recipes
 from data.cleaning import Build
 from data.config import Assets, InputError, Source
-from data.recipes import arithmetic, books, curated, forums, host, source_code, technical, web
+from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainText
 from data.recipes.lines import corrected
 from data.recipes.readers import Jsonl, open_input, pin_files, raw_files
+from examples.demo_corpus.archives import write_archive
 from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
@@ -91,14 +90,13 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 
 def test_crawls_meet_the_published_thresholds(tmp_path: Path, assets: Assets) -> None:
-    """The host's help pages need milder ones; folders do not get them."""
     (tmp_path / "raw").mkdir()
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
     place = pin(str(tmp_path / "raw"), tmp_path / "place")
     language, repetition, crawl, _ = web.steps(folder_source("web", tmp_path / "raw"), place, assets)[1:]
-    host_pages = web.steps(Source("web", "host", "PSF-2.0", 1.0, 1), tmp_path, NONE)[-1]
+    manual = manuals.steps(folder_source("manuals", tmp_path / "raw"), place, NONE)[-1]
     assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
-    assert (host_pages.max_non_alpha_words_ratio, host_pages.min_stop_words) == (0.4, 1)
+    assert (manual.max_non_alpha_words_ratio, manual.min_stop_words) == (0.4, 1), "recipe manuals has milder ones"
     assert (repetition.dup_line_frac, repetition.dup_line_char_frac) == (0.3, 0.2)
     assert [share for _, share in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
     assert (language.label, language.least) == ("en", 0.65)
@@ -156,7 +154,7 @@ def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="put files of one kind there"):
         raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
-    with pytest.raises(InputError, match="use recipe web"):
+    with pytest.raises(InputError, match="use recipe web or manuals"):
         open_input(folder_source("curated", tmp_path), pin(str(tmp_path), tmp_path / "place"))
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):
@@ -198,9 +196,9 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
         ("http://host.invalid/fluss.html", page.replace(PROSE, 3 * GERMAN)),
     ]
     with (raw / "a.warc.gz").open("wb") as file:
-        web.write_archive(file, iter(pages))
+        write_archive(file, iter(pages))
     with (raw / "b.warc.gz").open("wb") as file:
-        web.write_archive(file, iter(pages[:1]))
+        write_archive(file, iter(pages[:1]))
     (raw / "b.warc.gz").write_bytes((raw / "b.warc.gz").read_bytes()[:-40])
     rows, steps = run(folder_source("web", raw), tmp_path / "clean", assets)
     assert len(rows) == 1 and "sold on the market" in rows[0]["text"] and "<p>" not in rows[0]["text"]
@@ -218,7 +216,7 @@ def test_an_archive_cut_off_anywhere_is_noticed(tmp_path: Path, suffix: str) -> 
     """warcio takes the end of a gzip stream that is too short for the end of the archive."""
     pages = [(f"http://host.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(3)]
     stream = io.BytesIO()
-    web.write_archive(stream, iter(pages))
+    write_archive(stream, iter(pages))
     whole = stream.getvalue() if suffix == ".warc.gz" else gzip.decompress(stream.getvalue())
     for cut in (0, 1, 3, 40, 200, 500, 900):
         raw = tmp_path / "raw"
@@ -237,7 +235,7 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
 ) -> None:
     (tmp_path / "raw").mkdir()
     with (tmp_path / "raw" / "a.warc").open("wb") as file:
-        web.write_archive(file, iter([(f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(4)]))
+        write_archive(file, iter([(f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(4)]))
 
     def extract(self: object, text: str) -> str | None:
         if "<p>1 " in text:
@@ -257,7 +255,7 @@ def test_a_recipe_without_its_model_is_refused_before_the_first_document(tmp_pat
     source = folder_source("web", tmp_path)
     with pytest.raises(InputError, match="source crawl needs data.assets.language_model.path, now None: .*prefetch"):
         cleaning.check_assets("crawl", source, NONE)
-    assert cleaning.check_assets("help", replace(source, input="host"), NONE) == []
+    assert cleaning.check_assets("help", replace(source, recipe="manuals"), NONE) == []
 
 
 def test_lines_that_a_page_says_about_itself_go() -> None:
@@ -397,39 +395,6 @@ def test_missing_package_is_named_before_the_first_document(monkeypatch: pytest.
         recipes.load("web")
 
 
-def test_help_pages_keep_this_machine_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET", "hunter2")
-    for name in ("os", "ftplib", "textwrap", "json"):
-        page = web.help_page(name)
-        assert page is not None
-        assert "hunter2" not in page and str(Path(host.__file__).parent) not in page and "0x7f" not in page
-        assert host.modules()[name].as_posix() not in page
-    assert web.help_page("no_such_module") is None
-    assert "class <strong>JSONDecoder" not in web.help_page("json"), "defined in json.decoder, which has its own page"
-
-
-def test_a_module_belongs_to_one_recipe() -> None:
-    modules = host.modules()
-    assert len(modules) > 300 and not any(re.search(r"\b(tests?|idlelib|site-packages)\b", name) for name in modules)
-    assert not host.IMPORTABLE & {"this", "antigravity", "idlelib", "tkinter", "turtle", "test", "os", "sys"}
-    shares = {recipe: dict(host.modules_of(recipe)) for recipe in ("web", "technical", "source_code")}
-    assert sum(map(len, shares.values())) == len(modules) and set().union(*shares.values()) == set(modules)
-    assert all(host.recipe_of(name) == host.recipe_of(name.split(".")[0]) for name in modules)
-    assert all(name.split(".")[0] in host.IMPORTABLE for name in shares["web"])
-
-
-def test_reference_page_is_read_without_running_the_module() -> None:
-    source = 'raise SystemExit\nclass A(int):\n    "About A."\n    def f(self, x=1) -> int:\n        "Gives x."\n'
-    page = technical.reference_page("m", '"""Head."""\n' + source)
-    assert page == "m\n=\n\nHead.\n\nclass A(int)\n    About A.\n\n    def f(self, x=1) -> int\n        Gives x.\n"
-    assert technical.reference_page("m", "x = 1") == ""
-
-
-def test_host_texts_differ() -> None:
-    texts = [row["text"] for rows in (curated.host_topics, technical.host_pages) for row in rows() if row["text"]]
-    assert len(texts) > 100 and len(set(texts)) == len(texts)
-
-
 def test_generated_and_minified_code_is_dropped(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "raw" / "a.jsonl",
@@ -441,16 +406,3 @@ def test_generated_and_minified_code_is_dropped(tmp_path: Path) -> None:
     )
     rows, steps = run(folder_source("source_code", tmp_path / "raw"), tmp_path / "clean")
     assert len(rows) == 1 and steps[1].dropped == {"generated": 1} and steps[2].dropped == {"long_line": 1}
-    assert source_code.steps(Source("source_code", "host", "PSF-2.0", 1.0, 1), tmp_path, NONE)
-
-
-def test_problems_are_right_distinct_and_the_same_again() -> None:
-    rows = list(arithmetic.problems(400_000))
-    assert rows[:50] == list(islice(arithmetic.problems(), 50))
-    assert len({row["text"] for row in rows}) == len(rows) == len({row["group"] for row in rows})
-    checked = 0
-    for row in rows:
-        for a, sign, b, c in re.findall(r"(?<![\d*+/] )\b(\d+) ([-+*]) (\d+) = (\d+)\b(?![./]| [-+*/])", row["text"]):
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(c), row["text"]
-            checked += 1
-    assert checked > 3000

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 TOKENS = 1000 * BLOCK
 MODEL = ["model.vocab_size=96", "model.d_model=24", "model.n_layer=2", "model.d_inner=48", "model.d_state=6",
          "model.dt_rank=5"]  # fmt: skip
-SOURCE = "{recipe: curated, input: host, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
+SOURCE = "{recipe: curated, input: raw, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
 DATA = [
     *(f"~data.sources.{name}" for name in ("web", "code", "technical", "curated", "math")),
     *(f"+data.sources.{name}={SOURCE}" for name in ("prose", "sums")),

@@ -86,8 +86,10 @@ class Job:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    command = [sys.executable, "data/prepare.py", "+experiment=demo", f"data.folder={folder}", STAGES]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    corpus = [sys.executable, "examples/make_demo_corpus.py", str(folder / "raw")]
+    prepare = [sys.executable, "data/prepare.py", "+experiment=demo", f"data.folder={folder}", STAGES]
+    for command in (corpus, prepare):
+        subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
     return folder
 
 

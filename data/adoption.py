@@ -6,15 +6,20 @@ are those it was built with, the user says by asking for it.
 """
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core.errors import InputError
+from core.files import sha256_of
 from data import fingerprints, recipes, tokenizer
-from data.config import DataConfig, ExecutorConfig, InputError
+from data.config import DataConfig, ExecutorConfig
 from data.executors import open_executor
-from data.shards import Manifest, read_manifest, sha256_of, write_manifest
+from data.shards import Manifest, read_manifest, write_manifest
 from data.workers import exclusive
+
+logger = logging.getLogger(__name__)
 
 PASSES = {
     "near_duplicates": "Near duplicates",
@@ -49,7 +54,7 @@ def adopt(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
             clean = (
                 "" if built is not None else "; its clean documents are not there, and prepare would make them again"
             )
-            print(f"adopted    {name}: {manifest.tokens('train'):,} train tokens{clean}", flush=True)
+            logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens{clean}")
         key = fingerprints.tokenizer_key(cfg, list(keys.values()))
         fingerprints.write_built(folder / "tokenizer", key, sha256=sha256_of(file))
 

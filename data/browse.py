@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.command import command
+from core.errors import InputError
 from data import tokenizer
-from data.command import command
-from data.config import DataConfig, InputError
+from data.config import DataConfig
 from data.documents import Documents
 from data.loader import Loader, compile_plan, open_manifests, source_folder, tokenizer_path
 from data.mixture import PlannedStage

@@ -15,8 +15,9 @@ from typing import Any
 
 from datatrove.pipeline.formatters import PIIFormatter
 
+from core.errors import InputError
 from data import near_duplicates, recipes, substrings
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.counts import Step, read_counts
 from data.recipes.decontamination import Uncontaminated
 from data.recipes.readers import QUARANTINE

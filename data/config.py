@@ -5,10 +5,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
-class InputError(ValueError):
-    """A mistake the user can mend; the message names the fix and is printed without a traceback."""
-
-
 @dataclass
 class Source:
     """One kind of text and the recipe that cleans it."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import InputError
+from core.errors import InputError
 from data.shards import DTYPE, Manifest, ShardFile
 
 

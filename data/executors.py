@@ -3,6 +3,7 @@ same. A job is (function, *arguments) and gives what JSON can write.
 """
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -12,8 +13,12 @@ from typing import Any, Protocol
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from data.config import Executor, ExecutorConfig, InputError
+from core.errors import InputError
+from core.files import write_text
+from data.config import Executor, ExecutorConfig
 from data.workers import HEARTBEAT_SECONDS, Job, Workers, say
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3  # looks at an empty queue before results count as lost: a shared file system may show them late
@@ -51,9 +56,7 @@ class Jobs:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         function, *arguments = self.jobs[rank]
         result = json.dumps(function(*arguments))
-        part = self.results / f"{rank:06d}.part"
-        part.write_text(result, encoding="utf-8")
-        part.rename(self.results / f"{rank:06d}.json")
+        write_text(self.results / f"{rank:06d}.json", result)
 
 
 class SlurmArray(SlurmPipelineExecutor):
@@ -124,7 +127,7 @@ class SlurmTasks:
                 )
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
                 spoke = time.monotonic()
-                print(f"  {stage}: {len(here)}/{len(flat)} tasks; {spoke - started:.0f} s", flush=True)
+                logger.info(f"  {stage}: {len(here)}/{len(flat)} tasks; {spoke - started:.0f} s")
             time.sleep(self.cfg.poll_seconds if len(done) < len(jobs) else 0)
 
     def submit(self, stage: str, flat: list[Job], home: Path, results: Path) -> None:

@@ -14,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from core.errors import InputError
+from core.files import read_json, sha256_of, write_json
 from data import cleaning, megatron, near_duplicates, recipes, sharding, substrings, tokenizer
-from data.config import Assets, DataConfig, InputError, Source
+from data.config import Assets, DataConfig, Source
 from data.recipes import MEGATRON, decontamination
 from data.recipes.readers import raw_files
-from data.shards import Manifest, read_manifest, sha256_of
+from data.shards import Manifest, read_manifest
 
 BUILT = "built.json"
 # distributions whose versions shape text, by what recipes and passes import
@@ -133,16 +135,13 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def write_built(folder: Path, key: str, **details: Any) -> None:
     """Mark a folder as complete."""
-    (folder / BUILT).write_text(json.dumps({"key": key, **details}, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / BUILT, {"key": key, **details})
 
 
 def read_built(folder: Path, key: str) -> dict[str, Any] | None:
     """The details of a complete folder with this key, else None."""
-    try:
-        built = json.loads((folder / BUILT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return built if isinstance(built, dict) and built.get("key") == key else None
+    built = read_json(folder / BUILT)
+    return built if built.get("key") == key else None
 
 
 def construction(folder: Path, stage: str, key: str) -> Path:
@@ -186,6 +185,4 @@ def pin_tasks(folder: Path, name: str, tasks: int) -> None:
     """Remember the number of tasks that a source is begun with."""
     lock = folder / "locks" / f"{name}.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    part = lock.with_suffix(".part")
-    part.write_text(json.dumps({"tasks": tasks}) + "\n", encoding="utf-8")
-    part.rename(lock)
+    write_json(lock, {"tasks": tasks})

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig, InputError
+from core.errors import InputError
+from core.files import sha256_of
+from data.config import DataConfig
 from data.mixture import Indices, Plan, PlannedStage
-from data.shards import MANIFEST, Manifest, Shards, read_manifest, sha256_of
+from data.shards import MANIFEST, Manifest, Shards, read_manifest
 from data.tokenizer import EOS
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from datatrove.io import get_datafolder
 from numpy.typing import NDArray
 
-from data.config import InputError
+from core.errors import InputError
 from data.counts import Step
 from data.recipes import MEGATRON
 from data.sharding import describe, split_of

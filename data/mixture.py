@@ -17,7 +17,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import DataConfig, InputError
+from core.errors import InputError
+from data.config import DataConfig
 
 PERIOD = 10_000  # shares are rounded to 1 / PERIOD, and the dealing repeats after PERIOD blocks
 ROUNDS = 6  # of the Feistel network; 4 make a pseudorandom permutation (Luby and Rackoff 1988), 2 more for tiny domains

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from core.files import write_text
 from data.config import DataConfig
 from data.counts import Step, ranked
 from data.documents import document_ends
@@ -133,6 +134,4 @@ def write_page(cfg: DataConfig, path: Path, samples: int) -> None:
     )
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data</title><style>{STYLE}</style>'
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(head + body + "</html>\n", encoding="utf-8")
-    part.rename(path)
+    write_text(path, head + body + "</html>\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.command import command
+from core.command import command
 from data.config import DataConfig
 from data.loader import present_or_expected
 from data.mixture import Plan

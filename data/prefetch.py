@@ -7,21 +7,26 @@ examples:
   python data/prefetch.py +experiment=7b
 """
 
+import logging
+import shutil
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 from urllib.request import urlopen
 
 import fsspec
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.command import command
-from data.config import Asset, DataConfig, InputError
+from core.command import command
+from core.errors import InputError
+from core.files import sha256_of, write_with
+from data.config import Asset, DataConfig
 from data.recipes import urls
-from data.shards import sha256_of
+
+logger = logging.getLogger(__name__)
 
 PIECE = 2**20
 SILENCE_SECONDS = 60  # a server that says nothing for so long is taken for dead
@@ -58,19 +63,19 @@ def fetch(name: str, asset: Asset) -> str:
 def download(name: str, url: str, path: Path) -> None:
     """Copy an address to a file that is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with opened(url) as source, part.open("wb") as target:
-            while piece := source.read(PIECE):
-                target.write(piece)
+
+    def copy(target: BinaryIO) -> None:
+        with opened(url) as source:
+            shutil.copyfileobj(source, target, PIECE)
             if missing := getattr(source, "length", 0):  # http.client's: bytes announced and not sent
                 raise OSError(f"the connection ended {missing} bytes early")
+
+    try:
+        write_with(path, copy)
     except ImportError as error:
         raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
     except Exception as error:  # every filesystem of fsspec has errors of its own
-        part.unlink(missing_ok=True)
         raise InputError(f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})") from error
-    part.rename(path)
 
 
 def opened(url: str) -> AbstractContextManager[IO[bytes]]:
@@ -85,11 +90,12 @@ def opened(url: str) -> AbstractContextManager[IO[bytes]]:
 def prefetch(cfg: DataConfig) -> None:
     """Fetch or check everything that a preparation reads besides its input."""
     vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
-    print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
+    logger.info(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}")
     for name, asset in vars(cfg.assets).items():
-        print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
+        logger.info(f"{name:<18}{fetch(f'data.assets.{name}', asset)}")
     if cfg.assets.url_blocklist.path is None and any(source.recipe == "web" for source in cfg.sources.values()):
-        print(f"{'url lists':<18}unpacked from datatrove, {len(urls.blocklist(None).block_listed_domains):,} domains")
+        domains = len(urls.blocklist(None).block_listed_domains)
+        logger.info(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
 
 
 @command(PrefetchConfig)

@@ -8,7 +8,7 @@ examples:
   python data/prepare.py +experiment=7b prepare.adopt=true    # keeps shards that an earlier version made
 """
 
-import json
+import logging
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +17,21 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.command import command
+from core.errors import InputError
+from core.files import sha256_of, write_json
 from data import cleaning, counts, fingerprints, megatron, recipes, sharding, tokenizer
 from data.adoption import adopt
 from data.cleaning import Build
-from data.command import command
-from data.config import DataConfig, ExecutorConfig, InputError
+from data.config import DataConfig, ExecutorConfig
 from data.counts import Step
 from data.executors import Tasks, open_executor
 from data.recipes.readers import pin_files
 from data.sharding import Clean, Sharding
-from data.shards import SPLITS, Manifest, ShardFile, read_manifest, sha256_of, write_manifest
+from data.shards import SPLITS, Manifest, ShardFile, read_manifest, write_manifest
 from data.workers import exclusive
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 
@@ -68,7 +72,7 @@ class Preparation:
 
     def report(self, stage: str, line: str) -> None:
         """One line of progress with the seconds since the start."""
-        print(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)", flush=True)
+        logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
 
     def place(self, name: str) -> Path:
         """The folder in which a source's clean documents are built."""
@@ -228,17 +232,15 @@ class Preparation:
     def table(self) -> None:
         """What became of every source's documents, step by step; the same is written to report.json."""
         steps = {name: self.steps[name] for name in self.cfg.sources}
-        print("\n" + "\n".join(counts.table(steps)))
-        print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
+        logger.info("\n" + "\n".join(counts.table(steps)))
+        logger.info(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
         for name in self.cfg.sources:
             train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)
             documents = self.steps[name][-1].forwarded
-            print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
-        part = self.folder / (REPORT + ".part")
+            logger.info(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
         record = {name: [asdict(step) for step in found] for name, found in steps.items()}
-        part.write_text(json.dumps({"steps": record}, indent=1) + "\n", encoding="utf-8")
-        part.rename(self.folder / REPORT)
-        print(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}", flush=True)
+        write_json(self.folder / REPORT, {"steps": record})
+        logger.info(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}")
 
 
 def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:

@@ -13,9 +13,10 @@ from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from core.files import sha256_of
 from data import tokenizer
 from data.recipes.readers import Jsonl
-from data.shards import DTYPE, SPLITS, ShardFile, sha256_of
+from data.shards import DTYPE, SPLITS, ShardFile
 from data.tasks import run_task
 
 VERSION = 1  # raised with the split, the order inside a shard, or what is tokenized

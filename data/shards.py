@@ -5,9 +5,7 @@ datatrove `.ds` files: little-endian uint16 token ids, no header, every document
 Opening costs one small JSON file and one memory map per file; nothing in memory grows with the corpus.
 """
 
-import hashlib
 import json
-import os
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -15,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import InputError
+from core.errors import InputError
+from core.files import write_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -50,20 +49,9 @@ class Manifest:
         return sum(file.tokens for file in self.splits[split])
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into place at once: a reader sees the whole file or none."""
-    part = folder / (MANIFEST + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(folder / MANIFEST)
+    """Write `manifest.json` into place."""
+    write_json(folder / MANIFEST, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:

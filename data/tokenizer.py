@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.config import InputError
-from data.shards import sha256_of
+from core.errors import InputError
+from core.files import sha256_of
 
 TRAINING_VERSION = 1  # raised with what a trained vocabulary follows from
 EOS_TOKEN = "<|endoftext|>"

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.config import InputError
+from core.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -109,4 +112,4 @@ def say(stage: str, tasks: dict[str, tuple[int, int]], building: Path | None, se
     done = ", ".join(f"{name} {some}/{all_}" for name, (some, all_) in tasks.items())
     files = (Path(root) / name for root, _, names in os.walk(building or "") for name in names)
     written = f"; {sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB" if building else ""
-    print(f"  {stage}: {done} tasks{written}; {seconds:.0f} s", flush=True)
+    logger.info(f"  {stage}: {done} tasks{written}; {seconds:.0f} s")

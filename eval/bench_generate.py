@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.command import command
-from eval.checkpoint import write_result
+from core.command import command
+from core.files import write_json
 from eval.config import EvaluationConfig
 from eval.lockstep import BLOCK, relative_speeds
 from eval.rivals import Decoder, falcon, llama, ours
@@ -158,13 +158,13 @@ def bench(config: EvaluationConfig) -> None:
         most = settings.tokens if name == "ours" else settings.rival_prompt_tokens
         prompt = longest_prompt(name, decode, result["prompt_memory_bytes"], most, meter)
         result["models"][name] = {"generated": generated, "prompt": prompt}
-        write_result(config.run.folder / "bench_generate.json", result)  # what is done stays
+        write_json(config.run.folder / "bench_generate.json", result)  # what is done stays
         if meter.cuda:
             del decoders[name], decode  # their weights would not fit together
     if not meter.cuda:
         result["relative_speeds"] = in_turns(decoders, settings.tokens, settings.rival_tokens)
     result["bars"] = bars(result["models"], result.get("relative_speeds"))
-    write_result(config.run.folder / "bench_generate.json", result)
+    write_json(config.run.folder / "bench_generate.json", result)
     draw(config.run.folder / "bench_generate.png", result)
     show(result)
     print(f"written: {config.run.folder / 'bench_generate.json'} and .png", flush=True)

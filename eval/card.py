@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.config import InputError
-from eval.checkpoint import read_result
+from core.errors import InputError
+from core.files import read_json
+from core.run import RunFiles
 from model.config import ModelConfig
 from model.flops import parameter_count
 
@@ -24,9 +25,10 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
 
     What the run did not record (scores that were not taken) is left out. Raises InputError without config.yaml.
     """
-    if not (run / "config.yaml").is_file():
+    files = RunFiles(run)
+    if not files.config.is_file():
         raise InputError(f"{run} holds no config.yaml: it is written by train/pretrain.py")
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    config: Any = OmegaConf.to_container(OmegaConf.load(files.config))
     state = json.loads((step / "state.json").read_text(encoding="utf-8"))
     parts = [
         HEAD,
@@ -37,7 +39,7 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
         *_recipe(config, shape),
         *_results(run, step),
     ]
-    if (run / "curves.png").is_file():
+    if files.curves.is_file():
         parts += ["## Curves\n", "![loss, rate, batch and context over tokens](curves.png)\n"]
     return "\n".join(parts)
 
@@ -84,12 +86,12 @@ def _recipe(config: Any, shape: ModelConfig) -> list[str]:
 def _results(run: Path, step: Path) -> list[str]:
     """Held-out bits per byte and leaderboards of this very checkpoint."""
     parts: list[str] = []
-    heldout = read_result(run / "eval.json")
+    heldout = read_json(RunFiles(run).evaluation)
     if heldout.get("checkpoint") == step.name:
         rows = [[name, f"{s['loss']:.3f}", f"{s['bits_per_byte']:.3f}"] for name, s in heldout["heldout"].items()]
         parts.append(_rows(["held-out source", "nats per token", "bits per byte"], rows))
-    for path in sorted((run / "scores").glob("*.json")):
-        result = read_result(path)
+    for path in sorted(RunFiles(run).scores.glob("*.json")):
+        result = read_json(path)
         if result.get("checkpoint") == step.name:
             rows = [[label, f"{r['score']:.2f}", _error(r["stderr"])] for label, r in result["rows"].items()]
             parts.append(_rows([result["suite"], "score", "standard error"], rows))

@@ -1,6 +1,6 @@
 """What is evaluated: a run's newest valid checkpoint, one that is named, or a Hugging Face folder."""
 
-import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from data.config import InputError
+from core.errors import InputError
+from core.files import sha256_of
+from core.run import MANIFEST, Run, newest
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval.config import EvaluationConfig, Run
+from eval.config import EvaluationConfig
 from model.config import Backend, ModelConfig
 from model.hf import differences
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
 from model.parallel import shard
-from model.weights import MANIFEST, HfFolder, Pieces, fault, newest, newest_valid, read_state, sha256_of
+from model.weights import HfFolder, Pieces, fault, newest_valid, read_state
+
+logger = logging.getLogger(__name__)
 
 
 def find(config: EvaluationConfig) -> Path:
@@ -39,18 +43,18 @@ def verified(config: EvaluationConfig) -> Path:
         if (why := fault(folder)) is not None:
             raise InputError(f"checkpoint {folder} cannot be used: {why}")
     else:
-        found, faults = newest_valid(config.run.checkpoints)
+        found, faults = newest_valid(config.run.files.checkpoints)
         for damaged, why in faults.items():
-            print(f"warning: checkpoint {damaged} is not used: {why}", flush=True)
+            logger.warning(f"checkpoint {damaged} is not used: {why}")
         if found is None:
-            raise InputError(f"no checkpoint in {config.run.checkpoints}: train first, with the same overrides")
+            raise InputError(f"no checkpoint in {config.run.files.checkpoints}: train first, with the same overrides")
         folder = found
     return folder
 
 
 def exported(config: EvaluationConfig, folder: Path) -> Path:
     """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was asked for."""
-    return config.run.hf if config.eval.checkpoint is None else config.run.folder / f"hf-{folder.name}"
+    return config.run.files.hf if config.eval.checkpoint is None else config.run.files.hf_of(folder.name)
 
 
 def identity(folder: Path) -> dict[str, Any]:
@@ -60,22 +64,6 @@ def identity(folder: Path) -> dict[str, Any]:
         "manifest_sha256": sha256_of(folder / MANIFEST),
         "tokens": read_state(folder)["tokens"],
     }
-
-
-def write_result(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON result into place at once."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.rename(path)
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A stored result; empty when there is none or it is damaged, so that it is made anew."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def load(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
@@ -106,7 +94,7 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
 
     Raises InputError when the folder holds another network than `model`.
     """
-    if run.init_from is None or any(newest(run.checkpoints)):
+    if run.init_from is None or any(newest(run.files.checkpoints)):
         return
     try:
         source = HfFolder(Path(run.init_from))
@@ -160,9 +148,9 @@ def subject(config: EvaluationConfig) -> Subject:
         except ValueError as error:
             raise InputError(str(error)) from error
         files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
-        return Subject(folder, config.run.folder / "scores", {"folder": str(folder), "files": files}, None)
+        return Subject(folder, config.run.files.scores, {"folder": str(folder), "files": files}, None)
     folder = verified(config)
     tokenizer = tokenizer_path(config.data)
-    if (record := config.run.folder / "config.yaml").is_file():
+    if (record := config.run.files.config).is_file():
         tokenizer = tokenizer_path(replace(config.data, folder=str(OmegaConf.load(record).data.folder)))
-    return Subject(folder, config.run.folder / "scores", identity(folder), tokenizer)
+    return Subject(folder, config.run.files.scores, identity(folder), tokenizer)

@@ -2,35 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
+from core.run import Run
 from data.config import DataConfig
 from model.config import ModelConfig
-
-
-@dataclass
-class Run:
-    """Name, place and seed of a run: everything it writes lies in one folder."""
-
-    name: str
-    dir: str
-    seed: int  # of the initial weights
-    init_from: str | None = None  # instead of random weights
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where its checkpoints lie."""
-        return self.folder / "checkpoints"
-
-    @property
-    def hf(self) -> Path:
-        """Where its exported model lies."""
-        return self.folder / "hf"
 
 
 @dataclass

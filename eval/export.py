@@ -8,6 +8,7 @@ examples:
   python eval/export.py +experiment=demo
 """
 
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import psutil
 import torch
 
-from data.command import command
-from data.config import InputError
+from core.command import command
+from core.errors import InputError
+from core.files import read_json, sha256_of, write_json
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from eval import checkpoint
@@ -28,7 +30,9 @@ from eval.config import EvaluationConfig
 from eval.layout import MAX_FILE_BYTES, Entry, json_bytes, plan, write
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
-from model.weights import Pieces, sha256_of
+from model.weights import Pieces
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
@@ -47,8 +51,8 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         "keep_fp32": config.eval.keep_fp32,
         "tokenizer_sha256": sha256_of(tokenizer_path(config.data)),
     }
-    if checkpoint.read_result(record) == {**made_of, "files": sizes(target)}:
-        print(f"reused: {target} holds {folder.name}", flush=True)
+    if read_json(record) == {**made_of, "files": sizes(target)}:
+        logger.info(f"reused: {target} holds {folder.name}")
         return
     try:
         description = hf_config(config.model, EOS, config.eval.dtype)
@@ -62,7 +66,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
             f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has {free / 1e9:.2f} GB free"
         )
     part.mkdir(parents=True)
-    print(f"exporting {folder} as {config.eval.dtype}", flush=True)
+    logger.info(f"exporting {folder} as {config.eval.dtype}")
     pieces = Pieces(folder)
     write(part, layout, lambda name, start, stop: to_hf(name, pieces.rows("param", name, start, stop)), say)
     (part / "config.json").write_bytes(json_bytes(description))
@@ -73,8 +77,8 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     record.unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    checkpoint.write_result(record, {**made_of, "files": sizes(target)})
-    print(f"the model lies in {target}", flush=True)
+    write_json(record, {**made_of, "files": sizes(target)})
+    logger.info(f"the model lies in {target}")
 
 
 def record_of(target: Path) -> Path:
@@ -84,7 +88,7 @@ def record_of(target: Path) -> Path:
 
 def require_export(home: Path, folder: Path) -> None:
     """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
-    record = checkpoint.read_result(record_of(home))
+    record = read_json(record_of(home))
     if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
         raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
 
@@ -96,7 +100,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def say(line: str) -> None:
     """Progress of a long export."""
-    print(f"  {line}", flush=True)
+    logger.info(f"  {line}")
 
 
 def entries(config: EvaluationConfig) -> Iterator[Entry]:
@@ -115,17 +119,15 @@ def entries(config: EvaluationConfig) -> Iterator[Entry]:
 def verify(config: EvaluationConfig, folder: Path, part: Path) -> None:
     """Read the written folder with transformers and compare logits; InputError when they differ."""
     needed, free = COMPARE_BYTES * parameter_count(config.model), psutil.virtual_memory().available
-    print("loading it with transformers and comparing logits", flush=True)
+    logger.info("loading it with transformers and comparing logits")
     if needed <= free:
         difference = compare(part, checkpoint.load(config, folder), entries(config))
     else:
-        print(
-            f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free", flush=True
-        )
+        logger.info(f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
         difference = compare_by_layer(part, Pieces(folder), config.model, entries(config))
     if not difference <= TOLERANCE:  # also when it is not a number
         raise InputError(f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to look at")
-    print(f"logits agree to {difference:.1e}", flush=True)
+    logger.info(f"logits agree to {difference:.1e}")
 
 
 main = command(EvaluationConfig)(export)

@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.command import command
-from data.config import InputError
+from core.command import command
+from core.errors import InputError
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer

@@ -6,6 +6,7 @@ while the job waits) and starts `eval/run.py` on them, here or by Slurm. What wa
 that a resumed run starts nothing twice; what was reported stands in the run's own records.
 """
 
+import logging
 import os
 import shlex
 import shutil
@@ -16,9 +17,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.checkpoint import read_result, write_result
-from eval.config import Jobs, Launcher, Run
-from model.weights import MANIFEST, newest, read_state
+from core.files import read_json, write_json
+from core.run import Run, newest, step_of
+from eval.config import Jobs, Launcher
+from model.weights import read_state
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_SECONDS = 60.0
@@ -38,7 +42,7 @@ class SuiteJobs:
     ) -> None:
         """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the command `after`."""
         self.run, self.settings, self.always, self.after = run, settings, always, after
-        self.scores = run.folder / "scores"
+        self.scores = run.files.scores
         self.record = self.scores / "jobs.json"
         self.reported: set[tuple[int, str]] = set()  # step, suite
         self.next_look = 0.0
@@ -56,10 +60,10 @@ class SuiteJobs:
             return []
         self.next_look = time.monotonic() + LOOK_SECONDS
         self.scores.mkdir(parents=True, exist_ok=True)
-        started: dict[str, int] = read_result(self.record).get("started", {})
+        started: dict[str, int] = read_json(self.record).get("started", {})
         for folder, tokens in self._due(started):
             started[folder.name] = tokens
-            write_result(self.record, {"started": started})
+            write_json(self.record, {"started": started})
             self._hold_and_launch(folder)
         return self.news()
 
@@ -67,7 +71,7 @@ class SuiteJobs:
         """Checkpoints that no job was started for and that are due, oldest first."""
         found = []
         before = max(started.values(), default=0)
-        for folder in reversed([folder for folder in newest(self.run.checkpoints) if (folder / MANIFEST).is_file()]):
+        for folder in reversed(list(newest(self.run.files.checkpoints))):
             tokens = int(read_state(folder)["tokens"])
             every = self.settings.every_tokens
             if tokens > before and (tokens // every > before // every or tokens in self.always):
@@ -100,16 +104,16 @@ class SuiteJobs:
                     command, cwd=ROOT, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )  # fmt: skip
-            print(f"evaluation: {name} started, {log}", flush=True)
+            logger.info(f"evaluation: {name} started, {log}")
         except OSError as error:  # no sbatch here: the run does not stop for it
-            print(f"warning: {name} could not be started ({error})", flush=True)
+            logger.warning(f"{name} could not be started ({error})")
 
     def news(self) -> list[dict[str, Any]]:
         """Scores of ended jobs that were not reported before; the files they were made of are let go."""
         records = []
-        started: dict[str, int] = read_result(self.record).get("started", {})
+        started: dict[str, int] = read_json(self.record).get("started", {})
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
-            step = int(name.removeprefix("step-"))
+            step = step_of(Path(name))
             ended = {suite: self._ended(f"{suite}-{name}") for suite in self.settings.suites}
             new = {suite: rows for suite, rows in ended.items() if rows and (step, suite) not in self.reported}
             if new:
@@ -121,7 +125,7 @@ class SuiteJobs:
 
     def _ended(self, name: str) -> dict[str, float] | None:
         """Scores of a job's rows, and their average when none is missing; None while the job goes on."""
-        result = read_result(self.scores / f"{name}.json")
+        result = read_json(self.scores / f"{name}.json")
         if not result.get("complete") and not result.get("missing"):
             return None
         rows = {label: float(row["score"]) for label, row in result["rows"].items()}

@@ -7,6 +7,7 @@ examples:
   python eval/push.py +experiment=demo eval.hub=USER/MODEL
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -15,12 +16,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from data.command import command
-from data.config import InputError
+from core.command import command
+from core.errors import InputError
 from eval import checkpoint
 from eval.card import model_card
 from eval.config import EvaluationConfig
 from eval.export import require_export
+
+logger = logging.getLogger(__name__)
 
 
 def push(config: EvaluationConfig) -> None:
@@ -30,22 +33,22 @@ def push(config: EvaluationConfig) -> None:
     folder = checkpoint.find(config)
     home = checkpoint.exported(config, folder)
     require_export(home, folder)
-    card = config.run.folder / "README.md"
+    card = config.run.files.card
     card.write_text(model_card(config.run.folder, folder, config.model), encoding="utf-8")
     api = HfApi()
-    print(f"uploading {home} to {config.eval.hub}", flush=True)
+    logger.info(f"uploading {home} to {config.eval.hub}")
     try:
         api.create_repo(config.eval.hub, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=config.eval.hub, folder_path=home, commit_message=f"{folder.name} of {config.run.name}"
         )
-        for path in (card, config.run.folder / "curves.png"):
+        for path in (card, config.run.files.curves):
             if path.is_file():
                 api.upload_file(repo_id=config.eval.hub, path_or_fileobj=path, path_in_repo=path.name)
     except HfHubHTTPError as error:
         line = str(error).splitlines()[0]
         raise InputError(f"the hub refused ({line}): log in with `hf auth login`, check eval.hub") from error
-    print(f"published: https://huggingface.co/{config.eval.hub} (private)", flush=True)
+    logger.info(f"published: https://huggingface.co/{config.eval.hub} (private)")
 
 
 main = command(EvaluationConfig)(push)

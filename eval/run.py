@@ -13,6 +13,7 @@ examples:
 
 import hashlib
 import json
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,16 +24,20 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from rich.console import Console
 from rich.table import Table
 
-from data.command import command
-from data.config import DataConfig, InputError
+from core.command import command
+from core.errors import InputError
+from core.files import read_json, sha256_of, write_json
+from data.config import DataConfig
 from data.loader import source_folder
-from data.shards import MANIFEST, sha256_of
+from data.shards import MANIFEST
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
 from eval.export import require_export
 from eval.heldout import Score, evaluate
 from eval.suite import run_suite
 from eval.twin import load as transformers_twin
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation(config: EvaluationConfig) -> None:
@@ -49,24 +54,24 @@ def heldout(config: EvaluationConfig) -> None:
     home = checkpoint.exported(config, folder)
     require_export(home, folder)
     made_of = {**checkpoint.identity(folder), "settings": deciding(config.eval), "data": data_sha256(config.data)}
-    path = config.run.folder / "eval.json"
-    before = checkpoint.read_result(path)
+    path = config.run.files.evaluation
+    before = read_json(path)
     if {key: before.get(key) for key in made_of} == made_of:
         show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
-        print(f"\nreused: {path}", flush=True)
+        logger.info(f"\nreused: {path}")
         return
     model = checkpoint.load(config, folder, checkpoint.best_device())
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
     for name, score in evaluate(model, config.data, *settings):
-        print(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens", flush=True)
+        logger.info(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens")
         scores[name] = score
     scores["all"] = total(list(scores.values()))
     sample = generate(home, config.eval)
     show(scores, sample)
     result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
-    checkpoint.write_result(path, result)
-    print(f"\nscores: {path}", flush=True)
+    write_json(path, result)
+    logger.info(f"\nscores: {path}")
 
 
 def deciding(config: Eval) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def data_sha256(config: DataConfig) -> str:
 def show(scores: dict[str, Score], sample: str) -> None:
     """Scores and sample for a reader."""
     Console().print(table(scores))
-    print(f"sample of the exported model:\n{sample}", flush=True)
+    logger.info(f"sample of the exported model:\n{sample}")
 
 
 def total(scores: list[Score]) -> Score:

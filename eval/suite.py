@@ -17,9 +17,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from data.config import InputError
+from core.errors import InputError
+from core.files import read_json, write_json
 from eval import checkpoint
 from eval.config import EvaluationConfig, Row, Suite
+
+logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 WIDTH = 110  # columns that a table takes at least
@@ -38,7 +41,7 @@ def run_suite(config: EvaluationConfig) -> None:
     subject = checkpoint.subject(config)
     path = subject.results / f"{suite.name}-{subject.name}.json"
     made_of = {**subject.identity, "suite": suite.name, "max_length": suite.max_length, "limit": suite.limit}
-    stored = checkpoint.read_result(path)
+    stored = read_json(path)
     results: dict[str, Result] = {}
     if {key: stored.get(key) for key in made_of} == made_of:
         results = {
@@ -51,7 +54,7 @@ def run_suite(config: EvaluationConfig) -> None:
     for row in wanted:
         assert run is not None
         if first:
-            print(f"{suite.name}: {row.label} ({row.task}, {row.shots} shots)", flush=True)
+            logger.info(f"{suite.name}: {row.label} ({row.task}, {row.shots} shots)")
         try:
             raw = run(row)
         except MissingTask as error:
@@ -66,7 +69,7 @@ def run_suite(config: EvaluationConfig) -> None:
         dist.destroy_process_group()
     if first:
         Console(width=max(WIDTH, Console().width)).print(table(suite, subject.name, results, siblings(suite, path)))
-        print(f"scores: {path}" if results else "no row could be scored", flush=True)
+        logger.info(f"scores: {path}" if results else "no row could be scored")
     if missing:
         reasons = "; ".join(f"{label}: {why}" for label, why in missing.items())
         raise InputError(f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: {reasons}. {FIX}")
@@ -76,7 +79,7 @@ def write(path: Path, made_of: Result, suite: Suite, rows: Result, missing: dict
     """Write the rows that are done; `missing` says of the others why, once no more will come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     complete = len(rows) == len(suite.rows)
-    checkpoint.write_result(path, {**made_of, "complete": complete, "rows": rows, "missing": missing or {}})
+    write_json(path, {**made_of, "complete": complete, "rows": rows, "missing": missing or {}})
 
 
 def fits(entry: Result, row: Row) -> bool:
@@ -168,7 +171,7 @@ def siblings(suite: Suite, path: Path) -> dict[str, list[float]]:
     """Scores of the run's other checkpoints on the whole suite: before the decay and after it, side by side."""
     found = {}
     for other in sorted(path.parent.glob(f"{suite.name}-*.json")):
-        stored = checkpoint.read_result(other)
+        stored = read_json(other)
         rows = [stored.get("rows", {}).get(row.label) for row in suite.rows]
         if other != path and all(entry and fits(entry, row) for entry, row in zip(rows, suite.rows, strict=True)):
             place = f"\n{stored['tokens']:,} tokens" if "tokens" in stored else ""

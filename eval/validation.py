@@ -8,6 +8,7 @@ examples:
 """
 
 import hashlib
+import logging
 import math
 import sys
 from collections import defaultdict
@@ -23,14 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.command import command
-from data.config import DataConfig, InputError
+from core.command import command
+from core.errors import InputError
+from data.config import DataConfig
 from data.loader import document_starts, open_manifests, source_folder, tokenizer_path
 from data.shards import DTYPE, Manifest, Shards
 from data.tokenizer import EOS, byte_lengths
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig, ValidationConfig
 from model.mamba import FalconMamba
+
+logger = logging.getLogger(__name__)
 
 READ_TOKENS = 1 << 24  # of a training shard at once
 
@@ -172,7 +176,7 @@ def prove(config: EvaluationConfig) -> None:
     if shared:
         lines = "; ".join(f"{times} of {owner} in {name}" for owner, name, times in shared)
         raise InputError(f"held-out documents are in the training shards: {lines}. Deduplicate across splits")
-    print("no document of validation is in a training shard", flush=True)
+    logger.info("no document of validation is in a training shard")
 
 
 main = command(EvaluationConfig)(prove)

@@ -10,7 +10,7 @@ examples:
 """
 
 import argparse
-import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,43 +21,37 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core import log
+from core.files import append_json_line, read_json_lines
+from core.run import RunFiles, newest
 from train.incidents import FINISHED, REQUEUE, read_outcome
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 
-def read(path: Path) -> list[Record]:
-    """The lines of a JSON lines file; what a kill cut short is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def newest(folder: Path) -> str:
+def newest_name(folder: Path) -> str:
     """Name of the newest committed checkpoint, or nothing."""
-    return max((path.parent.name for path in folder.glob("checkpoints/step-*/manifest.json")), default="")
+    return next((path.name for path in newest(RunFiles(folder).checkpoints)), "")
 
 
 def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> None:
     """Note a start on `nodes`; `lost` are nodes of the start before that Slurm calls down."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = read(folder / "attempts.jsonl")
+    before = read_json_lines(RunFiles(folder).attempts)
     if before and before[-1]["event"] == "begin":  # Slurm ended it: the batch script could not
         for node in set(lost) & set(before[-1]["nodes"]):
             strike(bad_nodes, node, folder, "lost by Slurm under a run")
     ended = read_outcome(folder)
     if ended is not None and ended.code != FINISHED:
-        (folder / "outcome.json").unlink()  # what an earlier start left must not be taken for this one's
+        RunFiles(folder).outcome.unlink()  # what an earlier start left must not be taken for this one's
     note(folder, event="begin", nodes=nodes)
 
 
 def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, str]:
     """What follows after the ranks of a start are gone with `code`: done, requeue or stop, and why."""
-    start = [entry for entry in read(folder / "attempts.jsonl") if entry["event"] == "begin"][-1]
+    start = [entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "begin"][-1]
     how = read_outcome(folder)
     ended = how is not None or code == 0
     if how is not None:
@@ -66,25 +60,25 @@ def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, st
     elif ended:
         verdict, why = "done", "the ranks ended without a complaint"
     else:
-        barren = 1 + crashes_before(folder, newest(folder))
+        barren = 1 + crashes_before(folder, newest_name(folder))
         verdict = "stop" if barren >= crashes else "requeue"
-        why = f"crash (exit code {code}), {barren} in a row from {newest(folder) or 'the beginning'}"
+        why = f"crash (exit code {code}), {barren} in a row from {newest_name(folder) or 'the beginning'}"
         for node in suspects(folder, start):
             strike(bad_nodes, node, folder, "a rank there crashed or hung")
-    note(folder, event="end", code=code, verdict=verdict, reason=why, crashed_at=None if ended else newest(folder))
+    note(folder, event="end", code=code, verdict=verdict, reason=why, crashed_at=None if ended else newest_name(folder))
     return verdict, why
 
 
 def crashes_before(folder: Path, checkpoint: str) -> int:
     """Ends in a row, up to the last one, that were crashes and left this checkpoint the newest."""
-    ends = [entry for entry in read(folder / "attempts.jsonl") if entry["event"] == "end"]
+    ends = [entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "end"]
     return next((i for i, entry in enumerate(reversed(ends)) if entry["crashed_at"] != checkpoint), len(ends))
 
 
 def suspects(folder: Path, start: Record) -> set[str]:
     """Nodes of the start whose ranks crashed or hung by themselves, by the run's incidents.jsonl."""
     blamed = set()
-    for entry in read(folder / "incidents.jsonl"):
+    for entry in read_json_lines(RunFiles(folder).incidents):
         if entry.get("incident") in ("crash", "hang") and str(entry.get("time", "")) >= start["time"]:
             words = {word.strip(",.:") for word in str(entry.get("text", "")).split()}
             blamed |= {node for node in start["nodes"] if node in words or any(w.split(".")[0] == node for w in words)}
@@ -96,7 +90,7 @@ def strike(bad_nodes: Path, node: str, folder: Path, reason: str) -> None:
     bad_nodes.parent.mkdir(parents=True, exist_ok=True)
     with bad_nodes.open("ab", buffering=0) as file:
         file.write(f"{node} {now()} {folder.name} {reason}\n".encode())
-    print(f"strike against {node}: {reason}; {bad_nodes} has them all", flush=True)
+    logger.info(f"strike against {node}: {reason}; {bad_nodes} has them all")
 
 
 def excluded(bad_nodes: Path, strikes: int) -> list[str]:
@@ -109,8 +103,7 @@ def excluded(bad_nodes: Path, strikes: int) -> list[str]:
 def note(folder: Path, **facts: Any) -> None:
     """Append a line to attempts.jsonl."""
     job = {"job": os.environ.get("SLURM_JOB_ID", ""), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
-    with (folder / "attempts.jsonl").open("ab", buffering=0) as file:
-        file.write((json.dumps({"time": now(), **job, **facts}) + "\n").encode())
+    append_json_line(RunFiles(folder).attempts, {"time": now(), **job, **facts})
 
 
 def now() -> str:
@@ -128,6 +121,7 @@ def ask(*command: str) -> list[str]:
 
 def main() -> None:
     """The command line."""
+    log.set_up()
     parser = argparse.ArgumentParser(
         prog="python launch/attempt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.config import InputError
+from core.errors import InputError
 from model.flops import parameter_count
 from train.config import Device, EngineKind, RunConfig
 from train.plan import GIB, check_memory

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from data.config import InputError
+from core.errors import InputError
+from core.files import read_json
+from core.run import RunFiles
+from launch.sweep import SWEEP
 from train.incidents import read_outcome
 from train.records import curve, read_lines, short
 
@@ -29,16 +31,16 @@ Row = dict[str, Any]
 
 def rows_of(folder: Path) -> list[Row]:
     """One row per point of sweep.json: what was varied, how far it got, losses at its end in nats per token."""
-    try:
-        points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} holds no sweep.json; name a folder that launch/submit.py -m has made") from error
+    points = read_json(folder / SWEEP).get("points")
+    if points is None:
+        raise InputError(f"{folder} holds no {SWEEP}; name a folder that launch/submit.py -m has made")
     return [{"run": label, **values, **measured(folder / label)} for label, values in points.items()]
 
 
 def measured(run: Path) -> Row:
     """Figures of one run; a run that has not begun has none."""
-    records = read_lines(run / "metrics.jsonl")
+    files = RunFiles(run)
+    records = read_lines(files.metrics)
     outcome = read_outcome(run)
     state = "running or crashed" if outcome is None else outcome.reason if outcome.code else "finished"
     if not records:
@@ -56,8 +58,7 @@ def measured(run: Path) -> Row:
         row["validation"] = sum(losses.values()) / len(losses)
         row |= {f"validation/{name}": loss for name, loss in losses.items()}
         row["validated_at"] = validated[-1]["tokens"]
-    if (run / "eval.json").is_file():
-        heldout = json.loads((run / "eval.json").read_text(encoding="utf-8"))["heldout"]
+    if heldout := read_json(files.evaluation).get("heldout"):
         row["bits_per_byte"] = heldout["all"]["bits_per_byte"]
     row["grad_norm_max"] = max(record["grad_norm"] or 0.0 for record in records)
     row["skipped"] = sum(bool(record["skipped"]) for record in records)
@@ -68,7 +69,7 @@ def plot(folder: Path, rows: list[Row]) -> Path:
     """Training loss over tokens of all runs, in spans that the eye needs, on one page without a network."""
     figure = go.Figure()
     for row in rows:
-        records = read_lines(folder / row["run"] / "metrics.jsonl")
+        records = read_lines(RunFiles(folder / row["run"]).metrics)
         x, y = curve([(record["tokens"], record["loss"]) for record in records], most=200)
         figure.add_scatter(x=x, y=y, name=row["run"], mode="lines")
     figure.update_layout(

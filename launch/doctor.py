@@ -16,7 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from rich.console import Console
 from rich.table import Table
 
-from data.command import USER_ERROR, command
+from core.command import command
+from core.errors import USER_ERROR
 from launch.checks import CHECKS, Finding
 from train.config import RunConfig
 

@@ -11,7 +11,7 @@ examples:
   python launch/dryrun.py +experiment=7b world=256 model.n_layer=4 parallel.engine=deepspeed parallel.zero_stage=3
 """
 
-import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,8 +23,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from rich.console import Console
 from rich.table import Table
 
-from data.command import command
-from data.config import InputError
+from core.command import command
+from core.errors import InputError
+from core.files import write_json
 from launch.estimate import PlannedRun, planned_gpu
 from launch.layouts import layout_of, nearest
 from model.config import Recompute
@@ -32,6 +33,8 @@ from train.config import EngineKind
 from train.plan import GIB, needs
 from train.schedule import Schedule
 from train.traffic import SENT, Bucket, Flat, buckets, by_kind, flats, payloads
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from train.dryrun import Rehearsed
@@ -91,7 +94,7 @@ def main(run: DryRun) -> None:
         p = run.parallel
         shape = f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute {p.recompute.value}"
         raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
-    print("loading torch, DeepSpeed and megatron-core", flush=True)
+    logger.info("loading torch, DeepSpeed and megatron-core")
     from train.dryrun import data_plan, dry_run
 
     epochs = data_plan(run).epochs()
@@ -111,10 +114,10 @@ def main(run: DryRun) -> None:
         "collectives": collectives(run, seen),
     }
     show(run, result)
-    path = run.run.folder / "dryrun.json"
+    path = run.run.files.dryrun
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_json(path, result)
+    logger.info(f"written to {path}")
 
 
 def steps(run: DryRun) -> list[dict[str, Any]]:

@@ -1,33 +1,37 @@
 """Runs on this machine, one after another, as a batch script would start them."""
 
+import logging
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from core.run import RunFiles
 from launch.script import ROOT, SCRIPTS
 from launch.sweep import Job
 from train.incidents import FINISHED, REQUEUE, read_outcome
+
+logger = logging.getLogger(__name__)
 
 
 def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
     """Every stage of every run; one that fails is named at the end and the others go on, Ctrl-C ends them all."""
     failed = []
     for number, each in enumerate(jobs, 1):
-        print(f"\n== {number} of {len(jobs)}: {each.config.run.name}", flush=True)
+        logger.info(f"\n== {number} of {len(jobs)}: {each.config.run.name}")
         for stage in stages:
             command = [*start_of(each, stage), SCRIPTS[stage], *each.overrides]
-            print(f"== {shlex.join(command)}", flush=True)
+            logger.info(f"== {shlex.join(command)}")
             how = "done" if dry_run else through(command, each.config.run.folder if stage == "train" else None)
             if how == "left":
-                print(f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on", file=sys.stderr)
+                logger.info(f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on")
                 return REQUEUE
             if how == "failed":
                 failed.append(f"{each.config.run.name} ({stage})")
                 break
     if failed:
-        print(f"error: failed: {', '.join(failed)}; the same command goes on where they stopped", file=sys.stderr)
+        logger.error(f"failed: {', '.join(failed)}; the same command goes on where they stopped")
     return 1 if failed else 0
 
 
@@ -48,7 +52,7 @@ def through(command: list[str], run: Path | None) -> str:
     """
     while True:
         if run is not None and (old := read_outcome(run)) is not None and old.code != FINISHED:
-            (run / "outcome.json").unlink()  # of an earlier start
+            RunFiles(run).outcome.unlink()  # of an earlier start
         code, asked = wait(command)
         if code == 0:
             return "done"
@@ -57,7 +61,7 @@ def through(command: list[str], run: Path | None) -> str:
         how = read_outcome(run) if run is not None else None
         if how is None or how.code != REQUEUE:
             return "failed"
-        print(f"== requeue: {how.reason}", flush=True)
+        logger.info(f"== requeue: {how.reason}")
 
 
 def wait(command: list[str]) -> tuple[int, bool]:

@@ -8,7 +8,6 @@ examples:
   python launch/plan.py +experiment=1b cluster.nodes=1 cluster.ranks_per_node=8
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from rich.console import Console
 from rich.table import Table
 
-from data.command import command
+from core.command import command
+from core.files import write_json
 from launch.devices import GPUS, Gpu
 from launch.estimate import PlannedRun, planned_gpu, reliability, roofline_seconds, timed, traffic_between_ranks
 from launch.layouts import layout_of, layouts, worth_showing
@@ -91,9 +91,9 @@ def main(run: PlannedRun) -> None:
     console.print(fed(result))
     console.print(machines(run, result))
     console.print(choices(result))
-    path = run.run.folder / "plan.json"
+    path = run.run.files.plan
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     console.print(f"written to {path}", soft_wrap=True)
 
 

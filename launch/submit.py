@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 import shutil
 import subprocess
@@ -13,15 +14,18 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from data.command import USER_ERROR, keys_of, one_line
-from data.config import InputError
+from core import log
+from core.command import keys_of, one_line
+from core.errors import USER_ERROR, InputError
+from core.files import write_json
 from launch.config import SubmitConfig
 from launch.local import run_here
 from launch.script import SCRIPTS, dependency, render
-from launch.sweep import Job, Sweep, job, sweep
+from launch.sweep import SWEEP, Job, Sweep, job, sweep
 from train.config import RunConfig
 from train.plan import GIB, check_memory
 
+logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = """examples:
   python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
@@ -33,6 +37,7 @@ EXAMPLES = """examples:
 
 def main() -> int:
     """Check every run, then show, start or submit all of them."""
+    log.set_up()
     parser = argparse.ArgumentParser(
         prog="python launch/submit.py", description=__doc__, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,7 +58,7 @@ def main() -> int:
     found, jobs = sweep(overrides, given.name) if given.multirun else (None, [job(overrides)])
     for each in jobs:
         check(each)
-    print(f"{len(jobs)} {'runs' if len(jobs) > 1 else 'run'} checked", flush=True)
+    logger.info(f"{len(jobs)} {'runs' if len(jobs) > 1 else 'run'} checked")
     if found is not None and not given.dry_run:
         record(found)
     if given.local:
@@ -72,12 +77,10 @@ def check(each: Job) -> None:
 
 def record(found: Sweep) -> None:
     """sweep.json in the sweep's folder: what tells its runs apart, for launch/collect.py."""
-    path = Path(found.folder, "sweep.json")
+    path = Path(found.folder, SWEEP)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"points": known | found.points}, indent=1) + "\n", encoding="utf-8")
-    part.rename(path)
+    write_json(path, {"points": known | found.points})
 
 
 def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
@@ -102,7 +105,7 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
                 if result.returncode:
                     raise InputError(f"sbatch refuses {each.config.run.name}: {result.stderr.strip()}")
                 before = result.stdout.strip().split(";")[0]
-                print(f"{before}  {each.config.run.name}  {stage}", flush=True)
+                logger.info(f"{before}  {each.config.run.name}  {stage}")
             if stage == "prepare":
                 prepared[each.config.data.folder] = before
     return 0

@@ -7,10 +7,12 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from data.command import CONFIGS, checked
-from data.config import InputError
+from core.command import CONFIGS, checked
+from core.errors import InputError
 from launch.config import SubmitConfig
 from train.config import RunConfig
+
+SWEEP = "sweep.json"  # in a sweep's folder: what tells its runs apart
 
 
 @dataclass(frozen=True)

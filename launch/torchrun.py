@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from data.command import USER_ERROR
+from core.errors import USER_ERROR
 from train.incidents import REQUEUE
 
 SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed

@@ -8,8 +8,6 @@ can read any other's. Reading costs the bytes asked for; indices grow with tenso
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,11 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from core.run import MANIFEST, newest
 from model.hf import from_hf, model_config, tensor_names
 from model.parallel import shard
 from model.rules import cut_of
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 
@@ -200,12 +198,6 @@ def fault(folder: Path) -> str | None:
     except (ValueError, AttributeError):
         return f"{STATE} is not a JSON object"
     return None if found == FORMAT else f"its format is {found}, this code reads {FORMAT}"
-
-
-def newest(checkpoints: Path) -> Iterator[Path]:
-    """Committed checkpoint folders, newest first; the caller verifies before use."""
-    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 
-from data.command import CONFIGS, convert
+from core.command import CONFIGS, convert
 from train.config import RunConfig
 
 Schema = TypeVar("Schema")

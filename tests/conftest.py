@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from core import log
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
+log.set_up()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

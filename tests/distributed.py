@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from core import log
+
 multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
 Job = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -41,6 +43,7 @@ def free_ports(count: int) -> list[int]:
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:
     torch.set_num_threads(1)
+    log.set_up()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import train.commit as commit
-from data.config import InputError
+from core.errors import InputError
+from core.run import newest
 from data.loader import Loader
-from model.weights import newest
 from train.guard import Guard
 from train.lease import Lease
 from train.loop import Trainer
@@ -91,7 +91,7 @@ class Injector:
         self.now = -1
         Guard.check_replicas = checked  # type: ignore[method-assign]
         Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
-        for name in ("save_file", "write_synced", "sync_folder", "entry", "remove"):
+        for name in ("save_file", "write_json", "sync_folder", "entry", "remove"):
             setattr(commit, name, self.around(getattr(commit, name)))
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from eval.config import Run, ValidationConfig
+from core.run import Run
+from eval.config import ValidationConfig
 from tests.compose import run_config
 from tests.corpus import corpus_config
 from tests.tiny import TINY

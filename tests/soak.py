@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.config import Run
+from core.run import Run
 from model.weights import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import History, supervise

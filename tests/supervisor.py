@@ -108,7 +108,8 @@ def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], h
     import torch
 
     torch.set_num_threads(1)
-    from data.config import InputError
+    log.set_up()
+    from core.errors import InputError
     from tests.injector import Injector
     from train.session import start
 

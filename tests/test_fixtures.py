@@ -9,12 +9,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data.command import convert
+from core.command import convert
+from core.run import newest
 from eval.card import model_card
 from eval.config import EvaluationConfig
 from eval.export import export
 from eval.twin import load as transformers_model
-from model.weights import HfFolder, Pieces, fault, newest, read_state
+from model.weights import HfFolder, Pieces, fault, read_state
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.train.world import curve, engine, megatron, records, train
@@ -69,7 +70,7 @@ def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
     shutil.copytree(old / "checkpoints", tmp_path / "zero1-dp2" / "checkpoints")
     run = of_layout(tmp_path, "zero1-dp2")
     export(EvaluationConfig(run.run, run.model, run.data, run.eval), max_bytes=20_000)
-    files = {path.name: path.read_bytes() for path in run.run.hf.iterdir()}
+    files = {path.name: path.read_bytes() for path in run.run.files.hf.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
 
 
@@ -88,7 +89,8 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
     assert record.pop("code")["commit"].startswith("bd3e05a")
     run = convert(RunConfig, record)
     wanted = config(Path("runs"), "zero1-dp2")
-    assert run == replace(wanted, data=replace(wanted.data, folder="corpus"))
+    assert {source.input for source in run.data.sources.values()} == {"host"}, "which was a word of bd3e05a"
+    assert run == replace(wanted, data=replace(wanted.data, folder="corpus", sources=run.data.sources))
     (step,) = newest(folder / "checkpoints")
     card = model_card(folder, step, run.model)
     assert "14,952 parameters after 816 tokens" in card and "prose" in card

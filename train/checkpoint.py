@@ -8,6 +8,7 @@ Cost: each rank writes 12 bytes per parameter it owns (weights and two moments, 
 host memory only (train/commit.py does the rest).
 """
 
+import logging
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,12 +22,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from data.config import InputError
-from model.weights import MANIFEST, Pieces, fault, newest, read_state
+from core.errors import InputError
+from core.run import MANIFEST, newest
+from model.weights import Pieces, fault, read_state
 from train.commit import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 from train.engines import Engine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Checkpoints:
                 if why is not None:
                     # out of the way: retention counts good ones, and the step will be saved anew
                     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
-                    print(f"warning: checkpoint {folder} is not used: {why}; it is kept as {aside.name}", flush=True)
+                    logger.warning(f"checkpoint {folder} is not used: {why}; it is kept as {aside.name}")
                     folder.rename(aside)
                 elif before is None or read_state(folder)["tokens"] <= before:
                     step[0] = int(folder.name.removeprefix("step-"))
@@ -141,7 +145,7 @@ class Checkpoints:
                 "or choose another run.dir, and start again"
             )
         if why is not None and self.ranks.first:
-            print(f"warning: a checkpoint was not written: {why}; older ones are untouched", flush=True)
+            logger.warning(f"a checkpoint was not written: {why}; older ones are untouched")
         return why is None
 
     def save_and_wait(self, state: State, engine: Engine) -> None:
@@ -166,7 +170,7 @@ class Checkpoints:
                 remove(folder)
             sync_folder(self.folder)
         except OSError as error:
-            print(f"warning: an old checkpoint was not removed: {error}", flush=True)
+            logger.warning(f"an old checkpoint was not removed: {error}")
 
     def _permanent(self, found: dict[Path, int | None]) -> set[Path]:
         """The first checkpoint past each multiple of keep_every_tokens, and ends of stages."""

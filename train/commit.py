@@ -6,7 +6,7 @@ flight, in the same order on every rank.
 """
 
 import hashlib
-import json
+import logging
 import mmap
 import os
 import re
@@ -23,8 +23,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.weights import FORMAT, MANIFEST, STATE, Piece
+from core.files import sync_folder, write_json
+from core.run import MANIFEST
+from model.weights import FORMAT, STATE, Piece
 from train.distributed import Ranks
+
+logger = logging.getLogger(__name__)
 
 OTHER_ERROR = 1 << 20  # stands for an error that has no errno
 Files = dict[str, dict[str, Any]]
@@ -125,14 +129,14 @@ class Writer:
         save_file({piece.key: self.copy.tensors[piece.key] for piece in self.copy.pieces}, tensors)
         with tensors.open("rb") as file:
             os.fsync(file.fileno())
-        write_synced(index, [asdict(piece) for piece in self.copy.pieces])
+        write_json(index, [asdict(piece) for piece in self.copy.pieces])
         return {path.name: entry(path) for path in (tensors, index)}
 
     def _commit(self, part: Path, state: dict[str, Any], files: Files, committed: Callable[[], None]) -> None:
         """Manifest last, then the folder's name; an older folder of that name goes before."""
-        write_synced(part / STATE, {"format": FORMAT, **state})
+        write_json(part / STATE, {"format": FORMAT, **state})
         files = {**files, STATE: entry(part / STATE)}
-        write_synced(part / MANIFEST, {"files": files})
+        write_json(part / MANIFEST, {"files": files})
         sync_folder(part)
         final = part.with_suffix("")
         if final.exists():  # saved before, and the run went on from an older one
@@ -146,10 +150,10 @@ class Writer:
         try:
             action()
         except OSError as error:
-            print(f"warning: rank {self.ranks.rank} cannot save: {error}", flush=True)
+            logger.warning(f"rank {self.ranks.rank} cannot save: {error}")
             return error.errno or OTHER_ERROR
         except Exception as error:  # whatever it is, the ranks must still meet
-            print(f"warning: rank {self.ranks.rank} cannot save: {type(error).__name__}: {error}", flush=True)
+            logger.warning(f"rank {self.ranks.rank} cannot save: {type(error).__name__}: {error}")
             found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes one on
             return int(found[1]) if found else OTHER_ERROR
         return 0
@@ -180,25 +184,6 @@ def entry(path: Path) -> dict[str, Any]:
     """A file's line in a manifest. Hashed in one call, which holds no lock that the loop's thread wants."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def write_synced(path: Path, value: Any) -> None:
-    """Write JSON under another name, sync it, and rename it into place."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:

@@ -6,8 +6,9 @@ The values stand in configs/, each in one place.
 from dataclasses import dataclass
 from enum import Enum
 
+from core.run import Run
 from data.config import DataConfig
-from eval.config import Eval, Run
+from eval.config import Eval
 from model.config import Backend, ModelConfig, Recompute
 
 

@@ -1,5 +1,6 @@
 """The last step of a run for whoever looks: a line now and then, or a progress bar where there is a terminal."""
 
+import logging
 import os
 import time
 from collections import deque
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from train.records import Record, short
+
+logger = logging.getLogger(__name__)
 
 
 def summary(record: Record) -> str:
@@ -70,7 +73,7 @@ class PlainConsole:
             self.next = time.monotonic() + self.seconds
             share = record["tokens"] / self.pace.total
             line = f"{record['stage']:>8} {share:6.1%}  {summary(record)}  {self.pace.line(record)}, {saves}"
-            print(line, flush=True)
+            logger.info(line)
 
     def close(self) -> None:
         """Nothing is held."""

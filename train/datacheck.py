@@ -5,14 +5,18 @@ sizes, names and folders are checked in any case when manifests are read (data/s
 Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each of 256 ranks).
 """
 
+import logging
 import threading
 import time
 
+from core.files import sha256_of
 from data.config import DataConfig
 from data.loader import source_folder
-from data.shards import Manifest, sha256_of
+from data.shards import Manifest
 from train.config import VerifyShards
 from train.distributed import Ranks, raise_everywhere
+
+logger = logging.getLogger(__name__)
 
 SAY_SECONDS = 10.0
 
@@ -54,4 +58,4 @@ class DataCheck:
             done += file.tokens
             if self.first and time.monotonic() > said + SAY_SECONDS:
                 said = time.monotonic()
-                print(f"shards: {done / total:.0%} of this rank's share verified", flush=True)
+                logger.info(f"shards: {done / total:.0%} of this rank's share verified")

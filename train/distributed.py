@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.config import InputError
+from core.errors import InputError
 from model.context_parallel import ContextRanks
 from train.config import Device, EngineKind, Parallel
 from train.memory import keep_freed

@@ -6,6 +6,7 @@ is read from the engine, and what it would send is counted as it asks for it. Wh
 norms (a scalar that is read is 1), time.
 """
 
+import logging
 import os
 import time
 from collections import Counter
@@ -36,6 +37,8 @@ from train.distributed import Ranks, context_ranks, stand
 from train.engines import Engine, build_engine
 from train.exchange import Exchange
 from train.schedule import Now, Schedule
+
+logger = logging.getLogger(__name__)
 
 TENSOR = torch.tensor  # its own: cuda_on_cpu puts another in its place
 LEARNING = 2  # micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
@@ -161,7 +164,7 @@ def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now
     ):
         losses, _ = model(ids, ids, starts)
         engine.backward(losses.sum() / now.tokens, last)
-    print(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s", flush=True)
+    logger.info(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s")
 
 
 @contextmanager

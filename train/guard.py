@@ -1,10 +1,11 @@
 """What a step may call for besides its update: a skip, a stop, a rewind, a check of replicas, a save."""
 
+import logging
 from typing import Any
 
 from torch import nn
 
-from data.config import InputError
+from core.errors import InputError
 from train.checkpoint import Checkpoints, State
 from train.config import HealthConfig
 from train.distributed import Ranks
@@ -13,6 +14,8 @@ from train.exchange import Told
 from train.health import Health, Stragglers, drifting
 from train.schedule import Now
 from train.watchdog import Watch
+
+logger = logging.getLogger(__name__)
 
 LONG_PATIENCE = 6.0  # times health.hang_seconds, for what takes long: reading a checkpoint, validation, the last save
 
@@ -72,8 +75,7 @@ class Guard:
             self.watch.at(state.step, "save")
             state.health = self.health.state()
             waited = self.checkpoints.save(state, self.engine)
-            if self.ranks.first:
-                print(f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s", flush=True)
+            logger.info(f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s")
 
     def leave(self, state: State) -> None:
         """The last save, which waits until it is on disk."""

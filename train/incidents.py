@@ -9,15 +9,18 @@ outcome.json, which is absent while a run goes on and after a crash:
     absent   a crash    start it again
 """
 
-import json
-import os
+import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.command import USER_ERROR
+from core.errors import USER_ERROR
+from core.files import append_json_line, read_json, read_json_lines, write_json
+from core.run import RunFiles
+
+logger = logging.getLogger(__name__)
 
 FINISHED = 0
 REQUEUE = 75
@@ -34,20 +37,18 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """Put outcome.json into place at once; a disk that refuses it does not change the exit code."""
-        part = folder / "outcome.json.part"
         try:
-            part.write_text(json.dumps({"outcome": NAMES[self.code], **asdict(self)}) + "\n", encoding="utf-8")
-            part.rename(folder / "outcome.json")
+            write_json(RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None)
         except OSError as error:
-            print(f"warning: outcome.json is not written: {error}", flush=True)
+            logger.warning(f"outcome.json is not written: {error}")
 
 
 def read_outcome(folder: Path) -> Outcome | None:
     """How the last start of a run ended, or None when it is running or crashed."""
+    raw = read_json(RunFiles(folder).outcome)
     try:
-        raw = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
         return Outcome(int(raw["code"]), str(raw["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -55,51 +56,36 @@ class Incidents:
     """The log of everything that was not a plain step: one JSON object per line, each said on the console too."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "incidents.jsonl"
+        self.path = RunFiles(folder).incidents
 
     def log(self, kind: str, text: str, **facts: Any) -> None:
         """Write an incident; a full disk or a closed console is no reason to stop."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "incident": kind, "text": text, **facts}
-        with suppress(OSError):  # neither takes the other along
-            print(f"{kind}: {text}", flush=True)
-        with suppress(OSError), self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(line) + "\n").encode())  # one write, so that lines of several ranks stay whole
-
-    def read(self) -> list[dict[str, Any]]:
-        """All incidents so far; lines that a kill or a full disk cut are left out."""
-        if not self.path.is_file():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
+        logger.warning(f"{kind}: {text}")
+        with suppress(OSError):
+            append_json_line(self.path, line)
 
 
 class Starts:
     """Counts starts from the same place: a run that crashes again and again before its next checkpoint stops."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.path = folder / "starts.json"
+        self.path = RunFiles(folder).starts
         self.limit = limit
 
     def count(self, tokens: int, incidents: Incidents) -> str | None:
         """Note a start at `tokens`; returns why it must not go on, or None."""
+        raw = read_json(self.path)
         try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
             starts = int(raw["starts"]) + 1 if int(raw["tokens"]) == tokens else 1
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             starts = 1
         if starts > self.limit:
-            crashes = [entry for entry in incidents.read() if entry.get("incident") in ("crash", "hang")]
+            crashes = [entry for entry in read_json_lines(incidents.path) if entry.get("incident") in ("crash", "hang")]
             last = crashes[-1]["text"] if crashes else "none left a message, as after kill -9 or without memory"
             return (
                 f"{self.limit} starts from {tokens:,} tokens ended before a new checkpoint; the last crash: {last}. "
                 f"Mend that, remove {self.path}, and start again"
             )
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"tokens": tokens, "starts": starts}) + "\n", encoding="utf-8")
-        part.rename(self.path)
+        write_json(self.path, {"tokens": tokens, "starts": starts}, indent=None)
         return None

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.weights import Pieces, newest, newest_valid, read_manifest, read_state
+from core.run import MANIFEST, RunFiles, newest
+from model.weights import Pieces, newest_valid, read_manifest, read_state
 from train.checkpoint import why_not
 from train.plan import GIB
 
@@ -55,7 +56,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that a path means, newest first."""
     if folder.name.startswith("step-") and folder.is_dir():
         return [folder]
-    home = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    home = RunFiles(folder).checkpoints if RunFiles(folder).checkpoints.is_dir() else folder
     found = list(newest(home))
     if not found:
         raise FileNotFoundError(f"no checkpoint in {home}: give a run's folder, its checkpoints, or one of them")
@@ -92,7 +93,7 @@ def show(found: list[Path]) -> int:
             continue
         ranks = sum(name.endswith(".safetensors") for name in files)
         size = sum(size for size, _ in files.values()) / GIB
-        age = max(0.0, time.time() - (folder / "manifest.json").stat().st_mtime)
+        age = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
         numbers = (state["step"], state["tokens"], state["updates"], ranks)
         table.add_row(folder.name, *[f"{number:,}" for number in numbers], f"{size:.3f}", f"{age / 3600:.1f} h")
     Console().print(table)

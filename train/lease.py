@@ -11,7 +11,8 @@ import socket
 import time
 from pathlib import Path
 
-from data.config import InputError
+from core.errors import InputError
+from core.run import RunFiles
 
 LEASE_SECONDS = 60.0  # longer than a network file system keeps attributes cached
 RENEW_SECONDS = 10.0
@@ -36,7 +37,7 @@ class Lease:
     """The lock of one run folder, held by its first rank."""
 
     def __init__(self, folder: Path, seconds: float = LEASE_SECONDS) -> None:
-        self.path = folder / "run.lock"
+        self.path = RunFiles(folder).lock
         self.seconds = seconds
         self.descriptor = -1
 
@@ -46,7 +47,7 @@ class Lease:
         Takes over from a job that is gone, after a moment on the same machine and after `seconds` elsewhere.
         """
         mine = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        part = self.path.with_name(f"run.lock.{os.getpid()}.{time.monotonic_ns()}")
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}")
         part.write_text(json.dumps(mine) + "\n", encoding="utf-8")
         try:
             while True:

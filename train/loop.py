@@ -4,6 +4,7 @@ A step is a function of its position alone: schedule -> batch, context and rate;
 What goes wrong on the way is train/guard.py's, which decides from values that all ranks share.
 """
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.config import InputError
+from core.errors import InputError
 from data.loader import Batch, Loader, compile_plan, open_manifests
 from eval.checkpoint import start_from
 from eval.jobs import SuiteJobs
@@ -34,6 +35,8 @@ from train.scores import collecting
 from train.signals import Leave
 from train.speed import memory_gib, peak_flops
 from train.watchdog import Watch
+
+logger = logging.getLogger(__name__)
 
 
 def kernels_of(config: Parallel, device: str) -> Kernels:
@@ -80,7 +83,7 @@ class Trainer:
             self.model.compile_blocks()
         self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
         edges = frozenset(end for end, _, _ in self.schedule.edges)
-        self.checkpoints = Checkpoints(config.run.checkpoints, config.checkpoint, ranks, edges)
+        self.checkpoints = Checkpoints(config.run.files.checkpoints, config.checkpoint, ranks, edges)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
         self.guard = Guard(config.health, ranks, self.model, self.engine, self.checkpoints, watch)
         self._resume()
@@ -259,20 +262,19 @@ class Trainer:
     def _say(self, kernels: Kernels) -> None:
         """The run in a few lines, before it starts."""
         count, ranks = parameter_count(self.config.model), self.ranks
-        print(
+        logger.info(
             f"run {self.config.run.name}: {count:,} parameters, {self.schedule.total:,} tokens, "
             f"{ranks.world_size} ranks on {ranks.device.type} "
             f"(data {ranks.dp_size} x context {ranks.cp_size} x tensor {ranks.tp_size}), "
-            f"kernels {kernels.name}",
-            flush=True,
+            f"kernels {kernels.name}"
         )
         epochs = ", ".join(f"{name} {value:.2f}" for name, value in self.plan.epochs().items())
-        print(f"epochs over the run: {epochs}", flush=True)
+        logger.info(f"epochs over the run: {epochs}")
         if kernels.name == "reference" and ranks.device.type == "cuda":
-            print("warning: the reference kernels are far too slow for a GPU run", flush=True)
+            logger.warning("the reference kernels are far too slow for a GPU run")
         for line in passed_over(kernels, ranks.device.type):
-            print(f"faster kernels are not used: {line}", flush=True)
+            logger.info(f"faster kernels are not used: {line}")
         if self.state.tokens == self.schedule.total:
-            print(f"reused: the run is complete at step {self.state.step}", flush=True)
+            logger.info(f"reused: the run is complete at step {self.state.step}")
         elif self.state.tokens:
-            print(f"going on at step {self.state.step}, {self.state.tokens:,} tokens", flush=True)
+            logger.info(f"going on at step {self.state.step}, {self.state.tokens:,} tokens")

@@ -3,14 +3,18 @@
 The file is the record; the others are views of it and can neither delay nor stop the run.
 """
 
+import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+from core.run import RunFiles
 from train.config import MetricsConfig
 from train.console import LiveConsole, PlainConsole
 from train.records import JsonLines, Record
 from train.trackers import TensorBoard, Tracker, Wandb
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -20,7 +24,7 @@ class Metrics:
         self, folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int, total: int
     ) -> None:
         """`tokens` is where the run goes on: records of a lost future behind it are dropped. `total` ends the run."""
-        self.file = JsonLines(folder / "metrics.jsonl", tokens)
+        self.file = JsonLines(RunFiles(folder).metrics, tokens)
         self.console = LiveConsole(total) if sys.stdout.isatty() else PlainConsole(total, config.console_seconds)
         self.trackers = trackers(folder, name, config, run_config, tokens)
 
@@ -62,4 +66,4 @@ def say(record: Record) -> None:
     for suite, rows in record["scores"].items():
         line = ", ".join(f"{label} {score:.2f}" for label, score in rows.items())
         with suppress(OSError):
-            print(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}", flush=True)
+            logger.info(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}")

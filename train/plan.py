@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from data.config import InputError
+from core.errors import InputError
 from model.config import SCAN_CHUNK, Recompute, loss_chunk
 from model.flops import parameter_count
 from train.config import EngineKind, Precision, RunConfig

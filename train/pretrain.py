@@ -8,51 +8,31 @@ examples:
     train/pretrain.py +experiment=7b
 """
 
+import logging
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # a script's own folder would hide the packages
 
-from data.command import command
+from core.command import command
+from core.log import UnfailingStream
 from data.loader import open_manifests
 from train.config import RunConfig
 from train.incidents import NAMES
 from train.plan import check_memory
 from train.trackers import check_trackers
 
-
-class Unfailing:
-    """Standard output that a full disk or a closed pipe behind it cannot turn into an error."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write what can be written."""
-        with suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what can be flushed."""
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+logger = logging.getLogger(__name__)
 
 
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
-    sys.stdout = Unfailing(sys.stdout)
+    sys.stdout = UnfailingStream(sys.stdout)
     check_trackers(config.metrics)
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if os.environ.get("RANK", "0") == "0":
-        print("loading torch, DeepSpeed and megatron-core", flush=True)
+    logger.info("loading torch, DeepSpeed and megatron-core")
     from train.distributed import check_device, present_device
     from train.memory import available
 
@@ -64,7 +44,7 @@ def main(config: RunConfig) -> None:
 
     outcome = start(config, device)
     if outcome.code:
-        print(f"{NAMES[outcome.code]}: {outcome.reason}", flush=True)
+        logger.info(f"{NAMES[outcome.code]}: {outcome.reason}")
         sys.exit(outcome.code)
 
 

@@ -8,6 +8,7 @@ that part of the timed steps a row of its own.
 
 import gzip
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,9 +19,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from core.log import ALL_RANKS
+from core.run import RunFiles
 from train.config import ProfileConfig
 from train.distributed import Ranks
 from train.watchdog import Watch
+
+logger = logging.getLogger(__name__)
 
 ROWS = {
     "read": "data", "forward": "forward", "backward": "backward", "reduce": "reduce", "update": "optimizer",
@@ -38,7 +43,7 @@ def listening(config: ProfileConfig, folder: Path, ranks: Ranks, watch: Watch) -
     if not config.steps or ranks.rank not in config.ranks:
         yield
         return
-    profiler = Profiler(config, folder / "profile", ranks)
+    profiler = Profiler(config, RunFiles(folder).profile, ranks)
     watch.listener = profiler.at
     try:
         yield
@@ -106,10 +111,9 @@ class Profiler:
         if self.trace is not None:
             self.trace.stop()
         if not self.done:
-            print(
-                f"warning: no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps "
-                "and steps together)",
-                flush=True,
+            logger.warning(
+                f"no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps "
+                "and steps together)"
             )
 
     def _begin_step(self, step: int) -> None:
@@ -156,9 +160,9 @@ class Profiler:
             head = f"steps {self.first} to {self.first + steps - 1} of rank {self.ranks.rank} by phase"
             text = table(head, rows) + f"\ntrace of the last {self.config.steps} steps: {path}"
             (self.folder / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
-            print(text, flush=True)
+            logger.info(text, extra=ALL_RANKS)
         except OSError as error:
-            print(f"warning: no profile is written: {error}", flush=True)
+            logger.warning(f"no profile is written: {error}")
         self.trace, self.done = None, True
 
 

@@ -6,11 +6,16 @@ of the checkpoint that they belong to.
 
 import errno
 import json
+import logging
 import math
 import os
 from collections import deque
 from pathlib import Path
 from typing import Any
+
+from core.files import read_json_lines, write_text
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
@@ -25,10 +30,8 @@ class JsonLines:
     WAITING = 100_000
 
     def __init__(self, path: Path, tokens: int) -> None:
-        kept = [line for line in everything(path) if line["tokens"] <= tokens]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        part.rename(path)
+        kept = [line for line in read_json_lines(path) if line["tokens"] <= tokens]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
         self.file = path.open("ab", buffering=0)
         self.end = path.stat().st_size
@@ -45,7 +48,7 @@ class JsonLines:
                 self.waiting.popleft()
         except OSError as error:
             if not self.failed:
-                print(f"warning: metrics.jsonl cannot be written ({error}); its lines wait in memory", flush=True)
+                logger.warning(f"metrics.jsonl cannot be written ({error}); its lines wait in memory")
             self.failed = True
 
     def _append(self, line: bytes) -> None:
@@ -60,30 +63,19 @@ class JsonLines:
         """Close the file."""
         self.file.close()
         if self.waiting:
-            print(f"warning: the last {len(self.waiting)} lines of metrics.jsonl are lost", flush=True)
+            logger.warning(f"the last {len(self.waiting)} lines of metrics.jsonl are lost")
 
 
 def read_lines(path: Path) -> list[Record]:
     """The records of steps in a metrics file, or all of another's; a last line that a kill cut short is left out."""
-    return [record for record in everything(path) if "scores" not in record]
+    return [record for record in read_json_lines(path) if "scores" not in record]
 
 
 def read_scores(path: Path) -> list[Record]:
     """The records of scores in a metrics file, in the order of their tokens."""
-    return sorted((record for record in everything(path) if "scores" in record), key=lambda record: record["tokens"])
-
-
-def everything(path: Path) -> list[Record]:
-    """All records of a file of JSON lines; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return sorted(
+        (record for record in read_json_lines(path) if "scores" in record), key=lambda record: record["tokens"]
+    )
 
 
 def finite(value: Any) -> Any:

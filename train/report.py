@@ -17,7 +17,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from omegaconf import OmegaConf
 
-from train.incidents import Incidents, read_outcome
+from core.files import read_json_lines, write_text
+from core.run import RunFiles
+from train.incidents import read_outcome
 from train.records import Record, curve, read_lines, read_scores, short
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
@@ -45,7 +47,7 @@ EXAMPLES = """examples:
 
 def draw(folder: Path) -> Path:
     """Loss per source, rate, batch and context over tokens; returns the picture's path."""
-    records = [record for record in read_lines(folder / "metrics.jsonl") if record["loss"] is not None]
+    records = [record for record in read_lines(RunFiles(folder).metrics) if record["loss"] is not None]
     tokens = [record["tokens"] for record in records]
     figure, axes = pyplot.subplots(4, 1, figsize=(9, 11), sharex=True, height_ratios=[3, 1, 1, 1])
     _losses(axes[0], records, tokens)
@@ -61,7 +63,7 @@ def draw(folder: Path) -> Path:
             if before["stage"] != after["stage"]:
                 axis.axvline(before["tokens"], color="gray", linestyle=":")
     figure.tight_layout()
-    path = folder / "curves.png"
+    path = RunFiles(folder).curves
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -82,7 +84,7 @@ def page(folders: list[Path], path: Path) -> Path:
     """One HTML file with every panel of every run, and what happened to them; it holds Plotly itself (5 MB)."""
     from plotly.offline import get_plotlyjs
 
-    runs = {name: read_lines(folder / "metrics.jsonl") for name, folder in zip(names(folders), folders, strict=True)}
+    runs = {name: read_lines(RunFiles(folder).metrics) for name, folder in zip(names(folders), folders, strict=True)}
     parts = [
         '<!doctype html><html><head><meta charset="utf-8"><title>' + html.escape(", ".join(runs)) + "</title>",
         "<style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;"
@@ -93,9 +95,7 @@ def page(folders: list[Path], path: Path) -> Path:
     parts += [panel(name, runs, plans) for name in PANELS]
     for name, folder in zip(runs, folders, strict=True):
         parts += [f"<h2>{html.escape(name)}</h2>", *tables(folder, runs[name])]
-    part = path.with_suffix(".part")
-    part.write_text("\n".join([*parts, "</body></html>\n"]), encoding="utf-8")
-    part.rename(path)
+    write_text(path, "\n".join([*parts, "</body></html>\n"]))
     return path
 
 
@@ -159,7 +159,7 @@ def by_source(name: str, records: list[Record]) -> dict[str, list[tuple[int, flo
 
 def config_of(folder: Path) -> dict[str, Any]:
     """What the run was told, or nothing."""
-    path = folder / "config.yaml"
+    path = RunFiles(folder).config
     found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     return dict(found)
 
@@ -223,9 +223,9 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
     if last is not None:
         facts += [("step", last["step"]), ("tokens", short(last["tokens"])), ("stage", last["stage"])]
         facts.append(("skipped updates", sum(bool(record["skipped"]) for record in records)))
-    starts = [entry for entry in read_lines(folder / "attempts.jsonl")]
+    starts = read_json_lines(RunFiles(folder).attempts)
     begun = [(e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", []))) for e in starts]
-    happened = [(e.get("time"), e.get("incident"), e.get("text")) for e in Incidents(folder).read()]
+    happened = [(e.get("time"), e.get("incident"), e.get("text")) for e in read_json_lines(RunFiles(folder).incidents)]
     events = sorted([*begun, *happened], key=lambda event: str(event[0]))
     saved = []
     for manifest in sorted(folder.glob("checkpoints/step-*/manifest.json")):
@@ -237,7 +237,7 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
         table(("", ""), facts),
         "<h3>mixture</h3>",
         table(("stage", "source", "planned", "realised", "tokens"), mixture) if mixture else "<p>not recorded</p>",
-        *score_tables(read_scores(folder / "metrics.jsonl")),
+        *score_tables(read_scores(RunFiles(folder).metrics)),
         "<h3>starts, restarts and faults</h3>",
         table(("time", "what", ""), events) if events else "<p>none</p>",
         "<h3>checkpoints</h3>",
@@ -273,12 +273,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")
     parser.add_argument("--output", type=Path, help="of the page; report.html in the first run's folder otherwise")
     given = parser.parse_args()
-    folders = [folder for folder in given.runs if (folder / "metrics.jsonl").is_file()]
+    folders = [folder for folder in given.runs if RunFiles(folder).metrics.is_file()]
     if not folders:
         parser.error(f"no metrics.jsonl in {', '.join(map(str, given.runs))}; name folders of runs that have begun")
     for folder in folders:
         print(draw(folder))
-    print(page(folders, given.output or folders[0] / "report.html"))
+    print(page(folders, given.output or RunFiles(folders[0]).report))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ would have put them: metrics.jsonl, W&B, TensorBoard.
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -15,13 +16,17 @@ if __name__ == "__main__":
 
 from omegaconf import OmegaConf
 
-from data.config import InputError
-from eval.config import Jobs, Run
+from core import log
+from core.errors import InputError
+from core.run import Run, RunFiles
+from eval.config import Jobs
 from eval.jobs import LOOK_SECONDS, SuiteJobs
 from train.config import MetricsConfig
 from train.lease import Lease
 from train.metrics import say, trackers
 from train.records import JsonLines, read_lines, read_scores
+
+logger = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 5.0
 EXAMPLES = """examples:
@@ -40,12 +45,13 @@ def collect(folder: Path) -> int:
 
     Raises InputError when the folder is no run's.
     """
-    if not (folder / "config.yaml").is_file():
+    files = RunFiles(folder)
+    if not files.config.is_file():
         raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
-    config = OmegaConf.load(folder / "config.yaml")
+    config = OmegaConf.load(files.config)
     run = Run(config.run.name, str(folder), config.run.seed)
     settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs))
-    lease, path = Lease(folder), folder / "metrics.jsonl"
+    lease, path = Lease(folder), files.metrics
     end = time.monotonic() + PATIENCE
     while True:
         jobs = SuiteJobs(run, settings)
@@ -57,7 +63,7 @@ def collect(folder: Path) -> int:
             lease.take()
         except InputError as error:  # the run itself, or another job at its end
             if time.monotonic() > end:
-                print(f"scores are left to the run: {error}", flush=True)
+                logger.info(f"scores are left to the run: {error}")
                 return 0
             time.sleep(AGAIN_SECONDS)
             continue
@@ -74,8 +80,9 @@ def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
     if not records:
         return 0
     wanted: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics))
-    last = max((record["tokens"] for record in read_lines(folder / "metrics.jsonl")), default=0)
-    file = JsonLines(folder / "metrics.jsonl", last)
+    path = RunFiles(folder).metrics
+    last = max((record["tokens"] for record in read_lines(path)), default=0)
+    file = JsonLines(path, last)
     views = trackers(folder, config.run.name, wanted, OmegaConf.to_container(config), last)  # type: ignore[arg-type]
     for record in records:
         file.write(record)
@@ -90,6 +97,7 @@ def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
 
 def main() -> None:
     """The command line."""
+    log.set_up()
     parser = argparse.ArgumentParser(
         prog="python train/scores.py", description=__doc__, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,7 +105,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a run")
     try:
         if not collect(parser.parse_args().folder):
-            print("no scores that its records do not have")
+            logger.info("no scores that its records do not have")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
 

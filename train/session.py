@@ -1,5 +1,6 @@
 """What surrounds a run in its folder: lease, signals, watchdog, and a record of how it ended."""
 
+import logging
 import os
 import re
 import subprocess
@@ -12,8 +13,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data.command import USER_ERROR
-from data.config import InputError
+from core.errors import USER_ERROR, InputError
+from core.files import write_text
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
 from train.incidents import FINISHED, Outcome, read_outcome
@@ -22,6 +23,8 @@ from train.loop import Trainer
 from train.profiler import listening
 from train.signals import Leave
 from train.watchdog import Watch
+
+logger = logging.getLogger(__name__)
 
 # what gloo, NCCL and the checkpoint writer say on the ranks that did not fail themselves
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
@@ -41,12 +44,11 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
         if before is not None and before.code != FINISHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             return before  # torchrun restarts whatever does not exit with 0: what asked to leave stays out
         if here.first:
-            (folder / "outcome.json").unlink(missing_ok=True)
+            config.run.files.outcome.unlink(missing_ok=True)
         watch.begin(lease if here.first else None)
         leave = Leave(config.health.stop_after_seconds, config.health.stop_margin_seconds)
         leave.install()
-        if here.first:
-            print(f"{here.world_size} ranks have met; building the model", flush=True)
+        logger.info(f"{here.world_size} ranks have met; building the model")
         outcome = body(watch, leave)
         if here.first:
             outcome.write(folder)
@@ -79,15 +81,13 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
     trainer = Trainer(config, here, record, watch, leave)  # refuses a folder of another run before its record changes
     if here.first:
-        part = config.run.folder / "config.yaml.part"
-        OmegaConf.save(OmegaConf.create(record), part)
-        part.rename(config.run.folder / "config.yaml")
+        write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with listening(config.train.profile, config.run.folder, here, watch):
         outcome = trainer.run()
     if here.first and outcome.code == FINISHED:
         from train.report import draw  # the other ranks need no matplotlib
 
-        print(f"checkpoints: {config.run.checkpoints}\ncurves: {draw(config.run.folder)}", flush=True)
+        logger.info(f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}")
     return outcome
 
 

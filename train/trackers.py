@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import re
@@ -11,9 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data.config import InputError
+from core.errors import InputError
+from core.run import RunFiles
 from train.config import MetricsConfig
 from train.records import Record, finite
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker(ABC):
@@ -37,7 +41,7 @@ class Tracker(ABC):
         self.queue.put(None, timeout=1) if not self.queue.full() else None
         self.thread.join(self.CLOSE_SECONDS)
         if self.thread.is_alive():
-            print(f"warning: {self.NAME} is still busy and is left behind; metrics.jsonl is complete", flush=True)
+            logger.warning(f"{self.NAME} is still busy and is left behind; metrics.jsonl is complete")
 
     def _work(self) -> None:
         try:
@@ -47,7 +51,7 @@ class Tracker(ABC):
             self._finish()
         except Exception as error:  # whatever it raises must not reach the run; the message says what is lost
             what = f"{type(error).__name__}: {error}"
-            print(f"warning: {self.NAME} is off ({what}); metrics.jsonl is complete", flush=True)
+            logger.warning(f"{self.NAME} is off ({what}); metrics.jsonl is complete")
 
     @abstractmethod
     def _open(self) -> None:
@@ -117,7 +121,7 @@ class Wandb(Tracker):
         try:
             return wandb.init(mode="online", **arguments)
         except Exception as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
-            print(f"warning: W&B does not answer ({type(error).__name__}); it goes on offline", flush=True)
+            logger.warning(f"W&B does not answer ({type(error).__name__}); it goes on offline")
             wandb.teardown()  # its service still holds the id of the run that failed to start
             return wandb.init(mode="offline", **arguments)
 
@@ -137,7 +141,7 @@ class TensorBoard(Tracker):
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.tokens + 1)
+        self.writer = SummaryWriter(str(RunFiles(self.folder).tensorboard), purge_step=self.tokens + 1)
         text = "\n".join(f"    {line}" for line in json.dumps(self.run_config, indent=2).splitlines())
         self.writer.add_text("config", text, self.tokens)
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from core.run import RunFiles
 from train.incidents import HUNG, Incidents
 from train.lease import RENEW_SECONDS, Lease, machine, process_start
 
@@ -42,7 +43,7 @@ class Watch:
     """The watchdog of one rank."""
 
     def __init__(self, folder: Path, rank: int, world_size: int, hang_seconds: float) -> None:
-        self.folder = folder
+        self.heartbeats = RunFiles(folder).heartbeats
         self.rank = rank
         self.world_size = world_size
         self.limit = hang_seconds
@@ -66,8 +67,7 @@ class Watch:
     def begin(self, lease: Lease | None) -> None:
         """Start to beat; the first rank renews the lease."""
         self.lease = lease
-        home = self.folder / "heartbeats"
-        home.mkdir(parents=True, exist_ok=True)
+        self.heartbeats.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self._path(self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
         self._beat()
         threading.Thread(target=self._work, name="watchdog", daemon=True).start()
@@ -84,7 +84,7 @@ class Watch:
         return str(self._read(rank).get("host", "an unknown host"))
 
     def _path(self, rank: int) -> Path:
-        return self.folder / "heartbeats" / f"rank-{rank:05d}.json"
+        return self.heartbeats / f"rank-{rank:05d}.json"
 
     def _read(self, rank: int) -> dict[str, Any]:
         try:
@@ -130,7 +130,7 @@ class Watch:
         """Say it, leave the stacks, end peers of this machine that cannot end themselves, and go."""
         self.incidents.log(kind, text, rank=self.rank)
         try:
-            with (self.folder / "heartbeats" / f"stacks-{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
+            with (self.heartbeats / f"stacks-{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from data.config import InputError
+from core.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent
 MEGATRON = "megatron"

@@ -6,7 +6,7 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from data.config import InputError
+from core.errors import InputError
 
 MIN_LANGUAGE_SCORE = 0.65  # RefinedWeb's, of CCNet's model
 MATH_LABEL, MIN_MATH_SCORE = "math", 0.5  # assumed: the paper names the kind of classifier and no threshold

@@ -14,7 +14,7 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from data.config import InputError
+from core.errors import InputError
 
 VERSION = 1  # raised with what it drops
 N = 13

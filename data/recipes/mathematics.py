@@ -8,7 +8,8 @@ from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
-from data.config import Assets, InputError, Source
+from core.errors import InputError
+from data.config import Assets, Source
 from data.recipes import web
 from data.recipes.classifiers import Mathematical
 from data.recipes.extraction import MainText

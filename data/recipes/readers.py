@@ -23,7 +23,9 @@ from datatrove.pipeline.readers.base import BaseDiskReader, BaseReader
 from datatrove.pipeline.readers.warc import process_record
 from loguru import logger
 
-from data.config import InputError, Source
+from core.errors import InputError
+from core.files import write_json
+from data.config import Source
 
 PINNED = "input.json"
 QUARANTINE = "quarantine"
@@ -270,7 +272,7 @@ def changed(info: dict[str, Any]) -> str:
 
 def pin_files(place: Path, kind: str, files: list[str]) -> None:
     """Fix the list of input files of a build: a file that arrives while tasks run belongs to the next build."""
-    (place / PINNED).write_text(json.dumps({"kind": kind, "files": files}), encoding="utf-8")
+    write_json(place / PINNED, {"kind": kind, "files": files})
 
 
 def open_input(source: Source, place: Path, html: bool = False) -> Counted:

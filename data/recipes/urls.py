@@ -9,7 +9,7 @@ from pathlib import Path
 from datatrove.data import Document
 from datatrove.pipeline.filters import URLFilter
 
-from data.config import InputError
+from core.errors import InputError
 
 # RefinedWeb (arXiv 2306.01116, appendix G.1) keeps these for curated sources.
 CURATED_SITES = frozenset(

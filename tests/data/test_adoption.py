@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from core.errors import InputError
 from data.adoption import adopt
-from data.config import DataConfig, InputError, Source, Stage, TokenizerConfig
+from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.loader import open_manifests
 from data.prepare import prepare
 

@@ -13,9 +13,10 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from core.errors import InputError
 from data import tokenizer
 from data.browse import BrowseSettings, browse
-from data.config import Asset, DataConfig, InputError, Source, Stage, TokenizerConfig
+from data.config import Asset, DataConfig, Source, Stage, TokenizerConfig
 from data.documents import Documents
 from data.loader import Loader, compile_plan, open_manifests
 from data.packing import packing_of

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import InputError
 from data import tokenizer
-from data.config import DataConfig, InputError, Source, Stage, TokenizerConfig
+from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.documents import Documents
 from data.loader import open_manifests, source_folder
 from data.prepare import prepare

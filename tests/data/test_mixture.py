@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataConfig, InputError
+from core.errors import InputError
+from data.config import DataConfig
 from data.loader import Loader, compile_plan, document_starts, open_manifests
 from data.mixture import PERIOD, Plan, deal, mix, network, permute, permute_one
 from data.tokenizer import EOS

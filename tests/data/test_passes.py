@@ -19,8 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.errors import InputError
 from data import near_duplicates, substrings, tokenizer
-from data.config import DataConfig, Executor, ExecutorConfig, InputError, Source, Stage, TokenizerConfig
+from data.config import DataConfig, Executor, ExecutorConfig, Source, Stage, TokenizerConfig
 from data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]

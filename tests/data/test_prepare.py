@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.errors import InputError
+from core.files import sha256_of
 from data import tokenizer
-from data.config import DataConfig, InputError, Source, Stage, TokenizerConfig
+from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.prepare import Preparation, prepare
 from data.sharding import split_of
-from data.shards import SPLITS, Shards, read_manifest, sha256_of
+from data.shards import SPLITS, Shards, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "river stone cloud lantern meadow copper window harvest thunder silver garden winter".split()  # noqa: SIM905

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from core.errors import InputError
 from data import cleaning, counts, recipes
 from data.cleaning import Build
-from data.config import Assets, InputError, Source
+from data.config import Assets, Source
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainText
 from data.recipes.lines import corrected

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.config import DataConfig, InputError
+from core.errors import InputError
+from data.config import DataConfig
 from data.loader import open_manifests, source_folder, tokenizer_path
 from data.shards import DTYPE, MANIFEST, Shards, read_manifest
 from tests.corpus import make_corpus

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
+from core.errors import InputError
 from data import tokenizer
-from data.config import InputError
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",

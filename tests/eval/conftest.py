@@ -8,10 +8,11 @@ import lm_eval
 import pytest
 import yaml
 
+from core.run import Run
 from data.config import DataConfig
 from data.loader import tokenizer_path
 from data.tokenizer import train as train_tokenizer
-from eval.config import EvaluationConfig, Run
+from eval.config import EvaluationConfig
 from model.kernels import REFERENCE
 from model.parallel import build
 from tests.compose import run_config
@@ -40,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
         engine = build_engine(model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here)
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
-        Checkpoints(run.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
+        Checkpoints(run.files.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
     demo = run_config("demo").eval
     settings = replace(demo, seq_len=16, batch=3, max_tokens=500, prompt="def f", new_tokens=8)
     return EvaluationConfig(run, MODEL, data, settings)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from mambapy.mamba import Mamba, MambaConfig
 
-from data.config import InputError
+from core.errors import InputError
 from eval import checkpoint
 from eval.card import model_card
 from eval.config import EvaluationConfig
@@ -94,7 +94,7 @@ def test_push_uploads_the_checked_export_with_a_card(
     push(ready)
     names = [name for name, _ in Hub.calls]
     assert names == ["create_repo", "upload_folder", "upload_file"]
-    assert Hub.calls[0][1]["private"] is True and Hub.calls[1][1]["folder_path"] == config.run.hf
+    assert Hub.calls[0][1]["private"] is True and Hub.calls[1][1]["folder_path"] == config.run.files.hf
     card = (config.run.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and "PSF-2.0" in card
     assert "| decay | 400,000 | 256 |" in card and "| ARC | 12.35 | 0.50 |" in card and "another step" not in card

@@ -12,14 +12,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.config import InputError
+from core.errors import InputError
+from core.run import Run
 from data.loader import source_folder, tokenizer_path
 from data.shards import DTYPE, read_manifest
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval import checkpoint
 from eval.compare import compare, compare_by_layer
-from eval.config import EvaluationConfig, Run
+from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
@@ -32,7 +33,7 @@ from tests.eval.conftest import MODEL
 @pytest.fixture(scope="module")
 def exported(config: EvaluationConfig) -> Path:
     export(config, max_bytes=40_000)
-    return config.run.hf
+    return config.run.files.hf
 
 
 def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationConfig) -> None:
@@ -78,7 +79,7 @@ def test_the_tokenizer_loads_and_generates(exported: Path, config: EvaluationCon
 def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").parent.mkdir(parents=True)
-    (folder / "checkpoints").symlink_to(config.run.checkpoints)
+    (folder / "checkpoints").symlink_to(config.run.files.checkpoints)
     bf16 = replace(config, run=Run("bf16", str(folder), 0), eval=replace(config.eval, dtype="bfloat16"))
     export(bf16)
     assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
@@ -87,10 +88,10 @@ def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, t
 def test_a_wrong_export_is_caught(config: EvaluationConfig, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x)
     (config.run.folder / "export.json").unlink()
-    before = (config.run.hf / "config.json").stat().st_mtime_ns
+    before = (config.run.files.hf / "config.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="logits differ"):
         export(config)
-    assert (config.run.hf / "config.json").stat().st_mtime_ns == before
+    assert (config.run.files.hf / "config.json").stat().st_mtime_ns == before
 
 
 def test_plain_mamba_has_no_such_folder() -> None:
@@ -163,19 +164,19 @@ def test_layer_by_layer_finds_what_whole_models_find(
     config: EvaluationConfig, tmp_path: Path, dtype: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without memory for two models the comparison goes by layers, agrees as closely, and catches a wrong layer."""
-    (tmp_path / "checkpoints").symlink_to(config.run.checkpoints)
+    (tmp_path / "checkpoints").symlink_to(config.run.files.checkpoints)
     settings = replace(config.eval, dtype=dtype, keep_fp32=["A_log"])
     here = replace(config, run=Run("layers", str(tmp_path), 0), eval=settings)
     monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
     export(here)
     assert "layer by layer" in capsys.readouterr().out
     pieces = Pieces(checkpoint.find(here))
-    difference = compare_by_layer(here.run.hf, pieces, MODEL, entries(here))
-    whole = compare(here.run.hf, checkpoint.load(here, checkpoint.find(here)), entries(here))
+    difference = compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here))
+    whole = compare(here.run.files.hf, checkpoint.load(here, checkpoint.find(here)), entries(here))
     assert difference < 1e-5 and whole < 1e-5
     wrong = Pieces.rows
     monkeypatch.setattr(Pieces, "rows", lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1))
-    assert compare_by_layer(here.run.hf, pieces, MODEL, entries(here)) > 1e-4
+    assert compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here)) > 1e-4
 
 
 def test_a_logit_that_is_not_a_number_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:

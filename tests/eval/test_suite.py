@@ -17,7 +17,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from data.config import InputError
+from core.errors import InputError
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
@@ -60,7 +60,7 @@ def suite_of(folder: Path | None, *names: str) -> Suite:
 @pytest.fixture(scope="module")
 def exported(config: EvaluationConfig) -> Path:
     export(config)
-    return config.run.hf
+    return config.run.files.hf
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import DataConfig, InputError
+from core.errors import InputError
+from core.files import sha256_of
+from core.run import Run
+from data.config import DataConfig
 from data.loader import open_manifests, source_folder
-from data.shards import DTYPE, read_manifest, sha256_of, write_manifest
+from data.shards import DTYPE, read_manifest, write_manifest
 from data.tokenizer import EOS
 from eval import checkpoint
 from eval.checkpoint import start_from
-from eval.config import EvaluationConfig, Jobs, Launcher, Run, ValidationConfig
+from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig
 from eval.export import export
 from eval.heldout import evaluate
 from eval.jobs import SuiteJobs
@@ -92,7 +95,7 @@ def test_what_is_held_out_is_not_trained_on(
 def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_path: Path) -> None:
     export(config)
     expected = checkpoint.load(config, checkpoint.find(config))
-    run = Run("next", str(tmp_path), 0, str(config.run.hf))
+    run = Run("next", str(tmp_path), 0, str(config.run.files.hf))
     model = model_of(MODEL, seed=9)
     start_from(model, run, 0, 1)
     for name, parameter in model.named_parameters():
@@ -155,7 +158,7 @@ def test_slurm_gets_one_job_per_suite(
     monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
     run = replace(config.run, dir=str(tmp_path / "run"))
     run.folder.mkdir()
-    run.checkpoints.symlink_to(config.run.checkpoints)
+    run.files.checkpoints.symlink_to(config.run.files.checkpoints)
     monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
     SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
     asked = tmp_path / "asked"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import InputError
+from core.errors import InputError
 from launch.collect import rows_of
 from tests.train.test_report import write_run
 from train.incidents import Outcome

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.config import InputError
+from core.errors import InputError
 from launch.devices import GPUS
 from launch.estimate import PlannedRun, phases, reliability, roofline_seconds, step_time, traffic_between_ranks
 from launch.layouts import Layout, layout_of, layouts, worth_showing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import InputError
+from core.errors import InputError
 from launch import local, submit
 from launch.script import render
 from launch.sweep import job, sweep

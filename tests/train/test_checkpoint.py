@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 import train.commit as commit
-from data.config import InputError
-from model.weights import Piece, Pieces, fault, newest, newest_valid, read_manifest, sha256_of
+from core.errors import InputError
+from core.files import sha256_of
+from core.run import newest
+from model.weights import Piece, Pieces, fault, newest_valid, read_manifest
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
 from train.checkpoint import Checkpoints, State
@@ -295,7 +297,7 @@ def test_a_pickle_in_place_of_any_file_does_nothing(tmp_path: Path, here: Ranks,
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
     if name != "manifest.json":  # whoever writes the file writes its hash too
         files = {path.name: commit.entry(path) for path in folder.iterdir() if path.name != "manifest.json"}
-        commit.write_synced(folder / "manifest.json", {"files": files})
+        commit.write_json(folder / "manifest.json", {"files": files})
     checkpoints = Checkpoints(tmp_path / "c", KEEP, here, frozenset())
     try:
         found = checkpoints.find()

@@ -12,8 +12,8 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from data.command import CONFIGS, one_line
-from data.config import InputError
+from core.command import CONFIGS, one_line
+from core.errors import InputError
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba

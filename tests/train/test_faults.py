@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from core.files import read_json_lines
+from core.run import RunFiles
 from data.loader import source_folder
 from data.shards import read_manifest
 from tests.corpus import make_corpus
@@ -18,7 +20,7 @@ from tests.small import config, health
 from tests.soak import Result, differences, log_of, moved, schedule, soak, steps_of
 from tests.supervisor import History, start_once, supervise
 from train.config import RunConfig, VerifyShards
-from train.incidents import Incidents, read_outcome
+from train.incidents import read_outcome
 from train.records import read_lines
 from train.schedule import Schedule
 
@@ -26,6 +28,10 @@ SHORT = [
     Fault("kill", 1, 6), Fault("kill in save", 0, 9, 4), Fault("checkpoint damaged", 0, 16, 8), Fault("stop", 1, 21),
     Fault("nan", 0, 24, 1), Fault("disk full", 1, 26), Fault("SIGTERM", 1, 31), Fault("weights flip", 1, 36),
 ]  # fmt: skip
+
+
+def incidents_of(folder: Path) -> list[dict[str, Any]]:
+    return read_json_lines(RunFiles(folder).incidents)
 
 
 def quick(root: Path) -> RunConfig:
@@ -63,7 +69,7 @@ def test_exit_codes_say_what_happened(short: Result) -> None:
 
 
 def test_incidents_name_the_rank_and_the_tokens(short: Result) -> None:
-    found = {entry["incident"]: entry for entry in Incidents(short.folder).read()}
+    found = {entry["incident"]: entry for entry in incidents_of(short.folder)}
     assert found["drift"]["ranks"] == [1]
     assert "no sign of life from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
     assert found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
@@ -153,7 +159,7 @@ def test_each_kind_of_fault_leaves_no_trace(clean: Clean, kind: str, faults: lis
     if kind in ("disk full", "disk error", "slow", "log disk full", "clock jumps", "second job"):
         assert result.lost == 0 and result.history.starts == 1
     if kind == "slow":
-        named = {entry["rank"] for entry in Incidents(result.folder).read() if entry["incident"] == "straggler"}
+        named = {entry["rank"] for entry in incidents_of(result.folder) if entry["incident"] == "straggler"}
         assert 1 in named
     measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again")
 
@@ -228,7 +234,7 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
     run = moved(quick(tmp_path), tmp_path / "rewound")
     spike = Fault("spike", 0, 28, run.health.spike_patience)
     assert supervise(run, 1, [spike], tmp_path / "rewound-log").codes == [[0]]
-    found = [entry for entry in Incidents(run.run.folder).read() if entry["incident"] == "rewind"]
+    found = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rewind"]
     lines = read_lines(run.run.folder / "metrics.jsonl")
     assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
     assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]

@@ -22,7 +22,7 @@ def exported(root: Path, name: str) -> dict[str, str]:
     for file in TOKENIZER_FILES:  # copied, and read by nobody here
         (tokenizer_path(data).parent / file).write_text("{}")
     export(EvaluationConfig(run.run, run.model, data, run.eval), max_bytes=20_000)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.run.hf.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.run.files.hf.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.config import InputError
+from core.errors import InputError
 from train.config import MetricsConfig
 from train.console import LiveConsole, Pace, PlainConsole
 from train.metrics import Metrics

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from data.config import InputError
-from eval.config import Jobs, Launcher, Run
+from core.errors import InputError
+from core.run import MANIFEST, Run
+from eval.config import Jobs, Launcher
 from eval.jobs import SuiteJobs
-from model.weights import MANIFEST, STATE
+from model.weights import STATE
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.test_metrics import record, scalars

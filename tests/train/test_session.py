@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from data.config import InputError
+from core.errors import InputError
+from core.files import read_json_lines
+from core.log import UnfailingStream
 from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, ranks
 from train.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
 from train.lease import Lease, process_start
-from train.pretrain import Unfailing
 from train.records import JsonLines, read_lines
 from train.session import code_version, session
 from train.signals import Leave
@@ -158,7 +159,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
 
     with pytest.raises(RuntimeError):  # not an OSError, which the command line would take for a mistake
         session(run, here, crash)
-    assert read_outcome(folder) is None and Incidents(folder).read()[-1]["incident"] == "crash"
+    assert read_outcome(folder) is None and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
 
 
 def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
@@ -213,7 +214,7 @@ def test_no_line_is_lost_or_cut_on_a_full_disk(tmp_path: Path, monkeypatch: pyte
 
 
 def test_standard_output_on_a_full_disk_stops_nothing() -> None:
-    out = Unfailing(open("/dev/full", "w", buffering=1))  # noqa: SIM115
+    out = UnfailingStream(open("/dev/full", "w", buffering=1))  # noqa: SIM115
     print("a line", file=out, flush=True)  # type: ignore[call-overload]
     with pytest.raises(OSError):
         out.stream.write("x\n" * 10_000)
@@ -232,10 +233,11 @@ def test_the_time_limit_does_not_follow_the_wall_clock(monkeypatch: pytest.Monke
 
 
 def test_an_incident_reaches_its_file_when_the_console_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(*_: Any, **__: Any) -> None:
-        raise BrokenPipeError
+    class Closed:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
 
-    monkeypatch.setattr("builtins.print", closed)
+    monkeypatch.setattr("sys.stdout", Closed())
     incidents = Incidents(tmp_path)
     incidents.log("skip", "a loss that is not finite", step=3)
-    assert [(line["incident"], line["step"]) for line in incidents.read()] == [("skip", 3)]
+    assert [(line["incident"], line["step"]) for line in read_json_lines(incidents.path)] == [("skip", 3)]

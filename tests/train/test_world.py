@@ -15,13 +15,14 @@ import pytest
 import torch
 from megatron.core import optimizer as optimizers
 
-from data.config import InputError
-from eval.config import Run
+from core.errors import InputError
+from core.files import sha256_of
+from core.run import Run, newest
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
 from model.parallel import build, unshard
-from model.weights import Pieces, fault, newest, sha256_of
+from model.weights import Pieces, fault
 from tests.bench.recompute import step
 from tests.compose import run_config
 from tests.small import config

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from core.run import newest
 from model.config import Recompute
 from model.kernels import REFERENCE
 from model.parallel import build
-from model.weights import Pieces, newest
+from model.weights import Pieces
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
@@ -47,7 +48,7 @@ def train_from(root: Path, source: str, run: RunConfig) -> None:
     """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are still to come."""
     if os.environ.get("RANK", "0") == "0":
         second = list(newest(root / source / "checkpoints"))[-2]
-        shutil.copytree(second, run.run.checkpoints / second.name)
+        shutil.copytree(second, run.run.files.checkpoints / second.name)
     train(run)
 
 
@@ -55,7 +56,7 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
     """Load another layout's newest checkpoint and save it as this one's, without a step."""
     if os.environ.get("RANK", "0") == "0":
         newest_one = next(newest(root / source / "checkpoints"))
-        shutil.copytree(newest_one, run.run.checkpoints / newest_one.name)
+        shutil.copytree(newest_one, run.run.files.checkpoints / newest_one.name)
     with standing(run) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         trainer = Trainer(run, here, {}, watch, Leave(None, 0.0))

@@ -2,8 +2,7 @@
 
 Every entry script is `@command(Schema)` over a function of that schema. Hydra composes configs/ with the overrides;
 the sections that the schema names are converted to dataclasses (wrong keys and types are refused, __post_init__ checks
-run); nothing untyped survives. The lowest folder that may read files holds this, so that data, eval, train and launch
-share it without breaking the order of imports.
+run); nothing untyped survives.
 """
 
 import dataclasses
@@ -21,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import InputError
+from core import log
+from core.errors import USER_ERROR, InputError
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
-USER_ERROR = 2  # exit code of a mistake that the user can mend; launch/torchrun.py knows it too
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 SPEAKING_SECONDS = 10.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
 Schema = TypeVar("Schema")
@@ -86,6 +85,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
         compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(composed.append)
 
         def run() -> None:
+            log.set_up()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra passes exceptions on; the line below is ours
             try:
                 compose()

@@ -1,0 +1,79 @@
+"""Files that are whole or absent, JSON lines, hashes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Put a file into place at once: what `write` writes is synced under another name, then renamed.
+
+    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves the old file.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """write_with for text, as UTF-8."""
+    write_with(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """write_with for a value that JSON can write."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A stored JSON object; empty when there is none or it is damaged, for what can be made anew."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; lines that a kill or a full disk cut short are left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Add an object to a file of JSON lines in one write, so that lines of several processes stay whole."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(value) + "\n").encode())

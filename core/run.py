@@ -1,0 +1,74 @@
+"""A run: its name, its seed, and every file of its folder."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"  # of a checkpoint, written last
+
+
+class RunFiles:
+    """The files of a run's folder, named here and nowhere else.
+
+    Written by training: config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints, profile,
+    tensorboard, curves. By evaluation: hf, evaluation, scores, card. By launch: attempts, logs, plan, dryrun.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"  # every value, and the commit of the code
+        self.metrics = folder / "metrics.jsonl"  # a line per step, and one per checkpoint whose scores came in
+        self.incidents = folder / "incidents.jsonl"  # what happened besides steps
+        self.outcome = folder / "outcome.json"  # how the last start ended; absent while it runs and after a crash
+        self.starts = folder / "starts.json"  # starts from the same tokens
+        self.lock = folder / "run.lock"  # of the one job that writes here
+        self.heartbeats = folder / "heartbeats"  # a file per rank, and stacks of ranks that hung
+        self.checkpoints = folder / "checkpoints"
+        self.profile = folder / "profile"
+        self.tensorboard = folder / "tensorboard"
+        self.curves = folder / "curves.png"
+        self.report = folder / "report.html"
+        self.hf = folder / "hf"  # the newest checkpoint for transformers
+        self.evaluation = folder / "eval.json"  # held-out scores and a sample
+        self.scores = folder / "scores"  # leaderboards
+        self.card = folder / "README.md"
+        self.attempts = folder / "attempts.jsonl"  # a batch script's starts and ends
+        self.logs = folder / "logs"
+        self.plan = folder / "plan.json"
+        self.dryrun = folder / "dryrun.json"
+
+    def hf_of(self, step: str) -> Path:
+        """Where the export of a checkpoint that was asked for by name lies."""
+        return self.folder / f"hf-{step}"
+
+
+@dataclass
+class Run:
+    """Name, place and seed of a run: everything it writes lies in one folder."""
+
+    name: str
+    dir: str
+    seed: int  # of the initial weights
+    init_from: str | None = None  # instead of random weights
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.dir)
+
+    @property
+    def files(self) -> RunFiles:
+        """The files in it."""
+        return RunFiles(self.folder)
+
+
+def newest(checkpoints: Path) -> Iterator[Path]:
+    """Committed checkpoint folders, newest first; whoever reads one verifies it before."""
+    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    yield from sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(folder.name.removeprefix("step-"))

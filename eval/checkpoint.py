@@ -10,17 +10,16 @@ from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import sha256_of
-from core.run import MANIFEST, Run, newest
+from core.run import MANIFEST
 from data.loader import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
+from model.checkpoint import Pieces, fault, newest_valid, read_state
 from model.config import Backend, ModelConfig
-from model.hf import differences
+from model.hf import HfFolder
 from model.kernels import load as kernels_of
 from model.mamba import FalconMamba
-from model.parallel import shard
-from model.weights import HfFolder, Pieces, fault, newest_valid, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -86,24 +85,6 @@ def build(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba
         for name, parameter in model.named_parameters():
             parameter.copy_(pieces.full("param", name))
     return model.eval()
-
-
-@torch.no_grad()
-def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
-    """Initial weights out of the Hugging Face folder that run.init_from names; a run with checkpoints needs none.
-
-    Raises InputError when the folder holds another network than `model`.
-    """
-    if run.init_from is None or any(newest(run.files.checkpoints)):
-        return
-    try:
-        source = HfFolder(Path(run.init_from))
-    except ValueError as error:
-        raise InputError(f"run.init_from: {error}") from error
-    if unlike := differences(source.config, model.config):
-        raise InputError(f"run.init_from {source.folder} holds another network: give {' '.join(unlike)}")
-    for name, parameter in model.named_parameters():
-        parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.layout import CHUNK, Entry
 from eval.twin import load as transformers_twin
+from model.checkpoint import Pieces
 from model.config import Backend, ModelConfig
-from model.hf import TENSORS_OF_LAYER
+from model.hf import TENSORS_OF_LAYER, HfFolder
+from model.hf_writer import CHUNK, Entry
 from model.kernels import load as kernels_of
 from model.mamba import Block, FalconMamba, RMSNorm
-from model.weights import HfFolder, Pieces
 
 
 def probe(vocab_size: int) -> Tensor:

@@ -5,21 +5,7 @@ from enum import Enum
 
 from core.run import Run
 from data.config import DataConfig
-from model.config import ModelConfig
-
-
-@dataclass
-class Sampling:
-    """How a token is chosen of its probabilities."""
-
-    temperature: float  # 0 takes the most likely one
-    top_k: int  # 0 keeps all
-    top_p: float  # 1 keeps all
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("eval.sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+from model.config import ModelConfig, Sampling
 
 
 @dataclass

@@ -27,10 +27,10 @@ from data.tokenizer import EOS
 from eval import checkpoint
 from eval.compare import compare, compare_by_layer
 from eval.config import EvaluationConfig
-from eval.layout import MAX_FILE_BYTES, Entry, json_bytes, plan, write
+from model.checkpoint import Pieces
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
-from model.weights import Pieces
+from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan, write
 
 logger = logging.getLogger(__name__)
 

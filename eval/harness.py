@@ -21,8 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import EOS, EOS_TOKEN
-from eval.config import Sampling
-from eval.generate import generate
+from model.config import Sampling
 from model.mamba import FalconMamba
 
 Pair = tuple[Any, list[int], list[int]]  # what was asked, context ids, continuation ids
@@ -150,7 +149,8 @@ class FalconMambaLM(TemplateLM):
         ids: list[list[int]] = [[] for _ in prompts]
         done = [False] * len(prompts)
         # an empty prompt continues end-of-text
-        for tokens in generate(self.model, [prompt or [EOS] for prompt in prompts], settings["max_gen_toks"], sampling):
+        filled = [prompt or [EOS] for prompt in prompts]
+        for tokens in self.model.stream(filled, settings["max_gen_toks"], sampling):
             for row, token in enumerate(tokens.tolist()):
                 if not done[row]:
                     ids[row].append(token)

@@ -20,7 +20,7 @@ from typing import Any
 from core.files import read_json, write_json
 from core.run import Run, newest, step_of
 from eval.config import Jobs, Launcher
-from model.weights import read_state
+from model.checkpoint import read_state
 
 logger = logging.getLogger(__name__)
 

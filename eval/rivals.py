@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import EOS
-from eval.generate import generate
 from model.config import Backend, ModelConfig
 from model.flops import parameter_count
 from model.hf import hf_config
 from model.kernels import load as kernels_of
-from model.parallel import build
+from model.parallel.build import build
 
 Decoder = Callable[[list[int], int, Callable[[], None]], None]  # prompt, count, what is called after each token
 
@@ -24,7 +23,7 @@ def ours(config: ModelConfig, device: torch.device) -> Decoder:
         model.bfloat16()
 
     def decode(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
-        for _ in generate(model, [prompt], count, compiled=True):
+        for _ in model.stream([prompt], count, compiled=True):
             watch()
 
     return decode

@@ -65,3 +65,17 @@ class ModelConfig:
         for name in ("d_inner", "vocab_size"):
             if getattr(self, name) % ranks:
                 raise ValueError(f"parallel.tensor_parallel {ranks} does not divide model.{name} {getattr(self, name)}")
+
+
+@dataclass
+class Sampling:
+    """How a token is chosen of its probabilities."""
+
+    temperature: float  # 0 takes the most likely one
+    top_k: int  # 0 keeps all
+    top_p: float  # 1 keeps all
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("eval.sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")

@@ -1,13 +1,19 @@
 """Ours <-> transformers' FalconMambaForCausalLM: one table of tensor names and one of config fields, used both ways."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from core.errors import InputError
 from model.config import ModelConfig
+from model.sharding import shard
 
 # in the order of transformers' state dict, which decides how tensors fall into files
 TENSORS_BEFORE = {"embedding.weight": "backbone.embeddings.weight"}
@@ -119,3 +125,63 @@ def differences(folder: ModelConfig, wanted: ModelConfig) -> list[str]:
     initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
     names = [field.name for field in fields(ModelConfig) if field.name not in initial]
     return [f"model.{name}={getattr(folder, name)}" for name in names if getattr(folder, name) != getattr(wanted, name)]
+
+
+class HfFolder:
+    """The weights of a Hugging Face FalconMamba folder under our names, read tensor by tensor.
+
+    Raises ValueError for a folder that is none, or whose tensors are not those of its config.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.config = model_config(raw)
+            self.files = self._files()
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{folder} is no folder of transformers' layout with safetensors weights: {error}"
+            ) from error
+        self.names = dict(tensor_names(self.config.n_layer))
+        if self.files.keys() != set(self.names.values()):
+            odd = sorted(self.files.keys() ^ set(self.names.values()))
+            raise ValueError(f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}")
+
+    def _files(self) -> dict[str, Path]:
+        """Tensor name -> file that holds it."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            single = self.folder / "model.safetensors"
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if odd := sorted(name for name in places.values() if Path(name).name != name):
+            raise ValueError(f"{index} names {odd[0]}, which lies outside its folder")
+        return {tensor: self.folder / name for tensor, name in places.items()}
+
+    def full(self, name: str) -> Tensor:
+        """The whole tensor of our name, fp32 on the CPU."""
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows [start, stop) of the tensor of our name, fp32 on the CPU."""
+        theirs = self.names[name]
+        with safe_open(self.files[theirs], framework="pt") as file:
+            return from_hf(name, file.get_slice(theirs)[start:stop]).float()
+
+
+@torch.no_grad()
+def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Fill a FalconMamba, or the part of it that a tensor-parallel rank holds, out of a Hugging Face folder.
+
+    Raises InputError when the folder holds no FalconMamba, or another network than `model`.
+    """
+    try:
+        source = HfFolder(folder)
+    except ValueError as error:
+        raise InputError(f"run.init_from: {error}") from error
+    if unlike := differences(source.config, model.config):
+        raise InputError(f"run.init_from {source.folder} holds another network: give {' '.join(unlike)}")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))

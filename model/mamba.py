@@ -2,19 +2,20 @@
 
 Read top-down: FalconMamba, Block, Mixer. Axes: b batch, l sequence, e d_model, d d_inner, n d_state, r dt_rank,
 k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r, before dt_proj), B and C (over n).
-The modules hold mathematics alone; model/parallel.py puts sharded linears in their place.
+The modules hold mathematics alone; model/parallel/build.py puts sharded linears in their place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, Recompute
-from model.context_parallel import ContextRanks
+from model.decode import LayerState, State
+from model.generation import Generation
 from model.kernels import REFERENCE, Kernels
 from model.kernels.carry import continued_conv, last_taps
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
@@ -23,14 +24,15 @@ from model.kernels.reference import computing_type, product_type
 COMPILED_VARIANTS = 32  # of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
 
 
-class LayerState(NamedTuple):
-    """What a layer remembers of all tokens so far; its size does not depend on their number."""
+class SequenceRanks(Protocol):
+    """What a layer asks of the ranks that hold the other pieces of its sequences (model/parallel/context.py)."""
 
-    taps: Tensor  # the convolution's last inputs [b, k - 1, d]
-    scan: Tensor  # [b, d, n] fp32
+    def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
+        """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]."""
 
-
-State = list[LayerState]
+    @property
+    def state(self) -> Callable[..., Tensor]:
+        """The scan's state [b, d, n] before this rank's piece, of a scan and its arguments."""
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +57,7 @@ class Mixer(nn.Module):
         c = config
         self.kernels = kernels
         self.recompute = False  # what lies between in_proj and out_proj, in the backward
-        self.context: ContextRanks | None = None  # of the ranks that hold the other pieces of the sequence
+        self.context: SequenceRanks | None = None  # of the ranks that hold the other pieces of the sequence
         self.norms = c.mixer_norms
         self.norm_eps = c.mixer_norm_eps
         self.split = [c.dt_rank, c.d_state, c.d_state]
@@ -126,7 +128,7 @@ class Block(nn.Module):
         return h + y, state
 
 
-class FalconMamba(nn.Module):
+class FalconMamba(Generation, nn.Module):
     """The language model. Built empty (also on the meta device); model/init.py or weights fill it."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
@@ -134,7 +136,7 @@ class FalconMamba(nn.Module):
         self.config = config
         self.kernels = kernels
         self.recompute = False  # blocks keep only their input for the backward and run their forward again
-        self.context: ContextRanks | None = None  # of the ranks that hold the other pieces of the sequences
+        self.context: SequenceRanks | None = None  # of the ranks that hold the other pieces of the sequences
         self.vocabulary_group: VocabularyGroup | None = None  # of the ranks that the head is cut over
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
@@ -159,7 +161,7 @@ class FalconMamba(nn.Module):
                 layer.forward, dynamic=True, fullgraph=True, recompile_limit=COMPILED_VARIANTS
             )
 
-    def set_context(self, context: ContextRanks | None) -> None:
+    def set_context(self, context: SequenceRanks | None) -> None:
         """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""
         self.context = context
         for layer in self.layers:

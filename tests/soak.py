@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.run import Run
-from model.weights import Pieces, newest_valid, read_state
+from model.checkpoint import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import History, supervise
 from train.config import RunConfig

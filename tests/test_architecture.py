@@ -22,7 +22,7 @@ DOCTOR = {"model.kernels", "data.loader"}  # what a machine must be able to run 
 DRY_RUN = {"train.dryrun"}  # and what a run would do, by launch/dryrun.py alone: a function of config and ranks
 TORCH_FREE = ("model/config.py", "model/flops.py", "data/config.py", "eval/config.py", "train/config.py",
               "train/schedule.py", "train/plan.py", "train/traffic.py", "launch/plan.py", "launch/estimate.py",
-              "launch/layouts.py", "launch/dryrun.py", "model/rules.py")  # fmt: skip
+              "launch/layouts.py", "launch/dryrun.py", "model/parameters.py")  # fmt: skip
 SOURCES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 

@@ -15,7 +15,8 @@ from eval.card import model_card
 from eval.config import EvaluationConfig
 from eval.export import export
 from eval.twin import load as transformers_model
-from model.weights import HfFolder, Pieces, fault, read_state
+from model.checkpoint import Pieces, fault, read_state
+from model.hf import HfFolder
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.train.world import curve, engine, megatron, records, train

@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.kernels import REFERENCE
 from model.kernels.interface import Kernels
 from model.mamba import FalconMamba
-from model.parallel import build
+from model.parallel.build import build
 
 TINY = ModelConfig(
     vocab_size=96, d_model=24, n_layer=2, d_inner=48, d_state=6, d_conv=4, dt_rank=5,

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from core.errors import InputError
 from core.run import MANIFEST, newest
-from model.weights import Pieces, fault, read_state
+from model.checkpoint import Pieces, fault, read_state
 from train.commit import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from core.files import sync_folder, write_json
 from core.run import MANIFEST
-from model.weights import FORMAT, STATE, Piece
+from model.checkpoint import FORMAT, STATE, Piece
 from train.distributed import Ranks
 
 logger = logging.getLogger(__name__)

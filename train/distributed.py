@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from core.errors import InputError
-from model.context_parallel import ContextRanks
+from model.parallel.context import ContextRanks
 from train.config import Device, EngineKind, Parallel
 from train.memory import keep_freed
 

@@ -29,7 +29,7 @@ from data.loader import present_or_expected, split
 from data.mixture import Plan
 from model.kernels import CPU
 from model.mamba import FalconMamba
-from model.parallel import lay_out, mark
+from model.parallel.build import lay_out, mark
 from train.collectives import Collectives, Count
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu

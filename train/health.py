@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.rules import cut_of
+from model.parameters import cut_of
 from train.config import HealthConfig
 from train.distributed import Ranks, data_parallel_group
 from train.engines import Engine, Weights

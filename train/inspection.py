@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.run import MANIFEST, RunFiles, newest
-from model.weights import Pieces, newest_valid, read_manifest, read_state
+from model.checkpoint import Pieces, newest_valid, read_manifest, read_state
 from train.checkpoint import why_not
 from train.plan import GIB
 

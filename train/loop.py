@@ -8,18 +8,21 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.errors import InputError
+from core.run import Run, newest
 from data.loader import Batch, Loader, compile_plan, open_manifests
-from eval.checkpoint import start_from
 from eval.jobs import SuiteJobs
 from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token
+from model.hf import initialize_from
 from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
-from model.parallel import build
+from model.mamba import FalconMamba
+from model.parallel.build import build
 from train.checkpoint import Checkpoints, State
 from train.config import Parallel, Precision, RunConfig
 from train.datacheck import DataCheck
@@ -51,6 +54,12 @@ def kernels_of(config: Parallel, device: str) -> Kernels:
             "parallel.compile=false, or another parallel.kernels"
         )
     return kernels
+
+
+def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
+    """Initial weights out of the folder that run.init_from names; a run with checkpoints needs none."""
+    if run.init_from is not None and not any(newest(run.files.checkpoints)):
+        initialize_from(model, Path(run.init_from), tp_rank, tp_size)
 
 
 class Trainer:

@@ -9,7 +9,7 @@ from math import lcm, prod
 
 from model.config import Recompute
 from model.flops import parameter_shapes
-from model.rules import cut_of, decays, in_products
+from model.parameters import cut_of, decays, in_products
 from train.config import EngineKind, Precision, RunConfig
 from train.zero3 import gathered, persistent
 

@@ -18,7 +18,7 @@ from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE
 from model.kernels.cpu_library import instruction_set
 from model.kernels.cross_entropy import linear_cross_entropy
-from model.parallel import build
+from model.parallel.build import build
 from tests.bench.timing import Row, in_turn, median_seconds, show, write
 from tests.compose import run_config
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.layout import CHUNK, Entry, File, Layout, plan, write
+from model.checkpoint import Piece, Pieces
 from model.flops import parameter_shapes
 from model.hf import tensor_names, to_hf
-from model.weights import Piece, Pieces
+from model.hf_writer import CHUNK, Entry, File, Layout, plan, write
 from tests.compose import run_config
 
 RANKS = 2

@@ -14,7 +14,7 @@ from model.hf import hf_config, tensor_names, to_hf
 from model.init import initialize
 from model.kernels import REFERENCE, Kernels
 from model.mamba import Block, FalconMamba
-from model.parallel import lay_out, mark
+from model.parallel.build import lay_out, mark
 from tests.bench.gpu_bench import Bench, agree
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu

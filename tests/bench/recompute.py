@@ -20,7 +20,7 @@ from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU
 from model.mamba import FalconMamba
-from model.parallel import build
+from model.parallel.build import build
 from tests.bench.timing import Row, show, write
 from tests.compose import run_config
 from train.config import Precision, RunConfig

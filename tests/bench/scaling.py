@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from model.kernels import CPU
-from model.parallel import build
+from model.parallel.build import build
 from tests.bench.timing import Row, show, write
 from tests.compose import run_config
 from tests.distributed import run_ranks

@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from data.loader import Loader, compile_plan, open_manifests
 from data.tokenizer import EOS
-from eval import layout
-from eval.layout import Entry, json_bytes
+from model import hf_writer as layout
 from model.flops import parameter_count
 from model.hf import hf_config, tensor_names, to_hf
+from model.hf_writer import Entry, json_bytes
 from model.kernels import REFERENCE
-from model.parallel import build
-from model.rules import decays
+from model.parallel.build import build
+from model.parameters import decays
 from tests.bench.timing import Row, show, with_ratios, write
 from tests.compose import run_config
 from train.config import RunConfig

@@ -14,7 +14,7 @@ from data.loader import tokenizer_path
 from data.tokenizer import train as train_tokenizer
 from eval.config import EvaluationConfig
 from model.kernels import REFERENCE
-from model.parallel import build
+from model.parallel.build import build
 from tests.compose import run_config
 from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY

@@ -24,9 +24,9 @@ from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.run import evaluation, generate, total
+from model.checkpoint import Pieces
 from model.hf import hf_config
 from model.mamba import FalconMamba
-from model.weights import Pieces
 from tests.eval.conftest import MODEL
 
 

@@ -1,124 +1,11 @@
-"""Recurrent decoding: the same tokens and states as the whole sequence gives, in batches and in chunks."""
-
-from dataclasses import replace
+"""Text as it is generated."""
 
 import pytest
 import torch
 
-from eval.config import Sampling
-from eval.decode import Decoder
-from eval.generate import GREEDY, choose, generate, prefill, stream
-from model.config import Backend
-from model.kernels import CUDA, REFERENCE, load
-from model.kernels.interface import Kernels
-from model.mamba import FalconMamba
-from tests.gpu import ON_GPU
+from eval.generate import stream
+from model.generation import GREEDY
 from tests.tiny import TINY, model_of
-
-PROMPTS = [[12, 40, 7, 33, 21, 9], [50], [13, 14, 15, 16, 17, 18, 19, 20, 90, 91, 92, 93, 94]]
-
-
-@pytest.fixture(params=["reference", "auto", pytest.param("cuda", marks=ON_GPU)])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return {"reference": REFERENCE, "auto": load(Backend.auto, "cpu"), "cuda": CUDA}[request.param]
-
-
-def tiny(kernels: Kernels, seed: int = 0, norms: bool = True) -> FalconMamba:
-    """The small model on the device of the kernels."""
-    device = "cuda" if kernels is CUDA else "cpu"
-    return model_of(replace(TINY, mixer_norms=norms), seed, kernels, device)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 4096])
-def test_prompts_of_any_length_in_chunks(kernels: Kernels, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of a padded batch, read in chunks, ends in the state that it reaches alone and whole."""
-    monkeypatch.setattr("eval.generate.PREFILL_TOKENS", tokens)
-    model = tiny(kernels)
-    hidden, state = prefill(model, PROMPTS)
-    for row, prompt in enumerate(PROMPTS):
-        with torch.no_grad():
-            alone, layers = model.extend(torch.tensor([prompt], device=hidden.device))
-        torch.testing.assert_close(hidden[row], alone[0, -1], rtol=1e-5, atol=1e-6)
-        for batched, single in zip(state, layers, strict=True):
-            torch.testing.assert_close(batched.scan[row], single.scan[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(batched.taps[row], single.taps[0], rtol=1e-5, atol=1e-6)
-
-
-def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -> None:
-    model = tiny(kernels, seed=2)
-    steps = torch.stack(list(generate(model, PROMPTS, 20, GREEDY)), 1)
-    for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([[*prompt, *steps[row].tolist()]], device=steps.device)
-        with torch.no_grad():
-            expected = model.logits(ids)[0, len(prompt) - 1 : -1].argmax(-1)
-        assert torch.equal(steps[row], expected), row
-
-
-@pytest.mark.parametrize("norms", [True, False])
-def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
-    """Scores and states of many single steps against extend; plain Mamba too."""
-    model = tiny(kernels, 1, norms)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
-            parameter.add_(0.1 * noise.to(parameter.device))
-    _, state = prefill(model, PROMPTS)
-    decoder = Decoder(model, state)
-    for step in range(12):
-        tokens = torch.tensor([13 + step, 20, 90 - step], device=model.lm_head.weight.device)
-        with torch.no_grad():
-            hidden, state = model.extend(tokens.unsqueeze(1), state)
-            expected = model.lm_head(hidden[:, 0])
-        torch.testing.assert_close(decoder(tokens), expected, rtol=1e-5, atol=1e-5)
-    for taps, scan, theirs in zip(decoder.taps, decoder.scans, state, strict=True):
-        torch.testing.assert_close(scan, theirs.scan, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(taps, theirs.taps, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
-def test_the_cuda_graph_is_the_step(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tokens with the step launched kernel by kernel."""
-    model = tiny(kernels)
-    captured = list(generate(model, PROMPTS, 30))
-    monkeypatch.setattr(Decoder, "_capture", lambda decoder: None)
-    plain = list(generate(model, PROMPTS, 30))
-    assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
-
-
-def test_the_padding_is_forgotten_only_by_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the mark of the first token the padding would show: the test above can fail."""
-    model = model_of(TINY)
-    expected, _ = prefill(model, PROMPTS)
-    extend = model.extend
-    monkeypatch.setattr(model, "extend", lambda tokens, state, starts: extend(tokens, state, None))
-    unmarked, _ = prefill(model, PROMPTS)
-    assert (unmarked[1] - expected[1]).abs().max() > 1e-3
-    torch.testing.assert_close(unmarked[2], expected[2])
-
-
-def test_sampling() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, 4).contiguous()
-    generator = torch.Generator().manual_seed(0)
-
-    def frequencies(sampling: Sampling) -> torch.Tensor:
-        return torch.bincount(choose(logits, sampling, generator), minlength=4) / len(logits)
-
-    assert torch.equal(frequencies(GREEDY), torch.tensor([0.0, 0, 0, 1]))
-    expected = (logits[0] / 2).softmax(-1)
-    torch.testing.assert_close(frequencies(Sampling(2.0, 0, 1.0, 0)), expected, rtol=0, atol=0.02)
-    kept = torch.tensor([0.0, 0, 2, 3]).masked_fill(torch.tensor([1, 1, 0, 0]).bool(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(frequencies(Sampling(1.0, 2, 1.0, 0)), kept, rtol=0, atol=0.02)
-    torch.testing.assert_close(frequencies(Sampling(1.0, 0, 0.7, 0)), kept, rtol=0, atol=0.02)  # 0.64 + 0.24 >= 0.7
-    assert frequencies(Sampling(1.0, 0, 0.6, 0))[3] == 1
-
-
-def test_a_seed_gives_the_same_text_again() -> None:
-    model = model_of(TINY)
-
-    def drawn(seed: int) -> list[int]:
-        return [int(token) for token in generate(model, [[12]], 30, Sampling(1.0, 0, 1.0, seed))]
-
-    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_streaming_yields_whole_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +24,7 @@ def test_streaming_yields_whole_characters(monkeypatch: pytest.MonkeyPatch) -> N
             return str(tokenizer.decoder.decode([letters[i] for i in ids]))
 
     sequence = [20, 21, 22, 23, 20, EOS, 20]
-    monkeypatch.setattr("eval.generate.generate", lambda *arguments: (torch.tensor([i]) for i in sequence))
-    pieces = list(stream(model_of(TINY), Vocabulary(), "a", 7, GREEDY))  # type: ignore[arg-type]
+    model = model_of(TINY)
+    monkeypatch.setattr(model, "stream", lambda *arguments: (torch.tensor([i]) for i in sequence))
+    pieces = list(stream(model, Vocabulary(), "a", 7, GREEDY))  # type: ignore[arg-type]
     assert pieces == ["a", "\u00e9", "\n", "a"]

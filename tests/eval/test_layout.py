@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from eval.layout import INDEX, Entry, File, Layout, plan, write
+from model.checkpoint import Piece, Pieces
 from model.config import ModelConfig
 from model.flops import parameter_shapes
-from model.hf import differences, hf_config, tensor_names, to_hf
+from model.hf import HfFolder, differences, hf_config, tensor_names, to_hf
+from model.hf_writer import INDEX, Entry, File, Layout, plan, write
 from model.mamba import FalconMamba
-from model.parallel import shard
-from model.weights import HfFolder, Piece, Pieces
+from model.sharding import shard
 from tests.compose import run_config
 from tests.tiny import TINY, model_of
 
@@ -106,7 +106,7 @@ def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
 def test_every_layout_of_ranks_exports_the_same_bytes(
     tmp_path: Path, tp: int, dp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.layout.CHUNK", 100)  # a few rows at a time, across the borders of ranks
+    monkeypatch.setattr("model.hf_writer.CHUNK", 100)  # a few rows at a time, across the borders of ranks
     model = model_of(TINY, seed=3)
     write_pieces(tmp_path / "step", model, tp, dp)
     pieces = Pieces(tmp_path / "step")

@@ -18,15 +18,15 @@ from data.loader import open_manifests, source_folder
 from data.shards import DTYPE, read_manifest, write_manifest
 from data.tokenizer import EOS
 from eval import checkpoint
-from eval.checkpoint import start_from
 from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig
 from eval.export import export
 from eval.heldout import evaluate
 from eval.jobs import SuiteJobs
 from eval.validation import Validation, prove, trained_documents
-from model.weights import read_state
+from model.checkpoint import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
+from train.loop import start_from
 from train.records import read_lines, read_scores
 from train.scores import collecting
 

@@ -17,7 +17,7 @@ from launch.plan import SHOWN, plan
 from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
-from model.parallel import build
+from model.parallel.build import build
 from tests.compose import run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from model.config import Recompute
-from model.context_parallel import ContextRanks
 from model.kernels import CPU, MAMBA_SSM, REFERENCE
-from model.parallel import build
+from model.parallel.build import build
+from model.parallel.context import ContextRanks
 from tests.distributed import run_ranks
 from tests.model.public import public_kernels
 from tests.tiny import TINY

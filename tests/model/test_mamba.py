@@ -9,8 +9,8 @@ from model.flops import matmul_parameters, parameter_count, parameter_shapes, tr
 from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
-from model.parallel import build
-from model.rules import decays
+from model.parallel.build import build
+from model.parameters import decays
 from tests.tiny import TINY, model_of
 
 

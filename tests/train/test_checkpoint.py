@@ -25,7 +25,7 @@ import train.commit as commit
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import newest
-from model.weights import Piece, Pieces, fault, newest_valid, read_manifest
+from model.checkpoint import Piece, Pieces, fault, newest_valid, read_manifest
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
 from train.checkpoint import Checkpoints, State

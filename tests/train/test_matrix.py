@@ -21,8 +21,9 @@ from data.loader import split
 from model.config import Recompute
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
-from model.parallel import build, unshard
-from model.rules import cut_of, decays
+from model.parallel.build import build
+from model.parameters import cut_of, decays
+from model.sharding import unshard
 from tests.compose import run_config
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of

@@ -23,7 +23,7 @@ from model.flops import parameter_count
 from model.kernels import CPU, cpu
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
-from model.parallel import build
+from model.parallel.build import build
 from tests.bench.recompute import demo, largest_sum
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu

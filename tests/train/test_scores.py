@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.run import MANIFEST, Run
 from eval.config import Jobs, Launcher
 from eval.jobs import SuiteJobs
-from model.weights import STATE
+from model.checkpoint import STATE
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.test_metrics import record, scalars

@@ -18,11 +18,12 @@ from megatron.core import optimizer as optimizers
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run, newest
+from model.checkpoint import Pieces, fault
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
-from model.parallel import build, unshard
-from model.weights import Pieces, fault
+from model.parallel.build import build
+from model.sharding import unshard
 from tests.bench.recompute import step
 from tests.compose import run_config
 from tests.small import config

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from core.run import newest
+from model.checkpoint import Pieces
 from model.config import Recompute
 from model.kernels import REFERENCE
-from model.parallel import build
-from model.weights import Pieces
+from model.parallel.build import build
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config

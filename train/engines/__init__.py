@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.checkpoint import Piece, Pieces
 from model.flops import parameter_shapes
 from model.mamba import FalconMamba
-from model.rules import cut_of, decays
-from model.weights import Piece, Pieces
+from model.parameters import cut_of, decays
 from train.config import EngineKind, Optim, Parallel
 from train.distributed import Ranks
 
@@ -76,7 +76,7 @@ def build_engine(model: FalconMamba, optim: Optim, parallel: Parallel, ranks: Ra
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay where model.rules.decays says so; its rate is set at every update."""
+    """AdamW with weight decay where model.parameters.decays says so; its rate is set at every update."""
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},

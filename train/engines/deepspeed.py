@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model.checkpoint import Piece, Pieces
 from model.mamba import FalconMamba
-from model.weights import Piece, Pieces
 from train.config import Optim
 from train.distributed import Mpu, Ranks
 from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of

@@ -21,9 +21,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
+from model.checkpoint import Piece, Pieces
 from model.mamba import FalconMamba
-from model.rules import decays, in_products
-from model.weights import Piece, Pieces
+from model.parameters import decays, in_products
 from train.config import Optim, Precision
 from train.distributed import Ranks
 from train.engines import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of

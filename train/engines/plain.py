@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.checkpoint import Piece, Pieces
 from model.mamba import FalconMamba
-from model.weights import Piece, Pieces
 from train.config import Optim
 from train.distributed import Ranks, data_parallel_group, tensor_parallel_group
 from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of

@@ -1,32 +1,16 @@
-"""The parts of parameters that tensor-parallel ranks hold, and the one function that builds a rank's model."""
+"""The one function that builds a rank's model."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.config import ModelConfig, Recompute
 from model.init import initialize
 from model.kernels import Kernels
 from model.mamba import FalconMamba
-from model.rules import cut_of
-
-
-def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
-    """The part of a full parameter that tensor-parallel rank `rank` of `size` holds."""
-    cut = cut_of(name)
-    if cut is None or size == 1:
-        return full
-    return torch.cat([part.chunk(size, cut.dim)[rank] for part in full.chunk(cut.parts, cut.dim)], cut.dim)
-
-
-def unshard(name: str, shards: list[Tensor]) -> Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks, in rank order; inverse of shard."""
-    cut = cut_of(name)
-    if cut is None or len(shards) == 1:
-        return shards[0]
-    by_part = zip(*(piece.chunk(cut.parts, cut.dim) for piece in shards), strict=True)
-    return torch.cat([piece for part in by_part for piece in part], cut.dim)
+from model.parameters import cut_of
+from model.sharding import shard
 
 
 def build(
@@ -78,7 +62,7 @@ def mark(model: FalconMamba, tp_size: int) -> None:
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
     """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by smaller ones."""
     # imported here: megatron-core takes seconds to import and one rank needs none of it
-    from model.tensor_parallel import (
+    from model.parallel.tensor import (
         ColumnParallel,
         RowParallel,
         SummedRowParallel,
@@ -103,7 +87,7 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
 
 def _put_sequence_parallel_layers(model: FalconMamba, config: ModelConfig) -> None:
     """Replace what touches the residual stream by what holds this rank's tokens of it alone."""
-    from model.sequence_parallel import (
+    from model.parallel.sequence import (
         GatheredColumnParallel,
         JoinedNorm,
         ScatteredRowParallel,

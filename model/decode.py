@@ -1,28 +1,37 @@
 """One token through the whole model: what decoding repeats, without what a sequence needs.
 
 The same formula as model/mamba.py at a length of one, with A and the convolution's transposed weights prepared once:
-no kernel is launched for a single step. Equal to FalconMamba.extend (tests/eval/test_generate.py).
+no kernel is launched for a single step. Equal to FalconMamba.extend (tests/model/test_generation.py).
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mamba import FalconMamba, Mixer, State
-
 WARMUP = 3  # steps before a CUDA graph is captured, so that libraries have allocated what they need
 
 
+class LayerState(NamedTuple):
+    """What a layer remembers of all tokens so far; its size does not depend on their number."""
+
+    taps: Tensor  # the convolution's last inputs [b, k - 1, d]
+    scan: Tensor  # [b, d, n] fp32
+
+
+State = list[LayerState]
+
+
 class Decoder:
-    """Next-token scores from one token and the state, which it keeps.
+    """Next-token scores of a FalconMamba from one token and the state, which it keeps.
 
     compiled: torch.compile makes the step several times faster on a CPU and takes half a minute at first. On a GPU the
     step is a CUDA graph, captured here: one launch per token.
     """
 
-    def __init__(self, model: FalconMamba, state: State, *, compiled: bool = False) -> None:
+    def __init__(self, model: Any, state: State, *, compiled: bool = False) -> None:
         self.model = model
         self.A = [-torch.exp(mixer.A_log.detach().float()) for mixer in self._mixers()]
         self.taps = [layer.taps.clone() for layer in state]
@@ -44,8 +53,8 @@ class Decoder:
         scores, self.taps, self.scans = self.step(tokens, self.taps, self.scans)
         return scores
 
-    def _mixers(self) -> list[Mixer]:
-        return [layer.mixer for layer in self.model.layers]  # type: ignore[misc]
+    def _mixers(self) -> list[Any]:
+        return [layer.mixer for layer in self.model.layers]
 
     def _step(
         self, tokens: Tensor, taps: list[Tensor], scans: list[Tensor]
@@ -54,8 +63,8 @@ class Decoder:
         h = self.model.embedding(tokens).float()
         after: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer, A, tap, scan in zip(self.model.layers, self.A, taps, scans, strict=True):
-            x = _norm(h, layer.norm.weight, layer.norm.eps).to(tap.dtype)  # type: ignore[union-attr, arg-type]
-            y, tap, scan = _mix(layer.mixer, x, A, tap, scan)  # type: ignore[arg-type]
+            x = _norm(h, layer.norm.weight, layer.norm.eps).to(tap.dtype)
+            y, tap, scan = _mix(layer.mixer, x, A, tap, scan)
             h = h + y
             after[0].append(tap)
             after[1].append(scan)
@@ -88,7 +97,7 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * weight
 
 
-def _mix(mixer: Mixer, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mix(mixer: Any, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mixer at one step: x [b, e] -> [b, e], with the taps and the scan's state after it."""
     u, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
     window = torch.cat([taps, u.unsqueeze(1)], 1)

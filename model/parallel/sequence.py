@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from model.kernels.reference import product_type
 from model.mamba import RMSNorm
-from model.tensor_parallel import ColumnParallel, RowParallel, VocabParallel
+from model.parallel.tensor import ColumnParallel, RowParallel, VocabParallel
 
 
 def gather(x: Tensor) -> Tensor:

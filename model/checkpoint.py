@@ -18,9 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.run import MANIFEST, newest
-from model.hf import from_hf, model_config, tensor_names
-from model.parallel import shard
-from model.rules import cut_of
+from model.parameters import cut_of
+from model.sharding import shard
 
 STATE = "state.json"
 FORMAT = 1
@@ -115,50 +114,6 @@ class Pieces:
         if filled != start + numel:
             raise ValueError(f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}")
         return out
-
-
-class HfFolder:
-    """The weights of a Hugging Face FalconMamba folder under our names, read tensor by tensor.
-
-    Raises ValueError for a folder that is none, or whose tensors are not those of its config.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            self.config = model_config(raw)
-            self.files = self._files()
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{folder} is no folder of transformers' layout with safetensors weights: {error}"
-            ) from error
-        self.names = dict(tensor_names(self.config.n_layer))
-        if self.files.keys() != set(self.names.values()):
-            odd = sorted(self.files.keys() ^ set(self.names.values()))
-            raise ValueError(f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}")
-
-    def _files(self) -> dict[str, Path]:
-        """Tensor name -> file that holds it."""
-        index = self.folder / "model.safetensors.index.json"
-        if not index.is_file():
-            single = self.folder / "model.safetensors"
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if odd := sorted(name for name in places.values() if Path(name).name != name):
-            raise ValueError(f"{index} names {odd[0]}, which lies outside its folder")
-        return {tensor: self.folder / name for tensor, name in places.items()}
-
-    def full(self, name: str) -> Tensor:
-        """The whole tensor of our name, fp32 on the CPU."""
-        return self.rows(name, 0, None)
-
-    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """Rows [start, stop) of the tensor of our name, fp32 on the CPU."""
-        theirs = self.names[name]
-        with safe_open(self.files[theirs], framework="pt") as file:
-            return from_hf(name, file.get_slice(theirs)[start:stop]).float()
 
 
 def sha256_of(path: Path) -> str:

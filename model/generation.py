@@ -1,0 +1,107 @@
+"""Generation: from prompts to tokens, recurrently; text is eval's.
+
+A token costs the same time and memory whatever came before it. A prompt is read in chunks with the state carried, so
+that any length fits. Prompts of a batch are aligned on the right; where one begins, convolution and scan forget the
+padding before it, so that a row's result is the one it gets alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import InputError
+from model.config import Sampling
+from model.decode import Decoder, State
+
+PREFILL_TOKENS = 4096  # of a chunk, all rows together: its activations are the memory of a prompt of any length
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+PADDING = 0  # an id before a prompt that is shorter than others; any would do, for it is forgotten
+Prompts = Sequence[Sequence[int]]
+
+
+class Generation:
+    """The part of FalconMamba that generates."""
+
+    embedding: nn.Module
+    lm_head: nn.Linear
+    extend: Callable[..., tuple[Tensor, State]]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Prompts, count: int = 128, sampling: Sampling = GREEDY, *, stop: int | None = None
+    ) -> Tensor:
+        """The next `count` ids [b, count] of prompts, which may differ in length; fewer where all rows reached `stop`.
+
+        In the row of a prompt that ended before, `stop` fills what is left.
+        """
+        columns: list[Tensor] = []
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.lm_head.weight.device)
+        for tokens in self.stream(prompts, count, sampling):
+            if stop is not None:
+                tokens = tokens.masked_fill(ended, stop)
+                ended |= tokens == stop
+            columns.append(tokens)
+            if ended.all():
+                break
+        return torch.stack(columns, 1)
+
+    @torch.no_grad()
+    def stream(
+        self, prompts: Prompts, count: int, sampling: Sampling = GREEDY, *, compiled: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield `count` times the next token [b] of every prompt; the caller stops when it has enough.
+
+        compiled is for long texts on a CPU: see Decoder.
+        """
+        hidden, state = self.prefill(prompts)
+        generator = torch.Generator(hidden.device).manual_seed(sampling.seed)
+        tokens = choose(self.lm_head(hidden.to(self.lm_head.weight.dtype)), sampling, generator)
+        yield tokens
+        decoder = Decoder(self, state, compiled=compiled)
+        for _ in range(count - 1):
+            tokens = choose(decoder(tokens), sampling, generator)
+            yield tokens
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts) -> tuple[Tensor, State]:
+        """Read prompts of any lengths. Returns the final states [b, e] behind them and the layers' states."""
+        device = self.lm_head.weight.device
+        longest = max(len(prompt) for prompt in prompts)
+        if min(len(prompt) for prompt in prompts) < 1:
+            raise InputError("a prompt is empty: give it at least the end-of-text token")
+        step = max(1, PREFILL_TOKENS // len(prompts))
+        first = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
+        state: State | None = None
+        for low in range(0, longest, step):
+            high = min(low + step, longest)
+            rows = [_window(prompt, longest, low, high) for prompt in prompts]
+            padded = any(longest - len(prompt) >= max(low, 1) for prompt in prompts)
+            starts = torch.arange(low, high, device=device) == first if padded else None
+            hidden, state = self.extend(torch.tensor(rows, device=device), state, starts)
+        assert state is not None
+        return hidden[:, -1], state
+
+
+def _window(prompt: Sequence[int], longest: int, low: int, high: int) -> list[int]:
+    """Places [low, high) of a prompt that ends at `longest`, with padding before it."""
+    pad = longest - len(prompt)
+    return [PADDING] * max(0, min(high, pad) - low) + list(prompt[max(0, low - pad) : max(0, high - pad)])
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Next tokens [b] of logits [b, v]: the most likely one at temperature 0, else drawn.
+
+    top_k keeps the k most likely (0: all), top_p the fewest whose probability reaches p (arXiv 1904.09751).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        behind = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(behind.scatter(1, order, behind), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

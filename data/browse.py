@@ -20,10 +20,11 @@ from core.command import command
 from core.errors import InputError
 from data import tokenizer
 from data.config import DataConfig
-from data.documents import Documents
-from data.loader import Loader, compile_plan, open_manifests, source_folder, tokenizer_path
-from data.mixture import PlannedStage
-from data.page import write_page
+from data.pipeline.page import write_page
+from data.stream.documents import Documents
+from data.stream.loader import Loader, compile_plan
+from data.stream.manifests import open_manifests, source_folder, tokenizer_path
+from data.stream.mixture import PlannedStage
 
 RULE = "-" * 100
 

@@ -38,7 +38,7 @@ class Source:
 
 @dataclass
 class Asset:
-    """A file that some recipes read and that no package brings; `python data/prefetch.py` fetches it."""
+    """A file that some recipes read and that no package brings; `python data/download.py` fetches it."""
 
     path: str | None = None  # on this machine; None leaves the step that needs it out where it may be left out
     url: str | None = None  # https://, hf:// or s3://
@@ -68,7 +68,7 @@ class ExecutorConfig:
     """How the tasks of a preparation are run; the outputs are the same."""
 
     kind: Executor
-    workers: int | None  # processes, or tasks at a time on a cluster; None: data.workers
+    workers: int | None  # processes, or tasks at a time on a cluster; None: data.pipeline.workers
     partition: str | None  # Slurm's
     time: str  # Slurm's limit per task, as 24:00:00
     memory_gib: int  # per task
@@ -98,7 +98,7 @@ class TokenizerConfig:
     sha256: str | None  # refused when the file at path hashes otherwise
     vocab_size: int
     train_megabytes: int  # text the trainer reads at most, taken from all sources by turns
-    url: str | None = None  # where data/prefetch.py fetches it from; hf://<repository>/tokenizer.json for the hub
+    url: str | None = None  # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
 
 
 @dataclass
@@ -119,7 +119,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.workers < 1 or any(source.tasks < 1 for source in self.sources.values()):
-            raise ValueError("data.block_tokens, data.workers and every source's tasks must be at least 1")
+            raise ValueError("data.block_tokens, data.pipeline.workers and every source's tasks must be at least 1")
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:

@@ -20,16 +20,17 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.command import command
 from core.errors import InputError
 from core.files import sha256_of, write_json
-from data import cleaning, counts, fingerprints, megatron, recipes, sharding, tokenizer
-from data.adoption import adopt
-from data.cleaning import Build
+from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
-from data.counts import Step
-from data.executors import Tasks, open_executor
+from data.pipeline import accounting, clean, fingerprints, megatron, shard
+from data.pipeline.accounting import Step
+from data.pipeline.adoption import adopt
+from data.pipeline.clean import Build
+from data.pipeline.executors import Tasks, open_executor
+from data.pipeline.shard import Clean, Sharding
+from data.pipeline.workers import exclusive
 from data.recipes.readers import pin_files
-from data.sharding import Clean, Sharding
-from data.shards import SPLITS, Manifest, ShardFile, read_manifest, write_manifest
-from data.workers import exclusive
+from data.stream.manifests import SPLITS, Manifest, ShardFile, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Preparation:
             if self.read_clean(name):
                 self.report("clean", f"{name}: reused, {self.cleans[name].documents:,} documents")
                 continue
-            cleaning.check_packages(source)  # imports before the fork, and refuses before the first document
+            clean.check_packages(source)  # imports before the fork, and refuses before the first document
             builds[name] = Build(source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions)
         for name, build in builds.items():
             fingerprints.pin_tasks(self.folder, name, build.source.tasks)
@@ -96,7 +97,7 @@ class Preparation:
             preload = getattr(recipes.load(build.source.recipe), "preload", None)
             if preload is not None:
                 preload(build.source, self.cfg.assets)
-        chains = {name: cleaning.passes(build) for name, build in builds.items()}
+        chains = {name: clean.passes(build) for name, build in builds.items()}
         for number in range(max(map(len, chains.values()), default=0)):
             now = {name: chain[number] for name, chain in chains.items() if number < len(chain)}
 
@@ -120,15 +121,17 @@ class Preparation:
     def finish_clean(self, name: str, build: Build) -> None:
         """Account for the documents and move the folder into place; shards made of older documents go first."""
         place = build.place
-        steps = cleaning.count(build)
+        steps = clean.count(build)
         try:
-            counts.check_yield(name, steps, build.source.min_yield)
+            accounting.check_yield(name, steps, build.source.min_yield)
             if not steps[-1].forwarded:
-                raise InputError(f"source {name}: no document of {steps[0].total} was kept ({counts.reasons(steps)})")
+                raise InputError(
+                    f"source {name}: no document of {steps[0].total} was kept ({accounting.reasons(steps)})"
+                )
         except (RuntimeError, InputError) as error:
             fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
             raise InputError(str(error)) from error
-        cleaning.finish(build)
+        clean.finish(build)
         fingerprints.write_built(
             place, self.keys[name], files=fingerprints.sizes(place), steps=[asdict(step) for step in steps]
         )
@@ -159,7 +162,7 @@ class Preparation:
             if not cleans:
                 raise InputError("no source has text to train a vocabulary on: set data.tokenizer.path")
             arguments = (self.cfg.heldout_percent, settings.train_megabytes * 10**6, settings.vocab_size, place)
-            self.workers.run("tokenizer", {"train": [(sharding.tokenizer_task, cleans, *arguments)]}, lambda *_: None)
+            self.workers.run("tokenizer", {"train": [(shard.tokenizer_task, cleans, *arguments)]}, lambda *_: None)
         sha256 = sha256_of(place / tokenizer.FILE)
         fingerprints.write_built(place, key, sha256=sha256)
         fingerprints.install(place, folder)
@@ -184,7 +187,7 @@ class Preparation:
                 jobs[name] = [(megatron.shard_task, job, cfg.heldout_percent, rank) for rank in range(tasks)]
             else:
                 sharding_job = Sharding(self.cleans[name], place, file, cfg.seed, cfg.heldout_percent, tasks)
-                jobs[name] = [(sharding.shard_task, sharding_job, rank) for rank in range(tasks)]
+                jobs[name] = [(shard.shard_task, sharding_job, rank) for rank in range(tasks)]
 
         def finish(name: str, results: list[list[dict[str, Any]]]) -> None:
             self.finish_shards(name, wanted[name], [ShardFile(**file) for files in results for file in files])
@@ -232,7 +235,7 @@ class Preparation:
     def table(self) -> None:
         """What became of every source's documents, step by step; the same is written to report.json."""
         steps = {name: self.steps[name] for name in self.cfg.sources}
-        logger.info("\n" + "\n".join(counts.table(steps)))
+        logger.info("\n" + "\n".join(accounting.table(steps)))
         logger.info(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
         for name in self.cfg.sources:
             train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)

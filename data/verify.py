@@ -20,13 +20,13 @@ from core.command import command
 from core.errors import InputError
 from data import tokenizer
 from data.config import DataConfig
-from data.documents import Documents
-from data.loader import compile_plan, open_manifests, source_folder, tokenizer_path
-from data.mixture import Plan
-from data.packing import packing, plan_table
+from data.pipeline.shard import describe
 from data.recipes import MEGATRON
-from data.sharding import describe
-from data.shards import SPLITS, Manifest
+from data.stream.documents import Documents
+from data.stream.loader import compile_plan
+from data.stream.manifests import SPLITS, Manifest, open_manifests, source_folder, tokenizer_path
+from data.stream.mixture import Plan
+from data.stream.packing import packing, plan_table
 
 
 @dataclass

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import MANIFEST
-from data.loader import tokenizer_path
+from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig

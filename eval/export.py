@@ -22,7 +22,7 @@ import torch
 from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
-from data.loader import tokenizer_path
+from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from eval import checkpoint
 from eval.compare import compare, compare_by_layer

@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from tokenizers import Tokenizer
 
 from core.command import command
-from data.loader import tokenizer_path
+from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval import checkpoint

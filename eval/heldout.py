@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.loader import document_starts, open_manifests, source_folder, tokenizer_path
-from data.shards import Shards
+from data.stream.loader import document_starts
+from data.stream.manifests import open_manifests, source_folder, tokenizer_path
+from data.stream.shards import Shards
 from data.tokenizer import byte_lengths
 from data.tokenizer import load as load_tokenizer
 from model.mamba import FalconMamba

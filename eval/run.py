@@ -28,8 +28,7 @@ from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from data.config import DataConfig
-from data.loader import source_folder
-from data.shards import MANIFEST
+from data.stream.manifests import MANIFEST, source_folder
 from eval import checkpoint
 from eval.config import Eval, EvaluationConfig
 from eval.export import require_export

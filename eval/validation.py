@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from core.command import command
 from core.errors import InputError
 from data.config import DataConfig
-from data.loader import document_starts, open_manifests, source_folder, tokenizer_path
-from data.shards import DTYPE, Manifest, Shards
+from data.stream.loader import document_starts
+from data.stream.manifests import DTYPE, Manifest, open_manifests, source_folder, tokenizer_path
+from data.stream.shards import Shards
 from data.tokenizer import EOS, byte_lengths
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig, ValidationConfig

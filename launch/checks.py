@@ -189,7 +189,7 @@ def disk(config: RunConfig) -> Finding:
 
 def data(config: RunConfig) -> Finding:
     """Tokenizer and manifests of every source; python data/verify.py reads the shards themselves."""
-    from data.loader import open_manifests
+    from data.stream.manifests import open_manifests
 
     try:
         manifests = open_manifests(config.data)

@@ -7,8 +7,7 @@ from tokenizers import Tokenizer, models
 
 from core.files import sha256_of
 from data.config import DataConfig, Source, Stage, TokenizerConfig
-from data.loader import source_folder, tokenizer_path
-from data.shards import DTYPE, SPLITS, Manifest, ShardFile, write_manifest
+from data.stream.manifests import DTYPE, SPLITS, Manifest, ShardFile, source_folder, tokenizer_path, write_manifest
 from data.tokenizer import EOS, EOS_TOKEN, SPECIAL_TOKENS
 
 SOURCES = ("prose", "sums")

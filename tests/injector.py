@@ -19,7 +19,7 @@ import torch
 import train.commit as commit
 from core.errors import InputError
 from core.run import newest
-from data.loader import Loader
+from data.stream.loader import Loader
 from train.guard import Guard
 from train.lease import Lease
 from train.loop import Trainer

@@ -18,7 +18,10 @@ MAY_IMPORT = {
 # of train, launch sees the config and pure functions; the command line comes from data
 LAUNCH = {"train.config", "train.plan", "train.schedule", "train.traffic", "train.incidents", "train.records",
           "model.config", "model.flops", "core.command", "data.config", "launch"}  # fmt: skip
-DOCTOR = {"model.kernels", "data.loader"}  # what a machine must be able to run is tried, by launch/checks.py alone
+DOCTOR = {
+    "model.kernels",
+    "data.stream.loader",
+}  # what a machine must be able to run is tried, by launch/checks.py alone
 DRY_RUN = {"train.dryrun"}  # and what a run would do, by launch/dryrun.py alone: a function of config and ranks
 TORCH_FREE = ("model/config.py", "model/flops.py", "data/config.py", "eval/config.py", "train/config.py",
               "train/schedule.py", "train/plan.py", "train/traffic.py", "launch/plan.py", "launch/estimate.py",

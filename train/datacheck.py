@@ -1,7 +1,7 @@
 """Whether the token shards are what their manifests say: every rank hashes its share of the files.
 
 `before` holds the run until all are hashed; `background` trains meanwhile and stops the run at the first bad file;
-sizes, names and folders are checked in any case when manifests are read (data/shards.py).
+sizes, names and folders are checked in any case when manifests are read (data/stream/shards.py).
 Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each of 256 ranks).
 """
 
@@ -11,8 +11,7 @@ import time
 
 from core.files import sha256_of
 from data.config import DataConfig
-from data.loader import source_folder
-from data.shards import Manifest
+from data.stream.manifests import Manifest, source_folder
 from train.config import VerifyShards
 from train.distributed import Ranks, raise_everywhere
 

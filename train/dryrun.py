@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from data.loader import present_or_expected, split
-from data.mixture import Plan
+from data.stream.loader import split
+from data.stream.manifests import present_or_expected
+from data.stream.mixture import Plan
 from model.kernels import CPU
 from model.mamba import FalconMamba
 from model.parallel.build import lay_out, mark

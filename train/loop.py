@@ -15,7 +15,8 @@ import torch
 
 from core.errors import InputError
 from core.run import Run, newest
-from data.loader import Batch, Loader, compile_plan, open_manifests
+from data.stream.loader import Batch, Loader, compile_plan
+from data.stream.manifests import open_manifests
 from eval.jobs import SuiteJobs
 from eval.validation import Validation
 from model.flops import parameter_count, train_flops_per_token

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # a script's own fold
 
 from core.command import command
 from core.log import UnfailingStream
-from data.loader import open_manifests
+from data.stream.manifests import open_manifests
 from train.config import RunConfig
 from train.incidents import NAMES
 from train.plan import check_memory

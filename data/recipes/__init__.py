@@ -23,7 +23,7 @@ def path_of(name: str) -> Path:
     paths = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
     known = [stem for stem, path in paths.items() if "\ndef steps(" in path.read_text(encoding="utf-8")]
     if name == MEGATRON:  # tokenized already: no steps
-        return FOLDER.parent / "megatron.py"
+        return FOLDER.parent / "pipeline" / "megatron.py"
     if name not in known:
         raise InputError(
             f"recipe {name} is unknown: data.sources.<name>.recipe is one of {', '.join([*known, MEGATRON])}"

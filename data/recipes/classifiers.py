@@ -20,7 +20,7 @@ def model_of(path: str) -> Any:
     try:
         return _FastText(path)
     except ValueError as error:
-        raise InputError(f"{path} is no fastText model ({error}): fetch it again (python data/prefetch.py)") from error
+        raise InputError(f"{path} is no fastText model ({error}): fetch it again (python data/download.py)") from error
 
 
 class Labelled(BaseFilter):

@@ -23,10 +23,10 @@ import torch
 
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
-from data.loader import Loader, source_folder
-from data.mixture import Plan
-from data.sharding import Clean, Sharding, shard_task
-from data.shards import DTYPE, Manifest, ShardFile
+from data.pipeline.shard import Clean, Sharding, shard_task
+from data.stream.loader import Loader
+from data.stream.manifests import DTYPE, Manifest, ShardFile, source_folder
+from data.stream.mixture import Plan
 from examples.demo_corpus import arithmetic
 from examples.demo_corpus.standard_library import code_files, reference_pages
 from tests.bench.timing import Row, median_seconds, show, with_ratios, write

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from data.loader import Loader, compile_plan, open_manifests
+from data.stream.loader import Loader, compile_plan
+from data.stream.manifests import open_manifests
 from data.tokenizer import EOS
 from model import hf_writer as layout
 from model.flops import parameter_count

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from data import cleaning, fingerprints, megatron, sharding, tokenizer
-from data.cleaning import Build
+from data import tokenizer
 from data.config import Assets, Source
+from data.pipeline import clean, fingerprints, megatron, shard
+from data.pipeline.clean import Build
+from data.pipeline.shard import Clean, Sharding
 from data.recipes.readers import pin_files, raw_files
-from data.sharding import Clean, Sharding
 from examples.demo_corpus.archives import write_archive
 from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
@@ -108,10 +109,10 @@ def clean_documents(source: Source, place: Path, assets: Assets) -> list[bytes]:
     kind, files = raw_files(source.input)
     pin_files(place, kind, list(files))
     build = Build(source, assets, place, keep_exclusions=False)
-    for one in cleaning.passes(build):
+    for one in clean.passes(build):
         for function, *arguments in one.jobs():
             function(*arguments)
-    cleaning.finish(build)
+    clean.finish(build)
     return [
         line for path in sorted(place.glob("*.jsonl.gz")) for line in gzip.decompress(path.read_bytes()).splitlines()
     ]
@@ -137,7 +138,7 @@ def sharded(clean: Path, files: list[str], documents: int, place: Path) -> list[
     """The shards of a source's clean documents, by a vocabulary that is kept."""
     place.mkdir()
     job = Sharding(Clean(clean, files, documents), place, VOCABULARY, 3, 50.0, 1)
-    sharding.shard_task(job, 0)
+    shard.shard_task(job, 0)
     return [path.read_bytes() for path in sorted(place.glob("*.ds*"))]
 
 
@@ -153,7 +154,7 @@ def outputs(home: Path) -> dict[str, dict[str, Any]]:
         "sha256": digest(megatron_shards(home / "megatron")),
     }
     shards = sharded(home / "clean" / "passes", ["00000.jsonl.gz"], found["passes"]["documents"], home / "shards-1")
-    found["sharding"] = {"versions": {"sharding": sharding.VERSION}, "sha256": digest(shards)}
+    found["sharding"] = {"versions": {"sharding": shard.VERSION}, "sha256": digest(shards)}
     tokenizer.train([PROSE, SECOND, CODE, SUMS], 300, home / "vocabulary")
     vocabulary = {"training": tokenizer.TRAINING_VERSION, "tokenizers": version("tokenizers")}
     trained = digest([(home / "vocabulary" / tokenizer.FILE).read_bytes()])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from core.errors import InputError
-from data.adoption import adopt
 from data.config import DataConfig, Source, Stage, TokenizerConfig
-from data.loader import open_manifests
+from data.pipeline.adoption import adopt
 from data.prepare import prepare
+from data.stream.manifests import open_manifests
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 

@@ -17,12 +17,12 @@ from core.errors import InputError
 from data import tokenizer
 from data.browse import BrowseSettings, browse
 from data.config import Asset, DataConfig, Source, Stage, TokenizerConfig
-from data.documents import Documents
-from data.loader import Loader, compile_plan, open_manifests
-from data.packing import packing_of
-from data.prefetch import fetch, prefetch
+from data.download import fetch, prefetch
 from data.prepare import prepare
-from data.shards import Manifest, ShardFile
+from data.stream.documents import Documents
+from data.stream.loader import Loader, compile_plan
+from data.stream.manifests import Manifest, ShardFile, open_manifests
+from data.stream.packing import packing_of
 from data.verify import VerifySettings, verify
 
 NOTHING = BrowseSettings(None, None, None, 2, 400, "unused", 50)

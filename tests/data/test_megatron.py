@@ -9,10 +9,9 @@ import torch
 from core.errors import InputError
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
-from data.documents import Documents
-from data.loader import open_manifests, source_folder
 from data.prepare import prepare
-from data.shards import SPLITS
+from data.stream.documents import Documents
+from data.stream.manifests import SPLITS, open_manifests, source_folder
 from data.tokenizer import EOS
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from core.errors import InputError
 from data.config import DataConfig
-from data.loader import Loader, compile_plan, document_starts, open_manifests
-from data.mixture import PERIOD, Plan, deal, mix, network, permute, permute_one
+from data.stream.loader import Loader, compile_plan, document_starts
+from data.stream.manifests import open_manifests
+from data.stream.mixture import PERIOD, Plan, deal, mix, network, permute, permute_one
 from data.tokenizer import EOS
 from tests.compose import run_config
 from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus

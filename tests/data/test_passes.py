@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import InputError
-from data import near_duplicates, substrings, tokenizer
+from data import tokenizer
 from data.config import DataConfig, Executor, ExecutorConfig, Source, Stage, TokenizerConfig
+from data.pipeline import minhash, substrings
 from data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +247,7 @@ def test_clusters_are_the_connected_components(
     (work / "pairs").mkdir()
     for number, pairs in enumerate(buckets):
         np.array(pairs, dtype="<u4").tofile(work / "pairs" / f"{number:05d}_00.dups")
-    near_duplicates.clusters(work)
+    minhash.clusters(work)
     found = {
         (int(path.stem), int(place)) for path in (work / "remove").iterdir() for place in np.fromfile(path, dtype="<u4")
     }

@@ -17,9 +17,10 @@ from core.errors import InputError
 from core.files import sha256_of
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
+from data.pipeline.shard import split_of
 from data.prepare import Preparation, prepare
-from data.sharding import split_of
-from data.shards import SPLITS, Shards, read_manifest
+from data.stream.manifests import SPLITS, read_manifest
+from data.stream.shards import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "river stone cloud lantern meadow copper window harvest thunder silver garden winter".split()  # noqa: SIM905
@@ -249,7 +250,7 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
 def test_two_preparations_do_not_share_a_folder(base: DataConfig, tmp_path: Path) -> None:
     hold = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
-        "from data.workers import exclusive\nwith exclusive(Path(sys.argv[2])):\n"
+        "from data.pipeline.workers import exclusive\nwith exclusive(Path(sys.argv[2])):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", hold, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE)

@@ -38,8 +38,8 @@ def test_every_recipe_is_recorded() -> None:
 
 def test_a_key_does_not_hold_our_source_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reformatting a module leaves finished data as it is; a raised version does not."""
-    from data import fingerprints
     from data.config import Assets, Source
+    from data.pipeline import fingerprints
 
     source = Source("curated", str(tmp_path), "CC0-1.0", 1.0, 1)
     before = fingerprints.digest(fingerprints.settings_of("a", source, Assets()))

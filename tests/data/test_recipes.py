@@ -12,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from core.errors import InputError
-from data import cleaning, counts, recipes
-from data.cleaning import Build
+from data import recipes
 from data.config import Assets, Source
+from data.pipeline import accounting, clean
+from data.pipeline.clean import Build
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainText
 from data.recipes.lines import corrected
@@ -40,14 +41,14 @@ def pin(folder: str, place: Path) -> Path:
     return place
 
 
-def run(source: Source, place: Path, assets: Assets = NONE) -> tuple[list[dict[str, str]], list[counts.Step]]:
+def run(source: Source, place: Path, assets: Assets = NONE) -> tuple[list[dict[str, str]], list[accounting.Step]]:
     """Clean documents of a source, and the counts of its steps."""
     pin(source.input, place)
     for rank in range(source.tasks):
-        cleaning.clean_task(Build(source, assets, place, True), rank)
+        clean.clean_task(Build(source, assets, place, True), rank)
     files = sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
     rows = [json.loads(line) for path in files for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return rows, counts.read_counts(place / "logs" / "clean" / "stats", source.tasks)
+    return rows, accounting.read_counts(place / "logs" / "clean" / "stats", source.tasks)
 
 
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert (steps[0].total, steps[0].dropped) == (11, {"corrupt": 4, "empty": 2})
     assert steps[2].dropped == {"short": 1, "few_letters": 1}
     assert steps[-1].forwarded == 3
-    assert counts.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
+    assert accounting.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
     log = "".join(path.read_text() for path in (tmp_path / "clean/logs/clean/logs").iterdir())
     assert "b.jsonl.gz:1: dropped as corrupt" in log
 
@@ -75,9 +76,9 @@ def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path)
         write_rows(raw / f"{name}.jsonl", [{"text": PROSE + name}])
     source = folder_source("curated", raw, tasks=2)
     pin(source.input, place)
-    cleaning.clean_task(Build(source, NONE, place, True), 0)
+    clean.clean_task(Build(source, NONE, place, True), 0)
     write_rows(raw / "a.jsonl", [{"text": PROSE + "a"}])
-    cleaning.clean_task(Build(source, NONE, place, True), 1)
+    clean.clean_task(Build(source, NONE, place, True), 1)
     written = b"".join(
         gzip.decompress(path.read_bytes()) for path in sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
     )
@@ -141,11 +142,11 @@ def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> No
 
 def test_lost_documents_are_noticed() -> None:
     with pytest.raises(AssertionError, match="inside a step"):
-        counts.check_conservation([counts.Step("filter", 10, 8, {"short": 1})])
+        accounting.check_conservation([accounting.Step("filter", 10, 8, {"short": 1})])
     with pytest.raises(AssertionError, match="between steps"):
-        counts.check_conservation([counts.Step("reader", 10, 10, {}), counts.Step("filter", 9, 9, {})])
+        accounting.check_conservation([accounting.Step("reader", 10, 10, {}), accounting.Step("filter", 9, 9, {})])
     with pytest.raises(RuntimeError, match="text was extracted from 4 of 10 pages"):
-        counts.check_yield("web", [counts.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
+        accounting.check_yield("web", [accounting.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
 
 
 def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
@@ -254,9 +255,9 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
 
 def test_a_recipe_without_its_model_is_refused_before_the_first_document(tmp_path: Path) -> None:
     source = folder_source("web", tmp_path)
-    with pytest.raises(InputError, match="source crawl needs data.assets.language_model.path, now None: .*prefetch"):
-        cleaning.check_assets("crawl", source, NONE)
-    assert cleaning.check_assets("help", replace(source, recipe="manuals"), NONE) == []
+    with pytest.raises(InputError, match="source crawl needs data.assets.language_model.path, now None: .*download"):
+        clean.check_assets("crawl", source, NONE)
+    assert clean.check_assets("help", replace(source, recipe="manuals"), NONE) == []
 
 
 def test_lines_that_a_page_says_about_itself_go() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data import tokenizer
-from data.sharding import Clean, Sharding, batches, encode, pieces_of, shard_task
+from data.pipeline.shard import Clean, Sharding, batches, encode, pieces_of, shard_task
 from data.tokenizer import EOS, EOS_TOKEN
 
 ALPHABET = st.sampled_from(

@@ -10,8 +10,8 @@ import pytest
 
 from core.errors import InputError
 from data.config import DataConfig
-from data.loader import open_manifests, source_folder, tokenizer_path
-from data.shards import DTYPE, MANIFEST, Shards, read_manifest
+from data.stream.manifests import DTYPE, MANIFEST, open_manifests, read_manifest, source_folder, tokenizer_path
+from data.stream.shards import Shards
 from tests.corpus import make_corpus
 
 

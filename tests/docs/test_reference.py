@@ -63,7 +63,7 @@ def test_every_entry_script_has_examples(path: Path) -> None:
         assert (ROOT / "configs" / group / f"{name}.yaml").is_file(), name
 
 
-@pytest.mark.parametrize("script", ["data/plan.py", "launch/attempt.py"])  # by Hydra, and by argparse
+@pytest.mark.parametrize("script", ["data/mixture_report.py", "launch/attempt.py"])  # by Hydra, and by argparse
 def test_help_shows_them(script: str) -> None:
     help = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, help.stdout + help.stderr

@@ -10,7 +10,7 @@ import yaml
 
 from core.run import Run
 from data.config import DataConfig
-from data.loader import tokenizer_path
+from data.stream.manifests import tokenizer_path
 from data.tokenizer import train as train_tokenizer
 from eval.config import EvaluationConfig
 from model.kernels import REFERENCE

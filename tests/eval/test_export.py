@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import InputError
 from core.run import Run
-from data.loader import source_folder, tokenizer_path
-from data.shards import DTYPE, read_manifest
+from data.stream.manifests import DTYPE, read_manifest, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval import checkpoint

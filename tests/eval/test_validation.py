@@ -14,8 +14,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run
 from data.config import DataConfig
-from data.loader import open_manifests, source_folder
-from data.shards import DTYPE, read_manifest, write_manifest
+from data.stream.manifests import DTYPE, open_manifests, read_manifest, source_folder, write_manifest
 from data.tokenizer import EOS
 from eval import checkpoint
 from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig

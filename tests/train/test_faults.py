@@ -12,8 +12,7 @@ import torch
 
 from core.files import read_json_lines
 from core.run import RunFiles
-from data.loader import source_folder
-from data.shards import read_manifest
+from data.stream.manifests import read_manifest, source_folder
 from tests.corpus import make_corpus
 from tests.injector import Fault, samples
 from tests.small import config, health

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import tokenizer_path
+from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.export import TOKENIZER_FILES, export
 from tests.small import config

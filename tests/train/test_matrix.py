@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.loader import split
+from data.stream.loader import split
 from model.config import Recompute
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE

@@ -16,7 +16,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from core.errors import InputError
 from core.files import write_text
 from data.config import Executor, ExecutorConfig
-from data.workers import HEARTBEAT_SECONDS, Job, Workers, say
+from data.pipeline.workers import HEARTBEAT_SECONDS, Job, Workers, say
 
 logger = logging.getLogger(__name__)
 

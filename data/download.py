@@ -4,7 +4,7 @@ Every asset and the vocabulary have a path and an address in the config; what li
 paths to the cluster, and nothing asks for a network there.
 
 examples:
-  python data/prefetch.py +experiment=7b
+  python data/download.py +experiment=7b
 """
 
 import logging

@@ -16,10 +16,10 @@ from datatrove.io import get_datafolder
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data.counts import Step
+from data.pipeline.accounting import Step
+from data.pipeline.shard import describe, split_of
 from data.recipes import MEGATRON
-from data.sharding import describe, split_of
-from data.shards import DTYPE, SPLITS, Manifest
+from data.stream.manifests import DTYPE, SPLITS, Manifest
 from data.tokenizer import EOS
 
 RECIPE_VERSION = 1

@@ -22,8 +22,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from numpy.typing import NDArray
 
-from data.mixture import mix
-from data.tasks import Documents, exclude_into, run_task, write_documents
+from data.pipeline.tasks import Documents, exclude_into, run_task, write_documents
+from data.stream.mixture import mix
 
 REQUIRES = ("xxhash",)
 VERSION = 1  # raised with what it cuts

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.documents import document_ends
-from data.loader import source_folder
-from data.mixture import Plan, PlannedStage
-from data.shards import Manifest
+from data.stream.documents import document_ends
+from data.stream.manifests import Manifest, source_folder
+from data.stream.mixture import Plan, PlannedStage
 
 PIECE = 2**22  # documents that are looked at at once
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 from core.files import sha256_of
 from data import tokenizer
+from data.pipeline.tasks import run_task
 from data.recipes.readers import Jsonl
-from data.shards import DTYPE, SPLITS, ShardFile
-from data.tasks import run_task
+from data.stream.manifests import DTYPE, SPLITS, ShardFile
 
 VERSION = 1  # raised with the split, the order inside a shard, or what is tokenized
 HASH_BUCKETS = 1_000_000

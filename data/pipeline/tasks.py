@@ -20,7 +20,7 @@ ROW_KEYS = ("text", "id", "group", "url")
 
 
 class OneTask(LocalPipelineExecutor):
-    """A single task in this process: the pool of data.workers takes the place of datatrove's, with its manager."""
+    """A single task in this process: the pool of workers.py takes the place of datatrove's, with its manager."""
 
     def run(self) -> PipelineStats:
         """Statistics of the task, empty when it was completed before."""

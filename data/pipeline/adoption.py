@@ -13,11 +13,12 @@ from typing import Any
 
 from core.errors import InputError
 from core.files import sha256_of
-from data import fingerprints, recipes, tokenizer
+from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
-from data.executors import open_executor
-from data.shards import Manifest, read_manifest, write_manifest
-from data.workers import exclusive
+from data.pipeline import fingerprints
+from data.pipeline.executors import open_executor
+from data.pipeline.workers import exclusive
+from data.stream.manifests import Manifest, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 

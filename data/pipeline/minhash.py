@@ -15,7 +15,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupFilter, Mi
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from numpy.typing import NDArray
 
-from data.tasks import Documents, exclude_into, run_task, write_documents
+from data.pipeline.tasks import Documents, exclude_into, run_task, write_documents
 
 REQUIRES = ("spacy", "xxhash")
 VERSION = 1  # raised with what it keeps or removes

@@ -16,11 +16,12 @@ from typing import Any
 
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
-from data import cleaning, megatron, near_duplicates, recipes, sharding, substrings, tokenizer
+from data import recipes, tokenizer
 from data.config import Assets, DataConfig, Source
+from data.pipeline import clean, megatron, minhash, shard, substrings
 from data.recipes import MEGATRON, decontamination
 from data.recipes.readers import raw_files
-from data.shards import Manifest, read_manifest
+from data.stream.manifests import Manifest, read_manifest
 
 BUILT = "built.json"
 # distributions whose versions shape text, by what recipes and passes import
@@ -60,11 +61,11 @@ def versions_of(source: Source) -> dict[str, int | str]:
     if source.recipe == MEGATRON:
         return {MEGATRON: megatron.RECIPE_VERSION}
     recipe = recipes.load(source.recipe)
-    found: dict[str, int | str] = {source.recipe: recipe.RECIPE_VERSION, "cleaning": cleaning.VERSION}
+    found: dict[str, int | str] = {source.recipe: recipe.RECIPE_VERSION, "cleaning": clean.VERSION}
     imports = [*recipe.REQUIRES]
     if source.near_duplicates is not None:
-        found["near_duplicates"] = near_duplicates.VERSION
-        imports += near_duplicates.REQUIRES
+        found["near_duplicates"] = minhash.VERSION
+        imports += minhash.REQUIRES
     if source.exact_substrings:
         found["exact_substrings"] = substrings.VERSION
         imports += substrings.REQUIRES
@@ -76,7 +77,7 @@ def versions_of(source: Source) -> dict[str, int | str]:
 
 def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
     """All that decides a source's text but its input: settings, versions, assets."""
-    read = cleaning.check_assets(name, source, assets)
+    read = clean.check_assets(name, source, assets)
     files = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in read}
     optional = {asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")}
     files |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path and Path(path).is_file()}
@@ -92,7 +93,7 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
     kind, files = listing
     text = [kind, {name: size for name, (size, _) in files.items()}]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
-    return digest(settings, text, sharding.VERSION, cfg.seed, cfg.heldout_percent)
+    return digest(settings, text, shard.VERSION, cfg.seed, cfg.heldout_percent)
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
@@ -185,4 +186,4 @@ def pin_tasks(folder: Path, name: str, tasks: int) -> None:
     """Remember the number of tasks that a source is begun with."""
     lock = folder / "locks" / f"{name}.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    write_json(lock, {"tasks": tasks})
+    write_json(lock, {"tasks": tasks}, indent=None)

@@ -16,12 +16,13 @@ from typing import Any
 from datatrove.pipeline.formatters import PIIFormatter
 
 from core.errors import InputError
-from data import near_duplicates, recipes, substrings
+from data import recipes
 from data.config import Assets, Source
-from data.counts import Step, read_counts
+from data.pipeline import minhash, substrings
+from data.pipeline.accounting import Step, read_counts
+from data.pipeline.tasks import exclude_into, run_task, write_documents
 from data.recipes.decontamination import Uncontaminated
 from data.recipes.readers import QUARANTINE
-from data.tasks import exclude_into, run_task, write_documents
 
 Job = tuple[Any, ...]
 BYTES_PER_TOKEN = 2  # compressed text per word or mark, from below: it only decides into how many parts the work is cut
@@ -71,7 +72,7 @@ def check_packages(source: Source) -> None:
     """Import everything that the passes of a source need; raises InputError for what is missing."""
     recipes.load(source.recipe)
     if source.near_duplicates is not None:
-        recipes.require(near_duplicates.REQUIRES, "near_duplicates")
+        recipes.require(minhash.REQUIRES, "near_duplicates")
     if source.exact_substrings:
         recipes.require(substrings.REQUIRES, "exact_substrings")
 
@@ -95,14 +96,14 @@ def near_duplicate_passes(build: Build, setting: str, documents: Path) -> list[P
     """MinHash over the documents of the pass before."""
     work, out, tasks = build.place / "minhash", build.place / "documents" / "unique", build.source.tasks
     excluded, logs = build.excluded("unique"), work / "logs"
-    first = [(near_duplicates.signatures, setting, documents, work, rank, tasks) for rank in range(tasks)]
-    number = near_duplicates.config_of(setting).num_buckets
-    second = [(near_duplicates.buckets, setting, work, bucket) for bucket in range(number)]
-    last = [(near_duplicates.unique, documents, work, out, excluded, rank, tasks) for rank in range(tasks)]
+    first = [(minhash.signatures, setting, documents, work, rank, tasks) for rank in range(tasks)]
+    number = minhash.config_of(setting).num_buckets
+    second = [(minhash.buckets, setting, work, bucket) for bucket in range(number)]
+    last = [(minhash.unique, documents, work, out, excluded, rank, tasks) for rank in range(tasks)]
     return [
         Pass("signatures", lambda: list(first), logs / "signatures"),
         Pass("buckets", lambda: list(second), logs / "buckets"),
-        Pass("clusters", lambda: [(near_duplicates.clusters, work)], logs / "clusters"),
+        Pass("clusters", lambda: [(minhash.clusters, work)], logs / "clusters"),
         Pass("unique", lambda: list(last), logs / "unique", out),
     ]
 
@@ -175,6 +176,6 @@ def check_assets(name: str, source: Source, assets: Assets) -> list[str]:
         if path is None or not Path(path).is_file():
             raise InputError(
                 f"source {name} needs data.assets.{asset}.path, now {path}: set it, and fetch what it names with "
-                "`python data/prefetch.py` on a machine with a network"
+                "`python data/download.py` on a machine with a network"
             )
     return needed

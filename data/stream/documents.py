@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data.shards import DTYPE, Manifest, ShardFile
+from data.stream.manifests import DTYPE, Manifest, ShardFile
 
 
 def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:

@@ -4,8 +4,8 @@ Prints tokens and epochs per source and stage, and refuses a plan that reads a s
 count with their expected_tokens.
 
 examples:
-  python data/plan.py +experiment=7b
-  python data/plan.py +experiment=7b data.sources.web.expected_tokens=2e12
+  python data/mixture_report.py +experiment=7b
+  python data/mixture_report.py +experiment=7b data.sources.web.expected_tokens=2e12
 """
 
 import sys
@@ -17,9 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.command import command
 from data.config import DataConfig
-from data.loader import present_or_expected
-from data.mixture import Plan
-from data.packing import plan_table
+from data.stream.manifests import present_or_expected
+from data.stream.mixture import Plan
+from data.stream.packing import plan_table
 
 
 @dataclass

@@ -1,24 +1,22 @@
-"""Token shards on disk: memory-mapped reading and the manifest that pins them.
+"""What the shards of a source are: the manifest that pins them, written and checked.
 
 A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train", "heldout"),
 datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended by eos.
-Opening costs one small JSON file and one memory map per file; nothing in memory grows with the corpus.
 """
 
 import json
-from bisect import bisect_right
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
-
 from core.errors import InputError
-from core.files import write_json
+from core.files import sha256_of, write_json
+from data.config import DataConfig
+
+pass
+import numpy as np
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
-DTYPE = np.dtype("<u2")
 
 
 @dataclass
@@ -84,30 +82,51 @@ def check_file(folder: Path, file: ShardFile) -> None:
         raise InputError(f"shard {path} {state}; remove {folder} and prepare the data again")
 
 
-class Shards:
-    """The concatenated tokens of one split of a source, readable at any position."""
+def tokenizer_path(config: DataConfig) -> Path:
+    """Where the vocabulary of the shards lies."""
+    return Path(config.folder) / "tokenizer" / "tokenizer.json"
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        files = [file for file in manifest.splits[split] if file.tokens]
-        self.starts = list(accumulate((file.tokens for file in files), initial=0))
-        # as plain arrays over the same pages: a slice of a memmap costs microseconds of bookkeeping
-        self.maps = [np.memmap(folder / file.name, dtype=DTYPE, mode="r").view(np.ndarray) for file in files]
-        self.tokens = self.starts[-1]
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as int64 [count], across file borders; the caller stays inside."""
-        out = np.empty(count, dtype=np.int64)
-        self.read_into(out, start)
-        return out
+def source_folder(config: DataConfig, source: str) -> Path:
+    """Where the shards of a source lie."""
+    return Path(config.folder) / "shards" / source
 
-    def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fill an int64 [count] with the tokens [start, start + count)."""
-        count, filled = len(out), 0
-        assert start >= 0 and start + count <= self.tokens, (start, count, self.tokens)
-        index = bisect_right(self.starts, start) - 1
-        while filled < count:
-            offset = start + filled - self.starts[index]
-            piece = self.maps[index][offset : offset + count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            index += 1
+
+def open_manifests(config: DataConfig) -> dict[str, Manifest]:
+    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file."""
+    path = tokenizer_path(config)
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same overrides")
+    expected = sha256_of(path)
+    manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
+    for name, manifest in manifests.items():
+        if manifest.tokenizer_sha256 != expected:
+            raise InputError(
+                f"shards of {name} were made with another tokenizer than {path}; run `python data/prepare.py` again"
+            )
+        if manifest.vocab_size > config.tokenizer.vocab_size:
+            raise InputError(
+                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, data.tokenizer.vocab_size is "
+                f"{config.tokenizer.vocab_size}: give the overrides that the data was prepared with"
+            )
+    return manifests
+
+
+def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
+    """Train tokens of every source, and the names of those that are only expected."""
+    tokens, expected = {}, []
+    for name, source in config.sources.items():
+        folder = source_folder(config, name)
+        if (folder / MANIFEST).is_file():
+            tokens[name] = read_manifest(folder).tokens("train")
+        elif source.expected_tokens:
+            tokens[name] = source.expected_tokens
+            expected.append(name)
+        else:
+            raise InputError(
+                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
+            )
+    return tokens, expected
+
+
+DTYPE = np.dtype("<u2")

@@ -6,17 +6,18 @@ number of ranks, workers and micro-batches see the same samples.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import InputError
-from core.files import sha256_of
 from data.config import DataConfig
-from data.mixture import Indices, Plan, PlannedStage
-from data.shards import MANIFEST, Manifest, Shards, read_manifest
+from data.stream.manifests import (
+    Manifest,
+    source_folder,
+)
+from data.stream.mixture import Indices, Plan, PlannedStage
+from data.stream.shards import Shards
 from data.tokenizer import EOS
 
 
@@ -49,58 +50,11 @@ def document_starts(tokens: Tensor) -> Tensor:
     return starts
 
 
-def tokenizer_path(config: DataConfig) -> Path:
-    """Where the vocabulary of the shards lies."""
-    return Path(config.folder) / "tokenizer" / "tokenizer.json"
-
-
-def source_folder(config: DataConfig, source: str) -> Path:
-    """Where the shards of a source lie."""
-    return Path(config.folder) / "shards" / source
-
-
-def open_manifests(config: DataConfig) -> dict[str, Manifest]:
-    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file."""
-    path = tokenizer_path(config)
-    if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same overrides")
-    expected = sha256_of(path)
-    manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
-    for name, manifest in manifests.items():
-        if manifest.tokenizer_sha256 != expected:
-            raise InputError(
-                f"shards of {name} were made with another tokenizer than {path}; run `python data/prepare.py` again"
-            )
-        if manifest.vocab_size > config.tokenizer.vocab_size:
-            raise InputError(
-                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, data.tokenizer.vocab_size is "
-                f"{config.tokenizer.vocab_size}: give the overrides that the data was prepared with"
-            )
-    return manifests
-
-
 def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
     """The order of all blocks of the run, from its config and its manifests."""
     tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
     files = {name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()}
     return Plan(config, tokens, files)
-
-
-def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
-    """Train tokens of every source, and the names of those that are only expected."""
-    tokens, expected = {}, []
-    for name, source in config.sources.items():
-        folder = source_folder(config, name)
-        if (folder / MANIFEST).is_file():
-            tokens[name] = read_manifest(folder).tokens("train")
-        elif source.expected_tokens:
-            tokens[name] = source.expected_tokens
-            expected.append(name)
-        else:
-            raise InputError(
-                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
-            )
-    return tokens, expected
 
 
 class Loader:

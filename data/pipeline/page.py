@@ -14,12 +14,12 @@ import numpy as np
 
 from core.files import write_text
 from data.config import DataConfig
-from data.counts import Step, ranked
-from data.documents import document_ends
-from data.loader import compile_plan, open_manifests, source_folder
-from data.mixture import Plan
-from data.packing import packing, plan_table, stage_tokens
-from data.shards import Manifest
+from data.pipeline.accounting import Step, ranked
+from data.stream.documents import document_ends
+from data.stream.loader import compile_plan
+from data.stream.manifests import Manifest, open_manifests, source_folder
+from data.stream.mixture import Plan
+from data.stream.packing import packing, plan_table, stage_tokens
 
 REPORT = "report.json"
 TOP_DOMAINS = 15

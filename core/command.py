@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core import log
 from core.errors import USER_ERROR, InputError
+from core.files import ROOT
 
-CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+CONFIGS = str(ROOT / "configs")
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 SPEAKING_SECONDS = 10.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
 Schema = TypeVar("Schema")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+ROOT = Path(__file__).resolve().parent.parent  # of the code: configs/ and the entry scripts lie there
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""

@@ -24,9 +24,10 @@ from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
-from eval import checkpoint
-from eval.compare import compare, compare_by_layer
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig
+from eval.hf.compare import compare, compare_by_layer
+from eval.hf.exported import record_of, sizes
 from model.checkpoint import Pieces
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
@@ -79,23 +80,6 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     part.rename(target)
     write_json(record, {**made_of, "files": sizes(target)})
     logger.info(f"the model lies in {target}")
-
-
-def record_of(target: Path) -> Path:
-    """What an exported folder was made of: `export.json` beside `hf`, `export-step-N.json` beside `hf-step-N`."""
-    return target.with_name(f"export{target.name.removeprefix('hf')}.json")
-
-
-def require_export(home: Path, folder: Path) -> None:
-    """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
-    record = read_json(record_of(home))
-    if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
-        raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Size of every file of a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}
 
 
 def say(line: str) -> None:

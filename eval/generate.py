@@ -17,7 +17,7 @@ from core.command import command
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import checkpoint
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from model.config import Sampling
 from model.mamba import FalconMamba

@@ -1,20 +1,49 @@
-"""Bits per byte on held-out text, per source, against the best unigram model of the same tokens."""
+"""The one scorer of held-out text: for an evaluation of all of it, and for validation while training goes on.
+
+An evaluation reads each source's held-out split up to a limit and compares with the best unigram model of the same
+tokens. Validation takes the first tokens of it, the same ones every time, shared by data-parallel ranks.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
+from core.errors import InputError
 from data.config import DataConfig
 from data.stream.loader import document_starts
-from data.stream.manifests import open_manifests, source_folder, tokenizer_path
+from data.stream.manifests import Manifest, open_manifests, source_folder, tokenizer_path
 from data.stream.shards import Shards
 from data.tokenizer import byte_lengths
 from data.tokenizer import load as load_tokenizer
+from eval.config import ValidationConfig
 from model.mamba import FalconMamba
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: FalconMamba, batches: Iterable[tuple[Tensor, int]], reset_state: bool, bf16: bool = False
+) -> Tensor:
+    """Nats of all predicted tokens, fp64 on the model's device.
+
+    Batches are rows [b, l + 1] of ids, of which the first few count; documents are kept apart as in training.
+    """
+    device = next(model.parameters()).device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for rows, counted in batches:
+        rows = rows.to(device)
+        tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        starts = document_starts(tokens) if reset_state else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            losses, _ = model(tokens, targets, starts)
+        nats += losses[:counted].double().sum()
+    return nats
 
 
 @dataclass
@@ -28,28 +57,26 @@ class Score:
     unigram_bits_per_byte: float  # of the token frequencies of this very text: no unigram model does better on it
 
 
-@torch.no_grad()
 def evaluate(
     model: FalconMamba, config: DataConfig, seq_len: int, batch: int, max_tokens: int
 ) -> Iterator[tuple[str, Score]]:
     """Score every source's held-out split, yielding one by one.
 
     Reads at most max_tokens of each, in windows of seq_len whose tokens are all predicted but the very first, `batch`
-    windows at once; documents are kept apart as in training.
+    windows at once.
     """
     manifests = open_manifests(config)
     lengths = torch.from_numpy(byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256)))
-    device = next(model.parameters()).device
     for name, manifest in manifests.items():
         shards = Shards(source_folder(config, name), manifest, "heldout")
         count = min(max_tokens, shards.tokens - 1)
         if count < 1:
             continue
         ids = torch.from_numpy(shards.read(0, count + 1))
-        nats = sum(_window_nats(model, config, rows.to(device)) for rows in _windows(ids, seq_len, batch))
+        batches = ((rows, len(rows)) for rows in _windows(ids, seq_len, batch))
+        nats = float(sum_of_losses(model, batches, config.reset_state))
         size = int(lengths[ids[1:]].sum())
-        bits = nats / math.log(2)
-        yield name, Score(count, size, nats / count, bits / size, unigram_bits(ids[1:]) / size)
+        yield name, Score(count, size, nats / count, nats / math.log(2) / size, unigram_bits(ids[1:]) / size)
 
 
 def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
@@ -62,15 +89,88 @@ def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
         yield ids[whole * seq_len :].unsqueeze(0)
 
 
-def _window_nats(model: FalconMamba, config: DataConfig, rows: Tensor) -> float:
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    starts = document_starts(tokens) if config.reset_state else None
-    losses, _ = model(tokens, targets, starts)
-    return float(losses.double().sum())
-
-
 def unigram_bits(ids: Tensor) -> float:
     """Bits that ids [t] take under their own token frequencies."""
     counts = np.bincount(ids.numpy()).astype(np.float64)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+class Validation:
+    """Loss and bits per byte of every source on its first held-out tokens, over data-parallel ranks."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        settings: ValidationConfig,
+        *,
+        bf16: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        group: Any = None,
+    ) -> None:
+        """`rank` of `ranks` in the data-parallel `group` takes every ranks-th row; bf16 as in training.
+
+        Raises InputError when held-out files are trained on.
+        """
+        files_apart(open_manifests(config))
+        self.config, self.settings, self.bf16 = config, settings, bf16
+        self.rank, self.ranks, self.group = rank, ranks, group
+        self.rows: dict[str, Tensor] = {}
+        self.counted: dict[str, int] = {}  # of them; one more may fill up, for all ranks run equally many forwards
+        self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
+
+    def _read(self) -> None:
+        """This rank's rows, at the first validation: a start costs nothing."""
+        config, length = self.config, self.settings.seq_len
+        lengths = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+        for name, manifest in open_manifests(config).items():
+            ids = fixed_tokens(config, name, manifest, self.settings)
+            if len(ids) <= length:
+                continue
+            windows = torch.from_numpy(ids).unfold(0, length + 1, length)
+            numbers = torch.arange(self.rank, len(windows), self.ranks)
+            self.counted[name] = len(numbers)
+            rows = -(-len(windows) // self.ranks)
+            self.rows[name] = windows[F.pad(numbers, (0, rows - len(numbers)))]
+            count = len(windows) * length
+            self.sizes[name] = (count, int(lengths[ids[1 : count + 1]].sum()))
+
+    def after(self, before: int, now: int, model: FalconMamba) -> dict[str, dict[str, float]] | None:
+        """Results when a multiple of every_tokens lies in (before, now], else None. Every rank takes part."""
+        every = self.settings.every_tokens
+        return self.run(model) if now // every > before // every else None
+
+    def run(self, model: FalconMamba) -> dict[str, dict[str, float]]:
+        """Nats per token and bits per byte of each source."""
+        if not self.rows:
+            self._read()
+        sums = [sum_of_losses(model, self._batches(name), self.config.reset_state, self.bf16) for name in self.rows]
+        nats = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(nats, group=self.group)
+        return {
+            name: {"loss": total / tokens, "bits_per_byte": total / math.log(2) / size}
+            for (name, (tokens, size)), total in zip(self.sizes.items(), nats.tolist(), strict=True)
+        }
+
+    def _batches(self, name: str) -> Iterator[tuple[Tensor, int]]:
+        rows, batch = self.rows[name], self.settings.batch
+        for start in range(0, len(rows), batch):
+            yield rows[start : start + batch], max(0, self.counted[name] - start)
+
+
+def fixed_tokens(config: DataConfig, name: str, manifest: Manifest, settings: ValidationConfig) -> np.ndarray:
+    """The first held-out tokens of a source, and one more to predict."""
+    shards = Shards(source_folder(config, name), manifest, "heldout")
+    return shards.read(0, min(settings.tokens + 1, shards.tokens))
+
+
+def files_apart(manifests: dict[str, Manifest]) -> None:
+    """Raise InputError when a held-out file is a training file of any source, by SHA-256."""
+    trained = {file.sha256: name for name, m in manifests.items() for file in m.splits["train"] if file.tokens}
+    for name, manifest in manifests.items():
+        for file in manifest.splits["heldout"]:
+            if file.tokens and file.sha256 in trained:
+                owner = trained[file.sha256]
+                raise InputError(f"{name}: held-out {file.name} is a training file of {owner}: prepare the data again")

@@ -18,10 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from core.command import command
 from core.errors import InputError
-from eval import checkpoint
-from eval.card import model_card
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig
-from eval.export import require_export
+from eval.hf.card import model_card
+from eval.hf.exported import require_export
 
 logger = logging.getLogger(__name__)
 

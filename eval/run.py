@@ -29,12 +29,12 @@ from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, source_folder
-from eval import checkpoint
+from eval import subject as checkpoint
 from eval.config import Eval, EvaluationConfig
-from eval.export import require_export
 from eval.heldout import Score, evaluate
-from eval.suite import run_suite
-from eval.twin import load as transformers_twin
+from eval.hf.exported import require_export
+from eval.hf.reference import load as transformers_twin
+from eval.leaderboard.suite import run_suite
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InputError
+from core.files import ROOT
 from model.flops import parameter_count
 from train.config import Device, EngineKind, RunConfig
 from train.plan import GIB, check_memory
 
-ROOT = Path(__file__).resolve().parent.parent
 STATE_BYTES = 12  # of a checkpoint per parameter: fp32 weights and two moments
 
 

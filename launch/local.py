@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from core.files import ROOT
 from core.run import RunFiles
-from launch.script import ROOT, SCRIPTS
+from launch.script import SCRIPTS
 from launch.sweep import Job
 from train.incidents import FINISHED, REQUEUE, read_outcome
 

@@ -4,10 +4,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from core.files import ROOT
 from launch.attempt import excluded
 from launch.sweep import Job
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "prepare": "data/prepare.py",
     "train": "train/pretrain.py",

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core import log
 from core.command import keys_of, one_line
 from core.errors import USER_ERROR, InputError
-from core.files import write_json
+from core.files import ROOT, write_json
 from launch.config import SubmitConfig
 from launch.local import run_here
 from launch.script import SCRIPTS, dependency, render
@@ -26,7 +26,6 @@ from train.config import RunConfig
 from train.plan import GIB, check_memory
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = """examples:
   python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
   python launch/submit.py +experiment=7b slurm.partition=h100 --stages prepare,train,export,eval

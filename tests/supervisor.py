@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core import log
 from train.config import RunConfig
 from train.incidents import read_outcome
 from train.records import read_lines

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from core.command import convert
 from core.run import newest
-from eval.card import model_card
 from eval.config import EvaluationConfig
 from eval.export import export
-from eval.twin import load as transformers_model
+from eval.hf.card import model_card
+from eval.hf.reference import load as transformers_model
 from model.checkpoint import Pieces, fault, read_state
 from model.hf import HfFolder
 from tests.distributed import run_ranks

@@ -17,8 +17,8 @@ from core.errors import InputError
 from core.run import Run, newest
 from data.stream.loader import Batch, Loader, compile_plan
 from data.stream.manifests import open_manifests
-from eval.jobs import SuiteJobs
-from eval.validation import Validation
+from eval.heldout import Validation
+from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
 from model.hf import initialize_from
 from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over

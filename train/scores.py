@@ -20,7 +20,7 @@ from core import log
 from core.errors import InputError
 from core.run import Run, RunFiles
 from eval.config import Jobs
-from eval.jobs import LOOK_SECONDS, SuiteJobs
+from eval.leaderboard.jobs import LOOK_SECONDS, SuiteJobs
 from train.config import MetricsConfig
 from train.lease import Lease
 from train.metrics import say, trackers

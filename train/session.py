@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
-from core.files import write_text
+from core.files import ROOT, write_text
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
 from train.incidents import FINISHED, Outcome, read_outcome
@@ -95,13 +94,12 @@ def code_version() -> dict[str, Any]:
     """Commit of the code that runs, and whether its files differ from it; empty where there is no git or repository."""
 
     def git(*words: str) -> str:
-        root = Path(__file__).resolve().parent
         return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30, check=True
         ).stdout.strip()
 
     try:
-        if git("rev-parse", "--show-prefix") != "train/":  # installed somewhere inside another repository
+        if git("rev-parse", "--show-prefix") != "":  # installed somewhere inside another repository
             return {}
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}

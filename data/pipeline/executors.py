@@ -14,13 +14,12 @@ from typing import Any, Protocol
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from core.errors import InputError
-from core.files import write_text
+from core.files import ROOT, write_text
 from data.config import Executor, ExecutorConfig
 from data.pipeline.workers import HEARTBEAT_SECONDS, Job, Workers, say
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3  # looks at an empty queue before results count as lost: a shared file system may show them late
 Finished = Callable[[str, list[Any]], None]
 

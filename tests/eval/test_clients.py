@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from mambapy.mamba import Mamba, MambaConfig
 
 from core.errors import InputError
-from eval import checkpoint
-from eval.card import model_card
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.export import export
+from eval.hf.card import model_card
 from eval.push import push
 from eval.run import evaluation
 from model.hf import tensor_names, to_hf

@@ -17,11 +17,11 @@ from core.run import Run
 from data.stream.manifests import DTYPE, read_manifest, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import checkpoint
-from eval.compare import compare, compare_by_layer
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
+from eval.hf.compare import compare, compare_by_layer
 from eval.run import evaluation, generate, total
 from model.checkpoint import Pieces
 from model.hf import hf_config

@@ -21,12 +21,12 @@ from core.errors import InputError
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import checkpoint
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig, Row, Suite
 from eval.export import export
-from eval.harness import FalconMambaLM
+from eval.leaderboard.harness import FalconMambaLM
+from eval.leaderboard.suite import run_suite, score, siblings, table
 from eval.run import expand
-from eval.suite import run_suite, score, siblings, table
 from tests.compose import run_config
 from tests.eval.test_layout import hf_folder
 from tests.tiny import TINY, model_of

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.recompute import demo, largest_sum
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU, cpu
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from model.parallel.build import build
-from tests.bench.recompute import demo, largest_sum
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import context_ranks, ranks

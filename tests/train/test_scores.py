@@ -12,7 +12,7 @@ import pytest
 from core.errors import InputError
 from core.run import MANIFEST, Run
 from eval.config import Jobs, Launcher
-from eval.jobs import SuiteJobs
+from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import STATE
 from tests.corpus import make_corpus
 from tests.small import config

@@ -67,7 +67,7 @@ def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.
     script = tmp_path / "train" / "session.py"
     script.parent.mkdir()
     script.write_text("1\n")
-    monkeypatch.setattr("train.session.__file__", str(script))
+    monkeypatch.setattr("train.session.ROOT", tmp_path)
     assert code_version() == {}
     git("init", "-q")
     git("add", ".")
@@ -80,7 +80,7 @@ def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.
     assert code_version() == {"commit": commit, "dirty": True}
     inner = tmp_path / "venv" / "train"
     inner.mkdir(parents=True)
-    monkeypatch.setattr("train.session.__file__", str(inner / "session.py"))
+    monkeypatch.setattr("train.session.ROOT", inner.parent)
     assert code_version() == {}
 
 

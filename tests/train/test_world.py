@@ -15,6 +15,7 @@ import pytest
 import torch
 from megatron.core import optimizer as optimizers
 
+from benchmarks.recompute import step
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run, newest
@@ -24,7 +25,6 @@ from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
 from model.parallel.build import build
 from model.sharding import unshard
-from tests.bench.recompute import step
 from tests.compose import run_config
 from tests.small import config
 from tests.tiny import TINY

@@ -1,4 +1,4 @@
-"""Data beside its rivals in one process: `python -m tests.bench.data`.
+"""Data beside its rivals in one process: `python -m benchmarks.data`.
 
 Sequences from page cache, eight consecutive ones as a rank reads them and eight random ones, beside plain np.memmap,
 Megatron-core's IndexedDataset and datatrove's folder dataset (and MosaicML streaming where it is installed);
@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.timing import Row, median_seconds, show, with_ratios, write
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.pipeline.shard import Clean, Sharding, shard_task
@@ -29,7 +30,6 @@ from data.stream.manifests import DTYPE, Manifest, ShardFile, source_folder
 from data.stream.mixture import Plan
 from examples.demo_corpus import arithmetic
 from examples.demo_corpus.standard_library import code_files, reference_pages
-from tests.bench.timing import Row, median_seconds, show, with_ratios, write
 from tests.compose import run_config
 
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def main() -> None:
     """Measure, print, and record unless told otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--no-record", action="store_true", help="do not write tests/bench/results")
+    parser.add_argument("--no-record", action="store_true", help="do not write benchmarks/results")
     chosen = parser.parse_args()
     found = [reading(2**23 if chosen.small else 2**26, 0.2 if chosen.small else 3.0)]
     found += [tokenizing(60 if chosen.small else 10**6), planning()]

@@ -1,10 +1,10 @@
 """Our training beside transformers' Trainer: the same initial weights, batches, rates and rules, the loss of each step.
 
-`python -m tests.bench.trainer FOLDER --steps N` trains the demo's model by the real command, once more by it with the
+`python -m benchmarks.trainer FOLDER --steps N` trains the demo's model by the real command, once more by it with the
 reference kernels and small batches accumulated, whose sums are rounded in another order, and then by the Trainer. How
 far the first two part is the yardstick for how far the Trainer may: training is chaotic, so differences of rounding
 grow. It needs the demo's data (`python data/prepare.py +experiment=demo`), writes losses.json and losses.png into
-FOLDER and the differences into tests/bench/results/. transformers cannot reset state between documents, so all do
+FOLDER and the differences into benchmarks/results/. transformers cannot reset state between documents, so all do
 without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches are faster again.
 With --minutes it stops there, and the curves are compared as far as it came; what ours has done stays.
 """
@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from benchmarks.timing import Row, show, with_ratios, write
+from core.files import ROOT
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import open_manifests
 from data.tokenizer import EOS
@@ -36,12 +38,10 @@ from model.hf_writer import Entry, json_bytes
 from model.kernels import REFERENCE
 from model.parallel.build import build
 from model.parameters import decays
-from tests.bench.timing import Row, show, with_ratios, write
 from tests.compose import run_config
 from train.config import RunConfig
 from train.schedule import Schedule
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16
 SEQ_LEN = 128
 MICRO_BATCH = 2  # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import gpu, gpu_model, gpu_operations, timing
+from benchmarks.gpu_bench import COPIES, L2_BYTES, Bench, agree
 from model.kernels import CPU, REFERENCE
 from model.kernels.interface import Kernels
-from tests.bench import gpu, gpu_model, gpu_operations, timing
-from tests.bench.gpu_bench import COPIES, L2_BYTES, Bench, agree
 from tests.compose import run_config
 
 

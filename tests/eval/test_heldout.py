@@ -16,12 +16,12 @@ from core.run import Run
 from data.config import DataConfig
 from data.stream.manifests import DTYPE, open_manifests, read_manifest, source_folder, write_manifest
 from data.tokenizer import EOS
-from eval import checkpoint
+from eval import subject as checkpoint
+from eval.check_leakage import prove, trained_documents
 from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig
 from eval.export import export
-from eval.heldout import evaluate
-from eval.jobs import SuiteJobs
-from eval.validation import Validation, prove, trained_documents
+from eval.heldout import Validation, evaluate
+from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
@@ -74,7 +74,7 @@ def test_what_is_held_out_is_not_trained_on(
     shutil.copytree(config.data.folder, tmp_path / "data")
     data = replace(config.data, folder=str(tmp_path / "data"))
     ready = replace(config, data=data, eval=replace(config.eval, validation=SETTINGS))
-    monkeypatch.setattr("eval.validation.READ_TOKENS", 100)  # pieces that cut documents
+    monkeypatch.setattr("eval.check_leakage.READ_TOKENS", 100)  # pieces that cut documents
     unlike, secret = [20, 21, 22, 23, 200], [20, 21, 22, 24, 199]  # equal length and sum, other tokens
     insert(data, "prose", "heldout", secret)
     insert(data, "sums", "train", unlike)
@@ -113,9 +113,9 @@ def test_suites_run_as_jobs_of_their_own(
     config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """On held files, with the scores in the run's records at its end; a resumed run starts and takes nothing twice."""
-    monkeypatch.setattr("eval.jobs.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("eval.leaderboard.jobs.LOOK_SECONDS", 0.0)
     folder = checkpoint.find(config)
-    monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    monkeypatch.setattr("eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
     metrics = config.run.folder / "metrics.jsonl"
     metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')  # the run is further than its checkpoint
     row = "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: {}, by_size: true}]"
@@ -158,7 +158,7 @@ def test_slurm_gets_one_job_per_suite(
     run = replace(config.run, dir=str(tmp_path / "run"))
     run.folder.mkdir()
     run.files.checkpoints.symlink_to(config.run.files.checkpoints)
-    monkeypatch.setattr("eval.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    monkeypatch.setattr("eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
     SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
     asked = tmp_path / "asked"
     deadline = time.monotonic() + 20

@@ -12,8 +12,6 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.run import MANIFEST
 from data.stream.manifests import tokenizer_path
-from data.tokenizer import EOS
-from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
 from model.checkpoint import Pieces, fault, newest_valid, read_state
 from model.config import Backend, ModelConfig
@@ -100,23 +98,6 @@ class Subject:
     def name(self) -> str:
         """Short name for tables and files."""
         return self.folder.name
-
-    def language_model(self, max_length: int, batch_tokens: int) -> Any:
-        """The subject as lm-evaluation-harness wants it, on this process's device."""
-        from eval.harness import FalconMambaLM, device_here
-
-        if self.tokenizer is None:
-            from lm_eval.models.huggingface import HFLM
-
-            rows = max(1, batch_tokens // max_length)
-            return HFLM(
-                str(self.folder), max_length=max_length, batch_size=rows, device=best_device(), dtype="float32",
-                prefix_token_id=EOS,
-            )  # fmt: skip
-        shape, device = ModelConfig(**read_state(self.folder)["model"]), device_here()
-        return FalconMambaLM(
-            build(shape, self.folder, device), load_tokenizer(self.tokenizer), max_length, batch_tokens
-        )
 
 
 def subject(config: EvaluationConfig) -> Subject:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from core.errors import InputError
 from core.files import read_json, write_json
-from eval import checkpoint
+from eval import subject as checkpoint
 from eval.config import EvaluationConfig, Row, Suite
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,12 @@ def runner(config: EvaluationConfig, subject: checkpoint.Subject) -> Callable[[R
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    from eval.leaderboard.harness import language_model
+
     suite = config.eval.suite
     assert suite is not None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every row that shots were set
-    model = subject.language_model(suite.max_length, config.eval.batch * config.eval.seq_len)
+    model = language_model(subject, suite.max_length, config.eval.batch * config.eval.seq_len)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
         manager = TaskManager(include_path=suite.include)  # its own tasks too: reading their 14,000 files takes seconds

@@ -1,4 +1,4 @@
-"""Writes the 7B's three files from a made-up checkpoint of two ranks: `python -m tests.bench.export FOLDER`.
+"""Writes the 7B's three files from a made-up checkpoint of two ranks: `python -m benchmarks.export FOLDER`.
 
 Takes 44 GB of disk for some minutes, prints sizes, peak memory and rate, and removes everything again.
 """

@@ -21,7 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import EOS, EOS_TOKEN
-from model.config import Sampling
+from data.tokenizer import load as load_tokenizer
+from eval.subject import Subject, best_device, build
+from model.checkpoint import read_state
+from model.config import ModelConfig, Sampling
 from model.mamba import FalconMamba
 
 Pair = tuple[Any, list[int], list[int]]  # what was asked, context ids, continuation ids
@@ -191,3 +194,18 @@ def device_here() -> torch.device:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def language_model(subject: Subject, max_length: int, batch_tokens: int) -> Any:
+    """A subject as lm-evaluation-harness wants it, on this process's device."""
+    if subject.tokenizer is None:
+        from lm_eval.models.huggingface import HFLM
+
+        rows = max(1, batch_tokens // max_length)
+        return HFLM(
+            str(subject.folder), max_length=max_length, batch_size=rows, device=best_device(), dtype="float32",
+            prefix_token_id=EOS,
+        )  # fmt: skip
+    shape, device = ModelConfig(**read_state(subject.folder)["model"]), device_here()
+    vocabulary = load_tokenizer(subject.tokenizer)
+    return FalconMambaLM(build(shape, subject.folder, device), vocabulary, max_length, batch_tokens)

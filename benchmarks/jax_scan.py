@@ -1,4 +1,4 @@
-"""The scan of jax-linear-attention, timed in a process of its own: tests/bench/gpu.py runs it with --jax-python.
+"""The scan of jax-linear-attention, timed in a process of its own: benchmarks/gpu.py runs it with --jax-python.
 
 It needs Python 3.12 with `pip install 'jax[cuda13]' jax-linear-attention==0.1.0` and nothing of this project. Prints
 one JSON line per batch size with the medians in seconds; compiling is left out. Inputs rotate past the L2 cache. Before

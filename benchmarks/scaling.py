@@ -1,4 +1,4 @@
-"""A step of the demo's model on one and on two processes of this machine: `python -m tests.bench.scaling`.
+"""A step of the demo's model on one and on two processes of this machine: `python -m benchmarks.scaling`.
 
 Weak scaling: as many sequences per rank on two ranks as on one. Strong: as many in all. One thread per process; layouts
 take turns in several rounds, and ratios are medians over rounds, each taken within one, since the machine may be busy.
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.timing import Row, show, write
 from model.kernels import CPU
 from model.parallel.build import build
-from tests.bench.timing import Row, show, write
 from tests.compose import run_config
 from tests.distributed import run_ranks
 from train.config import RunConfig

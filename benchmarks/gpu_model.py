@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.rivals import llama_config
+from benchmarks.gpu_bench import Bench, agree
+from benchmarks.rivals import llama_config
 from model.flops import train_flops_per_token
 from model.hf import hf_config, tensor_names, to_hf
 from model.init import initialize
 from model.kernels import REFERENCE, Kernels
 from model.mamba import Block, FalconMamba
 from model.parallel.build import lay_out, mark
-from tests.bench.gpu_bench import Bench, agree
 from train.config import EngineKind, Precision, RunConfig
 from train.cuda_on_cpu import cuda_on_cpu
 from train.dryrun import fake_world

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_runs() -> None:
-    command = [sys.executable, "-m", "tests.bench.data", "--small", "--no-record"]
+    command = [sys.executable, "-m", "benchmarks.data", "--small", "--no-record"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for what in (

@@ -1,4 +1,4 @@
-"""What recomputing activations saves and costs: `python -m tests.bench.recompute`, peak memory and time of a step.
+"""What recomputing activations saves and costs: `python -m benchmarks.recompute`, peak memory and time of a step.
 
 The demo's model, one rank without ZeRO, two micro-batches of 8 x 256. Memory is the peak of what torch's allocator has
 handed out, from an empty process to the end of the second step, beside the plan's formula. Time is the processor's,
@@ -16,12 +16,12 @@ from dataclasses import asdict, replace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.timing import Row, show, write
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU
 from model.mamba import FalconMamba
 from model.parallel.build import build
-from tests.bench.timing import Row, show, write
 from tests.compose import run_config
 from train.config import Precision, RunConfig
 from train.distributed import ranks
@@ -74,7 +74,7 @@ def largest_sum(recorded: profile) -> int:
 
 def peak_bytes(recompute: Recompute) -> int:
     """measure_peak in a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.recompute", "--peak", recompute.value]
+    command = [sys.executable, "-m", "benchmarks.recompute", "--peak", recompute.value]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 

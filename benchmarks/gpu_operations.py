@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_bench import Bench, agree
+from benchmarks.timing import CALLS, Row
 from model.kernels import REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
-from tests.bench.gpu_bench import Bench, agree
-from tests.bench.timing import CALLS, Row
 from tests.model.cases import Case, assert_equal, elsewhere
 
 CHECKED = 256  # tokens of the problems that rivals are checked on

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "command",
     [
-        ["tests.bench.cpu", "--lengths", "16", "--no-record"],
-        ["tests.bench.gpu", "--device", "cpu", "--small", "--no-record"],
+        ["benchmarks.cpu", "--lengths", "16", "--no-record"],
+        ["benchmarks.gpu", "--device", "cpu", "--small", "--no-record"],
     ],
     ids=["cpu", "gpu"],
 )
@@ -21,7 +21,7 @@ def test_it_runs(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "times ours" in result.stdout and "scan, forward and backward" in result.stdout
-    if "tests.bench.gpu" in command:
+    if "benchmarks.gpu" in command:
         missing = [line for line in result.stdout.splitlines() if line.startswith("not measured: ")]
         assert {line.split()[2] for line in missing} == {"jax-linear-attention", "Liger", "transformers'"}, missing
         for what in ("transformers' FalconMamba", "Llama's layer", "1 of 2 ranks, megatron, bf16, recompute full"):

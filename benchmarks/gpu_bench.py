@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Row, median_seconds
 from model.kernels import BACKENDS, REFERENCE
 from model.kernels.interface import Kernels
-from tests.bench.timing import Row, median_seconds
 from train.config import RunConfig
 
 L2_BYTES = 128 * 2**20  # of inputs that rotate: more than an H100's or H200's 50 MiB

@@ -4,11 +4,11 @@ Speed and peak memory over generated tokens, and the longest prompt that a given
 weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
 section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
 into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
-Time is the processor's on a CPU; what the bars compare is measured there in turns, block by block: eval/lockstep.py.
+Time is the processor's on a CPU; what the bars compare is measured there in turns, block by block: lockstep.py.
 
 examples:
-  python eval/bench_generate.py
-  python eval/bench_generate.py +experiment=130m eval.bench.tokens=8192
+  python -m benchmarks.generation
+  python -m benchmarks.generation +experiment=130m eval.bench.tokens=8192
 """
 
 import ctypes
@@ -20,17 +20,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lockstep import BLOCK, relative_speeds
+from benchmarks.rivals import Decoder, falcon, llama, ours
 from core.command import command
 from core.files import write_json
 from eval.config import EvaluationConfig
-from eval.lockstep import BLOCK, relative_speeds
-from eval.rivals import Decoder, falcon, llama, ours
 from model.flops import parameter_count
 
 MIB = 2**20

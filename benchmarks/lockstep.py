@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from eval.rivals import Decoder
+from benchmarks.rivals import Decoder
 
 BLOCK = 64  # tokens that are timed together
 

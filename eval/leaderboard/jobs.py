@@ -17,14 +17,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.files import read_json, write_json
+from core.files import ROOT, read_json, write_json
 from core.run import Run, newest, step_of
 from eval.config import Jobs, Launcher
 from model.checkpoint import read_state
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOK_SECONDS = 60.0
 OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Row, in_turn, median_seconds, show, write
 from model.config import ModelConfig
 from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE
 from model.kernels.cpu_library import instruction_set
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.parallel.build import build
-from tests.bench.timing import Row, in_turn, median_seconds, show, write
 from tests.compose import run_config
 
 CHANNELS, STATES = 512, 16

@@ -1,4 +1,4 @@
-"""GPU benchmark: `python -m tests.bench.gpu`. Ceilings, then every operation, a layer and a rank's step of the 7B.
+"""GPU benchmark: `python -m benchmarks.gpu`. Ceilings, then every operation, a layer and a rank's step of the 7B.
 
 Each backend that is present is measured on the same random inputs, which rotate past the L2 cache; medians; ratios are
 to `cuda`, ours. Who is measured is checked on a short problem first, and not timed when wrong. What is missing or fails
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import gpu_model, gpu_operations
-from tests.bench.gpu_bench import Bench
-from tests.bench.timing import show, with_ratios, write
+from benchmarks import gpu_model, gpu_operations
+from benchmarks.gpu_bench import Bench
+from benchmarks.timing import show, with_ratios, write
 from tests.compose import run_config
 
 # as the 7b has it, in small

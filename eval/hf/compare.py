@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.twin import load as transformers_twin
+from eval.hf.reference import load as transformers_twin
 from model.checkpoint import Pieces
 from model.config import Backend, ModelConfig
 from model.hf import TENSORS_OF_LAYER, HfFolder

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from eval.bench_generate import Meter, bars, bench, longest_prompt, marks, speed
+from benchmarks.generation import Meter, bars, bench, longest_prompt, marks, speed
+from benchmarks.lockstep import BLOCK, relative_speeds
+from benchmarks.rivals import Decoder, falcon, llama, llama_config, ours
 from eval.config import Bench, EvaluationConfig
-from eval.lockstep import BLOCK, relative_speeds
-from eval.rivals import Decoder, falcon, llama, llama_config, ours
 from model.flops import parameter_count
 from tests.compose import run_config
 from tests.tiny import TINY
@@ -114,7 +114,7 @@ def test_turns_compare_decoders_on_a_machine_that_changes_its_speed() -> None:
 def test_the_whole_benchmark(
     config: EvaluationConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.bench_generate.ROUNDS", 2)
+    monkeypatch.setattr("benchmarks.generation.ROUNDS", 2)
     bench(replace(config, eval=replace(config.eval, bench=Bench(512, 512, 512, 0.25))))
     result = json.loads((config.run.folder / "bench_generate.json").read_text())
     assert list(result["models"]) == ["ours", "transformers FalconMamba", "transformers Llama"]

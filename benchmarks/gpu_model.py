@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench, agree
 from benchmarks.rivals import llama_config
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
+from launch.simulation.dry_run import fake_world
 from model.flops import train_flops_per_token
 from model.hf import hf_config, tensor_names, to_hf
 from model.init import initialize
@@ -17,10 +19,9 @@ from model.kernels import REFERENCE, Kernels
 from model.mamba import Block, FalconMamba
 from model.parallel.build import lay_out, mark
 from train.config import EngineKind, Precision, RunConfig
-from train.cuda_on_cpu import cuda_on_cpu
-from train.dryrun import fake_world
-from train.engines import Engine, build_engine
-from train.plan import GIB, needs
+from train.costs.memory import GIB, needs
+from train.engines.build import build_engine
+from train.engines.protocol import Engine
 
 SHORT = 64  # tokens of the problem that a rival's layer is checked on
 

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import Row, show, write
+from launch.simulation.dry_run import fake_world
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU
@@ -24,10 +25,10 @@ from model.mamba import FalconMamba
 from model.parallel.build import build
 from tests.compose import run_config
 from train.config import Precision, RunConfig
+from train.costs.memory import GIB, needs
 from train.distributed import ranks
-from train.dryrun import fake_world
-from train.engines import Engine, build_engine
-from train.plan import GIB, needs
+from train.engines.build import build_engine
+from train.engines.protocol import Engine
 
 SEQUENCES, SEQ_LEN, MICRO_BATCHES = 8, 256, 2
 MIB = 2**20

@@ -24,9 +24,9 @@ from model.parallel.build import build
 from tests.compose import run_config
 from tests.distributed import run_ranks
 from train.config import RunConfig
+from train.costs.traffic import payloads
 from train.distributed import context_ranks, ranks
-from train.engines import build_engine
-from train.traffic import payloads
+from train.engines.build import build_engine
 
 SEQ_LEN, MICRO_BATCH = 256, 8
 STEPS = 3  # timed, after one that is not

@@ -1,7 +1,16 @@
 """What a user can mend, and how a process says so."""
 
+import shlex
+import sys
+
 USER_ERROR = 2  # exit code of a mistake that the user can mend; launch's torchrun handler knows it too
 
 
 class InputError(ValueError):
     """A mistake the user can mend; the message names the fix and is printed without a traceback."""
+
+
+def moved(command: str) -> None:
+    """Answer for an entry script that has another place by now, with the command line that takes its."""
+    print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
+    sys.exit(USER_ERROR)

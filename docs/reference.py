@@ -25,7 +25,7 @@ from data.browse import BrowseConfig
 from data.prepare import PrepareConfig
 from data.verify import VerifyConfig
 from launch.config import SubmitConfig
-from launch.dryrun import DryRun
+from launch.planning.trial import DryRun
 
 PAGE = "config.md"
 SCHEMAS = (DryRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)

@@ -16,9 +16,9 @@ from rich.table import Table
 from core.errors import InputError
 from core.files import read_json
 from core.run import RunFiles
-from launch.sweep import SWEEP
-from train.incidents import read_outcome
-from train.records import curve, read_lines, short
+from launch.jobs.sweep import SWEEP
+from train.metrics.records import curve, read_lines, short
+from train.resilience.incidents import read_outcome
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
 BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured

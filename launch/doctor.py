@@ -18,7 +18,7 @@ from rich.table import Table
 
 from core.command import command
 from core.errors import USER_ERROR
-from launch.checks import CHECKS, Finding
+from launch.planning.checks import CHECKS, Finding
 from train.config import RunConfig
 
 COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}

@@ -2,8 +2,8 @@
 
 Builds the model, its cut and the engine's partition on tensors without memory in a process group that pretends to have
 `world` ranks, takes one step, and shows schedule, data plan, what each rank holds, and every collective with its bytes
-beside the formula of train/traffic.py. A layout that cannot run is refused with the nearest one that can. Also written
-to RUN/dryrun.json.
+beside the formula of train/costs/traffic.py. A layout that cannot run is refused with the nearest one that can. Also
+written to RUN/dryrun.json.
 
 examples:
   python launch/dryrun.py +experiment=7b world=256
@@ -14,7 +14,7 @@ examples:
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,64 +26,19 @@ from rich.table import Table
 from core.command import command
 from core.errors import InputError
 from core.files import write_json
-from launch.estimate import PlannedRun, planned_gpu
-from launch.layouts import layout_of, nearest
-from model.config import Recompute
+from launch.planning.estimate import planned_gpu
+from launch.planning.layouts import layout_of
+from launch.planning.trial import DryRun
 from train.config import EngineKind
-from train.plan import GIB, needs
+from train.costs.memory import GIB, needs
+from train.costs.traffic import SENT, by_kind, payloads
+from train.engines.partition import Bucket, Flat, buckets, flats
 from train.schedule import Schedule
-from train.traffic import SENT, Bucket, Flat, buckets, by_kind, flats, payloads
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from train.dryrun import Rehearsed
-
-
-@dataclass
-class DryRun(PlannedRun):
-    """A planned run, and on how many ranks it is tried."""
-
-    world: int | None  # ranks; None takes cluster.nodes x ranks_per_node
-
-    def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-            if self.world is not None and self.world < 1:
-                raise ValueError(f"world is {self.world}; give the number of ranks")
-        except ValueError as error:
-            raise ValueError(f"{error}{self.way_out()}") from error
-
-    @property
-    def ranks(self) -> int:
-        """Ranks that the run is tried on."""
-        return self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
-
-    def way_out(self) -> str:
-        """The nearest layout that works, as the end of a refusal; nothing when the layout is not what is wrong."""
-        asked = replace(
-            self.parallel,
-            micro_batch_tokens=max(self.parallel.micro_batch_tokens, *(stage.seq_len for stage in self.data.stages)),
-        )
-        simple = replace(asked, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
-        try:
-            sections = {field.name: getattr(self, field.name) for field in fields(PlannedRun)}
-            run = PlannedRun(**{**sections, "parallel": simple})
-        except ValueError:
-            return ""
-        if self.ranks < 1:
-            return ""
-        layout = nearest(run, self.ranks, planned_gpu(self), asked)
-        if layout is None:
-            return f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each lacks"
-        wanted: dict[str, Any] = {"tensor_parallel": layout.tensor_parallel}
-        wanted["sequence_parallel"] = asked.sequence_parallel and layout.tensor_parallel > 1
-        wanted |= {"context_parallel": layout.context_parallel, "recompute": Recompute(layout.recompute)}
-        wanted["micro_batch_tokens"] = asked.micro_batch_tokens
-        changed = {name: value for name, value in wanted.items() if value != getattr(self.parallel, name)}
-        changes = " ".join(f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items())
-        fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
-        return f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}" if changes else ""
+    from launch.simulation.dry_run import Rehearsed
 
 
 @command(DryRun)
@@ -95,7 +50,7 @@ def main(run: DryRun) -> None:
         shape = f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute {p.recompute.value}"
         raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
     logger.info("loading torch, DeepSpeed and megatron-core")
-    from train.dryrun import data_plan, dry_run
+    from launch.simulation.dry_run import data_plan, dry_run
 
     epochs = data_plan(run).epochs()
     seen = dry_run(run, run.ranks)

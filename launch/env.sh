@@ -1,5 +1,5 @@
 # What NCCL, CUDA and torch's allocator are told on every rank, each with its reason; what is set already stays as it is.
-# launch/pretrain.sbatch reads it; without Slurm: `TENSOR_PARALLEL=1; . launch/env.sh` before torchrun. No GPU has tried it yet.
+# launch/slurm/pretrain.sbatch reads it; without Slurm: `TENSOR_PARALLEL=1; . launch/env.sh` before torchrun. No GPU has tried it yet.
 # A cluster's own settings go to slurm.env or the environment (the list at the end).
 
 default() { export "$1=${!1-$2}"; }

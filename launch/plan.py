@@ -20,11 +20,18 @@ from rich.table import Table
 
 from core.command import command
 from core.files import write_json
-from launch.devices import GPUS, Gpu
-from launch.estimate import PlannedRun, planned_gpu, reliability, roofline_seconds, timed, traffic_between_ranks
-from launch.layouts import layout_of, layouts, worth_showing
+from launch.planning.devices import GPUS, Gpu
+from launch.planning.estimate import (
+    PlannedRun,
+    planned_gpu,
+    reliability,
+    roofline_seconds,
+    timed,
+    traffic_between_ranks,
+)
+from launch.planning.layouts import layout_of, layouts, worth_showing
 from model.flops import parameter_count, train_flops_per_token, train_traffic
-from train.plan import GIB, headroom, needs
+from train.costs.memory import GIB, headroom, needs
 from train.schedule import Schedule
 
 SHOWN = 12  # layouts

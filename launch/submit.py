@@ -19,11 +19,11 @@ from core.command import keys_of, one_line
 from core.errors import USER_ERROR, InputError
 from core.files import ROOT, write_json
 from launch.config import SubmitConfig
-from launch.local import run_here
-from launch.script import SCRIPTS, dependency, render
-from launch.sweep import SWEEP, Job, Sweep, job, sweep
+from launch.jobs.local import run_here
+from launch.jobs.sweep import SCRIPTS, SWEEP, Job, Sweep, job, sweep
+from launch.slurm.script import dependency, render
 from train.config import RunConfig
-from train.plan import GIB, check_memory
+from train.costs.memory import GIB, check_memory
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-import train.commit as commit
+import train.checkpoint.writer as commit
 from core.errors import InputError
 from core.run import newest
 from data.stream.loader import Loader
-from train.guard import Guard
-from train.lease import Lease
-from train.loop import Trainer
+from train.resilience.guard import Guard
+from train.resilience.lease import Lease
+from train.trainer import Trainer
 
 NUMERIC = ("nan", "inf", "spike")  # change the run's course by design, so a clean run to compare with gets them too
 WRITE_POINTS = 18  # places of one save where a kill can fall: in the first rank, which commits

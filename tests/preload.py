@@ -3,8 +3,8 @@
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-import train.loop
-import train.session
+import train.run_context
+import train.trainer
 from train.engines.deepspeed import _deepspeed
 
 torch.set_num_threads(1)

@@ -26,10 +26,10 @@ from model.checkpoint import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import History, supervise
 from train.config import RunConfig
-from train.incidents import REQUEUE
-from train.records import read_lines
+from train.metrics.records import read_lines
+from train.resilience.incidents import REQUEUE
+from train.run_context import code_version, plain
 from train.schedule import Schedule
-from train.session import code_version, plain
 
 PLAN = "plan.json"  # of a soak that is not over
 CANARY = "canary-5e1f-not-for-any-file"

@@ -1,7 +1,7 @@
 """A launcher for tests: starts ranks as real processes, and restarts them as torchrun and a requeued job would.
 
 The ranks are forks of one process that has imported everything, so a restart costs a fraction of a second and faults
-by the dozen are affordable. What they run is train/session.py's start, with the command line's exit codes.
+by the dozen are affordable. What they run is train/run_context.py's start, with the command line's exit codes.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any
 
 from core import log
 from train.config import RunConfig
-from train.incidents import read_outcome
-from train.records import read_lines
+from train.metrics.records import read_lines
+from train.resilience.incidents import read_outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -112,7 +112,7 @@ def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], h
     log.set_up()
     from core.errors import InputError
     from tests.injector import Injector
-    from train.session import start
+    from train.run_context import start
 
     Injector(faults, home / "faults", rank)
     code = 1

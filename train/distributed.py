@@ -20,8 +20,7 @@ import torch.distributed as dist
 
 from core.errors import InputError
 from model.parallel.context import ContextRanks
-from train.config import Device, EngineKind, Parallel
-from train.memory import keep_freed
+from train.device import keep_freed
 
 # said by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
 warnings.filterwarnings("ignore", message=".*Apex.*")
@@ -65,23 +64,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.rank == 0
-
-
-def present_device(wanted: Device) -> str:
-    """The device that a rank gets on this machine, "cuda" or "cpu"."""
-    return "cuda" if wanted is not Device.cpu and torch.cuda.is_available() else "cpu"
-
-
-def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
-    """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
-    if present == "cpu" and parallel.engine is EngineKind.megatron:
-        device = " cluster.device=cpu" if wanted is Device.cuda else ""
-        raise InputError(
-            "parallel.engine is megatron, which works on GPUs alone, and this rank has none: set "
-            f"parallel.engine=deepspeed{device}"
-        )
-    if wanted is Device.cuda and present != "cuda":
-        raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
 
 
 @contextmanager

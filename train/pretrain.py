@@ -19,9 +19,9 @@ from core.command import command
 from core.log import UnfailingStream
 from data.stream.manifests import open_manifests
 from train.config import RunConfig
-from train.incidents import NAMES
-from train.plan import check_memory
-from train.trackers import check_trackers
+from train.costs.memory import check_memory
+from train.metrics.trackers import check_trackers
+from train.resilience.incidents import NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,13 @@ def main(config: RunConfig) -> None:
     check_trackers(config.metrics)
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     logger.info("loading torch, DeepSpeed and megatron-core")
-    from train.distributed import check_device, present_device
-    from train.memory import available
+    from train.device import available, check_device, present_device
 
     device = present_device(config.cluster.device)
     check_memory(config, world, local_world, device, available(device))
     check_device(config.cluster.device, device, config.parallel)
     open_manifests(config.data)  # missing data is said before groups and models are built
-    from train.session import start
+    from train.run_context import start
 
     outcome = start(config, device)
     if outcome.code:

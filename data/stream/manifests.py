@@ -8,12 +8,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from core.errors import InputError
 from core.files import sha256_of, write_json
 from data.config import DataConfig
-
-pass
-import numpy as np
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")

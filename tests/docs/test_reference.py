@@ -56,7 +56,9 @@ SCRIPTS = [path for room in ("data", "train", "eval", "launch") for path in sort
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_entry_script_has_examples(path: Path) -> None:
-    text = (ROOT / "train/inspection.py" if path.stem == "checkpoint" else path).read_text()  # its commands are there
+    text = (
+        ROOT / "train/checkpoint/inspection.py" if path.stem == "checkpoint" else path
+    ).read_text()  # its commands are there
     examples = text.partition("examples:\n")[2].partition('"""')[0]
     assert f"{path.parent.name}/{path.name} " in examples
     for group, name in re.findall(r"\+(experiment|sweep)=(\w+)", examples):

@@ -18,10 +18,10 @@ from model.parallel.build import build
 from tests.compose import run_config
 from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY
-from train.checkpoint import Checkpoints, State
+from train.checkpoint.manager import Checkpoints, State
 from train.config import CheckpointConfig, Optim
 from train.distributed import ranks
-from train.engines import build_engine
+from train.engines.build import build_engine
 
 MODEL = replace(TINY, vocab_size=288)
 

@@ -25,9 +25,9 @@ from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
-from train.loop import start_from
-from train.records import read_lines, read_scores
-from train.scores import collecting
+from train.metrics.records import read_lines, read_scores
+from train.metrics.scores import collecting
+from train.trainer import start_from
 
 SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch=3)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.attempt import begin, end, excluded
-from train.incidents import Outcome
+from launch.slurm.attempts import begin, end, excluded
+from train.resilience.incidents import Outcome
 
 
 def start(run: Path, lost: tuple[str, ...] = ()) -> None:

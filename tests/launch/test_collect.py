@@ -11,7 +11,7 @@ import pytest
 from core.errors import InputError
 from launch.collect import rows_of
 from tests.train.test_report import write_run
-from train.incidents import Outcome
+from train.resilience.incidents import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import checks, doctor
-from launch.checks import CHECKS
+from launch import doctor
+from launch.planning import checks
+from launch.planning.checks import CHECKS
 from model import kernels
 from tests.compose import run_config
 from tests.corpus import make_corpus

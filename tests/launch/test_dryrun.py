@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.dryrun import DryRun
-from launch.estimate import planned_gpu
-from launch.layouts import layout_of
+from launch.planning.estimate import planned_gpu
+from launch.planning.layouts import layout_of
+from launch.planning.trial import DryRun
 from tests.compose import typed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,8 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from launch.script import render
-from launch.sweep import job
+from launch.jobs.sweep import job
+from launch.slurm.script import render
 
 ENV = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from core.errors import InputError
-from launch.devices import GPUS
-from launch.estimate import PlannedRun, phases, reliability, roofline_seconds, step_time, traffic_between_ranks
-from launch.layouts import Layout, layout_of, layouts, worth_showing
 from launch.plan import SHOWN, plan
+from launch.planning.devices import GPUS
+from launch.planning.estimate import PlannedRun, phases, reliability, roofline_seconds, step_time, traffic_between_ranks
+from launch.planning.layouts import Layout, layout_of, layouts, worth_showing
 from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
@@ -21,7 +21,7 @@ from model.parallel.build import build
 from tests.compose import run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision
-from train.plan import GIB, check_memory, kept_by_a_layer, needs
+from train.costs.memory import GIB, check_memory, kept_by_a_layer, needs
 from train.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -146,7 +146,7 @@ def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> tuple[str
               "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
     settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
     lines = "\n".join(f"#SBATCH --{option}" for option in (f"output={folder}/out", "open-mode=append", *options))
-    text = (ROOT / "launch" / "pretrain.sbatch").read_text()
+    text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
     script.write_text(text.replace("@OPTIONS@", lines).replace("@SETTINGS@", settings))
     return slurm.run("sbatch", "--parsable", str(script)).strip(), run
 

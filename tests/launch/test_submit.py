@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from launch import local, submit
-from launch.script import render
-from launch.sweep import job, sweep
+from launch import submit
+from launch.jobs import local
+from launch.jobs.sweep import job, sweep
+from launch.slurm.script import render
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = ["+experiment=7b", "cluster=h100_32n", "data.folder=/data", "data.tokenizer.path=/data/t.json"]

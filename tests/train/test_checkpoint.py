@@ -21,18 +21,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import train.commit as commit
+import train.checkpoint.writer as commit
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import newest
 from model.checkpoint import Piece, Pieces, fault, newest_valid, read_manifest
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
-from train.checkpoint import Checkpoints, State
-from train.commit import Writer
+from train.checkpoint.manager import Checkpoints, State
+from train.checkpoint.writer import Writer
+from train.checkpoints import main as inspect
 from train.config import CheckpointConfig
 from train.distributed import Ranks, ranks
-from train.inspection import main as inspect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEEP = CheckpointConfig(100, 2, None, False, retry_seconds=0.0, max_failures=3)
@@ -339,6 +339,6 @@ def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, here: Ranks, caps
 
 def test_the_command_line_reaches_it(tmp_path: Path, here: Ranks) -> None:
     saved(tmp_path, here)
-    command = [sys.executable, "train/checkpoint.py", "verify", str(tmp_path)]
+    command = [sys.executable, "train/checkpoints.py", "verify", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "step-00000001: every file is what its manifest says" in done.stdout, done.stderr

@@ -19,10 +19,11 @@ from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
 from tests.compose import run_config
 from train.config import EngineKind
-from train.distributed import Ranks, check_device
-from train.loop import Trainer
-from train.plan import check_memory, needs
+from train.costs.memory import check_memory, needs
+from train.device import check_device
+from train.distributed import Ranks
 from train.schedule import Schedule
+from train.trainer import Trainer
 
 ROOT = Path(CONFIGS).parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

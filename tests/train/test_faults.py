@@ -19,8 +19,8 @@ from tests.small import config, health
 from tests.soak import Result, differences, log_of, moved, schedule, soak, steps_of
 from tests.supervisor import History, start_once, supervise
 from train.config import RunConfig, VerifyShards
-from train.incidents import read_outcome
-from train.records import read_lines
+from train.metrics.records import read_lines
+from train.resilience.incidents import read_outcome
 from train.schedule import Schedule
 
 SHORT = [

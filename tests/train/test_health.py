@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import health as settings
-from train.health import Health, Stragglers, bits
+from train.resilience.health import Health, Stragglers, bits
 
 CONFIG = replace(settings(), spike_window=16, spike_patience=3, max_skipped=6, max_rewinds=2)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.stream.loader import split
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.config import Recompute
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
@@ -28,9 +29,8 @@ from tests.compose import run_config
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
 from train.config import EngineKind, Optim, Precision
-from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
-from train.engines import build_engine
+from train.engines.build import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
 BATCHES = (5, 3, 1, 9, 2)  # sequences of each update: not divisible by the ranks, fewer than the ranks

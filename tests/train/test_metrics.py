@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from core.errors import InputError
 from train.config import MetricsConfig
-from train.console import LiveConsole, Pace, PlainConsole
-from train.metrics import Metrics
-from train.records import JsonLines, read_lines, short
-from train.report import draw
-from train.trackers import Wandb, check_trackers, flatten
+from train.metrics.console import LiveConsole, Pace, PlainConsole
+from train.metrics.curves import draw
+from train.metrics.records import JsonLines, read_lines, short
+from train.metrics.sinks import Metrics
+from train.metrics.trackers import Wandb, check_trackers, flatten
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, ca
 
 def test_a_view_without_its_package_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     check_trackers(MetricsConfig(None, True, 60.0))
-    monkeypatch.setattr("train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("train.metrics.trackers.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install .*\[tensorboard\]"):
         check_trackers(MetricsConfig(None, True, 60.0))
     check_trackers(MetricsConfig("project", False, 60.0))

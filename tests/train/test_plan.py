@@ -1,7 +1,7 @@
 """The plan's memory against what torch's allocator hands out on a CPU while real steps run.
 
 Not seen here: what kernels, products and collectives take on a GPU beside their results, and AdamW there. Ranks are one
-of two that are not there (train/dryrun.py): what gloo's threads free, torch's profiler does not see.
+of two that are not there (launch/simulation/dry_run.py): what gloo's threads free, torch's profiler does not see.
 """
 
 import platform
@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.recompute import demo, largest_sum
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
+from launch.simulation.dry_run import agreement, fake_world
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU, cpu
@@ -26,11 +28,9 @@ from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from model.parallel.build import build
 from train.config import EngineKind, Precision, RunConfig
-from train.cuda_on_cpu import cuda_on_cpu
+from train.costs.memory import needs, state_of_megatron
 from train.distributed import context_ranks, ranks
-from train.dryrun import agreement, fake_world
-from train.engines import build_engine
-from train.plan import needs, state_of_megatron
+from train.engines.build import build_engine
 
 WIDE = {"d_model": 48, "n_layer": 6, "d_inner": 96, "dt_rank": 3, "vocab_size": 4096}  # the loss holds most
 DEEP = {"d_model": 256, "n_layer": 3, "d_inner": 512, "dt_rank": 16, "vocab_size": 4096}  # one layer does
@@ -180,7 +180,7 @@ FAULTS_OF_TWENTY = """
 import resource
 import torch
 from train.distributed import context_ranks, ranks
-from train.dryrun import agreement, fake_world
+from launch.simulation.dry_run import agreement, fake_world
 
 with ranks("cpu", 1):
     for _ in range(2):

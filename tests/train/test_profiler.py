@@ -11,9 +11,9 @@ import pytest
 from tests.corpus import make_corpus
 from tests.small import config
 from train.config import ProfileConfig, Train
-from train.profiler import MODEL, PREFIX, ROWS, by_phase, minus, table, union, waiting
-from train.records import read_lines
-from train.session import start
+from train.metrics.profiler import MODEL, PREFIX, ROWS, by_phase, minus, table, union, waiting
+from train.metrics.records import read_lines
+from train.run_context import start
 
 
 def event(name: str, begin: float, end: float, category: str, thread: int = 1) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from train.records import POINTS, curve, read_lines
-from train.report import PANELS, config_of, names, page, plan_line, planned, realised
+from train.metrics.page import PANELS, config_of, names, page, plan_line, planned, realised
+from train.metrics.records import POINTS, curve, read_lines
 
 
 def write_run(folder: Path, shift: float) -> Path:

@@ -19,12 +19,12 @@ from tests.small import config
 from tests.train.test_metrics import record, scalars
 from tests.train.world import train
 from train.config import MetricsConfig
-from train.lease import Lease
-from train.metrics import Metrics
-from train.records import read_lines, read_scores
-from train.report import page
-from train.scores import collect
-from train.trackers import Wandb
+from train.metrics.page import page
+from train.metrics.records import read_lines, read_scores
+from train.metrics.scores import collect
+from train.metrics.sinks import Metrics
+from train.metrics.trackers import Wandb
+from train.resilience.lease import Lease
 
 SUITES = ["v1", "v2"]
 
@@ -108,7 +108,7 @@ def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys:
 
 def test_a_run_that_lives_takes_its_scores_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job waits while the folder is held, and takes what the run has not taken when it left."""
-    monkeypatch.setattr("train.scores.AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("train.metrics.scores.AGAIN_SECONDS", 0.05)
     finished(tmp_path)
     result(tmp_path, "v1", 4, 30.0)
     lease = Lease(tmp_path)
@@ -121,7 +121,7 @@ def test_a_run_that_lives_takes_its_scores_itself(tmp_path: Path, monkeypatch: p
     lease.release()
     job.join(20)
     assert counts == [1]
-    monkeypatch.setattr("train.scores.PATIENCE", 0.1)
+    monkeypatch.setattr("train.metrics.scores.PATIENCE", 0.1)
     result(tmp_path, "v1", 9, 50.0)
     lease.take()
     assert collect(tmp_path) == 0
@@ -180,7 +180,7 @@ def test_a_run_scores_itself_before_the_decay_and_at_its_end(tmp_path: Path, mon
 
     def score(self: SuiteJobs, suite: str, held: Path) -> None:
         step = int(held.name[5:])
-        assert (held / MANIFEST).is_file() and "train/scores.py" in self.after[1]
+        assert (held / MANIFEST).is_file() and "train/collect_scores.py" in self.after[1]
         result(self.run.folder, suite, step, float(step))
 
     monkeypatch.setattr(SuiteJobs, "_launch", score)

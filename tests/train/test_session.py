@@ -18,11 +18,11 @@ from core.log import UnfailingStream
 from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, ranks
-from train.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
-from train.lease import Lease, process_start
-from train.records import JsonLines, read_lines
-from train.session import code_version, session
-from train.signals import Leave
+from train.metrics.records import JsonLines, read_lines
+from train.resilience.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
+from train.resilience.lease import Lease, process_start
+from train.resilience.signals import Leave
+from train.run_context import code_version, session
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.
     script = tmp_path / "train" / "session.py"
     script.parent.mkdir()
     script.write_text("1\n")
-    monkeypatch.setattr("train.session.ROOT", tmp_path)
+    monkeypatch.setattr("train.run_context.ROOT", tmp_path)
     assert code_version() == {}
     git("init", "-q")
     git("add", ".")
@@ -80,7 +80,7 @@ def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.
     assert code_version() == {"commit": commit, "dirty": True}
     inner = tmp_path / "venv" / "train"
     inner.mkdir(parents=True)
-    monkeypatch.setattr("train.session.ROOT", inner.parent)
+    monkeypatch.setattr("train.run_context.ROOT", inner.parent)
     assert code_version() == {}
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from tests.distributed import free_ports
 from tests.soak import differences
 from train.distributed import own_part
-from train.incidents import read_outcome
-from train.records import read_lines
+from train.metrics.records import read_lines
+from train.resilience.incidents import read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = (

@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 
+from launch.simulation.collectives import Collectives
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
+from launch.simulation.dry_run import LEARNING, dry_run, fullest, micro_batches
 from model.config import Backend, Recompute
 from model.flops import parameter_count
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
-from train.collectives import Collectives
 from train.config import EngineKind, Precision, RunConfig
-from train.cuda_on_cpu import cuda_on_cpu
+from train.costs.traffic import by_kind, payloads
 from train.distributed import ranks
-from train.dryrun import LEARNING, dry_run, fullest, micro_batches
-from train.loop import Trainer
+from train.engines.partition import Bucket, Flat, buckets, elements_of, flats, gathered
+from train.resilience.signals import Leave
+from train.resilience.watchdog import Watch
 from train.schedule import Schedule
-from train.signals import Leave
-from train.traffic import Bucket, Flat, buckets, by_kind, elements_of, flats, payloads
-from train.watchdog import Watch
-from train.zero3 import gathered
+from train.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "dp2": {},

@@ -19,6 +19,7 @@ from benchmarks.recompute import step
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run, newest
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.checkpoint import Pieces, fault
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
@@ -30,9 +31,8 @@ from tests.small import config
 from tests.tiny import TINY
 from tests.train.world import curve, engine, final, records, train
 from train.config import CheckpointConfig, EngineKind, Optim, Precision
-from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import ranks
-from train.engines import build_engine
+from train.engines.build import build_engine
 
 
 @pytest.fixture(scope="module")

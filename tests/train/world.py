@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from core.run import newest
+from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.checkpoint import Pieces
 from model.config import Recompute
 from model.kernels import REFERENCE
@@ -21,11 +22,10 @@ from tests.distributed import run_ranks
 from tests.small import config
 from tests.tiny import TINY
 from train.config import EngineKind, RunConfig
-from train.cuda_on_cpu import cuda_on_cpu
 from train.distributed import Ranks, ranks
-from train.loop import Trainer
-from train.signals import Leave
-from train.watchdog import Watch
+from train.resilience.signals import Leave
+from train.resilience.watchdog import Watch
+from train.trainer import Trainer
 
 
 @contextmanager

@@ -13,10 +13,8 @@ from model.checkpoint import Piece, Pieces
 from model.mamba import FalconMamba
 from train.config import Optim
 from train.distributed import Mpu, Ranks
-from train.engines import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
-from train.plan import LIVE_BUCKETS
-from train.traffic import to_owners
-from train.zero3 import PERSISTENT_PARTS, REUSE_BUCKETS
+from train.engines.partition import LIVE_BUCKETS, PERSISTENT_PARTS, REUSE_BUCKETS, to_owners
+from train.engines.protocol import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
 
 
 class DeepSpeedEngine:

@@ -4,7 +4,8 @@ Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, d
 fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket, while the backward goes on; weights are
 gathered while the next forward goes on. 6 bytes per parameter on every rank (2 weights, 4 gradients), 12 over ranks.
 
-megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind train/cuda_on_cpu.py, as the dry run does.
+megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind launch/simulation/cuda_on_cpu.py,
+as the dry run does.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from model.mamba import FalconMamba
 from model.parameters import decays, in_products
 from train.config import Optim, Precision
 from train.distributed import Ranks
-from train.engines import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of
+from train.engines.protocol import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of
 
 
 class MegatronEngine:

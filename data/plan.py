@@ -1,0 +1,10 @@
+"""Moved: `python data/mixture_report.py`. Goes with version 0.3."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from core.errors import moved
+
+    moved("python data/mixture_report.py")

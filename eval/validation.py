@@ -1,0 +1,10 @@
+"""Moved: `python eval/check_leakage.py`. Goes with version 0.3."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from core.errors import moved
+
+    moved("python eval/check_leakage.py")

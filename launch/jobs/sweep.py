@@ -1,0 +1,86 @@
+"""The points of a sweep: from Hydra's syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to named runs."""
+
+import re
+from dataclasses import dataclass
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from core.command import CONFIGS, checked
+from core.errors import InputError
+from launch.config import SubmitConfig
+from train.config import RunConfig
+
+SWEEP = "sweep.json"  # in a sweep's folder: what tells its runs apart
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what its entry scripts are given, and what that means."""
+
+    overrides: list[str]
+    config: RunConfig
+    submit: SubmitConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A named folder of runs and the values that tell them apart."""
+
+    folder: str
+    points: dict[str, dict[str, str]]  # label -> key -> value
+
+
+def job(overrides: list[str]) -> Job:
+    """Compose and check one run on this machine; InputError and Hydra's errors name the mistake."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose("config", overrides)
+    return Job(overrides, checked(RunConfig, composed), checked(SubmitConfig, composed))
+
+
+def short(value: str) -> str:
+    """A value as a folder's name has it: 1e9 instead of Hydra's 1000000000.0, where nothing is lost."""
+    try:
+        brief = f"{float(value):g}"
+        return re.sub(r"e\+?(-?)0*", r"e\1", brief) if float(brief) == float(value) else value
+    except ValueError:
+        return value
+
+
+def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
+    """One job per point, each in a folder of its own; all are checked before any is returned."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
+        whole = compose("config", base, return_hydra_config=True)
+    named = whole.hydra.sweeper.params or {}
+    choice = next((word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None)
+    overrides = [word for word in overrides if not word.startswith("+sweep=")]
+    overrides += [f"{key}={value}" for key, value in named.items()]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    if not swept:
+        raise InputError("-m without a sweep: give a key several values (optim.clip_norm=0.5,1.0) or +sweep=NAME")
+    name = name or choice or "-".join([whole.run.name, *sorted(key.rsplit(".", 1)[-1] for key in swept)])
+    folder = f"{whole.hydra.sweep.dir}/{name}"
+    points: dict[str, dict[str, str]] = {}
+    jobs = []
+    for words in BasicSweeper.split_arguments(parsed, None)[0]:
+        values = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in swept)
+        text = "_".join(f"{key.rsplit('.', 1)[-1]}-{short(value)}" for key, value in values.items())
+        label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+        if label in points:
+            raise InputError(
+                f"two points of the sweep would share the folder {folder}/{label}; give them shorter values"
+            )
+        points[label] = values
+        jobs.append(job([*words, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]))
+    return Sweep(folder, points), jobs
+
+
+SCRIPTS = {
+    "prepare": "data/prepare.py",
+    "train": "train/pretrain.py",
+    "export": "eval/export.py",
+    "eval": "eval/run.py",
+}

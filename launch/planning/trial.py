@@ -1,0 +1,54 @@
+"""A planned run, and on how many ranks it is tried."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from launch.planning.estimate import PlannedRun, planned_gpu
+from launch.planning.layouts import nearest
+from model.config import Recompute
+
+
+@dataclass
+class DryRun(PlannedRun):
+    """A planned run, and on how many ranks it is tried."""
+
+    world: int | None  # ranks; None takes cluster.nodes x ranks_per_node
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+            if self.world is not None and self.world < 1:
+                raise ValueError(f"world is {self.world}; give the number of ranks")
+        except ValueError as error:
+            raise ValueError(f"{error}{self.way_out()}") from error
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that the run is tried on."""
+        return self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
+
+    def way_out(self) -> str:
+        """The nearest layout that works, as the end of a refusal; nothing when the layout is not what is wrong."""
+        asked = replace(
+            self.parallel,
+            micro_batch_tokens=max(self.parallel.micro_batch_tokens, *(stage.seq_len for stage in self.data.stages)),
+        )
+        simple = replace(asked, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
+        try:
+            sections = {field.name: getattr(self, field.name) for field in fields(PlannedRun)}
+            run = PlannedRun(**{**sections, "parallel": simple})
+        except ValueError:
+            return ""
+        if self.ranks < 1:
+            return ""
+        layout = nearest(run, self.ranks, planned_gpu(self), asked)
+        if layout is None:
+            return f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each lacks"
+        wanted: dict[str, Any] = {"tensor_parallel": layout.tensor_parallel}
+        wanted["sequence_parallel"] = asked.sequence_parallel and layout.tensor_parallel > 1
+        wanted |= {"context_parallel": layout.context_parallel, "recompute": Recompute(layout.recompute)}
+        wanted["micro_batch_tokens"] = asked.micro_batch_tokens
+        changed = {name: value for name, value in wanted.items() if value != getattr(self.parallel, name)}
+        changes = " ".join(f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items())
+        fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
+        return f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}" if changes else ""

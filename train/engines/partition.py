@@ -1,0 +1,203 @@
+"""How engines cut parameters over replicas, and which weights ZeRO-3 gathers, from the config alone. Torch-free.
+
+The engines take their settings from here, and so do the estimators of memory and traffic.
+
+Stage 3 gathers a module's weights where the module begins and lets go of them where it ends, unless their next use is
+near; small ones stay whole. Modules begin in the model's order, and in the backward the other way round, where those
+that are computed again begin once more. tests/train/test_traffic.py counts what real ranks gather.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm, prod
+
+from model.config import Recompute
+from model.flops import parameter_shapes
+from model.parameters import cut_of, decays, in_products
+from train.config import Precision, RunConfig
+
+# DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small models are cut as well
+PERSISTENT_PARTS = 1000  # up to this part of a bucket a parameter stays whole on every rank
+REUSE_BUCKETS = 10  # of elements of modules that begin before a weight's next use, from which on it is not near
+
+
+def persistent(config: RunConfig, elements: int) -> bool:
+    """Whether a parameter of so many elements stays whole on every rank, and is gathered after an update alone."""
+    return elements <= config.parallel.bucket_elements // PERSISTENT_PARTS
+
+
+def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
+    """Elements gathered in a micro-batch, from a run's third on: in the first two DeepSpeed learns the order.
+
+    `elements` are a tensor-parallel rank's of every parameter, by name; what is gathered is filled up to equal parts.
+    """
+    sizes: dict[str, int] = defaultdict(int)  # of modules
+    costs: dict[str, int] = defaultdict(int)  # when gathered
+    for name, count in elements.items():
+        module = name.rpartition(".")[0].replace("lm_head", "")  # the model itself reads the head's weight, in its loss
+        sizes[module] += count
+        costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
+    events = list(order(config.model.n_layer, config.parallel.recompute))
+    passed, begins = [0], defaultdict(list)  # elements of the modules that began before; where a module begins
+    for module, starts in events:
+        if starts:
+            begins[module].append(len(passed) - 1)
+            passed.append(passed[-1] + sizes[module])
+    near = REUSE_BUCKETS * config.parallel.bucket_elements
+    whole: set[str] = set()
+    total = at = 0
+    for module, starts in events:
+        if starts:
+            at += 1
+            total += 0 if module in whole else costs[module]
+            whole.add(module)
+            continue
+        later = begins[module][bisect_left(begins[module], at) :]
+        if not later or passed[later[0]] - passed[at] >= near:
+            whole.discard(module)
+    return total
+
+
+def order(layers: int, recompute: Recompute) -> Iterator[tuple[str, bool]]:
+    """Modules as they begin (True) and end through a forward and a backward, by name; the model's is empty."""
+    yield "", True
+    yield from through("embedding")
+    for layer in range(layers):
+        norm, mixer, (first, *between, last) = parts(layer)
+        yield from through(norm)
+        yield mixer, True
+        yield from through(first, *between, last)
+        yield mixer, False
+    yield from through("final_norm")
+    yield from (("", False), ("", True))
+    yield from through("final_norm")
+    for layer in reversed(range(layers)):
+        norm, mixer, (first, *between, last) = parts(layer)
+        yield from ((mixer, True), (last, True))
+        if recompute is Recompute.full:  # it stops within the last, as soon as the backward has what it needs
+            yield from through(norm)
+            yield mixer, True
+            yield from through(first, *between)
+            yield last, True
+        yield last, False
+        if recompute is Recompute.selective:
+            yield from through(*between)
+        yield from through(*reversed(between), first)
+        yield mixer, False
+        yield from through(norm)
+    yield from through("embedding")
+    yield "", False
+
+
+def parts(layer: int) -> tuple[str, str, list[str]]:
+    """A layer's norm, its mixer, and the products within, in the forward's order."""
+    mixer = f"layers.{layer}.mixer"
+    return f"layers.{layer}.norm", mixer, [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+
+
+def through(*modules: str) -> Iterator[tuple[str, bool]]:
+    """One after another, each begins and ends."""
+    for module in modules:
+        yield module, True
+        yield module, False
+
+
+LIVE_BUCKETS = 4  # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of fp32
+
+ALIGNMENT = 2  # elements that DeepSpeed's stages 1 and 2 align the part of a rank to
+LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Parameters flattened one after another and cut evenly over replicas."""
+
+    elements: int
+    replicas: int
+    alignment: int = ALIGNMENT
+
+    @property
+    def part(self) -> int:
+        """Elements of a rank's part: all of them, filled up to a multiple of alignment x replicas, over replicas."""
+        unit = self.alignment * self.replicas
+        return -(-self.elements // unit) * self.alignment
+
+    def owned(self, rank: int) -> int:
+        """Elements of a replica's part that are no padding; the padding lies at the end."""
+        return max(0, min(self.part, self.elements - rank * self.part))
+
+
+def elements_of(config: RunConfig) -> dict[str, int]:
+    """Every parameter's elements on one tensor-parallel rank."""
+    tp = config.parallel.tensor_parallel
+    shapes = parameter_shapes(config.model)
+    return {name: prod(shape) // (tp if cut_of(name) is not None else 1) for name, shape in shapes.items()}
+
+
+def flats(config: RunConfig, ranks: int) -> list[Flat]:
+    """What is cut on one tensor-parallel rank: the optimizer's two groups, what decays and what does not.
+
+    Stage 3 cuts every parameter by itself.
+    """
+    elements, replicas = elements_of(config), ranks // config.parallel.tensor_parallel
+    if config.parallel.zero_stage == 3:
+        return [Flat(count, replicas, alignment=1) for count in elements.values()]
+    groups = {True: 0, False: 0}
+    for name, count in elements.items():
+        groups[decays(name)] += count
+    return [Flat(groups[decayed], replicas) for decayed in (True, False)]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some of megatron-core's parameters of one type, in one part of a buffer, which is cut evenly over replicas."""
+
+    size: int  # elements, padding too
+    width: int  # bytes of a weight
+    ranges: tuple[tuple[int, int], ...]  # where its parameters lie; between them is padding
+    replicas: int
+
+    @property
+    def part(self) -> int:
+        """Elements of a rank's part."""
+        return self.size // self.replicas
+
+    def owned(self, rank: int) -> int:
+        """Elements of a replica's part that are no padding."""
+        low, high = rank * self.part, (rank + 1) * self.part
+        return sum(max(0, min(high, end) - max(low, start)) for start, end in self.ranges)
+
+
+def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
+    """How megatron-core lays parameters out: one buffer per type, from the model's last parameter to its first.
+
+    A parameter begins at a multiple of 64 elements; a bucket ends with the parameter that fills it, at a multiple of
+    128 and of the replicas (core/distributed/param_and_grad_buffer.py of megatron-core 0.16.1).
+    """
+    replicas = ranks // config.parallel.tensor_parallel
+    unit, found = lcm(replicas, 128), []
+    for width in (2, 4):
+        ranges: list[tuple[int, int]] = []
+        named = [(name, count) for name, count in elements_of(config).items() if wide(config, name) == width]
+        for name, count in reversed(named):
+            start = -(-ranges[-1][1] // 64) * 64 if ranges else 0
+            ranges.append((start, start + count))
+            if ranges[-1][1] >= config.parallel.bucket_elements or name == named[0][0]:
+                found.append(Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), replicas))
+                ranges = []
+    return found
+
+
+def wide(config: RunConfig, name: str) -> int:
+    """Bytes of an element of a parameter with megatron-core: matrices are in the products' type, others in fp32."""
+    return 2 if config.parallel.precision is Precision.bf16 and in_products(name) else 4
+
+
+def to_owners(elements: int, replicas: int, bucket: int) -> bool:
+    """Whether DeepSpeed's stages 1 and 2 sum each rank's part of a gradient at that rank, which sends half as much.
+
+    Otherwise they sum whole buckets at all ranks: fewer messages, which is better where parts are small.
+    """
+    return elements // replicas >= bucket // LARGE

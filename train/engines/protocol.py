@@ -1,0 +1,104 @@
+"""Backward, reduction, clipping and update behind one small protocol, and the engines that follow it.
+
+What a step means (loss, batch, rate, order of data) is decided outside. State goes in and out by parameter name, so a
+run can go on with another engine. The gradient is the sum of what `backward` is given over all ranks: callers weight
+their losses so that this is the mean over the tokens of the global batch, however unequally ranks hold them.
+"""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Piece, Pieces
+from model.flops import parameter_shapes
+from model.mamba import FalconMamba
+from model.parameters import cut_of, decays
+from train.config import Optim
+from train.distributed import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Weights(Enum):
+    """What the weights of a data-parallel rank are."""
+
+    replicas = "replicas"  # the ones that it updates itself, as every other rank does
+    copies = "copies"  # of masters, each of which one rank owns
+    parts = "parts"  # its own part alone
+
+
+class Engine(Protocol):
+    """What the training loop asks of an engine."""
+
+    weights: Weights
+    in_step: bool  # whether ranks meet in every micro-batch, of which all must have equally many
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss`; `last` marks this rank's last micro-batch of the step, on which ranks reduce."""
+
+    def clip_and_step(self, lr: float) -> tuple[float, bool]:
+        """Clip, update at rate lr, clear gradients; returns the global norm before clipping, and whether it skipped."""
+
+    def discard(self) -> None:
+        """Forget the gradients of the step; weights and moments stay byte for byte. Instead of clip_and_step."""
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        """This rank's part of weights and optimizer state, flat fp32; views, which the next step changes."""
+
+    def load(self, pieces: Pieces, updates: int) -> None:
+        """Take this rank's part out of a checkpoint made after `updates` updates."""
+
+
+class Fragment:
+    """A range of a parameter whose master weights and moments this rank owns."""
+
+    def __init__(self, name: str, start: int, master: Tensor, moments: dict[str, Tensor]) -> None:
+        self.name, self.start = name, start
+        self.tensors = {"param": master, **moments}
+
+
+def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
+    """AdamW with weight decay where model.parameters.decays says so; its rate is set at every update."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -> None:
+    """Make AdamW's state of a tensor: torch would at the first update, and a checkpoint may come before."""
+    moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
+    optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
+
+
+def pieces_of(fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks) -> Iterator[tuple[Piece, Tensor]]:
+    """Fragments as a checkpoint takes them; a parameter that is not cut is written by tensor-parallel rank 0 alone."""
+    shapes = parameter_shapes(model.config)
+    for fragment in fragments:
+        if cut_of(fragment.name) is None and ranks.tp_rank > 0:
+            continue
+        for kind, tensor in fragment.tensors.items():
+            piece = Piece(
+                kind=kind,
+                name=fragment.name,
+                shape=shapes[fragment.name],
+                tp_rank=ranks.tp_rank,
+                tp_size=ranks.tp_size,
+                start=fragment.start,
+                numel=tensor.numel(),
+            )
+            yield piece, tensor.detach()
+
+
+def fill(fragments: Iterator[Fragment], pieces: Pieces, ranks: Ranks) -> None:
+    """Copy a checkpoint's values into fragments; inverse of pieces_of."""
+    with torch.no_grad():
+        for fragment in fragments:
+            for kind, tensor in fragment.tensors.items():
+                where = (ranks.tp_rank, ranks.tp_size, fragment.start, tensor.numel())
+                tensor.copy_(pieces.range(kind, fragment.name, *where))

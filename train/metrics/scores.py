@@ -1,0 +1,83 @@
+"""Scores of evaluation jobs, into the records of a run that is over."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from core.errors import InputError
+from core.files import ROOT
+from core.run import Run, RunFiles
+from eval.config import Jobs
+from eval.leaderboard.jobs import LOOK_SECONDS, SuiteJobs
+from train.config import MetricsConfig
+from train.metrics.records import JsonLines, read_lines, read_scores
+from train.metrics.sinks import say, trackers
+from train.resilience.lease import Lease
+
+logger = logging.getLogger(__name__)
+AGAIN_SECONDS = 5.0
+PATIENCE = 5 * LOOK_SECONDS  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
+
+
+def collecting(folder: Path) -> list[str]:
+    """The command that takes in the scores of a run."""
+    return [sys.executable, str(ROOT / "train" / "collect_scores.py"), str(folder.resolve())]
+
+
+def collect(folder: Path) -> int:
+    """Write the scores that nobody has recorded yet; returns how many records. Waits while another job does the same.
+
+    Raises InputError when the folder is no run's.
+    """
+    files = RunFiles(folder)
+    if not files.config.is_file():
+        raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
+    config = OmegaConf.load(files.config)
+    run = Run(config.run.name, str(folder), config.run.seed)
+    settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs))
+    lease, path = Lease(folder), files.metrics
+    end = time.monotonic() + PATIENCE
+    while True:
+        jobs = SuiteJobs(run, settings)
+        jobs.know(read_scores(path))
+        records = jobs.news()
+        if not records:
+            return 0
+        try:
+            lease.take()
+        except InputError as error:  # the run itself, or another job at its end
+            if time.monotonic() > end:
+                logger.info(f"scores are left to the run: {error}")
+                return 0
+            time.sleep(AGAIN_SECONDS)
+            continue
+        try:
+            jobs = SuiteJobs(run, settings)  # somebody may have taken them in the meantime
+            jobs.know(read_scores(path))
+            return _write(folder, config, jobs.news())
+        finally:
+            lease.release()
+
+
+def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
+    """Append the records and show them wherever the run is shown."""
+    if not records:
+        return 0
+    wanted: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics))
+    path = RunFiles(folder).metrics
+    last = max((record["tokens"] for record in read_lines(path)), default=0)
+    file = JsonLines(path, last)
+    views = trackers(folder, config.run.name, wanted, OmegaConf.to_container(config), last)  # type: ignore[arg-type]
+    for record in records:
+        file.write(record)
+        say(record)
+        for view in views:
+            view.log(record)
+    file.close()
+    for view in views:
+        view.close()
+    return len(records)

@@ -1,0 +1,158 @@
+"""Whether a step did the model good: losses that are not finite, loss spikes, replicas that drift, slow ranks.
+
+Every decision is a function of values that all ranks share, so all ranks decide alike; what a decision depends on is
+part of the checkpoint, so a resumed run decides as the uninterrupted one would have.
+
+The spike rule is OLMo-core's SkipStepOptimizer's (six standard deviations over 128 steps, on the loss), with the window
+kept across restarts and never fed a value that is not finite. What follows a spike that lasts is PaLM's remedy
+(arXiv 2204.02311, section 5.1): go back to a checkpoint from before it and leave out the data seen since.
+"""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.parameters import cut_of
+from train.config import HealthConfig
+from train.distributed import Ranks, data_parallel_group
+from train.engines.protocol import Engine, Weights
+
+MIN_SLOWER_SECONDS = 0.005  # a micro-batch; below that a scheduler's whim looks like a slow machine
+
+
+class Health:
+    """The memory of past losses, and what to do about the present one."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+        self.window: list[float] = []  # losses of the last updates of the stage
+        self.stage = ""
+        self.skipped = 0  # steps in a row whose update did not happen
+        self.spikes = 0  # of them, in a row, with a finite loss
+        self.since: int | None = None  # tokens behind the run where these spikes began
+        self.rewinds = 0  # until a whole window of updates came after the last one
+        self.calm = 0  # updates since the last rewind
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {key: value for key, value in vars(self).items() if key != "config"} | {"window": list(self.window)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; one of an older format has none, and starts a window."""
+        vars(self).update({key: value for key, value in state.items() if key in self.state()})
+        self.window = list(self.window)[-self.config.spike_window :]
+
+    def judge(self, loss: float, stage: str) -> str | None:
+        """Why the update of a step with this mean loss must not happen, or None.
+
+        The window starts anew with a stage, whose mixture has another loss.
+        """
+        if stage != self.stage:
+            self.stage, self.window = stage, []
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if len(self.window) < self.config.spike_window:
+            return None
+        limit = statistics.fmean(self.window) + self.config.spike_sigmas * statistics.pstdev(self.window)
+        return f"its loss {loss:.4f} is a spike above {limit:.4f}" if loss > limit else None
+
+    def settle(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
+        """Remember a step that began at `tokens`."""
+        if updated:
+            self.window = [*self.window, loss][-self.config.spike_window :]
+            self.skipped, self.spikes, self.since = 0, 0, None
+            self.calm += 1
+            if self.calm >= self.config.spike_window:
+                self.rewinds = 0
+            return
+        self.skipped += 1
+        if spiked:
+            self.since = tokens if self.since is None else self.since
+            self.spikes += 1
+
+    @property
+    def hopeless(self) -> str | None:
+        """Why the run should stop, or None."""
+        if self.skipped > self.config.max_skipped:
+            return f"{self.skipped} updates in a row were skipped"
+        if self.lasting and self.rewinds >= self.config.max_rewinds:
+            return f"the loss spiked again within {self.config.spike_window} updates of the {self.rewinds}th rewind"
+        return None
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a spike has lasted so long that skipping updates does not help."""
+        return self.spikes >= self.config.spike_patience
+
+
+def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
+    """Ranks whose weights are not, bit for bit, what they should be.
+
+    That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are written anew, so this
+    sees what went wrong since, and a gather that does not arrive; megatron-core's gather comes right before, so of that
+    only the latter), or what most replicas hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of
+    bit patterns: one pass over the weights, and a few bytes exchanged.
+    """
+    if engine.weights is Weights.parts:
+        return []
+    pieces = engine.pieces()  # first, for megatron-core gathers weights for the next forward only, or for this
+    weights = dict(model.named_parameters())
+    held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))  # cut, whole tensors
+    for name, weight in weights.items():
+        held[int(cut_of(name) is None)] += bits(weight)
+    if engine.weights is Weights.replicas:
+        return outvoted(held.cpu(), ranks)
+    for piece, tensor in pieces:
+        if piece.kind == "param":
+            owned[int(cut_of(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
+    cut, whole = owned[:1].cpu(), owned[1:].cpu()
+    dist.all_reduce(cut, group=data_parallel_group())
+    dist.all_reduce(whole)
+    flags = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
+    dist.all_gather(flags, (held.cpu() != torch.cat([cut, whole])).any().long().view(1))
+    return [rank for rank, flag in enumerate(flags) if flag]
+
+
+def outvoted(held: Tensor, ranks: Ranks) -> list[int]:
+    """Ranks whose sums `held` are not those of more than half of their replicas; all, where no half agrees."""
+    gathered = [torch.zeros_like(held) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, held)
+    sums = [tuple(pair.tolist()) for pair in gathered]
+    replicas = [sums[rank % ranks.tp_size :: ranks.tp_size] for rank in range(ranks.world_size)]
+    return [rank for rank, own in enumerate(sums) if 2 * replicas[rank].count(own) <= len(replicas[rank])]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bit patterns, modulo 2^64."""
+    kinds = {4: torch.int32, 2: torch.int16}
+    return tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+class Stragglers:
+    """Finds ranks whose own work, per micro-batch, takes longer than that of the others in two windows on end."""
+
+    def __init__(self, steps: int, factor: float) -> None:
+        self.factor = factor
+        self.rows: deque[list[float]] = deque(maxlen=steps)
+        self.suspects: set[int] = set()
+
+    def add(self, seconds: list[float]) -> list[tuple[int, float]]:
+        """Seconds of every rank in one step; returns slow ranks and how many times slower they are."""
+        self.rows.append(seconds)
+        if len(self.rows) < (self.rows.maxlen or 0):
+            return []
+        typical = [statistics.median(column) for column in zip(*self.rows, strict=True)]
+        self.rows.clear()
+        slow = {}
+        for rank, own in enumerate(typical):
+            others = statistics.median(typical[:rank] + typical[rank + 1 :] or [own])
+            if own > self.factor * others and own - others > MIN_SLOWER_SECONDS:
+                slow[rank] = own / max(others, 1e-9)
+        found = [(rank, times) for rank, times in slow.items() if rank in self.suspects]
+        self.suspects = set(slow)
+        return found

@@ -1,0 +1,128 @@
+"""What surrounds a run in its folder: lease, signals, watchdog, and a record of how it ended."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from core.errors import USER_ERROR, InputError
+from core.files import ROOT, write_text
+from train.config import RunConfig
+from train.distributed import Ranks, raise_everywhere, ranks
+from train.metrics.profiler import listening
+from train.resilience.incidents import FINISHED, Outcome, read_outcome
+from train.resilience.lease import Lease
+from train.resilience.signals import Leave
+from train.resilience.watchdog import Watch
+from train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# what gloo, NCCL and the checkpoint writer say on the ranks that did not fail themselves
+LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
+
+
+def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]) -> Outcome:
+    """Run `body` on every rank while this job alone holds the run's folder; returns how it ended, on disk too.
+
+    Raises InputError, on every rank, when another job holds the folder or it cannot be written.
+    """
+    folder = config.run.folder
+    before = read_outcome(folder)
+    lease = Lease(folder)
+    raise_everywhere(_take(lease) if here.first else None)
+    watch = Watch(folder, here.rank, here.world_size, config.health.hang_seconds)
+    try:
+        if before is not None and before.code != FINISHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            return before  # torchrun restarts whatever does not exit with 0: what asked to leave stays out
+        if here.first:
+            config.run.files.outcome.unlink(missing_ok=True)
+        watch.begin(lease if here.first else None)
+        leave = Leave(config.health.stop_after_seconds, config.health.stop_margin_seconds)
+        leave.install()
+        logger.info(f"{here.world_size} ranks have met; building the model")
+        outcome = body(watch, leave)
+        if here.first:
+            outcome.write(folder)
+        return outcome
+    except InputError as error:
+        if here.first:
+            Outcome(USER_ERROR, str(error)).write(folder)
+        raise
+    except Exception as error:
+        text = f"rank {here.rank} on {watch.who['host']}: {type(error).__name__}: {error}"
+        watch.incidents.log("lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank)
+        if isinstance(error, OSError):  # which the command line takes for a mistake; in the middle of a run it is none
+            raise RuntimeError(text) from error
+        raise
+    finally:
+        # after a crash it goes on watching, for leaving a broken process group may hang; but never for another job
+        watch.lease = None
+        lease.release()
+        if sys.exc_info()[0] is None:
+            watch.end()
+
+
+def start(config: RunConfig, device: str) -> Outcome:
+    """Train with the ranks that the launcher started, from the newest checkpoint to wherever it gets."""
+    with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
+        return session(config, here, lambda watch, leave: _train(config, here, watch, leave))
+
+
+def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
+    record = {"code": code_version() if here.first else None, **plain(asdict(config))}
+    trainer = Trainer(config, here, record, watch, leave)  # refuses a folder of another run before its record changes
+    if here.first:
+        write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
+    with listening(config.train.profile, config.run.folder, here, watch):
+        outcome = trainer.run()
+    if here.first and outcome.code == FINISHED:
+        from train.metrics.curves import draw
+
+        logger.info(f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}")
+    return outcome
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code that runs, and whether its files differ from it; empty where there is no git or repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-prefix") != "":  # installed somewhere inside another repository
+            return {}
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def plain(value: Any) -> Any:
+    """A config as plain JSON-like values."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _take(lease: Lease) -> str | None:
+    """Why the folder cannot be had, or None."""
+    try:
+        lease.path.parent.mkdir(parents=True, exist_ok=True)
+        lease.take()
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"run.dir {lease.path.parent} cannot be written ({error}): choose another, or mend it"
+    return None

@@ -7,6 +7,7 @@ the same code on tiny sizes without a GPU, to see that it works; its times mean 
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ SMALL = (
 )  # fmt: skip
 
 
+SECTIONS = ("ceilings", "check", "scan", "jax", "convolution", "norms", "embedding", "loss", "layer", "rank")
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,6 +34,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
     parser.add_argument("--layers", type=int, default=64, help="layers of the rank's step, halved until they fit")
     parser.add_argument("--jax-python", help="a Python that has jax-linear-attention, to time its scan beside ours")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what is measured, all of it")
+    parser.add_argument("--no-reference", action="store_true", help="without plain torch, which takes minutes on a GPU")
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -39,29 +45,35 @@ def main() -> None:
     device = torch.device(arguments.device)
     bench = Bench(device, run, length, batches, *((0.0, 2) if arguments.small else (2.0, 5)))
     hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, tiny sizes: not a measurement"
+    if arguments.no_reference:
+        bench.backends.pop("reference")
     try:
-        gpu_operations.ceilings(bench, *((64, 2**16) if arguments.small else (8192, 2 * 2**30)))
-        measure(bench, arguments.jax_python, 2 if arguments.small else arguments.layers)
+        measure(bench, arguments)
     finally:  # also when somebody has had enough
         report(bench, hardware, None if arguments.no_record else f"gpu-{hardware.lower().replace(' ', '-')}")
 
 
-def measure(bench: Bench, jax_python: str | None, layers: int) -> None:
-    """Every section; one that fails as a whole is named, and the others go on."""
+def measure(bench: Bench, arguments: argparse.Namespace) -> None:
+    """The chosen sections; one that fails as a whole is named, and the others go on."""
+    small = arguments.small
     sections: dict[str, Callable[[], None]] = {
+        "ceilings": lambda: gpu_operations.ceilings(bench, *((64, 2**16) if small else (8192, 2 * 2**30))),
         "check": lambda: gpu_operations.check(bench),
         "scan": lambda: gpu_operations.scans(bench),
-        "jax": lambda: gpu_operations.jax_scans(bench, jax_python),
+        "jax": lambda: gpu_operations.jax_scans(bench, arguments.jax_python),
         "convolution": lambda: gpu_operations.convolutions(bench),
         "norms": lambda: gpu_operations.norms(bench),
         "embedding": lambda: gpu_model.embedding(bench),
-        "head and loss": lambda: gpu_operations.loss(bench),
+        "loss": lambda: gpu_operations.loss(bench),
         "layer": lambda: gpu_model.layers(bench),
-        "a rank's step": lambda: gpu_model.rank(bench, layers),
+        "rank": lambda: gpu_model.rank(bench, 2 if small else arguments.layers),
     }
-    for name, section in sections.items():
+    assert tuple(sections) == SECTIONS
+    for name in arguments.sections:
+        begun = time.monotonic()
         with bench.attempt("all", name):
-            section()
+            sections[name]()
+        print(f"# {name}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def report(bench: Bench, hardware: str, name: str | None) -> Path | None:

@@ -1,0 +1,72 @@
+"""The scripts of a GPU day, as far as they can run without one: what they name exists, and the smoke test runs."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import SECTIONS
+from benchmarks.gpu_day.old_torch import CHANGES, change
+from tests.compose import run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_day" / "gpu_day.sh"
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_smoke_test_runs_on_a_cpu() -> None:
+    said = run(sys.executable, "-m", "benchmarks.gpu_day.smoke", "--device", "cpu")
+    assert said.endswith("all right\n") and said.count("\nok   ") == 5 and "FAIL" not in said
+
+
+def test_the_script_parses_and_names_what_exists() -> None:
+    run("bash", "-n", str(SCRIPT))
+    text = SCRIPT.read_text()
+    for path in re.findall(r"\b(?:tests|train|launch|benchmarks)/[\w/]+\.(?:py|sh)\b", text):
+        assert (ROOT / path).is_file(), path
+    for module in re.findall(r"-m (benchmarks\.[\w.]+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for module, names in re.findall(r"^from ((?:benchmarks|model|tests)[\w.]*) import (.+)$", text, re.M):
+        code = f"from {module} import {names}"
+        run(sys.executable, "-c", code)
+    for line in re.findall(r"--sections ([a-z ]+)", text):
+        assert set(line.split()) <= set(SECTIONS), line
+
+
+def variable(name: str) -> str:
+    """What the script sets a variable to."""
+    found = re.search(rf"^{name}=(['\"])(.*?)\1$", SCRIPT.read_text(), re.M | re.S)
+    assert found is not None, name
+    return found[2]
+
+
+def test_its_trainings_have_configs() -> None:
+    """Every `train NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES`, with the overrides that all of them share."""
+    shared = [word for word in variable("RUN").split() if not word.startswith("+experiment")]
+    lines = re.findall(r"^\s+(?:LIMIT=\d+ )?train (\S+) (\d+) (\d+) (\d+) ([^#\n]*)", SCRIPT.read_text(), re.M)
+    assert len(lines) == 5
+    for name, tokens, length, sequences, more in lines:
+        stage = variable("ONE") % (int(tokens), int(length))
+        words = [f"schedule.batch_start={sequences}", f"schedule.batch_end={sequences}", f"run.name={name}"]
+        run = run_config("demo", *shared, stage, *words, *more.split())
+        assert run.data.stages[0].seq_len == int(length) and run.schedule.batch_end == int(sequences)
+
+
+def test_the_code_can_be_changed_for_an_older_torch(tmp_path: Path) -> None:
+    for name in CHANGES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    change(tmp_path)
+    for name in CHANGES:
+        compile((tmp_path / name).read_text(), name, "exec")
+        assert (tmp_path / name).read_text() != (ROOT / name).read_text()
+    with pytest.raises(ValueError, match="does not hold"):
+        change(tmp_path)

@@ -8,7 +8,6 @@ examples:
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.command import command
 from core.errors import InputError
 from data import tokenizer
-from data.config import DataConfig
+from data.config import BrowseConfig, BrowseSettings, DataConfig
 from data.pipeline.page import write_page
 from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
@@ -27,31 +26,6 @@ from data.stream.manifests import open_manifests, source_folder, tokenizer_path
 from data.stream.mixture import PlannedStage
 
 RULE = "-" * 100
-
-
-@dataclass
-class BrowseSettings:
-    """What is shown."""
-
-    source: str | None
-    stage: str | None
-    position: int | None  # token of the run
-    count: int
-    characters: int
-    page: str | None
-    samples: int
-
-    def __post_init__(self) -> None:
-        if self.source is None and self.stage is None and self.position is None and self.page is None:
-            raise ValueError("nothing to show: set browse.source, browse.stage, browse.position or browse.page")
-
-
-@dataclass
-class BrowseConfig:
-    """The sections of the config that this program reads."""
-
-    data: DataConfig
-    browse: BrowseSettings
 
 
 def shortened(text: str, characters: int) -> str:

@@ -152,3 +152,60 @@ class DataConfig:
             )
         if any(share < 0 for share in stage.mixture.values()) or sum(stage.mixture.values()) <= 0:
             raise ValueError(f"stage {stage.name}: mixture shares must be >= 0 and not all zero")
+
+
+@dataclass
+class PrepareSettings:
+    """What this program does besides preparing."""
+
+    adopt: bool  # take over a folder of an earlier version as it is, after hashing its shards
+
+
+@dataclass
+class PrepareConfig:
+    """The sections of the config that this program reads."""
+
+    data: DataConfig
+    executor: ExecutorConfig
+    prepare: PrepareSettings
+
+
+@dataclass
+class VerifySettings:
+    """How much is looked at."""
+
+    samples: int
+    hashes: bool
+
+
+@dataclass
+class VerifyConfig:
+    """The sections of the config that this program reads."""
+
+    data: DataConfig
+    verify: VerifySettings
+
+
+@dataclass
+class BrowseSettings:
+    """What is shown."""
+
+    source: str | None
+    stage: str | None
+    position: int | None  # token of the run
+    count: int
+    characters: int
+    page: str | None
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.source is None and self.stage is None and self.position is None and self.page is None:
+            raise ValueError("nothing to show: set browse.source, browse.stage, browse.position or browse.page")
+
+
+@dataclass
+class BrowseConfig:
+    """The sections of the config that this program reads."""
+
+    data: DataConfig
+    browse: BrowseSettings

@@ -33,7 +33,7 @@ SILENCE_SECONDS = 60  # a server that says nothing for so long is taken for dead
 
 
 @dataclass
-class PrefetchConfig:
+class DownloadConfig:
     """The section of the config that this program reads."""
 
     data: DataConfig
@@ -87,7 +87,7 @@ def opened(url: str) -> AbstractContextManager[IO[bytes]]:
     return stream
 
 
-def prefetch(cfg: DataConfig) -> None:
+def download_all(cfg: DataConfig) -> None:
     """Fetch or check everything that a preparation reads besides its input."""
     vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
     logger.info(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}")
@@ -98,10 +98,10 @@ def prefetch(cfg: DataConfig) -> None:
         logger.info(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
 
 
-@command(PrefetchConfig)
-def main(cfg: PrefetchConfig) -> None:
-    """Prefetch for a composed config."""
-    prefetch(cfg.data)
+@command(DownloadConfig)
+def main(cfg: DownloadConfig) -> None:
+    """Download for a composed config."""
+    download_all(cfg.data)
 
 
 if __name__ == "__main__":

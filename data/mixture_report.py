@@ -23,14 +23,14 @@ from data.stream.packing import plan_table
 
 
 @dataclass
-class PlanConfig:
+class MixtureConfig:
     """The section of the config that this program reads."""
 
     data: DataConfig
 
 
-@command(PlanConfig)
-def main(cfg: PlanConfig) -> None:
+@command(MixtureConfig)
+def main(cfg: MixtureConfig) -> None:
     """Print the plan of a composed config."""
     tokens, expected = present_or_expected(cfg.data)
     begun = time.perf_counter()

@@ -11,7 +11,7 @@ examples:
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from core.command import command
 from core.errors import InputError
 from core.files import sha256_of, write_json
 from data import recipes, tokenizer
-from data.config import DataConfig, ExecutorConfig
+from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
 from data.pipeline.accounting import Step
 from data.pipeline.adoption import adopt
@@ -35,22 +35,6 @@ from data.stream.manifests import SPLITS, Manifest, ShardFile, read_manifest, wr
 logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
-
-
-@dataclass
-class PrepareSettings:
-    """What this program does besides preparing."""
-
-    adopt: bool  # take over a folder of an earlier version as it is, after hashing its shards
-
-
-@dataclass
-class PrepareConfig:
-    """The sections of the config that this program reads."""
-
-    data: DataConfig
-    executor: ExecutorConfig
-    prepare: PrepareSettings
 
 
 class Preparation:

@@ -9,7 +9,6 @@ examples:
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.command import command
 from core.errors import InputError
 from data import tokenizer
-from data.config import DataConfig
+from data.config import DataConfig, VerifyConfig, VerifySettings
 from data.pipeline.shard import describe
 from data.recipes import MEGATRON
 from data.stream.documents import Documents
@@ -27,22 +26,6 @@ from data.stream.loader import compile_plan
 from data.stream.manifests import SPLITS, Manifest, open_manifests, source_folder, tokenizer_path
 from data.stream.mixture import Plan
 from data.stream.packing import packing, plan_table
-
-
-@dataclass
-class VerifySettings:
-    """How much is looked at."""
-
-    samples: int
-    hashes: bool
-
-
-@dataclass
-class VerifyConfig:
-    """The sections of the config that this program reads."""
-
-    data: DataConfig
-    verify: VerifySettings
 
 
 def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: VerifySettings) -> list[str]:

@@ -21,9 +21,7 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data.browse import BrowseConfig
-from data.prepare import PrepareConfig
-from data.verify import VerifyConfig
+from data.config import BrowseConfig, PrepareConfig, VerifyConfig
 from launch.config import SubmitConfig
 from launch.planning.trial import DryRun
 

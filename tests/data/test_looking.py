@@ -15,15 +15,15 @@ import pytest
 
 from core.errors import InputError
 from data import tokenizer
-from data.browse import BrowseSettings, browse
-from data.config import Asset, DataConfig, Source, Stage, TokenizerConfig
-from data.download import fetch, prefetch
+from data.browse import browse
+from data.config import Asset, BrowseSettings, DataConfig, Source, Stage, TokenizerConfig, VerifySettings
+from data.download import download_all, fetch
 from data.prepare import prepare
 from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import Manifest, ShardFile, open_manifests
 from data.stream.packing import packing_of
-from data.verify import VerifySettings, verify
+from data.verify import verify
 
 NOTHING = BrowseSettings(None, None, None, 2, 400, "unused", 50)
 
@@ -146,6 +146,6 @@ def test_prefetch_speaks_http(tmp_path: Path) -> None:
 
 
 def test_prefetch_lists_everything(built: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    prefetch(built)
+    download_all(built)
     shown = capsys.readouterr().out
     assert re.search(r"tokenizer +there, [\d,]+ bytes", shown) and "language_model    not used" in shown

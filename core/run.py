@@ -31,7 +31,9 @@ class RunFiles:
         self.report = folder / "report.html"
         self.hf = folder / "hf"  # the newest checkpoint for transformers
         self.evaluation = folder / "eval.json"  # held-out scores and a sample
-        self.scores = folder / "scores"  # leaderboards
+        self.scores = folder / "scores"  # leaderboards, a file per suite and checkpoint
+        self.score_jobs = self.scores / "jobs.json"  # which were started
+        self.held = self.scores / "held"  # checkpoints whose jobs have not ended, by hard links
         self.card = folder / "README.md"
         self.attempts = folder / "attempts.jsonl"  # a batch script's starts and ends
         self.logs = folder / "logs"
@@ -41,6 +43,11 @@ class RunFiles:
     def hf_of(self, step: str) -> Path:
         """Where the export of a checkpoint that was asked for by name lies."""
         return self.folder / f"hf-{step}"
+
+    @staticmethod
+    def export_record(hf: Path) -> Path:
+        """What an export was made of: `export.json` beside `hf`, `export-step-N.json` beside `hf-step-N`."""
+        return hf.with_name(f"export{hf.name.removeprefix('hf')}.json")
 
 
 @dataclass

@@ -22,12 +22,13 @@ import torch
 from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
+from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import record_of, sizes
+from eval.hf.exported import sizes
+from eval.subject import export_folder, find_checkpoint, identity_of, load_model
 from model.checkpoint import Pieces
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
@@ -43,11 +44,11 @@ COMPARE_BYTES = 8  # per parameter: two models in fp32
 
 def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     """Write, reload, compare; the folder takes its place only when the logits agree."""
-    folder = checkpoint.find(config)
-    target = checkpoint.exported(config, folder)
-    record = record_of(target)
+    folder = find_checkpoint(config)
+    target = export_folder(config, folder)
+    record = RunFiles.export_record(target)
     made_of = {
-        **checkpoint.identity(folder),
+        **identity_of(folder),
         "dtype": config.eval.dtype,
         "keep_fp32": config.eval.keep_fp32,
         "tokenizer_sha256": sha256_of(tokenizer_path(config.data)),
@@ -105,7 +106,7 @@ def verify(config: EvaluationConfig, folder: Path, part: Path) -> None:
     needed, free = COMPARE_BYTES * parameter_count(config.model), psutil.virtual_memory().available
     logger.info("loading it with transformers and comparing logits")
     if needed <= free:
-        difference = compare(part, checkpoint.load(config, folder), entries(config))
+        difference = compare(part, load_model(config, folder), entries(config))
     else:
         logger.info(f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
         difference = compare_by_layer(part, Pieces(folder), config.model, entries(config))

@@ -17,8 +17,8 @@ from core.command import command
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig
+from eval.subject import best_device, find_checkpoint, load_model
 from model.config import Sampling
 from model.mamba import FalconMamba
 
@@ -46,7 +46,7 @@ def stream(model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sa
 
 def show(config: EvaluationConfig) -> None:
     """Stream a continuation of the configured prompt."""
-    model = checkpoint.load(config, checkpoint.find(config), checkpoint.best_device())
+    model = load_model(config, find_checkpoint(config), best_device())
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     print(config.eval.prompt, end="", flush=True)
     for piece in stream(model, tokenizer, config.eval.prompt, config.eval.new_tokens, config.eval.sampling):

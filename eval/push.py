@@ -18,10 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from core.command import command
 from core.errors import InputError
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.hf.card import model_card
 from eval.hf.exported import require_export
+from eval.subject import export_folder, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ def push(config: EvaluationConfig) -> None:
     """Check the export, write the card, upload; the repository is private until its owner says otherwise."""
     if config.eval.hub is None:
         raise InputError("where to? give eval.hub=USER/MODEL")
-    folder = checkpoint.find(config)
-    home = checkpoint.exported(config, folder)
+    folder = find_checkpoint(config)
+    home = export_folder(config, folder)
     require_export(home, folder)
     card = config.run.files.card
     card.write_text(model_card(config.run.folder, folder, config.model), encoding="utf-8")

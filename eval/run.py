@@ -29,12 +29,12 @@ from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, source_folder
-from eval import subject as checkpoint
 from eval.config import Eval, EvaluationConfig
 from eval.heldout import Score, evaluate
 from eval.hf.exported import require_export
 from eval.hf.reference import load as transformers_twin
 from eval.leaderboard.suite import run_suite
+from eval.subject import best_device, export_folder, find_checkpoint, identity_of, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ def evaluation(config: EvaluationConfig) -> None:
 
 def heldout(config: EvaluationConfig) -> None:
     """Score the held-out text of every source, then generate."""
-    folder = checkpoint.find(config)
-    home = checkpoint.exported(config, folder)
+    folder = find_checkpoint(config)
+    home = export_folder(config, folder)
     require_export(home, folder)
-    made_of = {**checkpoint.identity(folder), "settings": deciding(config.eval), "data": data_sha256(config.data)}
+    made_of = {**identity_of(folder), "settings": deciding(config.eval), "data": data_sha256(config.data)}
     path = config.run.files.evaluation
     before = read_json(path)
     if {key: before.get(key) for key in made_of} == made_of:
         show({name: Score(**score) for name, score in before["heldout"].items()}, before["sample"])
         logger.info(f"\nreused: {path}")
         return
-    model = checkpoint.load(config, folder, checkpoint.best_device())
+    model = load_model(config, folder, best_device())
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
     for name, score in evaluate(model, config.data, *settings):

@@ -22,19 +22,19 @@ from model.mamba import FalconMamba
 logger = logging.getLogger(__name__)
 
 
-def find(config: EvaluationConfig) -> Path:
+def find_checkpoint(config: EvaluationConfig) -> Path:
     """The newest checkpoint that verifies, or the one that eval.checkpoint names.
 
     Raises InputError when there is none or it holds another model.
     """
-    folder = verified(config)
+    folder = verified_checkpoint(config)
     if read_state(folder)["model"] != asdict(config.model):
         raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
     return folder
 
 
-def verified(config: EvaluationConfig) -> Path:
-    """As find, whatever model it holds."""
+def verified_checkpoint(config: EvaluationConfig) -> Path:
+    """As find_checkpoint, whatever model it holds."""
     if config.eval.checkpoint is not None:
         folder = Path(config.eval.checkpoint)
         if (why := fault(folder)) is not None:
@@ -49,12 +49,12 @@ def verified(config: EvaluationConfig) -> Path:
     return folder
 
 
-def exported(config: EvaluationConfig, folder: Path) -> Path:
+def export_folder(config: EvaluationConfig, folder: Path) -> Path:
     """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was asked for."""
     return config.run.files.hf if config.eval.checkpoint is None else config.run.files.hf_of(folder.name)
 
 
-def identity(folder: Path) -> dict[str, Any]:
+def identity_of(folder: Path) -> dict[str, Any]:
     """Which checkpoint a result was made of."""
     return {
         "checkpoint": folder.name,
@@ -63,9 +63,9 @@ def identity(folder: Path) -> dict[str, Any]:
     }
 
 
-def load(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
+def load_model(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
     """The model of a checkpoint in fp32, ready to evaluate."""
-    return build(config.model, folder, torch.device(device))
+    return build_model(config.model, folder, torch.device(device))
 
 
 def best_device() -> str:
@@ -73,7 +73,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
+def build_model(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
     """The model of a checkpoint folder in fp32 on a device."""
     pieces, kernels = Pieces(folder), kernels_of(Backend.auto, device.type)
     with torch.device("meta"):
@@ -100,7 +100,7 @@ class Subject:
         return self.folder.name
 
 
-def subject(config: EvaluationConfig) -> Subject:
+def subject_of(config: EvaluationConfig) -> Subject:
     """What eval.checkpoint names, else the run's newest; the run's own config.yaml says where its vocabulary lies."""
     named = config.eval.checkpoint
     if named is not None and (Path(named) / "config.json").is_file():
@@ -111,8 +111,8 @@ def subject(config: EvaluationConfig) -> Subject:
             raise InputError(str(error)) from error
         files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
         return Subject(folder, config.run.files.scores, {"folder": str(folder), "files": files}, None)
-    folder = verified(config)
+    folder = verified_checkpoint(config)
     tokenizer = tokenizer_path(config.data)
     if (record := config.run.files.config).is_file():
         tokenizer = tokenizer_path(replace(config.data, folder=str(OmegaConf.load(record).data.folder)))
-    return Subject(folder, config.run.files.scores, identity(folder), tokenizer)
+    return Subject(folder, config.run.files.scores, identity_of(folder), tokenizer)

@@ -4,16 +4,12 @@ from pathlib import Path
 
 from core.errors import InputError
 from core.files import read_json
-
-
-def record_of(target: Path) -> Path:
-    """What an exported folder was made of: `export.json` beside `hf`, `export-step-N.json` beside `hf-step-N`."""
-    return target.with_name(f"export{target.name.removeprefix('hf')}.json")
+from core.run import RunFiles
 
 
 def require_export(home: Path, folder: Path) -> None:
     """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
-    record = read_json(record_of(home))
+    record = read_json(RunFiles.export_record(home))
     if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
         raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
 

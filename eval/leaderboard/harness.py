@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.tokenizer import EOS, EOS_TOKEN
 from data.tokenizer import load as load_tokenizer
-from eval.subject import Subject, best_device, build
+from eval.subject import Subject, best_device, build_model
 from model.checkpoint import read_state
 from model.config import ModelConfig, Sampling
 from model.mamba import FalconMamba
@@ -208,4 +208,4 @@ def language_model(subject: Subject, max_length: int, batch_tokens: int) -> Any:
         )  # fmt: skip
     shape, device = ModelConfig(**read_state(subject.folder)["model"]), device_here()
     vocabulary = load_tokenizer(subject.tokenizer)
-    return FalconMambaLM(build(shape, subject.folder, device), vocabulary, max_length, batch_tokens)
+    return FalconMambaLM(build_model(shape, subject.folder, device), vocabulary, max_length, batch_tokens)

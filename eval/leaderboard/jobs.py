@@ -42,7 +42,7 @@ class SuiteJobs:
         """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the command `after`."""
         self.run, self.settings, self.always, self.after = run, settings, always, after
         self.scores = run.files.scores
-        self.record = self.scores / "jobs.json"
+        self.record = run.files.score_jobs
         self.reported: set[tuple[int, str]] = set()  # step, suite
         self.next_look = 0.0
 
@@ -80,7 +80,7 @@ class SuiteJobs:
 
     def _hold_and_launch(self, folder: Path) -> None:
         """Every suite as a job on the held files of a checkpoint."""
-        held = self.scores / "held" / folder.name
+        held = self.run.files.held / folder.name
         shutil.copytree(folder, held, copy_function=os.link, dirs_exist_ok=True)
         for suite in self.settings.suites:
             self._launch(suite, held)
@@ -118,7 +118,7 @@ class SuiteJobs:
             if new:
                 records.append({"step": step, "tokens": tokens, "scores": new})
             if None not in ended.values():
-                shutil.rmtree(self.scores / "held" / name, ignore_errors=True)
+                shutil.rmtree(self.run.files.held / name, ignore_errors=True)
         self.know(records)
         return records
 

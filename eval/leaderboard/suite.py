@@ -19,8 +19,8 @@ from rich.table import Table
 
 from core.errors import InputError
 from core.files import read_json, write_json
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig, Row, Suite
+from eval.subject import Subject, subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def run_suite(config: EvaluationConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     suite = config.eval.suite
     assert suite is not None
-    subject = checkpoint.subject(config)
+    subject = subject_of(config)
     path = subject.results / f"{suite.name}-{subject.name}.json"
     made_of = {**subject.identity, "suite": suite.name, "max_length": suite.max_length, "limit": suite.limit}
     stored = read_json(path)
@@ -91,7 +91,7 @@ class MissingTask(Exception):
     """A row whose task or data set is not here."""
 
 
-def runner(config: EvaluationConfig, subject: checkpoint.Subject) -> Callable[[Row], Result | None]:
+def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result | None]:
     """The function that runs a row and gives the harness's results on the first rank."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

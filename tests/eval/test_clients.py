@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from mambapy.mamba import Mamba, MambaConfig
 
 from core.errors import InputError
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.export import export
 from eval.hf.card import model_card
 from eval.push import push
 from eval.run import evaluation
+from eval.subject import find_checkpoint
 from model.hf import tensor_names, to_hf
 from tests.compose import run_config
 from tests.tiny import TINY, model_of
@@ -85,7 +85,7 @@ def test_push_uploads_the_checked_export_with_a_card(
     whole = run_config("demo")
     record = {**json.loads(json.dumps(asdict(whole), default=lambda value: value.value)), "run": asdict(config.run)}
     (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
-    step = checkpoint.find(config).name
+    step = find_checkpoint(config).name
     scores = config.run.folder / "scores"
     scores.mkdir()
     rows = {"ARC": {"score": 12.345, "stderr": 0.5}}

@@ -17,12 +17,12 @@ from core.run import Run
 from data.stream.manifests import DTYPE, read_manifest, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.hf.compare import compare, compare_by_layer
 from eval.run import evaluation, generate, total
+from eval.subject import find_checkpoint, load_model
 from model.checkpoint import Pieces
 from model.hf import hf_config
 from model.mamba import FalconMamba
@@ -55,7 +55,7 @@ def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationC
 
 
 def test_transformers_gives_our_logits_and_its_cache_path_too(exported: Path, config: EvaluationConfig) -> None:
-    ours = checkpoint.load(config, checkpoint.find(config))
+    ours = load_model(config, find_checkpoint(config))
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     tokens = torch.randint(12, 280, (1, 9))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_plain_mamba_has_no_such_folder() -> None:
 
 def test_bits_per_byte(config: EvaluationConfig) -> None:
     """Of a model that knows nothing: ln(vocab) nats a token, over the bytes that those tokens are."""
-    model: FalconMamba = checkpoint.load(config, checkpoint.find(config))
+    model: FalconMamba = load_model(config, find_checkpoint(config))
     with torch.no_grad():
         model.lm_head.weight.zero_()
     scores = dict(evaluate(model, config.data, seq_len=16, batch=3, max_tokens=500))
@@ -124,7 +124,7 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
 
 def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
     """The score does not depend on how many windows are taken at once."""
-    model = checkpoint.load(config, checkpoint.find(config))
+    model = load_model(config, find_checkpoint(config))
     one = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=333))
     many = dict(evaluate(model, config.data, seq_len=16, batch=7, max_tokens=333))
     assert all(one[name].loss == pytest.approx(many[name].loss, rel=1e-6) for name in one)
@@ -133,11 +133,11 @@ def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
 
 def test_errors_name_the_fix(config: EvaluationConfig) -> None:
     with pytest.raises(InputError, match="train first"):
-        checkpoint.find(replace(config, run=Run("x", "/nonexistent", 0)))
+        find_checkpoint(replace(config, run=Run("x", "/nonexistent", 0)))
     with pytest.raises(InputError, match="keep_fp32 names Alog; parameters end in A_log"):
         list(entries(replace(config, eval=replace(config.eval, keep_fp32=["Alog"]))))
     with pytest.raises(InputError, match="manifest.json is missing"):
-        checkpoint.find(replace(config, eval=replace(config.eval, checkpoint="/nonexistent")))
+        find_checkpoint(replace(config, eval=replace(config.eval, checkpoint="/nonexistent")))
 
 
 def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, exported: Path, capsys: Any) -> None:
@@ -169,9 +169,9 @@ def test_layer_by_layer_finds_what_whole_models_find(
     monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
     export(here)
     assert "layer by layer" in capsys.readouterr().out
-    pieces = Pieces(checkpoint.find(here))
+    pieces = Pieces(find_checkpoint(here))
     difference = compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here))
-    whole = compare(here.run.files.hf, checkpoint.load(here, checkpoint.find(here)), entries(here))
+    whole = compare(here.run.files.hf, load_model(here, find_checkpoint(here)), entries(here))
     assert difference < 1e-5 and whole < 1e-5
     wrong = Pieces.rows
     monkeypatch.setattr(Pieces, "rows", lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1))

@@ -16,12 +16,12 @@ from core.run import Run
 from data.config import DataConfig
 from data.stream.manifests import DTYPE, open_manifests, read_manifest, source_folder, write_manifest
 from data.tokenizer import EOS
-from eval import subject as checkpoint
 from eval.check_leakage import prove, trained_documents
 from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig
 from eval.export import export
 from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
+from eval.subject import find_checkpoint, load_model
 from model.checkpoint import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
@@ -93,7 +93,7 @@ def test_what_is_held_out_is_not_trained_on(
 
 def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_path: Path) -> None:
     export(config)
-    expected = checkpoint.load(config, checkpoint.find(config))
+    expected = load_model(config, find_checkpoint(config))
     run = Run("next", str(tmp_path), 0, str(config.run.files.hf))
     model = model_of(MODEL, seed=9)
     start_from(model, run, 0, 1)
@@ -114,7 +114,7 @@ def test_suites_run_as_jobs_of_their_own(
 ) -> None:  # fmt: skip
     """On held files, with the scores in the run's records at its end; a resumed run starts and takes nothing twice."""
     monkeypatch.setattr("eval.leaderboard.jobs.LOOK_SECONDS", 0.0)
-    folder = checkpoint.find(config)
+    folder = find_checkpoint(config)
     monkeypatch.setattr("eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
     metrics = config.run.folder / "metrics.jsonl"
     metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')  # the run is further than its checkpoint

@@ -21,12 +21,12 @@ from core.errors import InputError
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval import subject as checkpoint
 from eval.config import EvaluationConfig, Row, Suite
 from eval.export import export
 from eval.leaderboard.harness import FalconMambaLM
 from eval.leaderboard.suite import run_suite, score, siblings, table
 from eval.run import expand
+from eval.subject import find_checkpoint, load_model, subject_of
 from tests.compose import run_config
 from tests.eval.test_layout import hf_folder
 from tests.tiny import TINY, model_of
@@ -65,7 +65,7 @@ def exported(config: EvaluationConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(config: EvaluationConfig) -> FalconMambaLM:
-    model = checkpoint.load(config, checkpoint.find(config))
+    model = load_model(config, find_checkpoint(config))
     return FalconMambaLM(model, load_tokenizer(tokenizer_path(config.data)), 40, 100)
 
 
@@ -121,7 +121,7 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
     run_suite(with_suite)
     run_suite(replace(with_suite, eval=replace(with_suite.eval, checkpoint=str(exported))))
     printed = capsys.readouterr().out
-    step = checkpoint.find(config).name
+    step = find_checkpoint(config).name
     files = [config.run.folder / "scores" / f"local-{name}.json" for name in (step, "hf")]
     mine, expected = (json.loads(file.read_text())["rows"] for file in files)
     assert set(mine) == {"choice", "text", "answer"} and mine["choice"]["stderr"] > 0
@@ -152,7 +152,7 @@ def test_mathematics_is_checked_by_value(
     monkeypatch.setattr(FalconMambaLM, "generate_until", answer)
     suite = replace(suite_of(tasks, "local_math"), name=f"math{len(form)}")
     run_suite(replace(config, eval=replace(config.eval, suite=suite)))
-    stored = config.run.folder / "scores" / f"{suite.name}-{checkpoint.find(config).name}.json"
+    stored = config.run.folder / "scores" / f"{suite.name}-{find_checkpoint(config).name}.json"
     result = json.loads(stored.read_text())["rows"]["math"]
     assert result["score"] == correct and result["parts"]["local_math"]["documents"] == 4  # of level 5
     assert all(prompt.count("Problem:") == 5 for prompt in asked), "four examples and the question"
@@ -171,7 +171,7 @@ def test_another_export_in_the_same_place_is_another_subject(config: EvaluationC
         shutil.rmtree(folder, ignore_errors=True)
         hf_folder(folder, model_of(TINY, seed=seed))
         here = replace(config, eval=replace(config.eval, checkpoint=str(folder)))
-        identities.append(checkpoint.subject(here).identity)
+        identities.append(subject_of(here).identity)
     assert identities[0]["folder"] == identities[1]["folder"] and identities[0] != identities[1]
 
 
@@ -250,7 +250,7 @@ def test_two_ranks_print_one_table_with_the_same_scores(
     config: EvaluationConfig, tasks: Path
 ) -> None:  # fmt: skip
     """The command, data-parallel over gloo, on a step folder without an experiment."""
-    folder = checkpoint.find(config)
+    folder = find_checkpoint(config)
     (config.run.folder / "config.yaml").write_text(yaml.safe_dump({"data": {"folder": config.data.folder}}))
     metrics = "metrics: ['acc_norm,none'], floor: 0, floors: {}, by_size: true"
     rows = f"[{{label: choice, task: local_choice, shots: 2, {metrics}}}]"

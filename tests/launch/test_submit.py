@@ -147,13 +147,13 @@ signal.signal(signal.SIGINT, save)
 (run / 'ready').touch()
 time.sleep(60)"""
     command = script(tmp_path, ranks)
-    code = (
-        f"from pathlib import Path; from launch import local; print(local.through({command}, Path({str(tmp_path)!r})))"
-    )
+    through = f"print(local.through({command}, Path({str(tmp_path)!r})))"
+    code = f"from pathlib import Path; from launch.jobs import local; {through}"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
     ) as process:
         while not (tmp_path / "ready").is_file():
+            assert process.poll() is None, process.returncode
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert process.communicate(timeout=60)[0] == "left\n" and process.returncode == 0

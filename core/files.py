@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,14 +65,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; lines that a kill or a full disk cut short are left out."""
+    found: list[dict[str, Any]] = []
     if not path.is_file():
-        return []
-    found = []
+        return found
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        with suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
     return found
 
 

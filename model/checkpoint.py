@@ -6,7 +6,6 @@ last). A piece is a range of the flattened part of a tensor that one tensor-para
 can read any other's. Reading costs the bytes asked for; indices grow with tensors x ranks, not with parameters.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from core.files import sha256_of
 from core.run import MANIFEST, newest
 from model.parameters import cut_of
 from model.sharding import shard
@@ -114,12 +114,6 @@ class Pieces:
         if filled != start + numel:
             raise ValueError(f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}")
         return out
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-
 from core import log
 from core.errors import InputError
 from train.metrics.scores import collect

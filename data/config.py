@@ -68,7 +68,7 @@ class ExecutorConfig:
     """How the tasks of a preparation are run; the outputs are the same."""
 
     kind: Executor
-    workers: int | None  # processes, or tasks at a time on a cluster; None: data.pipeline.workers
+    workers: int | None  # processes, or tasks at a time on a cluster; None: data.workers
     partition: str | None  # Slurm's
     time: str  # Slurm's limit per task, as 24:00:00
     memory_gib: int  # per task
@@ -119,7 +119,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1 or self.workers < 1 or any(source.tasks < 1 for source in self.sources.values()):
-            raise ValueError("data.block_tokens, data.pipeline.workers and every source's tasks must be at least 1")
+            raise ValueError("data.block_tokens, data.workers and every source's tasks must be at least 1")
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:
@@ -158,7 +158,7 @@ class DataConfig:
 class PrepareSettings:
     """What this program does besides preparing."""
 
-    adopt: bool  # take over a folder of an earlier version as it is, after hashing its shards
+    adopt: bool  # take over a folder of an earlier version as it is, after checking it, and do no more
 
 
 @dataclass

@@ -7,7 +7,6 @@ examples:
   python data/download.py +experiment=7b
 """
 
-import logging
 import shutil
 import sys
 from contextlib import AbstractContextManager
@@ -25,8 +24,6 @@ from core.errors import InputError
 from core.files import sha256_of, write_with
 from data.config import Asset, DataConfig
 from data.recipes import urls
-
-logger = logging.getLogger(__name__)
 
 PIECE = 2**20
 SILENCE_SECONDS = 60  # a server that says nothing for so long is taken for dead
@@ -90,12 +87,12 @@ def opened(url: str) -> AbstractContextManager[IO[bytes]]:
 def download_all(cfg: DataConfig) -> None:
     """Fetch or check everything that a preparation reads besides its input."""
     vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
-    logger.info(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}")
+    print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
     for name, asset in vars(cfg.assets).items():
-        logger.info(f"{name:<18}{fetch(f'data.assets.{name}', asset)}")
+        print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
     if cfg.assets.url_blocklist.path is None and any(source.recipe == "web" for source in cfg.sources.values()):
         domains = len(urls.blocklist(None).block_listed_domains)
-        logger.info(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
+        print(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
 
 
 @command(DownloadConfig)

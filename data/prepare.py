@@ -5,7 +5,7 @@ Stages that are complete are reused; a killed run is taken up where it was.
 examples:
   python data/prepare.py +experiment=demo
   python data/prepare.py +experiment=7b executor=slurm executor.partition=cpu
-  python data/prepare.py +experiment=7b prepare.adopt=true    # keeps shards that an earlier version made
+  python data/prepare.py +experiment=7b prepare.adopt=true    # keep what an earlier version made
 """
 
 import logging
@@ -27,7 +27,8 @@ from data.pipeline.accounting import Step
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
 from data.pipeline.executors import Tasks, open_executor
-from data.pipeline.shard import Clean, Sharding
+from data.pipeline.shard import Clean
+from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
 from data.recipes.readers import pin_files
 from data.stream.manifests import SPLITS, Manifest, ShardFile, read_manifest, write_manifest
@@ -50,7 +51,7 @@ class Preparation:
         self.manifests: dict[str, Manifest] = {}
         self.report("prepare", f"{', '.join(cfg.sources)} into {self.folder}, {workers.describe()}")
         for name, source in cfg.sources.items():
-            recipes.path_of(source.recipe)
+            recipes.check_known(source.recipe)
             fingerprints.check_tasks(self.folder, name, source.tasks)
         self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
         self.keys = {name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources}
@@ -116,8 +117,9 @@ class Preparation:
             fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
             raise InputError(str(error)) from error
         clean.finish(build)
+        versions, files = fingerprints.versions_of(build.source), fingerprints.sizes(place)
         fingerprints.write_built(
-            place, self.keys[name], files=fingerprints.sizes(place), steps=[asdict(step) for step in steps]
+            place, self.keys[name], versions=versions, files=files, steps=[asdict(step) for step in steps]
         )
         fingerprints.discard(self.folder / "shards" / name)
         fingerprints.discard(self.folder / "building" / "shards" / name)
@@ -162,16 +164,9 @@ class Preparation:
         jobs: dict[str, list[Any]] = {}
         for name in (name for name in cfg.sources if name not in self.manifests):
             place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name]))
-            source, tasks = cfg.sources[name], cfg.sources[name].tasks
-            if source.recipe == recipes.MEGATRON:
-                fingerprints.pin_tasks(self.folder, name, tasks)
-                job = megatron.Corpus(
-                    source.input, sorted(self.listings[name][1]), place, wanted[name].vocab_size, tasks
-                )
-                jobs[name] = [(megatron.shard_task, job, cfg.heldout_percent, rank) for rank in range(tasks)]
-            else:
-                sharding_job = Sharding(self.cleans[name], place, file, cfg.seed, cfg.heldout_percent, tasks)
-                jobs[name] = [(shard.shard_task, sharding_job, rank) for rank in range(tasks)]
+            if name not in self.cleans:
+                fingerprints.pin_tasks(self.folder, name, cfg.sources[name].tasks)
+            jobs[name] = shard_jobs(cfg, name, self.listings[name], self.cleans.get(name), place)
 
         def finish(name: str, results: list[list[dict[str, Any]]]) -> None:
             self.finish_shards(name, wanted[name], [ShardFile(**file) for files in results for file in files])
@@ -219,12 +214,12 @@ class Preparation:
     def table(self) -> None:
         """What became of every source's documents, step by step; the same is written to report.json."""
         steps = {name: self.steps[name] for name in self.cfg.sources}
-        logger.info("\n" + "\n".join(accounting.table(steps)))
-        logger.info(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
+        print("\n" + "\n".join(accounting.table(steps)))
+        print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
         for name in self.cfg.sources:
             train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)
             documents = self.steps[name][-1].forwarded
-            logger.info(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
+            print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
         record = {name: [asdict(step) for step in found] for name, found in steps.items()}
         write_json(self.folder / REPORT, {"steps": record})
         logger.info(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}")
@@ -249,10 +244,12 @@ def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
 
 @command(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
-    """Prepare the data of a composed config, after taking over what is there where that is asked for."""
+    """Prepare the data of a composed config, or take over what is there and do no more."""
     if cfg.prepare.adopt:
         adopt(cfg.data, cfg.executor)
-    prepare(cfg.data, cfg.executor)
+        logger.info("the same command without prepare.adopt makes what is missing")
+    else:
+        prepare(cfg.data, cfg.executor)
 
 
 if __name__ == "__main__":

@@ -1,109 +1,200 @@
 """Taking over a folder that an earlier version prepared: its keys are written anew, its shards stay as they are.
 
-Keys once held the text of our own Python files, which no later version can know. What a folder's records show of how it
-was built is compared with the config, every shard is hashed, and only then are keys written; that the other settings
-are those it was built with, the user says by asking for it.
+Keys once held the text of our own Python files, which no later version can know. What shows how a source was made is
+compared with the config: its records, the names of its input, its passes, its vocabulary. Every shard is hashed, and
+those of the first task are made again from the clean documents and must have the same bytes, which shows seed,
+held-out share and order. What leaves no trace (`text_key`, the content of assets) is taken for unchanged: say so only
+where it is.
 """
 
-import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.files import sha256_of
+from core.files import read_json, sha256_of
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
 from data.pipeline import fingerprints
 from data.pipeline.executors import open_executor
+from data.pipeline.fingerprints import Listing
+from data.pipeline.shard import Clean
+from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
-from data.stream.manifests import Manifest, read_manifest, write_manifest
+from data.recipes.readers import PINNED
+from data.stream.documents import document_ends
+from data.stream.manifests import Manifest, read_manifest, source_folder, tokenizer_path, write_manifest
 
 logger = logging.getLogger(__name__)
 
 PASSES = {
     "near_duplicates": "Near duplicates",
     "exact_substrings": "Exact substrings",
+    "replace_pii": "PII",
     "decontaminate": "Decontamination",
 }
+FIX = "give the config that it was prepared with"
+
+
+class Adoption:
+    """One take-over of a folder: everything is checked before anything is written."""
+
+    def __init__(self, cfg: DataConfig, executor: ExecutorConfig | None) -> None:
+        self.cfg, self.executor = cfg, executor
+        self.folder = Path(cfg.folder)
+        self.again = self.folder / "building" / "adopt"  # shards for comparison
+        self.file = tokenizer_path(cfg)
+        self.listings: dict[str, Listing] = {}
+        self.manifests: dict[str, Manifest] = {}
+        self.built: dict[str, dict[str, Any]] = {}  # records of clean documents, by source
+        self.left: dict[str, str] = {}  # why a source is not taken over
+
+    def check(self) -> None:
+        """Raise InputError where a record contradicts the config or a shard is another."""
+        self.check_vocabulary()
+        for name, source in self.cfg.sources.items():
+            self.listings[name] = fingerprints.list_input(source)
+            self.manifests[name] = read_manifest(source_folder(self.cfg, name))
+            self.check_manifest(name)
+            if source.recipe != recipes.MEGATRON:
+                self.check_clean(name)
+        taken = [name for name in self.cfg.sources if name not in self.left]
+        workers = open_executor(self.executor, self.cfg.workers, self.folder)
+        try:
+            self.check_hashes(workers, taken)
+            self.make_again(workers, taken)
+        finally:
+            workers.close()
+            fingerprints.discard(self.again)
+
+    def check_vocabulary(self) -> None:
+        """The vocabulary is the one that the config names, or of the size that it trains."""
+        settings, size = self.cfg.tokenizer, tokenizer.size_of(tokenizer.load(self.file))
+        if settings.path is not None and sha256_of(Path(settings.path)) != sha256_of(self.file):
+            raise InputError(f"{self.file} is another vocabulary than data.tokenizer.path, {settings.path}: {FIX}")
+        if settings.path is None and size != settings.vocab_size:
+            raise InputError(f"{self.file} has {size} ids, data.tokenizer.vocab_size is {settings.vocab_size}: {FIX}")
+
+    def check_manifest(self, name: str) -> None:
+        """Shards are of this recipe, licence, vocabulary and number of tasks, and whole."""
+        source, manifest = self.cfg.sources[name], self.manifests[name]
+        fingerprints.check_tasks(self.folder, name, source.tasks)
+        recorded = {"recipe": manifest.recipe, "licence": manifest.licence, "vocabulary": manifest.tokenizer_sha256}
+        wanted = {"recipe": source.recipe, "licence": source.licence, "vocabulary": sha256_of(self.file)}
+        if other := [f"{key} {recorded[key]}, not {wanted[key]}" for key in wanted if recorded[key] != wanted[key]]:
+            raise InputError(f"shards of {name} have {'; '.join(other)}: {FIX}")
+        for file in manifest.files():
+            document_ends(source_folder(self.cfg, name), file)
+
+    def check_clean(self, name: str) -> None:
+        """Clean documents are those of the shards, and were made from this input by these passes and versions."""
+        source, folder = self.cfg.sources[name], self.folder / "clean" / name
+        if not (folder / fingerprints.BUILT).is_file():
+            self.left[name] = "its clean documents are not there, and nothing else shows how they were made"
+            return
+        built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / PINNED)
+        try:
+            files, documents = built["files"], built["steps"][-1]["forwarded"]
+            names = {step["name"] for step in built["steps"]}
+            read = [pinned["kind"], sorted(pinned["files"])]
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{folder} has a damaged {fingerprints.BUILT} or {PINNED}: remove {folder}") from error
+        if files != fingerprints.sizes(folder):
+            raise InputError(f"{folder} holds other files than were written there: remove it")
+        kind, listed = self.listings[name]
+        if read != [kind, sorted(listed)]:
+            raise InputError(f"{folder} was made from other input files than {source.input} holds: {FIX}")
+        sharded = sum(file.documents for file in self.manifests[name].files())
+        if documents != sharded:
+            raise InputError(f"{folder} has {documents} documents, its shards {sharded}: {FIX}")
+        for setting, step in PASSES.items():
+            if bool(getattr(source, setting)) != (step in names):
+                raise InputError(f"{folder} was made with{'' if step in names else 'out'} {setting}: {FIX}")
+        self.built[name] = built
+        self.check_versions(name)
+
+    def check_versions(self, name: str) -> None:
+        """Other rules made other text; other packages are named, and taken over by whoever asks for it."""
+        now = fingerprints.versions_of(self.cfg.sources[name])
+        ours = {key for key, value in now.items() if isinstance(value, int)}
+        before = self.built[name].get("versions", dict.fromkeys(ours, 1))  # they began at 1, and unrecorded
+        if rules := [f"{key} {before.get(key)}, now {now[key]}" for key in sorted(ours) if before.get(key) != now[key]]:
+            self.left[name] = f"it was made by another version of its rules ({', '.join(rules)})"
+        packages = [f"{key} {before[key]}, now {now[key]}" for key in now.keys() & before.keys() - ours
+                    if before[key] != now[key]]  # fmt: skip
+        if packages:
+            logger.warning(f"{name} was made by {', '.join(sorted(packages))}: taken for the same text")
+
+    def check_hashes(self, workers: Any, taken: list[str]) -> None:
+        """Hash every shard where `prepare` would work."""
+        places = {
+            name: [source_folder(self.cfg, name) / file.name for file in self.manifests[name].files()] for name in taken
+        }
+        jobs = {name: [(sha256_of, path) for path in places[name]] for name in taken}
+
+        def compare(name: str, found: list[str]) -> None:
+            for path, file, sha256 in zip(places[name], self.manifests[name].files(), found, strict=True):
+                if sha256 != file.sha256:
+                    raise InputError(f"shard {path} does not hash to its manifest's SHA-256: prepare its source again")
+
+        workers.run("hash", jobs, compare)
+
+    def make_again(self, workers: Any, taken: list[str]) -> None:
+        """Tokenize the first task of every source once more, beside the folder's shards."""
+        fingerprints.discard(self.again)
+        jobs = {}
+        for name in taken:
+            place = self.again / name
+            place.mkdir(parents=True)
+            jobs[name] = shard_jobs(self.cfg, name, self.listings[name], self.clean_of(name), place)[:1]
+
+        def compare(name: str, made: list[list[dict[str, Any]]]) -> None:
+            first = [file for file in self.manifests[name].files() if "_00000." in file.name]
+            if made[0] != [asdict(file) for file in first]:
+                raise InputError(
+                    f"shards of {name} are not those that this config makes of its clean documents: seed, "
+                    f"heldout_percent, or the version of tokenizers or numpy is another; {FIX}"
+                )
+
+        workers.run("shards", jobs, compare)
+
+    def clean_of(self, name: str) -> Clean | None:
+        """The clean documents of a source that has some."""
+        if name not in self.built:
+            return None
+        built = self.built[name]
+        return Clean(self.folder / "clean" / name, sorted(built["files"]), built["steps"][-1]["forwarded"])
+
+    def write(self) -> None:
+        """Key what was found right, the vocabulary last."""
+        keys = {name: fingerprints.clean_key(self.cfg, name, self.listings[name]) for name in self.cfg.sources}
+        for name, manifest in self.manifests.items():
+            if name in self.left:
+                logger.warning(f"{name} is left as it is, for {self.left[name]}: train on it, or have it made anew")
+                continue
+            if name in self.built:
+                details = {key: value for key, value in self.built[name].items() if key not in ("key", "versions")}
+                versions = fingerprints.versions_of(self.cfg.sources[name])
+                fingerprints.write_built(self.folder / "clean" / name, keys[name], versions=versions, **details)
+            recipe = fingerprints.recipe_sha256(self.cfg, name, self.listings[name])
+            write_manifest(source_folder(self.cfg, name), replace(manifest, recipe_sha256=recipe))
+            fingerprints.pin_tasks(self.folder, name, self.cfg.sources[name].tasks)
+            logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
+        if self.cfg.tokenizer.path is not None or not self.left:  # else it was trained on other text
+            key = fingerprints.tokenizer_key(self.cfg, list(keys.values()))
+            fingerprints.write_built(self.file.parent, key, sha256=sha256_of(self.file))
+            logger.info("adopted    the vocabulary")
 
 
 def adopt(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
-    """Make a prepared folder one that `prepare` reuses.
+    """Make a prepared folder one that `prepare` reuses; sources that cannot be are named and left.
 
-    Raises InputError, with nothing changed, where its records contradict the config or a shard is another.
+    Raises InputError, with no record and no shard changed, where one contradicts the config or is damaged.
     """
-    folder = Path(cfg.folder)
-    with exclusive(folder):
-        listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
-        file = folder / "tokenizer" / tokenizer.FILE
-        tokenizer.load(file)
-        manifests = {name: read_manifest(folder / "shards" / name) for name in cfg.sources}
-        for name, manifest in manifests.items():
-            check_manifest(cfg, name, manifest, sha256_of(file))
-        cleans = {name: read_clean(cfg, name, manifests[name]) for name in cfg.sources}
-        check_shards(cfg, manifests, executor)
-        keys = {name: fingerprints.clean_key(cfg, name, listings[name]) for name in cfg.sources}
-        for name, manifest in manifests.items():
-            if (built := cleans[name]) is not None:
-                details = {key: value for key, value in built.items() if key != "key"}
-                fingerprints.write_built(folder / "clean" / name, keys[name], **details)
-            recipe = fingerprints.recipe_sha256(cfg, name, listings[name])
-            write_manifest(folder / "shards" / name, replace(manifest, recipe_sha256=recipe))
-            fingerprints.pin_tasks(folder, name, cfg.sources[name].tasks)
-            clean = (
-                "" if built is not None else "; its clean documents are not there, and prepare would make them again"
-            )
-            logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens{clean}")
-        key = fingerprints.tokenizer_key(cfg, list(keys.values()))
-        fingerprints.write_built(folder / "tokenizer", key, sha256=sha256_of(file))
-
-
-def check_manifest(cfg: DataConfig, name: str, manifest: Manifest, vocabulary: str) -> None:
-    """Raise InputError when a manifest tells of another recipe, licence, vocabulary or number of tasks."""
-    source = cfg.sources[name]
-    fingerprints.check_tasks(Path(cfg.folder), name, source.tasks)
-    recorded = {"recipe": manifest.recipe, "licence": manifest.licence, "vocabulary": manifest.tokenizer_sha256}
-    wanted = {"recipe": source.recipe, "licence": source.licence, "vocabulary": vocabulary}
-    if other := [f"{key} {recorded[key]}, not {wanted[key]}" for key in wanted if recorded[key] != wanted[key]]:
-        raise InputError(f"shards of {name} have {'; '.join(other)}: give the config that they were prepared with")
-
-
-def read_clean(cfg: DataConfig, name: str, manifest: Manifest) -> dict[str, Any] | None:
-    """The record of a source's clean documents, None where they are not there; InputError when it contradicts."""
-    source, folder = cfg.sources[name], Path(cfg.folder) / "clean" / name
-    if source.recipe == recipes.MEGATRON or not (folder / fingerprints.BUILT).is_file():
-        return None
-    built: dict[str, Any] = json.loads((folder / fingerprints.BUILT).read_text(encoding="utf-8"))
-    fix = "give the config that it was prepared with, or remove it"
-    if built["files"] != fingerprints.sizes(folder):
-        raise InputError(f"{folder} holds other files than were written there: {fix}")
-    documents = sum(file.documents for files in manifest.splits.values() for file in files)
-    if documents != built["steps"][-1]["forwarded"]:
-        raise InputError(f"{folder} has {built['steps'][-1]['forwarded']} documents, its shards {documents}: {fix}")
-    names = {step["name"] for step in built["steps"]}
-    for setting, step in PASSES.items():
-        if bool(getattr(source, setting)) != (step in names):
-            raise InputError(f"{folder} was made with{'' if step in names else 'out'} {setting}: {fix}")
-    return built
-
-
-def check_shards(cfg: DataConfig, manifests: dict[str, Manifest], executor: ExecutorConfig | None) -> None:
-    """Hash every shard where `prepare` would work; raises InputError with the first that is another."""
-    files = [
-        (Path(cfg.folder) / "shards" / name / file.name, file.sha256)
-        for name, manifest in manifests.items()
-        for split in manifest.splits.values()
-        for file in split
-    ]
-    workers = open_executor(executor, cfg.workers, Path(cfg.folder))
-    found: list[str] = []
-    try:
-        jobs = {"shards": [(sha256_of, path) for path, _ in files]}
-        workers.run("hash", jobs, lambda _, results: found.extend(results))
-    finally:
-        workers.close()
-    for (path, wanted), sha256 in zip(files, found, strict=True):
-        if sha256 != wanted:
-            raise InputError(f"shard {path} does not hash to its manifest's SHA-256: prepare its source again")
+    if not Path(cfg.folder).is_dir():
+        raise InputError(f"there is no folder {cfg.folder} to adopt: set data.folder")
+    with exclusive(Path(cfg.folder)):
+        adoption = Adoption(cfg, executor)
+        adoption.check()
+        adoption.write()

@@ -21,20 +21,25 @@ from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
 from data.recipes import MEGATRON, decontamination
 from data.recipes.readers import raw_files
+from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 
 BUILT = "built.json"
 # distributions whose versions shape text, by what recipes and passes import
 SHAPING = {
+    "orjson": (),
     "spacy": ("spacy",),
-    "trafilatura": ("trafilatura", "lxml"),
+    "trafilatura": ("trafilatura", "lxml", "justext"),
     "lxml_html_clean": ("lxml_html_clean",),
     "fasttext": ("fasttext-numpy2-wheel",),
     "tldextract": ("tldextract",),
     "ahocorasick": ("pyahocorasick",),
-    "warcio": ("warcio",),
+    "warcio": ("warcio", "faust-cchardet"),  # which guesses the encoding of a page that is not UTF-8
+    "magic": ("python-magic",),  # which says what is a page where the archive does not
+    "pylibmagic": ("pylibmagic",),
     "xxhash": ("xxhash",),
 }
+SHAPES_SHARDS = ("numpy", "tokenizers")  # the order inside a shard; ids
 SHAPES_TEXT = ("recipe", "tasks", "text_key", "near_duplicates", "exact_substrings", "replace_pii", "decontaminate")
 
 
@@ -71,7 +76,7 @@ def versions_of(source: Source) -> dict[str, int | str]:
         imports += substrings.REQUIRES
     if source.decontaminate:
         found["decontaminate"] = decontamination.VERSION
-    packages = {package for name in imports for package in SHAPING.get(name, ())}
+    packages = {package for name in imports for package in SHAPING[name]}
     return found | {package: version(package) for package in sorted(packages | {"datatrove"})}
 
 
@@ -93,7 +98,8 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
     kind, files = listing
     text = [kind, {name: size for name, (size, _) in files.items()}]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
-    return digest(settings, text, shard.VERSION, cfg.seed, cfg.heldout_percent)
+    packages = {} if kind == MEGATRON else {package: version(package) for package in SHAPES_SHARDS}
+    return digest(settings, text, shard.VERSION, packages, cfg.seed, cfg.heldout_percent)
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
@@ -125,8 +131,12 @@ def same_shards(folder: Path, wanted: Manifest) -> bool:
         return False
     if replace(found, splits=wanted.splits) != wanted:
         return False
-    files = [file for files in found.splits.values() for file in files]
-    return all(sha256_of(folder / file.name) == file.sha256 for file in files)
+    for file in found.files():
+        try:
+            document_ends(folder, file)
+        except InputError:
+            return False
+    return all(sha256_of(folder / file.name) == file.sha256 for file in found.files())
 
 
 def sizes(folder: Path) -> dict[str, int]:

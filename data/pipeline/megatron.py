@@ -127,5 +127,5 @@ def shard_task(job: Corpus, heldout_percent: float, rank: int) -> list[dict[str,
 
 def step(manifest: Manifest) -> Step:
     """The one step of such a source: all documents of the index are in the shards."""
-    documents = sum(file.documents for files in manifest.splits.values() for file in files)
+    documents = sum(file.documents for file in manifest.files())
     return Step("Megatron index", documents, documents, {})

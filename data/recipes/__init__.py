@@ -2,9 +2,9 @@
 
 `steps(source, folder, assets)` gives the short list of datatrove steps that ends in clean documents. `REQUIRES` names
 the packages that they import only at the first document, which would be too late, `ASSETS` the files that no package
-brings. A recipe with lists that all workers share has
-`preload(source, assets)`. `RECIPE_VERSION` keys finished data: raise it with any change that makes other text of the
-same input (tests/data/test_recipe_versions.py sees one), and leave it with any other change.
+brings. A recipe with lists that all workers share has `preload(source, assets)`. `RECIPE_VERSION` keys finished data:
+raise it with any change that makes other text of the same input (tests/data/test_recipe_versions.py sees many), and
+leave it with any other change.
 """
 
 import importlib
@@ -18,17 +18,12 @@ FOLDER = Path(__file__).resolve().parent
 MEGATRON = "megatron"
 
 
-def path_of(name: str) -> Path:
-    """The file of a recipe; raises InputError when there is none."""
-    paths = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
-    known = [stem for stem, path in paths.items() if "\ndef steps(" in path.read_text(encoding="utf-8")]
-    if name == MEGATRON:  # tokenized already: no steps
-        return FOLDER.parent / "pipeline" / "megatron.py"
+def check_known(name: str) -> None:
+    """Raises InputError where no recipe has this name."""
+    known = [path.stem for path in sorted(FOLDER.glob("*.py")) if "\ndef steps(" in path.read_text(encoding="utf-8")]
+    known.append(MEGATRON)  # tokenized already: no steps
     if name not in known:
-        raise InputError(
-            f"recipe {name} is unknown: data.sources.<name>.recipe is one of {', '.join([*known, MEGATRON])}"
-        )
-    return paths[name]
+        raise InputError(f"recipe {name} is unknown: data.sources.<name>.recipe is one of {', '.join(known)}")
 
 
 def require(packages: Iterable[str], who: str) -> None:
@@ -42,7 +37,7 @@ def require(packages: Iterable[str], who: str) -> None:
 
 def load(name: str) -> ModuleType:
     """The module of a recipe; raises InputError when a package that it requires cannot be imported."""
-    path_of(name)
+    check_known(name)
     module = importlib.import_module(f"data.recipes.{name}")
     require(module.REQUIRES, f"recipe {name}")
     return module

@@ -18,7 +18,7 @@ from data.recipes.readers import Warc, open_input
 from data.recipes.urls import blocklist
 
 REQUIRES = (*web.REQUIRES,)
-RECIPE_VERSION = 2  # 2: problems of 50 characters and more, for 100 and more
+RECIPE_VERSION = 2  # 2: from 50 characters on and not 100, since a worked problem is often shorter than a paragraph
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:

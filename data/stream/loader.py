@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.stream.manifests import (
-    Manifest,
-    source_folder,
-)
+from data.stream.manifests import Manifest, source_folder
 from data.stream.mixture import Indices, Plan, PlannedStage
 from data.stream.shards import Shards
 from data.tokenizer import EOS

@@ -16,6 +16,7 @@ from data.config import DataConfig
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+DTYPE = np.dtype("<u2")  # of a token id
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Manifest:
         """Number of tokens in a split."""
         return sum(file.tokens for file in self.splits[split])
 
+    def files(self) -> list[ShardFile]:
+        """The files of all splits."""
+        return [file for split in self.splits.values() for file in split]
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into place."""
@@ -65,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**raw, "splits": splits})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a manifest ({error}); remove {folder} and prepare the data again") from error
-    for file in (file for split in splits.values() for file in split):
+    for file in manifest.files():
         check_file(folder, file)
     return manifest
 
@@ -126,6 +131,3 @@ def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
                 f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
             )
     return tokens, expected
-
-
-DTYPE = np.dtype("<u2")

@@ -3,16 +3,20 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import InputError
-from data.config import DataConfig, Source, Stage, TokenizerConfig
+from data import recipes, tokenizer
+from data.config import DataConfig, Source, Stage, TokenizerConfig, VerifySettings
+from data.pipeline import fingerprints
 from data.pipeline.adoption import adopt
 from data.prepare import prepare
 from data.stream.manifests import open_manifests
+from data.verify import verify
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -62,6 +66,13 @@ def test_old_shards_are_read_as_they_are(old: DataConfig) -> None:
     assert sum(manifest.tokens("train") for manifest in open_manifests(old).values()) == 12_733
 
 
+def test_old_shards_verify(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every byte hashed, every end token counted, ids decoded and encoded again."""
+    verify(old, VerifySettings(samples=50, hashes=True))
+    said = capsys.readouterr().out
+    assert said.count("hashed, ") == 4 and "all is what the manifests say" in said
+
+
 def test_without_adoption_an_old_folder_gives_the_same_shards(old: DataConfig) -> None:
     before = contents(old)
     prepare(old)
@@ -77,22 +88,97 @@ def test_without_adoption_an_old_folder_gives_the_same_shards(old: DataConfig) -
         ({"licence": "MIT"}, "licence CC0-1.0, not MIT"),
         ({"tasks": 2}, "was begun with 1 tasks, not 2"),
         ({"near_duplicates": "14x8"}, "was made without near_duplicates"),
+        ({"replace_pii": True}, "was made without replace_pii"),
+    ],
+)
+def test_another_source_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
+    refused(replace(old, sources={**old.sources, "left": replace(old.sources["left"], **changed)}), message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 4}, "shards of left are not those that this config makes"),
+        ({"heldout_percent": 40.0}, "shards of left are not those that this config makes"),
+        ({"tokenizer": TokenizerConfig(None, None, 400, 1)}, "has 300 ids, data.tokenizer.vocab_size is 400"),
     ],
 )
 def test_another_config_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
-    before = contents(old)
-    sources = {**old.sources, "left": replace(old.sources["left"], **changed)}
+    refused(replace(old, **changed), message)
+
+
+def test_another_vocabulary_is_refused(old: DataConfig, tmp_path: Path) -> None:
+    tokenizer.train(["another text, of other words " * 9], 270, tmp_path / "other")
+    other = TokenizerConfig(str(tmp_path / "other" / tokenizer.FILE), None, 300, 1)
+    refused(replace(old, tokenizer=other), "is another vocabulary than data.tokenizer.path")
+
+
+def test_another_list_of_inputs_is_refused(old: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "raw" / "left", tmp_path / "raw")
+    (tmp_path / "raw" / "1.jsonl").write_text('{"text": "one more"}\n')
+    left = replace(old.sources["left"], input=str(tmp_path / "raw"))
+    refused(replace(old, sources={**old.sources, "left": left}), "was made from other input files")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("shards/right/train_00000.ds", r"right/train_00000.ds does not hash to its manifest's SHA-256"),
+        ("shards/right/train_00000.ds.index", "is not the index of train_00000.ds"),
+        ("clean/left/built.json", "has a damaged built.json or input.json"),
+        ("clean/left/00000.jsonl.gz", "holds other files than were written there"),
+        ("shards/left/manifest.json", "is not a manifest"),
+    ],
+)
+def test_damage_is_refused(old: DataConfig, file: str, message: str) -> None:
+    path = Path(old.folder) / file
+    content = path.read_bytes()
+    hashed = path.suffix == ".ds"
+    path.write_bytes(bytes([content[0] ^ 1, *content[1:]]) if hashed else content[:-8])
+    refused(old, message)
+
+
+def refused(cfg: DataConfig, message: str) -> None:
+    """Nothing of the folder is another after an adoption that fails."""
+    before = contents(cfg)
     with pytest.raises(InputError, match=message):
-        adopt(replace(old, sources=sources))
-    assert contents(old) == before
+        adopt(cfg)
+    assert contents(cfg) == before
 
 
-def test_a_damaged_shard_is_refused(old: DataConfig) -> None:
-    shard = Path(old.folder) / "shards" / "right" / "train_00000.ds"
-    content = bytearray(shard.read_bytes())
-    content[20] ^= 1
-    shard.write_bytes(content)
+def test_no_folder_is_made(old: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder"):
+        adopt(replace(old, folder=str(tmp_path / "typo")))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_what_nothing_shows_is_left_with_its_shards(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Preparing would clean again and make other shards, so the command stops here; the rest is taken over."""
+    shutil.rmtree(Path(old.folder) / "clean" / "left")
     before = contents(old)
-    with pytest.raises(InputError, match=r"right/train_00000.ds does not hash to its manifest's SHA-256"):
-        adopt(old)
+    adopt(old)
+    assert "left is left as it is, for its clean documents are not there" in capsys.readouterr().out
+    after = contents(old)
+    changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
+    assert changed == {"clean/right/built.json", "shards/right/manifest.json"}  # the vocabulary has both texts
+
+
+def test_text_of_other_rules_is_left(
+    old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when an adoption is asked for again after a version was raised: it must not hide that."""
+    adopt(old)
+    monkeypatch.setattr(recipes.load("curated"), "RECIPE_VERSION", 2)
+    before = contents(old)
+    adopt(old)
+    assert capsys.readouterr().out.count("another version of its rules (curated 1, now 2)") == 2
     assert contents(old) == before
+
+
+def test_other_packages_are_named(
+    old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adopt(old)
+    monkeypatch.setattr(fingerprints, "version", lambda package: "99.0")
+    adopt(old)
+    assert capsys.readouterr().out.count(f"was made by datatrove {version('datatrove')}, now 99.0: taken for") == 2

@@ -11,6 +11,6 @@ class InputError(ValueError):
 
 
 def moved(command: str) -> None:
-    """Answer for an entry script that has another place by now, with the command line that takes its."""
+    """End an entry script that has moved with one line: its new command, and the arguments it was given."""
     print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(USER_ERROR)

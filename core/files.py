@@ -1,14 +1,19 @@
 """Files that are whole or absent, JSON lines, hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent  # of the code: configs/ and the entry scripts lie there
+PART = ".part"  # what the name of an unfinished file ends in
+PART_SECONDS = 3600.0
 
 
 def sha256_of(path: Path) -> str:
@@ -20,9 +25,10 @@ def sha256_of(path: Path) -> str:
 def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Put a file into place at once: what `write` writes is synced under another name, then renamed.
 
-    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves the old file.
+    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves the old file unless
+    it was the folder that could not be synced.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}")  # writers may be many
     try:
         with part.open("wb") as file:
             write(file)
@@ -46,19 +52,29 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside a folder survive a power cut."""
+    """Make renames and removals inside a folder survive a power cut, where its file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems sync no folder
+            raise
     finally:
         os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers left in a folder: parts that nobody has written to for an hour."""
+    for part in folder.glob(f"*{PART}"):
+        if part.is_file() and time.time() - part.stat().st_mtime > PART_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A stored JSON object; empty when there is none or it is damaged, for what can be made anew."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

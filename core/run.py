@@ -12,7 +12,8 @@ class RunFiles:
     """The files of a run's folder, named here and nowhere else.
 
     Written by training: config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints, profile,
-    tensorboard, curves. By evaluation: hf, evaluation, scores, card. By launch: attempts, logs, plan, dryrun.
+    tensorboard, curves. By evaluation: hf, evaluation, scores, card. By launch: attempts, plan, dryrun, and logs/ by
+    the batch script.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +37,6 @@ class RunFiles:
         self.held = self.scores / "held"  # checkpoints whose jobs have not ended, by hard links
         self.card = folder / "README.md"
         self.attempts = folder / "attempts.jsonl"  # a batch script's starts and ends
-        self.logs = folder / "logs"
         self.plan = folder / "plan.json"
         self.dryrun = folder / "dryrun.json"
 
@@ -71,9 +71,14 @@ class Run:
 
 
 def newest(checkpoints: Path) -> Iterator[Path]:
-    """Committed checkpoint folders, newest first; whoever reads one verifies it before."""
+    """Checkpoint folders, newest first; whoever reads one verifies it before."""
     found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     yield from sorted(found, key=step_of, reverse=True)
+
+
+def committed(checkpoints: Path) -> Iterator[Path]:
+    """Those of them that were written to the end: a manifest is a checkpoint's last file."""
+    return (path for path in newest(checkpoints) if (path / MANIFEST).is_file())
 
 
 def step_of(folder: Path) -> int:

@@ -145,8 +145,9 @@ class Validation:
         """Nats per token and bits per byte of each source."""
         if not self.rows:
             self._read()
-        sums = [sum_of_losses(model, self._batches(name), self.config.reset_state, self.bf16) for name in self.rows]
-        nats = torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+        nats = torch.zeros(len(self.rows), dtype=torch.float64, device=next(model.parameters()).device)
+        for place, name in enumerate(self.rows):
+            nats[place] = sum_of_losses(model, self._batches(name), self.config.reset_state, self.bf16)
         if dist.is_initialized():
             dist.all_reduce(nats, group=self.group)
         return {

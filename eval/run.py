@@ -27,6 +27,7 @@ from rich.table import Table
 from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
+from core.run import RunFiles
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, source_folder
 from eval.config import Eval, EvaluationConfig
@@ -88,7 +89,7 @@ def data_sha256(config: DataConfig) -> str:
 def show(scores: dict[str, Score], sample: str) -> None:
     """Scores and sample for a reader."""
     Console().print(table(scores))
-    logger.info(f"sample of the exported model:\n{sample}")
+    print(f"sample of the exported model:\n{sample}", flush=True)
 
 
 def total(scores: list[Score]) -> Score:
@@ -137,7 +138,8 @@ def expand(arguments: list[str]) -> list[str]:
     given = {key: value[0] for key, *value in pairs if value}
     if "checkpoint" in given and not {"+experiment", "run.name"} & given.keys():
         folder = Path(given["checkpoint"]).resolve()
-        home = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+        home = folder.parent.parent
+        home = home if folder.parent == RunFiles(home).checkpoints else folder.parent
         expanded += [f"run.name='{home.name}'", f"run.dir='{home}'"]
     return expanded
 

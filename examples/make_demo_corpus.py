@@ -1,7 +1,7 @@
 """Write the demo's raw text: what every Python carries, as the files that a corpus of your own would be.
 
     FOLDER/web/*.warc.gz      help pages of standard modules, as a crawl
-    FOLDER/pages/*.html       the same pages, for a browser (recipe manuals reads either)
+    FOLDER/pages/*.html       the same pages as files, to try recipe manuals on (data.sources.web.input=FOLDER/pages)
     FOLDER/code/*.jsonl       standard modules, a row per file
     FOLDER/technical/*.jsonl  reference pages of other modules
     FOLDER/curated/*.jsonl    chapters of the language reference
@@ -43,6 +43,8 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     made_by = {"version": VERSION, "python": platform.python_version()}
     record = folder / RECORD
+    if folder.is_dir() and any(folder.iterdir()) and not record.is_file():
+        sys.exit(f"error: {folder} holds other files, and would be replaced: name a new folder, or remove them")
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_by:
         print(f"reused: {folder} was written by this Python")
         return
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """All five kinds."""
+    """A folder of every kind."""
     pages = list(standard_library.help_pages())
     (folder / "pages").mkdir()
     for name, html in pages:

@@ -18,11 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core import log
-from launch.slurm.attempts import (
-    begin,
-    end,
-    excluded,
-)
+from launch.slurm.attempts import begin, end, excluded
 
 
 def ask(*command: str) -> list[str]:

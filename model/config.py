@@ -78,4 +78,4 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("eval.sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+            raise ValueError("sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")

@@ -180,8 +180,8 @@ def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
     try:
         source = HfFolder(folder)
     except ValueError as error:
-        raise InputError(f"run.init_from: {error}") from error
+        raise InputError(str(error)) from error
     if unlike := differences(source.config, model.config):
-        raise InputError(f"run.init_from {source.folder} holds another network: give {' '.join(unlike)}")
+        raise InputError(f"{source.folder} holds another network: give {' '.join(unlike)}")
     for name, parameter in model.named_parameters():
         parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))

@@ -12,6 +12,11 @@ import torch
 from core.errors import InputError
 from train.config import Cluster, Device, EngineKind, Parallel, Precision
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 2**30
+SIZE = {"cpu": 1024, "cuda": 8192}  # a smaller product does not fill a GPU, and would flatter the utilisation
+REPEATS = 8
+
 
 def present_device(wanted: Device) -> str:
     """The device that a rank gets on this machine, "cuda" or "cpu"."""
@@ -28,10 +33,6 @@ def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
         )
     if wanted is Device.cuda and present != "cuda":
         raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BYTES = 2**30
 
 
 def available(device: str) -> int:
@@ -52,10 +53,6 @@ def keep_freed() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         if not mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # glibc before 2.35 takes no more than this
             mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-
-
-SIZE = {"cpu": 1024, "cuda": 8192}  # a smaller product does not fill a GPU, and would flatter the utilisation
-REPEATS = 8
 
 
 def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float:
@@ -79,5 +76,4 @@ def memory_gib(device: torch.device) -> float:
     """Most memory this rank has held so far: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
-from core.files import ROOT, write_text
+from core.files import ROOT, remove_parts, write_text
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
 from train.metrics.profiler import listening
@@ -121,6 +121,7 @@ def _take(lease: Lease) -> str | None:
     try:
         lease.path.parent.mkdir(parents=True, exist_ok=True)
         lease.take()
+        remove_parts(lease.path.parent)
     except InputError as error:
         return str(error)
     except OSError as error:

@@ -61,7 +61,10 @@ def kernels_of(config: Parallel, device: str) -> Kernels:
 def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
     """Initial weights out of the folder that run.init_from names; a run with checkpoints needs none."""
     if run.init_from is not None and not any(newest(run.files.checkpoints)):
-        initialize_from(model, Path(run.init_from), tp_rank, tp_size)
+        try:
+            initialize_from(model, Path(run.init_from), tp_rank, tp_size)
+        except InputError as error:
+            raise InputError(f"run.init_from: {error}") from error
 
 
 class Trainer:

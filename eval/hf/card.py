@@ -1,6 +1,5 @@
 """A model card out of a run's own files: config.yaml, metrics.jsonl, eval.json and scores/."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from omegaconf import OmegaConf
 from core.errors import InputError
 from core.files import read_json
 from core.run import RunFiles
+from model.checkpoint import read_state
 from model.config import ModelConfig
 from model.flops import parameter_count
 
@@ -29,7 +29,7 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     if not files.config.is_file():
         raise InputError(f"{run} holds no config.yaml: it is written by train/pretrain.py")
     config: Any = OmegaConf.to_container(OmegaConf.load(files.config))
-    state = json.loads((step / "state.json").read_text(encoding="utf-8"))
+    state = read_state(step)
     parts = [
         HEAD,
         f"# {config['run']['name']}\n",

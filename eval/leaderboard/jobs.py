@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import ROOT, read_json, write_json
-from core.run import Run, newest, step_of
+from core.run import Run, committed, step_of
 from eval.config import Jobs, Launcher
 from model.checkpoint import read_state
 
@@ -70,7 +70,7 @@ class SuiteJobs:
         """Checkpoints that no job was started for and that are due, oldest first."""
         found = []
         before = max(started.values(), default=0)
-        for folder in reversed(list(newest(self.run.files.checkpoints))):
+        for folder in reversed(list(committed(self.run.files.checkpoints))):
             tokens = int(read_state(folder)["tokens"])
             every = self.settings.every_tokens
             if tokens > before and (tokens // every > before // every or tokens in self.always):

@@ -25,7 +25,7 @@ def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
             logger.info(f"== {shlex.join(command)}")
             how = "done" if dry_run else through(command, each.config.run.folder if stage == "train" else None)
             if how == "left":
-                logger.info(f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on")
+                logger.warning(f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on")
                 return REQUEUE
             if how == "failed":
                 failed.append(f"{each.config.run.name} ({stage})")

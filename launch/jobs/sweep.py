@@ -12,6 +12,12 @@ from core.errors import InputError
 from launch.config import SubmitConfig
 from train.config import RunConfig
 
+SCRIPTS = {  # of the stages of a run
+    "prepare": "data/prepare.py",
+    "train": "train/pretrain.py",
+    "export": "eval/export.py",
+    "eval": "eval/run.py",
+}
 SWEEP = "sweep.json"  # in a sweep's folder: what tells its runs apart
 
 
@@ -76,11 +82,3 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
         points[label] = values
         jobs.append(job([*words, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]))
     return Sweep(folder, points), jobs
-
-
-SCRIPTS = {
-    "prepare": "data/prepare.py",
-    "train": "train/pretrain.py",
-    "export": "eval/export.py",
-    "eval": "eval/run.py",
-}

@@ -148,7 +148,8 @@ signal.signal(signal.SIGINT, save)
 time.sleep(60)"""
     command = script(tmp_path, ranks)
     through = f"print(local.through({command}, Path({str(tmp_path)!r})))"
-    code = f"from pathlib import Path; from launch.jobs import local; {through}"
+    foreground = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job of `&` ignores it
+    code = f"from pathlib import Path; from launch.jobs import local; {foreground}; {through}"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from core.errors import InputError
-from core.run import MANIFEST, newest
+from core.run import MANIFEST, newest, step_of
 from model.checkpoint import Pieces, fault, read_state
 from train.checkpoint.writer import Writer, remove, sync_folder
 from train.config import CheckpointConfig
@@ -70,7 +70,7 @@ class Checkpoints:
                     logger.warning(f"checkpoint {folder} is not used: {why}; it is kept as {aside.name}")
                     folder.rename(aside)
                 elif before is None or read_state(folder)["tokens"] <= before:
-                    step[0] = int(folder.name.removeprefix("step-"))
+                    step[0] = step_of(folder)
                     break
         dist.broadcast(step, src=0)
         return None if step < 0 else self.folder / f"step-{int(step):08d}"

@@ -58,9 +58,9 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
 
     Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large ones at their owner,
     stage 2 in every micro-batch, and gather the updated weights. Stage 3 scatters gradients and gathers weights in
-    every micro-batch (zero3.py), small weights after the update alone; a run's first two micro-batches gather more.
-    megatron-core scatters the gradient once and gathers weights in their own type, bucket by bucket with their padding,
-    and sums its norm over all ranks.
+    every micro-batch (engines/partition.py), small weights after the update alone; a run's first two micro-batches
+    gather more. megatron-core scatters the gradient once and gathers weights in their own type, bucket by bucket with
+    their padding, and sums its norm over all ranks.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas

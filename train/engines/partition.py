@@ -21,6 +21,9 @@ from train.config import Precision, RunConfig
 # DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small models are cut as well
 PERSISTENT_PARTS = 1000  # up to this part of a bucket a parameter stays whole on every rank
 REUSE_BUCKETS = 10  # of elements of modules that begin before a weight's next use, from which on it is not near
+LIVE_BUCKETS = 4  # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of fp32
+ALIGNMENT = 2  # elements that DeepSpeed's stages 1 and 2 align the part of a rank to
+LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
 
 
 def persistent(config: RunConfig, elements: int) -> bool:
@@ -102,12 +105,6 @@ def through(*modules: str) -> Iterator[tuple[str, bool]]:
     for module in modules:
         yield module, True
         yield module, False
-
-
-LIVE_BUCKETS = 4  # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of fp32
-
-ALIGNMENT = 2  # elements that DeepSpeed's stages 1 and 2 align the part of a rank to
-LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Runs on one page, with Plotly and without a network."""
 
 import html
-import json
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from core.files import read_json_lines, write_text
-from core.run import RunFiles
+from core.files import read_json, read_json_lines, write_text
+from core.run import MANIFEST, RunFiles, committed
 from train.metrics.records import Record, curve, read_lines, read_scores, short
 from train.resilience.incidents import read_outcome
 
@@ -181,10 +180,9 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
     happened = [(e.get("time"), e.get("incident"), e.get("text")) for e in read_json_lines(RunFiles(folder).incidents)]
     events = sorted([*begun, *happened], key=lambda event: str(event[0]))
     saved = []
-    for manifest in sorted(folder.glob("checkpoints/step-*/manifest.json")):
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        size = sum(entry["bytes"] for entry in files.values())
-        saved.append((manifest.parent.name, f"{size / 2**30:.3g} GiB", len(files)))
+    for checkpoint in reversed(list(committed(RunFiles(folder).checkpoints))):
+        sizes = [entry["bytes"] for entry in read_json(checkpoint / MANIFEST).get("files", {}).values()]
+        saved.append((checkpoint.name, f"{sum(sizes) / 2**30:.3g} GiB", len(sizes)))
     mixture = mixture_rows(records, planned(config)) if any("source_tokens" in record for record in records) else []
     return [
         table(("", ""), facts),

@@ -65,5 +65,4 @@ def say(record: Record) -> None:
     """A line for each suite of a record of scores."""
     for suite, rows in record["scores"].items():
         line = ", ".join(f"{label} {score:.2f}" for label, score in rows.items())
-        with suppress(OSError):
-            logger.info(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}")
+        logger.info(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}")

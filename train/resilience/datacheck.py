@@ -1,7 +1,7 @@
 """Whether the token shards are what their manifests say: every rank hashes its share of the files.
 
 `before` holds the run until all are hashed; `background` trains meanwhile and stops the run at the first bad file;
-sizes, names and folders are checked in any case when manifests are read (data/stream/shards.py).
+sizes, names and folders are checked in any case when manifests are read (data/stream/manifests.py).
 Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each of 256 ranks).
 """
 

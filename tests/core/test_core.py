@@ -1,0 +1,84 @@
+"""The ground floor: files that are whole or absent, JSON lines after a crash, which checkpoint is the newest."""
+
+import errno
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from core import files
+from core.files import append_json_line, read_json, read_json_lines, remove_parts, write_json, write_text, write_with
+from core.run import RunFiles, committed, newest
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def fail(file: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        write_with(path, fail)
+    assert read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_system_that_syncs_no_folder_is_lived_with(tmp_path: Path) -> None:
+    def refuse(number: int) -> mock._patch:
+        sync = os.fsync
+        return mock.patch.object(
+            files.os, "fsync",
+            lambda descriptor: sync(descriptor) if not os.path.isdir(f"/proc/self/fd/{descriptor}") else stop(number),
+        )  # fmt: skip
+
+    def stop(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with refuse(errno.EINVAL):
+        write_text(tmp_path / "a", "text")
+    with refuse(errno.EIO), pytest.raises(OSError, match="rror"):
+        write_text(tmp_path / "b", "text")
+
+
+def test_parts_of_killed_writers_go_after_an_hour(tmp_path: Path) -> None:
+    for name in ("a.json.node-1.part", "b.json.node-2.part"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "a.json.node-1.part", (0, time.time() - 4000))
+    (tmp_path / "hf.part").mkdir()
+    remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["b.json.node-2.part", "hf.part"]
+
+
+def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n17\n{"a": \n[1]\n')
+    append_json_line(path, {"a": 2})
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}] and read_json_lines(tmp_path / "none") == []
+
+
+def test_absent_and_damaged_json_is_empty_and_a_failing_disk_is_not(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "none") == {}
+    for damaged in ("{", "[1]"):
+        (tmp_path / "a.json").write_text(damaged)
+        assert read_json(tmp_path / "a.json") == {}
+    with (
+        mock.patch.object(Path, "read_text", side_effect=OSError(errno.EIO, "bad")),
+        pytest.raises(OSError, match="bad"),
+    ):
+        read_json(tmp_path / "a.json")
+
+
+def test_the_newest_checkpoint_and_the_newest_that_is_whole(tmp_path: Path) -> None:
+    checkpoints = RunFiles(tmp_path).checkpoints
+    for step in (9, 10, 100_000_000, 28):
+        (checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    for step in (9, 10):
+        (checkpoints / f"step-{step:08d}" / "manifest.json").touch()
+    for other in ("step-00000099.part", "step-00000098.damaged-1", "step-7"):
+        (checkpoints / other).mkdir()
+    assert [path.name for path in newest(checkpoints)] == [
+        "step-100000000", "step-00000028", "step-00000010", "step-00000009"
+    ]  # fmt: skip
+    assert [path.name for path in committed(checkpoints)] == ["step-00000010", "step-00000009"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from core.run import RunFiles
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
 
@@ -127,6 +129,16 @@ def test_an_imported_file_is_never_runnable() -> None:
     commands = {f"{folder}.{name}" for folder, (names, _) in DOORS.items() for name in names}
     for path in SOURCES:
         assert not imports(path) & commands, f"{path} imports a command"
+
+
+def test_the_files_of_a_run_are_named_once() -> None:
+    """In core/run.py; config.yaml and README.md have namesakes elsewhere (in configs/, in a folder to upload)."""
+    names = {path.name for path in vars(RunFiles(Path("run"))).values() if path.suffix} - {"config.yaml", "README.md"}
+    assert {"metrics.jsonl", "outcome.json"} <= names
+    for path in SOURCES:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        spelled = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in names}
+        assert not spelled or path == Path("core/run.py"), f"{path} spells {sorted(spelled)}: take it from RunFiles"
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+from model.kernels.cpu_library import instruction_set
 from tests.compose import run_config
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.world import train
 from train.config import RunConfig
 
-INSTRUCTIONS = "avx2"
+# of our kernels: what processors with AVX-512 share with those without it, else what this one has
+INSTRUCTIONS = "avx2" if instruction_set() == "avx512" else instruction_set()
 
 
 def runs(root: Path) -> dict[str, tuple[int, RunConfig]]:

@@ -2,14 +2,17 @@
 
 Each backend that is present is measured on the same random inputs, which rotate past the L2 cache; medians; ratios are
 to `cuda`, ours. Who is measured is checked on a short problem first, and not timed when wrong. What is missing or fails
-is named with the reason, and everything else is measured, printed and written all the same. `--device cpu --small` runs
-the same code on tiny sizes without a GPU, to see that it works; its times mean nothing.
+is named with the reason, and everything else is measured, printed and written all the same, also when it is stopped by
+a signal. `--device cpu --small` runs the same code on tiny sizes without a GPU, to see that it works; its times mean
+nothing.
 """
 
 import argparse
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of a measurement, at least 5 runs of it")
     parser.add_argument("--layers", type=int, default=64, help="layers of the rank's step, halved until they fit")
     parser.add_argument("--jax-python", help="a Python that has jax-linear-attention, to time its scan beside ours")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what is measured, all of it")
@@ -43,14 +47,14 @@ def main() -> None:
     run = run_config("demo", *SMALL) if arguments.small else run_config("7b")
     length, batches = (64, [1, 2]) if arguments.small else (8192, [1, 2, 4])
     device = torch.device(arguments.device)
-    bench = Bench(device, run, length, batches, *((0.0, 2) if arguments.small else (2.0, 5)))
+    bench = Bench(device, run, length, batches, *((0.0, 2) if arguments.small else (arguments.budget, 5)))
     hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, tiny sizes: not a measurement"
     if arguments.no_reference:
         bench.backends.pop("reference")
     try:
         measure(bench, arguments)
     finally:  # also when somebody has had enough
-        report(bench, hardware, None if arguments.no_record else f"gpu-{hardware.lower().replace(' ', '-')}")
+        report(bench, hardware, None if arguments.no_record else file_name(hardware, arguments.sections))
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -76,6 +80,12 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
         print(f"# {name}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
+def file_name(hardware: str, sections: Sequence[str]) -> str:
+    """What the record is called, before the date: some of the sections do not replace others of the same day."""
+    words = [] if set(sections) == set(SECTIONS) else sections
+    return "-".join(["gpu", *hardware.lower().split(), *words])
+
+
 def report(bench: Bench, hardware: str, name: str | None) -> Path | None:
     """Print what was measured and what was not, and write both unless `name` is None."""
     show(with_ratios(bench.rows, "cuda" if bench.device.type == "cuda" else "cpu"), hardware)
@@ -88,5 +98,12 @@ def report(bench: Bench, hardware: str, name: str | None) -> Path | None:
     return path
 
 
+def stop(*_: Any) -> None:
+    """End as an interrupt does, once: `timeout` sends its signal twice, and the second would end the report."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     main()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,20 @@ def jax_scans(bench: Bench, python: str | None) -> None:
     sizes |= {"calls": CALLS, "checked": CHECKED}
     command = [python, str(Path(__file__).with_name("jax_scan.py")), "--batches", *map(str, bench.batches)]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    with bench.attempt(who, "scan"):
-        result = subprocess.run(command, capture_output=True, text=True)
-        for line in result.stdout.splitlines():
-            row = json.loads(line)
-            shape = f"B {row['batch']}, L {bench.length}"
-            for what, key in (("scan, forward", "forward"), ("scan, forward and backward", "both")):
-                bench.rows.append(Row(what, shape, who, row[key], row["runs"]))
-        if result.returncode:
-            raise RuntimeError(f"its run failed: {(result.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    with bench.attempt(who, "scan"), tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            try:
+                for line in process.stdout or ():  # a batch each, as it comes: it stays when this is stopped
+                    row = json.loads(line)
+                    shape = f"B {row['batch']}, L {bench.length}"
+                    for what, key in (("scan, forward", "forward"), ("scan, forward and backward", "both")):
+                        bench.rows.append(Row(what, shape, who, row[key], row["runs"]))
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"its run failed: {(errors.read().strip().splitlines() or ['without a word'])[-1]}")
 
 
 def convolutions(bench: Bench) -> None:

@@ -1,8 +1,8 @@
 """What a process says while it works, by Python's logging: information of the first rank, warnings of every one.
 
 `logging.getLogger(__name__).info(...)` and `.warning(...)` print on standard output, `.error(...)` on standard error;
-a warning and an error begin with their level. Output that a command is for (a table, a generated text) is printed instead. A terminal's
-live bar keeps its place: rich redirects what is written meanwhile above it.
+a warning and an error begin with their level. Output that a command is for (a table, a generated text) is printed
+instead. A terminal's live bar keeps its place: rich redirects what is written meanwhile above it.
 """
 
 import logging

@@ -87,7 +87,7 @@ call1() {  # is it right? 8 minutes. The rival is compiled beside it, on half of
 
 call2() {  # how fast? 6 minutes: ceilings, our kernels, layer, a rank's step of the 7B; then the jax rival
     start
-    LINES_OF=60 log bench 420 python3 -m benchmarks.gpu --no-reference --sections ceilings check scan convolution norms embedding loss layer rank
+    LINES_OF=60 log bench 420 python3 -m benchmarks.gpu --budget 1 --no-reference --sections ceilings check scan convolution norms embedding loss layer rank
     LINES_OF=12 log jax 120 python3 -m benchmarks.gpu --no-reference --sections jax --jax-python python3
     cp benchmarks/results/gpu-*.json "$OUT/" 2>/dev/null
 }
@@ -142,7 +142,7 @@ call5() {  # the public kernels, 6 minutes; on a fresh machine carry .gpu/built 
     start
     if ! python3 -c "import selective_scan_cuda" 2>/dev/null; then JOBS=16 log build 300 bash -c "$(declare -f build_mamba); HERE=$HERE; build_mamba"; start; fi
     log public 80 python3 -m pytest -q -m gpu -p no:cacheprovider tests/model/test_cuda.py -k public
-    LINES_OF=40 log rivals 170 python3 -m benchmarks.gpu --no-reference --layers 32 --sections check scan convolution layer rank
+    LINES_OF=40 log rivals 170 python3 -m benchmarks.gpu --budget 1 --no-reference --layers 32 --sections check scan convolution layer rank
     cp benchmarks/results/gpu-*.json "$OUT/" 2>/dev/null
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,8 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(bench: Bench, monkey
     monkeypatch.setattr(gpu_model, "layers", lambda bench: None)
     monkeypatch.setattr(gpu_model, "rank", lambda bench, layers: bench.missing.update(last=str(layers)))
     bench.backends = {"cpu": CPU}
-    gpu.measure(bench, None, 3)
-    assert bench.missing["all: norms"].startswith("RuntimeError") and bench.missing["last"] == "3"
+    gpu.measure(bench, Namespace(small=True, layers=3, jax_python=None, sections=gpu.SECTIONS))
+    assert bench.missing["all: norms"].startswith("RuntimeError") and bench.missing["last"] == "2"
     assert {"jax-linear-attention", "Liger Kernel: head and loss"} <= set(bench.missing)
     assert any(row.what.startswith("head and loss") for row in bench.rows)
 
@@ -69,6 +70,7 @@ def test_what_was_measured_is_written_when_somebody_stops_it(tmp_path: Path, mon
     """And without git."""
 
     def measure(bench: Bench, *rest: Any) -> None:
+        gpu_operations.ceilings(bench, 64, 2**16)
         bench.missing["a rival"] = "not here"
         raise KeyboardInterrupt
 

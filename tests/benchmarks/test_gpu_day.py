@@ -1,13 +1,16 @@
 """The scripts of a GPU day, as far as they can run without one: what they name exists, and the smoke test runs."""
 
+import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu, timing
 from benchmarks.gpu import SECTIONS
 from benchmarks.gpu_day.old_torch import CHANGES, change
 from tests.compose import run_config
@@ -39,6 +42,39 @@ def test_the_script_parses_and_names_what_exists() -> None:
         run(sys.executable, "-c", code)
     for line in re.findall(r"--sections ([a-z ]+)", text):
         assert set(line.split()) <= set(SECTIONS), line
+
+
+def benchmarks() -> list[list[str]]:
+    """The options of every `python3 -m benchmarks.gpu`."""
+    return [words.split() for words in re.findall(r"-m benchmarks\.gpu (.+)", SCRIPT.read_text())]
+
+
+def test_each_of_its_benchmarks_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "measure", lambda bench, arguments: None)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    for words in benchmarks():
+        monkeypatch.setattr(sys, "argv", ["gpu", *words, "--device", "cpu", "--small"])
+        gpu.main()
+    assert len(list(tmp_path.glob("gpu-*.json"))) == len(benchmarks()) == 3
+
+
+def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path: Path) -> None:
+    """By SIGTERM as `timeout` sends it, twice, while the rival is at its second batch."""
+    row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
+    rival = tmp_path / "python"
+    rival.write_text(f"#!/bin/sh\necho '{row}'\nsleep 1\nkill -TERM $PPID\nkill -TERM $PPID\nexec sleep 600\n")
+    rival.chmod(0o755)
+    (words,) = [words for words in benchmarks() if "--jax-python" in words]
+    words[words.index("--jax-python") + 1] = str(rival)
+    code = (
+        "import pathlib, runpy, sys; from benchmarks import timing; timing.RESULTS = pathlib.Path(sys.argv.pop(1));"
+        "runpy.run_module('benchmarks.gpu', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), *words, "--device", "cpu", "--small"]
+    stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    (record,) = tmp_path.glob("gpu-*-jax-*.json")
+    assert [row["seconds"] for row in json.loads(record.read_text())["rows"]] == [1.0, 3.0]
 
 
 def variable(name: str) -> str:

@@ -159,6 +159,7 @@ class PrepareSettings:
     """What this program does besides preparing."""
 
     adopt: bool  # take over a folder of an earlier version as it is, after checking it, and do no more
+    rebuild: bool  # replace finished data that other versions of recipes or packages made
 
 
 @dataclass

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.command import command
 from core.errors import InputError
-from core.files import sha256_of, write_json
+from core.files import read_json, sha256_of, write_json
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
@@ -31,7 +31,15 @@ from data.pipeline.shard import Clean
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
 from data.recipes.readers import pin_files
-from data.stream.manifests import SPLITS, Manifest, ShardFile, read_manifest, write_manifest
+from data.stream.manifests import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardFile,
+    read_manifest,
+    source_folder,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +49,7 @@ REPORT = "report.json"
 class Preparation:
     """One run over a data folder; the three stages are called in order."""
 
-    def __init__(self, cfg: DataConfig, workers: Tasks) -> None:
+    def __init__(self, cfg: DataConfig, workers: Tasks, rebuild: bool) -> None:
         self.cfg = cfg
         self.workers = workers
         self.folder = Path(cfg.folder)
@@ -55,10 +63,34 @@ class Preparation:
             fingerprints.check_tasks(self.folder, name, source.tasks)
         self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
         self.keys = {name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources}
+        if not rebuild:
+            self.check_versions()
 
     def report(self, stage: str, line: str) -> None:
         """One line of progress with the seconds since the start."""
         logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
+
+    def check_versions(self) -> None:
+        """Raise InputError where finished data would be replaced because something has another version.
+
+        Another config is what somebody wants; an upgrade would take weeks of work with it unseen.
+        """
+        found = []
+        for name, source in self.cfg.sources.items():
+            built = read_json(self.folder / "clean" / name / fingerprints.BUILT)
+            manifest = read_json(source_folder(self.cfg, name) / MANIFEST)
+            why = []
+            if built and built.get("key") != self.keys[name]:
+                why.append(fingerprints.changes(built.get("versions", {}), fingerprints.versions_of(source)))
+            if manifest:
+                why.append(fingerprints.changes(manifest.get("versions", {}), fingerprints.shard_versions(source)))
+            if named := dict.fromkeys(filter(None, why)):
+                found.append(f"{name} by {', '.join(named)}")
+        if found:
+            raise InputError(
+                f"finished data was made by other versions: {'; '.join(found)}. Add prepare.adopt=true to keep it, "
+                "prepare.rebuild=true to have it replaced"
+            )
 
     def place(self, name: str) -> Path:
         """The folder in which a source's clean documents are built."""
@@ -117,10 +149,9 @@ class Preparation:
             fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
             raise InputError(str(error)) from error
         clean.finish(build)
-        versions, files = fingerprints.versions_of(build.source), fingerprints.sizes(place)
-        fingerprints.write_built(
-            place, self.keys[name], versions=versions, files=files, steps=[asdict(step) for step in steps]
-        )
+        made_of = fingerprints.made_of(build.source, self.listings[name])
+        files = fingerprints.sizes(place)
+        fingerprints.write_built(place, self.keys[name], files=files, steps=[asdict(step) for step in steps], **made_of)
         fingerprints.discard(self.folder / "shards" / name)
         fingerprints.discard(self.folder / "building" / "shards" / name)
         fingerprints.install(place, self.folder / "clean" / name)
@@ -179,7 +210,10 @@ class Preparation:
         size = tokenizer.size_of(tokenizer.load(self.folder / "tokenizer" / tokenizer.FILE))
         recipe = fingerprints.recipe_sha256(self.cfg, name, self.listings[name])
         splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
-        return Manifest(name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, size, splits)
+        versions = fingerprints.shard_versions(source)
+        return Manifest(
+            name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, size, splits, versions
+        )
 
     def take_up(self, name: str, results: list[bool]) -> None:
         """Keep the manifest of shards that were found complete."""
@@ -225,15 +259,15 @@ class Preparation:
         logger.info(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}")
 
 
-def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
+def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None, *, rebuild: bool = False) -> None:
     """Build everything under `cfg.folder`, with processes of this machine unless `executor` says otherwise.
 
-    Raises InputError for what the user can mend.
+    Finished data that other versions made is replaced only to `rebuild`. Raises InputError for what the user can mend.
     """
     with exclusive(Path(cfg.folder)):
         workers = open_executor(executor, cfg.workers, Path(cfg.folder))
         try:
-            preparation = Preparation(cfg, workers)
+            preparation = Preparation(cfg, workers, rebuild)
             preparation.clean()
             preparation.vocabulary()
             preparation.shards()
@@ -247,9 +281,8 @@ def main(cfg: PrepareConfig) -> None:
     """Prepare the data of a composed config, or take over what is there and do no more."""
     if cfg.prepare.adopt:
         adopt(cfg.data, cfg.executor)
-        logger.info("the same command without prepare.adopt makes what is missing")
     else:
-        prepare(cfg.data, cfg.executor)
+        prepare(cfg.data, cfg.executor, rebuild=cfg.prepare.rebuild)
 
 
 if __name__ == "__main__":

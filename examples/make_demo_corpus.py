@@ -21,11 +21,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.errors import USER_ERROR
 from examples.demo_corpus import arithmetic, standard_library
 from examples.demo_corpus.archives import write_archive
 
 FILES = 2  # of a kind
 VERSION = 1  # raised with what is written
+KINDS = ("web", "pages", "code", "technical", "curated", "math")  # a folder each
 RECORD = "made.json"
 EXAMPLES = """examples:
   python examples/make_demo_corpus.py
@@ -43,8 +45,10 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     made_by = {"version": VERSION, "python": platform.python_version()}
     record = folder / RECORD
-    if folder.is_dir() and any(folder.iterdir()) and not record.is_file():
-        sys.exit(f"error: {folder} holds other files, and would be replaced: name a new folder, or remove them")
+    strangers = {path.name for path in folder.iterdir()} - {RECORD, *KINDS} if folder.is_dir() else set()
+    if strangers:
+        print(f"error: {folder} holds {min(strangers)}, and would be replaced: name a new folder", file=sys.stderr)
+        sys.exit(USER_ERROR)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_by:
         print(f"reused: {folder} was written by this Python")
         return

@@ -1,10 +1,10 @@
 """Taking over a folder that an earlier version prepared: its keys are written anew, its shards stay as they are.
 
 Keys once held the text of our own Python files, which no later version can know. What shows how a source was made is
-compared with the config: its records, the names of its input, its passes, its vocabulary. Every shard is hashed, and
-those of the first task are made again from the clean documents and must have the same bytes, which shows seed,
-held-out share and order. What leaves no trace (`text_key`, the content of assets) is taken for unchanged: say so only
-where it is.
+compared with the config: its records, its input, its passes, its vocabulary. Every shard is hashed, and those of the
+first task are made again from the clean documents and must have the same bytes, which shows seed, held-out share and
+order. Taken on trust is what leaves no trace: the content of input files and assets, and in records before 0.2 the
+input's sizes, `text_key` and how far passes went (14x8 or 93x15, 50 tokens or 100).
 """
 
 import logging
@@ -24,7 +24,7 @@ from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
 from data.recipes.readers import PINNED
 from data.stream.documents import document_ends
-from data.stream.manifests import Manifest, read_manifest, source_folder, tokenizer_path, write_manifest
+from data.stream.manifests import MANIFEST, Manifest, read_manifest, source_folder, tokenizer_path, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ class Adoption:
         self.check_vocabulary()
         for name, source in self.cfg.sources.items():
             self.listings[name] = fingerprints.list_input(source)
+            if not (source_folder(self.cfg, name) / MANIFEST).is_file():
+                self.left[name] = "it has no shards"
+                continue
             self.manifests[name] = read_manifest(source_folder(self.cfg, name))
             self.check_manifest(name)
             if source.recipe != recipes.MEGATRON:
@@ -62,7 +65,7 @@ class Adoption:
         taken = [name for name in self.cfg.sources if name not in self.left]
         workers = open_executor(self.executor, self.cfg.workers, self.folder)
         try:
-            self.check_hashes(workers, taken)
+            self.check_hashes(workers)
             self.make_again(workers, taken)
         finally:
             workers.close()
@@ -86,6 +89,7 @@ class Adoption:
             raise InputError(f"shards of {name} have {'; '.join(other)}: {FIX}")
         for file in manifest.files():
             document_ends(source_folder(self.cfg, name), file)
+        self.check_versions(name, manifest.versions, fingerprints.shard_versions(source))
 
     def check_clean(self, name: str) -> None:
         """Clean documents are those of the shards, and were made from this input by these passes and versions."""
@@ -98,12 +102,14 @@ class Adoption:
             files, documents = built["files"], built["steps"][-1]["forwarded"]
             names = {step["name"] for step in built["steps"]}
             read = [pinned["kind"], sorted(pinned["files"])]
+            before = built.get("settings", {})
+            sizes = built.get("input", [None, None])[1]
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(f"{folder} has a damaged {fingerprints.BUILT} or {PINNED}: remove {folder}") from error
         if files != fingerprints.sizes(folder):
             raise InputError(f"{folder} holds other files than were written there: remove it")
         kind, listed = self.listings[name]
-        if read != [kind, sorted(listed)]:
+        if read != [kind, sorted(listed)] or sizes not in (None, {file: size for file, (size, _) in listed.items()}):
             raise InputError(f"{folder} was made from other input files than {source.input} holds: {FIX}")
         sharded = sum(file.documents for file in self.manifests[name].files())
         if documents != sharded:
@@ -111,14 +117,16 @@ class Adoption:
         for setting, step in PASSES.items():
             if bool(getattr(source, setting)) != (step in names):
                 raise InputError(f"{folder} was made with{'' if step in names else 'out'} {setting}: {FIX}")
+        now = fingerprints.shaping(source)
+        if other := [f"{key} {before[key]}, not {now[key]}" for key in before if before[key] != now.get(key)]:
+            raise InputError(f"{folder} was made with {'; '.join(other)}: {FIX}")
         self.built[name] = built
-        self.check_versions(name)
+        self.check_versions(name, built.get("versions", {}), fingerprints.versions_of(source))
 
-    def check_versions(self, name: str) -> None:
+    def check_versions(self, name: str, before: dict[str, str | int], now: dict[str, str | int]) -> None:
         """Other rules made other text; other packages are named, and taken over by whoever asks for it."""
-        now = fingerprints.versions_of(self.cfg.sources[name])
         ours = {key for key, value in now.items() if isinstance(value, int)}
-        before = self.built[name].get("versions", dict.fromkeys(ours, 1))  # they began at 1, and unrecorded
+        before = before or dict.fromkeys(ours, 1)  # they began at 1, and unrecorded
         if rules := [f"{key} {before.get(key)}, now {now[key]}" for key in sorted(ours) if before.get(key) != now[key]]:
             self.left[name] = f"it was made by another version of its rules ({', '.join(rules)})"
         packages = [f"{key} {before[key]}, now {now[key]}" for key in now.keys() & before.keys() - ours
@@ -126,12 +134,13 @@ class Adoption:
         if packages:
             logger.warning(f"{name} was made by {', '.join(sorted(packages))}: taken for the same text")
 
-    def check_hashes(self, workers: Any, taken: list[str]) -> None:
+    def check_hashes(self, workers: Any) -> None:
         """Hash every shard where `prepare` would work."""
         places = {
-            name: [source_folder(self.cfg, name) / file.name for file in self.manifests[name].files()] for name in taken
+            name: [source_folder(self.cfg, name) / file.name for file in manifest.files()]
+            for name, manifest in self.manifests.items()
         }
-        jobs = {name: [(sha256_of, path) for path in places[name]] for name in taken}
+        jobs = {name: [(sha256_of, path) for path in places[name]] for name in places}
 
         def compare(name: str, found: list[str]) -> None:
             for path, file, sha256 in zip(places[name], self.manifests[name].files(), found, strict=True):
@@ -154,7 +163,7 @@ class Adoption:
             if made[0] != [asdict(file) for file in first]:
                 raise InputError(
                     f"shards of {name} are not those that this config makes of its clean documents: seed, "
-                    f"heldout_percent, or the version of tokenizers or numpy is another; {FIX}"
+                    f"heldout_percent, or what tokenizes and shuffles is another; {FIX}"
                 )
 
         workers.run("shards", jobs, compare)
@@ -169,22 +178,29 @@ class Adoption:
     def write(self) -> None:
         """Key what was found right, the vocabulary last."""
         keys = {name: fingerprints.clean_key(self.cfg, name, self.listings[name]) for name in self.cfg.sources}
-        for name, manifest in self.manifests.items():
+        for name, source in self.cfg.sources.items():
             if name in self.left:
-                logger.warning(f"{name} is left as it is, for {self.left[name]}: train on it, or have it made anew")
+                logger.warning(f"{name} is left as it is, for {self.left[name]}")
                 continue
             if name in self.built:
-                details = {key: value for key, value in self.built[name].items() if key not in ("key", "versions")}
-                versions = fingerprints.versions_of(self.cfg.sources[name])
-                fingerprints.write_built(self.folder / "clean" / name, keys[name], versions=versions, **details)
-            recipe = fingerprints.recipe_sha256(self.cfg, name, self.listings[name])
-            write_manifest(source_folder(self.cfg, name), replace(manifest, recipe_sha256=recipe))
-            fingerprints.pin_tasks(self.folder, name, self.cfg.sources[name].tasks)
+                kept = {key: self.built[name][key] for key in ("files", "steps")}
+                made_of = fingerprints.made_of(source, self.listings[name])
+                fingerprints.write_built(self.folder / "clean" / name, keys[name], **kept, **made_of)
+            manifest = replace(
+                self.manifests[name],
+                recipe_sha256=fingerprints.recipe_sha256(self.cfg, name, self.listings[name]),
+                versions=fingerprints.shard_versions(source),
+            )
+            write_manifest(source_folder(self.cfg, name), manifest)
+            fingerprints.pin_tasks(self.folder, name, source.tasks)
             logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
         if self.cfg.tokenizer.path is not None or not self.left:  # else it was trained on other text
             key = fingerprints.tokenizer_key(self.cfg, list(keys.values()))
             fingerprints.write_built(self.file.parent, key, sha256=sha256_of(self.file))
             logger.info("adopted    the vocabulary")
+        if self.left:
+            what = "them" if self.cfg.tokenizer.path is not None else "them, the vocabulary and with it all shards"
+            logger.info(f"training reads {', '.join(self.left)} as before; prepare.rebuild=true would replace {what}")
 
 
 def adopt(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:

@@ -39,7 +39,6 @@ SHAPING = {
     "pylibmagic": ("pylibmagic",),
     "xxhash": ("xxhash",),
 }
-SHAPES_SHARDS = ("numpy", "tokenizers")  # the order inside a shard; ids
 SHAPES_TEXT = ("recipe", "tasks", "text_key", "near_duplicates", "exact_substrings", "replace_pii", "decontaminate")
 
 
@@ -80,6 +79,20 @@ def versions_of(source: Source) -> dict[str, int | str]:
     return found | {package: version(package) for package in sorted(packages | {"datatrove"})}
 
 
+def shard_versions(source: Source) -> dict[str, str | int]:
+    """Versions of what makes shards of clean documents; the manifest keeps them."""
+    if source.recipe == MEGATRON:
+        return {MEGATRON: megatron.RECIPE_VERSION}
+    return {"sharding": shard.VERSION, "tokenizers": version("tokenizers")}
+
+
+def changes(before: dict[str, str | int], now: dict[str, str | int]) -> str:
+    """What has another version now, for a reader; empty where nothing has."""
+    if not before:
+        return "a version of this project before 0.2"
+    return ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in sorted(now) if before.get(key) != now[key])
+
+
 def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
     """All that decides a source's text but its input: settings, versions, assets."""
     read = clean.check_assets(name, source, assets)
@@ -87,7 +100,19 @@ def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
     optional = {asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")}
     files |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path and Path(path).is_file()}
     licence = source.licence  # recipe source_code judges files by it
-    return [{key: getattr(source, key) for key in SHAPES_TEXT}, licence, versions_of(source), files]
+    return [shaping(source), licence, versions_of(source), files]
+
+
+def shaping(source: Source) -> dict[str, Any]:
+    """The settings of a source that decide its text."""
+    return {key: getattr(source, key) for key in SHAPES_TEXT}
+
+
+def made_of(source: Source, listing: Listing) -> dict[str, Any]:
+    """What a record keeps of how documents were made, for whoever asks whether they can stay."""
+    kind, files = listing
+    sizes = {name: size for name, (size, _) in files.items()}
+    return {"versions": versions_of(source), "settings": shaping(source), "input": [kind, sizes]}
 
 
 def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
@@ -98,8 +123,7 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
     kind, files = listing
     text = [kind, {name: size for name, (size, _) in files.items()}]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
-    packages = {} if kind == MEGATRON else {package: version(package) for package in SHAPES_SHARDS}
-    return digest(settings, text, shard.VERSION, packages, cfg.seed, cfg.heldout_percent)
+    return digest(settings, text, cfg.seed, cfg.heldout_percent)
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:

@@ -5,7 +5,7 @@ datatrove `.ds` files: little-endian uint16 token ids, no header, every document
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ class Manifest:
     eos: int
     vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one
     splits: dict[str, list[ShardFile]]
+    versions: dict[str, str | int] = field(default_factory=dict)  # of what tokenized and split; none before 0.2
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""

@@ -58,7 +58,10 @@ def test_an_old_folder_is_adopted_by_its_hashes(old: DataConfig, capsys: pytest.
     assert changed <= {*keyed, "tokenizer/built.json", "report.json"}
     for name in old.sources:
         one, other = (json.loads(files[f"shards/{name}/manifest.json"]) for files in (before, after))
-        assert one | {"recipe_sha256": ""} == other | {"recipe_sha256": ""}
+        assert other["versions"] == {"sharding": 1, "tokenizers": version("tokenizers")}
+        assert one == {key: value for key, value in other.items() if key != "versions"} | {
+            "recipe_sha256": one["recipe_sha256"]
+        }
 
 
 def test_old_shards_are_read_as_they_are(old: DataConfig) -> None:
@@ -73,9 +76,12 @@ def test_old_shards_verify(old: DataConfig, capsys: pytest.CaptureFixture[str]) 
     assert said.count("hashed, ") == 4 and "all is what the manifests say" in said
 
 
-def test_without_adoption_an_old_folder_gives_the_same_shards(old: DataConfig) -> None:
+def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None:
     before = contents(old)
-    prepare(old)
+    with pytest.raises(InputError, match=r"left by a version of this project before 0.2; .* prepare.adopt=true to"):
+        prepare(old)
+    assert contents(old) == before
+    prepare(old, rebuild=True)
     after = contents(old)
     shards = [name for name in before if name.endswith((".ds", ".index", "tokenizer.json"))]
     assert len(shards) == 9 and all(after[name] == before[name] for name in shards)
@@ -163,6 +169,51 @@ def test_what_nothing_shows_is_left_with_its_shards(old: DataConfig, capsys: pyt
     assert changed == {"clean/right/built.json", "shards/right/manifest.json"}  # the vocabulary has both texts
 
 
+def test_a_source_without_shards_does_not_keep_the_others_from_it(
+    old: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(Path(old.folder) / "shards" / "left")
+    adopt(old)
+    said = capsys.readouterr().out
+    assert "left is left as it is, for it has no shards" in said and "adopted    right" in said
+
+
+def test_shards_that_are_left_are_hashed_too(old: DataConfig) -> None:
+    shutil.rmtree(Path(old.folder) / "clean" / "left")
+    path = Path(old.folder) / "shards" / "left" / "train_00000.ds"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1, *path.read_bytes()[1:]]))
+    refused(old, r"left/train_00000.ds does not hash")
+
+
+def test_what_records_of_today_hold_is_compared(old: DataConfig, tmp_path: Path) -> None:
+    """How far a pass went, the column of the text, the input's sizes: records before 0.2 had none of them."""
+    shutil.copytree(FIXTURES / "raw", tmp_path / "raw")
+    sources = {name: replace(source, input=str(tmp_path / "raw" / name)) for name, source in old.sources.items()}
+    cfg = replace(old, sources=sources)
+    adopt(cfg)
+    refused(replace(cfg, sources={**sources, "left": replace(sources["left"], text_key="body")}), "made with text_key")
+    with (tmp_path / "raw" / "right" / "0.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    refused(cfg, "was made from other input files")
+
+
+def test_an_upgrade_replaces_nothing_unasked(old: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    adopt(old)
+    before = contents(old)
+    monkeypatch.setattr(fingerprints, "version", lambda package: "99.0")
+    with pytest.raises(InputError, match=r"left by datatrove .*, now 99.0, tokenizers .*, now 99.0; right by"):
+        prepare(old)
+    assert contents(old) == before
+    adopt(old)
+    prepare(old)
+    assert {name for name, content in contents(old).items() if content != before.get(name)} <= {
+        *(f"clean/{name}/built.json" for name in old.sources),
+        *(f"shards/{name}/manifest.json" for name in old.sources),
+        "tokenizer/built.json",
+        "report.json",
+    }
+
+
 def test_text_of_other_rules_is_left(
     old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,4 +232,6 @@ def test_other_packages_are_named(
     adopt(old)
     monkeypatch.setattr(fingerprints, "version", lambda package: "99.0")
     adopt(old)
-    assert capsys.readouterr().out.count(f"was made by datatrove {version('datatrove')}, now 99.0: taken for") == 2
+    said = capsys.readouterr().out
+    for package in ("datatrove", "tokenizers"):
+        assert said.count(f"was made by {package} {version(package)}, now 99.0: taken for") == 2

@@ -26,10 +26,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
+    (tmp_path / "made.json").write_text('{"version": 0}')
     command = [sys.executable, "examples/make_demo_corpus.py", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "holds other files" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert result.returncode == 2 and "holds mine.txt, and would be replaced" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.json", "mine.txt"]
 
 
 def test_pages_and_archives_hold_the_same_text(corpus: Path, tmp_path: Path) -> None:

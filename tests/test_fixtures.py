@@ -96,3 +96,17 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
     card = model_card(folder, step, run.model)
     assert "14,952 parameters after 816 tokens" in card and "prose" in card
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"
+
+
+def test_a_checkpoint_that_is_none_keeps_no_initial_weights_out(tmp_path: Path) -> None:
+    """A kill may leave a folder without a manifest before the first save is whole."""
+    runs = []
+    for name in ("clean", "broken"):
+        run = of_layout(tmp_path, name)
+        hf = FIXTURES / "runs" / "zero1-dp2" / "hf"
+        runs.append(replace(run, run=replace(run.run, init_from=str(hf))))
+    (runs[1].run.files.checkpoints / "step-00000010").mkdir(parents=True)
+    run_ranks(1, [(train, (run,)) for run in runs])
+    clean, broken = (curve(tmp_path, run.run.name) for run in runs)
+    assert torch.equal(clean, broken)
+    assert abs(clean[0, 0] - curve(FIXTURES / "runs", "zero1-dp2")[0, 0]) > 0.1  # of random weights

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from core.errors import InputError
-from core.run import Run, newest
+from core.run import Run
 from data.stream.loader import Batch, Loader, compile_plan
 from data.stream.manifests import open_manifests
 from eval.heldout import Validation
@@ -59,8 +59,8 @@ def kernels_of(config: Parallel, device: str) -> Kernels:
 
 
 def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
-    """Initial weights out of the folder that run.init_from names; a run with checkpoints needs none."""
-    if run.init_from is not None and not any(newest(run.files.checkpoints)):
+    """Initial weights out of the folder that run.init_from names, if it names one."""
+    if run.init_from is not None:
         try:
             initialize_from(model, Path(run.init_from), tp_rank, tp_size)
         except InputError as error:
@@ -92,15 +92,17 @@ class Trainer:
         )
         self.context = context_ranks() if ranks.cp_size > 1 else None
         self.model.set_context(self.context)
-        start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
+        edges = frozenset(end for end, _, _ in self.schedule.edges)
+        self.checkpoints = Checkpoints(config.run.files.checkpoints, config.checkpoint, ranks, edges)
+        found = self.checkpoints.find()
+        if found is None:
+            start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
         if config.parallel.compile:
             self.model.compile_blocks()
         self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
-        edges = frozenset(end for end, _, _ in self.schedule.edges)
-        self.checkpoints = Checkpoints(config.run.files.checkpoints, config.checkpoint, ranks, edges)
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
         self.guard = Guard(config.health, ranks, self.model, self.engine, self.checkpoints, watch)
-        self._resume()
+        self._resume(found)
         self._count_start()
         self.exchange = Exchange(ranks, len(self.plan.sources))
         self.validation = Validation(
@@ -250,10 +252,9 @@ class Trainer:
         share = self.loader.share(token, now.batch, *where)
         return self.reader.submit(lambda: list(share))
 
-    def _resume(self) -> None:
-        """Load the newest valid checkpoint, and refuse one of another run."""
+    def _resume(self, folder: Path | None) -> None:
+        """Load the newest valid checkpoint, if there is one, and refuse that of another run."""
         self.loaded_step = 0
-        folder = self.checkpoints.find()
         if folder is None:
             return
         state = self.checkpoints.load(folder, self.engine)

@@ -103,10 +103,6 @@ def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_p
         start_from(model_of(replace(MODEL, vocab_size=300)), run, 0, 1)
     with pytest.raises(InputError, match="run.init_from"):
         start_from(model, replace(run, init_from=str(tmp_path)), 0, 1)
-    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    other = model_of(MODEL, seed=9)
-    start_from(other, run, 0, 1)  # the run has moved on
-    assert not torch.equal(other.lm_head.weight, expected.lm_head.weight)
 
 
 def test_suites_run_as_jobs_of_their_own(

@@ -86,7 +86,7 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     ZeRO-3's whole parameters, and what the loss or a layer in its backward holds, whichever is more. Stage 0 copies the
     gradients when activations are gone; stage 2 has its buckets and a micro-batch's own part of them from the loss's
     backward on, stages 1 and 3 from a step's first micro-batch on. Within 5 % of what torch's allocator hands out on a
-    CPU, on one rank and as one of two (tests/train/test_plan.py says what is not seen there).
+    CPU, on one rank and as one of two (tests/train/test_costs.py says what is not seen there).
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from core.errors import InputError
+from core.files import PART
 from core.run import RunFiles
 
 LEASE_SECONDS = 60.0  # longer than a network file system keeps attributes cached
@@ -47,7 +48,7 @@ class Lease:
         Takes over from a job that is gone, after a moment on the same machine and after `seconds` elsewhere.
         """
         mine = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}{PART}")
         part.write_text(json.dumps(mine) + "\n", encoding="utf-8")
         try:
             while True:

@@ -66,8 +66,9 @@ def sync_folder(folder: Path) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove what killed writers left in a folder: parts that nobody has written to for an hour."""
     for part in folder.glob(f"*{PART}"):
-        if part.is_file() and time.time() - part.stat().st_mtime > PART_SECONDS:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # it has gone, or is another user's
+            if part.is_file() and time.time() - part.stat().st_mtime > PART_SECONDS:
+                part.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

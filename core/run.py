@@ -12,8 +12,7 @@ class RunFiles:
     """The files of a run's folder, named here and nowhere else.
 
     Written by training: config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints, profile,
-    tensorboard, curves. By evaluation: hf, evaluation, scores, card. By launch: attempts, plan, dryrun, and logs/ by
-    the batch script.
+    tensorboard, curves, report. By evaluation: hf, evaluation, scores, card. By launch: attempts, logs, plan, dryrun.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +36,7 @@ class RunFiles:
         self.held = self.scores / "held"  # checkpoints whose jobs have not ended, by hard links
         self.card = folder / "README.md"
         self.attempts = folder / "attempts.jsonl"  # a batch script's starts and ends
+        self.logs = folder / "logs"  # a folder per start, a file per node
         self.plan = folder / "plan.json"
         self.dryrun = folder / "dryrun.json"
 

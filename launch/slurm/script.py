@@ -54,6 +54,7 @@ def settings(each: Job, program: str) -> str:
         "PYTHON": sys.executable,
         "SCRIPT": program,
         "RUN": str(each.config.run.folder.resolve()),
+        "LOGS_OF_STARTS": str(each.config.run.files.logs.resolve()),
         "BAD_NODES": str(bad_nodes(each).resolve()),
         "RANKS": str(each.config.cluster.ranks_per_node),
         "TENSOR_PARALLEL": str(each.config.parallel.tensor_parallel),

@@ -28,7 +28,7 @@ from eval.leaderboard.suite import run_suite, score, siblings, table
 from eval.run import expand
 from eval.subject import find_checkpoint, load_model, subject_of
 from tests.compose import run_config
-from tests.eval.test_layout import hf_folder
+from tests.eval.test_export_layout import hf_folder
 from tests.tiny import TINY, model_of
 
 ROOT = Path(__file__).resolve().parents[2]

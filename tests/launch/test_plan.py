@@ -191,7 +191,7 @@ def test_layouts_say_why_they_fall(run: PlannedRun, found: list[Layout]) -> None
 
 
 def test_what_7b_says_of_the_fastest(megatron: PlannedRun) -> None:
-    """configs/experiment/7b.yaml, README.md and train/README.md quote these."""
+    """configs/experiment/7b.yaml, README.md and docs/design/parallelism.md quote these."""
     fastest = layouts(megatron, 256, H100)[0]
     own = layout_of(megatron, megatron.parallel, 256, H100)
     assert (fastest.tensor_parallel, fastest.sequence_parallel, fastest.recompute) == (2, True, "none")

@@ -25,6 +25,11 @@ from train.resilience.lease import Lease
 from train.trainer import Trainer
 
 NUMERIC = ("nan", "inf", "spike")  # change the run's course by design, so a clean run to compare with gets them too
+# They end a start. Each has one of its own, in their order, however slow the machine: two at once would be one.
+ENDING = (
+    *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
+    *("loader dies", "loader hangs", "weights flip"),
+)
 WRITE_POINTS = 18  # places of one save where a kill can fall: in the first rank, which commits
 PEER_POINTS = 8  # and in another
 
@@ -49,6 +54,7 @@ class Injector:
 
     def __init__(self, faults: list[Fault], folder: Path, rank: int) -> None:
         self.faults = [fault for fault in faults if fault.rank == rank]
+        self.waiting = [f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()]
         self.folder = folder  # beside the run's, not inside
         self.rank = rank
         folder.mkdir(exist_ok=True)
@@ -121,7 +127,10 @@ class Injector:
 
     def due(self, kind: str) -> list[Fault]:
         """Faults of a kind whose step is reached and that have not fired."""
-        return [f for f in self.faults if f.kind == kind and f.step <= self.now and not (self.folder / f.name).exists()]
+        found = [f for f in self.faults if f.kind == kind and f.step <= self.now]
+        if kind in ENDING:
+            found = [f for f in found if f.name in self.waiting[:1]]
+        return [f for f in found if not (self.folder / f.name).exists()]
 
     def mark(self, fault: Fault) -> None:
         """It happens now."""
@@ -144,10 +153,11 @@ class Injector:
             if self.fires(kind):
                 for _ in range(3):
                     os.kill(os.getpid(), number)
-        if fault := self.fires("checkpoint damaged"):
+        for fault in self.due("checkpoint damaged"):
             trainer.checkpoints.writer.wait()
-            damage(trainer.checkpoints.folder, fault.detail)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if damage(trainer.checkpoints.folder, fault.detail):
+                self.mark(fault)
+                os.kill(os.getpid(), signal.SIGKILL)
         if fault := self.fires("slow"):
             self.slow_until = self.now + fault.detail
         if fault := self.fires("log disk full"):
@@ -206,11 +216,11 @@ def samples(folder: Path, world: int) -> dict[int, list[str]]:
     return {step: sorted(one for hashes in ranks.values() for one in hashes) for step, ranks in steps.items()}
 
 
-def damage(folder: Path, detail: int) -> None:
-    """Spoil a file of the newest checkpoint: flip a bit, cut the end, or remove it."""
+def damage(folder: Path, detail: int) -> bool:
+    """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove it."""
     best = next(newest(folder), None)
     if best is None:
-        return
+        return False
     files = sorted(path for path in best.iterdir() if path.is_file())
     path = files[detail % len(files)]
     data = bytearray(path.read_bytes())
@@ -222,3 +232,4 @@ def damage(folder: Path, detail: int) -> None:
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()
+    return True

@@ -6,10 +6,10 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 60
-.PHONY: help install demo test check format bench docs soak faults matrix
+.PHONY: help install demo test test-rest test-all nightly check format bench docs soak faults matrix
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 install: .venv/installed  ## the virtual environment with everything pinned
 
@@ -23,8 +23,15 @@ install: .venv/installed  ## the virtual environment with everything pinned
 demo: install  ## raw text -> trained and exported model -> scores, in minutes on two cores
 	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
 
-test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+test: install  ## tests of every part, in minutes
+	$(BIN)/python -m pytest -m "not gate"
+
+test-rest: install  ## what test leaves out of test-all: Slurm, layouts, dry runs at full width, benchmarks run small
+	$(BIN)/python -m pytest -m gate
+
+test-all: test test-rest  ## everything that gates a change
+
+nightly: soak faults matrix  ## what is too long to gate
 
 check: install  ## style, lint, types
 	$(BIN)/ruff format --check .

@@ -15,11 +15,32 @@ torch.set_num_threads(1)
 log.set_up()
 
 
+# What gates a change and is too long for `make test`: files, or single tests of a file. `make test-all` runs it too.
+GATES = (
+    "tests/benchmarks",
+    "tests/eval/test_clients.py",
+    "tests/eval/test_suite.py",
+    "tests/launch/test_dryrun.py::test_a_step_at_full_width",
+    "tests/launch/test_slurm.py",
+    "tests/data/test_passes.py::test_slurm_gives_the_same_bytes",
+    "tests/model/test_cuda.py",
+    "tests/train/test_costs.py",
+    "tests/train/test_faults.py::test_a_spike_that_lasts_is_rewound_and_left_out",
+    "tests/train/test_faults.py::test_bad_shards_are_named",
+    "tests/train/test_faults.py::test_other_zero_stages_under_faults",
+    "tests/train/test_layouts.py",
+    "tests/train/test_matrix.py",
+    "tests/train/test_torchrun.py",
+    "tests/train/test_traffic.py",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="the tests of faults alone, the slow ones too")
     parser.addoption("--slow", action="store_true", help="the slow tests too, as `make matrix` does")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by what is marked here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen, slow = config.getoption("--faults"), config.getoption("--slow")
     kept = [
@@ -30,6 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if item not in kept]
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    for item in items:
+        if item.nodeid.startswith(GATES):
+            item.add_marker("gate")
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from datatrove.utils.stats import PipelineStats
 
 from data.recipes.readers import Jsonl
 
-ROW_KEYS = ("text", "id", "group", "url")
-
 
 class OneTask(LocalPipelineExecutor):
     """A single task in this process: the pool of workers.py takes the place of datatrove's, with its manager."""

@@ -17,7 +17,7 @@ CPU = register(cpu, "cpu", "cpu")
 CUDA = register(cuda, "cuda", "cuda")
 MAMBA_SSM = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan, reference.rms_norm, reference)
 
-# per device, fastest first; the order on GPUs is by design (see LOG.md: not measured yet)
+# per device, fastest first; the order on GPUs is by design (docs/design/kernels.md: not measured yet)
 BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
     "cpu": [(Backend.cpu, cpu, CPU)],
     "cuda": [(Backend.cuda, cuda, CUDA), (Backend.mamba_ssm, mamba_ssm, MAMBA_SSM)],

@@ -1,7 +1,9 @@
-"""CPU benchmark: `make bench`. Ceilings first, then scan, convolution and a whole training step beside their rivals.
+"""CPU benchmark: `make bench`. Ceilings first, then scan, convolution and a whole training step
+beside their rivals.
 
-Rivals, in the same process on one thread: transformers' loop and mambapy's parallel scan (both through transformers'
-own mamba_selective_scan), our reference, and transformers' FalconMambaForCausalLM for the whole step. B 1, D 512, N 16.
+Rivals, in the same process on one thread: transformers' loop and mambapy's parallel scan (both
+through transformers' own mamba_selective_scan), our reference, and transformers'
+FalconMambaForCausalLM for the whole step. B 1, D 512, N 16.
 """
 
 import argparse
@@ -33,17 +35,30 @@ def scan_inputs(length: int) -> list[Tensor]:
     B, C = (torch.randn(1, length, STATES, generator=generator) for _ in range(2))
     dt = torch.empty(1, length, CHANNELS).uniform_(-6.9, -2.3, generator=generator)
     A = -torch.arange(1.0, STATES + 1).repeat(CHANNELS, 1)
-    return [x.requires_grad_() for x in (u, dt, A, B, C, torch.ones(CHANNELS), z, torch.zeros(CHANNELS))]
+    return [
+        x.requires_grad_() for x in (u, dt, A, B, C, torch.ones(CHANNELS), z, torch.zeros(CHANNELS))
+    ]
 
 
 def transformers_scan(mambapy: bool) -> Callable[..., Tensor]:
     """transformers' scan without kernels: its loop, or mambapy's parallel scan."""
     from transformers.models.falcon_mamba.modeling_falcon_mamba import mamba_selective_scan
 
-    def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+    def scan(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
+    ) -> Tensor:
         rows = [x.transpose(1, 2) for x in (u, dt, B, C, z)]
         y = mamba_selective_scan(
-            rows[0], rows[1], A, rows[2], rows[3], D, rows[4], bias, delta_softplus=True, use_mambapy=mambapy
+            rows[0],
+            rows[1],
+            A,
+            rows[2],
+            rows[3],
+            D,
+            rows[4],
+            bias,
+            delta_softplus=True,
+            use_mambapy=mambapy,
         )
         return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
 
@@ -66,9 +81,15 @@ def scans(lengths: list[int], missing: dict[str, str]) -> list[Row]:
         weight = torch.randn_like(expected)
         calls = {}
         for name, scan in who.items():
-            torch.testing.assert_close(scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4)  # the same problem
+            torch.testing.assert_close(
+                scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4
+            )  # the same problem
 
-            def both(scan: Callable[..., Tensor] = scan, inputs: list[Tensor] = inputs, weight: Tensor = weight) -> Any:
+            def both(
+                scan: Callable[..., Tensor] = scan,
+                inputs: list[Tensor] = inputs,
+                weight: Tensor = weight,
+            ) -> Any:
                 return torch.autograd.grad(scan(*inputs), inputs, weight)
 
             calls[name] = both
@@ -81,7 +102,10 @@ def convolutions(lengths: list[int]) -> list[Row]:
     rows = []
     for length in lengths:
         x = torch.randn(1, length, CHANNELS).requires_grad_()
-        weight, bias = torch.randn(CHANNELS, 4).requires_grad_(), torch.randn(CHANNELS).requires_grad_()
+        weight, bias = (
+            torch.randn(CHANNELS, 4).requires_grad_(),
+            torch.randn(CHANNELS).requires_grad_(),
+        )
         calls = {}
         for name, kernels in (("ours", CPU), ("reference", REFERENCE)):
 
@@ -94,7 +118,9 @@ def convolutions(lengths: list[int]) -> list[Row]:
 
 
 def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
-    """The block's norm, and head with loss, forward and backward together; torch's norm, and torch with all logits."""
+    """The block's norm, and head with loss, forward and backward together; torch's norm, and torch
+    with all logits.
+    """
     rows, cross_entropy = [], torch.nn.functional.cross_entropy
     for length in lengths:
         x, norm_weight = (
@@ -102,14 +128,22 @@ def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
             torch.ones(config.d_model).requires_grad_(),
         )
         head = torch.randn(config.vocab_size, config.d_model).requires_grad_()
-        labels = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        labels = torch.randint(
+            0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)
+        )
         norms: dict[str, Callable[[], Tensor]] = {
-            "torch": lambda x=x, w=norm_weight: torch.nn.functional.rms_norm(x, x.shape[-1:], w, 1e-5).sum()
+            "torch": lambda x=x, w=norm_weight: torch.nn.functional.rms_norm(
+                x, x.shape[-1:], w, 1e-5
+            ).sum()
         }
-        losses: dict[str, Callable[[], Tensor]] = {"torch": lambda x=x, h=head, y=labels: cross_entropy(x @ h.t(), y)}
+        losses: dict[str, Callable[[], Tensor]] = {
+            "torch": lambda x=x, h=head, y=labels: cross_entropy(x @ h.t(), y)
+        }
         for name, k in (("ours", CPU), ("reference", REFERENCE)):
             norms[name] = lambda k=k, x=x, w=norm_weight: k.rms_norm(x, w, 1e-5).sum()
-            losses[name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(x, h, y, k.loss_rows)[0].mean()
+            losses[name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(
+                x, h, y, k.loss_rows
+            )[0].mean()
         for what, calls in (("norm", norms), ("head and loss", losses)):
             both = {who: (lambda call=call: call().backward()) for who, call in calls.items()}
             rows += in_turn(f"{what}, forward and backward", f"L {length}", both)
@@ -120,20 +154,28 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
     """Forward and backward of the whole demo model on the same weights and tokens."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    ours = {name: build(config, k, 0, DEVICE) for name, k in (("ours", CPU), ("reference", REFERENCE))}
+    ours = {
+        name: build(config, k, 0, DEVICE) for name, k in (("ours", CPU), ("reference", REFERENCE))
+    }
     twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
     names = dict(tensor_names(config.n_layer))
-    twin.load_state_dict({names[name]: to_hf(name, p.detach()) for name, p in ours["ours"].named_parameters()})
+    twin.load_state_dict(
+        {names[name]: to_hf(name, p.detach()) for name, p in ours["ours"].named_parameters()}
+    )
     rows = []
     for length in lengths:
-        ids = torch.randint(12, config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            12, config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0)
+        )
         inputs, targets = ids[:, :-1], ids[:, 1:]
 
         def theirs(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
             logits = twin(inputs, use_cache=False).logits
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        losses = {name: (lambda m=m, i=inputs, t=targets: m(i, t)[0].mean()) for name, m in ours.items()}
+        losses = {
+            name: (lambda m=m, i=inputs, t=targets: m(i, t)[0].mean()) for name, m in ours.items()
+        }
         losses["transformers"] = theirs
         expected = losses["ours"]().item()
         for name, loss in losses.items():
@@ -164,16 +206,29 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    missing = {} if importlib.util.find_spec("mambapy") else {"mambapy": "pip install --no-deps mambapy==1.2.0"}
+    missing = (
+        {}
+        if importlib.util.find_spec("mambapy")
+        else {"mambapy": "pip install --no-deps mambapy==1.2.0"}
+    )
     rows = ceilings() + scans(arguments.lengths, missing) + convolutions(arguments.lengths)
     rows += rows_of_a_model(arguments.lengths, run_config("demo").model)
-    rows += steps([length for length in arguments.lengths if length >= 256], run_config("demo").model)
+    rows += steps(
+        [length for length in arguments.lengths if length >= 256], run_config("demo").model
+    )
     show(rows, f"one thread, {instruction_set()}")
     for name, fix in missing.items():
         print(f"not measured: {name} is missing ({fix})")
     if not arguments.no_record:
         text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "?")
+        model = next(
+            (
+                line.split(":")[1].strip()
+                for line in text.splitlines()
+                if line.startswith("model name")
+            ),
+            "?",
+        )
         print(
             write(
                 rows,

@@ -1,9 +1,9 @@
 """Data beside its rivals in one process: `python -m benchmarks.data`.
 
-Sequences from page cache, eight consecutive ones as a rank reads them and eight random ones, beside plain np.memmap,
-Megatron-core's IndexedDataset and datatrove's folder dataset (and MosaicML streaming where it is installed);
-tokenization of clean documents beside tokenizers.encode_batch on the same thread; compiling and seeking the plan of
-5.8T tokens.
+Sequences from page cache, eight consecutive ones as a rank reads them and eight random ones, beside
+plain np.memmap, Megatron-core's IndexedDataset and datatrove's folder dataset (and MosaicML
+streaming where it is installed); tokenization of clean documents beside tokenizers.encode_batch on
+the same thread; compiling and seeking the plan of 5.8T tokens.
 """
 
 import argparse
@@ -81,7 +81,9 @@ def rivals(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np
     ids = np.memmap(path, dtype=DTYPE, mode="r")
     windows = (tokens - 1) // seq_len
     found: dict[str, Callable[[np.ndarray], Any]] = {
-        "np.memmap": lambda n: as_batch([ids[i * seq_len : (i + 1) * seq_len + 1] for i in (n % windows).tolist()])
+        "np.memmap": lambda n: as_batch(
+            [ids[i * seq_len : (i + 1) * seq_len + 1] for i in (n % windows).tolist()]
+        )
     }
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -90,22 +92,32 @@ def rivals(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np
 
     def by_megatron(numbers: np.ndarray) -> Any:
         starts = [int(i) * seq_len % (tokens - item) for i in numbers % windows]
-        starts = [start - max(0, start % item + seq_len + 1 - item) for start in starts]  # inside one document
+        starts = [
+            start - max(0, start % item + seq_len + 1 - item) for start in starts
+        ]  # inside one document
         return as_batch([indexed.get(start // item, start % item, seq_len + 1) for start in starts])
 
     from datatrove.utils.dataset import DatatroveFolderDataset
 
-    folder = DatatroveFolderDataset(str(path.parent), seq_len, filename_pattern="*.ds", token_size=2)
+    folder = DatatroveFolderDataset(
+        str(path.parent), seq_len, filename_pattern="*.ds", token_size=2
+    )
 
     def by_datatrove(numbers: np.ndarray) -> Any:
         rows = torch.stack([folder[int(i) % len(folder)]["input_ids"] for i in numbers])
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    return {**found, "megatron-core IndexedDataset": by_megatron, "datatrove folder dataset": by_datatrove,
-            **streaming(cfg, ids, seq_len)}  # fmt: skip
+    return {
+        **found,
+        "megatron-core IndexedDataset": by_megatron,
+        "datatrove folder dataset": by_datatrove,
+        **streaming(cfg, ids, seq_len),
+    }
 
 
-def streaming(cfg: DataConfig, ids: np.ndarray, seq_len: int) -> dict[str, Callable[[np.ndarray], Any]]:
+def streaming(
+    cfg: DataConfig, ids: np.ndarray, seq_len: int
+) -> dict[str, Callable[[np.ndarray], Any]]:
     """MosaicML streaming over its own format, where it is installed."""
     try:
         from streaming import LocalDataset, MDSWriter
@@ -131,25 +143,37 @@ def reading(tokens: int, budget: float) -> tuple[list[Row], dict[str, float]]:
             random = np.random.default_rng(1)
             calls = {"ours": ours(cfg, tokens, seq_len), **rivals(cfg, tokens, seq_len)}
             draws: dict[str, Callable[[], np.ndarray]] = {
-                "a rank's step": lambda random=random: random.integers(0, 10**6) * BATCH + np.arange(BATCH),
+                "a rank's step": lambda random=random: (
+                    random.integers(0, 10**6) * BATCH + np.arange(BATCH)
+                ),
                 "random sequences": lambda random=random: random.integers(0, 10**7, BATCH),
             }
             for what, draw in draws.items():
                 for who, call in calls.items():
-                    seconds, runs = median_seconds(lambda call=call, draw=draw: call(draw()), CPU, budget)
+                    seconds, runs = median_seconds(
+                        lambda call=call, draw=draw: call(draw()), CPU, budget
+                    )
                     rows.append(Row(what, f"{BATCH} x {seq_len}", who, seconds, runs))
-                    rates[f"{what}, {seq_len}, {who}: million tokens/s"] = round(BATCH * seq_len / seconds / 1e6, 1)
+                    rates[f"{what}, {seq_len}, {who}: million tokens/s"] = round(
+                        BATCH * seq_len / seconds / 1e6, 1
+                    )
     return rows, rates
 
 
 def documents(count: int) -> list[dict[str, str]]:
     """Text that every Python carries: code, reference pages, problems; long and short ones."""
     rows = [*code_files(), *reference_pages(), *arithmetic.problems(400_000)]
-    return [{"text": row["text"], "id": str(i), "group": str(i)} for i, row in enumerate(rows[:count]) if row["text"]]
+    return [
+        {"text": row["text"], "id": str(i), "group": str(i)}
+        for i, row in enumerate(rows[:count])
+        if row["text"]
+    ]
 
 
 def tokenizing(count: int) -> tuple[list[Row], dict[str, float]]:
-    """One task, from clean documents on disk to shuffled shards with their hash, beside the bare encoding."""
+    """One task, from clean documents on disk to shuffled shards with their hash, beside the bare
+    encoding.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import gzip
 
@@ -173,13 +197,19 @@ def tokenizing(count: int) -> tuple[list[Row], dict[str, float]]:
 
         taken: dict[str, list[float]] = {"ours": [], "tokenizers.encode_batch": []}
         for _ in range(3):  # by turns, since the machine is not ours alone
-            for who, call in (("ours", stage), ("tokenizers.encode_batch", lambda: vocabulary.encode_batch(texts))):
+            for who, call in (
+                ("ours", stage),
+                ("tokenizers.encode_batch", lambda: vocabulary.encode_batch(texts)),
+            ):
                 begun = time.process_time()
                 call()
                 taken[who].append(time.process_time() - begun)
                 gc.collect()
         memory = peak_of(stage)
-    found = [Row("tokenize, seconds of CPU", f"{size / 1e6:.0f} MB", who, min(t), len(t)) for who, t in taken.items()]
+    found = [
+        Row("tokenize, seconds of CPU", f"{size / 1e6:.0f} MB", who, min(t), len(t))
+        for who, t in taken.items()
+    ]
     share = min(taken["tokenizers.encode_batch"]) / min(taken["ours"])
     return found, {"tokenization stage, share of encode_batch's throughput": round(share, 3),
                    "tokenization stage, growth of resident memory in MB": memory}  # fmt: skip
@@ -196,7 +226,9 @@ def planning() -> tuple[list[Row], dict[str, float]]:
     """The plan of the 7B run: compiled, and sought in at random positions."""
     cfg = run_config("7b").data
     sizes = {name: int(6e12) for name in cfg.sources}
-    compiled, runs = median_seconds(lambda: Plan(cfg, sizes, {name: name for name in sizes}), CPU, 1.0)
+    compiled, runs = median_seconds(
+        lambda: Plan(cfg, sizes, {name: name for name in sizes}), CPU, 1.0
+    )
     tracemalloc.start()
     plan = Plan(cfg, sizes, {name: name for name in sizes})
     random = np.random.default_rng(0)
@@ -210,8 +242,10 @@ def planning() -> tuple[list[Row], dict[str, float]]:
     memory = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     sought, times = median_seconds(seek, CPU, 1.0)
-    rows = [Row("compile the plan of 7b", f"{plan.tokens / 1e12:.1f}T tokens", "ours", compiled, runs),
-            Row("seek a position", f"{plan.tokens / 1e12:.1f}T tokens", "ours", sought, times)]  # fmt: skip
+    rows = [
+        Row("compile the plan of 7b", f"{plan.tokens / 1e12:.1f}T tokens", "ours", compiled, runs),
+        Row("seek a position", f"{plan.tokens / 1e12:.1f}T tokens", "ours", sought, times),
+    ]
     return rows, {"plan, peak memory in MB": round(memory, 2)}
 
 

@@ -1,6 +1,8 @@
-"""Writes the 7B's three files from a made-up checkpoint of two ranks: `python -m benchmarks.export FOLDER`.
+"""Writes the 7B's three files from a made-up checkpoint of two ranks: `python -m benchmarks.export
+FOLDER`.
 
-Takes 44 GB of disk for some minutes, prints sizes, peak memory and rate, and removes everything again.
+Takes 44 GB of disk for some minutes, prints sizes, peak memory and rate, and removes everything
+again.
 """
 
 import json
@@ -60,15 +62,26 @@ def main(root: Path) -> None:
         write_checkpoint(root / "step")
         before = peak_gib()
         pieces = Pieces(root / "step")
-        named = ((o, t, to_hf(o, torch.empty(shapes[o], device="meta")).shape) for o, t in tensor_names(config.n_layer))
-        layout = plan(Entry(ours, theirs, torch.bfloat16, tuple(shape)) for ours, theirs, shape in named)
+        named = (
+            (o, t, to_hf(o, torch.empty(shapes[o], device="meta")).shape)
+            for o, t in tensor_names(config.n_layer)
+        )
+        layout = plan(
+            Entry(ours, theirs, torch.bfloat16, tuple(shape)) for ours, theirs, shape in named
+        )
         begun = time.perf_counter()
-        write(root / "hf", layout, lambda n, start, stop: to_hf(n, pieces.rows("param", n, start, stop)), print)
+        write(
+            root / "hf",
+            layout,
+            lambda n, start, stop: to_hf(n, pieces.rows("param", n, start, stop)),
+            print,
+        )
         seconds = time.perf_counter() - begun
         sizes = [path.stat().st_size for path in sorted((root / "hf").iterdir())]
         print(f"sizes {sizes}, chunk {CHUNK * 4 / 2**20:.0f} MiB of fp32")
         print(
-            f"peak {peak_gib():.2f} GiB ({before:.2f} before), {seconds:.0f} s, {sum(sizes) / seconds / 1e6:.0f} MB/s"
+            f"peak {peak_gib():.2f} GiB ({before:.2f} before), {seconds:.0f} s, "
+            f"{sum(sizes) / seconds / 1e6:.0f} MB/s"
         )
     finally:
         shutil.rmtree(root)

@@ -1,10 +1,12 @@
 """Benchmark generation: what Falcon Mamba's figures 2 and 3 show.
 
-Speed and peak memory over generated tokens, and the longest prompt that a given memory takes, at batch 1 with random
-weights: ours, transformers' generate for FalconMamba, a Llama-shaped transformer of the same size (arXiv 2410.05355,
-section 4). Without +experiment it takes the demo's shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png
-into the run's folder. Memory counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU.
-Time is the processor's on a CPU; what the bars compare is measured there in turns, block by block: lockstep.py.
+Speed and peak memory over generated tokens, and the longest prompt that a given memory takes, at
+batch 1 with random weights: ours, transformers' generate for FalconMamba, a Llama-shaped
+transformer of the same size (arXiv 2410.05355, section 4). Without +experiment it takes the demo's
+shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png into the run's folder. Memory
+counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU. Time is
+the processor's on a CPU; what the bars compare is measured there in turns, block by block:
+lockstep.py.
 
 examples:
   python -m benchmarks.generation
@@ -46,7 +48,9 @@ class Meter:
         self.cuda = device.type == "cuda"
 
     def clock(self) -> float:
-        """Seconds: of the wall on a GPU, of the processor on a CPU, where other work on the machine does not count."""
+        """Seconds: of the wall on a GPU, of the processor on a CPU, where other work on the machine
+        does not count.
+        """
         return time.perf_counter() if self.cuda else time.process_time()
 
     def reset(self) -> int:
@@ -73,10 +77,11 @@ def marks(tokens: int) -> list[int]:
 
 
 def speed(name: str, decode: Decoder, tokens: int, meter: Meter) -> list[Result]:
-    """Generate `tokens` after a prompt of one; at each mark, tokens/s of the second half of the way to it and the peak.
+    """Generate `tokens` after a prompt of one; at each mark, tokens/s of the second half of the way
+    to it and the peak.
 
-    The second half was all generated with at least half of the tokens before it. Its speed is the median over blocks of
-    64 tokens, which other work on the machine does not move.
+    The second half was all generated with at least half of the tokens before it. Its speed is the
+    median over blocks of 64 tokens, which other work on the machine does not move.
     """
     stops, rows = marks(tokens), []
     times = [0.0]  # at the end of every block
@@ -106,7 +111,8 @@ def speed(name: str, decode: Decoder, tokens: int, meter: Meter) -> list[Result]
             }
             rows.append(row)
             print(
-                f"{name}: {count:,} tokens, {BLOCK / seconds:,.1f} tokens/s, {(peak - before) / MIB:.1f} MiB",
+                f"{name}: {count:,} tokens, {BLOCK / seconds:,.1f} tokens/s, "
+                f"{(peak - before) / MIB:.1f} MiB",
                 flush=True,
             )
 
@@ -115,7 +121,9 @@ def speed(name: str, decode: Decoder, tokens: int, meter: Meter) -> list[Result]
 
 
 def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, meter: Meter) -> Result:
-    """The longest prompt (doubling from 512, `most` at the most) whose first token comes within the meter."""
+    """The longest prompt (doubling from 512, `most` at the most) whose first token comes within the
+    meter.
+    """
     fits, rows = 0, []
     length = FIRST_PROMPT
     while length <= most:
@@ -138,7 +146,9 @@ def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, mete
 def bench(config: EvaluationConfig) -> None:
     """Measure all three, print a table, write JSON and a picture."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # a second thread's waiting would count as work, and one token at a time has no use for it
+    torch.set_num_threads(
+        1
+    )  # a second thread's waiting would count as work, and one token at a time has no use for it
     settings, meter = config.eval.bench, Meter(device)
     result: Result = {
         "device": torch.cuda.get_device_name() if meter.cuda else "one CPU thread",
@@ -169,21 +179,28 @@ def bench(config: EvaluationConfig) -> None:
 
 
 def in_turns(decoders: dict[str, Decoder], tokens: int, rival_tokens: int) -> dict[str, float]:
-    """Speeds of ours behind 1,024 to `tokens` tokens and of the others behind `rival_tokens`, relative to the first."""
+    """Speeds of ours behind 1,024 to `tokens` tokens and of the others behind `rival_tokens`,
+    relative to the first.
+    """
     stops = [stop for stop in marks(tokens) if stop >= FLAT_FROM] or marks(tokens)
     chosen = dict.fromkeys([stops[0], stops[len(stops) // 2], stops[-1]])
     entrants = {f"ours after {stop:,}": (decoders["ours"], stop) for stop in chosen}
-    entrants |= {name: (decode, rival_tokens) for name, decode in decoders.items() if name != "ours"}
+    entrants |= {
+        name: (decode, rival_tokens) for name, decode in decoders.items() if name != "ours"
+    }
     print(f"in turns, {ROUNDS} rounds of {BLOCK} tokens: {', '.join(entrants)}", flush=True)
     return relative_speeds(entrants, ROUNDS)
 
 
 def bars(models: Result, relative: dict[str, float] | None = None) -> Result:
-    """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last length both reached.
+    """What must hold: ours flat from 1,024 tokens on, and its ratio to transformers at the last
+    length both reached.
 
     `relative` speeds are taken where they were measured, else those of the models' own passes.
     """
-    mine = [row for row in models["ours"]["generated"] if row["tokens"] >= FLAT_FROM] or models["ours"]["generated"]
+    mine = [row for row in models["ours"]["generated"] if row["tokens"] >= FLAT_FROM] or models[
+        "ours"
+    ]["generated"]
     rates, peaks = [[row[key] for row in mine] for key in ("tokens_per_second", "total_bytes")]
     others = {name: model["generated"][-1] for name, model in models.items() if name != "ours"}
     ours = {row["tokens"]: row["tokens_per_second"] for row in models["ours"]["generated"]}
@@ -202,17 +219,24 @@ def bars(models: Result, relative: dict[str, float] | None = None) -> Result:
 
 def show(result: Result) -> None:
     """One row per model and length, then the bars."""
-    table = Table("model", "tokens", "tokens/s", "peak above weights, MiB", title=f"{result['device']}")
+    table = Table(
+        "model", "tokens", "tokens/s", "peak above weights, MiB", title=f"{result['device']}"
+    )
     for name, model in result["models"].items():
         for row in model["generated"]:
             table.add_row(
-                name, f"{row['tokens']:,}", f"{row['tokens_per_second']:,.1f}", f"{row['peak_bytes'] / MIB:.1f}"
+                name,
+                f"{row['tokens']:,}",
+                f"{row['tokens_per_second']:,.1f}",
+                f"{row['peak_bytes'] / MIB:.1f}",
             )
     Console().print(table)
     for name, model in result["models"].items():
         fits, why = model["prompt"]["fits"], model["prompt"]["stopped_by"]
         more = "" if why == "memory" else " or more"
-        print(f"{name}: a prompt of {fits:,}{more} in {result['prompt_memory_bytes'] / 2**30:g} GiB")
+        print(
+            f"{name}: a prompt of {fits:,}{more} in {result['prompt_memory_bytes'] / 2**30:g} GiB"
+        )
     for key, value in result["bars"].items():
         shown = (
             f"{value[0]:,} to {value[1]:,}"
@@ -241,7 +265,9 @@ def draw(path: Path, result: Result) -> None:
         axes[2].plot(lengths, [row["peak_bytes"] / MIB for row in prompts], marker="o", label=name)
     axes[2].axhline(result["prompt_memory_bytes"] / MIB, color="gray", linestyle=":")
     labels = (("generated tokens", "tokens/s"), ("generated tokens", "peak above weights, MiB"))
-    for axis, (x, y) in zip(axes, (*labels, ("prompt tokens", "peak above weights, MiB")), strict=True):
+    for axis, (x, y) in zip(
+        axes, (*labels, ("prompt tokens", "peak above weights, MiB")), strict=True
+    ):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(x)
         axis.set_ylabel(y)

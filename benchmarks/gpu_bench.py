@@ -1,4 +1,6 @@
-"""What the GPU benchmark has measured, and what it could not and why: one failure costs no other row."""
+"""What the GPU benchmark has measured, and what it could not and why: one failure costs no other
+row.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -21,7 +23,13 @@ class Bench:
     """One device, its backends, and the rows measured so far."""
 
     def __init__(
-        self, device: torch.device, run: RunConfig, length: int, batches: list[int], budget: float, least: int
+        self,
+        device: torch.device,
+        run: RunConfig,
+        length: int,
+        batches: list[int],
+        budget: float,
+        least: int,
     ) -> None:
         self.device, self.run, self.config = device, run, run.model
         self.length, self.batches = length, batches
@@ -53,7 +61,9 @@ class Bench:
         """Give back memory that nothing holds."""
         gc.collect()
         if self.device.type == "cuda":
-            with suppress(RuntimeError):  # after a fault of a kernel nothing works on the GPU, but rows are kept
+            with suppress(
+                RuntimeError
+            ):  # after a fault of a kernel nothing works on the GPU, but rows are kept
                 torch.cuda.empty_cache()
 
     def time(self, what: str, shape: str, who: str, call: Callable[[], Any]) -> float:
@@ -72,8 +82,12 @@ class Bench:
 
 
 def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Raise AssertionError where a result is further from what is expected than `tolerance` times its norm."""
+    """Raise AssertionError where a result is further from what is expected than `tolerance` times
+    its norm.
+    """
     for index, (ours, theirs) in enumerate(zip(results, expected, strict=True)):
         exact = theirs.detach().double()
         error = float((ours.detach().double() - exact).norm() / exact.norm())
-        assert error <= tolerance, f"wrong: result {index} is off by {error:.1e}, more than {tolerance:.0e}"
+        assert error <= tolerance, (
+            f"wrong: result {index} is off by {error:.1e}, more than {tolerance:.0e}"
+        )

@@ -1,4 +1,6 @@
-"""The GPU benchmark's layer and step of a rank, beside transformers' FalconMamba and a Llama's layer."""
+"""The GPU benchmark's layer and step of a rank, beside transformers' FalconMamba and a Llama's
+layer.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,7 +41,9 @@ def layers(bench: Bench) -> None:
         calls[f"a Llama's layer of {size / 1e6:.0f}M parameters"] = llama
     for name, layer in calls.items():
         with bench.attempt(name, "layer"):
-            x = torch.randn(1, bench.length, bench.config.d_model, device=bench.device).requires_grad_()
+            x = torch.randn(
+                1, bench.length, bench.config.d_model, device=bench.device
+            ).requires_grad_()
 
             def step(layer: Any = layer, x: Tensor = x) -> Any:
                 with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=False):
@@ -50,7 +54,9 @@ def layers(bench: Bench) -> None:
 
 
 def falcon_layer(bench: Bench) -> Any:
-    """transformers' layer, after it has given our output and gradients with our weights on a short problem in fp32."""
+    """transformers' layer, after it has given our output and gradients with our weights on a short
+    problem in fp32.
+    """
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
     small = replace(bench.config, n_layer=1, vocab_size=16)
@@ -58,7 +64,9 @@ def falcon_layer(bench: Bench) -> Any:
     initialize(ours, small, 0, lambda name, full: full)
     theirs = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(small, 11, "float32"))).train()
     names = dict(tensor_names(1))
-    theirs.load_state_dict({names[name]: to_hf(name, p.detach()) for name, p in ours.named_parameters()})
+    theirs.load_state_dict(
+        {names[name]: to_hf(name, p.detach()) for name, p in ours.named_parameters()}
+    )
     block, layer = ours.layers[0].to(bench.device), theirs.backbone.layers[0].to(bench.device)
 
     def call(x: Tensor, starts: None) -> Tensor:
@@ -70,13 +78,17 @@ def falcon_layer(bench: Bench) -> Any:
     for function, mixer in ((call, layer.mixer), (block, block.mixer)):
         out = function(x, None)
         wanted = [x, mixer.A_log, mixer.x_proj.weight, mixer.in_proj.weight]
-        results.append([out.detach(), *torch.autograd.grad(out, wanted, torch.sin(out.detach() * 100))])
+        results.append(
+            [out.detach(), *torch.autograd.grad(out, wanted, torch.sin(out.detach() * 100))]
+        )
     agree(results[0], results[1], 1e-3)
     return call
 
 
 def llama_layer(bench: Bench) -> tuple[Any, int]:
-    """A layer of a Llama of the same width with torch's attention, its final norm with it; and its parameters."""
+    """A layer of a Llama of the same width with torch's attention, its final norm with it; and its
+    parameters.
+    """
     from transformers import LlamaModel
 
     config = llama_config(replace(bench.config, vocab_size=16))
@@ -87,7 +99,9 @@ def llama_layer(bench: Bench) -> tuple[Any, int]:
 
 
 def embedding(bench: Bench) -> None:
-    """The lookup, forward and backward: with the head and loss, what a rank's step has besides its layers."""
+    """The lookup, forward and backward: with the head and loss, what a rank's step has besides its
+    layers.
+    """
     c = bench.config
     with bench.attempt("torch", "embedding"):
         table = nn.Embedding(c.vocab_size, c.d_model, device=bench.device)
@@ -98,7 +112,9 @@ def embedding(bench: Bench) -> None:
 
 def rank(bench: Bench, n_layer: int) -> None:
     """A data-parallel rank's step of as many layers as fit, from n_layer on by halves."""
-    bench.missing["transformers' FalconMamba: a rank's step"] = "it has no engine that shards; its layer is measured"
+    bench.missing["transformers' FalconMamba: a rank's step"] = (
+        "it has no engine that shards; its layer is measured"
+    )
     for name, kernels in bench.backends.items():
         if kernels is REFERENCE and bench.device.type == "cuda":
             bench.missing["reference: a rank's step"] = "minutes; its layer is measured"
@@ -115,14 +131,19 @@ def rank(bench: Bench, n_layer: int) -> None:
 
 
 def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
-    """The run's own engine on the last of all its ranks, in a world whose other ranks take part in nothing.
+    """The run's own engine on the last of all its ranks, in a world whose other ranks take part in
+    nothing.
 
-    Weights, gradients, this rank's part of the optimizer, recompute and update are the run's. Collectives pass nothing
-    on and cost nothing.
+    Weights, gradients, this rank's part of the optimizer, recompute and update are the run's.
+    Collectives pass nothing on and cost nothing.
     """
     run = replace(bench.run, model=replace(bench.config, n_layer=n_layer))
     world, p = run.cluster.nodes * run.cluster.ranks_per_node, run.parallel
-    on_cpu = cuda_on_cpu if (bench.device.type, p.engine) == ("cpu", EngineKind.megatron) else nullcontext
+    on_cpu = (
+        cuda_on_cpu
+        if (bench.device.type, p.engine) == ("cpu", EngineKind.megatron)
+        else nullcontext
+    )
     with fake_world(run, world) as here, on_cpu():
         model = lay_out(run.model, kernels, here.tp_size, p.sequence_parallel, p.recompute)
         mark(_filled(model.to_empty(device=bench.device)), here.tp_size)
@@ -131,16 +152,23 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         step()
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        shape = f"{n_layer} layers, 1 of {world} ranks, {p.engine.value}, {p.precision.value}, recompute "
+        shape = (
+            f"{n_layer} layers, 1 of {world} ranks, {p.engine.value}, {p.precision.value}, "
+            "recompute "
+        )
         shape += f"{p.recompute.value}, {p.micro_batch_tokens} tokens"
         rate = p.micro_batch_tokens / bench.time("a rank's step", shape, name, step)
     peak = torch.cuda.max_memory_allocated() / GIB if bench.device.type == "cuda" else None
     plan = needs(run, world).total / GIB
-    bench.memory.append({"who": name, "layers": n_layer, "ranks": world, "peak_gib": peak, "plan_gib": plan})
+    bench.memory.append(
+        {"who": name, "layers": n_layer, "ranks": world, "peak_gib": peak, "plan_gib": plan}
+    )
     tflops = rate * train_flops_per_token(run.model) / 1e12
     print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
     measured = "not measured on a CPU" if peak is None else f"{peak:.1f} GiB"
-    print(f"{name}, {shape}: largest memory allocated {measured}, planned {plan:.1f} GiB", flush=True)
+    print(
+        f"{name}, {shape}: largest memory allocated {measured}, planned {plan:.1f} GiB", flush=True
+    )
 
 
 def _step(bench: Bench, run: RunConfig, model: FalconMamba, engine: Engine) -> Callable[[], None]:

@@ -1,8 +1,10 @@
-"""The scan of jax-linear-attention, timed in a process of its own: benchmarks/gpu.py runs it with --jax-python.
+"""The scan of jax-linear-attention, timed in a process of its own: benchmarks/gpu.py runs it with
+--jax-python.
 
-It needs Python 3.12 with `pip install 'jax[cuda13]' jax-linear-attention==0.1.0` and nothing of this project. Prints
-one JSON line per batch size with the medians in seconds; compiling is left out. Inputs rotate past the L2 cache. Before
-that a short problem must give what the formula gives, one token at a time in fp32; else it fails and times nothing.
+It needs Python 3.12 with `pip install 'jax[cuda13]' jax-linear-attention==0.1.0` and nothing of
+this project. Prints one JSON line per batch size with the medians in seconds; compiling is left
+out. Inputs rotate past the L2 cache. Before that a short problem must give what the formula gives,
+one token at a time in fp32; else it fails and times nothing.
 """
 
 import argparse
@@ -27,13 +29,25 @@ def main() -> None:
 
     def scan(u, dt, A, B, C, D, z, bias):
         y, _ = ops.linear_attention(
-            "mamba1", C, B, u, dt=dt, a=A, d=D, z=z, dt_bias=bias, dt_softplus=True, impl="mosaic_gpu"
+            "mamba1",
+            C,
+            B,
+            u,
+            dt=dt,
+            a=A,
+            d=D,
+            z=z,
+            dt_bias=bias,
+            dt_softplus=True,
+            impl="mosaic_gpu",
         )
         return y
 
     def both(u, *rest):
         y, pull = jax.vjp(scan, u, *rest)
-        return pull(u)  # any gradient will do that is not constant: the input itself has the output's shape
+        return pull(
+            u
+        )  # any gradient will do that is not constant: the input itself has the output's shape
 
     def formula(u, dt, A, B, C, D, z, bias):
         u, dt, B, C, z = (x.astype(jnp.float32) for x in (u, dt, B, C, z))
@@ -59,12 +73,17 @@ def main() -> None:
 
     short = inputs(1, min(a.length, a.checked), 0)
     expected, pull = jax.vjp(formula, *short)
-    pairs = [(scan(*short), expected), *zip(both(*short), pull(short[0].astype(jnp.float32)), strict=True)]
+    pairs = [
+        (scan(*short), expected),
+        *zip(both(*short), pull(short[0].astype(jnp.float32)), strict=True),
+    ]
     for index, pair in enumerate(pairs):
         ours, theirs = (x.astype(jnp.float32) for x in pair)
         error = float(jnp.linalg.norm((ours - theirs).ravel()) / jnp.linalg.norm(theirs.ravel()))
         if not error <= TOLERANCE:
-            raise SystemExit(f"wrong: result {index} is off by {error:.1e}, more than {TOLERANCE:.0e}")
+            raise SystemExit(
+                f"wrong: result {index} is off by {error:.1e}, more than {TOLERANCE:.0e}"
+            )
 
     for batch in a.batches:
         held = [inputs(batch, a.length, seed) for seed in range(a.copies)]
@@ -72,7 +91,9 @@ def main() -> None:
         for name, call in (("forward", jax.jit(scan)), ("both", jax.jit(both))):
             jax.block_until_ready(call(*held[0]))
             seconds = []
-            for _ in range(a.runs):  # several calls between waits, so that the host's part does not count
+            for _ in range(
+                a.runs
+            ):  # several calls between waits, so that the host's part does not count
                 begun = time.perf_counter()
                 out = [call(*held[turn % len(held)]) for turn in range(a.calls)][-1]
                 jax.block_until_ready(out)

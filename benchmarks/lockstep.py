@@ -1,7 +1,9 @@
-"""Several decoders in turns, a block of tokens each: their speeds compare whatever else the machine does meanwhile.
+"""Several decoders in turns, a block of tokens each: their speeds compare whatever else the machine
+does meanwhile.
 
-A machine that others share changes its speed by half from one second to the next. Blocks that lie side by side in time
-see the same machine, so that the ratio of their times, and the median of that over many rounds, is the decoders' own.
+A machine that others share changes its speed by half from one second to the next. Blocks that lie
+side by side in time see the same machine, so that the ratio of their times, and the median of that
+over many rounds, is the decoders' own.
 """
 
 import statistics
@@ -30,7 +32,9 @@ class Turns:
         self.thread.start()
 
     def turn(self) -> float:
-        """Let it generate up to its next stop; returns the seconds of processor time that it took."""
+        """Let it generate up to its next stop; returns the seconds of processor time that it
+        took.
+        """
         self.go.release()
         self.done.acquire()
         if self.error is not None:
@@ -60,9 +64,11 @@ class Turns:
 
 
 def relative_speeds(decoders: dict[str, tuple[Decoder, int]], rounds: int) -> dict[str, float]:
-    """Speed of each decoder relative to the first one's: the median over rounds of the ratio of neighbouring blocks.
+    """Speed of each decoder relative to the first one's: the median over rounds of the ratio of
+    neighbouring blocks.
 
-    Each comes with the tokens that it generates before it is timed. On a CPU only: time is each thread's own.
+    Each comes with the tokens that it generates before it is timed. On a CPU only: time is each
+    thread's own.
     """
     turns = {name: Turns(decode, first, rounds) for name, (decode, first) in decoders.items()}
     for each in turns.values():
@@ -73,7 +79,9 @@ def relative_speeds(decoders: dict[str, tuple[Decoder, int]], rounds: int) -> di
 
 
 def _rounds(turns: dict[str, Turns], rounds: int) -> Iterator[dict[str, float]]:
-    """Times of a block of each, round by round; every other round goes backwards, so that no order is an advantage."""
+    """Times of a block of each, round by round; every other round goes backwards, so that no order
+    is an advantage.
+    """
     for number in range(rounds):
         order = list(turns)[:: 1 if number % 2 else -1]
         yield {name: turns[name].turn() for name in order}

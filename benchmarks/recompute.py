@@ -1,9 +1,10 @@
-"""What recomputing activations saves and costs: `python -m benchmarks.recompute`, peak memory and time of a step.
+"""What recomputing activations saves and costs: `python -m benchmarks.recompute`, peak memory and
+time of a step.
 
-The demo's model, one rank without ZeRO, two micro-batches of 8 x 256. Memory is the peak of what torch's allocator has
-handed out, from an empty process to the end of the second step, beside the plan's formula. Time is the processor's,
-the choices taking turns on one model, so that their ratios hold on a shared machine. The formula's figures for the 7B
-on one of 256 ranks follow.
+The demo's model, one rank without ZeRO, two micro-batches of 8 x 256. Memory is the peak of what
+torch's allocator has handed out, from an empty process to the end of the second step, beside the
+plan's formula. Time is the processor's, the choices taking turns on one model, so that their ratios
+hold on a shared machine. The formula's figures for the 7B on one of 256 ranks follow.
 """
 
 import argparse
@@ -46,7 +47,10 @@ def step(model: FalconMamba, engine: Engine, vocab_size: int) -> None:
     """Forward, backward and update on made-up tokens, in micro-batches whose gradients add up."""
     for index in range(MICRO_BATCHES):
         ids = torch.randint(vocab_size, (SEQUENCES, SEQ_LEN + 1))
-        engine.backward(model(ids[:, :-1], ids[:, 1:])[0].mean() / MICRO_BATCHES, last=index == MICRO_BATCHES - 1)
+        engine.backward(
+            model(ids[:, :-1], ids[:, 1:])[0].mean() / MICRO_BATCHES,
+            last=index == MICRO_BATCHES - 1,
+        )
     engine.clip_and_step(1e-3)
 
 
@@ -54,7 +58,10 @@ def measure_peak(recompute: Recompute) -> None:
     """Print the largest sum of bytes that torch's allocator held at once in this process."""
     run = demo(recompute)
     # in a world that is not there: what gloo's threads free, the profiler does not see
-    with fake_world(run, 1) as here, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with (
+        fake_world(run, 1) as here,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
         model = build(run.model, CPU, 0, here.device, recompute=recompute)
         engine = build_engine(model, run.optim, run.parallel, here)
         for _ in range(2):
@@ -63,10 +70,14 @@ def measure_peak(recompute: Recompute) -> None:
 
 
 def largest_sum(recorded: profile) -> int:
-    """The most bytes that the allocator held at once while it was profiled, of what it handed out meanwhile."""
+    """The most bytes that the allocator held at once while it was profiled, of what it handed out
+    meanwhile.
+    """
     assert recorded.profiler is not None
     held = peak = 0
-    events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = (
+        event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -101,7 +112,9 @@ def of_7b(recompute: Recompute) -> dict[str, float]:
     """GiB of one of 256 ranks by the formula."""
     run = run_config("7b")
     need = needs(replace(run, parallel=replace(run.parallel, recompute=recompute)), 256)
-    return {name: round(size / GIB, 2) for name, size in {**asdict(need), "total": need.total}.items()}
+    return {
+        name: round(size / GIB, 2) for name, size in {**asdict(need), "total": need.total}.items()
+    }
 
 
 def main() -> None:
@@ -120,20 +133,43 @@ def main() -> None:
     shape = f"{SEQUENCES} x {SEQ_LEN}"
     for choice in Recompute:
         measured, planned = peak_bytes(choice), needs(demo(choice), 1)
-        memory[choice.value] = {"peak": measured, "plan": planned.total, "plan_by_kind": asdict(planned)}
+        memory[choice.value] = {
+            "peak": measured,
+            "plan": planned.total,
+            "plan_by_kind": asdict(planned),
+        }
         print(
-            f"recompute {choice.value}: peak {measured / MIB:.1f} MiB, the plan says {planned.total / MIB:.1f} "
-            f"({planned.total / measured - 1:+.1%}), of them activations {planned.activations / MIB:.1f}",
+            f"recompute {choice.value}: peak {measured / MIB:.1f} MiB, the plan says "
+            f"{planned.total / MIB:.1f} ({planned.total / measured - 1:+.1%}), of them "
+            f"activations {planned.activations / MIB:.1f}",
             flush=True,
         )
-        ratio = statistics.median(a / b for a, b in zip(times[choice], times[Recompute.none], strict=True))
+        ratio = statistics.median(
+            a / b for a, b in zip(times[choice], times[Recompute.none], strict=True)
+        )
         seconds = statistics.median(times[choice])
-        rows.append(Row("training step", shape, f"recompute {choice.value}", seconds, arguments.rounds, ratio))
+        rows.append(
+            Row(
+                "training step",
+                shape,
+                f"recompute {choice.value}",
+                seconds,
+                arguments.rounds,
+                ratio,
+            )
+        )
     count = parameter_count(run_config("demo").model)
-    show(rows, f"processor time of a step, {count:,} parameters, one thread; the last column is against none")
+    show(
+        rows,
+        f"processor time of a step, {count:,} parameters, one thread; the last column is against "
+        "none",
+    )
     large = {choice.value: of_7b(choice) for choice in Recompute}
     for name, need in large.items():
-        print(f"7b on 256 ranks, recompute {name}: {need['total']:.1f} GiB, activations {need['activations']:.1f}")
+        print(
+            f"7b on 256 ranks, recompute {name}: {need['total']:.1f} GiB, activations "
+            f"{need['activations']:.1f}"
+        )
     if not arguments.no_record:
         notes = {"memory_bytes": memory, "gib_of_a_rank_of_7b_by_formula": large}
         print(write(rows, "recompute", "one thread", {}, notes))

@@ -1,4 +1,6 @@
-"""One way to drive what generation is measured of: ours, transformers' FalconMamba and a Llama of its size."""
+"""One way to drive what generation is measured of: ours, transformers' FalconMamba and a Llama of
+its size.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,9 @@ from model.hf import hf_config
 from model.kernels import load as kernels_of
 from model.parallel.build import build
 
-Decoder = Callable[[list[int], int, Callable[[], None]], None]  # prompt, count, what is called after each token
+Decoder = Callable[
+    [list[int], int, Callable[[], None]], None
+]  # prompt, count, what is called after each token
 
 
 def ours(config: ModelConfig, device: torch.device) -> Decoder:
@@ -33,7 +37,9 @@ def falcon(config: ModelConfig, device: torch.device) -> Decoder:
     """transformers' generate for FalconMamba."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    return _decoder(FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, EOS, "float32"))), device)
+    return _decoder(
+        FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, EOS, "float32"))), device
+    )
 
 
 def llama(config: ModelConfig, device: torch.device) -> Decoder:
@@ -89,6 +95,8 @@ def _decoder(model: Any, device: torch.device) -> Decoder:
         ids = torch.tensor([prompt], device=device)
         settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": EOS}
         watched = StoppingCriteriaList([Watched(watch)])
-        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=watched, **settings)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), stopping_criteria=watched, **settings
+        )
 
     return decode

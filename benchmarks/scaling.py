@@ -1,8 +1,10 @@
-"""A step of the demo's model on one and on two processes of this machine: `python -m benchmarks.scaling`.
+"""A step of the demo's model on one and on two processes of this machine: `python -m
+benchmarks.scaling`.
 
-Weak scaling: as many sequences per rank on two ranks as on one. Strong: as many in all. One thread per process; layouts
-take turns in several rounds, and ratios are medians over rounds, each taken within one, since the machine may be busy.
-Processor time is given besides: it does not count what a rank waits, for others or for a core.
+Weak scaling: as many sequences per rank on two ranks as on one. Strong: as many in all. One thread
+per process; layouts take turns in several rounds, and ratios are medians over rounds, each taken
+within one, since the machine may be busy. Processor time is given besides: it does not count what a
+rank waits, for others or for a core.
 """
 
 import argparse
@@ -53,7 +55,11 @@ def step_seconds(folder: Path, name: str, sequences: int) -> None:
     run = layout(name)
     p = run.parallel
     with ranks("cpu", p.tensor_parallel, p.context_parallel) as here:
-        cut = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": p.sequence_parallel}
+        cut = {
+            "tp_rank": here.tp_rank,
+            "tp_size": here.tp_size,
+            "sequence_parallel": p.sequence_parallel,
+        }
         model = build(run.model, CPU, 0, here.device, **cut)
         if here.cp_size > 1:
             model.set_context(context_ranks())
@@ -94,7 +100,11 @@ def sent(name: str) -> float:
     run = layout(name)
     p = run.parallel
     sequences = MICRO_BATCH * p.tensor_parallel * p.context_parallel
-    return sum(x.sent for x in payloads(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN) if x.group != "world")
+    return sum(
+        x.sent
+        for x in payloads(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN)
+        if x.group != "world"
+    )
 
 
 def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
@@ -104,8 +114,19 @@ def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
         for what, base in (("strong", "one rank"), ("weak", "one rank, half the batch")):
             for name in (base, *TWO):
                 seconds = statistics.median(times[name][which] for times in rounds)
-                ratio = statistics.median(times[name][which] / times[base][which] for times in rounds)
-                rows.append(Row(f"{what} scaling, {kind}", f"{SEQ_LEN} tokens", name, seconds, len(rounds), ratio))
+                ratio = statistics.median(
+                    times[name][which] / times[base][which] for times in rounds
+                )
+                rows.append(
+                    Row(
+                        f"{what} scaling, {kind}",
+                        f"{SEQ_LEN} tokens",
+                        name,
+                        seconds,
+                        len(rounds),
+                        ratio,
+                    )
+                )
     return rows
 
 
@@ -123,14 +144,20 @@ def main() -> None:
             rounds.append(one_round(Path(folder)))
             print(f"round {number + 1} of {arguments.rounds}, load {loads[-1]:.1f}", flush=True)
     rows = rows_of(rounds)
-    show(rows, f"a step of 1.5M parameters on {os.cpu_count()} processors; the last column is against one rank")
+    show(
+        rows,
+        f"a step of 1.5M parameters on {os.cpu_count()} processors; the last column is against "
+        "one rank",
+    )
     notes = {
         "sequences": {"one rank, half the batch": MICRO_BATCH, "others": 2 * MICRO_BATCH},
         "load": loads,
         "bytes_sent_by_a_rank": {name: sent(name) for name in TWO},
     }
     if not arguments.no_record:
-        print(write(rows, "scaling", f"{os.cpu_count()} processors, one thread a process", {}, notes))
+        print(
+            write(rows, "scaling", f"{os.cpu_count()} processors, one thread a process", {}, notes)
+        )
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def median_seconds(
 ) -> tuple[float, int]:
     """Median over at least `least` runs and about `budget` seconds, after a warm-up.
 
-    On a GPU a run is CALLS calls between two events, so that the host's part of all but the first does not count; it is
-    one call where that takes long, and the only run where it takes LONG seconds.
+    On a GPU a run is CALLS calls between two events, so that the host's part of all but the first
+    does not count; it is one call where that takes long, and the only run where it takes LONG
+    seconds.
     """
     call()
     first = _seconds(call, device, 1)
@@ -70,12 +71,18 @@ def _seconds(call: Callable[[], Any], device: torch.device, calls: int) -> float
 
 
 def in_turn(
-    what: str, shape: str, calls: dict[str, Callable[[], Any]], ours: str = "ours", rounds: int = 7, turn: float = 0.05
+    what: str,
+    shape: str,
+    calls: dict[str, Callable[[], Any]],
+    ours: str = "ours",
+    rounds: int = 7,
+    turn: float = 0.05,
 ) -> list[Row]:
-    """A row for each call on the processor. They take turns, since its speed changes by the second where others work.
+    """A row for each call on the processor. They take turns, since its speed changes by the second
+    where others work.
 
-    A turn is one call that does not count, then calls for `turn` seconds. Seconds are medians over rounds of a turn's
-    median; ratios to ours are medians over rounds of ratios within one.
+    A turn is one call that does not count, then calls for `turn` seconds. Seconds are medians over
+    rounds of a turn's median; ratios to ours are medians over rounds of ratios within one.
     """
     medians: dict[str, list[float]] = {who: [] for who in calls}
     runs = dict.fromkeys(calls, 0)
@@ -99,7 +106,9 @@ def in_turn(
             who,
             statistics.median(medians[who]),
             runs[who],
-            statistics.median(theirs / base for theirs, base in zip(medians[who], medians[ours], strict=True)),
+            statistics.median(
+                theirs / base for theirs, base in zip(medians[who], medians[ours], strict=True)
+            ),
         )
         for who in calls
     ]
@@ -126,15 +135,27 @@ def show(rows: list[Row], title: str) -> None:
 def commit() -> str | None:
     """The commit of this checkout; None without git."""
     try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+        )
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None
 
 
-def write(rows: list[Row], name: str, hardware: str, missing: dict[str, str], notes: dict[str, Any]) -> Path:
+def write(
+    rows: list[Row], name: str, hardware: str, missing: dict[str, str], notes: dict[str, Any]
+) -> Path:
     """Write the rows with date, hardware, commit and versions; returns the file."""
-    packages = ("torch", "transformers", "mambapy", "mamba-ssm", "causal-conv1d", "cuda-core", "liger-kernel")
+    packages = (
+        "torch",
+        "transformers",
+        "mambapy",
+        "mamba-ssm",
+        "causal-conv1d",
+        "cuda-core",
+        "liger-kernel",
+    )
     versions = {}
     for package in packages:
         try:

@@ -1,12 +1,15 @@
-"""Our training beside transformers' Trainer: the same initial weights, batches, rates and rules, the loss of each step.
+"""Our training beside transformers' Trainer: the same initial weights, batches, rates and rules,
+the loss of each step.
 
-`python -m benchmarks.trainer FOLDER --steps N` trains the demo's model by the real command, once more by it with the
-reference kernels and small batches accumulated, whose sums are rounded in another order, and then by the Trainer. How
-far the first two part is the yardstick for how far the Trainer may: training is chaotic, so differences of rounding
-grow. It needs the demo's data (`python data/prepare.py +experiment=demo`), writes losses.json and losses.png into
-FOLDER and the differences into benchmarks/results/. transformers cannot reset state between documents, so all do
-without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches are faster again.
-With --minutes it stops there, and the curves are compared as far as it came; what ours has done stays.
+`python -m benchmarks.trainer FOLDER --steps N` trains the demo's model by the real command, once
+more by it with the reference kernels and small batches accumulated, whose sums are rounded in
+another order, and then by the Trainer. How far the first two part is the yardstick for how far the
+Trainer may: training is chaotic, so differences of rounding grow. It needs the demo's data (`python
+data/prepare.py +experiment=demo`), writes losses.json and losses.png into FOLDER and the
+differences into benchmarks/results/. transformers cannot reset state between documents, so all do
+without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches
+are faster again. With --minutes it stops there, and the curves are compared as far as it came; what
+ours has done stays.
 """
 
 import argparse
@@ -44,7 +47,9 @@ from train.schedule import Schedule
 
 BATCH = 16
 SEQ_LEN = 128
-MICRO_BATCH = 2  # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
+MICRO_BATCH = (
+    2  # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
+)
 OTHERWISE = ("parallel.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
 EVERY = 20  # steps between lines of progress
 PARTS = 10  # of the run, each with its mean differences
@@ -56,15 +61,23 @@ def overrides(steps: int) -> list[str]:
     tokens = steps * BATCH * SEQ_LEN
     decay = tokens // 5 // (BATCH * SEQ_LEN) * BATCH * SEQ_LEN
     stages = (
-        f"data.stages=[{{name: stable, tokens: {tokens - decay}, seq_len: {SEQ_LEN}, mixture: {{web: 20, code: 70, "
-        f"technical: 10}}}}, {{name: decay, tokens: {decay}, seq_len: {SEQ_LEN}, mixture: {{web: 10, code: 35, "
+        f"data.stages=[{{name: stable, tokens: {tokens - decay}, seq_len: {SEQ_LEN}, "
+        f"mixture: {{web: 20, code: 70, "
+        f"technical: 10}}}}, {{name: decay, tokens: {decay}, seq_len: {SEQ_LEN}, "
+        f"mixture: {{web: 10, code: 35, "
         "technical: 10, curated: 20, math: 25}}]"
     )
     return [
-        stages, "data.reset_state=false", f"schedule.decay_tokens={decay}",
-        f"schedule.warmup_tokens={tokens // 20}", "schedule.ramp_tokens=0", f"schedule.batch_start={BATCH}",
-        f"schedule.batch_end={BATCH}", f"checkpoint.every_tokens={tokens}", "metrics.wandb_project=null",
-    ]  # fmt: skip
+        stages,
+        "data.reset_state=false",
+        f"schedule.decay_tokens={decay}",
+        f"schedule.warmup_tokens={tokens // 20}",
+        "schedule.ramp_tokens=0",
+        f"schedule.batch_start={BATCH}",
+        f"schedule.batch_end={BATCH}",
+        f"checkpoint.every_tokens={tokens}",
+        "metrics.wandb_project=null",
+    ]
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
@@ -91,7 +104,9 @@ class Recorded(Trainer):
     until: float
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        part = super().training_step(*arguments, **named)  # this small batch's share of the step's mean
+        part = super().training_step(
+            *arguments, **named
+        )  # this small batch's share of the step's mean
         self.parts.append(float(part))
         if len(self.parts) == BATCH // MICRO_BATCH:
             self._note(sum(self.parts))
@@ -104,7 +119,9 @@ class Recorded(Trainer):
         if len(self.losses) % EVERY == 1 and len(self.losses) > 1:
             rate = (len(self.losses) - 1) / (self.times[-1] - self.times[0])
             left = (self.args.max_steps - len(self.losses)) / rate / 60
-            print(f"Trainer: step {len(self.losses)} loss {loss:.3f}, {left:.1f} min left", flush=True)
+            print(
+                f"Trainer: step {len(self.losses)} loss {loss:.3f}, {left:.1f} min left", flush=True
+            )
         if time.monotonic() > self.until:
             self.control.should_training_stop = True
 
@@ -120,12 +137,18 @@ def export_initial(config: RunConfig, folder: Path) -> None:
         Entry(ours, theirs, torch.float32, tuple(to_hf(ours, weights[ours]).shape))
         for ours, theirs in tensor_names(config.model.n_layer)
     )
-    layout.write(folder, files, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print)
+    layout.write(
+        folder, files, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print
+    )
     (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
 
 
-def train_theirs(config: RunConfig, folder: Path, steps: int, minutes: float) -> tuple[list[float], float]:
-    """Losses of transformers' Trainer with our rates, weight decay rule and clipping; mean seconds of a step."""
+def train_theirs(
+    config: RunConfig, folder: Path, steps: int, minutes: float
+) -> tuple[list[float], float]:
+    """Losses of transformers' Trainer with our rates, weight decay rule and clipping; mean seconds
+    of a step.
+    """
     export_initial(config, folder / "initial")
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
     for layer in model.backbone.layers:
@@ -133,7 +156,10 @@ def train_theirs(config: RunConfig, folder: Path, steps: int, minutes: float) ->
     schedule, optim = Schedule(config), config.optim
     ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
     groups = [
-        {"params": [p for name, p in model.named_parameters() if decays(ours[name]) is decayed], "weight_decay": decay}
+        {
+            "params": [p for name, p in model.named_parameters() if decays(ours[name]) is decayed],
+            "weight_decay": decay,
+        }
         for decayed, decay in ((True, optim.weight_decay), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
@@ -141,10 +167,17 @@ def train_theirs(config: RunConfig, folder: Path, steps: int, minutes: float) ->
         adamw, lambda step: schedule.at(min(step, steps - 1) * BATCH * SEQ_LEN).lr
     )
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=BATCH // MICRO_BATCH, use_cpu=True, max_grad_norm=optim.clip_norm,
-        save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
+        output_dir=str(folder / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH,
+        use_cpu=True,
+        max_grad_norm=optim.clip_norm,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
     trainer = Recorded(model, arguments, train_dataset=Batches(config), optimizers=(adamw, rates))
     trainer.losses, trainer.times, trainer.parts = [], [], []
     trainer.until = time.monotonic() + 60 * minutes
@@ -154,10 +187,21 @@ def train_theirs(config: RunConfig, folder: Path, steps: int, minutes: float) ->
 
 def train_ours(folder: Path, *settings: str) -> tuple[list[float], float]:
     """Losses of the real command, one rank; mean seconds of a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train/pretrain.py"]
-    subprocess.run([*command, "+experiment=demo", f"run.dir={folder}", *settings], cwd=ROOT, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "train/pretrain.py",
+    ]
+    subprocess.run(
+        [*command, "+experiment=demo", f"run.dir={folder}", *settings], cwd=ROOT, check=True
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines], float(np.mean([line["step_seconds"] for line in lines]))
+    return [line["loss"] for line in lines], float(
+        np.mean([line["step_seconds"] for line in lines])
+    )
 
 
 def apart(left: list[float], right: list[float]) -> list[float]:
@@ -169,7 +213,9 @@ def apart(left: list[float], right: list[float]) -> list[float]:
 def judge(ours: list[float], again: list[float], theirs: list[float]) -> dict[str, Any]:
     """How far the Trainer's curve is from ours, in nats and in yardsticks."""
     to_theirs, yardstick = apart(ours, theirs), apart(ours, again)
-    ratios = [mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)]  # 1e-7: of fp32
+    ratios = [
+        mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)
+    ]  # 1e-7: of fp32
     difference = np.abs(np.array(ours) - np.array(theirs))
     return {
         "first": [ours[0], again[0], theirs[0]],
@@ -191,13 +237,17 @@ def draw(path: Path, ours: list[float], again: list[float], theirs: list[float])
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=[2, 1])
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 7), sharex=True, height_ratios=[2, 1]
+    )
     above.plot(theirs, linewidth=2.5, label="transformers.Trainer")
     above.plot(ours, linewidth=1, label="ours")
     above.set_ylabel("loss, nats per token")
     above.legend()
     below.semilogy(np.abs(np.array(ours) - np.array(theirs)), label="ours - Trainer")
-    below.semilogy(np.abs(np.array(ours) - np.array(again)), label="ours - ours, rounded otherwise", alpha=0.7)
+    below.semilogy(
+        np.abs(np.array(ours) - np.array(again)), label="ours - ours, rounded otherwise", alpha=0.7
+    )
     below.set_ylabel("magnitude of the difference")
     below.set_xlabel("step")
     below.legend()
@@ -207,10 +257,14 @@ def draw(path: Path, ours: list[float], again: list[float], theirs: list[float])
 
 def main() -> None:
     """Train three times and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of the Trainer's part at most")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="of the Trainer's part at most"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder, steps = arguments.folder.resolve(), arguments.steps

@@ -1,8 +1,8 @@
 """From a command line to typed configuration, and from a user's mistake to one clear line.
 
-Every entry script is `@command(Schema)` over a function of that schema. Hydra composes configs/ with the overrides;
-the sections that the schema names are converted to dataclasses (wrong keys and types are refused, __post_init__ checks
-run); nothing untyped survives.
+Every entry script is `@command(Schema)` over a function of that schema. Hydra composes configs/
+with the overrides; the sections that the schema names are converted to dataclasses (wrong keys and
+types are refused, __post_init__ checks run); nothing untyped survives.
 """
 
 import dataclasses
@@ -26,12 +26,15 @@ from core.files import ROOT
 
 CONFIGS = str(ROOT / "configs")
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
-SPEAKING_SECONDS = 10.0  # a launcher ends all ranks when one exits: the others let the first of their machine speak
+# a launcher ends all ranks when one exits: the others let the first of their machine speak
+SPEAKING_SECONDS = 10.0
 Schema = TypeVar("Schema")
 
 
 def about() -> str:
-    """What --help says of a script: its docstring, which ends with examples. Hydra replaces $NAME, but not $$NAME."""
+    """What --help says of a script: its docstring, which ends with examples. Hydra replaces $NAME,
+    but not $$NAME.
+    """
     return (sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 
@@ -39,15 +42,20 @@ OmegaConf.register_new_resolver("about", about)
 
 
 def convert(schema: type[Schema], config: DictConfig) -> Schema:
-    """The sections of a composed config that `schema` names, checked and typed; other sections are left alone."""
+    """The sections of a composed config that `schema` names, checked and typed; other sections are
+    left alone.
+    """
     if OmegaConf.is_missing(config.run, "name"):
         names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
         raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
     primary = set(OmegaConf.load(Path(CONFIGS, "config.yaml"))) - {"defaults", "hydra"}
     known = primary | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
     if unknown := sorted(str(key) for key in config if key not in known):
-        raise InputError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    sections = {field.name: config[field.name] for field in dataclasses.fields(schema) if field.name in config}  # type: ignore[arg-type]
+        raise InputError(
+            f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    sections = {name: config[name] for name in names if name in config}
     values = OmegaConf.create(sections)
     whole_numbers(schema, values)
     typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
@@ -55,7 +63,8 @@ def convert(schema: type[Schema], config: DictConfig) -> Schema:
 
 
 def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
-    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be written either way.
+    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be
+    written either way.
 
     A value in the place of a section is refused on the way, with the section's keys.
     """
@@ -65,16 +74,20 @@ def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
         value = values[key]
         if dataclasses.is_dataclass(wanted):
             if not isinstance(value, DictConfig):
-                known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(wanted))
-                raise InputError(f"{prefix}{key} is a section, not a value: set one of its keys, {known}")
+                known = ", ".join(
+                    f"{prefix}{key}.{field.name}" for field in dataclasses.fields(wanted)
+                )
+                raise InputError(
+                    f"{prefix}{key} is a section, not a value: set one of its keys, {known}"
+                )
             whole_numbers(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
             values[key] = int(value)
 
 
 def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
-    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or input,
-    or when the system refuses a file.
+    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or
+    input, or when the system refuses a file.
 
     HYDRA_FULL_ERROR=1 in the environment shows the traceback instead.
     """
@@ -82,12 +95,17 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
 
     def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
         composed: list[DictConfig] = []
-        # hydra's part ends with the composed config, so that what follows is not dressed in its own error handling
-        compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(composed.append)
+        # hydra's part ends with the composed config, so that what follows is not dressed in its own
+        # error handling
+        compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(
+            composed.append
+        )
 
         def run() -> None:
             log.set_up()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra passes exceptions on; the line below is ours
+            os.environ["HYDRA_FULL_ERROR"] = (
+                "1"  # hydra passes exceptions on; the line below is ours
+            )
             try:
                 compose()
                 for config in composed:
@@ -120,7 +138,10 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
     """The keys below a schema, as a command line writes them."""
     keys = []
     for name, kind in get_type_hints(schema).items():
-        keys += keys_of(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(kind):
+            keys += keys_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            keys.append(f"{prefix}{name}")
     return keys
 
 
@@ -129,12 +150,22 @@ def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
 
     An unknown key is answered with the nearest of `keys`.
     """
-    if match := UNKNOWN_KEY.match(str(error)):  # hydra's own advice, to append it with a +, would be refused next
+    if match := UNKNOWN_KEY.match(
+        str(error)
+    ):  # hydra's own advice, to append it with a +, would be refused next
         near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
         return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
     key = getattr(error, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    lines = [
+        line
+        for line in lines
+        if not line.startswith(("full_key:", "object_type=", "reference_type="))
+    ]
     if error.__cause__ is not None and isinstance(error, HydraException):
-        lines += [line.strip() for line in str(error.__cause__).splitlines()[:1] if line.strip() not in lines]
+        lines += [
+            line.strip()
+            for line in str(error.__cause__).splitlines()[:1]
+            if line.strip() not in lines
+        ]
     return (f"{key}: " if key else "") + "; ".join(lines)

@@ -3,7 +3,9 @@
 import shlex
 import sys
 
-USER_ERROR = 2  # exit code of a mistake that the user can mend; launch's torchrun handler knows it too
+USER_ERROR = (
+    2  # exit code of a mistake that the user can mend; launch's torchrun handler knows it too
+)
 
 
 class InputError(ValueError):
@@ -11,6 +13,8 @@ class InputError(ValueError):
 
 
 def moved(command: str) -> None:
-    """End an entry script that has moved with one line: its new command, and the arguments it was given."""
+    """End an entry script that has moved with one line: its new command, and the arguments it was
+    given.
+    """
     print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(USER_ERROR)

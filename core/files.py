@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ROOT = Path(__file__).resolve().parent.parent  # of the code: configs/ and the entry scripts lie there
+ROOT = (
+    Path(__file__).resolve().parent.parent
+)  # of the code: configs/ and the entry scripts lie there
 PART = ".part"  # what the name of an unfinished file ends in
 PART_SECONDS = 3600.0
 
@@ -23,12 +25,15 @@ def sha256_of(path: Path) -> str:
 
 
 def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Put a file into place at once: what `write` writes is synced under another name, then renamed.
+    """Put a file into place at once: what `write` writes is synced under another name, then
+    renamed.
 
-    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves the old file unless
-    it was the folder that could not be synced.
+    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves
+    the old file unless it was the folder that could not be synced.
     """
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}")  # writers may be many
+    part = path.with_name(
+        f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}"
+    )  # writers may be many
     try:
         with part.open("wb") as file:
             write(file)
@@ -52,7 +57,9 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside a folder survive a power cut, where its file system can promise that."""
+    """Make renames and removals inside a folder survive a power cut, where its file system can
+    promise that.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +79,9 @@ def remove_parts(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A stored JSON object; empty when there is none or it is damaged, for what can be made anew."""
+    """A stored JSON object; empty when there is none or it is damaged, for what can be made
+    anew.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -81,7 +90,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; lines that a kill or a full disk cut short are left out."""
+    """The objects of a file of JSON lines; lines that a kill or a full disk cut short are left
+    out.
+    """
     found: list[dict[str, Any]] = []
     if not path.is_file():
         return found
@@ -93,6 +104,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Add an object to a file of JSON lines in one write, so that lines of several processes stay whole."""
+    """Add an object to a file of JSON lines in one write, so that lines of several processes stay
+    whole.
+    """
     with path.open("ab", buffering=0) as file:
         file.write((json.dumps(value) + "\n").encode())

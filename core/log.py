@@ -1,8 +1,10 @@
-"""What a process says while it works, by Python's logging: information of the first rank, warnings of every one.
+"""What a process says while it works, by Python's logging: information of the first rank, warnings
+of every one.
 
-`logging.getLogger(__name__).info(...)` and `.warning(...)` print on standard output, `.error(...)` on standard error;
-a warning and an error begin with their level. Output that a command is for (a table, a generated text) is printed
-instead. A terminal's live bar keeps its place: rich redirects what is written meanwhile above it.
+`logging.getLogger(__name__).info(...)` and `.warning(...)` print on standard output, `.error(...)`
+on standard error; a warning and an error begin with their level. Output that a command is for (a
+table, a generated text) is printed instead. A terminal's live bar keeps its place: rich redirects
+what is written meanwhile above it.
 """
 
 import logging
@@ -16,7 +18,9 @@ OURS = ("core", "model", "data", "eval", "train", "launch", "examples", "benchma
 
 
 class RankFilter(logging.Filter):
-    """Passes information of the first rank alone, and whatever is a warning or is marked for all ranks."""
+    """Passes information of the first rank alone, and whatever is a warning or is marked for all
+    ranks.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is said."""
@@ -25,7 +29,9 @@ class RankFilter(logging.Filter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to standard output as it is now, errors to standard error; a full disk or a closed pipe stops nothing."""
+    """Writes to standard output as it is now, errors to standard error; a full disk or a closed
+    pipe stops nothing.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""

@@ -11,16 +11,21 @@ MANIFEST = "manifest.json"  # of a checkpoint, written last
 class RunFiles:
     """The files of a run's folder, named here and nowhere else.
 
-    Written by training: config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints, profile,
-    tensorboard, curves, report. By evaluation: hf, evaluation, scores, card. By launch: attempts, logs, plan, dryrun.
+    Written by training: config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints,
+    profile, tensorboard, curves, report. By evaluation: hf, evaluation, scores, card. By launch:
+    attempts, logs, plan, dryrun.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "config.yaml"  # every value, and the commit of the code
-        self.metrics = folder / "metrics.jsonl"  # a line per step, and one per checkpoint whose scores came in
+        self.metrics = (
+            folder / "metrics.jsonl"
+        )  # a line per step, and one per checkpoint whose scores came in
         self.incidents = folder / "incidents.jsonl"  # what happened besides steps
-        self.outcome = folder / "outcome.json"  # how the last start ended; absent while it runs and after a crash
+        self.outcome = (
+            folder / "outcome.json"
+        )  # how the last start ended; absent while it runs and after a crash
         self.starts = folder / "starts.json"  # starts from the same tokens
         self.lock = folder / "run.lock"  # of the one job that writes here
         self.heartbeats = folder / "heartbeats"  # a file per rank, and stacks of ranks that hung
@@ -46,7 +51,9 @@ class RunFiles:
 
     @staticmethod
     def export_record(hf: Path) -> Path:
-        """What an export was made of: `export.json` beside `hf`, `export-step-N.json` beside `hf-step-N`."""
+        """What an export was made of: `export.json` beside `hf`, `export-step-N.json` beside
+        `hf-step-N`.
+        """
         return hf.with_name(f"export{hf.name.removeprefix('hf')}.json")
 
 

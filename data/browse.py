@@ -1,4 +1,5 @@
-"""Look at data: documents of a source, sequences of a stage, what a run saw at a token, a page about all of it.
+"""Look at data: documents of a source, sequences of a stage, what a run saw at a token, a page
+about all of it.
 
 examples:
   python data/browse.py +experiment=demo browse.source=web
@@ -30,13 +31,21 @@ RULE = "-" * 100
 
 def shortened(text: str, characters: int) -> str:
     """The beginning of a text, and how much is left."""
-    return text if len(text) <= characters else f"{text[:characters]}\n... {len(text) - characters:,} characters more"
+    return (
+        text
+        if len(text) <= characters
+        else f"{text[:characters]}\n... {len(text) - characters:,} characters more"
+    )
 
 
 def show_source(cfg: DataConfig, settings: BrowseSettings) -> None:
-    """Documents of a source, drawn at random from its train shards; the same ones for the same seed."""
+    """Documents of a source, drawn at random from its train shards; the same ones for the same
+    seed.
+    """
     if settings.source not in cfg.sources:
-        raise InputError(f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}")
+        raise InputError(
+            f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}"
+        )
     manifest = open_manifests(cfg)[settings.source]
     documents = Documents(source_folder(cfg, settings.source), manifest, "train")
     vocabulary = tokenizer.load(tokenizer_path(cfg))
@@ -45,22 +54,36 @@ def show_source(cfg: DataConfig, settings: BrowseSettings) -> None:
     )
     for number in sorted(chosen.tolist()):
         ids = documents.ids(number)
-        print(f"{RULE}\n{settings.source}, document {number:,} of {documents.count:,}, {len(ids):,} tokens\n{RULE}")
-        print(shortened(vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False), settings.characters))
+        print(
+            f"{RULE}\n{settings.source}, document {number:,} of {documents.count:,}, "
+            f"{len(ids):,} tokens\n{RULE}"
+        )
+        print(
+            shortened(
+                vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False), settings.characters
+            )
+        )
 
 
-def show_sequences(loader: Loader, stage: PlannedStage, first: int, settings: BrowseSettings) -> None:
-    """Sequences of a stage from number `first` on, with the token of the run at which each begins."""
+def show_sequences(
+    loader: Loader, stage: PlannedStage, first: int, settings: BrowseSettings
+) -> None:
+    """Sequences of a stage from number `first` on, with the token of the run at which each
+    begins.
+    """
     plan = loader.plan
     vocabulary = tokenizer.load(tokenizer_path(plan.config))
     last = min(first + settings.count, stage.tokens // stage.seq_len)
     for number in range(first, last):
         batch = loader.read(stage, np.array([number]))
-        source, block = plan.blocks_of(stage, np.array([number]) // (plan.block_tokens // stage.seq_len))
+        source, block = plan.blocks_of(
+            stage, np.array([number]) // (plan.block_tokens // stage.seq_len)
+        )
         token = stage.first_token + number * stage.seq_len
         name = plan.sources[int(source[0])]
         print(
-            f"{RULE}\ntoken {token:,} of the run, stage {stage.name}, sequence {number:,} of {stage.seq_len} tokens: "
+            f"{RULE}\ntoken {token:,} of the run, stage {stage.name}, sequence {number:,} of "
+            f"{stage.seq_len} tokens: "
         )
         print(f"block {int(block[0]):,} of {name}\n{RULE}")
         print(shortened(shown(vocabulary, batch.tokens[0].tolist()), settings.characters))
@@ -86,14 +109,19 @@ def browse(cfg: DataConfig, settings: BrowseSettings) -> None:
     if settings.position is not None:
         if not 0 <= settings.position < loader.plan.tokens:
             raise InputError(
-                f"browse.position is {settings.position}; the run has tokens 0 to {loader.plan.tokens - 1}"
+                f"browse.position is {settings.position}; the run has tokens 0 to "
+                f"{loader.plan.tokens - 1}"
             )
         stage = loader.plan.stage_at(settings.position)
-        show_sequences(loader, stage, (settings.position - stage.first_token) // stage.seq_len, settings)
+        show_sequences(
+            loader, stage, (settings.position - stage.first_token) // stage.seq_len, settings
+        )
     if settings.stage is not None:
         stages = {stage.name: stage for stage in loader.plan.stages}
         if settings.stage not in stages:
-            raise InputError(f"browse.stage is {settings.stage}; the config has {', '.join(stages)}")
+            raise InputError(
+                f"browse.stage is {settings.stage}; the config has {', '.join(stages)}"
+            )
         show_sequences(loader, stages[settings.stage], 0, settings)
 
 

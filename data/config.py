@@ -1,4 +1,6 @@
-"""What a data set is: sources, stages, tokenizer. Types and checks; the values stand in configs/data."""
+"""What a data set is: sources, stages, tokenizer. Types and checks; the values stand in
+configs/data.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -13,24 +15,37 @@ class Source:
     input: str  # folder or URL of the raw documents
     licence: str
     max_epochs: float  # the mixture refuses to read the source more often than this
-    tasks: int  # datatrove tasks; at most the number of input files does work; pinned by the first launch
+    # datatrove tasks; at most the number of input files does work; pinned by the first launch
+    tasks: int
     text_key: str = "text"  # column or key of the text in jsonl and parquet
-    near_duplicates: str | None = None  # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
-    exact_substrings: int = 0  # runs of this many tokens (words and marks) are kept once; 0 keeps all
+    near_duplicates: str | None = (
+        None  # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
+    )
+    exact_substrings: int = (
+        0  # runs of this many tokens (words and marks) are kept once; 0 keeps all
+    )
     replace_pii: bool = False  # e-mail and public IP addresses become placeholders
     decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
     expected_tokens: int = 0  # plans a run before the source is prepared
-    obtained_by: str | None = None  # command or address that brings the input; said where it is missing
-    min_yield: float = 0.5  # extracting text from a smaller share of the pages is an error, not a filter
+    obtained_by: str | None = (
+        None  # command or address that brings the input; said where it is missing
+    )
+    min_yield: float = (
+        0.5  # extracting text from a smaller share of the pages is an error, not a filter
+    )
 
     def __post_init__(self) -> None:
-        if self.near_duplicates is not None and not re.fullmatch(r"[1-9]\d{0,2}x[1-9]\d{0,2}", self.near_duplicates):
+        if self.near_duplicates is not None and not re.fullmatch(
+            r"[1-9]\d{0,2}x[1-9]\d{0,2}", self.near_duplicates
+        ):
             raise ValueError(
-                f"near_duplicates is {self.near_duplicates}: give buckets x hashes per bucket, as 14x8, or null"
+                f"near_duplicates is {self.near_duplicates}: give buckets x hashes per bucket, "
+                "as 14x8, or null"
             )
         if self.exact_substrings and self.exact_substrings < 8:
             raise ValueError(
-                f"exact_substrings is {self.exact_substrings}: give 8 tokens or more (published: 50), or 0"
+                f"exact_substrings is {self.exact_substrings}: give 8 tokens or more (published: "
+                "50), or 0"
             )
         if not 0 <= self.min_yield <= 1:
             raise ValueError(f"min_yield is {self.min_yield}: give a share between 0 and 1")
@@ -38,9 +53,13 @@ class Source:
 
 @dataclass
 class Asset:
-    """A file that some recipes read and that no package brings; `python data/download.py` fetches it."""
+    """A file that some recipes read and that no package brings; `python data/download.py` fetches
+    it.
+    """
 
-    path: str | None = None  # on this machine; None leaves the step that needs it out where it may be left out
+    path: str | None = (
+        None  # on this machine; None leaves the step that needs it out where it may be left out
+    )
     url: str | None = None  # https://, hf:// or s3://
     sha256: str | None = None  # refused when the file hashes otherwise
 
@@ -49,9 +68,15 @@ class Asset:
 class Assets:
     """All of them, by what they are for."""
 
-    language_model: Asset = field(default_factory=Asset)  # fastText model of languages: lid.176.bin or lid.176.ftz
-    math_classifier: Asset = field(default_factory=Asset)  # fastText model with the label __label__math
-    url_blocklist: Asset = field(default_factory=Asset)  # domains, one a line, in place of datatrove's own lists
+    language_model: Asset = field(
+        default_factory=Asset
+    )  # fastText model of languages: lid.176.bin or lid.176.ftz
+    math_classifier: Asset = field(
+        default_factory=Asset
+    )  # fastText model with the label __label__math
+    url_blocklist: Asset = field(
+        default_factory=Asset
+    )  # domains, one a line, in place of datatrove's own lists
     evaluations: Asset = field(default_factory=Asset)  # jsonl of texts that must not be trained on
 
 
@@ -98,7 +123,9 @@ class TokenizerConfig:
     sha256: str | None  # refused when the file at path hashes otherwise
     vocab_size: int
     train_megabytes: int  # text the trainer reads at most, taken from all sources by turns
-    url: str | None = None  # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
+    url: str | None = (
+        None  # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
+    )
 
 
 @dataclass
@@ -118,16 +145,24 @@ class DataConfig:
     keep_exclusions: bool = False  # dropped documents are written out with their reason
 
     def __post_init__(self) -> None:
-        if self.block_tokens < 1 or self.workers < 1 or any(source.tasks < 1 for source in self.sources.values()):
-            raise ValueError("data.block_tokens, data.workers and every source's tasks must be at least 1")
+        if (
+            self.block_tokens < 1
+            or self.workers < 1
+            or any(source.tasks < 1 for source in self.sources.values())
+        ):
+            raise ValueError(
+                "data.block_tokens, data.workers and every source's tasks must be at least 1"
+            )
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:
-            raise ValueError(f"data.heldout_percent is {self.heldout_percent}; choose a value between 0 and 100")
+            raise ValueError(
+                f"data.heldout_percent is {self.heldout_percent}; choose a value between 0 and 100"
+            )
         if not 12 <= self.tokenizer.vocab_size <= 65536:
             raise ValueError(
-                f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; shards hold uint16 ids and "
-                "ids 0-11 are special, so choose 12 to 65536"
+                f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; shards hold uint16 "
+                "ids and ids 0-11 are special, so choose 12 to 65536"
             )
         for stage in self.stages:
             self._check_stage(stage)
@@ -139,16 +174,19 @@ class DataConfig:
     def _check_stage(self, stage: Stage) -> None:
         if stage.seq_len < 1 or self.block_tokens % stage.seq_len:
             raise ValueError(
-                f"stage {stage.name}: seq_len {stage.seq_len} does not divide data.block_tokens {self.block_tokens}"
+                f"stage {stage.name}: seq_len {stage.seq_len} does not divide data.block_tokens "
+                f"{self.block_tokens}"
             )
         if stage.tokens < self.block_tokens:
             raise ValueError(
-                f"stage {stage.name}: {stage.tokens} tokens are less than one block of {self.block_tokens}"
+                f"stage {stage.name}: {stage.tokens} tokens are less than one block of "
+                f"{self.block_tokens}"
             )
         unknown = sorted(set(stage.mixture) - set(self.sources))
         if unknown:
             raise ValueError(
-                f"stage {stage.name}: mixture names {', '.join(unknown)}; data.sources has {', '.join(self.sources)}"
+                f"stage {stage.name}: mixture names {', '.join(unknown)}; data.sources has "
+                f"{', '.join(self.sources)}"
             )
         if any(share < 0 for share in stage.mixture.values()) or sum(stage.mixture.values()) <= 0:
             raise ValueError(f"stage {stage.name}: mixture shares must be >= 0 and not all zero")
@@ -158,7 +196,9 @@ class DataConfig:
 class PrepareSettings:
     """What this program does besides preparing."""
 
-    adopt: bool  # take over a folder of an earlier version as it is, after checking it, and do no more
+    adopt: (
+        bool  # take over a folder of an earlier version as it is, after checking it, and do no more
+    )
     rebuild: bool  # replace finished data that other versions of recipes or packages made
 
 
@@ -200,8 +240,15 @@ class BrowseSettings:
     samples: int
 
     def __post_init__(self) -> None:
-        if self.source is None and self.stage is None and self.position is None and self.page is None:
-            raise ValueError("nothing to show: set browse.source, browse.stage, browse.position or browse.page")
+        if (
+            self.source is None
+            and self.stage is None
+            and self.position is None
+            and self.page is None
+        ):
+            raise ValueError(
+                "nothing to show: set browse.source, browse.stage, browse.position or browse.page"
+            )
 
 
 @dataclass

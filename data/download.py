@@ -1,7 +1,7 @@
 """Fetch what no package brings, on a machine with a network.
 
-Every asset and the vocabulary have a path and an address in the config; what lies at its path is only checked. Copy the
-paths to the cluster, and nothing asks for a network there.
+Every asset and the vocabulary have a path and an address in the config; what lies at its path is
+only checked. Copy the paths to the cluster, and nothing asks for a network there.
 
 examples:
   python data/download.py +experiment=7b
@@ -47,12 +47,17 @@ def fetch(name: str, asset: Asset) -> str:
     done = "there"
     if not path.is_file():
         if asset.url is None:
-            raise InputError(f"{name}: nothing at {path} and no url: put the file there, or set its url in the config")
+            raise InputError(
+                f"{name}: nothing at {path} and no url: put the file there, or set its url in "
+                "the config"
+            )
         download(name, asset.url, path)
         done = f"fetched from {asset.url}"
     found = sha256_of(path)
     if asset.sha256 is not None and found != asset.sha256:
-        raise InputError(f"{name}: {path} has sha256 {found}, not {asset.sha256}: remove it, or mend sha256")
+        raise InputError(
+            f"{name}: {path} has sha256 {found}, not {asset.sha256}: remove it, or mend sha256"
+        )
     pinned = "as pinned" if asset.sha256 is not None else "not pinned: set its sha256"
     return f"{done}, {path.stat().st_size:,} bytes, sha256 {found} ({pinned})"
 
@@ -64,7 +69,9 @@ def download(name: str, url: str, path: Path) -> None:
     def copy(target: BinaryIO) -> None:
         with opened(url) as source:
             shutil.copyfileobj(source, target, PIECE)
-            if missing := getattr(source, "length", 0):  # http.client's: bytes announced and not sent
+            if missing := getattr(
+                source, "length", 0
+            ):  # http.client's: bytes announced and not sent
                 raise OSError(f"the connection ended {missing} bytes early")
 
     try:
@@ -72,7 +79,9 @@ def download(name: str, url: str, path: Path) -> None:
     except ImportError as error:
         raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
     except Exception as error:  # every filesystem of fsspec has errors of its own
-        raise InputError(f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})"
+        ) from error
 
 
 def opened(url: str) -> AbstractContextManager[IO[bytes]]:
@@ -90,7 +99,9 @@ def download_all(cfg: DataConfig) -> None:
     print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
     for name, asset in vars(cfg.assets).items():
         print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
-    if cfg.assets.url_blocklist.path is None and any(source.recipe == "web" for source in cfg.sources.values()):
+    if cfg.assets.url_blocklist.path is None and any(
+        source.recipe == "web" for source in cfg.sources.values()
+    ):
         domains = len(urls.blocklist(None).block_listed_domains)
         print(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
 

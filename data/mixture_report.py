@@ -1,7 +1,7 @@
 """What a run would read, before or after its data is prepared.
 
-Prints tokens and epochs per source and stage, and refuses a plan that reads a source too often. Sources without shards
-count with their expected_tokens.
+Prints tokens and epochs per source and stage, and refuses a plan that reads a source too often.
+Sources without shards count with their expected_tokens.
 
 examples:
   python data/mixture_report.py +experiment=7b

@@ -1,4 +1,5 @@
-"""Build the data that a config describes: raw text -> clean documents -> vocabulary -> token shards.
+"""Build the data that a config describes: raw text -> clean documents -> vocabulary -> token
+shards.
 
 Stages that are complete are reused; a killed run is taken up where it was.
 
@@ -61,8 +62,12 @@ class Preparation:
         for name, source in cfg.sources.items():
             recipes.check_known(source.recipe)
             fingerprints.check_tasks(self.folder, name, source.tasks)
-        self.listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
-        self.keys = {name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources}
+        self.listings = {
+            name: fingerprints.list_input(source) for name, source in cfg.sources.items()
+        }
+        self.keys = {
+            name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources
+        }
         if not rebuild:
             self.check_versions()
 
@@ -71,7 +76,8 @@ class Preparation:
         logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
 
     def check_versions(self) -> None:
-        """Raise InputError where finished data would be replaced because something has another version.
+        """Raise InputError where finished data would be replaced because something has another
+        version.
 
         Another config is what somebody wants; an upgrade would take weeks of work with it unseen.
         """
@@ -81,15 +87,23 @@ class Preparation:
             manifest = read_json(source_folder(self.cfg, name) / MANIFEST)
             why = []
             if built and built.get("key") != self.keys[name]:
-                why.append(fingerprints.changes(built.get("versions", {}), fingerprints.versions_of(source)))
+                why.append(
+                    fingerprints.changes(
+                        built.get("versions", {}), fingerprints.versions_of(source)
+                    )
+                )
             if manifest:
-                why.append(fingerprints.changes(manifest.get("versions", {}), fingerprints.shard_versions(source)))
+                why.append(
+                    fingerprints.changes(
+                        manifest.get("versions", {}), fingerprints.shard_versions(source)
+                    )
+                )
             if named := dict.fromkeys(filter(None, why)):
                 found.append(f"{name} by {', '.join(named)}")
         if found:
             raise InputError(
-                f"finished data was made by other versions: {'; '.join(found)}. Add prepare.adopt=true to keep it, "
-                "prepare.rebuild=true to have it replaced"
+                f"finished data was made by other versions: {'; '.join(found)}. Add "
+                "prepare.adopt=true to keep it, prepare.rebuild=true to have it replaced"
             )
 
     def place(self, name: str) -> Path:
@@ -105,8 +119,12 @@ class Preparation:
             if self.read_clean(name):
                 self.report("clean", f"{name}: reused, {self.cleans[name].documents:,} documents")
                 continue
-            clean.check_packages(source)  # imports before the fork, and refuses before the first document
-            builds[name] = Build(source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions)
+            clean.check_packages(
+                source
+            )  # imports before the fork, and refuses before the first document
+            builds[name] = Build(
+                source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions
+            )
         for name, build in builds.items():
             fingerprints.pin_tasks(self.folder, name, build.source.tasks)
             kind, files = self.listings[name]
@@ -126,7 +144,9 @@ class Preparation:
             self.workers.run(stage, {name: one.jobs() for name, one in now.items()}, ended)
 
     def read_clean(self, name: str) -> bool:
-        """Take up the finished clean documents of a source, if their files are the ones that were written."""
+        """Take up the finished clean documents of a source, if their files are the ones that were
+        written.
+        """
         folder = self.folder / "clean" / name
         built = fingerprints.read_built(folder, self.keys[name])
         if built is None or built["files"] != fingerprints.sizes(folder):
@@ -136,28 +156,38 @@ class Preparation:
         return True
 
     def finish_clean(self, name: str, build: Build) -> None:
-        """Account for the documents and move the folder into place; shards made of older documents go first."""
+        """Account for the documents and move the folder into place; shards made of older documents
+        go first.
+        """
         place = build.place
         steps = clean.count(build)
         try:
             accounting.check_yield(name, steps, build.source.min_yield)
             if not steps[-1].forwarded:
                 raise InputError(
-                    f"source {name}: no document of {steps[0].total} was kept ({accounting.reasons(steps)})"
+                    f"source {name}: no document of {steps[0].total} was kept "
+                    f"({accounting.reasons(steps)})"
                 )
         except (RuntimeError, InputError) as error:
-            fingerprints.discard(place)  # its tasks are marked complete, and a next run would believe them
+            fingerprints.discard(
+                place
+            )  # its tasks are marked complete, and a next run would believe them
             raise InputError(str(error)) from error
         clean.finish(build)
         made_of = fingerprints.made_of(build.source, self.listings[name])
         files = fingerprints.sizes(place)
-        fingerprints.write_built(place, self.keys[name], files=files, steps=[asdict(step) for step in steps], **made_of)
+        fingerprints.write_built(
+            place, self.keys[name], files=files, steps=[asdict(step) for step in steps], **made_of
+        )
         fingerprints.discard(self.folder / "shards" / name)
         fingerprints.discard(self.folder / "building" / "shards" / name)
         fingerprints.install(place, self.folder / "clean" / name)
         assert self.read_clean(name)
         dropped = steps[0].total - steps[-1].forwarded
-        self.report("clean", f"{name}: {steps[0].total:,} in, {dropped:,} dropped, {steps[-1].forwarded:,} out")
+        self.report(
+            "clean",
+            f"{name}: {steps[0].total:,} in, {dropped:,} dropped, {steps[-1].forwarded:,} out",
+        )
 
     def vocabulary(self) -> None:
         """Train the vocabulary, or copy the one that the config names."""
@@ -175,32 +205,55 @@ class Preparation:
         if settings.path is not None:
             tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
         else:
-            cleans = [self.cleans[name] for name in self.cfg.sources if name in self.cleans]  # not as they ended
+            cleans = [
+                self.cleans[name] for name in self.cfg.sources if name in self.cleans
+            ]  # not as they ended
             if not cleans:
-                raise InputError("no source has text to train a vocabulary on: set data.tokenizer.path")
-            arguments = (self.cfg.heldout_percent, settings.train_megabytes * 10**6, settings.vocab_size, place)
-            self.workers.run("tokenizer", {"train": [(shard.tokenizer_task, cleans, *arguments)]}, lambda *_: None)
+                raise InputError(
+                    "no source has text to train a vocabulary on: set data.tokenizer.path"
+                )
+            arguments = (
+                self.cfg.heldout_percent,
+                settings.train_megabytes * 10**6,
+                settings.vocab_size,
+                place,
+            )
+            self.workers.run(
+                "tokenizer",
+                {"train": [(shard.tokenizer_task, cleans, *arguments)]},
+                lambda *_: None,
+            )
         sha256 = sha256_of(place / tokenizer.FILE)
         fingerprints.write_built(place, key, sha256=sha256)
         fingerprints.install(place, folder)
         size = tokenizer.load(file).get_vocab_size()
-        self.report("tokenizer", f"{'trained' if settings.path is None else 'copied'}, {size:,} ids, {sha256[:12]}")
+        self.report(
+            "tokenizer",
+            f"{'trained' if settings.path is None else 'copied'}, {size:,} ids, {sha256[:12]}",
+        )
 
     def shards(self) -> None:
         """Tokenize every source whose shards are not there yet."""
         cfg, file = self.cfg, self.folder / "tokenizer" / tokenizer.FILE
         wanted = {name: self.manifest_of(name, sha256_of(file)) for name in cfg.sources}
-        verifying = {name: [(fingerprints.same_shards, self.folder / "shards" / name, wanted[name])] for name in wanted}
+        verifying = {
+            name: [(fingerprints.same_shards, self.folder / "shards" / name, wanted[name])]
+            for name in wanted
+        }
         self.workers.run("verify", verifying, self.take_up)
         jobs: dict[str, list[Any]] = {}
         for name in (name for name in cfg.sources if name not in self.manifests):
-            place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name]))
+            place = fingerprints.construction(
+                self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name])
+            )
             if name not in self.cleans:
                 fingerprints.pin_tasks(self.folder, name, cfg.sources[name].tasks)
             jobs[name] = shard_jobs(cfg, name, self.listings[name], self.cleans.get(name), place)
 
         def finish(name: str, results: list[list[dict[str, Any]]]) -> None:
-            self.finish_shards(name, wanted[name], [ShardFile(**file) for files in results for file in files])
+            self.finish_shards(
+                name, wanted[name], [ShardFile(**file) for files in results for file in files]
+            )
 
         self.workers.run("shards", jobs, finish)
 
@@ -212,7 +265,15 @@ class Preparation:
         splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
         versions = fingerprints.shard_versions(source)
         return Manifest(
-            name, source.licence, source.recipe, recipe, tokenizer_sha256, tokenizer.EOS, size, splits, versions
+            name,
+            source.licence,
+            source.recipe,
+            recipe,
+            tokenizer_sha256,
+            tokenizer.EOS,
+            size,
+            splits,
+            versions,
         )
 
     def take_up(self, name: str, results: list[bool]) -> None:
@@ -221,11 +282,18 @@ class Preparation:
             manifest = self.manifests[name] = read_manifest(self.folder / "shards" / name)
             if self.cfg.sources[name].recipe == recipes.MEGATRON:
                 self.steps[name] = [megatron.step(manifest)]
-            self.report("shards", f"{name}: reused, {sum(manifest.tokens(split) for split in SPLITS):,} tokens")
+            self.report(
+                "shards",
+                f"{name}: reused, {sum(manifest.tokens(split) for split in SPLITS):,} tokens",
+            )
 
     def finish_shards(self, name: str, wanted: Manifest, results: list[ShardFile]) -> None:
-        """Write the manifest and move the shards into place; every clean document is in exactly one split."""
-        splits = {split: [file for file in results if file.name.startswith(split)] for split in SPLITS}
+        """Write the manifest and move the shards into place; every clean document is in exactly one
+        split.
+        """
+        splits = {
+            split: [file for file in results if file.name.startswith(split)] for split in SPLITS
+        }
         documents = sum(file.documents for file in results)
         if name in self.cleans:
             expected = self.cleans[name].documents
@@ -233,36 +301,51 @@ class Preparation:
         for split in SPLITS:
             if not splits[split]:
                 raise InputError(
-                    f"source {name}: no document of {documents} fell into the split {split}; give it more documents or "
-                    f"set data.heldout_percent, now {self.cfg.heldout_percent}"
+                    f"source {name}: no document of {documents} fell into the split {split}; "
+                    "give it more documents or set data.heldout_percent, now "
+                    f"{self.cfg.heldout_percent}"
                 )
         manifest = replace(wanted, splits=splits)
-        place = fingerprints.construction(self.folder, f"shards/{name}", fingerprints.shards_key(wanted))
+        place = fingerprints.construction(
+            self.folder, f"shards/{name}", fingerprints.shards_key(wanted)
+        )
         write_manifest(place, manifest)
         fingerprints.install(place, self.folder / "shards" / name)
         self.manifests[name] = manifest
         if name not in self.cleans:
             self.steps[name] = [megatron.step(manifest)]
-        self.report("shards", f"{name}: {manifest.tokens('train'):,} train and {manifest.tokens('heldout'):,} held out")
+        self.report(
+            "shards",
+            f"{name}: {manifest.tokens('train'):,} train and {manifest.tokens('heldout'):,} held "
+            "out",
+        )
 
     def table(self) -> None:
-        """What became of every source's documents, step by step; the same is written to report.json."""
+        """What became of every source's documents, step by step; the same is written to
+        report.json.
+        """
         steps = {name: self.steps[name] for name in self.cfg.sources}
         print("\n" + "\n".join(accounting.table(steps)))
         print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
         for name in self.cfg.sources:
             train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)
             documents = self.steps[name][-1].forwarded
-            print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}")
+            print(
+                f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}"
+            )
         record = {name: [asdict(step) for step in found] for name, found in steps.items()}
         write_json(self.folder / REPORT, {"steps": record})
         logger.info(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}")
 
 
-def prepare(cfg: DataConfig, executor: ExecutorConfig | None = None, *, rebuild: bool = False) -> None:
-    """Build everything under `cfg.folder`, with processes of this machine unless `executor` says otherwise.
+def prepare(
+    cfg: DataConfig, executor: ExecutorConfig | None = None, *, rebuild: bool = False
+) -> None:
+    """Build everything under `cfg.folder`, with processes of this machine unless `executor` says
+    otherwise.
 
-    Finished data that other versions made is replaced only to `rebuild`. Raises InputError for what the user can mend.
+    Finished data that other versions made is replaced only to `rebuild`. Raises InputError for what
+    the user can mend.
     """
     with exclusive(Path(cfg.folder)):
         workers = open_executor(executor, cfg.workers, Path(cfg.folder))

@@ -1,7 +1,8 @@
-"""Look whether the shards of a data set are what their manifests say, and what a run would read of them.
+"""Look whether the shards of a data set are what their manifests say, and what a run would read of
+them.
 
-Hashes every byte again, counts end tokens, decodes and encodes random documents, and prints tokens, epochs and packing.
-Ends with exit code 2 at a fault.
+Hashes every byte again, counts end tokens, decodes and encodes random documents, and prints tokens,
+epochs and packing. Ends with exit code 2 at a fault.
 
 examples:
   python data/verify.py +experiment=demo
@@ -28,7 +29,9 @@ from data.stream.mixture import Plan
 from data.stream.packing import packing, plan_table
 
 
-def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: VerifySettings) -> list[str]:
+def verify_source(
+    cfg: DataConfig, name: str, manifest: Manifest, settings: VerifySettings
+) -> list[str]:
     """Faults of one source; prints a line for every file and split."""
     folder, faults = source_folder(cfg, name), []
     vocabulary = tokenizer.load(tokenizer_path(cfg))
@@ -42,24 +45,31 @@ def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: Veri
                 continue
             if found != file:
                 faults.append(
-                    f"{name}: {file.name} has sha256 {found.sha256[:12]}, its manifest says {file.sha256[:12]}"
+                    f"{name}: {file.name} has sha256 {found.sha256[:12]}, its manifest says "
+                    f"{file.sha256[:12]}"
                 )
         documents = Documents(folder, manifest, split)
         random = np.random.default_rng([cfg.seed, len(split)])
         other = 0
-        chosen = random.choice(documents.count, min(settings.samples, documents.count), replace=False).tolist()
+        chosen = random.choice(
+            documents.count, min(settings.samples, documents.count), replace=False
+        ).tolist()
         for number in chosen:
             ids = documents.ids(number)
             if len(ids) and ids.max() >= manifest.vocab_size:
-                faults.append(f"{name}: document {number} of {split} has id {ids.max()} of {manifest.vocab_size}")
+                faults.append(
+                    f"{name}: document {number} of {split} has id {ids.max()} of "
+                    f"{manifest.vocab_size}"
+                )
             text = vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False)
             other += vocabulary.encode(text, add_special_tokens=False).ids != ids[:-1].tolist()
         if other and manifest.recipe != MEGATRON:
             faults.append(f"{name}: {other} documents of {split} do not encode to their ids again")
         print(
-            f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{documents.count:>12,} documents"
-            f"{manifest.tokens(split):>18,} tokens  {'hashed' if settings.hashes else 'sizes only'}, "
-            f"{len(chosen)} documents decoded{f', {other} encode otherwise' if other else ''}",
+            f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{documents.count:>12,} "
+            f"documents{manifest.tokens(split):>18,} tokens  "
+            f"{'hashed' if settings.hashes else 'sizes only'}, {len(chosen)} documents "
+            f"decoded{f', {other} encode otherwise' if other else ''}",
             flush=True,
         )
     return faults
@@ -68,9 +78,13 @@ def verify_source(cfg: DataConfig, name: str, manifest: Manifest, settings: Veri
 def verify(cfg: DataConfig, settings: VerifySettings) -> None:
     """Check all sources; raises InputError with every fault."""
     manifests = open_manifests(cfg)
-    faults = [fault for name in manifests for fault in verify_source(cfg, name, manifests[name], settings)]
+    faults = [
+        fault for name in manifests for fault in verify_source(cfg, name, manifests[name], settings)
+    ]
     if faults:
-        raise InputError("; ".join(faults) + ": remove the shards of these sources and prepare the data again")
+        raise InputError(
+            "; ".join(faults) + ": remove the shards of these sources and prepare the data again"
+        )
     plan: Plan = compile_plan(cfg, manifests)
     print("\n" + "\n".join(plan_table(plan)))
     print("\n" + "\n".join(packing(plan, manifests)))

@@ -1,7 +1,8 @@
-"""The page of every config key, made of the dataclasses and configs/ when the site is built: nothing to keep in step.
+"""The page of every config key, made of the dataclasses and configs/ when the site is built:
+nothing to keep in step.
 
-A key's meaning is the comment behind its field and the one behind its value, and the docstring above stands for those
-that need none. mkdocs loads this as a hook.
+A key's meaning is the comment behind its field and the one behind its value, and the docstring
+above stands for those that need none. mkdocs loads this as a hook.
 """
 
 import ast
@@ -29,8 +30,8 @@ PAGE = "config.md"
 SCHEMAS = (DryRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
-Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is one override away:
-`optim.clip_norm=0.5`. What no source tells is marked *assumed*.
+Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is
+one override away: `optim.clip_norm=0.5`. What no source tells is marked *assumed*.
 """
 MEANINGS = {  # of fields whose names need no comment where they are used
     "run.dir": "folder that holds everything the run writes",
@@ -88,27 +89,51 @@ def page() -> str:
     for schema in SCHEMAS:
         sections |= typing.get_type_hints(schema)
     single = [name for name, schema in sections.items() if not dataclasses.is_dataclass(schema)]
-    notes = {name: note for schema in SCHEMAS for name, note in field_comments(schema).items() if name in single}
-    cells = [row(name, type_name(sections.pop(name)), shown(composed.get(name)), notes[name]) for name in single]
+    notes = {
+        name: note
+        for schema in SCHEMAS
+        for name, note in field_comments(schema).items()
+        if name in single
+    }
+    cells = [
+        row(name, type_name(sections.pop(name)), shown(composed.get(name)), notes[name])
+        for name in single
+    ]
     parts = [HEAD, "\n| key | type | value | meaning |\n|---|---|---|---|", *cells]
     for name, schema in sections.items():
-        parts.append(f"\n## {name}\n\n{first_sentence(schema)}\n\n| key | type | value | meaning |\n|---|---|---|---|")
-        parts += [row(*entry) for entry in entries(schema, composed.get(name), name, comments_of(name))]
+        parts.append(
+            f"\n## {name}\n\n{first_sentence(schema)}\n\n| key | type | value | meaning "
+            "|\n|---|---|---|---|"
+        )
+        parts += [
+            row(*entry) for entry in entries(schema, composed.get(name), name, comments_of(name))
+        ]
     return "\n".join(parts) + "\n"
 
 
-def entries(schema: type, values: Any, prefix: str, yaml: dict[str, str]) -> list[tuple[str, str, str, str]]:
-    """(key, type, value, meaning) of every leaf below a dataclass; of a table of dataclasses, its entries' fields."""
+def entries(
+    schema: type, values: Any, prefix: str, yaml: dict[str, str]
+) -> list[tuple[str, str, str, str]]:
+    """(key, type, value, meaning) of every leaf below a dataclass; of a table of dataclasses, its
+    entries' fields.
+    """
     found = []
     notes = field_comments(schema)
     for name, hint in typing.get_type_hints(schema).items():
         if name not in {field.name for field in dataclasses.fields(schema)}:
             continue
         key, value = f"{prefix}.{name}", raw(values, name)
-        note = "; ".join(text for text in (notes.get(name) or MEANINGS.get(key), yaml.get(key)) if text)
-        inner = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        note = "; ".join(
+            text for text in (notes.get(name) or MEANINGS.get(key), yaml.get(key)) if text
+        )
+        inner = next(
+            (kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)),
+            None,
+        )
         if inner is None:
-            found.append((key, type_name(hint), shown(value), note or first_sentence(schema, of_enum=hint)))
+            found.append(
+                (key, type_name(hint), shown(value), note or first_sentence(schema, of_enum=hint))
+            )
             continue
         marks = {"dict": ".NAME", "list": "[]"}
         mark = marks.get(getattr(typing.get_origin(hint), "__name__", ""), "")
@@ -133,7 +158,11 @@ def field_comments(schema: type) -> dict[str, str]:
     lines = source.splitlines()
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    fields = [node for node in body.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    fields = [
+        node
+        for node in body.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
     found = {}
     for node in fields:
         _, mark, text = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
@@ -145,7 +174,10 @@ def field_comments(schema: type) -> dict[str, str]:
 def comments_of(section: str) -> dict[str, str]:
     """The comments behind the values in a section's files, by full key."""
     found: dict[str, str] = {}
-    for path in [*sorted((ROOT / "configs" / section).glob("*.yaml")), ROOT / "configs" / "config.yaml"]:
+    for path in [
+        *sorted((ROOT / "configs" / section).glob("*.yaml")),
+        ROOT / "configs" / "config.yaml",
+    ]:
         above = [] if path.name == "config.yaml" else [(-1, section)]
         for line in path.read_text(encoding="utf-8").splitlines():
             if match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
@@ -168,7 +200,9 @@ def type_name(hint: Any) -> str:
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
     return re.sub(
-        r"\b[\w]+\.(?=\w)", "", hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+        r"\b[\w]+\.(?=\w)",
+        "",
+        hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint),
     )
 
 

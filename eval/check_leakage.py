@@ -1,4 +1,5 @@
-"""Prove that validation is held out: read every training shard once, and fail where one holds a validation document.
+"""Prove that validation is held out: read every training shard once, and fail where one holds a
+validation document.
 
 examples:
   python eval/check_leakage.py +experiment=demo
@@ -30,7 +31,9 @@ READ_TOKENS = 1 << 24  # of a training shard at once
 
 
 def documents(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length and token sum of every document that ids [t] hold whole, its end-of-text included."""
+    """Start, length and token sum of every document that ids [t] hold whole, its end-of-text
+    included.
+    """
     ends = np.flatnonzero(ids == EOS) + 1
     if not len(ends):
         return ends, ends, ends
@@ -43,10 +46,16 @@ def digest(ids: np.ndarray) -> bytes:
     return hashlib.sha256(ids.astype(DTYPE).tobytes()).digest()
 
 
-def trained_documents(config: DataConfig, settings: ValidationConfig) -> Iterator[tuple[str, str, int]]:
-    """Held-out documents of validation that a training shard holds too: (source, trained in, times)."""
+def trained_documents(
+    config: DataConfig, settings: ValidationConfig
+) -> Iterator[tuple[str, str, int]]:
+    """Held-out documents of validation that a training shard holds too: (source, trained in,
+    times).
+    """
     manifests = open_manifests(config)
-    held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)  # length and sum first: few need a hash
+    held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(
+        dict
+    )  # length and sum first: few need a hash
     for name, manifest in manifests.items():
         ids = fixed_tokens(config, name, manifest, settings)
         for start, length, total in zip(*documents(ids), strict=True):
@@ -81,7 +90,9 @@ def prove(config: EvaluationConfig) -> None:
     shared = list(trained_documents(config.data, config.eval.validation))
     if shared:
         lines = "; ".join(f"{times} of {owner} in {name}" for owner, name, times in shared)
-        raise InputError(f"held-out documents are in the training shards: {lines}. Deduplicate across splits")
+        raise InputError(
+            f"held-out documents are in the training shards: {lines}. Deduplicate across splits"
+        )
     logger.info("no document of validation is in a training shard")
 
 

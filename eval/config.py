@@ -18,8 +18,13 @@ class Bench:
     prompt_memory_gib: float  # above the weights
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.rival_tokens, self.rival_prompt_tokens) < 512 or self.rival_tokens > self.tokens:
-            raise ValueError("eval.bench needs at least 512 tokens everywhere and rival_tokens <= tokens")
+        if (
+            min(self.tokens, self.rival_tokens, self.rival_prompt_tokens) < 512
+            or self.rival_tokens > self.tokens
+        ):
+            raise ValueError(
+                "eval.bench needs at least 512 tokens everywhere and rival_tokens <= tokens"
+            )
 
 
 @dataclass
@@ -33,7 +38,9 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         if min(self.every_tokens, self.tokens, self.seq_len, self.batch) < 1:
-            raise ValueError("eval.validation.every_tokens, tokens, seq_len and batch must be at least 1")
+            raise ValueError(
+                "eval.validation.every_tokens, tokens, seq_len and batch must be at least 1"
+            )
 
 
 class Launcher(Enum):
@@ -60,7 +67,9 @@ class Jobs:
 
 @dataclass
 class Row:
-    """One column of a leaderboard: a task or group of lm-evaluation-harness and how its number is made of it."""
+    """One column of a leaderboard: a task or group of lm-evaluation-harness and how its number is
+    made of it.
+    """
 
     label: str
     task: str
@@ -72,11 +81,14 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.shots < 0 or not self.metrics:
-            raise ValueError(f"eval.suite row {self.label}: shots must not be negative and metrics not empty")
+            raise ValueError(
+                f"eval.suite row {self.label}: shots must not be negative and metrics not empty"
+            )
         if any(metric.startswith("exact_match_original") for metric in self.metrics):
             raise ValueError(
-                f"eval.suite row {self.label}: exact_match_original needs antlr4 4.11, which hydra excludes; without "
-                "it, equal answers of another form count as wrong: take exact_match"
+                f"eval.suite row {self.label}: exact_match_original needs antlr4 4.11, which "
+                "hydra excludes; without it, equal answers of another form count as wrong: take "
+                "exact_match"
             )
         if not all(0 <= floor < 1 for floor in (self.floor, *self.floors.values())):
             raise ValueError(f"eval.suite row {self.label}: floors must lie in [0, 1)")
@@ -98,7 +110,10 @@ class Suite:
             raise ValueError("eval.suite needs max_length >= 2 and at least one row")
         for model, scores in self.published.items():
             if len(scores) != len(self.rows):
-                raise ValueError(f"eval.suite.published: {model} has {len(scores)} scores for {len(self.rows)} rows")
+                raise ValueError(
+                    f"eval.suite.published: {model} has {len(scores)} scores for "
+                    f"{len(self.rows)} rows"
+                )
 
 
 @dataclass
@@ -115,8 +130,12 @@ class Eval:
     validation: ValidationConfig
     jobs: Jobs
     dtype: str  # of the exported weights: float32 or bfloat16
-    keep_fp32: list[str]  # parameters exported in fp32 all the same, by their last name: A_log, D, ...
-    checkpoint: str | None  # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest
+    keep_fp32: list[
+        str
+    ]  # parameters exported in fp32 all the same, by their last name: A_log, D, ...
+    checkpoint: (
+        str | None
+    )  # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest
     hub: str | None  # USER/MODEL that eval/push.py uploads to
     suite: Suite | None  # a leaderboard instead of held-out text
 

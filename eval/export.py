@@ -1,8 +1,9 @@
-"""Write a run's newest checkpoint as a Hugging Face folder, load it again with transformers and compare the logits.
+"""Write a run's newest checkpoint as a Hugging Face folder, load it again with transformers and
+compare the logits.
 
-It lies in runs/NAME/hf, in the layout of tiiuae/falcon-mamba-7b, the same bytes from any layout of ranks. Weights are
-streamed a few rows at a time: writing takes well under 1 GB at any size of model. The comparison holds both
-models where the memory is there, and else one layer of each.
+It lies in runs/NAME/hf, in the layout of tiiuae/falcon-mamba-7b, the same bytes from any layout of
+ranks. Weights are streamed a few rows at a time: writing takes well under 1 GB at any size of
+model. The comparison holds both models where the memory is there, and else one layer of each.
 
 examples:
   python eval/export.py +experiment=demo
@@ -37,7 +38,9 @@ from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan, write
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
+TOLERANCE = (
+    1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
+)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPARE_BYTES = 8  # per parameter: two models in fp32
 
@@ -65,12 +68,18 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     layout = plan(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
         raise InputError(
-            f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has {free / 1e9:.2f} GB free"
+            f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has "
+            f"{free / 1e9:.2f} GB free"
         )
     part.mkdir(parents=True)
     logger.info(f"exporting {folder} as {config.eval.dtype}")
     pieces = Pieces(folder)
-    write(part, layout, lambda name, start, stop: to_hf(name, pieces.rows("param", name, start, stop)), say)
+    write(
+        part,
+        layout,
+        lambda name, start, stop: to_hf(name, pieces.rows("param", name, start, stop)),
+        say,
+    )
     (part / "config.json").write_bytes(json_bytes(description))
     (part / "generation_config.json").write_bytes(json_bytes(dict.fromkeys(TOKEN_IDS, EOS)))
     for name in TOKENIZER_FILES:
@@ -93,7 +102,9 @@ def entries(config: EvaluationConfig) -> Iterator[Entry]:
     shapes = parameter_shapes(config.model)
     known = {name.rsplit(".", 1)[-1] for name in shapes}
     if odd := sorted(set(config.eval.keep_fp32) - known):
-        raise InputError(f"eval.keep_fp32 names {', '.join(odd)}; parameters end in {', '.join(sorted(known))}")
+        raise InputError(
+            f"eval.keep_fp32 names {', '.join(odd)}; parameters end in {', '.join(sorted(known))}"
+        )
     for ours, theirs in tensor_names(config.model.n_layer):
         kept = ours.rsplit(".", 1)[-1] in config.eval.keep_fp32
         dtype = torch.float32 if kept else getattr(torch, config.eval.dtype)
@@ -108,10 +119,16 @@ def verify(config: EvaluationConfig, folder: Path, part: Path) -> None:
     if needed <= free:
         difference = compare(part, load_model(config, folder), entries(config))
     else:
-        logger.info(f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+        logger.info(
+            f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB "
+            "are free"
+        )
         difference = compare_by_layer(part, Pieces(folder), config.model, entries(config))
     if not difference <= TOLERANCE:  # also when it is not a number
-        raise InputError(f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to look at")
+        raise InputError(
+            f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to "
+            "look at"
+        )
     logger.info(f"logits agree to {difference:.1e}")
 
 

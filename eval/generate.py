@@ -25,8 +25,12 @@ from model.mamba import FalconMamba
 UNFINISHED = "\ufffd"  # what decoding gives for bytes of a character that is not complete yet
 
 
-def stream(model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sampling: Sampling) -> Iterator[str]:
-    """Pieces of text after a prompt, as soon as their characters are complete, up to end-of-text."""
+def stream(
+    model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sampling: Sampling
+) -> Iterator[str]:
+    """Pieces of text after a prompt, as soon as their characters are complete, up to
+    end-of-text.
+    """
     ids: list[int] = []
     shown = ""
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [EOS]
@@ -49,7 +53,9 @@ def show(config: EvaluationConfig) -> None:
     model = load_model(config, find_checkpoint(config), best_device())
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     print(config.eval.prompt, end="", flush=True)
-    for piece in stream(model, tokenizer, config.eval.prompt, config.eval.new_tokens, config.eval.sampling):
+    for piece in stream(
+        model, tokenizer, config.eval.prompt, config.eval.new_tokens, config.eval.sampling
+    ):
         print(piece, end="", flush=True)
     print(flush=True)
 

@@ -1,7 +1,9 @@
-"""The one scorer of held-out text: for an evaluation of all of it, and for validation while training goes on.
+"""The one scorer of held-out text: for an evaluation of all of it, and for validation while
+training goes on.
 
-An evaluation reads each source's held-out split up to a limit and compares with the best unigram model of the same
-tokens. Validation takes the first tokens of it, the same ones every time, shared by data-parallel ranks.
+An evaluation reads each source's held-out split up to a limit and compares with the best unigram
+model of the same tokens. Validation takes the first tokens of it, the same ones every time, shared
+by data-parallel ranks.
 """
 
 import math
@@ -32,7 +34,8 @@ def sum_of_losses(
 ) -> Tensor:
     """Nats of all predicted tokens, fp64 on the model's device.
 
-    Batches are rows [b, l + 1] of ids, of which the first few count; documents are kept apart as in training.
+    Batches are rows [b, l + 1] of ids, of which the first few count; documents are kept apart as in
+    training.
     """
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -54,7 +57,9 @@ class Score:
     bytes: int
     loss: float  # nats per token
     bits_per_byte: float
-    unigram_bits_per_byte: float  # of the token frequencies of this very text: no unigram model does better on it
+    unigram_bits_per_byte: (
+        float  # of the token frequencies of this very text: no unigram model does better on it
+    )
 
 
 def evaluate(
@@ -62,11 +67,13 @@ def evaluate(
 ) -> Iterator[tuple[str, Score]]:
     """Score every source's held-out split, yielding one by one.
 
-    Reads at most max_tokens of each, in windows of seq_len whose tokens are all predicted but the very first, `batch`
-    windows at once.
+    Reads at most max_tokens of each, in windows of seq_len whose tokens are all predicted but the
+    very first, `batch` windows at once.
     """
     manifests = open_manifests(config)
-    lengths = torch.from_numpy(byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256)))
+    lengths = torch.from_numpy(
+        byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+    )
     for name, manifest in manifests.items():
         shards = Shards(source_folder(config, name), manifest, "heldout")
         count = min(max_tokens, shards.tokens - 1)
@@ -76,11 +83,18 @@ def evaluate(
         batches = ((rows, len(rows)) for rows in _windows(ids, seq_len, batch))
         nats = float(sum_of_losses(model, batches, config.reset_state))
         size = int(lengths[ids[1:]].sum())
-        yield name, Score(count, size, nats / count, nats / math.log(2) / size, unigram_bits(ids[1:]) / size)
+        yield (
+            name,
+            Score(
+                count, size, nats / count, nats / math.log(2) / size, unigram_bits(ids[1:]) / size
+            ),
+        )
 
 
 def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
-    """Rows [b, l + 1] that cover ids, neighbours sharing one token; the tail comes as a row of its own."""
+    """Rows [b, l + 1] that cover ids, neighbours sharing one token; the tail comes as a row of its
+    own.
+    """
     whole = (len(ids) - 1) // seq_len
     rows = ids.unfold(0, seq_len + 1, seq_len) if whole else ids.new_empty(0, 1)
     for start in range(0, whole, batch):
@@ -97,7 +111,9 @@ def unigram_bits(ids: Tensor) -> float:
 
 
 class Validation:
-    """Loss and bits per byte of every source on its first held-out tokens, over data-parallel ranks."""
+    """Loss and bits per byte of every source on its first held-out tokens, over data-parallel
+    ranks.
+    """
 
     def __init__(
         self,
@@ -109,7 +125,8 @@ class Validation:
         ranks: int = 1,
         group: Any = None,
     ) -> None:
-        """`rank` of `ranks` in the data-parallel `group` takes every ranks-th row; bf16 as in training.
+        """`rank` of `ranks` in the data-parallel `group` takes every ranks-th row; bf16 as in
+        training.
 
         Raises InputError when held-out files are trained on.
         """
@@ -117,7 +134,9 @@ class Validation:
         self.config, self.settings, self.bf16 = config, settings, bf16
         self.rank, self.ranks, self.group = rank, ranks, group
         self.rows: dict[str, Tensor] = {}
-        self.counted: dict[str, int] = {}  # of them; one more may fill up, for all ranks run equally many forwards
+        self.counted: dict[
+            str, int
+        ] = {}  # of them; one more may fill up, for all ranks run equally many forwards
         self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
 
     def _read(self) -> None:
@@ -136,8 +155,12 @@ class Validation:
             count = len(windows) * length
             self.sizes[name] = (count, int(lengths[ids[1 : count + 1]].sum()))
 
-    def after(self, before: int, now: int, model: FalconMamba) -> dict[str, dict[str, float]] | None:
-        """Results when a multiple of every_tokens lies in (before, now], else None. Every rank takes part."""
+    def after(
+        self, before: int, now: int, model: FalconMamba
+    ) -> dict[str, dict[str, float]] | None:
+        """Results when a multiple of every_tokens lies in (before, now], else None. Every rank
+        takes part.
+        """
         every = self.settings.every_tokens
         return self.run(model) if now // every > before // every else None
 
@@ -145,9 +168,13 @@ class Validation:
         """Nats per token and bits per byte of each source."""
         if not self.rows:
             self._read()
-        nats = torch.zeros(len(self.rows), dtype=torch.float64, device=next(model.parameters()).device)
+        nats = torch.zeros(
+            len(self.rows), dtype=torch.float64, device=next(model.parameters()).device
+        )
         for place, name in enumerate(self.rows):
-            nats[place] = sum_of_losses(model, self._batches(name), self.config.reset_state, self.bf16)
+            nats[place] = sum_of_losses(
+                model, self._batches(name), self.config.reset_state, self.bf16
+            )
         if dist.is_initialized():
             dist.all_reduce(nats, group=self.group)
         return {
@@ -161,7 +188,9 @@ class Validation:
             yield rows[start : start + batch], max(0, self.counted[name] - start)
 
 
-def fixed_tokens(config: DataConfig, name: str, manifest: Manifest, settings: ValidationConfig) -> np.ndarray:
+def fixed_tokens(
+    config: DataConfig, name: str, manifest: Manifest, settings: ValidationConfig
+) -> np.ndarray:
     """The first held-out tokens of a source, and one more to predict."""
     shards = Shards(source_folder(config, name), manifest, "heldout")
     return shards.read(0, min(settings.tokens + 1, shards.tokens))
@@ -169,9 +198,17 @@ def fixed_tokens(config: DataConfig, name: str, manifest: Manifest, settings: Va
 
 def files_apart(manifests: dict[str, Manifest]) -> None:
     """Raise InputError when a held-out file is a training file of any source, by SHA-256."""
-    trained = {file.sha256: name for name, m in manifests.items() for file in m.splits["train"] if file.tokens}
+    trained = {
+        file.sha256: name
+        for name, m in manifests.items()
+        for file in m.splits["train"]
+        if file.tokens
+    }
     for name, manifest in manifests.items():
         for file in manifest.splits["heldout"]:
             if file.tokens and file.sha256 in trained:
                 owner = trained[file.sha256]
-                raise InputError(f"{name}: held-out {file.name} is a training file of {owner}: prepare the data again")
+                raise InputError(
+                    f"{name}: held-out {file.name} is a training file of {owner}: prepare the "
+                    "data again"
+                )

@@ -1,7 +1,8 @@
 """Publish: upload a run's export with a model card.
 
-The card is made of the run's own records. The token is that of `hf auth login` or HF_TOKEN; it is never
-written anywhere. Uploading again continues: files that the hub has already are not sent twice.
+The card is made of the run's own records. The token is that of `hf auth login` or HF_TOKEN; it is
+never written anywhere. Uploading again continues: files that the hub has already are not sent
+twice.
 
 examples:
   python eval/push.py +experiment=demo eval.hub=USER/MODEL
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def push(config: EvaluationConfig) -> None:
-    """Check the export, write the card, upload; the repository is private until its owner says otherwise."""
+    """Check the export, write the card, upload; the repository is private until its owner says
+    otherwise.
+    """
     if config.eval.hub is None:
         raise InputError("where to? give eval.hub=USER/MODEL")
     folder = find_checkpoint(config)
@@ -40,14 +43,20 @@ def push(config: EvaluationConfig) -> None:
     try:
         api.create_repo(config.eval.hub, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=config.eval.hub, folder_path=home, commit_message=f"{folder.name} of {config.run.name}"
+            repo_id=config.eval.hub,
+            folder_path=home,
+            commit_message=f"{folder.name} of {config.run.name}",
         )
         for path in (card, config.run.files.curves):
             if path.is_file():
-                api.upload_file(repo_id=config.eval.hub, path_or_fileobj=path, path_in_repo=path.name)
+                api.upload_file(
+                    repo_id=config.eval.hub, path_or_fileobj=path, path_in_repo=path.name
+                )
     except HfHubHTTPError as error:
         line = str(error).splitlines()[0]
-        raise InputError(f"the hub refused ({line}): log in with `hf auth login`, check eval.hub") from error
+        raise InputError(
+            f"the hub refused ({line}): log in with `hf auth login`, check eval.hub"
+        ) from error
     logger.info(f"published: https://huggingface.co/{config.eval.hub} (private)")
 
 

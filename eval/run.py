@@ -1,8 +1,9 @@
 """Evaluate: held-out text of a run, or a leaderboard.
 
-Held-out: writes eval.json and prints a sample of generated text. Bits per byte come from our model and the newest
-checkpoint; the sample comes from transformers and the exported folder, as a user would get it. Leaderboard: scores a
-step folder or a Hugging Face folder, for which no experiment is needed, or a run's newest checkpoint.
+Held-out: writes eval.json and prints a sample of generated text. Bits per byte come from our model
+and the newest checkpoint; the sample comes from transformers and the exported folder, as a user
+would get it. Leaderboard: scores a step folder or a Hugging Face folder, for which no experiment is
+needed, or a run's newest checkpoint.
 
 examples:
   python eval/run.py +experiment=demo
@@ -53,7 +54,11 @@ def heldout(config: EvaluationConfig) -> None:
     folder = find_checkpoint(config)
     home = export_folder(config, folder)
     require_export(home, folder)
-    made_of = {**identity_of(folder), "settings": deciding(config.eval), "data": data_sha256(config.data)}
+    made_of = {
+        **identity_of(folder),
+        "settings": deciding(config.eval),
+        "data": data_sha256(config.data),
+    }
     path = config.run.files.evaluation
     before = read_json(path)
     if {key: before.get(key) for key in made_of} == made_of:
@@ -64,12 +69,18 @@ def heldout(config: EvaluationConfig) -> None:
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
     for name, score in evaluate(model, config.data, *settings):
-        logger.info(f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens")
+        logger.info(
+            f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens"
+        )
         scores[name] = score
     scores["all"] = total(list(scores.values()))
     sample = generate(home, config.eval)
     show(scores, sample)
-    result = {**made_of, "heldout": {name: asdict(score) for name, score in scores.items()}, "sample": sample}
+    result = {
+        **made_of,
+        "heldout": {name: asdict(score) for name, score in scores.items()},
+        "sample": sample,
+    }
     write_json(path, result)
     logger.info(f"\nscores: {path}")
 
@@ -81,7 +92,9 @@ def deciding(config: Eval) -> dict[str, Any]:
 
 
 def data_sha256(config: DataConfig) -> str:
-    """What the held-out text is: the manifests of all sources, and whether state is reset between documents."""
+    """What the held-out text is: the manifests of all sources, and whether state is reset between
+    documents.
+    """
     manifests = [sha256_of(source_folder(config, name) / MANIFEST) for name in config.sources]
     return hashlib.sha256(json.dumps([manifests, config.reset_state]).encode()).hexdigest()
 
@@ -95,7 +108,9 @@ def show(scores: dict[str, Score], sample: str) -> None:
 def total(scores: list[Score]) -> Score:
     """All sources as one text."""
     if not scores:
-        raise InputError("no source has held-out tokens: raise data.heldout_percent and prepare the data again")
+        raise InputError(
+            "no source has held-out tokens: raise data.heldout_percent and prepare the data again"
+        )
     tokens, size = sum(score.tokens for score in scores), sum(score.bytes for score in scores)
     loss = sum(score.loss * score.tokens for score in scores) / tokens
     bits = sum(score.bits_per_byte * score.bytes for score in scores) / size
@@ -121,14 +136,20 @@ def generate(folder: Path, config: Eval) -> str:
     set_seed(config.sampling.seed)
     inputs = tokenizer(config.prompt, return_tensors="pt")
     chosen = config.sampling
-    drawn = {"do_sample": True, "temperature": chosen.temperature, "top_k": chosen.top_k, "top_p": chosen.top_p}
+    drawn = {
+        "do_sample": True,
+        "temperature": chosen.temperature,
+        "top_k": chosen.top_k,
+        "top_p": chosen.top_p,
+    }
     settings = drawn if chosen.temperature else {"do_sample": False}
     ids = model.generate(**inputs, max_new_tokens=config.new_tokens, **settings)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """The command line with `checkpoint=` and `suite=` in Hydra's terms, and the run that a checkpoint belongs to.
+    """The command line with `checkpoint=` and `suite=` in Hydra's terms, and the run that a
+    checkpoint belongs to.
 
     Hydra would take checkpoint=... as a choice of its group of that name.
     """

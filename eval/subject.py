@@ -1,4 +1,6 @@
-"""What is evaluated: a run's newest valid checkpoint, one that is named, or a Hugging Face folder."""
+"""What is evaluated: a run's newest valid checkpoint, one that is named, or a Hugging Face
+folder.
+"""
 
 import logging
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +31,9 @@ def find_checkpoint(config: EvaluationConfig) -> Path:
     """
     folder = verified_checkpoint(config)
     if read_state(folder)["model"] != asdict(config.model):
-        raise InputError(f"{folder} holds another model than the config: give the overrides it was trained with")
+        raise InputError(
+            f"{folder} holds another model than the config: give the overrides it was trained with"
+        )
     return folder
 
 
@@ -44,14 +48,23 @@ def verified_checkpoint(config: EvaluationConfig) -> Path:
         for damaged, why in faults.items():
             logger.warning(f"checkpoint {damaged} is not used: {why}")
         if found is None:
-            raise InputError(f"no checkpoint in {config.run.files.checkpoints}: train first, with the same overrides")
+            raise InputError(
+                f"no checkpoint in {config.run.files.checkpoints}: train first, with the same "
+                "overrides"
+            )
         folder = found
     return folder
 
 
 def export_folder(config: EvaluationConfig, folder: Path) -> Path:
-    """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was asked for."""
-    return config.run.files.hf if config.eval.checkpoint is None else config.run.files.hf_of(folder.name)
+    """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was
+    asked for.
+    """
+    return (
+        config.run.files.hf
+        if config.eval.checkpoint is None
+        else config.run.files.hf_of(folder.name)
+    )
 
 
 def identity_of(folder: Path) -> dict[str, Any]:
@@ -101,7 +114,9 @@ class Subject:
 
 
 def subject_of(config: EvaluationConfig) -> Subject:
-    """What eval.checkpoint names, else the run's newest; the run's own config.yaml says where its vocabulary lies."""
+    """What eval.checkpoint names, else the run's newest; the run's own config.yaml says where its
+    vocabulary lies.
+    """
     named = config.eval.checkpoint
     if named is not None and (Path(named) / "config.json").is_file():
         folder = Path(named).resolve()
@@ -110,9 +125,13 @@ def subject_of(config: EvaluationConfig) -> Subject:
         except ValueError as error:
             raise InputError(str(error)) from error
         files = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
-        return Subject(folder, config.run.files.scores, {"folder": str(folder), "files": files}, None)
+        return Subject(
+            folder, config.run.files.scores, {"folder": str(folder), "files": files}, None
+        )
     folder = verified_checkpoint(config)
     tokenizer = tokenizer_path(config.data)
     if (record := config.run.files.config).is_file():
-        tokenizer = tokenizer_path(replace(config.data, folder=str(OmegaConf.load(record).data.folder)))
+        tokenizer = tokenizer_path(
+            replace(config.data, folder=str(OmegaConf.load(record).data.folder))
+        )
     return Subject(folder, config.run.files.scores, identity_of(folder), tokenizer)

@@ -1,13 +1,14 @@
-"""Write the demo's raw text: what every Python carries, as the files that a corpus of your own would be.
+"""Write the demo's raw text: what every Python carries, as the files that a corpus of your own
+would be.
 
     FOLDER/web/*.warc.gz      help pages of standard modules, as a crawl
-    FOLDER/pages/*.html       the same pages as files, to try recipe manuals on (data.sources.web.input=FOLDER/pages)
-    FOLDER/code/*.jsonl       standard modules, a row per file
-    FOLDER/technical/*.jsonl  reference pages of other modules
-    FOLDER/curated/*.jsonl    chapters of the language reference
-    FOLDER/math/*.jsonl       worked arithmetic
+    FOLDER/pages/*.html       the same pages as files, to try recipe manuals on
+    (data.sources.web.input=FOLDER/pages) FOLDER/code/*.jsonl       standard modules, a row per file
+    FOLDER/technical/*.jsonl  reference pages of other modules FOLDER/curated/*.jsonl    chapters of
+    the language reference FOLDER/math/*.jsonl       worked arithmetic
 
-Two files a kind, which two tasks read. Nothing is done where the same Python has written them before.
+Two files a kind, which two tasks read. Nothing is done where the same Python has written them
+before.
 """
 
 import argparse
@@ -31,7 +32,8 @@ KINDS = ("web", "pages", "code", "technical", "curated", "math")  # a folder eac
 RECORD = "made.json"
 EXAMPLES = """examples:
   python examples/make_demo_corpus.py
-  python examples/make_demo_corpus.py /data/demo/raw && python data/prepare.py +experiment=demo data.folder=/data/demo
+  python examples/make_demo_corpus.py /data/demo/raw
+  python data/prepare.py +experiment=demo data.folder=/data/demo
 """
 
 
@@ -45,9 +47,14 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     made_by = {"version": VERSION, "python": platform.python_version()}
     record = folder / RECORD
-    strangers = {path.name for path in folder.iterdir()} - {RECORD, *KINDS} if folder.is_dir() else set()
+    strangers = (
+        {path.name for path in folder.iterdir()} - {RECORD, *KINDS} if folder.is_dir() else set()
+    )
     if strangers:
-        print(f"error: {folder} holds {min(strangers)}, and would be replaced: name a new folder", file=sys.stderr)
+        print(
+            f"error: {folder} holds {min(strangers)}, and would be replaced: name a new folder",
+            file=sys.stderr,
+        )
         sys.exit(USER_ERROR)
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_by:
         print(f"reused: {folder} was written by this Python")
@@ -73,7 +80,11 @@ def write(folder: Path) -> None:
     (folder / "web").mkdir()
     for number in range(FILES):
         with (folder / "web" / f"{number:05d}.warc.gz").open("wb") as file:
-            some = ((f"http://host.invalid/{name}.html", html) for name, html in pages[number::FILES] if html)
+            some = (
+                (f"http://host.invalid/{name}.html", html)
+                for name, html in pages[number::FILES]
+                if html
+            )
             write_archive(file, some)
     kinds: dict[str, Iterable[standard_library.Row]] = {
         "code": standard_library.code_files(),

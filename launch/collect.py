@@ -21,7 +21,11 @@ from train.metrics.records import curve, read_lines, short
 from train.resilience.incidents import read_outcome
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
-BEST = ("bits_per_byte", "validation", "loss")  # what runs are ordered by: the first that was measured
+BEST = (
+    "bits_per_byte",
+    "validation",
+    "loss",
+)  # what runs are ordered by: the first that was measured
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
   python launch/collect.py runs/sweeps/130m-decay_tokens-lr
@@ -30,11 +34,17 @@ Row = dict[str, Any]
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """One row per point of sweep.json: what was varied, how far it got, losses at its end in nats per token."""
+    """One row per point of sweep.json: what was varied, how far it got, losses at its end in nats
+    per token.
+    """
     points = read_json(folder / SWEEP).get("points")
     if points is None:
-        raise InputError(f"{folder} holds no {SWEEP}; name a folder that launch/submit.py -m has made")
-    return [{"run": label, **values, **measured(folder / label)} for label, values in points.items()]
+        raise InputError(
+            f"{folder} holds no {SWEEP}; name a folder that launch/submit.py -m has made"
+        )
+    return [
+        {"run": label, **values, **measured(folder / label)} for label, values in points.items()
+    ]
 
 
 def measured(run: Path) -> Row:
@@ -42,19 +52,32 @@ def measured(run: Path) -> Row:
     files = RunFiles(run)
     records = read_lines(files.metrics)
     outcome = read_outcome(run)
-    state = "running or crashed" if outcome is None else outcome.reason if outcome.code else "finished"
+    state = (
+        "running or crashed" if outcome is None else outcome.reason if outcome.code else "finished"
+    )
     if not records:
         return {"tokens": 0, "state": "not started" if outcome is None else state}
     tokens = records[-1]["tokens"]
-    last = [record for record in records if record["tokens"] > (1 - LAST) * tokens and record["loss"] is not None]
+    last = [
+        record
+        for record in records
+        if record["tokens"] > (1 - LAST) * tokens and record["loss"] is not None
+    ]
     before = [0, *(record["tokens"] for record in records)]
-    spans = {record["step"]: record["tokens"] - start for start, record in zip(before, records, strict=False)}
+    spans = {
+        record["step"]: record["tokens"] - start
+        for start, record in zip(before, records, strict=False)
+    }
     weight = sum(spans[record["step"]] for record in last)
     row: Row = {"tokens": tokens, "state": state}
-    row["loss"] = sum(record["loss"] * spans[record["step"]] for record in last) / weight if weight else None
+    row["loss"] = (
+        sum(record["loss"] * spans[record["step"]] for record in last) / weight if weight else None
+    )
     validated = [record for record in records if record.get("validation")]
     if validated:
-        losses = {name: entry["loss"] for name, entry in sorted(validated[-1]["validation"].items())}
+        losses = {
+            name: entry["loss"] for name, entry in sorted(validated[-1]["validation"].items())
+        }
         row["validation"] = sum(losses.values()) / len(losses)
         row |= {f"validation/{name}": loss for name, loss in losses.items()}
         row["validated_at"] = validated[-1]["tokens"]
@@ -66,14 +89,19 @@ def measured(run: Path) -> Row:
 
 
 def plot(folder: Path, rows: list[Row]) -> Path:
-    """Training loss over tokens of all runs, in spans that the eye needs, on one page without a network."""
+    """Training loss over tokens of all runs, in spans that the eye needs, on one page without a
+    network.
+    """
     figure = go.Figure()
     for row in rows:
         records = read_lines(RunFiles(folder / row["run"]).metrics)
         x, y = curve([(record["tokens"], record["loss"]) for record in records], most=200)
         figure.add_scatter(x=x, y=y, name=row["run"], mode="lines")
     figure.update_layout(
-        title=folder.name, xaxis_title="tokens", yaxis_title="loss, nats per token", template="simple_white"
+        title=folder.name,
+        xaxis_title="tokens",
+        yaxis_title="loss, nats per token",
+        template="simple_white",
     )
     path = folder / "collected.html"
     figure.write_html(path, include_plotlyjs=True)
@@ -81,15 +109,24 @@ def plot(folder: Path, rows: list[Row]) -> Path:
 
 
 def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
-    """The table on the console, where what was varied names a run; held-out losses per source are in the file alone."""
+    """The table on the console, where what was varied names a run; held-out losses per source are
+    in the file alone.
+    """
     table = Table(title=str(folder))
     for key in keys:
-        table.add_column(key.rsplit(".", 1)[-1], justify="left" if key == "state" else "right", no_wrap=True)
+        table.add_column(
+            key.rsplit(".", 1)[-1], justify="left" if key == "state" else "right", no_wrap=True
+        )
     for row in rows:
         values = [
-            short(row[key]) if key in ("tokens", "validated_at") and key in row else row.get(key, "") for key in keys
+            short(row[key])
+            if key in ("tokens", "validated_at") and key in row
+            else row.get(key, "")
+            for key in keys
         ]
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values))
+        table.add_row(
+            *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
+        )
     console = Console()
     wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     Console(width=max(console.width, wide)).print(table)  # figures that are cut off help nobody

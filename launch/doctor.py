@@ -1,4 +1,5 @@
-"""Is this machine fit for the run? Looks at everything that it needs, and names a fix for each fault.
+"""Is this machine fit for the run? Looks at everything that it needs, and names a fix for each
+fault.
 
 examples:
   python launch/doctor.py +experiment=demo
@@ -33,13 +34,17 @@ class Line:
 
 
 def examine(config: RunConfig, console: Console | None = None) -> list[Line]:
-    """Every check in turn, named on the console meanwhile; one that cannot even run is a finding too."""
+    """Every check in turn, named on the console meanwhile; one that cannot even run is a finding
+    too.
+    """
     lines = []
     for name, check in CHECKS.items():
         try:
             with console.status(name) if console else nullcontext():
                 finding = check(config)
-        except Exception as error:  # a doctor that falls ill helps nobody: the patient gets the message
+        except (
+            Exception
+        ) as error:  # a doctor that falls ill helps nobody: the patient gets the message
             fix = "see the message; python -X faulthandler launch/doctor.py tells more"
             finding = Finding("bad", f"{type(error).__name__}: {' '.join(str(error).split())}", fix)
         lines.append(Line(name, finding))
@@ -60,7 +65,9 @@ def main(config: RunConfig) -> None:
     console.print(table)
     bad = [line for line in lines if line.finding.state != "ok" and line.finding.fix]
     for line in bad:
-        console.print(f"{line.name}: {line.finding.fix}", markup=False, style=COLOURS[line.finding.state])
+        console.print(
+            f"{line.name}: {line.finding.fix}", markup=False, style=COLOURS[line.finding.state]
+        )
     if any(line.finding.state == "bad" for line in lines):
         sys.exit(USER_ERROR)
 

@@ -1,14 +1,15 @@
 """A run at full size without its machines, on a laptop's CPU.
 
-Builds the model, its cut and the engine's partition on tensors without memory in a process group that pretends to have
-`world` ranks, takes one step, and shows schedule, data plan, what each rank holds, and every collective with its bytes
-beside the formula of train/costs/traffic.py. A layout that cannot run is refused with the nearest one that can. Also
-written to RUN/dryrun.json.
+Builds the model, its cut and the engine's partition on tensors without memory in a process group
+that pretends to have `world` ranks, takes one step, and shows schedule, data plan, what each rank
+holds, and every collective with its bytes beside the formula of train/costs/traffic.py. A layout
+that cannot run is refused with the nearest one that can. Also written to RUN/dryrun.json.
 
 examples:
   python launch/dryrun.py +experiment=7b world=256
-  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 parallel.sequence_parallel=true
-  python launch/dryrun.py +experiment=7b world=256 model.n_layer=4 parallel.engine=deepspeed parallel.zero_stage=3
+  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8
+  parallel.sequence_parallel=true python launch/dryrun.py +experiment=7b world=256 model.n_layer=4
+  parallel.engine=deepspeed parallel.zero_stage=3
 """
 
 import logging
@@ -47,7 +48,10 @@ def main(run: DryRun) -> None:
     layout = layout_of(run, run.parallel, run.ranks, planned_gpu(run))
     if layout.why_not is not None:
         p = run.parallel
-        shape = f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute {p.recompute.value}"
+        shape = (
+            f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute "
+            f"{p.recompute.value}"
+        )
         raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
     logger.info("loading torch, DeepSpeed and megatron-core")
     from launch.simulation.dry_run import data_plan, dry_run
@@ -76,7 +80,9 @@ def main(run: DryRun) -> None:
 
 
 def steps(run: DryRun) -> list[dict[str, Any]]:
-    """The first step of every stage and of the full batch, and how its sequences lie on the ranks."""
+    """The first step of every stage and of the full batch, and how its sequences lie on the
+    ranks.
+    """
     schedule = Schedule(run)
     groups = run.ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
@@ -87,16 +93,22 @@ def steps(run: DryRun) -> list[dict[str, Any]]:
         micro = run.parallel.micro_batch_tokens // now.seq_len
         rows.append(
             {"token": token, **asdict(now)}
-            | {"least_sequences": now.batch // groups, "most_sequences": most, "micro_batches": -(-most // micro)}
+            | {
+                "least_sequences": now.batch // groups,
+                "most_sequences": most,
+                "micro_batches": -(-most // micro),
+            }
             | {"groups_without": max(0, groups - now.batch)}
         )
     return rows
 
 
 def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
-    """Elements that ranks hold: of the optimizer a part, from stage 2 on of gradients too, in stage 3 of weights.
+    """Elements that ranks hold: of the optimizer a part, from stage 2 on of gradients too, in stage
+    3 of weights.
 
-    DeepSpeed cuts each of the optimizer's groups once, in stage 3 every parameter, megatron-core every bucket.
+    DeepSpeed cuts each of the optimizer's groups once, in stage 3 every parameter, megatron-core
+    every bucket.
     """
     megatron, stage = run.parallel.engine is EngineKind.megatron, run.parallel.zero_stage
     cuts: Sequence[Flat | Bucket] = buckets(run, run.ranks) if megatron else flats(run, run.ranks)
@@ -121,17 +133,28 @@ def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
 
 def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
     """Each kind of collective as counted, beside the formula."""
-    expected = payloads(run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.now.seq_len)
+    expected = payloads(
+        run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.now.seq_len
+    )
     sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
     rows = []
     for when, counts, formula in (("start", seen.start, {}), ("step", seen.step, sizes)):
         for key in [*counts, *(key for key in formula if key not in counts)]:
             group, operation = key
             counted = counts.get(key)
-            calls, size, n = (counted.calls, counted.size, counted.ranks) if counted else (0, 0, members[group])
+            calls, size, n = (
+                (counted.calls, counted.size, counted.ranks) if counted else (0, 0, members[group])
+            )
             sent = SENT[operation] * (n - 1) / n * size if operation in SENT else None
             rows.append(
-                {"when": when, "group": group, "ranks": n, "operation": operation, "calls": calls, "bytes": size}
+                {
+                    "when": when,
+                    "group": group,
+                    "ranks": n,
+                    "operation": operation,
+                    "calls": calls,
+                    "bytes": size,
+                }
                 | {"formula": formula.get(key, 0.0) if formula else None, "sent_by_a_rank": sent}
             )
     return rows
@@ -144,27 +167,58 @@ def show(run: DryRun, result: dict[str, Any]) -> None:
     title = f"{result['run']} on {result['ranks']} ranks: {shape} x data "
     title += str(result["ranks"] // result["tensor_parallel"] // result["context_parallel"])
     grid = Table(
-        "stage", "at token", "batch", "context", "lr", "sequences of a group", "micro-batches", "groups without"
+        "stage",
+        "at token",
+        "batch",
+        "context",
+        "lr",
+        "sequences of a group",
+        "micro-batches",
+        "groups without",
     )
     grid.title = title
     for row in result["schedule"]:
         share = f"{row['least_sequences']:,} to {row['most_sequences']:,}"
-        cells = (row["stage"], f"{row['token']:,}", f"{row['batch']:,}", f"{row['seq_len']:,}", f"{row['lr']:.3g}")
+        cells = (
+            row["stage"],
+            f"{row['token']:,}",
+            f"{row['batch']:,}",
+            f"{row['seq_len']:,}",
+            f"{row['lr']:.3g}",
+        )
         grid.add_row(*cells, share, f"{row['micro_batches']:,}", f"{row['groups_without']:,}")
     console.print(grid)
-    console.print("epochs: " + ", ".join(f"{name} {value:.2f}" for name, value in result["epochs"].items()))
+    console.print(
+        "epochs: " + ", ".join(f"{name} {value:.2f}" for name, value in result["epochs"].items())
+    )
     console.print(held(result["shards"]))
     grid = Table(
-        "when", "group", "ranks", "operation", "calls", "bytes counted", "bytes by formula", "GB sent by a rank"
+        "when",
+        "group",
+        "ranks",
+        "operation",
+        "calls",
+        "bytes counted",
+        "bytes by formula",
+        "GB sent by a rank",
     )
     step = result["step"]
-    grid.title = f"collectives of rank {result['shards']['rank']}, in a step of {step['batch']:,} x {step['seq_len']:,}"
+    grid.title = (
+        f"collectives of rank {result['shards']['rank']}, in a step of {step['batch']:,} x "
+        f"{step['seq_len']:,}"
+    )
     grid.title += f" tokens: {step['micro_batches_of_the_rank']:,} micro-batches"
     for row in result["collectives"]:
         sent = "" if row["sent_by_a_rank"] is None else f"{row['sent_by_a_rank'] / 1e9:.3f}"
         formula = "" if row["formula"] is None else f"{row['formula']:,.0f}"
         formula += " differs" if row["formula"] not in (None, row["bytes"]) else ""
-        cells = (row["when"], row["group"], str(row["ranks"]), row["operation"], f"{row['calls']:,}")
+        cells = (
+            row["when"],
+            row["group"],
+            str(row["ranks"]),
+            row["operation"],
+            f"{row['calls']:,}",
+        )
         grid.add_row(*cells, f"{row['bytes']:,}", formula, sent)
     console.print(grid)
 
@@ -174,13 +228,21 @@ def held(shards: dict[str, Any]) -> Table:
     grid = Table("a rank holds", "elements", "GiB", title="shards")
     sizes, mine = shards["bytes"], shards["optimizer_of_the_rank"]
     grid.add_row("weights", f"{shards['weights_of_a_rank']:,}", f"{sizes['parameters'] / GIB:.2f}")
-    grid.add_row("gradients", f"{shards['gradients_of_a_rank']:,}", f"{sizes['gradients'] / GIB:.2f}")
+    grid.add_row(
+        "gradients", f"{shards['gradients_of_a_rank']:,}", f"{sizes['gradients'] / GIB:.2f}"
+    )
     spread = f"{shards['optimizer_least']:,} to {shards['optimizer_most']:,}"
-    grid.add_row("optimizer's part: fp32 weights, two moments", spread, f"{sizes['optimizer'] / GIB:.2f}")
+    grid.add_row(
+        "optimizer's part: fp32 weights, two moments", spread, f"{sizes['optimizer'] / GIB:.2f}"
+    )
     grid.add_row("largest part over the mean", f"{shards['largest_imbalance']:+.2e}", "")
     grid.add_row("padding of all parts", f"{shards['optimizer_padding']:,}", "")
-    same = "as by formula" if mine["engine"] == mine["formula"] else f"{mine['formula']:,} by formula"
-    grid.add_row(f"rank {shards['rank']}'s part, read from the engine", f"{mine['engine']:,}, {same}", "")
+    same = (
+        "as by formula" if mine["engine"] == mine["formula"] else f"{mine['formula']:,} by formula"
+    )
+    grid.add_row(
+        f"rank {shards['rank']}'s part, read from the engine", f"{mine['engine']:,}, {same}", ""
+    )
     grid.add_row("activations, of one micro-batch", "", f"{sizes['activations'] / GIB:.2f}")
     grid.add_row("buffers", "", f"{sizes['buffers'] / GIB:.2f}")
     grid.add_row("together", "", f"{sizes['total'] / GIB:.2f}")

@@ -1,7 +1,8 @@
 """What a run needs, before anything is allocated.
 
-Memory of a rank, time and cost at a utilisation, the roofline of several GPUs, communication, checkpoints and faults,
-tokens and epochs per source, and the layouts that fit. Also written to RUN/plan.json.
+Memory of a rank, time and cost at a utilisation, the roofline of several GPUs, communication,
+checkpoints and faults, tokens and epochs per source, and the layouts that fit. Also written to
+RUN/plan.json.
 
 examples:
   python launch/plan.py +experiment=7b cluster=h100_32n
@@ -64,28 +65,43 @@ def plan(run: PlannedRun) -> dict[str, Any]:
         "tokens_per_second": own.tokens_per_second,
         "phases": [
             asdict(phase)
-            | {"step_seconds": asdict(time) | {"total": time.total}, "days": phase.steps * time.total / 86400}
-            | {"bytes_sent_by_a_rank": traffic_between_ranks(run, ranks, phase.batch, phase.seq_len)}
+            | {
+                "step_seconds": asdict(time) | {"total": time.total},
+                "days": phase.steps * time.total / 86400,
+            }
+            | {
+                "bytes_sent_by_a_rank": traffic_between_ranks(
+                    run, ranks, phase.batch, phase.seq_len
+                )
+            }
             for phase, time in seconds
         ],
         "reliability": asdict(reliability(run, ranks, days["total"])),
-        "roofline_tokens_per_second": {other.name: 1 / roofline_seconds(run, other) for other in GPUS},
+        "roofline_tokens_per_second": {
+            other.name: 1 / roofline_seconds(run, other) for other in GPUS
+        },
         "sources": sources(run),
         "layout": asdict(own),
         "layouts": [asdict(layout) for layout in found],
-        "layouts_shown": [(place, asdict(layout)) for place, layout in worth_showing(found, own, SHOWN)],
+        "layouts_shown": [
+            (place, asdict(layout)) for place, layout in worth_showing(found, own, SHOWN)
+        ],
     }
 
 
 def sources(run: PlannedRun) -> dict[str, dict[str, float | None]]:
-    """Tokens of each source over the run, and its epochs where the config says how many tokens it has."""
+    """Tokens of each source over the run, and its epochs where the config says how many tokens it
+    has.
+    """
     read = dict.fromkeys(run.data.sources, 0.0)
     for stage in run.data.stages:
         total = sum(stage.mixture.values())
         for name, share in stage.mixture.items():
             read[name] += run.data.tokens_of(stage) * share / total
     has = {name: source.expected_tokens for name, source in run.data.sources.items()}
-    return {n: {"tokens": read[n], "epochs": read[n] / size if (size := has[n]) else None} for n in read}
+    return {
+        n: {"tokens": read[n], "epochs": read[n] / size if (size := has[n]) else None} for n in read
+    }
 
 
 @command(PlannedRun)
@@ -106,7 +122,9 @@ def main(run: PlannedRun) -> None:
 
 def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
     """Size, memory, time, communication and saving."""
-    rows = Table(title=f"{result['run']} on {result['ranks']} ranks ({result['gpu']})", show_header=False)
+    rows = Table(
+        title=f"{result['run']} on {result['ranks']} ranks ({result['gpu']})", show_header=False
+    )
     rows.add_row("parameters", f"{result['parameters']:,}")
     rows.add_row("tokens", f"{result['tokens']:,}")
     rows.add_row("training FLOPs per token", f"{result['flops_per_token']:.4g}")
@@ -115,32 +133,52 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
         rows.add_row(f"memory of a rank, {name}", f"{size / GIB:.1f} GiB")
     if run.cluster.memory_gib is not None:
         kept = headroom(run, run.cluster.device.value) / GIB
-        rows.add_row("memory of a rank, present", f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free")
+        rows.add_row(
+            "memory of a rank, present",
+            f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free",
+        )
     days, saving = result["days"], result["reliability"]
     at = f"{result['mfu']:.0%} MFU, recompute {run.parallel.recompute.value}"
-    rows.add_row(f"days at {at}", f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), if nothing hides")
-    hiding, exposed = (f"{days[part]:.1f} ({days[part] / days['total']:.1%})" for part in ("may_hide", "exposed"))
+    rows.add_row(
+        f"days at {at}",
+        f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), if nothing hides",
+    )
+    hiding, exposed = (
+        f"{days[part]:.1f} ({days[part] / days['total']:.1%})" for part in ("may_hide", "exposed")
+    )
     rows.add_row("of these, computing", f"{days['computing']:.1f}")
     rows.add_row("sending that may hide behind it", hiding)
     rows.add_row("sending that it waits for", exposed)
     rows.add_row("tokens/s of a rank, by these days", f"{result['tokens_per_second']:,.0f}")
-    rows.add_row("cost", f"{result['dollars']:,.0f} dollars at {run.plan.price_per_gpu_hour} an hour")
+    rows.add_row(
+        "cost", f"{result['dollars']:,.0f} dollars at {run.plan.price_per_gpu_hour} an hour"
+    )
     sent = ", ".join(
-        f"{name} {size / 1e9:.1f}" for name, size in result["phases"][-1]["bytes_sent_by_a_rank"].items() if size
+        f"{name} {size / 1e9:.1f}"
+        for name, size in result["phases"][-1]["bytes_sent_by_a_rank"].items()
+        if size
     )
     rows.add_row("a rank sends, 1e9 bytes a step of the last stage", sent or "nothing")
     size, writing = saving["checkpoint_bytes"] / GIB, saving["writing_seconds"]
     rows.add_row(
         "checkpoint",
-        f"{size:.1f} GiB, stops training for {saving['blocking_seconds']:.2f} s, written in {writing:.0f} s",
+        f"{size:.1f} GiB, stops training for {saving['blocking_seconds']:.2f} s, written in "
+        f"{writing:.0f} s",
     )
     rows.add_row("expected faults", f"{saving['failures']:.1f}")
     for what, minutes, lost in (
-        (f"saved every {run.checkpoint.every_tokens:,} tokens", saving["interval_minutes"], saving["lost"]),
+        (
+            f"saved every {run.checkpoint.every_tokens:,} tokens",
+            saving["interval_minutes"],
+            saving["lost"],
+        ),
         ("best pause between saves", saving["best_minutes"], saving["best_lost"]),
     ):
         hours = lost * result["gpu_hours"]
-        rows.add_row(what, f"{minutes:.1f} minutes; {lost:.2%} lost to it and to faults, {hours:,.0f} GPU hours")
+        rows.add_row(
+            what,
+            f"{minutes:.1f} minutes; {lost:.2%} lost to it and to faults, {hours:,.0f} GPU hours",
+        )
     return rows
 
 
@@ -165,7 +203,11 @@ def times(result: dict[str, Any]) -> Table:
         sending = time["may_hide"] + time["exposed"]
         seconds = (f"{part:.2f}" for part in (time["total"], time["computing"], sending))
         grid.add_row(
-            phase["name"], f"{phase['steps']:,.0f}", *seconds, f"{sending / time['total']:.1%}", f"{phase['days']:.2f}"
+            phase["name"],
+            f"{phase['steps']:,.0f}",
+            *seconds,
+            f"{sending / time['total']:.1%}",
+            f"{phase['days']:.2f}",
         )
     return grid
 
@@ -180,26 +222,54 @@ def fed(result: dict[str, Any]) -> Table:
 
 
 def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
-    """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet rates, nothing sent."""
+    """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet
+    rates, nothing sent.
+    """
     grid = Table(
-        "GPU", "roofline, tokens/s", "MFU there", f"days of computing at {run.plan.mfu:.0%} MFU, recompute none"
+        "GPU",
+        "roofline, tokens/s",
+        "MFU there",
+        f"days of computing at {run.plan.mfu:.0%} MFU, recompute none",
     )
     for gpu in GPUS:
         rate = result["roofline_tokens_per_second"][gpu.name]
         days = _days(run, result["ranks"], gpu)
-        grid.add_row(gpu.name, f"{rate:,.0f}", f"{rate * result['flops_per_token'] / gpu.flops:.0%}", f"{days:.1f}")
+        grid.add_row(
+            gpu.name,
+            f"{rate:,.0f}",
+            f"{rate * result['flops_per_token'] / gpu.flops:.0%}",
+            f"{days:.1f}",
+        )
     return grid
 
 
 def _days(run: PlannedRun, ranks: int, gpu: Gpu) -> float:
-    return train_flops_per_token(run.model) * run.tokens / (ranks * gpu.flops * run.plan.mfu) / 86400
+    return (
+        train_flops_per_token(run.model) * run.tokens / (ranks * gpu.flops * run.plan.mfu) / 86400
+    )
 
 
 def choices(result: dict[str, Any]) -> Table:
-    """Layouts: the fastest that fit if nothing hides, the run's own, and the first of each kind that falls."""
-    grid = Table("", "tensor", "context", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "at best", "")
+    """Layouts: the fastest that fit if nothing hides, the run's own, and the first of each kind
+    that falls.
+    """
+    grid = Table(
+        "",
+        "tensor",
+        "context",
+        "ZeRO",
+        "recompute",
+        "micro-batch",
+        "GiB",
+        "tokens/s",
+        "at best",
+        "",
+    )
     runs = sum(row["why_not"] is None for row in result["layouts"])
-    grid.title = f"{runs} of {len(result['layouts'])} layouts can run; tokens/s of a rank if nothing hides, and at best"
+    grid.title = (
+        f"{runs} of {len(result['layouts'])} layouts can run; tokens/s of a rank if nothing "
+        "hides, and at best"
+    )
     for place, row in result["layouts_shown"]:
         cells = (
             "" if place is None else str(place),
@@ -209,7 +279,10 @@ def choices(result: dict[str, Any]) -> Table:
             row["recompute"],
             f"{row['micro_batch_tokens']:,}",
             f"{row['memory_gib']:.1f}" if row["memory_gib"] else "",
-            *(f"{row[key]:,.0f}" if row[key] else "" for key in ("tokens_per_second", "tokens_per_second_hidden")),
+            *(
+                f"{row[key]:,.0f}" if row[key] else ""
+                for key in ("tokens_per_second", "tokens_per_second_hidden")
+            ),
         )
         own = row == result["layout"]
         note = "; ".join(text for text in ("this run's" if own else "", row["why_not"]) if text)

@@ -42,16 +42,31 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "-m", "--multirun", action="store_true", help="one run per point of a sweep, in runs/sweeps/NAME"
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="one run per point of a sweep, in runs/sweeps/NAME",
     )
-    parser.add_argument("--name", help="of the sweep; otherwise its file's, or the keys that it varies")
-    parser.add_argument("--stages", default="train", help="of prepare,train,export,eval, each after the one before")
-    parser.add_argument("--local", action="store_true", help="on this machine, one after another, instead of by Slurm")
-    parser.add_argument("--dry-run", action="store_true", help="check, and show what would be submitted or run")
+    parser.add_argument(
+        "--name", help="of the sweep; otherwise its file's, or the keys that it varies"
+    )
+    parser.add_argument(
+        "--stages", default="train", help="of prepare,train,export,eval, each after the one before"
+    )
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="on this machine, one after another, instead of by Slurm",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, and show what would be submitted or run"
+    )
     given, overrides = parser.parse_known_args()
     stages = given.stages.split(",")
     if stages != [stage for stage in SCRIPTS if stage in stages]:
-        raise InputError(f"--stages {given.stages}: name some of {','.join(SCRIPTS)}, in this order")
+        raise InputError(
+            f"--stages {given.stages}: name some of {','.join(SCRIPTS)}, in this order"
+        )
     if wrong := [word for word in overrides if word.startswith("-")]:
         raise InputError(f"unknown option {wrong[0]}; --help lists them")
     found, jobs = sweep(overrides, given.name) if given.multirun else (None, [job(overrides)])
@@ -71,7 +86,9 @@ def check(each: Job) -> None:
     if cluster.memory_gib is not None:
         device = "cpu" if cluster.device.value == "cpu" else "cuda"
         ranks = cluster.nodes * cluster.ranks_per_node
-        check_memory(each.config, ranks, cluster.ranks_per_node, device, int(cluster.memory_gib * GIB))
+        check_memory(
+            each.config, ranks, cluster.ranks_per_node, device, int(cluster.memory_gib * GIB)
+        )
 
 
 def record(found: Sweep) -> None:
@@ -100,9 +117,13 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
                 before = f"${stage.upper()}"
             else:
                 each.config.run.folder.mkdir(parents=True, exist_ok=True)
-                result = subprocess.run(command, input=script, capture_output=True, text=True, cwd=ROOT)
+                result = subprocess.run(
+                    command, input=script, capture_output=True, text=True, cwd=ROOT
+                )
                 if result.returncode:
-                    raise InputError(f"sbatch refuses {each.config.run.name}: {result.stderr.strip()}")
+                    raise InputError(
+                        f"sbatch refuses {each.config.run.name}: {result.stderr.strip()}"
+                    )
                 before = result.stdout.strip().split(";")[0]
                 logger.info(f"{before}  {each.config.run.name}  {stage}")
             if stage == "prepare":

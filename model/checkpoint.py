@@ -1,9 +1,11 @@
-"""Tensors on disk without pickle: checkpoints as pieces by name and slice, and folders of safetensors files.
+"""Tensors on disk without pickle: checkpoints as pieces by name and slice, and folders of
+safetensors files.
 
-A checkpoint folder holds `rank-NNNNN.safetensors` (flat fp32 pieces), `rank-NNNNN.json` (what each piece is),
-`state.json` (the run's place in its token stream) and `manifest.json` (size and SHA-256 of every other file, written
-last). A piece is a range of the flattened part of a tensor that one tensor-parallel rank holds, so any layout of ranks
-can read any other's. Reading costs the bytes asked for; indices grow with tensors x ranks, not with parameters.
+A checkpoint folder holds `rank-NNNNN.safetensors` (flat fp32 pieces), `rank-NNNNN.json` (what each
+piece is), `state.json` (the run's place in its token stream) and `manifest.json` (size and SHA-256
+of every other file, written last). A piece is a range of the flattened part of a tensor that one
+tensor-parallel rank holds, so any layout of ranks can read any other's. Reading costs the bytes
+asked for; indices grow with tensors x ranks, not with parameters.
 """
 
 import json
@@ -27,7 +29,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of the flattened part of tensor `name` on tensor-parallel rank tp_rank."""
+    """Elements [start, start + numel) of the flattened part of tensor `name` on tensor-parallel
+    rank tp_rank.
+    """
 
     kind: str  # "param", "exp_avg" or "exp_avg_sq"
     name: str
@@ -48,7 +52,9 @@ def part_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ..
     cut = cut_of(name)
     if cut is None or tp_size == 1:
         return shape
-    return tuple(extent // tp_size if axis == cut.dim else extent for axis, extent in enumerate(shape))
+    return tuple(
+        extent // tp_size if axis == cut.dim else extent for axis, extent in enumerate(shape)
+    )
 
 
 class Pieces:
@@ -57,7 +63,9 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[tuple[str, str], list[tuple[Piece, Path]]] = {}
-        for name in read_manifest(folder):  # a file that it does not name was not verified and is not read
+        for name in read_manifest(
+            folder
+        ):  # a file that it does not name was not verified and is not read
             if name.startswith("rank-") and name.endswith(".json"):
                 path = folder / name
                 for raw in json.loads(path.read_text(encoding="utf-8")):
@@ -71,27 +79,42 @@ class Pieces:
         return self.rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
 
     def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the whole tensor, fp32 on the CPU; memory holds little more than them."""
+        """Rows [start, stop) of the whole tensor, fp32 on the CPU; memory holds little more than
+        them.
+        """
         piece = self.where[kind, name][0][0]
         cut, size = cut_of(name), piece.tp_size
         shape = part_shape(name, piece.shape, size)
         width = prod(shape[1:])
         if cut is None or size == 1 or cut.dim:
             ranks = range(1 if cut is None else size)
-            parts = [self._flat(kind, name, rank, start * width, (stop - start) * width) for rank in ranks]
+            parts = [
+                self._flat(kind, name, rank, start * width, (stop - start) * width)
+                for rank in ranks
+            ]
             parts = [part.view(stop - start, *shape[1:]) for part in parts]
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         run, out = shape[0] // cut.parts, []  # rows that lie together on one rank
         while start < stop:
-            block, inside = divmod(start, run)  # blocks go over the ranks of the first part, then of the next
+            block, inside = divmod(
+                start, run
+            )  # blocks go over the ranks of the first part, then of the next
             count = min(run - inside, stop - start)
             local = block // size * run + inside
-            out.append(self._flat(kind, name, block % size, local * width, count * width).view(count, *shape[1:]))
+            out.append(
+                self._flat(kind, name, block % size, local * width, count * width).view(
+                    count, *shape[1:]
+                )
+            )
             start += count
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def range(self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int) -> Tensor:
-        """A range of the flattened part that rank tp_rank of tp_size holds, whatever layout wrote the checkpoint."""
+    def range(
+        self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int
+    ) -> Tensor:
+        """A range of the flattened part that rank tp_rank of tp_size holds, whatever layout wrote
+        the checkpoint.
+        """
         if (kind, name) not in self.where:
             raise KeyError(f"{self.folder} has no {kind} of {name}")
         if self.where[kind, name][0][0].tp_size == tp_size or cut_of(name) is None:
@@ -109,30 +132,45 @@ class Pieces:
             if low != filled:
                 break
             with safe_open(path, framework="pt") as file:
-                out[low - start : high - start] = file.get_slice(piece.key)[low - piece.start : high - piece.start]
+                out[low - start : high - start] = file.get_slice(piece.key)[
+                    low - piece.start : high - piece.start
+                ]
             filled = high
         if filled != start + numel:
-            raise ValueError(f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}")
+            raise ValueError(
+                f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}"
+            )
         return out
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """File name -> (size in bytes, SHA-256) of a checkpoint's manifest."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    return {
+        str(name): (int(entry["bytes"]), str(entry["sha256"]))
+        for name, entry in manifest["files"].items()
+    }
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint folder must not be read, or None: every file of its manifest is read and hashed."""
+    """Why a checkpoint folder must not be read, or None: every file of its manifest is read and
+    hashed.
+    """
     try:
         files = read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    ranks = sorted(name.removesuffix(".json") for name in files if name.endswith(".json") and name != STATE)
+    ranks = sorted(
+        name.removesuffix(".json") for name in files if name.endswith(".json") and name != STATE
+    )
     wanted = {STATE} | {f"{rank}{suffix}" for rank in ranks for suffix in (".json", ".safetensors")}
-    if not ranks or set(files) != wanted or ranks != [f"rank-{number:05d}" for number in range(len(ranks))]:
+    if (
+        not ranks
+        or set(files) != wanted
+        or ranks != [f"rank-{number:05d}" for number in range(len(ranks))]
+    ):
         return f"{MANIFEST} does not list {STATE} and two files of every rank"
     for name, (size, sha256) in files.items():
         path = folder / name

@@ -8,7 +8,9 @@ LOSS_CHUNK = 1024  # tokens whose logits live at once, or as many as d_model; se
 
 
 class Backend(Enum):
-    """Implementations of the kernels a run can ask for; `auto` takes the fastest that is present."""
+    """Implementations of the kernels a run can ask for; `auto` takes the fastest that is
+    present.
+    """
 
     auto = "auto"
     reference = "reference"
@@ -21,14 +23,17 @@ class Recompute(Enum):
     """What the backward computes again instead of keeping it."""
 
     none = "none"
-    selective = "selective"  # from in_proj's output to out_proj's input: convolution, x_proj, dt_proj and scan
+    # from in_proj's output to out_proj's input: convolution, x_proj, dt_proj and scan
+    selective = "selective"
     full = "full"  # whole blocks: the residual stream alone is kept
 
 
 def loss_chunk(tokens: int, d_model: int) -> int:
-    """Tokens whose logits live at once: equal parts of all tokens, none above LOSS_CHUNK and d_model both.
+    """Tokens whose logits live at once: equal parts of all tokens, none above LOSS_CHUNK and
+    d_model both.
 
-    Each chunk adds to the head's gradient [v, d_model] in memory; with d_model tokens its logits are as large.
+    Each chunk adds to the head's gradient [v, d_model] in memory; with d_model tokens its logits
+    are as large.
     """
     chunks = max(1, -(-tokens // max(LOSS_CHUNK, d_model)))
     return max(1, -(-tokens // chunks))
@@ -36,7 +41,9 @@ def loss_chunk(tokens: int, d_model: int) -> int:
 
 @dataclass
 class ModelConfig:
-    """Sizes by the names of the Mamba paper (arXiv 2312.00752) and of Falcon Mamba (arXiv 2410.05355, table 1)."""
+    """Sizes by the names of the Mamba paper (arXiv 2312.00752) and of Falcon Mamba (arXiv
+    2410.05355, table 1).
+    """
 
     vocab_size: int
     d_model: int
@@ -61,10 +68,15 @@ class ModelConfig:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
 
     def check_cut(self, ranks: int) -> None:
-        """Raise ValueError unless a number of tensor-parallel ranks divides what is cut over them."""
+        """Raise ValueError unless a number of tensor-parallel ranks divides what is cut over
+        them.
+        """
         for name in ("d_inner", "vocab_size"):
             if getattr(self, name) % ranks:
-                raise ValueError(f"parallel.tensor_parallel {ranks} does not divide model.{name} {getattr(self, name)}")
+                raise ValueError(
+                    f"parallel.tensor_parallel {ranks} does not divide model.{name} "
+                    f"{getattr(self, name)}"
+                )
 
 
 @dataclass

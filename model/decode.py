@@ -1,7 +1,8 @@
 """One token through the whole model: what decoding repeats, without what a sequence needs.
 
-The same formula as model/mamba.py at a length of one, with A and the convolution's transposed weights prepared once:
-no kernel is launched for a single step. Equal to FalconMamba.extend (tests/model/test_generation.py).
+The same formula as model/mamba.py at a length of one, with A and the convolution's transposed
+weights prepared once: no kernel is launched for a single step. Equal to FalconMamba.extend
+(tests/model/test_generation.py).
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ State = list[LayerState]
 class Decoder:
     """Next-token scores of a FalconMamba from one token and the state, which it keeps.
 
-    compiled: torch.compile makes the step several times faster on a CPU and takes half a minute at first. On a GPU the
-    step is a CUDA graph, captured here: one launch per token.
+    compiled: torch.compile makes the step several times faster on a CPU and takes half a minute at
+    first. On a GPU the step is a CUDA graph, captured here: one launch per token.
     """
 
     def __init__(self, model: Any, state: State, *, compiled: bool = False) -> None:
@@ -59,7 +60,9 @@ class Decoder:
     def _step(
         self, tokens: Tensor, taps: list[Tensor], scans: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """tokens [b], taps [b, k - 1, d] and scans [b, d, n] of all layers -> scores [b, v] and both after it."""
+        """tokens [b], taps [b, k - 1, d] and scans [b, d, n] of all layers -> scores [b, v] and
+        both after it.
+        """
         h = self.model.embedding(tokens).float()
         after: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer, A, tap, scan in zip(self.model.layers, self.A, taps, scans, strict=True):
@@ -74,7 +77,9 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record one step that updates the state in place; only the warmup runs, which leaves the state alone."""
+        """Record one step that updates the state in place; only the warmup runs, which leaves the
+        state alone.
+        """
         device, batch = self.taps[0].device, self.taps[0].shape[0]
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         side = torch.cuda.Stream()
@@ -97,7 +102,9 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * weight
 
 
-def _mix(mixer: Any, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mix(
+    mixer: Any, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mixer at one step: x [b, e] -> [b, e], with the taps and the scan's state after it."""
     u, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
     window = torch.cat([taps, u.unsqueeze(1)], 1)
@@ -106,6 +113,8 @@ def _mix(mixer: Any, x: Tensor, A: Tensor, taps: Tensor, scan: Tensor) -> tuple[
     if mixer.norms:
         dt, B, C = (_norm(part, None, mixer.norm_eps).to(u.dtype) for part in (dt, B, C))
     delta = F.softplus((F.linear(dt, mixer.dt_proj.weight) + mixer.dt_bias).float())
-    scan = torch.exp(delta.unsqueeze(-1) * A) * scan + (delta * u).unsqueeze(-1) * B.float().unsqueeze(1)
+    scan = torch.exp(delta.unsqueeze(-1) * A) * scan + (delta * u).unsqueeze(
+        -1
+    ) * B.float().unsqueeze(1)
     y = (scan @ C.float().unsqueeze(-1)).squeeze(-1) + mixer.D * u
     return F.linear((y * F.silu(z)).to(u.dtype), mixer.out_proj.weight), window[:, 1:], scan

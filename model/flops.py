@@ -1,11 +1,13 @@
 """Parameters and FLOPs of a model, from its shape alone.
 
-Training FLOPs per token count matrix products only, 2 per multiply-add, and twice the forward for the backward: 6 per
-matrix parameter that a token meets. The input embedding is a lookup and meets none. The scan adds about 7 FLOP per
-state element forward (0.4 % at 7B) and is left out, so that MFU compares with the usual transformer figures.
+Training FLOPs per token count matrix products only, 2 per multiply-add, and twice the forward for
+the backward: 6 per matrix parameter that a token meets. The input embedding is a lookup and meets
+none. The scan adds about 7 FLOP per state element forward (0.4 % at 7B) and is left out, so that
+MFU compares with the usual transformer figures.
 
-What is not a matrix product runs at the speed of memory, or, in the scan, of exponentials. Bytes count every tensor
-that a fused kernel must read or write once; products' own inputs and outputs are left out, since they hide behind them.
+What is not a matrix product runs at the speed of memory, or, in the scan, of exponentials. Bytes
+count every tensor that a fused kernel must read or write once; products' own inputs and outputs are
+left out, since they hide behind them.
 """
 
 from dataclasses import dataclass
@@ -46,7 +48,9 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters of the matrix products that every token meets; 6,994,001,920 for Falcon Mamba 7B."""
+    """Parameters of the matrix products that every token meets; 6,994,001,920 for Falcon Mamba
+    7B.
+    """
     c = config
     mixer = c.d_inner * (2 * c.d_model + (c.dt_rank + 2 * c.d_state) + c.dt_rank + c.d_model)
     return c.n_layer * mixer + c.vocab_size * c.d_model
@@ -59,7 +63,9 @@ def train_flops_per_token(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Per token, forward and backward of all layers: bytes of memory and evaluations of special functions."""
+    """Per token, forward and backward of all layers: bytes of memory and evaluations of special
+    functions.
+    """
 
     residual: int  # bytes of norms and residual additions
     convolutions: int  # bytes
@@ -70,10 +76,11 @@ class Traffic:
 def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
     """What a token moves outside matrix products; `width` bytes per element of the products' type.
 
-    Convolution: x in, y out; x, dy in, dx out. Scan: u, dt, z in, y out, a state every SCAN_CHUNK tokens; back, u, dt,
-    z, dy in, du, ddt, dz out and the states in. Norm and addition: h and y in, h out, h in and the normed row out;
-    back, h, its gradient and the row's in, h's gradient out twice. The scan takes one exponential per state element
-    forward and two back, and ten more functions per channel.
+    Convolution: x in, y out; x, dy in, dx out. Scan: u, dt, z in, y out, a state every SCAN_CHUNK
+    tokens; back, u, dt, z, dy in, du, ddt, dz out and the states in. Norm and addition: h and y in,
+    h out, h in and the normed row out; back, h, its gradient and the row's in, h's gradient out
+    twice. The scan takes one exponential per state element forward and two back, and ten more
+    functions per channel.
     """
     c = config
     states = 4 * c.d_inner * c.d_state // SCAN_CHUNK
@@ -81,4 +88,6 @@ def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
     convolutions = 5 * c.d_inner * width
     scan = 11 * c.d_inner * width + 2 * states
     specials = 3 * c.d_inner * c.d_state + 10 * c.d_inner
-    return Traffic(c.n_layer * residual, c.n_layer * convolutions, c.n_layer * scan, c.n_layer * specials)
+    return Traffic(
+        c.n_layer * residual, c.n_layer * convolutions, c.n_layer * scan, c.n_layer * specials
+    )

@@ -1,8 +1,9 @@
 """Generation: from prompts to tokens, recurrently; text is eval's.
 
-A token costs the same time and memory whatever came before it. A prompt is read in chunks with the state carried, so
-that any length fits. Prompts of a batch are aligned on the right; where one begins, convolution and scan forget the
-padding before it, so that a row's result is the one it gets alone.
+A token costs the same time and memory whatever came before it. A prompt is read in chunks with the
+state carried, so that any length fits. Prompts of a batch are aligned on the right; where one
+begins, convolution and scan forget the padding before it, so that a row's result is the one it gets
+alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,9 @@ from core.errors import InputError
 from model.config import Sampling
 from model.decode import Decoder, State
 
-PREFILL_TOKENS = 4096  # of a chunk, all rows together: its activations are the memory of a prompt of any length
+PREFILL_TOKENS = (
+    4096  # of a chunk, all rows together: its activations are the memory of a prompt of any length
+)
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 PADDING = 0  # an id before a prompt that is shorter than others; any would do, for it is forgotten
 Prompts = Sequence[Sequence[int]]
@@ -29,9 +32,15 @@ class Generation:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Prompts, count: int = 128, sampling: Sampling = GREEDY, *, stop: int | None = None
+        self,
+        prompts: Prompts,
+        count: int = 128,
+        sampling: Sampling = GREEDY,
+        *,
+        stop: int | None = None,
     ) -> Tensor:
-        """The next `count` ids [b, count] of prompts, which may differ in length; fewer where all rows reached `stop`.
+        """The next `count` ids [b, count] of prompts, which may differ in length; fewer where all
+        rows reached `stop`.
 
         In the row of a prompt that ended before, `stop` fills what is left.
         """
@@ -50,7 +59,8 @@ class Generation:
     def stream(
         self, prompts: Prompts, count: int, sampling: Sampling = GREEDY, *, compiled: bool = False
     ) -> Iterator[Tensor]:
-        """Yield `count` times the next token [b] of every prompt; the caller stops when it has enough.
+        """Yield `count` times the next token [b] of every prompt; the caller stops when it has
+        enough.
 
         compiled is for long texts on a CPU: see Decoder.
         """
@@ -65,7 +75,9 @@ class Generation:
 
     @torch.no_grad()
     def prefill(self, prompts: Prompts) -> tuple[Tensor, State]:
-        """Read prompts of any lengths. Returns the final states [b, e] behind them and the layers' states."""
+        """Read prompts of any lengths. Returns the final states [b, e] behind them and the layers'
+        states.
+        """
         device = self.lm_head.weight.device
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) < 1:
@@ -86,13 +98,16 @@ class Generation:
 def _window(prompt: Sequence[int], longest: int, low: int, high: int) -> list[int]:
     """Places [low, high) of a prompt that ends at `longest`, with padding before it."""
     pad = longest - len(prompt)
-    return [PADDING] * max(0, min(high, pad) - low) + list(prompt[max(0, low - pad) : max(0, high - pad)])
+    return [PADDING] * max(0, min(high, pad) - low) + list(
+        prompt[max(0, low - pad) : max(0, high - pad)]
+    )
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Next tokens [b] of logits [b, v]: the most likely one at temperature 0, else drawn.
 
-    top_k keeps the k most likely (0: all), top_p the fewest whose probability reaches p (arXiv 1904.09751).
+    top_k keeps the k most likely (0: all), top_p the fewest whose probability reaches p (arXiv
+    1904.09751).
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)

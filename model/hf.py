@@ -1,4 +1,6 @@
-"""Ours <-> transformers' FalconMambaForCausalLM: one table of tensor names and one of config fields, used both ways."""
+"""Ours <-> transformers' FalconMambaForCausalLM: one table of tensor names and one of config
+fields, used both ways.
+"""
 
 import json
 import math
@@ -49,7 +51,9 @@ FIELDS = {
 
 
 def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
-    """Pairs (our name, transformers' name) of every tensor, in the order of transformers' state dict."""
+    """Pairs (our name, transformers' name) of every tensor, in the order of transformers' state
+    dict.
+    """
     yield from TENSORS_BEFORE.items()
     for index in range(n_layer):
         for ours, theirs in TENSORS_OF_LAYER.items():
@@ -58,7 +62,9 @@ def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
 
 
 def to_hf(name: str, tensor: Tensor) -> Tensor:
-    """Our tensor, or rows of it, in transformers' shape: conv weights gain the channel axis of a depthwise Conv1d."""
+    """Our tensor, or rows of it, in transformers' shape: conv weights gain the channel axis of a
+    depthwise Conv1d.
+    """
     return tensor.unsqueeze(1) if name.endswith("conv_weight") else tensor
 
 
@@ -68,18 +74,25 @@ def from_hf(name: str, tensor: Tensor) -> Tensor:
 
 
 def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
-    """config.json of a model; eos is also bos and pad, since the tokenizer has no bos (released: bos 0 = >>TITLE<<)."""
+    """config.json of a model; eos is also bos and pad, since the tokenizer has no bos (released:
+    bos 0 = >>TITLE<<).
+    """
     if not config.mixer_norms:
-        raise ValueError("model.mixer_norms is false: that is plain Mamba, which FalconMambaForCausalLM cannot express")
+        raise ValueError(
+            "model.mixer_norms is false: that is plain Mamba, which FalconMambaForCausalLM "
+            "cannot express"
+        )
     if config.d_inner % config.d_model:
         raise ValueError(
-            f"model.d_inner {config.d_inner} is no multiple of d_model {config.d_model}, as expand must be"
+            f"model.d_inner {config.d_inner} is no multiple of d_model {config.d_model}, as "
+            "expand must be"
         )
     return {
         "architectures": ["FalconMambaForCausalLM"],
         "model_type": "falcon_mamba",
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        # readers take d_inner from either key; the released config's expand 16 contradicts its intermediate_size
+        # readers take d_inner from either key; the released config's expand 16 contradicts its
+        # intermediate_size
         "expand": config.d_inner // config.d_model,
         "hidden_act": "silu",
         "bos_token_id": eos,
@@ -98,10 +111,18 @@ def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """Our config from a config.json of model type falcon_mamba; raises ValueError for what we do not train."""
+    """Our config from a config.json of model type falcon_mamba; raises ValueError for what we do
+    not train.
+    """
     if raw.get("model_type") != "falcon_mamba":
-        raise ValueError(f"model_type is {raw.get('model_type')!r}; only falcon_mamba folders can be read")
-    if raw.get("tie_word_embeddings", True) or raw.get("use_bias") or not raw.get("use_conv_bias", True):
+        raise ValueError(
+            f"model_type is {raw.get('model_type')!r}; only falcon_mamba folders can be read"
+        )
+    if (
+        raw.get("tie_word_embeddings", True)
+        or raw.get("use_bias")
+        or not raw.get("use_conv_bias", True)
+    ):
         raise ValueError("only untied embeddings, no linear bias and a conv bias are supported")
     # transformers' class defaults, for keys that the released config leaves out
     filled = {
@@ -121,10 +142,16 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def differences(folder: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Overrides that would give `wanted` the network of a folder; what shapes initial values only is not compared."""
+    """Overrides that would give `wanted` the network of a folder; what shapes initial values only
+    is not compared.
+    """
     initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
     names = [field.name for field in fields(ModelConfig) if field.name not in initial]
-    return [f"model.{name}={getattr(folder, name)}" for name in names if getattr(folder, name) != getattr(wanted, name)]
+    return [
+        f"model.{name}={getattr(folder, name)}"
+        for name in names
+        if getattr(folder, name) != getattr(wanted, name)
+    ]
 
 
 class HfFolder:
@@ -146,7 +173,9 @@ class HfFolder:
         self.names = dict(tensor_names(self.config.n_layer))
         if self.files.keys() != set(self.names.values()):
             odd = sorted(self.files.keys() ^ set(self.names.values()))
-            raise ValueError(f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}")
+            raise ValueError(
+                f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}"
+            )
 
     def _files(self) -> dict[str, Path]:
         """Tensor name -> file that holds it."""
@@ -173,7 +202,8 @@ class HfFolder:
 
 @torch.no_grad()
 def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Fill a FalconMamba, or the part of it that a tensor-parallel rank holds, out of a Hugging Face folder.
+    """Fill a FalconMamba, or the part of it that a tensor-parallel rank holds, out of a Hugging
+    Face folder.
 
     Raises InputError when the folder holds no FalconMamba, or another network than `model`.
     """

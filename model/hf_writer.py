@@ -1,8 +1,10 @@
-"""Safetensors files computed from shapes alone, then written in pieces: no tensor is ever whole in memory.
+"""Safetensors files computed from shapes alone, then written in pieces: no tensor is ever whole in
+memory.
 
-The layout is transformers' own (`save_pretrained`): tensors fill files in the order of its state dict, a file is closed
-before it would hold more than max_bytes of tensors; inside a file tensors stand by size of their type, widest first,
-then by name, behind a header of JSON padded to 8 bytes. Verified against the sizes of tiiuae/falcon-mamba-7b.
+The layout is transformers' own (`save_pretrained`): tensors fill files in the order of its state
+dict, a file is closed before it would hold more than max_bytes of tensors; inside a file tensors
+stand by size of their type, widest first, then by name, behind a header of JSON padded to 8 bytes.
+Verified against the sizes of tiiuae/falcon-mamba-7b.
 """
 
 import json
@@ -104,13 +106,25 @@ def plan(entries: Iterator[Entry], max_bytes: int = MAX_FILE_BYTES) -> Layout:
     if len(groups) == 1:
         names = ["model.safetensors"]
     else:
-        names = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
-    ordered = [sorted(group, key=lambda entry: (-entry.dtype.itemsize, entry.theirs)) for group in groups]
+        names = [
+            f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            for number in range(len(groups))
+        ]
+    ordered = [
+        sorted(group, key=lambda entry: (-entry.dtype.itemsize, entry.theirs)) for group in groups
+    ]
     return Layout([File(name, group) for name, group in zip(names, ordered, strict=True)])
 
 
-def write(folder: Path, layout: Layout, rows: Callable[[str, int, int], Tensor], say: Callable[[str], None]) -> None:
-    """Write every file; `rows(name, start, stop)` gives rows of our tensor in fp32, `say` hears of each file."""
+def write(
+    folder: Path,
+    layout: Layout,
+    rows: Callable[[str, int, int], Tensor],
+    say: Callable[[str], None],
+) -> None:
+    """Write every file; `rows(name, start, stop)` gives rows of our tensor in fp32, `say` hears of
+    each file.
+    """
     for file in layout.files:
         say(f"{file.name}: {len(file.entries)} tensors, {file.size:,} bytes")
         with (folder / file.name).open("xb") as out:
@@ -127,5 +141,7 @@ def _parts(entry: Entry, rows: Callable[[str, int, int], Tensor]) -> Iterator[An
     """The bytes of a tensor, a few rows at a time."""
     step = max(1, CHUNK // prod(entry.shape[1:]))
     for start in range(0, entry.shape[0], step):
-        part = rows(entry.ours, start, min(start + step, entry.shape[0])).to(entry.dtype).contiguous()
+        part = (
+            rows(entry.ours, start, min(start + step, entry.shape[0])).to(entry.dtype).contiguous()
+        )
         yield part.flatten().view(torch.uint8).numpy()

@@ -2,18 +2,17 @@
 
 | parameter | initial value | source |
 |---|---|---|
-| embedding, lm_head | N(0, embedding_std) | state-spaces/mamba uses 0.02; TII's own value is not published |
-| norm weights | 1 | usual |
-| in_proj, x_proj | U(+-1/sqrt(fan_in)) | torch's Linear default, as in state-spaces/mamba |
-| out_proj | U(+-1/sqrt(fan_in)) / sqrt(n_layer) | state-spaces/mamba (GPT-2's residual rule, one residual a layer) |
-| conv weight, bias | U(+-1/sqrt(d_conv)) | torch's Conv1d default (depthwise: fan_in = d_conv) |
-| dt_proj | U(+-dt_rank^-0.5) | arXiv 2312.00752, section 3.6; config keys of the released checkpoint |
-| dt_bias | softplus^-1 of exp(U(ln dt_min, ln dt_max)), at least dt_floor | idem |
-| A_log | ln(1..d_state) in every channel (S4D-real) | arXiv 2312.00752, section 3.6 |
-| D | 1 | idem |
+| embedding, lm_head | N(0, embedding_std) | state-spaces/mamba uses 0.02; TII's own value is not
+published | | norm weights | 1 | usual | | in_proj, x_proj | U(+-1/sqrt(fan_in)) | torch's Linear
+default, as in state-spaces/mamba | | out_proj | U(+-1/sqrt(fan_in)) / sqrt(n_layer) |
+state-spaces/mamba (GPT-2's residual rule, one residual a layer) | | conv weight, bias |
+U(+-1/sqrt(d_conv)) | torch's Conv1d default (depthwise: fan_in = d_conv) | | dt_proj |
+U(+-dt_rank^-0.5) | arXiv 2312.00752, section 3.6; config keys of the released checkpoint | |
+dt_bias | softplus^-1 of exp(U(ln dt_min, ln dt_max)), at least dt_floor | idem | | A_log |
+ln(1..d_state) in every channel (S4D-real) | arXiv 2312.00752, section 3.6 | | D | 1 | idem |
 
-Each full parameter is drawn from its own generator, seeded by (seed, name), and then cut: the same model comes out for
-any tensor-parallel size, order of construction or device.
+Each full parameter is drawn from its own generator, seeded by (seed, name), and then cut: the same
+model comes out for any tensor-parallel size, order of construction or device.
 """
 
 import hashlib
@@ -28,7 +27,9 @@ from model.flops import parameter_shapes
 
 
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """The full fp32 initial value of a parameter, on the CPU, a pure function of (name, config, seed)."""
+    """The full fp32 initial value of a parameter, on the CPU, a pure function of (name, config,
+    seed).
+    """
     shape = parameter_shapes(config)[name]
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -52,15 +53,27 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
             bound = config.d_conv**-0.5
             return uniform(-bound, bound)
         case "mixer.dt_bias":
-            dt = uniform(math.log(config.dt_min), math.log(config.dt_max)).exp().clamp(min=config.dt_floor)
+            dt = (
+                uniform(math.log(config.dt_min), math.log(config.dt_max))
+                .exp()
+                .clamp(min=config.dt_floor)
+            )
             return dt + torch.log(-torch.expm1(-dt))
         case "mixer.A_log":
-            return torch.arange(1, config.d_state + 1, dtype=torch.float32).log().repeat(config.d_inner, 1)
+            return (
+                torch.arange(1, config.d_state + 1, dtype=torch.float32)
+                .log()
+                .repeat(config.d_inner, 1)
+            )
     raise AssertionError(f"no initial value for {name}")
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int, cut: Callable[[str, Tensor], Tensor]) -> None:
-    """Fill a materialised model with its initial values; `cut(name, full)` gives the part that this rank holds."""
+def initialize(
+    model: nn.Module, config: ModelConfig, seed: int, cut: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Fill a materialised model with its initial values; `cut(name, full)` gives the part that this
+    rank holds.
+    """
     for name, parameter in model.named_parameters():
         parameter.copy_(cut(name, initial_value(name, config, seed)))

@@ -1,8 +1,10 @@
-"""Falcon Mamba: 64 times RMSNorm, Mamba-1 mixer, residual add; no attention, no MLP (arXiv 2410.05355).
+"""Falcon Mamba: 64 times RMSNorm, Mamba-1 mixer, residual add; no attention, no MLP (arXiv
+2410.05355).
 
-Read top-down: FalconMamba, Block, Mixer. Axes: b batch, l sequence, e d_model, d d_inner, n d_state, r dt_rank,
-k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r, before dt_proj), B and C (over n).
-The modules hold mathematics alone; model/parallel/build.py puts sharded linears in their place.
+Read top-down: FalconMamba, Block, Mixer. Axes: b batch, l sequence, e d_model, d d_inner, n
+d_state, r dt_rank, k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r,
+before dt_proj), B and C (over n). The modules hold mathematics alone; model/parallel/build.py puts
+sharded linears in their place.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +23,15 @@ from model.kernels.carry import continued_conv, last_taps
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
 from model.kernels.reference import computing_type, product_type
 
-COMPILED_VARIANTS = 32  # of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
+COMPILED_VARIANTS = (
+    32  # of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
+)
 
 
 class SequenceRanks(Protocol):
-    """What a layer asks of the ranks that hold the other pieces of its sequences (model/parallel/context.py)."""
+    """What a layer asks of the ranks that hold the other pieces of its sequences
+    (model/parallel/context.py).
+    """
 
     def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
         """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]."""
@@ -36,7 +42,9 @@ class SequenceRanks(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight, computed in fp32; its result has the type that autocast gives to products."""
+    """RMSNorm with a weight, computed in fp32; its result has the type that autocast gives to
+    products.
+    """
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -57,7 +65,9 @@ class Mixer(nn.Module):
         c = config
         self.kernels = kernels
         self.recompute = False  # what lies between in_proj and out_proj, in the backward
-        self.context: SequenceRanks | None = None  # of the ranks that hold the other pieces of the sequence
+        self.context: SequenceRanks | None = (
+            None  # of the ranks that hold the other pieces of the sequence
+        )
         self.norms = c.mixer_norms
         self.norm_eps = c.mixer_norm_eps
         self.split = [c.dt_rank, c.d_state, c.d_state]
@@ -75,7 +85,9 @@ class Mixer(nn.Module):
         """x [b, l, e], starts [b, l] bool or None -> [b, l, e]."""
         return self._mix(x, starts, None, None)[0]
 
-    def extend(self, x: Tensor, starts: Tensor | None, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    def extend(
+        self, x: Tensor, starts: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
         """As forward, from a state to the state after the last token."""
         taps, scan = state if state is not None else (None, None)
         y, u, last = self._mix(x, starts, taps, scan)
@@ -93,18 +105,30 @@ class Mixer(nn.Module):
         return self.out_proj(y), before, last
 
     def _select(
-        self, before: Tensor, z: Tensor, starts: Tensor | None, taps: Tensor | None, state: Tensor | None
+        self,
+        before: Tensor,
+        z: Tensor,
+        starts: Tensor | None,
+        taps: Tensor | None,
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolution, selection and gated scan of before and z [b, l, d]: y [b, l, d] and the last state."""
+        """Convolution, selection and gated scan of before and z [b, l, d]: y [b, l, d] and the last
+        state.
+        """
         if self.context is not None:
             taps = self.context.taps(before, starts, self.conv_weight.shape[1] - 1)
-        u = continued_conv(self.kernels.causal_conv1d, before, self.conv_weight, self.conv_bias, starts, taps)
+        u = continued_conv(
+            self.kernels.causal_conv1d, before, self.conv_weight, self.conv_bias, starts, taps
+        )
         selected = self.x_proj(u)
         if self.norms:
             selected = self.kernels.rms_norm(selected, None, self.norm_eps, self.split)
         dt, B, C = selected.split(self.split, dim=-1)
         A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
-        scan, inputs = self.kernels.selective_scan, (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts)
+        scan, inputs = (
+            self.kernels.selective_scan,
+            (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts),
+        )
         if self.context is not None:
             state = self.context.state(scan, *inputs)
         return scan(*inputs, state)
@@ -122,22 +146,32 @@ class Block(nn.Module):
         """h [b, l, e] -> [b, l, e]."""
         return h + self.mixer(self.norm(h), starts)
 
-    def extend(self, h: Tensor, starts: Tensor | None, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    def extend(
+        self, h: Tensor, starts: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, LayerState]:
         """As forward, from a state to the state after the last token."""
         y, state = self.mixer.extend(self.norm(h), starts, state)
         return h + y, state
 
 
 class FalconMamba(Generation, nn.Module):
-    """The language model. Built empty (also on the meta device); model/init.py or weights fill it."""
+    """The language model. Built empty (also on the meta device); model/init.py or weights fill
+    it.
+    """
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.recompute = False  # blocks keep only their input for the backward and run their forward again
-        self.context: SequenceRanks | None = None  # of the ranks that hold the other pieces of the sequences
-        self.vocabulary_group: VocabularyGroup | None = None  # of the ranks that the head is cut over
+        self.recompute = (
+            False  # blocks keep only their input for the backward and run their forward again
+        )
+        self.context: SequenceRanks | None = (
+            None  # of the ranks that hold the other pieces of the sequences
+        )
+        self.vocabulary_group: VocabularyGroup | None = (
+            None  # of the ranks that the head is cut over
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
@@ -152,8 +186,9 @@ class FalconMamba(Generation, nn.Module):
     def compile_blocks(self) -> None:
         """Have torch.compile make one piece of code for all blocks at the first call, or raise.
 
-        For all shapes too (dynamic): a block that is computed again must find the code that it found before. With or
-        without gradients, and a batch or sequence of one, need their own. Forward alone, for hooks stay outside.
+        For all shapes too (dynamic): a block that is computed again must find the code that it
+        found before. With or without gradients, and a batch or sequence of one, need their own.
+        Forward alone, for hooks stay outside.
         """
         for layer in self.layers:
             # torch's own types do not know the limit
@@ -162,7 +197,9 @@ class FalconMamba(Generation, nn.Module):
             )
 
     def set_context(self, context: SequenceRanks | None) -> None:
-        """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks hold."""
+        """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks
+        hold.
+        """
         self.context = context
         for layer in self.layers:
             layer.mixer.context = context  # type: ignore[union-attr]
@@ -187,11 +224,14 @@ class FalconMamba(Generation, nn.Module):
                 h = layer(h, starts)
         return self.final_norm(h)
 
-    def extend(self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None) -> tuple[Tensor, State]:
-        """As hidden, for a piece of a sequence: from the state after the piece before it (None: the beginning).
+    def extend(
+        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As hidden, for a piece of a sequence: from the state after the piece before it (None: the
+        beginning).
 
-        Pieces of any lengths, one token included, give what the whole sequence gives. Returns the states [b, l, e]
-        and the state after the last token, of constant size.
+        Pieces of any lengths, one token included, give what the whole sequence gives. Returns the
+        states [b, l, e] and the state after the last token, of constant size.
         """
         h, after = self._embed(tokens), []
         before = [None] * len(self.layers) if state is None else state
@@ -205,13 +245,19 @@ class FalconMamba(Generation, nn.Module):
         return h.to(computing_type(h))
 
     def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Next-token scores [b, l, vocab_size] of tokens [b, l]; under tensor parallelism this rank's columns."""
+        """Next-token scores [b, l, vocab_size] of tokens [b, l]; under tensor parallelism this
+        rank's columns.
+        """
         return self.lm_head(self.hidden(tokens, starts))
 
-    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets [b, l].
+    def forward(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets
+        [b, l].
 
-        The second result is what a z-loss penalises (its square); it costs nothing while nobody asks its gradient.
+        The second result is what a z-loss penalises (its square); it costs nothing while nobody
+        asks its gradient.
         """
         hidden, labels = self.hidden(tokens, starts).flatten(0, 1), targets.flatten()
         losses, log_sums = linear_cross_entropy(

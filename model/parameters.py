@@ -1,19 +1,28 @@
-"""Rules by parameter name, torch-free: how tensor-parallel ranks cut it, whether it decays, whether products take it.
+"""Rules by parameter name, torch-free: how tensor-parallel ranks cut it, whether it decays, whether
+products take it.
 
-The cut table serves initial values, checkpoints, export and the sizes of a plan: whoever holds a part can say which
-part of what it is.
+The cut table serves initial values, checkpoints, export and the sizes of a plan: whoever holds a
+part can say which part of what it is.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
-NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")  # assumed: norms, biases and the SSM's own; sources
+NO_DECAY = (
+    "norm.weight",
+    "A_log",
+    ".D",
+    "dt_bias",
+    "conv_bias",
+)  # assumed: norms, biases and the SSM's own; sources
 # name A_log and D only (state-spaces/mamba), and leave the embedding decayed
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj: x over z)."""
+    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj:
+    x over z).
+    """
 
     dim: int
     parts: int = 1
@@ -46,5 +55,7 @@ def decays(name: str) -> bool:
 
 
 def in_products(name: str) -> bool:
-    """Whether a parameter is a factor of matrix products, or the embedding: all others are fp32 in any precision."""
+    """Whether a parameter is a factor of matrix products, or the embedding: all others are fp32 in
+    any precision.
+    """
     return decays(name) and name.endswith(".weight")

@@ -11,11 +11,15 @@ def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
     cut = cut_of(name)
     if cut is None or size == 1:
         return full
-    return torch.cat([part.chunk(size, cut.dim)[rank] for part in full.chunk(cut.parts, cut.dim)], cut.dim)
+    return torch.cat(
+        [part.chunk(size, cut.dim)[rank] for part in full.chunk(cut.parts, cut.dim)], cut.dim
+    )
 
 
 def unshard(name: str, shards: list[Tensor]) -> Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks, in rank order; inverse of shard."""
+    """The full parameter from the parts of all tensor-parallel ranks, in rank order; inverse of
+    shard.
+    """
     cut = cut_of(name)
     if cut is None or len(shards) == 1:
         return shards[0]

@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 log.set_up()
 
 
-# What gates a change and is too long for `make test`: files, or single tests of a file. `make test-all` runs it too.
+# What gates a change and is too long for `make test`: files, or single tests of a file. `make
+# test-all` runs it too.
 GATES = (
     "tests/benchmarks",
     "tests/eval/test_clients.py",
@@ -38,8 +39,12 @@ GATES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="the tests of faults alone, the slow ones too")
-    parser.addoption("--slow", action="store_true", help="the slow tests too, as `make matrix` does")
+    parser.addoption(
+        "--faults", action="store_true", help="the tests of faults alone, the slow ones too"
+    )
+    parser.addoption(
+        "--slow", action="store_true", help="the slow tests too, as `make matrix` does"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by what is marked here
@@ -48,7 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [
         item
         for item in items
-        if (item.get_closest_marker("fault") if chosen else slow or not item.get_closest_marker("slow"))
+        if (
+            item.get_closest_marker("fault")
+            if chosen
+            else slow or not item.get_closest_marker("slow")
+        )
     ]
     dropped = [item for item in items if item not in kept]
     config.hook.pytest_deselected(items=dropped)
@@ -90,5 +99,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             name, promise = report.fault
             file, test = report.nodeid.removeprefix("tests/train/").split("::")
             terminalreporter.write_line(
-                f"{report.outcome:>7} | {name} | {promise} | {file}: {test} | {figures} | {report.duration:.1f} s"
+                f"{report.outcome:>7} | {name} | {promise} | {file}: {test} | {figures} | "
+                f"{report.duration:.1f} s"
             )

@@ -20,18 +20,21 @@ Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def run_ranks(world_size: int, jobs: list[Job], device: str = "cpu") -> None:
-    """Call one `function(*arguments)` after another on every rank, each with a launcher's environment of its own.
+    """Call one `function(*arguments)` after another on every rank, each with a launcher's
+    environment of its own.
 
-    One set of processes does all jobs, forked from one that has imported everything; for GPUs they begin anew, since
-    DeepSpeed takes a device once for a process and its children, and took the CPU. Raises with a failing rank's
-    traceback.
+    One set of processes does all jobs, forked from one that has imported everything; for GPUs they
+    begin anew, since DeepSpeed takes a device once for a process and its children, and took the
+    CPU. Raises with a failing rank's traceback.
     """
     ports, method = free_ports(len(jobs)), "forkserver" if device == "cpu" else "spawn"
     mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method=method)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below those that a system gives to connections: one of gloo's own could take it before its job begins."""
+    """Ports below those that a system gives to connections: one of gloo's own could take it before
+    its job begins.
+    """
     found: list[int] = []
     for port in random.SystemRandom().sample(range(12_000, 32_000), 20 * count):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -45,9 +48,12 @@ def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None
     torch.set_num_threads(1)
     log.set_up()
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-    }  # fmt: skip
+    }
     for port, (function, arguments) in zip(ports, jobs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         try:

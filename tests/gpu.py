@@ -1,4 +1,6 @@
-"""What a test carries that needs an NVIDIA GPU, and the devices of one that runs with and without."""
+"""What a test carries that needs an NVIDIA GPU, and the devices of one that runs with and
+without.
+"""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""Faults at chosen places of a run, each once: what breaks on a cluster, done to the real code from outside it.
+"""Faults at chosen places of a run, each once: what breaks on a cluster, done to the real code from
+outside it.
 
-A fault fires in the rank it names, when the run has reached its step. That it has fired is a file, so that the run,
-which comes past the same step again after a restart, meets it once.
+A fault fires in the rank it names, when the run has reached its step. That it has fired is a file,
+so that the run, which comes past the same step again after a restart, meets it once.
 """
 
 import errno
@@ -24,8 +25,13 @@ from train.resilience.guard import Guard
 from train.resilience.lease import Lease
 from train.trainer import Trainer
 
-NUMERIC = ("nan", "inf", "spike")  # change the run's course by design, so a clean run to compare with gets them too
-# They end a start. Each has one of its own, in their order, however slow the machine: two at once would be one.
+NUMERIC = (
+    "nan",
+    "inf",
+    "spike",
+)  # change the run's course by design, so a clean run to compare with gets them too
+# They end a start. Each has one of its own, in their order, however slow the machine: two at once
+# would be one.
 ENDING = (
     *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
     *("loader dies", "loader hangs", "weights flip"),
@@ -36,7 +42,9 @@ PEER_POINTS = 8  # and in another
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, in which rank, before which step counted from 0; `detail` picks a place or a length."""
+    """One fault: what, in which rank, before which step counted from 0; `detail` picks a place or a
+    length.
+    """
 
     kind: str
     rank: int
@@ -54,7 +62,9 @@ class Injector:
 
     def __init__(self, faults: list[Fault], folder: Path, rank: int) -> None:
         self.faults = [fault for fault in faults if fault.rank == rank]
-        self.waiting = [f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()]
+        self.waiting = [
+            f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()
+        ]
         self.folder = folder  # beside the run's, not inside
         self.rank = rank
         folder.mkdir(exist_ok=True)
@@ -70,7 +80,9 @@ class Injector:
         def counted(trainer: Trainer, *arguments: Any) -> Any:
             self.now = trainer.state.step
             if self.rank == 0:
-                with (self.folder / "steps").open("a") as file:  # every step that is begun, the repeated ones too
+                with (self.folder / "steps").open(
+                    "a"
+                ) as file:  # every step that is begun, the repeated ones too
                     file.write(f"{self.now}\n")
             rows = [row for batch, counts in arguments[1] if counts for row in batch.tokens]
             with (self.folder / f"samples-{self.rank}").open("a") as file:
@@ -189,9 +201,15 @@ class Injector:
         sink._append = full  # type: ignore[method-assign]
 
     def numeric(self, trainer: Trainer) -> None:
-        """Losses that are not finite or far too large, as in a clean run, so never marked; and slow forward passes."""
+        """Losses that are not finite or far too large, as in a clean run, so never marked; and slow
+        forward passes.
+        """
         values = {"nan": float("nan"), "inf": float("inf"), "spike": 3.0}
-        factors = [values[f.kind] for f in self.faults if f.kind in NUMERIC and f.step <= self.now < f.step + f.detail]
+        factors = [
+            values[f.kind]
+            for f in self.faults
+            if f.kind in NUMERIC and f.step <= self.now < f.step + f.detail
+        ]
         model = trainer.model
         if not hasattr(model, "whole_forward"):
             model.whole_forward = model.forward
@@ -206,18 +224,25 @@ class Injector:
 
 
 def samples(folder: Path, world: int) -> dict[int, list[str]]:
-    """Hashes of the sequences that each step has trained on, over all ranks; of a repeated step, its last time."""
+    """Hashes of the sequences that each step has trained on, over all ranks; of a repeated step,
+    its last time.
+    """
     steps: dict[int, dict[int, list[str]]] = {}
     for rank in range(world):
         path = folder / f"samples-{rank}"
         for line in path.read_text().splitlines() if path.is_file() else ():
             step, *hashes = line.split()
             steps.setdefault(int(step), {})[rank] = hashes
-    return {step: sorted(one for hashes in ranks.values() for one in hashes) for step, ranks in steps.items()}
+    return {
+        step: sorted(one for hashes in ranks.values() for one in hashes)
+        for step, ranks in steps.items()
+    }
 
 
 def damage(folder: Path, detail: int) -> bool:
-    """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove it."""
+    """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove
+    it.
+    """
     best = next(newest(folder), None)
     if best is None:
         return False

@@ -1,4 +1,6 @@
-"""Everything slow to import, loaded once in the process that tests/supervisor.py forks its ranks from."""
+"""Everything slow to import, loaded once in the process that tests/supervisor.py forks its ranks
+from.
+"""
 
 import torch
 from megatron.core import parallel_state, tensor_parallel

@@ -1,4 +1,6 @@
-"""The smallest run that has everything: two sources, three stages, a ramp, a context change, decay, clipping."""
+"""The smallest run that has everything: two sources, three stages, a ramp, a context change, decay,
+clipping.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,9 @@ from train.config import (
 
 
 def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: int = 1) -> RunConfig:
-    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and 32, clipping."""
+    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and
+    32, clipping.
+    """
     return RunConfig(
         run=Run(name, str(root / name), 0),
         model=TINY,
@@ -50,7 +54,17 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
 def health() -> HealthConfig:
     """Checks at short intervals; no spikes, for a run this short has no window to tell one."""
     return HealthConfig(
-        max_skipped=10, spike_window=128, spike_sigmas=6.0, spike_patience=3, max_rewinds=2, check_replicas_steps=5,
-        straggler_steps=8, straggler_factor=2.0, hang_seconds=60.0, max_starts=5, stop_after_seconds=None,
-        stop_margin_seconds=0.0, verify_shards=VerifyShards.before,
-    )  # fmt: skip
+        max_skipped=10,
+        spike_window=128,
+        spike_sigmas=6.0,
+        spike_patience=3,
+        max_rewinds=2,
+        check_replicas_steps=5,
+        straggler_steps=8,
+        straggler_factor=2.0,
+        hang_seconds=60.0,
+        max_starts=5,
+        stop_after_seconds=None,
+        stop_margin_seconds=0.0,
+        verify_shards=VerifyShards.before,
+    )

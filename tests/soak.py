@@ -1,8 +1,10 @@
-"""`make soak`: the demo under seeded faults of all kinds, to the end, and its weights beside a clean run's.
+"""`make soak`: the demo under seeded faults of all kinds, to the end, and its weights beside a
+clean run's.
 
-The clean run gets the losses that are not finite and the spikes too, for these change a run's course on purpose; all
-else must leave no trace: weights, moments, and every line's loss and gradient norm are the same, bit for bit. It can be
-paused by Ctrl-C, SIGTERM or --seconds: the same command then goes on.
+The clean run gets the losses that are not finite and the spikes too, for these change a run's
+course on purpose; all else must leave no trace: weights, moments, and every line's loss and
+gradient norm are the same, bit for bit. It can be paused by Ctrl-C, SIGTERM or --seconds: the same
+command then goes on.
 """
 
 import argparse
@@ -34,10 +36,26 @@ from train.schedule import Schedule
 PLAN = "plan.json"  # of a soak that is not over
 CANARY = "canary-5e1f-not-for-any-file"
 # (kind, share): the ones that wait for the watchdog cost the most time
-KINDS = (("kill", 10), ("kill in save", 8), ("checkpoint damaged", 6), ("SIGTERM", 4), ("SIGUSR1", 2), ("stop", 3),
-         ("disk full", 4), ("disk error", 2), ("nan", 3), ("inf", 1), ("spike", 2), ("loader dies", 2),
-         ("loader hangs", 1), ("weights flip", 2), ("slow", 1), ("log disk full", 2), ("clock jumps", 2),
-         ("second job", 2))  # fmt: skip
+KINDS = (
+    ("kill", 10),
+    ("kill in save", 8),
+    ("checkpoint damaged", 6),
+    ("SIGTERM", 4),
+    ("SIGUSR1", 2),
+    ("stop", 3),
+    ("disk full", 4),
+    ("disk error", 2),
+    ("nan", 3),
+    ("inf", 1),
+    ("spike", 2),
+    ("loader dies", 2),
+    ("loader hangs", 1),
+    ("weights flip", 2),
+    ("slow", 1),
+    ("log disk full", 2),
+    ("clock jumps", 2),
+    ("second job", 2),
+)
 LENGTH = {"slow": 20, "log disk full": 5, "nan": 1, "inf": 1, "spike": 1}
 
 
@@ -56,13 +74,21 @@ class Result:
     secrets: list[str]  # files with the canary
 
 
-def schedule(seed: int, count: int, steps: int, ranks: int, kinds: tuple[tuple[str, int], ...] = KINDS) -> list[Fault]:
+def schedule(
+    seed: int, count: int, steps: int, ranks: int, kinds: tuple[tuple[str, int], ...] = KINDS
+) -> list[Fault]:
     """`count` faults, every kind at least once where there is room, at random steps and ranks."""
     chance = random.Random(seed)
-    names = [kind for kind, _ in kinds] + chance.choices(*zip(*kinds, strict=True), k=max(0, count - len(kinds)))
+    names = [kind for kind, _ in kinds] + chance.choices(
+        *zip(*kinds, strict=True), k=max(0, count - len(kinds))
+    )
     faults = []
     for kind in names[:count]:
-        rank = 0 if kind in ("log disk full", "second job", "checkpoint damaged") else chance.randrange(ranks)
+        rank = (
+            0
+            if kind in ("log disk full", "second job", "checkpoint damaged")
+            else chance.randrange(ranks)
+        )
         first = steps // 3 if kind == "spike" else 1  # once its window is full
         detail = LENGTH.get(kind, chance.randrange(10_000))
         faults.append(Fault(kind, rank, chance.randrange(first, steps - steps // 10), detail))
@@ -77,7 +103,9 @@ def steps_of(run: RunConfig) -> int:
     return steps
 
 
-def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean: History | None = None) -> Result:
+def soak(
+    run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean: History | None = None
+) -> Result:
     """A clean run, or the one that is there already, and a run under faults, compared."""
     os.environ["WANDB_API_KEY"] = os.environ["FALCON_TEST_SECRET"] = CANARY
     os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
@@ -85,16 +113,30 @@ def soak(run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean:
     if clean is None:
         name = "faulty"
         clean = supervise(
-            moved(run, home / "clean"), ranks, [f for f in faults if f.kind in NUMERIC], home / "clean-log"
+            moved(run, home / "clean"),
+            ranks,
+            [f for f in faults if f.kind in NUMERIC],
+            home / "clean-log",
         )
     log = home / f"{name}-log"
     history = supervise(moved(run, home / name), ranks, faults, log)
     begun = (log / "faults" / "steps").read_text().split()
-    fired = {fault.name for fault in faults if (log / "faults" / fault.name).exists() or fault.kind in NUMERIC}
+    fired = {
+        fault.name
+        for fault in faults
+        if (log / "faults" / fault.name).exists() or fault.kind in NUMERIC
+    }
     return Result(
-        home / name, faults, fired, history, clean.seconds, len(set(begun)), len(begun) - len(set(begun)),
-        differences(home / "clean", home / name, ranks), secrets(home),
-    )  # fmt: skip
+        home / name,
+        faults,
+        fired,
+        history,
+        clean.seconds,
+        len(set(begun)),
+        len(begun) - len(set(begun)),
+        differences(home / "clean", home / name, ranks),
+        secrets(home),
+    )
 
 
 def moved(run: RunConfig, folder: Path) -> RunConfig:
@@ -110,13 +152,26 @@ def differences(clean: Path, faulty: Path, ranks: int) -> list[str]:
         return ["a run has no checkpoint that verifies"]
     left, right = (Pieces(folder) for folder in folders if folder is not None)
     for kind, name in left.where:
-        if not torch.equal(left.full(kind, name).view(torch.int32), right.full(kind, name).view(torch.int32)):
+        if not torch.equal(
+            left.full(kind, name).view(torch.int32), right.full(kind, name).view(torch.int32)
+        ):
             found.append(f"{kind} {name}")
     if read_state(left.folder) != read_state(right.folder):
         found.append("state")
-    keys = ("step", "tokens", "loss", "grad_norm", "skipped", "lr", "batch", "seq_len", "source_loss")
+    keys = (
+        "step",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "skipped",
+        "lr",
+        "batch",
+        "seq_len",
+        "source_loss",
+    )
     lines = [
-        [{key: line[key] for key in keys} for line in read_lines(run / "metrics.jsonl")] for run in (clean, faulty)
+        [{key: line[key] for key in keys} for line in read_lines(run / "metrics.jsonl")]
+        for run in (clean, faulty)
     ]
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")
@@ -136,7 +191,11 @@ def log_of(run: Path) -> Path:
 
 def secrets(home: Path) -> list[str]:
     """Files that hold the canary of the environment."""
-    return [str(path) for path in home.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    return [
+        str(path)
+        for path in home.rglob("*")
+        if path.is_file() and CANARY.encode() in path.read_bytes()
+    ]
 
 
 def report(result: Result, step_seconds: float) -> Table:
@@ -150,10 +209,14 @@ def report(result: Result, step_seconds: float) -> Table:
     pauses = history.codes.count([])
     table.add_row("starts, and after a pause of the soak", "", f"{history.starts}, {pauses}")
     table.add_row("steps, and steps done again", "", f"{result.steps}, {result.lost}")
-    table.add_row("seconds: clean, under faults", "", f"{result.clean_seconds:.0f}, {history.seconds:.0f}")
+    table.add_row(
+        "seconds: clean, under faults", "", f"{result.clean_seconds:.0f}, {history.seconds:.0f}"
+    )
     table.add_row("effective training time", "", f"{result.clean_seconds / history.seconds:.1%}")
     per_fault = (history.seconds - result.clean_seconds) / max(1, len(result.fired))
-    table.add_row("seconds that a fault costs", "", f"{per_fault:.1f} ({per_fault / step_seconds:.0f} steps)")
+    table.add_row(
+        "seconds that a fault costs", "", f"{per_fault:.1f} ({per_fault / step_seconds:.0f} steps)"
+    )
     table.add_row("bit-identical to the clean run", "", "no: " + ", ".join(result.differences)
                   if result.differences else "yes")  # fmt: skip
     table.add_row("files with a secret", "", str(len(result.secrets)))
@@ -161,17 +224,29 @@ def report(result: Result, step_seconds: float) -> Table:
 
 
 def demo(home: Path, data: str, further: list[str]) -> RunConfig:
-    """The demo's run, saved more often and watched more closely, as befits minutes instead of weeks."""
+    """The demo's run, saved more often and watched more closely, as befits minutes instead of
+    weeks.
+    """
     from tests.compose import run_config
 
-    overrides = [f"data.folder={data}", "checkpoint.every_tokens=50000", "checkpoint.retry_seconds=0.5",
-                 "health.hang_seconds=20", "health.max_starts=20", "health.spike_window=32",
-                 "health.check_replicas_steps=10", "health.straggler_steps=8", f"run.dir={home}/demo"]  # fmt: skip
+    overrides = [
+        f"data.folder={data}",
+        "checkpoint.every_tokens=50000",
+        "checkpoint.retry_seconds=0.5",
+        "health.hang_seconds=20",
+        "health.max_starts=20",
+        "health.spike_window=32",
+        "health.check_replicas_steps=10",
+        "health.straggler_steps=8",
+        f"run.dir={home}/demo",
+    ]
     return run_config("demo", *overrides, *further)
 
 
 def begin(home: Path, plan: dict[str, Any]) -> bool:
-    """Whether a soak of the same plan and code was paused there; empties the folder of anything else."""
+    """Whether a soak of the same plan and code was paused there; empties the folder of anything
+    else.
+    """
     path, text = home / PLAN, json.dumps(plan)
     if path.is_file() and path.read_text() == text:
         return True
@@ -194,16 +269,27 @@ def main() -> int:
     run = demo(given.home, given.data, given.overrides)
     steps = steps_of(run)
     faults = schedule(given.seed, given.faults, steps, 2)
-    paused = begin(given.home, {"config": plain(asdict(run)), "faults": [fault.name for fault in faults],
-                                "code": code_version()})  # fmt: skip
-    print(f"{len(faults)} faults over {steps} steps; logs in {given.home}{', going on' * paused}", flush=True)
+    paused = begin(
+        given.home,
+        {
+            "config": plain(asdict(run)),
+            "faults": [fault.name for fault in faults],
+            "code": code_version(),
+        },
+    )
+    print(
+        f"{len(faults)} faults over {steps} steps; logs in {given.home}{', going on' * paused}",
+        flush=True,
+    )
     for number in (signal.SIGALRM, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     signal.alarm(given.seconds or 0)
     try:
         result = soak(run, faults, given.home)
     except KeyboardInterrupt:
-        fired = sum((given.home / "faulty-log" / "faults" / fault.name).exists() for fault in faults)
+        fired = sum(
+            (given.home / "faulty-log" / "faults" / fault.name).exists() for fault in faults
+        )
         print(f"paused after {fired} faults; the same command goes on")
         return REQUEUE
     signal.alarm(0)

@@ -1,7 +1,9 @@
-"""A launcher for tests: starts ranks as real processes, and restarts them as torchrun and a requeued job would.
+"""A launcher for tests: starts ranks as real processes, and restarts them as torchrun and a
+requeued job would.
 
-The ranks are forks of one process that has imported everything, so a restart costs a fraction of a second and faults
-by the dozen are affordable. What they run is train/run_context.py's start, with the command line's exit codes.
+The ranks are forks of one process that has imported everything, so a restart costs a fraction of a
+second and faults by the dozen are affordable. What they run is train/run_context.py's start, with
+the command line's exit codes.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for peers of a rank that fai
 
 @dataclass
 class History:
-    """What the launcher saw: exit codes of all ranks by start, none where it was interrupted; and the time."""
+    """What the launcher saw: exit codes of all ranks by start, none where it was interrupted; and
+    the time.
+    """
 
     codes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -40,10 +44,14 @@ class History:
         return len(self.codes)
 
 
-def supervise(run: RunConfig, world: int, faults: list[Any], home: Path, limit: int = 200) -> History:
-    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie in `home`.
+def supervise(
+    run: RunConfig, world: int, faults: list[Any], home: Path, limit: int = 200
+) -> History:
+    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie
+    in `home`.
 
-    Interrupted by Ctrl-C, the ranks save and leave, and another call with the same arguments goes on.
+    Interrupted by Ctrl-C, the ranks save and leave, and another call with the same arguments goes
+    on.
     """
     home.mkdir(parents=True, exist_ok=True)
     record = home / "starts.jsonl"
@@ -63,15 +71,21 @@ def supervise(run: RunConfig, world: int, faults: list[Any], home: Path, limit: 
 
 
 def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> list[int]:
-    """One start of all ranks; when one fails the others are ended, as torchrun does. Returns their exit codes."""
+    """One start of all ranks; when one fails the others are ended, as torchrun does. Returns their
+    exit codes.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    ranks = [CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, home)) for rank in range(world)]
+    ranks = [
+        CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, home))
+        for rank in range(world)
+    ]
     try:
         for rank in ranks:
             rank.start()
         while all(rank.is_alive() for rank in ranks) or (
-            any(rank.is_alive() for rank in ranks) and all(rank.exitcode in (None, 0, 75) for rank in ranks)
+            any(rank.is_alive() for rank in ranks)
+            and all(rank.exitcode in (None, 0, 75) for rank in ranks)
         ):
             time.sleep(0.02)
     finally:
@@ -80,7 +94,9 @@ def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> lis
 
 
 def finish(ranks: list[Any]) -> list[int]:
-    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; returns the exit codes of all."""
+    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; returns the exit codes
+    of all.
+    """
     if any(rank.is_alive() for rank in ranks):
         for rank in ranks:
             rank.terminate()
@@ -97,9 +113,13 @@ def finish(ranks: list[Any]) -> list[int]:
 def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], home: Path) -> None:
     """One rank, with the command line's way to leave."""
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     descriptor = os.open(home / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,4 +1,6 @@
-"""What commit bd3e05a wrote is read, verified, resumed and exported by the code of today (tests/fixtures/README.md)."""
+"""What commit bd3e05a wrote is read, verified, resumed and exported by the code of today
+(tests/fixtures/README.md).
+"""
 
 import json
 import shutil
@@ -31,7 +33,10 @@ LAYOUTS = (*ZERO_STAGES, "megatron-dp2", "zero1-tp2", "zero1-cp2")
 def of_layout(root: Path, name: str) -> RunConfig:
     """The config that a fixture was trained with, to go on below `root`."""
     run = config(
-        root, name, tensor_parallel=2 if name == "zero1-tp2" else 1, context_parallel=2 if "cp2" in name else 1
+        root,
+        name,
+        tensor_parallel=2 if name == "zero1-tp2" else 1,
+        context_parallel=2 if "cp2" in name else 1,
     )
     run = replace(run, data=replace(run.data, folder=str(FIXTURES / "corpus")))
     return megatron(run) if name == "megatron-dp2" else engine(run, ZERO_STAGES.get(name, 1))
@@ -53,7 +58,9 @@ def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
     expected = curve(FIXTURES / "runs", name)
     assert len(found) == 15 and len(expected) == 43
     torch.testing.assert_close(found, expected[28:], rtol=RELATIVE, atol=1e-7)
-    assert [r["tokens"] for r in records(resumed, name)] == [r["tokens"] for r in records(FIXTURES / "runs", name)][28:]
+    assert [r["tokens"] for r in records(resumed, name)] == [
+        r["tokens"] for r in records(FIXTURES / "runs", name)
+    ][28:]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -90,8 +97,12 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
     assert record.pop("code")["commit"].startswith("bd3e05a")
     run = convert(RunConfig, record)
     wanted = config(Path("runs"), "zero1-dp2")
-    assert {source.input for source in run.data.sources.values()} == {"host"}, "which was a word of bd3e05a"
-    assert run == replace(wanted, data=replace(wanted.data, folder="corpus", sources=run.data.sources))
+    assert {source.input for source in run.data.sources.values()} == {"host"}, (
+        "which was a word of bd3e05a"
+    )
+    assert run == replace(
+        wanted, data=replace(wanted.data, folder="corpus", sources=run.data.sources)
+    )
     (step,) = newest(folder / "checkpoints")
     card = model_card(folder, step, run.model)
     assert "14,952 parameters after 816 tokens" in card and "prose" in card

@@ -1,4 +1,6 @@
-"""The golden losses of tests/golden, in a process of its own: it fixes the instruction set before torch is loaded."""
+"""The golden losses of tests/golden, in a process of its own: it fixes the instruction set before
+torch is loaded.
+"""
 
 import subprocess
 import sys
@@ -15,21 +17,35 @@ def test_golden_losses_are_kept() -> None:
     command = [sys.executable, "-m", "tests.golden"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert "all golden losses are equal to the last digit" in result.stdout or "within 0.0002 of" in result.stdout
+    assert (
+        "all golden losses are equal to the last digit" in result.stdout
+        or "within 0.0002 of" in result.stdout
+    )
 
 
-def test_on_another_machine_figures_are_near_and_nan_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_another_machine_figures_are_near_and_nan_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(golden, "HERE", tmp_path)
     (tmp_path / "run.txt").write_text("# a machine torch 1\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0001 2.9999"]) == []
-    assert golden.agreement(["run"]) == "all golden losses are within 0.0002 of those of a machine torch 1"
+    assert (
+        golden.agreement(["run"])
+        == "all golden losses are within 0.0002 of those of a machine torch 1"
+    )
     for line in ("1 2.001 3.0", "1 nan 3.0", "1 2.0 inf"):
-        assert golden.differences("run", [line]) == [f"run (another machine): {line} instead of 1 2.0 3.0"]
+        assert golden.differences("run", [line]) == [
+            f"run (another machine): {line} instead of 1 2.0 3.0"
+        ]
 
 
-def test_on_the_same_machine_every_digit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_same_machine_every_digit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(golden, "HERE", tmp_path)
     (tmp_path / "run.txt").write_text(f"{golden.machine()}\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0 3.0"]) == []
     assert golden.agreement(["run"]) == "all golden losses are equal to the last digit"
-    assert golden.differences("run", ["1 2.0 3.0000001"]) == ["run: 1 2.0 3.0000001 instead of 1 2.0 3.0"]
+    assert golden.differences("run", ["1 2.0 3.0000001"]) == [
+        "run: 1 2.0 3.0000001 instead of 1 2.0 3.0"
+    ]

@@ -1,11 +1,14 @@
-"""What constraints.txt pins can be installed beside a torch that brings CUDA along, seen without one."""
+"""What constraints.txt pins can be installed beside a torch that brings CUDA along, seen without
+one.
+"""
 
 import re
 from importlib.metadata import requires
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# read in the metadata of PyPI's wheels: a torch -> its cuda-toolkit, and a cuda-toolkit -> its nvrtc
+# read in the metadata of PyPI's wheels: a torch -> its cuda-toolkit, and a cuda-toolkit -> its
+# nvrtc
 TOOLKIT = {"2.13.0": "13.0.3.0"}
 NVRTC = {"13.0.3.0": "13.0.88"}
 
@@ -16,7 +19,9 @@ def pins() -> dict[str, str]:
 
 
 def test_the_compiler_is_of_the_toolkit_that_torch_asks_for() -> None:
-    """A new torch is first looked up: another NVRTC here, and `make install` finds no solution on a GPU machine."""
+    """A new torch is first looked up: another NVRTC here, and `make install` finds no solution on a
+    GPU machine.
+    """
     pinned = pins()
     assert pinned["cuda-toolkit"] == TOOLKIT[pinned["torch"].removesuffix("+cpu")]
     assert pinned["nvidia-cuda-nvrtc"] == NVRTC[pinned["cuda-toolkit"]]

@@ -1,4 +1,6 @@
-"""The README's commands, as a newcomer types them, on a shorter run: everything comes out, and means something."""
+"""The README's commands, as a newcomer types them, on a shorter run: everything comes out, and
+means something.
+"""
 
 import json
 import os
@@ -12,12 +14,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
-    "data.stages=[{name: short, tokens: 160000, seq_len: 128, mixture: {code: 50, math: 35, web: 15}},"
-    "{name: decay, tokens: 80000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, technical: 15}}]"
+    "data.stages=[{name: short, tokens: 160000, seq_len: 128, mixture: {code: 50, math: 35, web: "
+    "15}},{name: decay, tokens: 80000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, "
+    "technical: 15}}]"
 )
-SHORTER = ["schedule.warmup_tokens=10000", "schedule.ramp_tokens=60000", "schedule.decay_tokens=80000",
-           "checkpoint.every_tokens=60000", "eval.validation.every_tokens=100000",
-           "eval.max_tokens=8000", "eval.new_tokens=16"]  # fmt: skip
+SHORTER = [
+    "schedule.warmup_tokens=10000",
+    "schedule.ramp_tokens=60000",
+    "schedule.decay_tokens=80000",
+    "checkpoint.every_tokens=60000",
+    "eval.validation.every_tokens=100000",
+    "eval.max_tokens=8000",
+    "eval.new_tokens=16",
+]
 
 
 def commands() -> list[list[str]]:
@@ -48,7 +57,12 @@ class Demo:
         corpus = command[-1] == "examples/make_demo_corpus.py"
         arguments = [*command, str(self.data / "raw")] if corpus else [*command, *self.overrides]
         with subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -78,8 +92,16 @@ def test_the_readme_has_the_five_commands() -> None:
 
 
 def test_everything_lies_in_the_run_folder(demo: Demo) -> None:
-    names = ("config.yaml", "metrics.jsonl", "curves.png", "eval.json", "hf/config.json", "hf/model.safetensors",
-             "hf/tokenizer.json", "hf/generation_config.json")  # fmt: skip
+    names = (
+        "config.yaml",
+        "metrics.jsonl",
+        "curves.png",
+        "eval.json",
+        "hf/config.json",
+        "hf/model.safetensors",
+        "hf/tokenizer.json",
+        "hf/generation_config.json",
+    )
     assert [name for name in names if not (demo.run / name).is_file()] == []
     assert list((demo.run / "checkpoints").glob("step-*/manifest.json"))
     assert list((demo.run / "wandb").glob("offline-run-*"))
@@ -95,16 +117,36 @@ def test_it_learns(demo: Demo) -> None:
 
 def test_every_record_is_whole(demo: Demo) -> None:
     steps = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
-    keys = {"loss", "source_loss", "source_tokens", "grad_norm", "lr", "batch", "seq_len", "stage", "tokens",
-            "tokens_per_second", "mfu", "memory_gib", "data_wait_seconds", "step", "step_seconds",
-            "skipped"}  # fmt: skip
+    keys = {
+        "loss",
+        "source_loss",
+        "source_tokens",
+        "grad_norm",
+        "lr",
+        "batch",
+        "seq_len",
+        "stage",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_gib",
+        "data_wait_seconds",
+        "step",
+        "step_seconds",
+        "skipped",
+    }
     assert all(set(step) - {"validation"} == keys for step in steps)
-    assert all(sum(step["source_tokens"].values()) == step["batch"] * step["seq_len"] for step in steps)
+    assert all(
+        sum(step["source_tokens"].values()) == step["batch"] * step["seq_len"] for step in steps
+    )
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
-    assert {step["stage"] for step in steps} == {"short", "decay"} and {step["seq_len"] for step in steps} == {128, 256}
+    assert {step["stage"] for step in steps} == {"short", "decay"} and {
+        step["seq_len"] for step in steps
+    } == {128, 256}
     validated = [step for step in steps if step.get("validation")]
     assert validated and all(
-        set(step["validation"]) == {"web", "code", "technical", "curated", "math"} for step in validated
+        set(step["validation"]) == {"web", "code", "technical", "curated", "math"}
+        for step in validated
     )
     assert all(0 < step["mfu"] < 1 and 0 < step["memory_gib"] < 24 for step in steps)
 
@@ -116,12 +158,20 @@ def test_progress_is_shown_all_along(demo: Demo) -> None:
 def test_nothing_ugly_is_printed(demo: Demo) -> None:
     for name, output in demo.outputs.items():
         assert "Traceback" not in output, name
-        own = [line for line in output.splitlines() if "arning" in line and "OMP_NUM_THREADS" not in line]
+        own = [
+            line
+            for line in output.splitlines()
+            if "arning" in line and "OMP_NUM_THREADS" not in line
+        ]
         assert own == [], (name, own)
 
 
 def test_a_second_time_reuses_finished_stages(demo: Demo) -> None:
-    before = {path: path.stat().st_mtime_ns for path in demo.run.rglob("*") if path.is_file() and path.suffix != ".png"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in demo.run.rglob("*")
+        if path.is_file() and path.suffix != ".png"
+    }
     begun = time.monotonic()
     demo.all()
     assert time.monotonic() - begun < 60

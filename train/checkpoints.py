@@ -1,6 +1,7 @@
 """What lies in a folder of checkpoints, for eyes: list, verify and compare them.
 
-Exit codes are those of diff(1): 0 all well or equal, 1 damaged or different, 2 a mistake in the question.
+Exit codes are those of diff(1): 0 all well or equal, 1 damaged or different, 2 a mistake in the
+question.
 
 examples:
   python train/checkpoints.py ls runs/demo
@@ -20,7 +21,9 @@ from train.checkpoint.inspection import checkpoints, diff, pair, show, verify
 def main(arguments: list[str]) -> int:
     """`ls DIR`, `verify DIR` or `diff DIR [OTHER]`; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python train/checkpoints.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python train/checkpoints.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -29,9 +32,13 @@ def main(arguments: list[str]) -> int:
         ("diff", "compare weights and moments of two checkpoints, or of the newest two"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="a run, its checkpoints folder, or one checkpoint")
+        command.add_argument(
+            "folder", type=Path, help="a run, its checkpoints folder, or one checkpoint"
+        )
         if name == "diff":
-            command.add_argument("other", type=Path, nargs="?", help="the newest valid one where it is a run")
+            command.add_argument(
+                "other", type=Path, nargs="?", help="the newest valid one where it is a run"
+            )
     given = parser.parse_args(arguments)
     try:
         if given.command == "ls":

@@ -1,7 +1,8 @@
-"""Take in the scores of evaluation jobs: `python train/collect_scores.py RUN_FOLDER`, with which every job ends.
+"""Take in the scores of evaluation jobs: `python train/collect_scores.py RUN_FOLDER`, with which
+every job ends.
 
-A run takes them itself while it lives, but those of its last checkpoint come when it is gone. They go where the run
-would have put them: metrics.jsonl, W&B, TensorBoard.
+A run takes them itself while it lives, but those of its last checkpoint come when it is gone. They
+go where the run would have put them: metrics.jsonl, W&B, TensorBoard.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The whole configuration of a run as dataclasses: types, and the checks between sections. Torch-free.
+"""The whole configuration of a run as dataclasses: types, and the checks between sections.
+Torch-free.
 
 The values stand in configs/, each in one place.
 """
@@ -28,7 +29,9 @@ class EngineKind(Enum):
 
 
 class Precision(Enum):
-    """Type of matrix products; residual, norms, scan and optimizer are fp32 in both, parameters with DeepSpeed."""
+    """Type of matrix products; residual, norms, scan and optimizer are fp32 in both, parameters
+    with DeepSpeed.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -44,21 +47,30 @@ class Optim:
     eps: float
     weight_decay: float  # on matrices; the rule by name is model.init.decays
     clip_norm: float  # of the global gradient
-    z_loss: float  # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0 is none
+    # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0 is none
+    z_loss: float
 
     def __post_init__(self) -> None:
         if self.clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches clipping off)")
+            raise ValueError(
+                f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches "
+                "clipping off)"
+            )
         if not (
             0 <= self.beta1 < 1
             and 0 <= self.beta2 < 1
             and min(self.lr, self.eps) > 0 <= min(self.weight_decay, self.z_loss)
         ):
-            raise ValueError("optim needs lr > 0, beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0, z_loss >= 0")
+            raise ValueError(
+                "optim needs lr > 0, beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0, "
+                "z_loss >= 0"
+            )
 
 
 class DecayShape(Enum):
-    """How the rate falls from optim.lr to min_lr in the last decay_tokens; train/schedule.py has the formulas."""
+    """How the rate falls from optim.lr to min_lr in the last decay_tokens; train/schedule.py has
+    the formulas.
+    """
 
     exponential = "exponential"
     linear = "linear"
@@ -77,7 +89,9 @@ class ScheduleConfig:
     batch_start: int  # sequences
     batch_end: int
     ramp_tokens: int
-    batch_scaling: bool  # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
+    batch_scaling: (
+        bool  # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
+    )
 
     def __post_init__(self) -> None:
         if self.min_lr <= 0:
@@ -85,7 +99,9 @@ class ScheduleConfig:
         if not 1 <= self.batch_start <= self.batch_end:
             raise ValueError("schedule needs 1 <= batch_start <= batch_end")
         if min(self.warmup_tokens, self.decay_tokens, self.ramp_tokens) < 0:
-            raise ValueError("schedule.warmup_tokens, decay_tokens and ramp_tokens must not be negative")
+            raise ValueError(
+                "schedule.warmup_tokens, decay_tokens and ramp_tokens must not be negative"
+            )
 
 
 @dataclass
@@ -96,8 +112,11 @@ class Parallel:
     sequence_parallel: bool  # under tensor parallelism, residual and norms cut along the sequence
     context_parallel: int  # ranks that a sequence is split over
     engine: EngineKind
-    zero_stage: int  # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
-    micro_batch_tokens: int  # of one forward; sequences per micro-batch follow from the stage's seq_len
+    # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
+    zero_stage: int
+    micro_batch_tokens: (
+        int  # of one forward; sequences per micro-batch follow from the stage's seq_len
+    )
     bucket_elements: int
     recompute: Recompute
     precision: Precision
@@ -109,17 +128,28 @@ class Parallel:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.engine is EngineKind.megatron and self.zero_stage != 1:
             raise ValueError(
-                f"parallel.engine megatron has ZeRO stage 1 alone, parallel.zero_stage is {self.zero_stage}: set "
-                "parallel.engine=deepspeed for the others"
+                "parallel.engine megatron has ZeRO stage 1 alone, parallel.zero_stage is "
+                f"{self.zero_stage}: set parallel.engine=deepspeed for the others"
             )
-        if self.compile and (self.tensor_parallel > 1 or self.context_parallel > 1 or self.zero_stage == 3):
+        if self.compile and (
+            self.tensor_parallel > 1 or self.context_parallel > 1 or self.zero_stage == 3
+        ):
             raise ValueError(
-                "parallel.compile takes whole blocks, without collectives inside: tensor_parallel and context_parallel "
-                "must be 1, and zero_stage below 3"
+                "parallel.compile takes whole blocks, without collectives inside: "
+                "tensor_parallel and context_parallel must be 1, and zero_stage below 3"
             )
-        if min(self.tensor_parallel, self.context_parallel, self.micro_batch_tokens, self.bucket_elements) < 1:
+        if (
+            min(
+                self.tensor_parallel,
+                self.context_parallel,
+                self.micro_batch_tokens,
+                self.bucket_elements,
+            )
+            < 1
+        ):
             raise ValueError(
-                "parallel.tensor_parallel, context_parallel, micro_batch_tokens and bucket_elements must be at least 1"
+                "parallel.tensor_parallel, context_parallel, micro_batch_tokens and "
+                "bucket_elements must be at least 1"
             )
 
 
@@ -129,7 +159,9 @@ class CheckpointConfig:
 
     every_tokens: int
     keep_last: int
-    keep_every_tokens: int | None  # keeps the first one past each multiple for good; None keeps none
+    keep_every_tokens: (
+        int | None
+    )  # keeps the first one past each multiple for good; None keeps none
     keep_stage_ends: bool
     retry_seconds: float  # pause after a save that failed; doubles with each further one
     max_failures: int  # saves in a row that failed, after which the run stops
@@ -137,10 +169,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if min(self.every_tokens, self.keep_last, self.max_failures) < 1 or self.retry_seconds < 0:
             raise ValueError(
-                "checkpoint.every_tokens, keep_last and max_failures must be at least 1, retry_seconds not negative"
+                "checkpoint.every_tokens, keep_last and max_failures must be at least 1, "
+                "retry_seconds not negative"
             )
         if self.keep_every_tokens is not None and self.keep_every_tokens < self.every_tokens:
-            raise ValueError("checkpoint.keep_every_tokens must not be below checkpoint.every_tokens; null keeps none")
+            raise ValueError(
+                "checkpoint.keep_every_tokens must not be below checkpoint.every_tokens; null "
+                "keeps none"
+            )
 
 
 class VerifyShards(Enum):
@@ -153,7 +189,9 @@ class VerifyShards(Enum):
 
 @dataclass
 class HealthConfig:
-    """What a run does about steps, ranks and starts that go wrong (train/README.md has the table)."""
+    """What a run does about steps, ranks and starts that go wrong (train/README.md has the
+    table).
+    """
 
     max_skipped: int  # updates in a row that may be skipped
     spike_window: int  # updates whose losses a new one is compared with
@@ -165,18 +203,32 @@ class HealthConfig:
     straggler_factor: float  # times slower than the others
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
     max_starts: int  # from the same tokens
-    stop_after_seconds: float | None  # leave for a requeue; Slurm's end of the job counts without it
+    stop_after_seconds: (
+        float | None
+    )  # leave for a requeue; Slurm's end of the job counts without it
     stop_margin_seconds: float  # before Slurm's end of the job
     verify_shards: VerifyShards
 
     def __post_init__(self) -> None:
-        whole = (self.max_skipped, self.spike_window, self.spike_patience, self.check_replicas_steps)
+        whole = (
+            self.max_skipped,
+            self.spike_window,
+            self.spike_patience,
+            self.check_replicas_steps,
+        )
         if min(*whole, self.straggler_steps, self.max_starts) < 1 or self.max_rewinds < 0:
-            raise ValueError("counts and windows of health must be at least 1, max_rewinds at least 0")
+            raise ValueError(
+                "counts and windows of health must be at least 1, max_rewinds at least 0"
+            )
         if min(self.spike_sigmas, self.hang_seconds) <= 0 or self.straggler_factor <= 1:
-            raise ValueError("health needs spike_sigmas and hang_seconds above 0, and straggler_factor above 1")
+            raise ValueError(
+                "health needs spike_sigmas and hang_seconds above 0, and straggler_factor above 1"
+            )
         if self.spike_patience > self.max_skipped:
-            raise ValueError("health.spike_patience must not exceed health.max_skipped: the run would stop before")
+            raise ValueError(
+                "health.spike_patience must not exceed health.max_skipped: the run would stop "
+                "before"
+            )
 
 
 @dataclass
@@ -190,16 +242,22 @@ class MetricsConfig:
 
 @dataclass
 class ProfileConfig:
-    """A close look at a few steps: a table of their time by phase, and a trace for Perfetto or chrome://tracing."""
+    """A close look at a few steps: a table of their time by phase, and a trace for Perfetto or
+    chrome://tracing.
+    """
 
     steps: int  # that are traced; 0 looks at none
     after: int  # steps of this start that come before
-    timed_steps: int  # between these and the traced ones: the table's, for a trace slows what it sees
+    timed_steps: (
+        int  # between these and the traced ones: the table's, for a trace slows what it sees
+    )
     ranks: list[int]  # that are looked at
 
     def __post_init__(self) -> None:
         if min(self.steps, self.after, self.timed_steps, *self.ranks, 0) < 0:
-            raise ValueError("train.profile.steps, after, timed_steps and ranks must not be negative")
+            raise ValueError(
+                "train.profile.steps, after, timed_steps and ranks must not be negative"
+            )
         if self.steps and not self.ranks:
             raise ValueError("train.profile.ranks is empty: train.profile.steps=0 looks at no step")
 
@@ -219,8 +277,12 @@ class Cluster:
     nodes: int
     ranks_per_node: int
     memory_gib: float | None  # of one rank's device; None asks the machine
-    headroom_gib: float  # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
-    peak_tflops: float | None  # dense, of one rank, in the run's precision; None measures a matrix product
+    headroom_gib: (
+        float  # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
+    )
+    peak_tflops: (
+        float | None
+    )  # dense, of one rank, in the run's precision; None measures a matrix product
 
 
 @dataclass
@@ -244,44 +306,52 @@ class RunConfig:
         tokens = self.tokens
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(
-                f"schedule.min_lr {self.schedule.min_lr:g}, where the decay ends, exceeds the peak optim.lr "
-                f"{self.optim.lr:g}: lower one or raise the other"
+                f"schedule.min_lr {self.schedule.min_lr:g}, where the decay ends, exceeds the "
+                f"peak optim.lr {self.optim.lr:g}: lower one or raise the other"
             )
         if self.schedule.decay_tokens > tokens:
-            raise ValueError(f"schedule.decay_tokens {self.schedule.decay_tokens} exceeds the stages' {tokens} tokens")
+            raise ValueError(
+                f"schedule.decay_tokens {self.schedule.decay_tokens} exceeds the stages' "
+                f"{tokens} tokens"
+            )
         if self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds model.vocab_size "
-                f"{self.model.vocab_size}: some ids would have no embedding"
+                f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds "
+                f"model.vocab_size {self.model.vocab_size}: some ids would have no embedding"
             )
         self.model.check_cut(self.parallel.tensor_parallel)
         for stage in self.data.stages:
             piece, rest = divmod(stage.seq_len, self.parallel.context_parallel)
             if rest or piece < self.model.d_conv - 1:
                 raise ValueError(
-                    f"parallel.context_parallel {self.parallel.context_parallel} cannot split the {stage.seq_len} "
-                    f"tokens of a sequence of stage {stage.name}: it must divide them and leave each rank at least "
-                    f"{self.model.d_conv - 1}"
+                    f"parallel.context_parallel {self.parallel.context_parallel} cannot split "
+                    f"the {stage.seq_len} tokens of a sequence of stage {stage.name}: it must "
+                    f"divide them and leave each rank at least {self.model.d_conv - 1}"
                 )
         if self.parallel.sequence_parallel:
             self._check_sequence_parallel()
         longest = max(stage.seq_len for stage in self.data.stages)
         if self.parallel.micro_batch_tokens < longest:
             raise ValueError(
-                f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} does not hold one sequence of the "
-                f"longest stage ({longest} tokens)"
+                f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} does not hold "
+                f"one sequence of the longest stage ({longest} tokens)"
             )
 
     def _check_sequence_parallel(self) -> None:
         tp = self.parallel.tensor_parallel
         if tp == 1:
-            raise ValueError("parallel.sequence_parallel cuts over tensor-parallel ranks: set parallel.tensor_parallel")
-        pieces = {f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages}
+            raise ValueError(
+                "parallel.sequence_parallel cuts over tensor-parallel ranks: set "
+                "parallel.tensor_parallel"
+            )
+        pieces = {
+            f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages
+        }
         for what, length in {**pieces, "eval.validation": self.eval.validation.seq_len}.items():
             if length % tp:
                 raise ValueError(
-                    f"parallel.sequence_parallel: {tp} tensor-parallel ranks do not divide the {length} tokens of a "
-                    f"sequence of {what}"
+                    f"parallel.sequence_parallel: {tp} tensor-parallel ranks do not divide the "
+                    f"{length} tokens of a sequence of {what}"
                 )
 
     @property

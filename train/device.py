@@ -1,4 +1,6 @@
-"""The device of a rank: which it is, what it has, how fast it is, and how a CPU keeps its memory."""
+"""The device of a rank: which it is, what it has, how fast it is, and how a CPU keeps its
+memory.
+"""
 
 import ctypes
 import os
@@ -14,7 +16,10 @@ from train.config import Cluster, Device, EngineKind, Parallel, Precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**30
-SIZE = {"cpu": 1024, "cuda": 8192}  # a smaller product does not fill a GPU, and would flatter the utilisation
+SIZE = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # a smaller product does not fill a GPU, and would flatter the utilisation
 REPEATS = 8
 
 
@@ -24,7 +29,9 @@ def present_device(wanted: Device) -> str:
 
 
 def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
-    """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the CPU cannot do it."""
+    """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the
+    CPU cannot do it.
+    """
     if present == "cpu" and parallel.engine is EngineKind.megatron:
         device = " cluster.device=cpu" if wanted is Device.cuda else ""
         raise InputError(
@@ -32,21 +39,27 @@ def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
             f"parallel.engine=deepspeed{device}"
         )
     if wanted is Device.cuda and present != "cuda":
-        raise InputError("cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu")
+        raise InputError(
+            "cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu"
+        )
 
 
 def available(device: str) -> int:
-    """Bytes that this machine's device has: of one GPU in all, or free for all ranks of a CPU machine."""
+    """Bytes that this machine's device has: of one GPU in all, or free for all ranks of a CPU
+    machine.
+    """
     if device == "cuda":
-        return int(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
+        return int(
+            torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+        )
     return int(psutil.virtual_memory().available)
 
 
 def keep_freed() -> None:
     """Have glibc, where it is the C library, keep what tensors free for the next ones.
 
-    Else it gives large blocks back and takes their pages again zeroed: 7,500 page faults and 4 to 10 % of the time of a
-    step of the demo. The process stays as large as it once was.
+    Else it gives large blocks back and takes their pages again zeroed: 7,500 page faults and 4 to
+    10 % of the time of a step of the demo. The process stays as large as it once was.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -56,7 +69,9 @@ def keep_freed() -> None:
 
 
 def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float:
-    """FLOP/s of one rank: the config's datasheet value, or else the best of a few square matrix products."""
+    """FLOP/s of one rank: the config's datasheet value, or else the best of a few square matrix
+    products.
+    """
     if cluster.peak_tflops is not None:
         return cluster.peak_tflops * 1e12
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32

@@ -1,6 +1,7 @@
 """Process groups, device and teardown of one rank, and the view of them that DeepSpeed wants.
 
-megatron-core's parallel_state owns the groups; it feeds the tensor-parallel layers and, through Mpu, DeepSpeed.
+megatron-core's parallel_state owns the groups; it feeds the tensor-parallel layers and, through
+Mpu, DeepSpeed.
 """
 
 import os
@@ -26,14 +27,22 @@ from train.device import keep_freed
 warnings.filterwarnings("ignore", message=".*Apex.*")
 warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-# by megatron-core of its fp32 bucket, which is asked for second and stands last; all others are gathered one ahead
+# by megatron-core of its fp32 bucket, which is asked for second and stands last; all others are
+# gathered one ahead
 warnings.filterwarnings("ignore", message="The next bucket's parameter all-gather.*")
-warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning
+)
 
 MESSAGE_BYTES = 2048
 MEETING_SECONDS = 0.02  # between two looks for ranks that have not come
-SOCKETS, OTHER_FILES = 8, 200  # of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
-TIMEOUT = timedelta(minutes=30)  # of a collective; long enough for a rank that verifies a large checkpoint
+SOCKETS, OTHER_FILES = (
+    8,
+    200,
+)  # of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
+TIMEOUT = timedelta(
+    minutes=30
+)  # of a collective; long enough for a rank that verifies a large checkpoint
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,16 @@ class Ranks:
 
 @contextmanager
 def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Iterator[Ranks]:
-    """Join the world that the launcher's environment names (one rank without a launcher), and leave it at the end."""
+    """Join the world that the launcher's environment names (one rank without a launcher), and leave
+    it at the end.
+    """
     from megatron.core import parallel_state
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % (tensor_parallel * context_parallel):
         raise InputError(
-            f"parallel.tensor_parallel {tensor_parallel} times parallel.context_parallel {context_parallel} does not "
-            f"divide the {world} ranks of the launcher"
+            f"parallel.tensor_parallel {tensor_parallel} times parallel.context_parallel "
+            f"{context_parallel} does not divide the {world} ranks of the launcher"
         )
     allow_sockets(world)
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
@@ -87,13 +98,19 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
-            backend, store=own_part(store, rank, world), rank=rank, world_size=world, timeout=TIMEOUT
+            backend,
+            store=own_part(store, rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield stand(
-            torch.device(device, local) if device == "cuda" else torch.device("cpu"), tensor_parallel, context_parallel
+            torch.device(device, local) if device == "cuda" else torch.device("cpu"),
+            tensor_parallel,
+            context_parallel,
         )
         dist.barrier()  # nobody leaves while another still speaks to it
     finally:
@@ -102,16 +119,19 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
 
 
 def allow_sockets(world: int) -> None:
-    """Raise this process's limit of open files to what it may; InputError where `world` ranks need more.
+    """Raise this process's limit of open files to what it may; InputError where `world` ranks need
+    more.
 
-    gloo joins each rank with all others in every group that it is in: at 256 ranks twice the usual limit of 1,024.
+    gloo joins each rank with all others in every group that it is in: at 256 ranks twice the usual
+    limit of 1,024.
     """
     needed = SOCKETS * world + OTHER_FILES
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < needed:
         raise InputError(
-            f"{world} ranks need {needed:,} open files each, this machine allows {most:,}: raise its hard limit "
-            "(nofile in /etc/security/limits.conf, LimitNOFILE of slurmd's service)"
+            f"{world} ranks need {needed:,} open files each, this machine allows {most:,}: raise "
+            "its hard limit (nofile in /etc/security/limits.conf, LimitNOFILE of slurmd's "
+            "service)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -119,10 +139,11 @@ def allow_sockets(world: int) -> None:
 def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
     """The part of a launcher's store that this start alone reads and writes.
 
-    torchrun's agent keeps one store over its restarts, and since torch 2.5 workers get no prefix per attempt
-    (pytorch PR 135957): a restarted rank would find addresses of ranks that are dead. A count of restarts is no such
-    prefix, for agents of several nodes count apart (issue 135712). So rank 0 names the part, and tells it under a name
-    that each other rank makes up; what a rank of an earlier start has asked, nobody comes to read.
+    torchrun's agent keeps one store over its restarts, and since torch 2.5 workers get no prefix
+    per attempt (pytorch PR 135957): a restarted rank would find addresses of ranks that are dead. A
+    count of restarts is no such prefix, for agents of several nodes count apart (issue 135712). So
+    rank 0 names the part, and tells it under a name that each other rank makes up; what a rank of
+    an earlier start has asked, nobody comes to read.
     """
     name = uuid.uuid4().hex
     if rank:
@@ -140,7 +161,9 @@ def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
 
 
 def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
-    """Make megatron-core's groups out of the world that this process has joined, and say where it stands in them."""
+    """Make megatron-core's groups out of the world that this process has joined, and say where it
+    stands in them.
+    """
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -160,9 +183,11 @@ def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> 
 
 
 class Mpu:
-    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means tensor parallel there.
+    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means
+    tensor parallel there.
 
-    Ranks that hold pieces of the same sequences sum gradients like any others: to DeepSpeed they are data-parallel.
+    Ranks that hold pieces of the same sequences sum gradients like any others: to DeepSpeed they
+    are data-parallel.
     """
 
     REPLICAS = ("get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size")
@@ -204,7 +229,9 @@ def context_ranks() -> ContextRanks:
 
 
 def raise_everywhere(why: str | None) -> None:
-    """Raise the InputError that any rank has found, on every rank: nobody waits for one that has left."""
+    """Raise the InputError that any rank has found, on every rank: nobody waits for one that has
+    left.
+    """
     message = (why or "").encode()[:MESSAGE_BYTES]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(message)]))

@@ -2,9 +2,10 @@
 
 examples:
   torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo
-  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo optim.clip_norm=0.5 run.name=clipped
-  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo train.profile.steps=3   # a trace and a table
-  torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo optim.clip_norm=0.5
+  run.name=clipped torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo
+  train.profile.steps=3   # a trace and a table torchrun --nnodes 32 --nproc-per-node 8
+  --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
     train/pretrain.py +experiment=7b
 """
 
@@ -13,7 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # a script's own folder would hide the packages
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # a script's own folder would hide the packages
 
 from core.command import command
 from core.log import UnfailingStream
@@ -31,7 +34,9 @@ def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
     sys.stdout = UnfailingStream(sys.stdout)
     check_trackers(config.metrics)
-    world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, local_world = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
     logger.info("loading torch, DeepSpeed and megatron-core")
     from train.device import available, check_device, present_device
 

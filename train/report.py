@@ -23,11 +23,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")
-    parser.add_argument("--output", type=Path, help="of the page; report.html in the first run's folder otherwise")
+    parser.add_argument(
+        "--output", type=Path, help="of the page; report.html in the first run's folder otherwise"
+    )
     given = parser.parse_args()
     folders = [folder for folder in given.runs if RunFiles(folder).metrics.is_file()]
     if not folders:
-        parser.error(f"no metrics.jsonl in {', '.join(map(str, given.runs))}; name folders of runs that have begun")
+        parser.error(
+            f"no metrics.jsonl in {', '.join(map(str, given.runs))}; name folders of runs that "
+            "have begun"
+        )
     for folder in folders:
         print(draw(folder))
     print(page(folders, given.output or RunFiles(folders[0]).report))

@@ -30,7 +30,8 @@ LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
 def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]) -> Outcome:
-    """Run `body` on every rank while this job alone holds the run's folder; returns how it ended, on disk too.
+    """Run `body` on every rank while this job alone holds the run's folder; returns how it ended,
+    on disk too.
 
     Raises InputError, on every rank, when another job holds the folder or it cannot be written.
     """
@@ -40,8 +41,13 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
     raise_everywhere(_take(lease) if here.first else None)
     watch = Watch(folder, here.rank, here.world_size, config.health.hang_seconds)
     try:
-        if before is not None and before.code != FINISHED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-            return before  # torchrun restarts whatever does not exit with 0: what asked to leave stays out
+        if (
+            before is not None
+            and before.code != FINISHED
+            and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        ):
+            # torchrun restarts whatever does not exit with 0: what asked to leave stays out
+            return before
         if here.first:
             config.run.files.outcome.unlink(missing_ok=True)
         watch.begin(lease if here.first else None)
@@ -58,12 +64,17 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
         raise
     except Exception as error:
         text = f"rank {here.rank} on {watch.who['host']}: {type(error).__name__}: {error}"
-        watch.incidents.log("lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank)
-        if isinstance(error, OSError):  # which the command line takes for a mistake; in the middle of a run it is none
+        watch.incidents.log(
+            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank
+        )
+        if isinstance(
+            error, OSError
+        ):  # which the command line takes for a mistake; in the middle of a run it is none
             raise RuntimeError(text) from error
         raise
     finally:
-        # after a crash it goes on watching, for leaving a broken process group may hang; but never for another job
+        # after a crash it goes on watching, for leaving a broken process group may hang; but never
+        # for another job
         watch.lease = None
         lease.release()
         if sys.exc_info()[0] is None:
@@ -71,14 +82,18 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
 
 
 def start(config: RunConfig, device: str) -> Outcome:
-    """Train with the ranks that the launcher started, from the newest checkpoint to wherever it gets."""
+    """Train with the ranks that the launcher started, from the newest checkpoint to wherever it
+    gets.
+    """
     with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
         return session(config, here, lambda watch, leave: _train(config, here, watch, leave))
 
 
 def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
-    trainer = Trainer(config, here, record, watch, leave)  # refuses a folder of another run before its record changes
+    trainer = Trainer(
+        config, here, record, watch, leave
+    )  # refuses a folder of another run before its record changes
     if here.first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with listening(config.train.profile, config.run.folder, here, watch):
@@ -86,12 +101,16 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
     if here.first and outcome.code == FINISHED:
         from train.metrics.curves import draw
 
-        logger.info(f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}")
+        logger.info(
+            f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}"
+        )
     return outcome
 
 
 def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether its files differ from it; empty where there is no git or repository."""
+    """Commit of the code that runs, and whether its files differ from it; empty where there is no
+    git or repository.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -125,5 +144,7 @@ def _take(lease: Lease) -> str | None:
     except InputError as error:
         return str(error)
     except OSError as error:
-        return f"run.dir {lease.path.parent} cannot be written ({error}): choose another, or mend it"
+        return (
+            f"run.dir {lease.path.parent} cannot be written ({error}): choose another, or mend it"
+        )
     return None

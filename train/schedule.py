@@ -1,12 +1,14 @@
-"""Tokens seen -> learning rate, batch, context and stage. Pure and torch-free: nothing of it is checkpointed.
+"""Tokens seen -> learning rate, batch, context and stage. Pure and torch-free: nothing of it is
+checkpointed.
 
-Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak, exponential decay
-peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens; BatchScaling keeps lr / sqrt(batch)
-constant while the batch grows. How warmup and BatchScaling combine is published nowhere: they multiply here.
+Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak,
+exponential decay peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens;
+BatchScaling keeps lr / sqrt(batch) constant while the batch grows. How warmup and BatchScaling
+combine is published nowhere: they multiply here.
 
-Other shapes, for ablations, are min + (peak - min) f(r), r the share of the decay that is behind: f = 1 - r
-(linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv 2405.18392), and (1 + cos(pi r)) / 2
-(cosine: SGDR, arXiv 1608.03983).
+Other shapes, for ablations, are min + (peak - min) f(r), r the share of the decay that is behind: f
+= 1 - r (linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv 2405.18392),
+and (1 + cos(pi r)) / 2 (cosine: SGDR, arXiv 1608.03983).
 """
 
 import math
@@ -55,7 +57,9 @@ class Schedule:
         self.total = end
 
     def batch(self, tokens: int) -> int:
-        """Sequences of a full step that begins at `tokens`: linear from batch_start to batch_end."""
+        """Sequences of a full step that begins at `tokens`: linear from batch_start to
+        batch_end.
+        """
         c = self.config
         if tokens >= c.ramp_tokens:
             return c.batch_end
@@ -77,9 +81,9 @@ class Schedule:
     def at(self, tokens: int) -> Now:
         """The step that begins at `tokens`, which lies in [0, total).
 
-        A step never crosses a stage's edge: the last one before it is as short as it must be. The rate is that of a
-        full batch, so that a short step is no exception to the schedule; it is taken where the step ends, so that the
-        first step learns and the last one reaches min_lr.
+        A step never crosses a stage's edge: the last one before it is as short as it must be. The
+        rate is that of a full batch, so that a short step is no exception to the schedule; it is
+        taken where the step ends, so that the first step learns and the last one reaches min_lr.
         """
         assert 0 <= tokens < self.total, tokens
         edge, seq_len, stage = next(entry for entry in self.edges if tokens < entry[0])

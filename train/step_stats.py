@@ -1,6 +1,7 @@
 """One sum over all ranks per step: losses, wishes, and how long each rank's own work took.
 
-Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles; it is the loop's only collective beside the engine's.
+Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles; it is the loop's only collective beside
+the engine's.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,14 @@ class Exchange:
         self.sources = sources
 
     def tell(self, sums: Tensor, seconds: float, leave: bool, save: bool, bad_data: bool) -> Told:
-        """Tell all ranks, and hear from them; sums [2, sources] count once per tensor-parallel group."""
-        losses = sums.flatten() if self.ranks.tp_rank == 0 else torch.zeros(2 * self.sources, dtype=torch.float64)
+        """Tell all ranks, and hear from them; sums [2, sources] count once per tensor-parallel
+        group.
+        """
+        losses = (
+            sums.flatten()
+            if self.ranks.tp_rank == 0
+            else torch.zeros(2 * self.sources, dtype=torch.float64)
+        )
         wishes = torch.tensor([leave, save, bad_data], dtype=torch.float64)
         times = torch.zeros(self.ranks.world_size, dtype=torch.float64)
         times[self.ranks.rank] = seconds
@@ -52,7 +59,9 @@ class Exchange:
 
 
 def count(sums: Tensor, source: Tensor, losses: Tensor) -> None:
-    """Add a micro-batch's losses [b, l] and tokens to the rows of its sources [b]; sums is [2, sources]."""
+    """Add a micro-batch's losses [b, l] and tokens to the rows of its sources [b]; sums is [2,
+    sources].
+    """
     source = source.cpu()
     sums[0].index_add_(0, source, losses.double().sum(1).cpu())
     sums[1].index_add_(0, source, torch.full(source.shape, losses.shape[1], dtype=torch.float64))

@@ -1,7 +1,8 @@
 """The training loop: build once, then step from one token position to the next.
 
-A step is a function of its position alone: schedule -> batch, context and rate; plan -> tokens; engine -> update.
-What goes wrong on the way is train/resilience/guard.py's, which decides from values that all ranks share.
+A step is a function of its position alone: schedule -> batch, context and rate; plan -> tokens;
+engine -> update. What goes wrong on the way is train/resilience/guard.py's, which decides from
+values that all ranks share.
 """
 
 import logging
@@ -45,15 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 def kernels_of(config: Parallel, device: str) -> Kernels:
-    """The kernels that a run takes; InputError when they are missing, or cannot be compiled around."""
+    """The kernels that a run takes; InputError when they are missing, or cannot be compiled
+    around.
+    """
     try:
         kernels = load(config.kernels, device)
     except MissingBackend as error:
         raise InputError(str(error)) from error
     if config.compile and kernels is REFERENCE:  # which torch.compile would unroll, token by token
         raise InputError(
-            "parallel.compile=true is for blocks around kernels, and the reference kernels are a loop over tokens: set "
-            "parallel.compile=false, or another parallel.kernels"
+            "parallel.compile=true is for blocks around kernels, and the reference kernels are a "
+            "loop over tokens: set parallel.compile=false, or another parallel.kernels"
         )
     return kernels
 
@@ -70,8 +73,17 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
 class Trainer:
     """One rank's share of a run."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, run_config: dict[str, Any], watch: Watch, leave: Leave) -> None:
-        """Build everything, go on from the newest checkpoint that verifies; `run_config` is config for the record."""
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        run_config: dict[str, Any],
+        watch: Watch,
+        leave: Leave,
+    ) -> None:
+        """Build everything, go on from the newest checkpoint that verifies; `run_config` is config
+        for the record.
+        """
         self.config, self.ranks, self.watch, self.leave = config, ranks, watch, leave
         manifests = open_manifests(config.data)
         self.datacheck = DataCheck(config.data, manifests, ranks)
@@ -93,7 +105,9 @@ class Trainer:
         self.context = context_ranks() if ranks.cp_size > 1 else None
         self.model.set_context(self.context)
         edges = frozenset(end for end, _, _ in self.schedule.edges)
-        self.checkpoints = Checkpoints(config.run.files.checkpoints, config.checkpoint, ranks, edges)
+        self.checkpoints = Checkpoints(
+            config.run.files.checkpoints, config.checkpoint, ranks, edges
+        )
         found = self.checkpoints.find()
         if found is None:
             start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
@@ -180,10 +194,15 @@ class Trainer:
         return None
 
     def _step(self, now: Now, batches: list[tuple[Batch, bool]], waited: float) -> dict[str, Any]:
-        """Forward, backward and update of one global batch; returns the losses and norms of the step."""
-        sums = torch.zeros(2, len(self.plan.sources), dtype=torch.float64)  # nats and tokens of each source
+        """Forward, backward and update of one global batch; returns the losses and norms of the
+        step.
+        """
+        sums = torch.zeros(
+            2, len(self.plan.sources), dtype=torch.float64
+        )  # nats and tokens of each source
         autocast = self.config.parallel.precision is Precision.bf16
-        own = waited  # seconds of this rank's own work: reading and forward passes, which wait for no other rank
+        # seconds of this rank's own work: reading and forward passes, which wait for no other rank
+        own = waited
         for index, (batch, counts) in enumerate(batches):
             self.watch.at(self.state.step, "forward")
             begun = time.perf_counter()
@@ -191,13 +210,17 @@ class Trainer:
             if self.context is not None:
                 batch = batch.pieces(self.context.piece)
             # without its cache, which would hold a bf16 copy of every weight until the forward ends
-            with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            with torch.autocast(
+                self.ranks.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
+            ):
                 losses, log_sums = self.model(batch.tokens, batch.targets, batch.starts)
             total = losses.sum()
             if self.config.optim.z_loss > 0:
                 total = total + self.config.optim.z_loss * log_sums.square().sum()
             if counts:
-                count(sums, batch.source, losses.detach())  # waits for the device, so that the time is the work's
+                count(
+                    sums, batch.source, losses.detach()
+                )  # waits for the device, so that the time is the work's
             own += time.perf_counter() - begun
             self.watch.at(self.state.step, "backward")
             # the mean over the tokens of the global batch, whoever holds them
@@ -219,7 +242,9 @@ class Trainer:
             for record in self.jobs.look(now=now):
                 self.metrics.log_scores(record)
 
-    def _record(self, now: Now, result: dict[str, Any], seconds: float, waited: float) -> dict[str, Any]:
+    def _record(
+        self, now: Now, result: dict[str, Any], seconds: float, waited: float
+    ) -> dict[str, Any]:
         """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""
         rate = now.tokens / seconds
         told: Told = result["told"]
@@ -227,8 +252,12 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": told.loss,
-            "source_loss": {name: n / t for name, n, t in zip(self.plan.sources, *told.sums, strict=True) if t},
-            "source_tokens": {name: int(t) for name, t in zip(self.plan.sources, told.sums[1], strict=True) if t},
+            "source_loss": {
+                name: n / t for name, n, t in zip(self.plan.sources, *told.sums, strict=True) if t
+            },
+            "source_tokens": {
+                name: int(t) for name, t in zip(self.plan.sources, told.sums[1], strict=True) if t
+            },
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
             "lr": now.lr,
@@ -236,14 +265,18 @@ class Trainer:
             "seq_len": now.seq_len,
             "stage": now.stage,
             "tokens_per_second": rate,
-            "mfu": rate * train_flops_per_token(self.config.model) / (self.peak * self.ranks.world_size),
+            "mfu": rate
+            * train_flops_per_token(self.config.model)
+            / (self.peak * self.ranks.world_size),
             "memory_gib": memory_gib(self.ranks.device),
             "data_wait_seconds": waited,
             "step_seconds": seconds,
         }
 
     def _read(self, token: int) -> "Future[list[tuple[Batch, bool]]]":
-        """This rank's micro-batches of the step at `token`, read in the background while the step before computes."""
+        """This rank's micro-batches of the step at `token`, read in the background while the step
+        before computes.
+        """
         if token >= self.schedule.total:
             return self.reader.submit(list)
         now = self.schedule.at(token)
@@ -262,7 +295,10 @@ class Trainer:
         if state.model != self.state.model:
             raise InputError(f"{folder} holds another model; {hint}")
         if state.plan != self.plan.hash:
-            raise InputError(f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}")
+            raise InputError(
+                f"{folder} was trained on another data plan (sources, stages, seed or shards); "
+                f"{hint}"
+            )
         self.state, self.loaded_step = state, state.step
         self.guard.health.load(state.health)
 

@@ -1,4 +1,5 @@
-"""Change a copy of the code so that it runs with torch 2.11, which GPU images carry: `old_torch.py ROOT`.
+"""Change a copy of the code so that it runs with torch 2.11, which GPU images carry: `old_torch.py
+ROOT`.
 
 torch.compile has no recompile_limit there, and dynamo cannot trace is_autocast_available.
 """

@@ -1,10 +1,13 @@
-"""First contact with a GPU: versions, every kernel against fp64, threads, large indices, a whole tiny model.
+"""First contact with a GPU: versions, every kernel against fp64, threads, large indices, a whole
+tiny model.
 
     python -m benchmarks.gpu_day.smoke                # on a GPU, about a minute
     python -m benchmarks.gpu_day.smoke --small        # under compute-sanitizer
-    python -m benchmarks.gpu_day.smoke --device cpu   # tries the script itself, with the CPU kernels
+    python -m benchmarks.gpu_day.smoke --device cpu   # tries the script itself, with the CPU
+    kernels
 
-Each part is named with its seconds, and a part that fails costs no other, unless the device is lost to this process.
+Each part is named with its seconds, and a part that fails costs no other, unless the device is lost
+to this process.
 """
 
 import argparse
@@ -27,8 +30,18 @@ from model.kernels import CPU, CUDA, REFERENCE, cuda, cuda_library
 from tests.model.cases import CASES, Case, assert_equal, elsewhere
 from tests.tiny import TINY, model_of
 
-PACKAGES = ("torch", "triton", "transformers", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "jax",
-            "megatron-core", "deepspeed")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "numpy",
+    "jax",
+    "megatron-core",
+    "deepspeed",
+)
 SOURCES = ("scan_forward.cu", "scan_backward.cu", "conv.cu", "rows.cu")
 
 
@@ -42,7 +55,9 @@ class Smoke:
         self.failed: list[str] = []
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
-        """Run a part and say how it went; after a fault of the device nothing that follows means anything."""
+        """Run a part and say how it went; after a fault of the device nothing that follows means
+        anything.
+        """
         begun = time.monotonic()
         try:
             said = run()
@@ -69,11 +84,13 @@ class Smoke:
         if self.gpu:
             properties = torch.cuda.get_device_properties(0)
             have |= {
-                "gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+                "gpu": torch.cuda.get_device_name(),
+                "capability": torch.cuda.get_device_capability(),
                 "processors": properties.multi_processor_count,
                 "shared memory": properties.shared_memory_per_block_optin,
-                "missing": cuda.missing(), "nccl": torch.cuda.nccl.version(),
-            }  # fmt: skip
+                "missing": cuda.missing(),
+                "nccl": torch.cuda.nccl.version(),
+            }
         return have
 
     def compiling(self) -> list[str]:
@@ -114,7 +131,9 @@ class Smoke:
             raise errors[0]
 
     def model(self) -> str:
-        """A whole tiny model by autocast and with recompute: its gradients beside the reference's."""
+        """A whole tiny model by autocast and with recompute: its gradients beside the
+        reference's.
+        """
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, 96, (3, 301), generator=generator).to(self.device)
         starts = (torch.rand(3, 300, generator=generator) < 0.02).to(self.device)
@@ -132,7 +151,9 @@ class Smoke:
         return f"worst relative difference {worst:.1e}"
 
     def large(self) -> list[str]:
-        """More than 2^31 elements: two halves of a scan are the whole, with gradients; convolution, norm, loss."""
+        """More than 2^31 elements: two halves of a scan are the whole, with gradients; convolution,
+        norm, loss.
+        """
         length, channels = (300_000, 8192) if self.gpu else (600, 128)
         half = length // 2 // 16 * 16
 
@@ -144,10 +165,15 @@ class Smoke:
         dt = make(1, length, channels, scale=0.5) - 4
         B, C = make(1, length, 16), make(1, length, 16)
         A = -torch.arange(1.0, 17, device=self.device).repeat(channels, 1)
-        D, bias = torch.ones(channels, device=self.device), torch.zeros(channels, device=self.device)
+        D, bias = (
+            torch.ones(channels, device=self.device),
+            torch.zeros(channels, device=self.device),
+        )
         with torch.no_grad():
             y, last = k.selective_scan(u, dt, A, B, C, D, z, bias)
-            _, middle = k.selective_scan(u[:, :half], dt[:, :half], A, B[:, :half], C[:, :half], D, z[:, :half], bias)
+            _, middle = k.selective_scan(
+                u[:, :half], dt[:, :half], A, B[:, :half], C[:, :half], D, z[:, :half], bias
+            )
             rest = (u[:, half:], dt[:, half:], A, B[:, half:], C[:, half:], D, z[:, half:], bias)
             y2, last2 = k.selective_scan(*rest, state=middle)
             errors = [relative(y[:, -99:], y2[:, -99:]), relative(last, last2)]
@@ -161,14 +187,23 @@ class Smoke:
         whole, _ = torch.autograd.grad(y, held, z)
         del y
         tail = [x[:, half:].detach().requires_grad_() for x in (u, dt)]
-        y, _ = k.selective_scan(*tail, A, B[:, half:], C[:, half:], D, z[:, half:], bias, state=middle)
+        y, _ = k.selective_scan(
+            *tail, A, B[:, half:], C[:, half:], D, z[:, half:], bias, state=middle
+        )
         part, _ = torch.autograd.grad(y, tail, z[:, half:])
         errors.append(relative(whole[:, -99:], part[:, -99:]))
         del y, whole, part, held, tail
         rows, vocabulary = (40_000, 65_024) if self.gpu else (40, 99)
-        logits, labels = make(rows, vocabulary), torch.randint(0, vocabulary, (rows,), device=self.device)
+        logits, labels = (
+            make(rows, vocabulary),
+            torch.randint(0, vocabulary, (rows,), device=self.device),
+        )
         statistics = k.loss_rows.loss_statistics(logits, labels)
-        errors.append(relative(statistics[:, -9:], REFERENCE.loss_rows.loss_statistics(logits[-9:], labels[-9:])))
+        errors.append(
+            relative(
+                statistics[:, -9:], REFERENCE.loss_rows.loss_statistics(logits[-9:], labels[-9:])
+            )
+        )
         assert max(errors) < 2e-2, errors
         return [f"{error:.1e}" for error in errors]
 
@@ -180,7 +215,9 @@ def relative(x: Tensor, y: Tensor) -> float:
 
 def main() -> int:
     """Every part; the exit code is 1 when one fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="fewer cases, and none that is large")
     given = parser.parse_args()

@@ -1,6 +1,7 @@
 """What happened to every document: datatrove's statistics, merged per step and balanced.
 
-datatrove's own `stats.json` covers only the tasks of the last launch, so the per-task files are added up here.
+datatrove's own `stats.json` covers only the tasks of the last launch, so the per-task files are
+added up here.
 """
 
 import json
@@ -22,7 +23,9 @@ class Step:
     forwarded: int
     dropped: dict[str, int]  # reason -> documents
     characters: int = 0  # of the documents passed on, where the step counts them
-    cut: dict[str, int] = field(default_factory=dict)  # "documents" and "characters" that were cut out of others
+    cut: dict[str, int] = field(
+        default_factory=dict
+    )  # "documents" and "characters" that were cut out of others
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[Step]:
@@ -50,9 +53,16 @@ def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[St
 
 def read_step(raw: dict[str, Any]) -> Step:
     """One step of one task; a step without `forwarded` (a writer) passes all on."""
-    counts = {name: int(value["total"] if isinstance(value, dict) else value) for name, value in raw["stats"].items()}
+    counts = {
+        name: int(value["total"] if isinstance(value, dict) else value)
+        for name, value in raw["stats"].items()
+    }
     name = raw["name"].encode("ascii", "ignore").decode().split(":")[-1].strip()
-    dropped = {name.removeprefix("dropped_"): n for name, n in counts.items() if name.startswith("dropped_") and n}
+    dropped = {
+        name.removeprefix("dropped_"): n
+        for name, n in counts.items()
+        if name.startswith("dropped_") and n
+    }
     if unnamed := counts.get("dropped", 0) - sum(dropped.values()):
         dropped[ONLY_REASON.get(name, "unnamed")] = unnamed
     total = counts.get("total", 0)
@@ -63,9 +73,13 @@ def read_step(raw: dict[str, Any]) -> Step:
 
 
 def check_conservation(steps: list[Step]) -> None:
-    """Assert in = out + dropped in every step, and that a step gets all that the one before passed on."""
+    """Assert in = out + dropped in every step, and that a step gets all that the one before passed
+    on.
+    """
     for step in steps:
-        assert step.total == step.forwarded + sum(step.dropped.values()), f"documents lost inside a step: {step}"
+        assert step.total == step.forwarded + sum(step.dropped.values()), (
+            f"documents lost inside a step: {step}"
+        )
     for before, after in zip(steps, steps[1:], strict=False):
         assert before.forwarded == after.total, f"documents lost between steps: {before} -> {after}"
 
@@ -75,13 +89,16 @@ def check_yield(source: str, steps: list[Step], least: float) -> None:
     for step in steps:
         if EXTRACTOR in step.name and step.forwarded < least * step.total:
             raise RuntimeError(
-                f"source {source}: text was extracted from {step.forwarded} of {step.total} pages, below min_yield "
-                f"{least:.0%} ({step.dropped}): the extractor is broken or the input is no HTML; see its logs"
+                f"source {source}: text was extracted from {step.forwarded} of {step.total} "
+                f"pages, below min_yield {least:.0%} ({step.dropped}): the extractor is broken "
+                "or the input is no HTML; see its logs"
             )
 
 
 def reasons(steps: list[Step]) -> str:
-    """`step: reason n, reason n; step: ...`, most frequent first; empty when nothing was dropped."""
+    """`step: reason n, reason n; step: ...`, most frequent first; empty when nothing was
+    dropped.
+    """
     lines = []
     for step in steps:
         if step.dropped:
@@ -91,17 +108,22 @@ def reasons(steps: list[Step]) -> str:
 
 def ranked(dropped: dict[str, int]) -> str:
     """`reason n, reason n`, most frequent first."""
-    return ", ".join(f"{why} {n:,}" for why, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{why} {n:,}" for why, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def table(steps: dict[str, list[Step]]) -> list[str]:
-    """For every step of every source: in = out + dropped, by reason; steps that only copy are left out."""
+    """For every step of every source: in = out + dropped, by reason; steps that only copy are left
+    out.
+    """
     lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
     for source, found in steps.items():
         for place, step in enumerate(found):
             if place and not step.dropped and not step.cut:
                 continue
-            row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{step.total - step.forwarded:>12,}"
+            dropped = step.total - step.forwarded
+            row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{dropped:>12,}"
             cut = f" (cut: {ranked(step.cut)})" if step.cut else ""
             lines.append(f"{row}  {ranked(step.dropped)}{cut}".rstrip())
         total, out = found[0].total, found[-1].forwarded

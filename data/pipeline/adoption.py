@@ -1,10 +1,12 @@
-"""Taking over a folder that an earlier version prepared: its keys are written anew, its shards stay as they are.
+"""Taking over a folder that an earlier version prepared: its keys are written anew, its shards stay
+as they are.
 
-Keys once held the text of our own Python files, which no later version can know. What shows how a source was made is
-compared with the config: its records, its input, its passes, its vocabulary. Every shard is hashed, and those of the
-first task are made again from the clean documents and must have the same bytes, which shows seed, held-out share and
-order. Taken on trust is what leaves no trace: the content of input files and assets, and in records before 0.2 the
-input's sizes, `text_key` and how far passes went (14x8 or 93x15, 50 tokens or 100).
+Keys once held the text of our own Python files, which no later version can know. What shows how a
+source was made is compared with the config: its records, its input, its passes, its vocabulary.
+Every shard is hashed, and those of the first task are made again from the clean documents and must
+have the same bytes, which shows seed, held-out share and order. Taken on trust is what leaves no
+trace: the content of input files and assets, and in records before 0.2 the input's sizes,
+`text_key` and how far passes went (14x8 or 93x15, 50 tokens or 100).
 """
 
 import logging
@@ -24,7 +26,14 @@ from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
 from data.recipes.readers import PINNED
 from data.stream.documents import document_ends
-from data.stream.manifests import MANIFEST, Manifest, read_manifest, source_folder, tokenizer_path, write_manifest
+from data.stream.manifests import (
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    source_folder,
+    tokenizer_path,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,27 +84,49 @@ class Adoption:
         """The vocabulary is the one that the config names, or of the size that it trains."""
         settings, size = self.cfg.tokenizer, tokenizer.size_of(tokenizer.load(self.file))
         if settings.path is not None and sha256_of(Path(settings.path)) != sha256_of(self.file):
-            raise InputError(f"{self.file} is another vocabulary than data.tokenizer.path, {settings.path}: {FIX}")
+            raise InputError(
+                f"{self.file} is another vocabulary than data.tokenizer.path, {settings.path}: "
+                f"{FIX}"
+            )
         if settings.path is None and size != settings.vocab_size:
-            raise InputError(f"{self.file} has {size} ids, data.tokenizer.vocab_size is {settings.vocab_size}: {FIX}")
+            raise InputError(
+                f"{self.file} has {size} ids, data.tokenizer.vocab_size is "
+                f"{settings.vocab_size}: {FIX}"
+            )
 
     def check_manifest(self, name: str) -> None:
         """Shards are of this recipe, licence, vocabulary and number of tasks, and whole."""
         source, manifest = self.cfg.sources[name], self.manifests[name]
         fingerprints.check_tasks(self.folder, name, source.tasks)
-        recorded = {"recipe": manifest.recipe, "licence": manifest.licence, "vocabulary": manifest.tokenizer_sha256}
-        wanted = {"recipe": source.recipe, "licence": source.licence, "vocabulary": sha256_of(self.file)}
-        if other := [f"{key} {recorded[key]}, not {wanted[key]}" for key in wanted if recorded[key] != wanted[key]]:
+        recorded = {
+            "recipe": manifest.recipe,
+            "licence": manifest.licence,
+            "vocabulary": manifest.tokenizer_sha256,
+        }
+        wanted = {
+            "recipe": source.recipe,
+            "licence": source.licence,
+            "vocabulary": sha256_of(self.file),
+        }
+        if other := [
+            f"{key} {recorded[key]}, not {wanted[key]}"
+            for key in wanted
+            if recorded[key] != wanted[key]
+        ]:
             raise InputError(f"shards of {name} have {'; '.join(other)}: {FIX}")
         for file in manifest.files():
             document_ends(source_folder(self.cfg, name), file)
         self.check_versions(name, manifest.versions, fingerprints.shard_versions(source))
 
     def check_clean(self, name: str) -> None:
-        """Clean documents are those of the shards, and were made from this input by these passes and versions."""
+        """Clean documents are those of the shards, and were made from this input by these passes
+        and versions.
+        """
         source, folder = self.cfg.sources[name], self.folder / "clean" / name
         if not (folder / fingerprints.BUILT).is_file():
-            self.left[name] = "its clean documents are not there, and nothing else shows how they were made"
+            self.left[name] = (
+                "its clean documents are not there, and nothing else shows how they were made"
+            )
             return
         built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / PINNED)
         try:
@@ -105,34 +136,58 @@ class Adoption:
             before = built.get("settings", {})
             sizes = built.get("input", [None, None])[1]
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{folder} has a damaged {fingerprints.BUILT} or {PINNED}: remove {folder}") from error
+            raise InputError(
+                f"{folder} has a damaged {fingerprints.BUILT} or {PINNED}: remove {folder}"
+            ) from error
         if files != fingerprints.sizes(folder):
             raise InputError(f"{folder} holds other files than were written there: remove it")
         kind, listed = self.listings[name]
-        if read != [kind, sorted(listed)] or sizes not in (None, {file: size for file, (size, _) in listed.items()}):
-            raise InputError(f"{folder} was made from other input files than {source.input} holds: {FIX}")
+        if read != [kind, sorted(listed)] or sizes not in (
+            None,
+            {file: size for file, (size, _) in listed.items()},
+        ):
+            raise InputError(
+                f"{folder} was made from other input files than {source.input} holds: {FIX}"
+            )
         sharded = sum(file.documents for file in self.manifests[name].files())
         if documents != sharded:
             raise InputError(f"{folder} has {documents} documents, its shards {sharded}: {FIX}")
         for setting, step in PASSES.items():
             if bool(getattr(source, setting)) != (step in names):
-                raise InputError(f"{folder} was made with{'' if step in names else 'out'} {setting}: {FIX}")
+                raise InputError(
+                    f"{folder} was made with{'' if step in names else 'out'} {setting}: {FIX}"
+                )
         now = fingerprints.shaping(source)
-        if other := [f"{key} {before[key]}, not {now[key]}" for key in before if before[key] != now.get(key)]:
+        if other := [
+            f"{key} {before[key]}, not {now[key]}" for key in before if before[key] != now.get(key)
+        ]:
             raise InputError(f"{folder} was made with {'; '.join(other)}: {FIX}")
         self.built[name] = built
         self.check_versions(name, built.get("versions", {}), fingerprints.versions_of(source))
 
-    def check_versions(self, name: str, before: dict[str, str | int], now: dict[str, str | int]) -> None:
-        """Other rules made other text; other packages are named, and taken over by whoever asks for it."""
+    def check_versions(
+        self, name: str, before: dict[str, str | int], now: dict[str, str | int]
+    ) -> None:
+        """Other rules made other text; other packages are named, and taken over by whoever asks for
+        it.
+        """
         ours = {key for key, value in now.items() if isinstance(value, int)}
         before = before or dict.fromkeys(ours, 1)  # they began at 1, and unrecorded
-        if rules := [f"{key} {before.get(key)}, now {now[key]}" for key in sorted(ours) if before.get(key) != now[key]]:
+        if rules := [
+            f"{key} {before.get(key)}, now {now[key]}"
+            for key in sorted(ours)
+            if before.get(key) != now[key]
+        ]:
             self.left[name] = f"it was made by another version of its rules ({', '.join(rules)})"
-        packages = [f"{key} {before[key]}, now {now[key]}" for key in now.keys() & before.keys() - ours
-                    if before[key] != now[key]]  # fmt: skip
+        packages = [
+            f"{key} {before[key]}, now {now[key]}"
+            for key in now.keys() & before.keys() - ours
+            if before[key] != now[key]
+        ]
         if packages:
-            logger.warning(f"{name} was made by {', '.join(sorted(packages))}: taken for the same text")
+            logger.warning(
+                f"{name} was made by {', '.join(sorted(packages))}: taken for the same text"
+            )
 
     def check_hashes(self, workers: Any) -> None:
         """Hash every shard where `prepare` would work."""
@@ -143,9 +198,14 @@ class Adoption:
         jobs = {name: [(sha256_of, path) for path in places[name]] for name in places}
 
         def compare(name: str, found: list[str]) -> None:
-            for path, file, sha256 in zip(places[name], self.manifests[name].files(), found, strict=True):
+            for path, file, sha256 in zip(
+                places[name], self.manifests[name].files(), found, strict=True
+            ):
                 if sha256 != file.sha256:
-                    raise InputError(f"shard {path} does not hash to its manifest's SHA-256: prepare its source again")
+                    raise InputError(
+                        f"shard {path} does not hash to its manifest's SHA-256: prepare its "
+                        "source again"
+                    )
 
         workers.run("hash", jobs, compare)
 
@@ -156,14 +216,17 @@ class Adoption:
         for name in taken:
             place = self.again / name
             place.mkdir(parents=True)
-            jobs[name] = shard_jobs(self.cfg, name, self.listings[name], self.clean_of(name), place)[:1]
+            jobs[name] = shard_jobs(
+                self.cfg, name, self.listings[name], self.clean_of(name), place
+            )[:1]
 
         def compare(name: str, made: list[list[dict[str, Any]]]) -> None:
             first = [file for file in self.manifests[name].files() if "_00000." in file.name]
             if made[0] != [asdict(file) for file in first]:
                 raise InputError(
-                    f"shards of {name} are not those that this config makes of its clean documents: seed, "
-                    f"heldout_percent, or what tokenizes and shuffles is another; {FIX}"
+                    f"shards of {name} are not those that this config makes of its clean "
+                    "documents: seed, heldout_percent, or what tokenizes and shuffles is "
+                    f"another; {FIX}"
                 )
 
         workers.run("shards", jobs, compare)
@@ -173,11 +236,16 @@ class Adoption:
         if name not in self.built:
             return None
         built = self.built[name]
-        return Clean(self.folder / "clean" / name, sorted(built["files"]), built["steps"][-1]["forwarded"])
+        return Clean(
+            self.folder / "clean" / name, sorted(built["files"]), built["steps"][-1]["forwarded"]
+        )
 
     def write(self) -> None:
         """Key what was found right, the vocabulary last."""
-        keys = {name: fingerprints.clean_key(self.cfg, name, self.listings[name]) for name in self.cfg.sources}
+        keys = {
+            name: fingerprints.clean_key(self.cfg, name, self.listings[name])
+            for name in self.cfg.sources
+        }
         for name, source in self.cfg.sources.items():
             if name in self.left:
                 logger.warning(f"{name} is left as it is, for {self.left[name]}")
@@ -185,7 +253,9 @@ class Adoption:
             if name in self.built:
                 kept = {key: self.built[name][key] for key in ("files", "steps")}
                 made_of = fingerprints.made_of(source, self.listings[name])
-                fingerprints.write_built(self.folder / "clean" / name, keys[name], **kept, **made_of)
+                fingerprints.write_built(
+                    self.folder / "clean" / name, keys[name], **kept, **made_of
+                )
             manifest = replace(
                 self.manifests[name],
                 recipe_sha256=fingerprints.recipe_sha256(self.cfg, name, self.listings[name]),
@@ -194,19 +264,29 @@ class Adoption:
             write_manifest(source_folder(self.cfg, name), manifest)
             fingerprints.pin_tasks(self.folder, name, source.tasks)
             logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
-        if self.cfg.tokenizer.path is not None or not self.left:  # else it was trained on other text
+        if (
+            self.cfg.tokenizer.path is not None or not self.left
+        ):  # else it was trained on other text
             key = fingerprints.tokenizer_key(self.cfg, list(keys.values()))
             fingerprints.write_built(self.file.parent, key, sha256=sha256_of(self.file))
             logger.info("adopted    the vocabulary")
         if self.left:
-            what = "them" if self.cfg.tokenizer.path is not None else "them, the vocabulary and with it all shards"
-            logger.info(f"training reads {', '.join(self.left)} as before; prepare.rebuild=true would replace {what}")
+            what = (
+                "them"
+                if self.cfg.tokenizer.path is not None
+                else "them, the vocabulary and with it all shards"
+            )
+            logger.info(
+                f"training reads {', '.join(self.left)} as before; prepare.rebuild=true would "
+                f"replace {what}"
+            )
 
 
 def adopt(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
     """Make a prepared folder one that `prepare` reuses; sources that cannot be are named and left.
 
-    Raises InputError, with no record and no shard changed, where one contradicts the config or is damaged.
+    Raises InputError, with no record and no shard changed, where one contradicts the config or is
+    damaged.
     """
     if not Path(cfg.folder).is_dir():
         raise InputError(f"there is no folder {cfg.folder} to adopt: set data.folder")

@@ -1,10 +1,12 @@
-"""The passes that turn a source's raw input into clean documents, each a list of tasks that run one by one.
+"""The passes that turn a source's raw input into clean documents, each a list of tasks that run one
+by one.
 
     clean                                           the recipe's steps
     signatures, buckets, clusters, unique           near duplicates, if the source asks for it
     windows, repeats, cut                           exact substrings, if the source asks for it
 
-A pass begins when the one before has ended for all tasks; the last one's files are the clean documents.
+A pass begins when the one before has ended for all tasks; the last one's files are the clean
+documents.
 """
 
 import shutil
@@ -25,7 +27,8 @@ from data.recipes.decontamination import Uncontaminated
 from data.recipes.readers import QUARANTINE
 
 Job = tuple[Any, ...]
-BYTES_PER_TOKEN = 2  # compressed text per word or mark, from below: it only decides into how many parts the work is cut
+# compressed text per word or mark, from below: it only decides into how many parts the work is cut
+BYTES_PER_TOKEN = 2
 VERSION = 1  # raised with the order of the passes, or the row that they write
 KEPT = ("logs", "excluded", QUARANTINE)
 
@@ -65,7 +68,9 @@ def clean_task(build: Build, rank: int) -> None:
     if (excluded := build.excluded("clean")) is not None:
         exclude_into(excluded, steps)
     documents = build.place / "documents" / "clean"
-    run_task([*steps, write_documents(documents)], build.place / "logs" / "clean", rank, source.tasks)
+    run_task(
+        [*steps, write_documents(documents)], build.place / "logs" / "clean", rank, source.tasks
+    )
 
 
 def check_packages(source: Source) -> None:
@@ -94,7 +99,11 @@ def passes(build: Build) -> list[Pass]:
 
 def near_duplicate_passes(build: Build, setting: str, documents: Path) -> list[Pass]:
     """MinHash over the documents of the pass before."""
-    work, out, tasks = build.place / "minhash", build.place / "documents" / "unique", build.source.tasks
+    work, out, tasks = (
+        build.place / "minhash",
+        build.place / "documents" / "unique",
+        build.source.tasks,
+    )
     excluded, logs = build.excluded("unique"), work / "logs"
     first = [(minhash.signatures, setting, documents, work, rank, tasks) for rank in range(tasks)]
     number = minhash.config_of(setting).num_buckets
@@ -110,7 +119,11 @@ def near_duplicate_passes(build: Build, setting: str, documents: Path) -> list[P
 
 def substring_passes(build: Build, n: int, documents: Path) -> list[Pass]:
     """Exact substrings over the documents of the pass before."""
-    work, out, tasks = build.place / "substrings", build.place / "documents" / "cut", build.source.tasks
+    work, out, tasks = (
+        build.place / "substrings",
+        build.place / "documents" / "cut",
+        build.source.tasks,
+    )
     excluded, logs = build.excluded("cut"), work / "logs"
 
     def parts() -> int:
@@ -119,14 +132,18 @@ def substring_passes(build: Build, n: int, documents: Path) -> list[Pass]:
         return substrings.partitions_for(size // BYTES_PER_TOKEN)
 
     def index() -> list[Job]:
-        return [(substrings.index_windows, n, documents, work, parts(), rank, tasks) for rank in range(tasks)]
+        return [
+            (substrings.index_windows, n, documents, work, parts(), rank, tasks)
+            for rank in range(tasks)
+        ]
 
     def repeats() -> list[Job]:
         return [(substrings.repeats_task, work, partition, tasks) for partition in range(parts())]
 
     def cut() -> list[Job]:
         return [
-            (substrings.cut_repeats, n, documents, work, parts(), out, excluded, rank, tasks) for rank in range(tasks)
+            (substrings.cut_repeats, n, documents, work, parts(), out, excluded, rank, tasks)
+            for rank in range(tasks)
         ]
 
     return [
@@ -137,7 +154,9 @@ def substring_passes(build: Build, n: int, documents: Path) -> list[Pass]:
 
 
 def count(build: Build) -> list[Step]:
-    """What every step of every pass did with every document; asserts that none was lost in or between passes."""
+    """What every step of every pass did with every document; asserts that none was lost in or
+    between passes.
+    """
     steps: list[Step] = []
     for one in passes(build):
         logs = build.place / "logs" / one.name
@@ -146,12 +165,16 @@ def count(build: Build) -> list[Step]:
         if one.out is not None:
             steps += read_counts(logs / "stats", build.source.tasks, steps[-1:])
         elif one.name in ("signatures", "windows"):
-            read_counts(logs / "stats", build.source.tasks, steps[-1:])  # they see every document too
+            read_counts(
+                logs / "stats", build.source.tasks, steps[-1:]
+            )  # they see every document too
     return steps
 
 
 def finish(build: Build) -> None:
-    """Put the last pass's documents into the folder itself and remove what was made on the way; may be called again."""
+    """Put the last pass's documents into the folder itself and remove what was made on the way; may
+    be called again.
+    """
     writing = [one for one in passes(build) if one.out is not None]
     for one in passes(build):
         if one.logs.is_dir() and one.logs != build.place / "logs" / one.name:
@@ -175,7 +198,7 @@ def check_assets(name: str, source: Source, assets: Assets) -> list[str]:
         path = getattr(assets, asset).path
         if path is None or not Path(path).is_file():
             raise InputError(
-                f"source {name} needs data.assets.{asset}.path, now {path}: set it, and fetch what it names with "
-                "`python data/download.py` on a machine with a network"
+                f"source {name} needs data.assets.{asset}.path, now {path}: set it, and fetch "
+                "what it names with `python data/download.py` on a machine with a network"
             )
     return needed

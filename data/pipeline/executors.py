@@ -1,5 +1,5 @@
-"""Where the tasks of a preparation run: processes of this machine, a Slurm cluster, a Ray cluster; the outputs are the
-same. A job is (function, *arguments) and gives what JSON can write.
+"""Where the tasks of a preparation run: processes of this machine, a Slurm cluster, a Ray cluster;
+the outputs are the same. A job is (function, *arguments) and gives what JSON can write.
 """
 
 import json
@@ -20,7 +20,8 @@ from data.pipeline.workers import HEARTBEAT_SECONDS, Job, Workers, say
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 3  # looks at an empty queue before results count as lost: a shared file system may show them late
+# looks at an empty queue before results count as lost: a shared file system may show them late
+PATIENCE = 3
 Finished = Callable[[str, list[Any]], None]
 
 
@@ -31,7 +32,9 @@ class Tasks(Protocol):
         """Where it runs, for the first line of a preparation."""
 
     def run(self, stage: str, jobs: dict[str, list[Job]], finished: Finished) -> None:
-        """Run the jobs of all names; `finished(name, results)` is called here when a name's are all done."""
+        """Run the jobs of all names; `finished(name, results)` is called here when a name's are all
+        done.
+        """
 
     def close(self) -> None:
         """End what was started."""
@@ -46,7 +49,9 @@ def open_executor(cfg: ExecutorConfig | None, workers: int, folder: Path) -> Tas
 
 
 class Jobs:
-    """A datatrove pipeline of one step: task `rank` runs job `rank` and leaves its result as JSON."""
+    """A datatrove pipeline of one step: task `rank` runs job `rank` and leaves its result as
+    JSON.
+    """
 
     def __init__(self, jobs: list[Job], results: Path) -> None:
         self.jobs = jobs
@@ -59,7 +64,9 @@ class Jobs:
 
 
 class SlurmArray(SlurmPipelineExecutor):
-    """datatrove's array jobs, with requeueing; its job that merges statistics is left out, ours are merged here."""
+    """datatrove's array jobs, with requeueing; its job that merges statistics is left out, ours are
+    merged here.
+    """
 
     def launch_merge_stats(self) -> None:
         """Nothing."""
@@ -69,7 +76,9 @@ class SlurmArray(SlurmPipelineExecutor):
 
 
 class SlurmTasks:
-    """One array per stage, watched from here; arrays of a launch that was killed are cancelled first."""
+    """One array per stage, watched from here; arrays of a launch that was killed are cancelled
+    first.
+    """
 
     def __init__(self, cfg: ExecutorConfig, workers: int, folder: Path) -> None:
         if cfg.partition is None:
@@ -82,7 +91,9 @@ class SlurmTasks:
         self.end_orphans()
 
     def end_orphans(self) -> None:
-        """Cancel the arrays of a launch that was killed: they would write the same files as ours."""
+        """Cancel the arrays of a launch that was killed: they would write the same files as
+        ours.
+        """
         if self.record.is_file():
             self.ids = self.record.read_text(encoding="utf-8").split()
             self.close()
@@ -116,13 +127,17 @@ class SlurmTasks:
             for name in [name for name in jobs if name not in done]:
                 ranks = range(first[name], first[name] + len(jobs[name]))
                 if here.issuperset(ranks):
-                    finished(name, [json.loads((results / f"{rank:06d}.json").read_text()) for rank in ranks])
+                    finished(
+                        name,
+                        [json.loads((results / f"{rank:06d}.json").read_text()) for rank in ranks],
+                    )
                     done.append(name)
             if len(done) < len(jobs) and quiet > PATIENCE:
                 missing = sorted(set(range(len(flat))) - here)
                 raise InputError(
-                    f"{stage}: {len(missing)} of {len(flat)} tasks ended without a result, the first is {missing[0]}; "
-                    f"see {home / 'logs'} and {home / 'slurm_logs'}, then start the same command again"
+                    f"{stage}: {len(missing)} of {len(flat)} tasks ended without a result, the "
+                    f"first is {missing[0]}; see {home / 'logs'} and {home / 'slurm_logs'}, then "
+                    "start the same command again"
                 )
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
                 spoke = time.monotonic()
@@ -157,10 +172,14 @@ class SlurmTasks:
         try:
             array.run()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise InputError(f"sbatch failed ({error}): run this on a login node of the cluster") from error
+            raise InputError(
+                f"sbatch failed ({error}): run this on a login node of the cluster"
+            ) from error
 
     def running(self) -> bool:
-        """Whether Slurm still has one of our arrays; an answer of squeue other than a list counts as yes."""
+        """Whether Slurm still has one of our arrays; an answer of squeue other than a list counts
+        as yes.
+        """
         if not self.ids:
             return False
         command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(self.ids)}"]
@@ -211,7 +230,9 @@ class RayTasks:
                 left.remove(name)
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
                 spoke = time.monotonic()
-                tasks = {name: (len(set(futures[name]) & set(done)), len(futures[name])) for name in left}
+                tasks = {
+                    name: (len(set(futures[name]) & set(done)), len(futures[name])) for name in left
+                }
                 say(stage, tasks, None, spoke - started)
 
     def close(self) -> None:

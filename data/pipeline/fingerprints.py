@@ -1,9 +1,10 @@
-"""What a folder was built from: one hash per stage, so that a finished folder is reused only while it is right.
+"""What a folder was built from: one hash per stage, so that a finished folder is reused only while
+it is right.
 
-The hash is of a recipe's name and version, of settings, input files, assets, and versions of the packages that shape
-text; never of our own source text, which may be moved or reformatted. A built folder holds `built.json` with its key. A
-folder under construction bears its key in its name, so whatever was begun under other settings (another recipe, input,
-number of tasks) is never taken up.
+The hash is of a recipe's name and version, of settings, input files, assets, and versions of the
+packages that shape text; never of our own source text, which may be moved or reformatted. A built
+folder holds `built.json` with its key. A folder under construction bears its key in its name, so
+whatever was begun under other settings (another recipe, input, number of tasks) is never taken up.
 """
 
 import hashlib
@@ -34,12 +35,23 @@ SHAPING = {
     "fasttext": ("fasttext-numpy2-wheel",),
     "tldextract": ("tldextract",),
     "ahocorasick": ("pyahocorasick",),
-    "warcio": ("warcio", "faust-cchardet"),  # which guesses the encoding of a page that is not UTF-8
+    "warcio": (
+        "warcio",
+        "faust-cchardet",
+    ),  # which guesses the encoding of a page that is not UTF-8
     "magic": ("python-magic",),  # which says what is a page where the archive does not
     "pylibmagic": ("pylibmagic",),
     "xxhash": ("xxhash",),
 }
-SHAPES_TEXT = ("recipe", "tasks", "text_key", "near_duplicates", "exact_substrings", "replace_pii", "decontaminate")
+SHAPES_TEXT = (
+    "recipe",
+    "tasks",
+    "text_key",
+    "near_duplicates",
+    "exact_substrings",
+    "replace_pii",
+    "decontaminate",
+)
 
 
 def digest(*parts: Any) -> str:
@@ -53,7 +65,11 @@ Listing = tuple[str, dict[str, list[Any]]]  # kind, and [bytes, time of change] 
 def list_input(source: Source) -> Listing:
     """The files of a source's input, looked at once: the whole build works from this list."""
     try:
-        return megatron.raw_files(source.input) if source.recipe == MEGATRON else raw_files(source.input)
+        return (
+            megatron.raw_files(source.input)
+            if source.recipe == MEGATRON
+            else raw_files(source.input)
+        )
     except InputError as error:
         if source.obtained_by is None:
             raise
@@ -61,7 +77,9 @@ def list_input(source: Source) -> Listing:
 
 
 def versions_of(source: Source) -> dict[str, int | str]:
-    """Versions of all that shapes a source's text: its recipe, the passes that it asks for, packages."""
+    """Versions of all that shapes a source's text: its recipe, the passes that it asks for,
+    packages.
+    """
     if source.recipe == MEGATRON:
         return {MEGATRON: megatron.RECIPE_VERSION}
     recipe = recipes.load(source.recipe)
@@ -90,15 +108,25 @@ def changes(before: dict[str, str | int], now: dict[str, str | int]) -> str:
     """What has another version now, for a reader; empty where nothing has."""
     if not before:
         return "a version of this project before 0.2"
-    return ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in sorted(now) if before.get(key) != now[key])
+    return ", ".join(
+        f"{key} {before.get(key)}, now {now[key]}"
+        for key in sorted(now)
+        if before.get(key) != now[key]
+    )
 
 
 def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
     """All that decides a source's text but its input: settings, versions, assets."""
     read = clean.check_assets(name, source, assets)
     files = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in read}
-    optional = {asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")}
-    files |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path and Path(path).is_file()}
+    optional = {
+        asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")
+    }
+    files |= {
+        asset: sha256_of(Path(path))
+        for asset, path in optional.items()
+        if path and Path(path).is_file()
+    }
     licence = source.licence  # recipe source_code judges files by it
     return [shaping(source), licence, versions_of(source), files]
 
@@ -116,7 +144,8 @@ def made_of(source: Source, listing: Listing) -> dict[str, Any]:
 
 
 def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's shards but the vocabulary: settings, versions, files of input.
+    """Hash of all that decides a source's shards but the vocabulary: settings, versions, files of
+    input.
 
     The input's place and times are left out: the same files elsewhere give the same shards.
     """
@@ -127,23 +156,31 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's clean documents, the times of its input files included."""
+    """Hash of all that decides a source's clean documents, the times of its input files
+    included.
+    """
     source = cfg.sources[name]
     text = [source.input, *listing]
     return digest(settings_of(name, source, cfg.assets), text, cfg.keep_exclusions)
 
 
 def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
-    """Hash of all that decides the vocabulary: the file it is copied from, or the texts and settings of training."""
+    """Hash of all that decides the vocabulary: the file it is copied from, or the texts and
+    settings of training.
+    """
     settings = cfg.tokenizer
     if settings.path is not None:
-        return digest(sha256_of(Path(settings.path)), settings.vocab_size)  # a smaller size is checked again
+        return digest(
+            sha256_of(Path(settings.path)), settings.vocab_size
+        )  # a smaller size is checked again
     numbers = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
     return digest(clean_keys, numbers, tokenizer.TRAINING_VERSION, version("tokenizers"))
 
 
 def shards_key(manifest: Manifest) -> str:
-    """Hash of all that decides a source's shards, for the name of their folder under construction."""
+    """Hash of all that decides a source's shards, for the name of their folder under
+    construction.
+    """
     return digest(asdict(replace(manifest, splits={})))
 
 
@@ -180,7 +217,9 @@ def read_built(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def construction(folder: Path, stage: str, key: str) -> Path:
-    """The folder `building/<stage>/<key>`, kept from a killed run; those of other keys are removed."""
+    """The folder `building/<stage>/<key>`, kept from a killed run; those of other keys are
+    removed.
+    """
     parent = folder / "building" / stage
     place = parent / key[:16]
     for other in parent.iterdir() if parent.is_dir() else ():
@@ -191,7 +230,9 @@ def construction(folder: Path, stage: str, key: str) -> Path:
 
 
 def install(built: Path, place: Path) -> None:
-    """Move a complete folder into place; a kill in between leaves it complete under construction, to be moved next."""
+    """Move a complete folder into place; a kill in between leaves it complete under construction,
+    to be moved next.
+    """
     discard(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     built.rename(place)
@@ -209,10 +250,13 @@ def check_tasks(folder: Path, name: str, tasks: int) -> None:
     Finished tasks would be thrown away or, with datatrove alone, documents lost.
     """
     lock = folder / "locks" / f"{name}.json"
-    if lock.is_file() and (pinned := json.loads(lock.read_text(encoding="utf-8"))["tasks"]) != tasks:
+    if (
+        lock.is_file()
+        and (pinned := json.loads(lock.read_text(encoding="utf-8"))["tasks"]) != tasks
+    ):
         raise InputError(
-            f"source {name} was begun with {pinned} tasks, not {tasks}: set data.sources.{name}.tasks={pinned}, or "
-            f"remove {lock} to build it anew"
+            f"source {name} was begun with {pinned} tasks, not {tasks}: set "
+            f"data.sources.{name}.tasks={pinned}, or remove {lock} to build it anew"
         )
 
 

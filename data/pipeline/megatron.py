@@ -1,9 +1,11 @@
-"""Corpora that Megatron-LM's preprocessing has tokenized: `.bin` holds ids, `.idx` the documents' borders.
+"""Corpora that Megatron-LM's preprocessing has tokenized: `.bin` holds ids, `.idx` the documents'
+borders.
 
-Format of megatron/core/datasets/indexed_dataset.py: MMIDIDX and two zeros, u64 version 1, u8 type, u64 sequences, u64
-borders, i32 lengths [sequences], i64 pointers in bytes [sequences], i64 first sequence of every document and the
-number of sequences [borders]. Such a source has the recipe `megatron`; its documents become shards like any other's,
-split by held-out share, ended by one end token, and pinned by a manifest. How they were cleaned, nobody here can say.
+Format of megatron/core/datasets/indexed_dataset.py: MMIDIDX and two zeros, u64 version 1, u8 type,
+u64 sequences, u64 borders, i32 lengths [sequences], i64 pointers in bytes [sequences], i64 first
+sequence of every document and the number of sequences [borders]. Such a source has the recipe
+`megatron`; its documents become shards like any other's, split by held-out share, ended by one end
+token, and pinned by a manifest. How they were cleaned, nobody here can say.
 """
 
 from collections.abc import Iterator
@@ -24,7 +26,14 @@ from data.tokenizer import EOS
 
 RECIPE_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # DType of indexed_dataset.py, whole numbers only
+DTYPES = {
+    1: "<u1",
+    2: "<i1",
+    3: "<i2",
+    4: "<i4",
+    5: "<i8",
+    8: "<u2",
+}  # DType of indexed_dataset.py, whole numbers only
 
 
 @dataclass
@@ -39,12 +48,17 @@ class Corpus:
 
 
 def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
-    """Kind, and [bytes of both, time of change] per `.idx`; raises InputError where one of a pair is missing."""
+    """Kind, and [bytes of both, time of change] per `.idx`; raises InputError where one of a pair
+    is missing.
+    """
     place = get_datafolder(folder)
     found = place.find("", detail=True) if place.isdir("") else {}
     names = sorted(name for name in found if name.endswith(".idx"))
     if not names:
-        raise InputError(f"input folder {folder} has no .idx files: set data.sources.<name>.input to Megatron's output")
+        raise InputError(
+            f"input folder {folder} has no .idx files: set data.sources.<name>.input to "
+            "Megatron's output"
+        )
     alone = [name for name in names if binary(name) not in found]
     if alone:
         raise InputError(f"input folder {folder} has {alone[0]} without {binary(alone[0])}")
@@ -65,20 +79,28 @@ def read_index(file: BinaryIO, name: str) -> tuple[np.dtype, NDArray[np.int64], 
     head = file.read(len(MAGIC) + 8 + 1 + 16)
     version, kind = head[len(MAGIC) : len(MAGIC) + 8], head[len(MAGIC) + 8 : len(MAGIC) + 9]
     if head[: len(MAGIC)] != MAGIC or version != (1).to_bytes(8, "little") or kind[0] not in DTYPES:
-        raise InputError(f"{name} is no index of Megatron's version 1 with whole numbers: take it out of the input")
+        raise InputError(
+            f"{name} is no index of Megatron's version 1 with whole numbers: take it out of the "
+            "input"
+        )
     dtype = np.dtype(DTYPES[kind[0]])
     sequences, documents = np.frombuffer(head[-16:], dtype="<u8").astype(int).tolist()
     lengths = np.frombuffer(file.read(4 * sequences), dtype="<i4").astype(np.int64)
     file.seek(8 * sequences, 1)  # pointers: sequences follow each other
     borders = np.frombuffer(file.read(8 * documents), dtype="<i8")
-    if len(lengths) != sequences or len(borders) != documents or (documents and borders[-1] != sequences):
+    if (
+        len(lengths) != sequences
+        or len(borders) != documents
+        or (documents and borders[-1] != sequences)
+    ):
         raise InputError(f"{name} is cut off: fetch it again")
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[borders]
     return dtype, ends * dtype.itemsize, ends
 
 
 def documents_of(job: Corpus, name: str) -> Iterator[NDArray[np.int64]]:
-    """Ids of every document of a pair of files, each ended by its only end token; one inside ends a document too.
+    """Ids of every document of a pair of files, each ended by its only end token; one inside ends a
+    document too.
 
     Raises InputError for ids outside the vocabulary, and for a file that is too short.
     """
@@ -93,15 +115,17 @@ def documents_of(job: Corpus, name: str) -> Iterator[NDArray[np.int64]]:
             ids = np.frombuffer(raw, dtype=dtype).astype(np.int64)
             if len(ids) and (ids.min() < 0 or ids.max() >= job.vocab_size):
                 raise InputError(
-                    f"{binary(name)}, document {number} has id {ids.max()}; the vocabulary has {job.vocab_size}: set "
-                    "data.tokenizer.path to the one it was made with"
+                    f"{binary(name)}, document {number} has id {ids.max()}; the vocabulary has "
+                    f"{job.vocab_size}: set data.tokenizer.path to the one it was made with"
                 )
             ids = ids if len(ids) and ids[-1] == EOS else np.append(ids, EOS)
             yield from np.split(ids, np.flatnonzero(ids == EOS)[:-1] + 1)
 
 
 def shard_task(job: Corpus, heldout_percent: float, rank: int) -> list[dict[str, Any]]:
-    """Write one task's files as shards; the ShardFile of every split that got documents, as plain values."""
+    """Write one task's files as shards; the ShardFile of every split that got documents, as plain
+    values.
+    """
     mark = job.folder / f"{rank:05d}.done"
     paths = {split: job.folder / f"{split}_{rank:05d}.ds" for split in SPLITS}
     if not mark.is_file():

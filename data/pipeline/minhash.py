@@ -1,11 +1,14 @@
-"""Near duplicates inside a source by MinHash: datatrove's signatures, pairs and filter, and clusters of ours.
+"""Near duplicates inside a source by MinHash: datatrove's signatures, pairs and filter, and
+clusters of ours.
 
-datatrove asks for the same tasks and the same reader in its first and last step, and removes wrong documents without
-a word when they differ; here both read the files that the pass before wrote, task by task. Its clustering holds a
-dictionary of some 300 bytes per document that has a duplicate, and which of a cluster stays depends on its history;
-ours holds 16 bytes and the pairs of one bucket, and the first document stays.
+datatrove asks for the same tasks and the same reader in its first and last step, and removes wrong
+documents without a word when they differ; here both read the files that the pass before wrote, task
+by task. Its clustering holds a dictionary of some 300 bytes per document that has a duplicate, and
+which of a cluster stays depends on its history; ours holds 16 bytes and the pairs of one bucket,
+and the first document stays.
 
-Costs: a signature is 8 bytes per hash and 4 per bucket and document on disk (952 bytes for 14x8, 11,532 for 93x15).
+Costs: a signature is 8 bytes per hash and 4 per bucket and document on disk (952 bytes for 14x8,
+11,532 for 93x15).
 """
 
 from pathlib import Path
@@ -48,15 +51,19 @@ def buckets(setting: str, work: Path, rank: int) -> None:
 
 
 def pairs_of(path: Path) -> NDArray[np.uint64]:
-    """The pairs of one bucket, [pairs, 2]; a document is its file's number shifted by 32 bits, and its place in it."""
+    """The pairs of one bucket, [pairs, 2]; a document is its file's number shifted by 32 bits, and
+    its place in it.
+    """
     halves = np.fromfile(path, dtype="<u4").reshape(-1, 2).astype(np.uint64)
     return (halves[:, 0] << np.uint64(32) | halves[:, 1]).reshape(-1, 2)
 
 
 def first_of_cluster(nodes: NDArray[np.uint64], files: list[Path]) -> NDArray[np.int64]:
-    """For each of the sorted nodes the least one that pairs of any file connect it to, both as indices of `nodes`.
+    """For each of the sorted nodes the least one that pairs of any file connect it to, both as
+    indices of `nodes`.
 
-    Roots hang themselves under smaller roots until all pairs of a file are connected, which later files do not undo.
+    Roots hang themselves under smaller roots until all pairs of a file are connected, which later
+    files do not undo.
     """
     root = np.arange(len(nodes))
     for path in files:
@@ -70,7 +77,9 @@ def first_of_cluster(nodes: NDArray[np.uint64], files: list[Path]) -> NDArray[np
 
 
 def clusters(work: Path) -> None:
-    """Pass 3, one task: transitive closure, and per file of documents the numbers of those that go."""
+    """Pass 3, one task: transitive closure, and per file of documents the numbers of those that
+    go.
+    """
     out, part = work / "remove", work / "remove.part"
     if out.is_dir():
         return
@@ -82,11 +91,15 @@ def clusters(work: Path) -> None:
     gone = nodes[first_of_cluster(nodes, files) != np.arange(len(nodes))]
     owners = (gone >> np.uint64(32)).astype(np.int64)
     for owner in np.unique(owners):
-        (gone[owners == owner] & np.uint64(2**32 - 1)).astype("<u4").tofile(part / f"{owner:06d}.remove")
+        (gone[owners == owner] & np.uint64(2**32 - 1)).astype("<u4").tofile(
+            part / f"{owner:06d}.remove"
+        )
     part.rename(out)
 
 
-def unique(documents: Path, work: Path, out: Path, excluded: Path | None, rank: int, tasks: int) -> None:
+def unique(
+    documents: Path, work: Path, out: Path, excluded: Path | None, rank: int, tasks: int
+) -> None:
     """Pass 4, one task per file of documents: write what stays to `out`."""
     steps = [Documents(documents), OnePerCluster(str(work / "remove"))]
     if excluded is not None:

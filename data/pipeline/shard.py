@@ -1,4 +1,6 @@
-"""From clean documents to the token shards of a source, and to the text that a vocabulary is trained on."""
+"""From clean documents to the token shards of a source, and to the text that a vocabulary is
+trained on.
+"""
 
 import hashlib
 import os
@@ -21,7 +23,9 @@ from data.stream.manifests import DTYPE, SPLITS, ShardFile
 
 VERSION = 1  # raised with the split, the order inside a shard, or what is tokenized
 HASH_BUCKETS = 1_000_000
-BATCH_BYTES = 2**21  # text that is tokenized at once: memory stays flat whatever the documents' length
+BATCH_BYTES = (
+    2**21
+)  # text that is tokenized at once: memory stays flat whatever the documents' length
 PIECE_CHARACTERS = 2**20  # the tokenizer is slow on longer texts
 
 
@@ -47,7 +51,9 @@ class Sharding:
 
 
 def split_of(group: str, heldout_percent: float) -> str:
-    """ "train" or "heldout"; depends on the group alone, so no new document moves an old one across."""
+    """ "train" or "heldout"; depends on the group alone, so no new document moves an old one
+    across.
+    """
     bucket = int(hashlib.sha256(f"heldout:{group}".encode()).hexdigest(), 16) % HASH_BUCKETS
     return "heldout" if bucket < heldout_percent / 100 * HASH_BUCKETS else "train"
 
@@ -60,7 +66,8 @@ def reader_of(clean: Clean) -> Jsonl:
 
 
 def pieces_of(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """A long text in pieces that tokenize to the same ids: each begins at a line break between two visible characters.
+    """A long text in pieces that tokenize to the same ids: each begins at a line break between two
+    visible characters.
 
     A text without such a place is left in one piece.
     """
@@ -91,7 +98,9 @@ def batches(documents: Iterable[Document], size: int = BATCH_BYTES) -> Iterator[
 
 
 def encode(vocabulary: Tokenizer, texts: list[str]) -> Iterator[NDArray[np.uint16]]:
-    """Ids of every text, with the end token; text that spells <|endoftext|> must not end its document."""
+    """Ids of every text, with the end token; text that spells <|endoftext|> must not end its
+    document.
+    """
     pieces = [pieces_of(text) for text in texts]
     flat = [piece for parts in pieces for piece in parts]
     encodings = iter(vocabulary.encode_batch_fast(flat, add_special_tokens=False))
@@ -101,9 +110,11 @@ def encode(vocabulary: Tokenizer, texts: list[str]) -> Iterator[NDArray[np.uint1
 
 
 class TokenWriter(PipelineStep):
-    """Tokenizes the documents of a task into one file per split, then puts each file's documents into a seeded order.
+    """Tokenizes the documents of a task into one file per split, then puts each file's documents
+    into a seeded order.
 
-    The files are datatrove's: `.ds` holds the ids, `.ds.index` the end of every document in tokens, uint64.
+    The files are datatrove's: `.ds` holds the ids, `.ds.index` the end of every document in tokens,
+    uint64.
     """
 
     name = "Tokens"
@@ -123,7 +134,9 @@ class TokenWriter(PipelineStep):
         try:
             for batch in batches(data):
                 self.stat_update("total", value=len(batch))
-                for document, ids in zip(batch, encode(vocabulary, [d.text for d in batch]), strict=True):
+                for document, ids in zip(
+                    batch, encode(vocabulary, [d.text for d in batch]), strict=True
+                ):
                     split = split_of(document.metadata["group"], self.job.heldout_percent)
                     files[split].write(ids.data)
                     ends[split].append((ends[split][-1] if ends[split] else 0) + len(ids))
@@ -131,12 +144,16 @@ class TokenWriter(PipelineStep):
             for file in files.values():
                 file.close()
         for number, split in enumerate(SPLITS):
-            order = np.random.default_rng([self.job.seed, rank, number]).permutation(len(ends[split]))
+            order = np.random.default_rng([self.job.seed, rank, number]).permutation(
+                len(ends[split])
+            )
             shuffle(paths[split], ends[split], order)
 
 
 def shuffle(path: Path, ends: list[int], order: NDArray[np.int64]) -> None:
-    """Write the documents of a `.part` in another order as `.ds` and `.ds.index`; none where it has no document."""
+    """Write the documents of a `.part` in another order as `.ds` and `.ds.index`; none where it has
+    no document.
+    """
     if ends:
         tokens = np.memmap(path, dtype=DTYPE, mode="r")
         starts = np.array([0, *ends[:-1]], dtype=np.int64)
@@ -149,7 +166,9 @@ def shuffle(path: Path, ends: list[int], order: NDArray[np.int64]) -> None:
 
 
 def shard_task(job: Sharding, rank: int) -> list[dict[str, Any]]:
-    """Tokenize one task's share; the ShardFile of every split that got documents, as plain values."""
+    """Tokenize one task's share; the ShardFile of every split that got documents, as plain
+    values.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
     run_task([reader_of(job.clean), TokenWriter(job)], job.folder / "logs", rank, job.tasks)
     paths = [job.folder / f"{split}_{rank:05d}.ds" for split in SPLITS]
@@ -162,13 +181,17 @@ def describe(path: Path) -> ShardFile:
     tokens = np.memmap(path, dtype=DTYPE, mode="r")
     assert len(tokens) == index[-1], f"{path} has {len(tokens)} tokens, its index says {index[-1]}"
     piece = 2**24
-    ends = sum(int((tokens[i : i + piece] == tokenizer.EOS).sum()) for i in range(0, len(tokens), piece))
+    ends = sum(
+        int((tokens[i : i + piece] == tokenizer.EOS).sum()) for i in range(0, len(tokens), piece)
+    )
     assert ends == len(index), f"{path} has {ends} end tokens for {len(index)} documents"
     return ShardFile(path.name, len(tokens), len(index), sha256_of(path))
 
 
 def train_texts(cleans: list[Clean], heldout_percent: float, max_bytes: int) -> Iterator[str]:
-    """Training documents of all sources by turns, always of the one least read, up to `max_bytes` of text."""
+    """Training documents of all sources by turns, always of the one least read, up to `max_bytes`
+    of text.
+    """
     streams = {place: reader_of(clean).run() for place, clean in enumerate(cleans)}
     read = dict.fromkeys(streams, 0)
     while streams and sum(read.values()) < max_bytes:
@@ -181,7 +204,9 @@ def train_texts(cleans: list[Clean], heldout_percent: float, max_bytes: int) -> 
             yield document.text
 
 
-def tokenizer_task(cleans: list[Clean], heldout_percent: float, max_bytes: int, vocab_size: int, out: Path) -> None:
+def tokenizer_task(
+    cleans: list[Clean], heldout_percent: float, max_bytes: int, vocab_size: int, out: Path
+) -> None:
     """Train the vocabulary on the sources' training documents into the folder `out`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer.train(train_texts(cleans, heldout_percent, max_bytes), vocab_size, out)

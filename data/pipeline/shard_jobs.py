@@ -11,12 +11,18 @@ from data.pipeline.shard import Clean, Sharding
 from data.stream.manifests import tokenizer_path
 
 
-def shard_jobs(cfg: DataConfig, name: str, listing: Listing, clean: Clean | None, place: Path) -> list[Any]:
-    """A job per task, into the folder `place`: of clean documents, or where there are none of a tokenized corpus."""
+def shard_jobs(
+    cfg: DataConfig, name: str, listing: Listing, clean: Clean | None, place: Path
+) -> list[Any]:
+    """A job per task, into the folder `place`: of clean documents, or where there are none of a
+    tokenized corpus.
+    """
     source, file = cfg.sources[name], tokenizer_path(cfg)
     if clean is not None:
         job = Sharding(clean, place, file, cfg.seed, cfg.heldout_percent, source.tasks)
         return [(shard.shard_task, job, rank) for rank in range(source.tasks)]
     size = tokenizer.size_of(tokenizer.load(file))
     corpus = megatron.Corpus(source.input, sorted(listing[1]), place, size, source.tasks)
-    return [(megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in range(source.tasks)]
+    return [
+        (megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in range(source.tasks)
+    ]

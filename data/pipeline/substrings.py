@@ -1,13 +1,16 @@
-"""Exact substrings: a run of n or more tokens that occurred before in the source is cut out, as in RefinedWeb.
+"""Exact substrings: a run of n or more tokens that occurred before in the source is cut out, as in
+RefinedWeb.
 
-Lee et al. 2022 (arXiv 2107.06499) find such runs with a suffix array; datatrove's bridge to it overflows at 4 GiB.
-Here every window of n tokens gets a 64-bit hash; the hashes are sorted in runs on disk, compared partition by
-partition, and every window but the first of its kind is cut. A run of m >= n repeated tokens is m - n + 1 repeated
-windows, so both find the same runs. A token is a word or a mark, which Falcon's vocabulary writes in one token or more.
+Lee et al. 2022 (arXiv 2107.06499) find such runs with a suffix array; datatrove's bridge to it
+overflows at 4 GiB. Here every window of n tokens gets a 64-bit hash; the hashes are sorted in runs
+on disk, compared partition by partition, and every window but the first of its kind is cut. A run
+of m >= n repeated tokens is m - n + 1 repeated windows, so both find the same runs. A token is a
+word or a mark, which Falcon's vocabulary writes in one token or more.
 
-Costs, for T tokens: 16 T bytes on disk while it runs; per process about 100 bytes x CHUNK, or six times a partition
-(PARTITION_BYTES at most), or 8 bytes per repeated window of a task: nothing in memory grows with the corpus.
-Two different windows share a hash with probability 2^-64: T^2 / 2^65 windows are cut wrongly, at T = 4e12 one in 1e7.
+Costs, for T tokens: 16 T bytes on disk while it runs; per process about 100 bytes x CHUNK, or six
+times a partition (PARTITION_BYTES at most), or 8 bytes per repeated window of a task: nothing in
+memory grows with the corpus. Two different windows share a hash with probability 2^-64: T^2 / 2^65
+windows are cut wrongly, at T = 4e12 one in 1e7.
 """
 
 import re
@@ -49,7 +52,9 @@ def piece_hash(piece: str) -> int:
 
 
 def window_hashes(pieces: list[str], n: int) -> Hashes:
-    """Hash of every window of n tokens [len(pieces) - n + 1]: windows double in length, two that overlap give n."""
+    """Hash of every window of n tokens [len(pieces) - n + 1]: windows double in length, two that
+    overlap give n.
+    """
     if len(pieces) < n:
         return np.empty(0, dtype=np.uint64)
     out = np.fromiter(map(piece_hash, pieces), dtype=np.uint64, count=len(pieces))
@@ -64,7 +69,9 @@ def window_hashes(pieces: list[str], n: int) -> Hashes:
 
 
 class Windows(PipelineStep):
-    """Writes the windows of one task's documents in sorted runs, with the border of every partition."""
+    """Writes the windows of one task's documents in sorted runs, with the border of every
+    partition.
+    """
 
     name = "Windows"
     type = "Substrings"
@@ -103,8 +110,12 @@ class Windows(PipelineStep):
         """One sorted run."""
         windows = windows[np.argsort(windows["hash"], kind="stable")]
         bits = np.uint64(64 - (self.partitions.bit_length() - 1))
-        partition = np.zeros(len(windows), np.uint64) if self.partitions == 1 else windows["hash"] >> bits
-        borders = np.searchsorted(partition, np.arange(self.partitions + 1, dtype=np.uint64)).astype("<u8")
+        partition = (
+            np.zeros(len(windows), np.uint64) if self.partitions == 1 else windows["hash"] >> bits
+        )
+        borders = np.searchsorted(
+            partition, np.arange(self.partitions + 1, dtype=np.uint64)
+        ).astype("<u8")
         borders.tofile(self.folder / f"{rank:05d}-{number:05d}.borders")
         windows.tofile(self.folder / f"{rank:05d}-{number:05d}.windows")
 
@@ -115,20 +126,27 @@ def part_of(path: Path, borders: Path, index: int, dtype: np.dtype) -> np.ndarra
     return np.fromfile(path, dtype=dtype, count=int(high - low), offset=int(low) * dtype.itemsize)
 
 
-def index_windows(n: int, documents: Path, work: Path, partitions: int, rank: int, tasks: int) -> None:
+def index_windows(
+    n: int, documents: Path, work: Path, partitions: int, rank: int, tasks: int
+) -> None:
     """Pass 1, one task per file of documents."""
     steps = [Documents(documents), Windows(n, work / "windows", partitions)]
     run_task(steps, work / "logs" / "windows", rank, tasks)
 
 
 def find_repeats(work: Path, partition: int, tasks: int) -> None:
-    """Pass 2, one task per partition: the places of all windows but the first of their kind, by task."""
+    """Pass 2, one task per partition: the places of all windows but the first of their kind, by
+    task.
+    """
     out = work / "repeats"
     out.mkdir(exist_ok=True)
     runs = sorted((work / "windows").glob("*.windows"))
     parts = [part_of(path, path.with_suffix(".borders"), partition, WINDOW) for path in runs]
     windows = np.concatenate([np.empty(0, dtype=WINDOW), *parts])
-    owners = [np.full(len(part), int(path.name[:5]), np.int64) for path, part in zip(runs, parts, strict=True)]
+    owners = [
+        np.full(len(part), int(path.name[:5]), np.int64)
+        for path, part in zip(runs, parts, strict=True)
+    ]
     task = np.concatenate([np.empty(0, np.int64), *owners])
     order = np.argsort(windows["hash"], kind="stable")  # ties stay in the order of tasks and places
     windows, task = windows[order], task[order]
@@ -157,9 +175,11 @@ def spans(places: NDArray[np.int64], n: int) -> Iterator[tuple[int, int]]:
 
 
 def cut(text: str, places: NDArray[np.int64], n: int) -> str:
-    """The text without the windows of n tokens that begin at token numbers `places`; all else stays as it was.
+    """The text without the windows of n tokens that begin at token numbers `places`; all else stays
+    as it was.
 
-    White space after a cut goes only where white space is left before it, so that no two words are joined.
+    White space after a cut goes only where white space is left before it, so that no two words are
+    joined.
     """
     matches = list(PIECE.finditer(text))
     starts = [match.start() for match in matches] + [len(text)]
@@ -185,7 +205,9 @@ class Cut(BaseFilter):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """As every filter, with this task's repeats at hand."""
         files = [self.work / "repeats" / f"{p:06d}.places" for p in range(self.partitions)]
-        parts = [part_of(file, file.with_suffix(".borders"), rank, np.dtype("<u8")) for file in files]
+        parts = [
+            part_of(file, file.with_suffix(".borders"), rank, np.dtype("<u8")) for file in files
+        ]
         self.places = np.sort(np.concatenate(parts)).astype(np.int64)
         self.next_place = 0
         yield from super().run(data, rank, world_size)
@@ -207,7 +229,14 @@ class Cut(BaseFilter):
 
 
 def cut_repeats(
-    n: int, documents: Path, work: Path, partitions: int, out: Path, excluded: Path | None, rank: int, tasks: int
+    n: int,
+    documents: Path,
+    work: Path,
+    partitions: int,
+    out: Path,
+    excluded: Path | None,
+    rank: int,
+    tasks: int,
 ) -> None:
     """Pass 3, one task per file of documents: write what stays to `out`."""
     steps = [Documents(documents), Cut(n, work, partitions)]

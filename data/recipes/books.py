@@ -40,6 +40,7 @@ class BookBody(BaseFilter):
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    # a paragraph may be one line, and verse has short ones: only the repetition rules of n-grams are for prose
+    # a paragraph may be one line, and verse has short ones: only the repetition rules of n-grams
+    # are for prose
     repetition = GopherRepetitionFilter(dup_line_frac=None, dup_line_char_frac=None)
     return [open_input(source, folder), BookBody(), Plausible(1000, 0.5, 1_000_000), repetition]

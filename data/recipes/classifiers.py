@@ -9,7 +9,10 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from core.errors import InputError
 
 MIN_LANGUAGE_SCORE = 0.65  # RefinedWeb's, of CCNet's model
-MATH_LABEL, MIN_MATH_SCORE = "math", 0.5  # assumed: the paper names the kind of classifier and no threshold
+MATH_LABEL, MIN_MATH_SCORE = (
+    "math",
+    0.5,
+)  # assumed: the paper names the kind of classifier and no threshold
 
 
 @lru_cache(maxsize=4)
@@ -20,11 +23,15 @@ def model_of(path: str) -> Any:
     try:
         return _FastText(path)
     except ValueError as error:
-        raise InputError(f"{path} is no fastText model ({error}): fetch it again (python data/download.py)") from error
+        raise InputError(
+            f"{path} is no fastText model ({error}): fetch it again (python data/download.py)"
+        ) from error
 
 
 class Labelled(BaseFilter):
-    """Keeps documents that the model gives a label with at least a score; the score goes into the metadata."""
+    """Keeps documents that the model gives a label with at least a score; the score goes into the
+    metadata.
+    """
 
     name = "Classifier"
 
@@ -37,9 +44,12 @@ class Labelled(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
-        # the inner predict: the wrapper converts with numpy's copy=False, which numpy 2 refuses in older wheels
+        # the inner predict: the wrapper converts with numpy's copy=False, which numpy 2 refuses in
+        # older wheels
         found = model_of(self.path).f.predict(doc.text.replace("\n", " ") + "\n", -1, 0.0, "strict")
-        score = next((float(score) for score, name in found if name == f"__label__{self.label}"), 0.0)
+        score = next(
+            (float(score) for score, name in found if name == f"__label__{self.label}"), 0.0
+        )
         doc.metadata[f"{self.label}_score"] = round(score, 4)
         return True if score >= self.least else (False, self.reason)
 

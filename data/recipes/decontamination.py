@@ -1,7 +1,9 @@
-"""Leaving out what the evaluations ask: documents that share 13 words in a row with one of their texts.
+"""Leaving out what the evaluations ask: documents that share 13 words in a row with one of their
+texts.
 
-The rule of GPT-3 (Brown et al. 2020, appendix C) with whole documents dropped. The evaluations' n-grams stay in memory:
-8 bytes and a set's overhead each, about 100 MB per million; they grow with the evaluations, not with the corpus.
+The rule of GPT-3 (Brown et al. 2020, appendix C) with whole documents dropped. The evaluations'
+n-grams stay in memory: 8 bytes and a set's overhead each, about 100 MB per million; they grow with
+the evaluations, not with the corpus.
 """
 
 import json
@@ -47,11 +49,16 @@ def forbidden(path: str) -> frozenset[int]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{path}:{number} is no JSON ({error}): mend data.assets.evaluations") from error
+                raise InputError(
+                    f"{path}:{number} is no JSON ({error}): mend data.assets.evaluations"
+                ) from error
             for text in strings(row):
                 found.update(grams(text))
     if not found:
-        raise InputError(f"{path} has no text of {N} words: set data.assets.evaluations.path to the evaluations' texts")
+        raise InputError(
+            f"{path} has no text of {N} words: set data.assets.evaluations.path to the "
+            "evaluations' texts"
+        )
     return frozenset(found)
 
 
@@ -67,4 +74,6 @@ class Uncontaminated(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
         known = forbidden(self.path)
-        return (False, "evaluation_text") if any(gram in known for gram in grams(doc.text)) else True
+        return (
+            (False, "evaluation_text") if any(gram in known for gram in grams(doc.text)) else True
+        )

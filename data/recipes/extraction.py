@@ -7,19 +7,21 @@ from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
-# What is dropped must not depend on how busy the machine is; datatrove's second per page would make it so.
+# What is dropped must not depend on how busy the machine is; datatrove's second per page would make
+# it so.
 TIMEOUT_SECONDS = 60
 
 
 class MainText(Trafilatura):
     """Trafilatura in a child process that a broken page may kill.
 
-    datatrove counts a page that failed under names of its own and never writes it out; here it is dropped like any
-    other document, for `timeout`, `crash`, `error` or `no_text`.
+    datatrove counts a page that failed under names of its own and never writes it out; here it is
+    dropped like any other document, for `timeout`, `crash`, `error` or `no_text`.
     """
 
     def __init__(self) -> None:
-        # deduplicate keeps a memory across pages, so a page's text would depend on the pages before it.
+        # deduplicate keeps a memory across pages, so a page's text would depend on the pages before
+        # it.
         super().__init__(favour_precision=True, timeout=TIMEOUT_SECONDS, deduplicate=False)
         self.exclusion_writer: DiskWriter | None = None
 
@@ -48,7 +50,9 @@ class MainText(Trafilatura):
             self.exclusion_writer.write(document, rank)
 
 
-def attempt(sandbox: ExtractorSandbox, page: str, extract: Callable[[str], str]) -> tuple[str | None, str]:
+def attempt(
+    sandbox: ExtractorSandbox, page: str, extract: Callable[[str], str]
+) -> tuple[str | None, str]:
     """(text, "") or (None, reason)."""
     try:
         return sandbox.process_document(page, extract), "no_text"

@@ -1,9 +1,11 @@
-"""Forums (Reddit, StackExchange, Hacker News): conversation trees written out in causal order, each used once.
+"""Forums (Reddit, StackExchange, Hacker News): conversation trees written out in causal order, each
+used once.
 
-A message comes after the one it answers, and answers to one message in the order of time; every message stands in
-exactly one document. Input: a row per conversation with `messages`, or a row per message with `thread` (Reddit's
-link_id), the rows of one conversation one after another. A message has id, parent (or parent_id), text (or body) and,
-where known, author, created (or created_utc) and title.
+A message comes after the one it answers, and answers to one message in the order of time; every
+message stands in exactly one document. Input: a row per conversation with `messages`, or a row per
+message with `thread` (Reddit's link_id), the rows of one conversation one after another. A message
+has id, parent (or parent_id), text (or body) and, where known, author, created (or created_utc) and
+title.
 """
 
 import heapq
@@ -45,13 +47,19 @@ def parent_of(message: Message) -> str | None:
 def when(message: Message) -> tuple[bool, Any, str]:
     """Sorts by time, messages without one last, then by identifier."""
     time = first_of(message, "created", "created_utc", "time", "creation_date")
-    return (time is None, str(time) if isinstance(time, str) else f"{float(time or 0):020.3f}", number(message))
+    return (
+        time is None,
+        str(time) if isinstance(time, str) else f"{float(time or 0):020.3f}",
+        number(message),
+    )
 
 
 def linearised(messages: Iterable[Message]) -> list[Message]:
-    """Every message once, after its parent, siblings by time; roots and those whose parent is unknown by time.
+    """Every message once, after its parent, siblings by time; roots and those whose parent is
+    unknown by time.
 
-    A circle of parents, which no forum makes but a broken dump may hold, is opened at its earliest message.
+    A circle of parents, which no forum makes but a broken dump may hold, is opened at its earliest
+    message.
     """
     by_id: dict[str, Message] = {}
     for message in messages:
@@ -81,7 +89,9 @@ def linearised(messages: Iterable[Message]) -> list[Message]:
 
 
 def written_out(messages: list[Message]) -> str:
-    """The conversation as text: title, then every message that still has text, under its author where one is given."""
+    """The conversation as text: title, then every message that still has text, under its author
+    where one is given.
+    """
     title = next((str(message["title"]) for message in messages if message.get("title")), None)
     parts = [] if title is None else [title]
     for message in messages:
@@ -94,7 +104,8 @@ def written_out(messages: list[Message]) -> str:
 
 
 class Conversations(Counted):
-    """Mixin: rows become conversations, one document each; a conversation that comes back later is dropped whole.
+    """Mixin: rows become conversations, one document each; a conversation that comes back later is
+    dropped whole.
 
     Its memory is one conversation, and 8 bytes per conversation of the file that is read.
     """
@@ -118,17 +129,25 @@ class Conversations(Counted):
                 yield document
 
     def messages(self, filepath: str) -> Iterator[tuple[int, str, Message]]:
-        """(row, conversation, message) in the file's order; what is neither is dropped as corrupt."""
+        """(row, conversation, message) in the file's order; what is neither is dropped as
+        corrupt.
+        """
         for index, row in self.rows(filepath):
             where = f"{filepath}:{index}"
             nested = row.get("messages") if isinstance(row, dict) else None
-            if isinstance(nested, list) and all(isinstance(m, dict) and first_of(m, "id", "name") for m in nested):
+            if isinstance(nested, list) and all(
+                isinstance(m, dict) and first_of(m, "id", "name") for m in nested
+            ):
                 thread = str(first_of(row, "id", "thread") or where)
                 head = {"title": row["title"]} if row.get("title") and nested else {}
                 yield from ((index, thread, {**head, **m} if m is nested[0] else m) for m in nested)
                 if not nested:
                     self.drop("empty", where, row)
-            elif isinstance(row, dict) and first_of(row, "thread", "link_id") and first_of(row, "id", "name"):
+            elif (
+                isinstance(row, dict)
+                and first_of(row, "thread", "link_id")
+                and first_of(row, "id", "name")
+            ):
                 yield index, str(first_of(row, "thread", "link_id")), row
             else:
                 self.drop("corrupt", where, row)
@@ -145,7 +164,10 @@ class ParquetConversations(Conversations, Parquet):
         """(row number, row) of one file."""
         import pyarrow.parquet
 
-        with self.data_folder.open(filepath, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with (
+            self.data_folder.open(filepath, "rb") as stream,
+            pyarrow.parquet.ParquetFile(stream) as file,
+        ):
             index = 0
             for batch in file.iter_batches(self.batch_size):
                 for row in batch.to_pylist():
@@ -156,6 +178,8 @@ class ParquetConversations(Conversations, Parquet):
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
     plain = open_input(source, folder)
-    reader: Counted = (JsonlConversations if isinstance(plain, Jsonl) else ParquetConversations)(source.input)
+    reader: Counted = (JsonlConversations if isinstance(plain, Jsonl) else ParquetConversations)(
+        source.input
+    )
     reader.files, reader.quarantine = plain.files, plain.quarantine
     return [reader, Plausible(min_chars=100, min_letters=0.4, max_line=100_000)]

@@ -1,7 +1,8 @@
 """Instruction data: prompts and answers written out as one plain text each.
 
-Known shapes of a row: messages or conversations (lists of turns), instruction/input/output, prompt/response and
-question/answer, inputs/targets. assumed: turns are headed User: and Assistant:, since no source tells the template.
+Known shapes of a row: messages or conversations (lists of turns), instruction/input/output,
+prompt/response and question/answer, inputs/targets. assumed: turns are headed User: and Assistant:,
+since no source tells the template.
 """
 
 from pathlib import Path
@@ -16,21 +17,39 @@ from data.recipes.readers import Counted, open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1
-HEADS = {"system": "System", "user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("inputs", "targets"),
-         ("question", "response"))  # fmt: skip
+HEADS = {
+    "system": "System",
+    "user": "User",
+    "human": "User",
+    "assistant": "Assistant",
+    "gpt": "Assistant",
+}
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("inputs", "targets"),
+    ("question", "response"),
+)
 
 
 def written_out(row: dict[str, Any]) -> str | None:
-    """One text, every turn under its head, the last one an answer; None for an unknown shape or an empty turn."""
+    """One text, every turn under its head, the last one an answer; None for an unknown shape or an
+    empty turn.
+    """
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, list):
-        pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+        pairs = [
+            (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
+            for turn in turns
+        ]
     elif isinstance(row.get("instruction"), str):
         prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
         pairs = [("user", prompt), ("assistant", row.get("output", row.get("response")))]
     else:
-        keys = next((pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), None)
+        keys = next(
+            (pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), None
+        )
         if keys is None:
             return None
         pairs = [("user", row[keys[0]]), ("assistant", row[keys[1]])]
@@ -63,4 +82,7 @@ def as_documents(reader: Counted) -> Counted:
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
-    return [as_documents(open_input(source, folder)), Plausible(min_chars=20, min_letters=0.2, max_line=1_000_000)]
+    return [
+        as_documents(open_input(source, folder)),
+        Plausible(min_chars=20, min_letters=0.2, max_line=1_000_000),
+    ]

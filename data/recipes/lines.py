@@ -31,7 +31,12 @@ def corrected(line: str) -> str | None:
     if not words:
         return line  # an empty line separates paragraphs
     uppercase = sum(c.isupper() for c in line)
-    if uppercase > MAX_UPPERCASE * len(line) or NUMERIC.fullmatch(line) or COUNTER.fullmatch(line) or len(words) == 1:
+    if (
+        uppercase > MAX_UPPERCASE * len(line)
+        or NUMERIC.fullmatch(line)
+        or COUNTER.fullmatch(line)
+        or len(words) == 1
+    ):
         return None
     if len(words) <= SHORT_WORDS:
         for pattern, _ in EDITS:

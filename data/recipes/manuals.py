@@ -1,8 +1,9 @@
-"""Manuals and references of programs: HTML files or web archives, kept where prose explains terms and signatures.
+"""Manuals and references of programs: HTML files or web archives, kept where prose explains terms
+and signatures.
 
-Gopher's published values (datatrove's defaults, recipe web) hold for crawls. Pages of documentation repeat signatures
-and list terms, and the word splitter counts every bracket as a word without letters: those values, in brackets below,
-drop nearly all of them.
+Gopher's published values (datatrove's defaults, recipe web) hold for crawls. Pages of documentation
+repeat signatures and list terms, and the word splitter counts every bracket as a word without
+letters: those values, in brackets below, drop nearly all of them.
 """
 
 from pathlib import Path
@@ -17,12 +18,28 @@ from data.config import Assets, Source
 from data.recipes.extraction import MainText
 from data.recipes.readers import open_input
 
-REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy", "xxhash")
+REQUIRES = (
+    "orjson",
+    "warcio",
+    "pylibmagic",
+    "magic",
+    "trafilatura",
+    "lxml_html_clean",
+    "spacy",
+    "xxhash",
+)
 RECIPE_VERSION = 1
 REPETITION = {
     "dup_line_frac": 0.4,  # [0.3]
     "dup_line_char_frac": 0.3,  # [0.2]
-    "dup_n_grams": ((5, 0.45), (6, 0.4), (7, 0.35), (8, 0.3), (9, 0.25), (10, 0.2)),  # [0.15 ... 0.10]
+    "dup_n_grams": (
+        (5, 0.45),
+        (6, 0.4),
+        (7, 0.35),
+        (8, 0.3),
+        (9, 0.25),
+        (10, 0.2),
+    ),  # [0.15 ... 0.10]
 }
 QUALITY = {
     "max_non_alpha_words_ratio": 0.4,  # the least share of words with a letter [0.8]
@@ -31,7 +48,9 @@ QUALITY = {
 
 
 class PageName(BaseFilter):
-    """Groups pages by their file's name: of several versions of a manual, one page is on one side of the split."""
+    """Groups pages by their file's name: of several versions of a manual, one page is on one side
+    of the split.
+    """
 
     name = "Page name"
 

@@ -1,4 +1,5 @@
-"""The body of a paper: TeX without preamble, comments and bibliography, text without its list of references.
+"""The body of a paper: TeX without preamble, comments and bibliography, text without its list of
+references.
 
 For TeX these are RedPajama's rules for arXiv (github.com/togethercomputer/RedPajama-Data, v1).
 """
@@ -10,7 +11,9 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 TEX = re.compile(r"\\documentclass|\\begin\{document\}|\\section\*?\{")
 FIRST = re.compile(r"\\(?:begin\{abstract\}|chapter\*?\{|section\*?\{)")
-LAST = re.compile(r"\\(?:appendix\b|begin\{references\}|begin\{thebibliography\}|bibliography\{|printbibliography)")
+LAST = re.compile(
+    r"\\(?:appendix\b|begin\{references\}|begin\{thebibliography\}|bibliography\{|printbibliography)"
+)
 COMMENT_LINE = re.compile(r"^[ \t]*%.*\n?", re.MULTILINE)
 COMMENT = re.compile(r"(?<!\\)%.*")
 REFERENCES = re.compile(
@@ -20,7 +23,9 @@ LATE = 0.5  # a heading of references in the first half is part of the text
 
 
 def tex_body(text: str) -> str:
-    """From the first heading to the bibliography, without comments; empty where there is no heading."""
+    """From the first heading to the bibliography, without comments; empty where there is no
+    heading.
+    """
     first = FIRST.search(text)
     if first is None:
         return ""

@@ -1,9 +1,10 @@
 """Reading raw documents, with every row accounted for.
 
-datatrove's readers skip a row without text after one warning, lose the rest of a file at the first bad byte, and take
-whatever files lie in the folder when a task starts. These read a list of files fixed beforehand, and count under
-`total`, `forwarded` and `dropped_<reason>` as its filters do, so that documents in = out + dropped can be asserted.
-What is no document is written to `quarantine/`, with the place it came from.
+datatrove's readers skip a row without text after one warning, lose the rest of a file at the first
+bad byte, and take whatever files lie in the folder when a task starts. These read a list of files
+fixed beforehand, and count under `total`, `forwarded` and `dropped_<reason>` as its filters do, so
+that documents in = out + dropped can be asserted. What is no document is written to `quarantine/`,
+with the place it came from.
 """
 
 import base64
@@ -40,12 +41,18 @@ CHARSET = re.compile(rb"""<meta[^>]+charset=["']?([\w-]+)""", re.IGNORECASE)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error tells of bad bytes, which another attempt will find again, and not of a disk or a network."""
-    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError | DamagedArchive):
+    """Whether an error tells of bad bytes, which another attempt will find again, and not of a disk
+    or a network.
+    """
+    if isinstance(
+        error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError | DamagedArchive
+    ):
         return True
     if type(error).__module__.split(".")[0] in ("zstandard", "backports", "warcio", "pyarrow"):
         return True
-    return isinstance(error, OSError) and error.errno is None  # pyarrow's, at a corrupt page: no system call gave it
+    return (
+        isinstance(error, OSError) and error.errno is None
+    )  # pyarrow's, at a corrupt page: no system call gave it
 
 
 class Counted(BaseReader):
@@ -55,10 +62,14 @@ class Counted(BaseReader):
     quarantine: Path | None = None  # folder
     holds_html = False  # whether documents are pages, of which a recipe extracts the text
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Documents of files rank, rank + world_size, ...; a damaged file gives what can be read of it, and counts.
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
+        """Documents of files rank, rank + world_size, ...; a damaged file gives what can be read of
+        it, and counts.
 
-        Raises InputError where the system cannot read a file: that may pass, and nothing is dropped for it.
+        Raises InputError where the system cannot read a file: that may pass, and nothing is dropped
+        for it.
         """
         self.set_aside = None if self.quarantine is None else self.quarantine / f"{rank:05d}.jsonl"
         if self.set_aside is not None:
@@ -70,7 +81,9 @@ class Counted(BaseReader):
                 raise
             except Exception as error:
                 if not is_damage(error):
-                    raise InputError(f"{name} cannot be read ({type(error).__name__}: {error}): try again") from error
+                    raise InputError(
+                        f"{name} cannot be read ({type(error).__name__}: {error}): try again"
+                    ) from error
                 self.drop("damaged_file", name, f"the rest of the file is lost: {error}")
 
     def drop(self, reason: str, where: str, raw: Any = None, rows: int = 1) -> None:
@@ -86,7 +99,9 @@ class Counted(BaseReader):
             row = {"where": where, "reason": reason, "rows": rows, "raw": raw}
             file.write(orjson.dumps(row, default=repr) + b"\n")
 
-    def get_document_from_dict(self, data: Any, source_file: str, id_in_file: int | str) -> Document | None:
+    def get_document_from_dict(
+        self, data: Any, source_file: str, id_in_file: int | str
+    ) -> Document | None:
         """A row as a document, or None, counted, when it has no text."""
         where = f"{source_file}:{id_in_file}"
         if not isinstance(data, dict) or not isinstance(data.get(self.text_key, ""), str | None):
@@ -102,7 +117,9 @@ class Counted(BaseReader):
 
 
 class Jsonl(Counted, JsonlReader):
-    """One JSON object per line; a line that does not parse costs that line, not the rest of the file."""
+    """One JSON object per line; a line that does not parse costs that line, not the rest of the
+    file.
+    """
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
         """Documents of one file, decompressed by its suffix."""
@@ -128,11 +145,14 @@ class Parquet(Counted, ParquetReader):
         """Documents of one file."""
         import pyarrow.parquet
 
-        with self.data_folder.open(filepath, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with (
+            self.data_folder.open(filepath, "rb") as stream,
+            pyarrow.parquet.ParquetFile(stream) as file,
+        ):
             if self.text_key not in file.schema_arrow.names:
                 raise InputError(
-                    f"{filepath} has no column {self.text_key}, but {', '.join(file.schema_arrow.names)}: "
-                    "set text_key of the source"
+                    f"{filepath} has no column {self.text_key}, but "
+                    f"{', '.join(file.schema_arrow.names)}: set text_key of the source"
                 )
             first = 0
             for group in range(file.num_row_groups):
@@ -142,7 +162,9 @@ class Parquet(Counted, ParquetReader):
                 except Exception as error:
                     if not is_damage(error):
                         raise
-                    self.drop("damaged_rows", f"{filepath}:{first}-{first + rows - 1}", str(error), rows)
+                    self.drop(
+                        "damaged_rows", f"{filepath}:{first}-{first + rows - 1}", str(error), rows
+                    )
                     table = None
                 for batch in () if table is None else table.to_batches(self.batch_size):
                     for index, row in enumerate(batch.to_pylist(), first):
@@ -159,7 +181,8 @@ class DamagedArchive(Exception):
 
 
 class WholeArchive:
-    """A stream for warcio, which takes EOFError, as gzip raises it in a file that was cut off, for the end of the file.
+    """A stream for warcio, which takes EOFError, as gzip raises it in a file that was cut off, for
+    the end of the file.
 
     It hands over what there is before it complains.
     """
@@ -179,7 +202,9 @@ class WholeArchive:
         return data
 
     def check_end(self) -> None:
-        """Raise DamagedArchive unless the last record is complete: every record ends with two line breaks."""
+        """Raise DamagedArchive unless the last record is complete: every record ends with two line
+        breaks.
+        """
         if self.tail != b"\r\n\r\n":
             raise DamagedArchive("the last record has no end")
 
@@ -190,7 +215,9 @@ class Warc(Counted, WarcReader):
     holds_html = True
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
-        """Documents of one archive; records of other types (requests, metadata) are no documents."""
+        """Documents of one archive; records of other types (requests, metadata) are no
+        documents.
+        """
         from warcio.archiveiterator import ArchiveIterator
 
         with self.data_folder.open(filepath, "rb", compression="infer") as stream:
@@ -201,13 +228,17 @@ class Warc(Counted, WarcReader):
                 uri = record.rec_headers.get_header("WARC-Target-URI")
                 try:
                     row = process_record(record)
-                except KeyError as error:  # a record without one of the headers that the standard demands
+                except (
+                    KeyError
+                ) as error:  # a record without one of the headers that the standard demands
                     self.drop("corrupt", f"{filepath}:{index}", f"{uri}: no header {error}")
                     continue
                 if row is None:
                     self.drop("not_html", f"{filepath}:{index}", uri)
                     continue
-                row["url"] = row["url"].strip("<>")  # wget writes them, as the first draft of the format did
+                row["url"] = row["url"].strip(
+                    "<>"
+                )  # wget writes them, as the first draft of the format did
                 document = self.get_document_from_dict(row, filepath, index)
                 if document is not None:
                     yield document
@@ -236,16 +267,20 @@ class Html(Counted, BaseDiskReader):
 
 
 def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
-    """The kind of files that lie in a folder (local, s3://, hf://datasets/...) and, per name, [bytes, time of change].
+    """The kind of files that lie in a folder (local, s3://, hf://datasets/...) and, per name,
+    [bytes, time of change].
 
-    Raises InputError when the folder is missing or out of reach, holds none of SUFFIXES, or mixes kinds.
+    Raises InputError when the folder is missing or out of reach, holds none of SUFFIXES, or mixes
+    kinds.
     """
     fix = "set data.sources.<name>.input to a folder of documents"
     try:
         place = get_datafolder(folder)
         found = place.find("", detail=True) if place.isdir("") else None
     except ImportError as error:
-        raise InputError(f"input {folder} needs a package ({error}): pip install it, or {fix}") from error
+        raise InputError(
+            f"input {folder} needs a package ({error}): pip install it, or {fix}"
+        ) from error
     except OSError as error:
         raise InputError(f"input {folder} is out of reach ({error}): {fix}") from error
     if found is None:
@@ -258,30 +293,49 @@ def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
     kinds = [kind for kind in names if names[kind]]
     if not kinds:
         every = ", ".join("*" + suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise InputError(f"input folder {folder} has no documents: put files of one kind there ({every})")
+        raise InputError(
+            f"input folder {folder} has no documents: put files of one kind there ({every})"
+        )
     if len(kinds) > 1:
-        raise InputError(f"input folder {folder} mixes {' and '.join(kinds)}: give each kind a folder and a source")
+        raise InputError(
+            f"input folder {folder} mixes {' and '.join(kinds)}: give each kind a folder and a "
+            "source"
+        )
     details = {name: found[name] for name in sorted(names[kinds[0]])}
     return kinds[0], {name: [info["size"], changed(info)] for name, info in details.items()}
 
 
 def changed(info: dict[str, Any]) -> str:
-    """What tells one state of a file from the next: its time of change, S3's ETag, or the hub's blob."""
-    return str(next((info[key] for key in ("mtime", "ETag", "blob_id", "created") if info.get(key)), None))
+    """What tells one state of a file from the next: its time of change, S3's ETag, or the hub's
+    blob.
+    """
+    return str(
+        next((info[key] for key in ("mtime", "ETag", "blob_id", "created") if info.get(key)), None)
+    )
 
 
 def pin_files(place: Path, kind: str, files: list[str]) -> None:
-    """Fix the list of input files of a build: a file that arrives while tasks run belongs to the next build."""
+    """Fix the list of input files of a build: a file that arrives while tasks run belongs to the
+    next build.
+    """
     write_json(place / PINNED, {"kind": kind, "files": files})
 
 
 def open_input(source: Source, place: Path, html: bool = False) -> Counted:
-    """The reader of the files pinned in `place`; web pages only for a recipe that extracts text from `html`."""
+    """The reader of the files pinned in `place`; web pages only for a recipe that extracts text
+    from `html`.
+    """
     pinned = json.loads((place / PINNED).read_text(encoding="utf-8"))
-    kinds: dict[str, type[Counted]] = {"jsonl": Jsonl, "parquet": Parquet, "warc": Warc, "html": Html}
+    kinds: dict[str, type[Counted]] = {
+        "jsonl": Jsonl,
+        "parquet": Parquet,
+        "warc": Warc,
+        "html": Html,
+    }
     if kinds[pinned["kind"]].holds_html and not html:
         raise InputError(
-            f"input folder {source.input} holds web pages: use recipe web or manuals, which extract their text"
+            f"input folder {source.input} holds web pages: use recipe web or manuals, which "
+            "extract their text"
         )
     reader: Counted = kinds[pinned["kind"]](source.input, text_key=source.text_key)
     reader.files = pinned["files"]

@@ -19,7 +19,13 @@ class Refusals(BaseFilter):
     """Drops answers in which the model speaks of itself in place of the subject."""
 
     name = "Refusals"
-    MARKS = ("as an ai language model", "as a language model", "i cannot fulfill", "i can't assist with", "as an ai,")
+    MARKS = (
+        "as an ai language model",
+        "as a language model",
+        "i cannot fulfill",
+        "i can't assist with",
+        "as an ai,",
+    )
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
@@ -28,5 +34,12 @@ class Refusals(BaseFilter):
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`. Copies of one prompt go with near_duplicates."""
-    return [open_input(source, folder), Refusals(), Plausible(200, 0.4, 100_000), GopherRepetitionFilter()]
+    """Clean documents of `source`; nothing is written to `folder`. Copies of one prompt go with
+    near_duplicates.
+    """
+    return [
+        open_input(source, folder),
+        Refusals(),
+        Plausible(200, 0.4, 100_000),
+        GopherRepetitionFilter(),
+    ]

@@ -1,4 +1,6 @@
-"""Technical prose: papers (arXiv as TeX or text, PubMed), patents (USPTO), manuals, reference pages."""
+"""Technical prose: papers (arXiv as TeX or text, PubMed), patents (USPTO), manuals, reference
+pages.
+"""
 
 from pathlib import Path
 
@@ -16,4 +18,8 @@ RECIPE_VERSION = 1
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Clean documents of `source`; nothing is written to `folder`."""
     # a paragraph of a paper or a patent may be one line
-    return [open_input(source, folder), PaperBody(), Plausible(min_chars=200, min_letters=0.4, max_line=100_000)]
+    return [
+        open_input(source, folder),
+        PaperBody(),
+        Plausible(min_chars=200, min_letters=0.4, max_line=100_000),
+    ]

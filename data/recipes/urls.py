@@ -1,7 +1,8 @@
 """Which pages are not read at all: RefinedWeb's block lists and scored words.
 
-The lists that datatrove carries hold 4.6 million domains and take about 0.8 GB; they are loaded once, in the process
-that forks the workers, so that these share them. RefinedWeb also leaves out the sites that are sources of their own.
+The lists that datatrove carries hold 4.6 million domains and take about 0.8 GB; they are loaded
+once, in the process that forks the workers, so that these share them. RefinedWeb also leaves out
+the sites that are sources of their own.
 """
 
 from pathlib import Path
@@ -13,9 +14,10 @@ from core.errors import InputError
 
 # RefinedWeb (arXiv 2306.01116, appendix G.1) keeps these for curated sources.
 CURATED_SITES = frozenset(
-    "wikipedia.org wikibooks.org wikiquote.org wikisource.org wiktionary.org wikinews.org wikiversity.org "  # noqa: SIM905
-    "arxiv.org stackexchange.com stackoverflow.com superuser.com serverfault.com askubuntu.com mathoverflow.net "
-    "reddit.com github.com ycombinator.com nih.gov uspto.gov gutenberg.org".split()
+    "wikipedia.org wikibooks.org wikiquote.org wikisource.org wiktionary.org wikinews.org "
+    "wikiversity.org arxiv.org stackexchange.com stackoverflow.com superuser.com serverfault.com "
+    "askubuntu.com mathoverflow.net reddit.com github.com ycombinator.com nih.gov uspto.gov "
+    "gutenberg.org".split()
 )
 INTEGRATED = "integrated"
 _loaded: dict[str, URLFilter] = {}
@@ -31,8 +33,15 @@ class Blocklist(URLFilter):
         from tldextract import TLDExtract
 
         if path is not None and not Path(path).is_file():
-            raise InputError(f"no block list at {path}: set data.assets.url_blocklist.path, or to null for datatrove's")
-        domains = None if path is None else [line for line in Path(path).read_text().splitlines() if line.strip()]
+            raise InputError(
+                f"no block list at {path}: set data.assets.url_blocklist.path, or to null for "
+                "datatrove's"
+            )
+        domains = (
+            None
+            if path is None
+            else [line for line in Path(path).read_text().splitlines() if line.strip()]
+        )
         super().__init__(extra_domains=domains, use_integrated_lists=path is None)
         self.tldextractor = TLDExtract(suffix_list_urls=())  # the list that the package carries
 
@@ -47,14 +56,22 @@ class Blocklist(URLFilter):
 
 
 def blocklist(path: str | None) -> Blocklist:
-    """A filter with its lists loaded; the lists are shared by all filters of this process and its children."""
+    """A filter with its lists loaded; the lists are shared by all filters of this process and
+    its children.
+    """
     key = path or INTEGRATED
     fresh = Blocklist(path)
     if key not in _loaded:
         fresh.download_data()
         _loaded[key] = fresh
     shared = _loaded[key]
-    for name in ("block_listed_domains", "block_listed_url", "banned_words", "banned_subwords", "soft_banned_words"):
+    for name in (
+        "block_listed_domains",
+        "block_listed_url",
+        "banned_words",
+        "banned_subwords",
+        "soft_banned_words",
+    ):
         setattr(fresh, name, getattr(shared, name))
     fresh.banned_subwords_automaton = shared.banned_subwords_automaton
     fresh._downloaded = True

@@ -10,10 +10,14 @@ from data.stream.manifests import DTYPE, Manifest, ShardFile
 
 
 def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
-    """Ends of a shard's documents in tokens [documents], as a memory map; raises InputError for another index."""
+    """Ends of a shard's documents in tokens [documents], as a memory map; raises InputError for
+    another index.
+    """
     path = folder / (file.name + ".index")
     ends: NDArray[np.uint64] = (
-        np.memmap(path, dtype="<u8", mode="r") if path.is_file() and file.documents else np.empty(0, np.uint64)
+        np.memmap(path, dtype="<u8", mode="r")
+        if path.is_file() and file.documents
+        else np.empty(0, np.uint64)
     )
     if len(ends) != file.documents or (file.documents and ends[-1] != file.tokens):
         raise InputError(f"{path} is not the index of {file.name}; prepare the source again")

@@ -1,7 +1,7 @@
 """From a position in the run's token stream to a batch; the position is the loader's whole state.
 
-A sequence is one cut of a block. Its number inside the stage, not the rank that reads it, decides what it holds, so any
-number of ranks, workers and micro-batches see the same samples.
+A sequence is one cut of a block. Its number inside the stage, not the rank that reads it, decides
+what it holds, so any number of ranks, workers and micro-batches see the same samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         move = [
-            None if x is None else x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.starts)
+            None if x is None else x.to(device, non_blocking=True)
+            for x in (self.tokens, self.targets, self.starts)
         ]
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
 
@@ -41,7 +42,9 @@ class Batch:
 
 
 def document_starts(tokens: Tensor) -> Tensor:
-    """True where a document begins: after every eos. tokens [b, l] -> [b, l] bool; the first column is False."""
+    """True where a document begins: after every eos. tokens [b, l] -> [b, l] bool; the first column
+    is False.
+    """
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == EOS
     return starts
@@ -50,7 +53,9 @@ def document_starts(tokens: Tensor) -> Tensor:
 def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
     """The order of all blocks of the run, from its config and its manifests."""
     tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
-    files = {name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()}
+    files = {
+        name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()
+    }
     return Plan(config, tokens, files)
 
 
@@ -61,7 +66,9 @@ class Loader:
         config = plan.config
         self.plan = plan
         self.reset_state = config.reset_state
-        self.shards = [Shards(source_folder(config, name), manifests[name], "train") for name in plan.sources]
+        self.shards = [
+            Shards(source_folder(config, name), manifests[name], "train") for name in plan.sources
+        ]
 
     def read(self, stage: PlannedStage, numbers: Indices) -> Batch:
         """The sequences with the given numbers inside a stage, as one micro-batch."""
@@ -77,12 +84,20 @@ class Loader:
         return Batch(tokens, targets, starts, torch.from_numpy(source))
 
     def share(
-        self, token: int, sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool = False
+        self,
+        token: int,
+        sequences: int,
+        rank: int,
+        ranks: int,
+        micro_batch: int,
+        equal: bool = False,
     ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's micro-batches of the global batch of `sequences` at position `token`, and whether each counts.
+        """This rank's micro-batches of the global batch of `sequences` at position `token`, and
+        whether each counts.
 
-        Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so that it takes part
-        in the collectives of the step; with `equal` all ranks get as many micro-batches as the one with the most.
+        Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so
+        that it takes part in the collectives of the step; with `equal` all ranks get as many
+        micro-batches as the one with the most.
         """
         stage = self.plan.stage_at(token)
         first = (token - stage.first_token) // stage.seq_len
@@ -91,8 +106,12 @@ class Loader:
             yield self.read(stage, first + numbers), low < high
 
 
-def split(sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool) -> list[tuple[int, int]]:
-    """First sequence of each of a rank's micro-batches, and the one after its last; (0, 0) fills up (Loader.share)."""
+def split(
+    sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool
+) -> list[tuple[int, int]]:
+    """First sequence of each of a rank's micro-batches, and the one after its last; (0, 0) fills up
+    (Loader.share).
+    """
     low, high = (sequences * r // ranks for r in (rank, rank + 1))
     cuts = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
     wanted = -(-sequences // (ranks * micro_batch)) if equal else 1

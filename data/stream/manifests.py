@@ -1,7 +1,8 @@
 """What the shards of a source are: the manifest that pins them, written and checked.
 
-A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train", "heldout"),
-datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended by eos.
+A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train",
+"heldout"), datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended
+by eos.
 """
 
 import json
@@ -41,7 +42,9 @@ class Manifest:
     eos: int
     vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one
     splits: dict[str, list[ShardFile]]
-    versions: dict[str, str | int] = field(default_factory=dict)  # of what tokenized and split; none before 0.2
+    versions: dict[str, str | int] = field(
+        default_factory=dict
+    )  # of what tokenized and split; none before 0.2
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
@@ -60,30 +63,42 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one source.
 
-    Raises InputError when it is absent, when a file lies outside the folder, is missing or has another size.
+    Raises InputError when it is absent, when a file lies outside the folder, is missing or has
+    another size.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"no shards at {folder}: build them with `python data/prepare.py` and the same overrides")
+        raise InputError(
+            f"no shards at {folder}: build them with `python data/prepare.py` and the same "
+            "overrides"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
         manifest = Manifest(**{**raw, "splits": splits})
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a manifest ({error}); remove {folder} and prepare the data again") from error
+        raise InputError(
+            f"{path} is not a manifest ({error}); remove {folder} and prepare the data again"
+        ) from error
     for file in manifest.files():
         check_file(folder, file)
     return manifest
 
 
 def check_file(folder: Path, file: ShardFile) -> None:
-    """Refuse a shard that leaves its folder, is missing or has another length than the manifest says."""
+    """Refuse a shard that leaves its folder, is missing or has another length than the manifest
+    says.
+    """
     path = folder / file.name
     if folder.resolve() not in path.resolve().parents:
         raise InputError(f"{folder / MANIFEST} names {file.name}, which lies outside its folder")
     size = path.stat().st_size if path.is_file() else -1
     if size != file.tokens * DTYPE.itemsize:
-        state = "is missing" if size < 0 else f"has {size} bytes instead of {file.tokens * DTYPE.itemsize}"
+        state = (
+            "is missing"
+            if size < 0
+            else f"has {size} bytes instead of {file.tokens * DTYPE.itemsize}"
+        )
         raise InputError(f"shard {path} {state}; remove {folder} and prepare the data again")
 
 
@@ -98,21 +113,28 @@ def source_folder(config: DataConfig, source: str) -> Path:
 
 
 def open_manifests(config: DataConfig) -> dict[str, Manifest]:
-    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file."""
+    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's
+    file.
+    """
     path = tokenizer_path(config)
     if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same overrides")
+        raise InputError(
+            f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same "
+            "overrides"
+        )
     expected = sha256_of(path)
     manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
     for name, manifest in manifests.items():
         if manifest.tokenizer_sha256 != expected:
             raise InputError(
-                f"shards of {name} were made with another tokenizer than {path}; run `python data/prepare.py` again"
+                f"shards of {name} were made with another tokenizer than {path}; run `python "
+                "data/prepare.py` again"
             )
         if manifest.vocab_size > config.tokenizer.vocab_size:
             raise InputError(
-                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, data.tokenizer.vocab_size is "
-                f"{config.tokenizer.vocab_size}: give the overrides that the data was prepared with"
+                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, "
+                f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}: give the overrides "
+                "that the data was prepared with"
             )
     return manifests
 
@@ -129,6 +151,7 @@ def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
             expected.append(name)
         else:
             raise InputError(
-                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or say how many it has"
+                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or "
+                "say how many it has"
             )
     return tokens, expected

@@ -1,11 +1,11 @@
 """Which block comes n-th: a pure, seeded function of the data config and the sizes of the sources.
 
-A block is `block_tokens` consecutive tokens of a source, read with one token of lookahead. Inside a source, blocks
-come in the order of a keyed permutation, a new key per epoch. Over sources, a stage's mixture is dealt by
-low-discrepancy apportionment: after any n blocks a source has had its share of n, rounded to 1/10,000, to within about
-one block. Everything is computed from indices: no shuffled index exists, seeking costs O(1), memory grows with
-stages x sources only. A source's cursor carries over from stage to stage, so nothing is read twice before everything
-was read once.
+A block is `block_tokens` consecutive tokens of a source, read with one token of lookahead. Inside a
+source, blocks come in the order of a keyed permutation, a new key per epoch. Over sources, a
+stage's mixture is dealt by low-discrepancy apportionment: after any n blocks a source has had its
+share of n, rounded to 1/10,000, to within about one block. Everything is computed from indices: no
+shuffled index exists, seeking costs O(1), memory grows with stages x sources only. A source's
+cursor carries over from stage to stage, so nothing is read twice before everything was read once.
 """
 
 import hashlib
@@ -21,14 +21,18 @@ from core.errors import InputError
 from data.config import DataConfig
 
 PERIOD = 10_000  # shares are rounded to 1 / PERIOD, and the dealing repeats after PERIOD blocks
-ROUNDS = 6  # of the Feistel network; 4 make a pseudorandom permutation (Luby and Rackoff 1988), 2 more for tiny domains
+# of the Feistel network; 4 make a pseudorandom permutation (Luby and Rackoff 1988), 2 more for tiny
+# domains
+ROUNDS = 6
 FEW = 12  # indices; up to here the scalar network is the faster one
 WORD = 2**64 - 1
 Indices = NDArray[np.int64]
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output
+    bit.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -37,11 +41,13 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def permute(indices: Indices, size: int, key: str) -> Indices:
     """Images of `indices`, each in [0, size), under the permutation of [0, size) that `key` names.
 
-    A Feistel network over the next even number of bits; an image outside the range is permuted again (cycle walking),
-    which keeps the map bijective and takes less than four passes on average.
+    A Feistel network over the next even number of bits; an image outside the range is permuted
+    again (cycle walking), which keeps the map bijective and takes less than four passes on average.
     """
     if len(indices) <= FEW:
-        return np.array([permute_one(index, size, key) for index in indices.tolist()], dtype=np.int64)
+        return np.array(
+            [permute_one(index, size, key) for index in indices.tolist()], dtype=np.int64
+        )
     half, round_keys = network(size, key)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     keys = np.array(round_keys, dtype=np.uint64)
@@ -67,7 +73,9 @@ def network(size: int, key: str) -> tuple[int, tuple[int, ...]]:
 
 @lru_cache(maxsize=4096)  # the cuts of a block follow each other
 def permute_one(index: int, size: int, key: str) -> int:
-    """permute for one index, in whole numbers: an array of a few costs more in calls than in arithmetic."""
+    """permute for one index, in whole numbers: an array of a few costs more in calls than in
+    arithmetic.
+    """
     half, keys = network(size, key)
     mask = (1 << half) - 1
     while True:
@@ -83,26 +91,35 @@ def permute_one(index: int, size: int, key: str) -> int:
 
 
 def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
-    """One period of the dealing for positive shares: owner [PERIOD], and turn [PERIOD] counting each owner's blocks.
+    """One period of the dealing for positive shares: owner [PERIOD], and turn [PERIOD] counting
+    each owner's blocks.
 
-    Shares become integers that sum to PERIOD by largest remainder; at each turn the source that lags its share most is
-    dealt (the earliest on a tie), which keeps every source within one block of its share at every prefix.
+    Shares become integers that sum to PERIOD by largest remainder; at each turn the source that
+    lags its share most is dealt (the earliest on a tie), which keeps every source within one block
+    of its share at every prefix.
     """
     exact = np.array(shares) / sum(shares) * PERIOD
     counts = np.floor(exact).astype(np.int64)
     for index in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
         counts[index] += 1
     if counts.min() == 0:
-        raise InputError(f"a mixture holds a share below {1 / PERIOD:.2%}: raise it, or leave its source out")
+        raise InputError(
+            f"a mixture holds a share below {1 / PERIOD:.2%}: raise it, or leave its source out"
+        )
     owner, turn = [], []
     whole = counts.tolist()
     dealt = [0] * len(whole)
     deadlines = [1 / count for count in whole]  # of each source's next block, in periods
     for n in range(PERIOD):
-        # among the sources that may be ahead of nobody's deadline, the one whose next deadline comes first
+        # among the sources that may be ahead of nobody's deadline, the one whose next deadline
+        # comes first
         index, first = -1, math.inf
         for source, deadline in enumerate(deadlines):
-            if deadline < first and dealt[source] * PERIOD <= n * whole[source] and dealt[source] < whole[source]:
+            if (
+                deadline < first
+                and dealt[source] * PERIOD <= n * whole[source]
+                and dealt[source] < whole[source]
+            ):
                 index, first = source, deadline
         owner.append(index)
         turn.append(dealt[index])
@@ -113,7 +130,9 @@ def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage in whole blocks, its dealing, and where each source's cursor stands when it begins."""
+    """A stage in whole blocks, its dealing, and where each source's cursor stands when it
+    begins.
+    """
 
     name: str
     seq_len: int
@@ -137,14 +156,20 @@ class Plan:
     Raises InputError when a stage would read a source more often than its max_epochs allows.
     """
 
-    def __init__(self, config: DataConfig, tokens: dict[str, int], fingerprints: dict[str, str]) -> None:
-        """`tokens` are the train tokens of every source, `fingerprints` what its manifest says it is."""
+    def __init__(
+        self, config: DataConfig, tokens: dict[str, int], fingerprints: dict[str, str]
+    ) -> None:
+        """`tokens` are the train tokens of every source, `fingerprints` what its manifest says it
+        is.
+        """
         self.config = config
         self.seed = config.seed
         self.sources = list(config.sources)
         self.block_tokens = config.block_tokens
         # one token of lookahead: the last target of the last block must exist
-        self.blocks = {name: max(0, tokens[name] - 1) // config.block_tokens for name in self.sources}
+        self.blocks = {
+            name: max(0, tokens[name] - 1) // config.block_tokens for name in self.sources
+        }
         self.stages: list[PlannedStage] = []
         cursor = np.zeros(len(self.sources), dtype=np.int64)
         first = 0
@@ -155,7 +180,14 @@ class Plan:
             length = config.tokens_of(stage) // config.block_tokens
             per_period = np.bincount(owner, minlength=len(self.sources))
             planned = PlannedStage(
-                stage.name, stage.seq_len, first, length * config.block_tokens, owner, turn, per_period, cursor
+                stage.name,
+                stage.seq_len,
+                first,
+                length * config.block_tokens,
+                owner,
+                turn,
+                per_period,
+                cursor,
             )
             self.stages.append(planned)
             cursor = cursor + planned.counts(length)
@@ -176,17 +208,22 @@ class Plan:
                 have = self.blocks[name] * self.block_tokens
                 want = self.read[name] * self.block_tokens
                 raise InputError(
-                    f"the stages read {want:,} tokens of {name}, which has {have:,} ({epochs:.2f} epochs); lower its "
-                    f"share, prepare more of it, or raise data.sources.{name}.max_epochs above {limit:g}"
+                    f"the stages read {want:,} tokens of {name}, which has {have:,} "
+                    f"({epochs:.2f} epochs); lower its share, prepare more of it, or raise "
+                    f"data.sources.{name}.max_epochs above {limit:g}"
                 )
 
     def _hash(self, fingerprints: dict[str, str]) -> str:
-        """What decides the order of tokens, in one SHA-256: a resumed run must find it unchanged."""
+        """What decides the order of tokens, in one SHA-256: a resumed run must find it
+        unchanged.
+        """
         facts = {
             "seed": self.seed,
             "block_tokens": self.block_tokens,
             "reset_state": self.config.reset_state,
-            "sources": [[name, self.blocks[name], fingerprints[name]] for name in self.sources],  # their order decides
+            "sources": [
+                [name, self.blocks[name], fingerprints[name]] for name in self.sources
+            ],  # their order decides
             "stages": [
                 [s.name, s.seq_len, s.tokens, config.mixture]
                 for s, config in zip(self.stages, self.config.stages, strict=True)
@@ -195,17 +232,23 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def stage_at(self, token: int) -> PlannedStage:
-        """The stage that token number `token` of the run falls into; the last one at and after the end."""
+        """The stage that token number `token` of the run falls into; the last one at and after the
+        end.
+        """
         for stage in self.stages:
             if token < stage.first_token + stage.tokens:
                 return stage
         return self.stages[-1]
 
     def blocks_of(self, stage: PlannedStage, numbers: Indices) -> tuple[Indices, Indices]:
-        """Source index and block index inside the source, for block numbers of a stage; all arrays [count]."""
+        """Source index and block index inside the source, for block numbers of a stage; all arrays
+        [count].
+        """
         place = numbers % PERIOD
         source = stage.owner[place].astype(np.int64)
-        nth = stage.cursor[source] + numbers // PERIOD * stage.per_period[source] + stage.turn[place]
+        nth = (
+            stage.cursor[source] + numbers // PERIOD * stage.per_period[source] + stage.turn[place]
+        )
         if len(numbers) <= FEW:
             pairs = zip(source.tolist(), nth.tolist(), strict=True)
             return source, np.array([self.block_at(*pair) for pair in pairs], dtype=np.int64)

@@ -1,4 +1,6 @@
-"""What a plan reads, in tables: tokens and epochs per source and stage, and how documents lie in sequences."""
+"""What a plan reads, in tables: tokens and epochs per source and stage, and how documents lie in
+sequences.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,10 @@ PIECE = 2**22  # documents that are looked at at once
 def stage_tokens(plan: Plan, stage: PlannedStage) -> dict[str, int]:
     """Tokens that a stage reads of every source."""
     blocks = stage.counts(stage.tokens // plan.block_tokens)
-    return {name: int(count) * plan.block_tokens for name, count in zip(plan.sources, blocks, strict=True)}
+    return {
+        name: int(count) * plan.block_tokens
+        for name, count in zip(plan.sources, blocks, strict=True)
+    }
 
 
 def plan_table(plan: Plan) -> list[str]:
@@ -29,7 +34,10 @@ def plan_table(plan: Plan) -> list[str]:
     for name in plan.sources:
         row = "".join(f"{tokens[name] / 1e9:>{wide - 1}.2f}G" for tokens in read)
         limit = plan.config.sources[name].max_epochs
-        lines.append(f"{name:<14}{row}{sum(tokens[name] for tokens in read):>22,}{epochs[name]:>9.3f}{limit:>7g}")
+        lines.append(
+            f"{name:<14}{row}{sum(tokens[name] for tokens in read):>22,}"
+            f"{epochs[name]:>9.3f}{limit:>7g}"
+        )
     row = "".join(f"{stage.tokens / 1e9:>{wide - 1}.2f}G" for stage in plan.stages)
     return [*lines, f"{'all':<14}{row}{plan.tokens:>22,}"]
 
@@ -54,8 +62,12 @@ class Packing:
         return self.cut / max(1, self.documents)
 
 
-def spans(folder: Path, manifest: Manifest) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """First and past-the-last token of all train documents in the source's concatenated tokens, in pieces."""
+def spans(
+    folder: Path, manifest: Manifest
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """First and past-the-last token of all train documents in the source's concatenated tokens, in
+    pieces.
+    """
     offset = 0
     for file in manifest.splits["train"]:
         ends = document_ends(folder, file)
@@ -79,8 +91,13 @@ def packing_of(folder: Path, manifest: Manifest, seq_len: int) -> Packing:
 
 
 def packing(plan: Plan, manifests: dict[str, Manifest]) -> list[str]:
-    """Lines: documents per sequence and share of cut documents per stage, over its mixture, and per source."""
-    lines = [f"{'stage':<22}{'context':>9}{'documents per sequence':>25}{'documents cut':>16}  per source"]
+    """Lines: documents per sequence and share of cut documents per stage, over its mixture, and per
+    source.
+    """
+    lines = [
+        f"{'stage':<22}{'context':>9}{'documents per sequence':>25}{'documents cut':>16}  per "
+        "source"
+    ]
     known: dict[tuple[str, int], Packing] = {}
     for stage in plan.stages:
         read = {name: tokens for name, tokens in stage_tokens(plan, stage).items() if tokens}
@@ -90,9 +107,18 @@ def packing(plan: Plan, manifests: dict[str, Manifest]) -> list[str]:
                 known[name, stage.seq_len] = packing_of(folder, manifests[name], stage.seq_len)
         each = {name: known[name, stage.seq_len] for name in read}
         sequences = {name: tokens / stage.seq_len for name, tokens in read.items()}
-        pieces = sum(each[name].per_sequence * sequences[name] for name in read) / sum(sequences.values())
-        whole = {name: each[name].documents / max(1.0, each[name].sequences) * sequences[name] for name in read}
-        cut = sum(each[name].cut_share * whole[name] for name in read) / max(1e-9, sum(whole.values()))
-        detail = ", ".join(f"{name} {one.per_sequence:.1f} / {one.cut_share:.0%}" for name, one in each.items())
+        pieces = sum(each[name].per_sequence * sequences[name] for name in read) / sum(
+            sequences.values()
+        )
+        whole = {
+            name: each[name].documents / max(1.0, each[name].sequences) * sequences[name]
+            for name in read
+        }
+        cut = sum(each[name].cut_share * whole[name] for name in read) / max(
+            1e-9, sum(whole.values())
+        )
+        detail = ", ".join(
+            f"{name} {one.per_sequence:.1f} / {one.cut_share:.0%}" for name, one in each.items()
+        )
         lines.append(f"{stage.name:<22}{stage.seq_len:>9}{pieces:>25.2f}{cut:>16.1%}  {detail}")
     return lines

@@ -19,11 +19,15 @@ class Shards:
         files = [file for file in manifest.splits[split] if file.tokens]
         self.starts = list(accumulate((file.tokens for file in files), initial=0))
         # as plain arrays over the same pages: a slice of a memmap costs microseconds of bookkeeping
-        self.maps = [np.memmap(folder / file.name, dtype=DTYPE, mode="r").view(np.ndarray) for file in files]
+        self.maps = [
+            np.memmap(folder / file.name, dtype=DTYPE, mode="r").view(np.ndarray) for file in files
+        ]
         self.tokens = self.starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as int64 [count], across file borders; the caller stays inside."""
+        """Tokens [start, start + count) as int64 [count], across file borders; the caller stays
+        inside.
+        """
         out = np.empty(count, dtype=np.int64)
         self.read_into(out, start)
         return out

@@ -23,7 +23,8 @@ tags: [falcon_mamba, mamba, state-space-model, pretrained]
 def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     """README.md of an exported checkpoint folder `step` of a run: data, recipe, results, curves.
 
-    What the run did not record (scores that were not taken) is left out. Raises InputError without config.yaml.
+    What the run did not record (scores that were not taken) is left out. Raises InputError without
+    config.yaml.
     """
     files = RunFiles(run)
     if not files.config.is_file():
@@ -33,8 +34,9 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     parts = [
         HEAD,
         f"# {config['run']['name']}\n",
-        f"A Falcon Mamba (arXiv 2410.05355) of {parameter_count(shape):,} parameters after {state['tokens']:,} tokens "
-        f"({step.name}). Load it with `AutoModelForCausalLM.from_pretrained`.\n",
+        f"A Falcon Mamba (arXiv 2410.05355) of {parameter_count(shape):,} parameters after "
+        f"{state['tokens']:,} tokens ({step.name}). Load it with "
+        "`AutoModelForCausalLM.from_pretrained`.\n",
         *_data(config["data"]),
         *_recipe(config, shape),
         *_results(run, step),
@@ -55,7 +57,9 @@ def _data(data: Any) -> list[str]:
     stages = []
     for stage in data["stages"]:
         whole = sum(stage["mixture"].values())
-        shares = ", ".join(f"{name} {100 * share / whole:.0f} %" for name, share in stage["mixture"].items())
+        shares = ", ".join(
+            f"{name} {100 * share / whole:.0f} %" for name, share in stage["mixture"].items()
+        )
         stages.append([stage["name"], f"{stage['tokens']:,}", f"{stage['seq_len']:,}", shares])
     return [
         "## Data\n",
@@ -68,14 +72,22 @@ def _data(data: Any) -> list[str]:
 def _recipe(config: Any, shape: ModelConfig) -> list[str]:
     schedule, optim = config["schedule"], config["optim"]
     rows = [
-        ["layers, width, inner, state", f"{shape.n_layer}, {shape.d_model}, {shape.d_inner}, {shape.d_state}"],
+        [
+            "layers, width, inner, state",
+            f"{shape.n_layer}, {shape.d_model}, {shape.d_inner}, {shape.d_state}",
+        ],
         ["peak and final rate", f"{optim['lr']:g}, {schedule['min_lr']:g}"],
         ["warmup, decay, tokens", f"{schedule['warmup_tokens']:,}, {schedule['decay_tokens']:,}"],
         [
             "batch, sequences",
-            f"{schedule['batch_start']} to {schedule['batch_end']} in {schedule['ramp_tokens']:,} tokens",
+            f"{schedule['batch_start']} to {schedule['batch_end']} in "
+            f"{schedule['ramp_tokens']:,} tokens",
         ],
-        ["AdamW", f"{optim['beta1']}, {optim['beta2']}, {optim['eps']:g}, weight decay {optim['weight_decay']}"],
+        [
+            "AdamW",
+            f"{optim['beta1']}, {optim['beta2']}, {optim['eps']:g}, weight decay "
+            f"{optim['weight_decay']}",
+        ],
         ["gradient clipping", optim["clip_norm"]],
         ["precision", config["parallel"]["precision"]],
         ["seeds of weights and data", f"{config['run']['seed']}, {config['data']['seed']}"],
@@ -88,12 +100,18 @@ def _results(run: Path, step: Path) -> list[str]:
     parts: list[str] = []
     heldout = read_json(RunFiles(run).evaluation)
     if heldout.get("checkpoint") == step.name:
-        rows = [[name, f"{s['loss']:.3f}", f"{s['bits_per_byte']:.3f}"] for name, s in heldout["heldout"].items()]
+        rows = [
+            [name, f"{s['loss']:.3f}", f"{s['bits_per_byte']:.3f}"]
+            for name, s in heldout["heldout"].items()
+        ]
         parts.append(_rows(["held-out source", "nats per token", "bits per byte"], rows))
     for path in sorted(RunFiles(run).scores.glob("*.json")):
         result = read_json(path)
         if result.get("checkpoint") == step.name:
-            rows = [[label, f"{r['score']:.2f}", _error(r["stderr"])] for label, r in result["rows"].items()]
+            rows = [
+                [label, f"{r['score']:.2f}", _error(r["stderr"])]
+                for label, r in result["rows"].items()
+            ]
             parts.append(_rows([result["suite"], "score", "standard error"], rows))
     return ["## Results\n", *parts] if parts else []
 

@@ -1,6 +1,8 @@
-"""Logits of an exported folder in transformers against ours: whole models, or layer by layer where they do not fit.
+"""Logits of an exported folder in transformers against ours: whole models, or layer by layer where
+they do not fit.
 
-Both compute in fp32 on the CPU, ours from weights rounded to the exported types, as the folder's were.
+Both compute in fp32 on the CPU, ours from weights rounded to the exported types, as the folder's
+were.
 """
 
 from collections.abc import Iterable
@@ -36,16 +38,25 @@ def compare(folder: Path, model: FalconMamba, written: Iterable[Entry]) -> float
 
 
 @torch.no_grad()
-def compare_by_layer(folder: Path, pieces: Pieces, shape: ModelConfig, written: Iterable[Entry]) -> float:
+def compare_by_layer(
+    folder: Path, pieces: Pieces, shape: ModelConfig, written: Iterable[Entry]
+) -> float:
     """As compare; memory holds one layer of each model, or a piece of the head."""
     from transformers import FalconMambaConfig
-    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaBlock, FalconMambaRMSNorm
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import (
+        FalconMambaBlock,
+        FalconMambaRMSNorm,
+    )
 
     source, dtypes = HfFolder(folder), {entry.ours: entry.dtype for entry in written}
     config = FalconMambaConfig.from_pretrained(folder)
     tokens = probe(shape.vocab_size)
-    mine = torch.cat([_ours(pieces, dtypes, "embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()])
-    theirs = torch.cat([source.rows("embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()])
+    mine = torch.cat(
+        [_ours(pieces, dtypes, "embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
+    )
+    theirs = torch.cat(
+        [source.rows("embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
+    )
     h, g = (rows.view(*tokens.shape, -1) for rows in (mine, theirs))
     kernels = kernels_of(Backend.auto, "cpu")
     for index in range(shape.n_layer):
@@ -64,7 +75,10 @@ def compare_by_layer(folder: Path, pieces: Pieces, shape: ModelConfig, written: 
     step = max(1, CHUNK // shape.d_model)
     for low in range(0, shape.vocab_size, step):
         high = min(low + step, shape.vocab_size)
-        a, b = h @ _ours(pieces, dtypes, "lm_head.weight", low, high).T, g @ source.rows("lm_head.weight", low, high).T
+        a, b = (
+            h @ _ours(pieces, dtypes, "lm_head.weight", low, high).T,
+            g @ source.rows("lm_head.weight", low, high).T,
+        )
         difference = max(difference, _largest(a - b))
         largest = max(largest, _largest(b))
     return difference / largest
@@ -75,6 +89,8 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().nan_to_num(nan=torch.inf).max())
 
 
-def _ours(pieces: Pieces, dtypes: dict[str, torch.dtype], name: str, start: int, stop: int) -> Tensor:
+def _ours(
+    pieces: Pieces, dtypes: dict[str, torch.dtype], name: str, start: int, stop: int
+) -> Tensor:
     """Rows of our tensor, rounded to its exported type."""
     return pieces.rows("param", name, start, stop).to(dtypes[name]).float()

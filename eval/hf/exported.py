@@ -11,7 +11,10 @@ def require_export(home: Path, folder: Path) -> None:
     """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
     record = read_json(RunFiles.export_record(home))
     if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
-        raise InputError(f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, first")
+        raise InputError(
+            f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, "
+            "first"
+        )
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""Our model as lm-evaluation-harness sees one: same requests, same cuts and same scores as its HFLM on our export.
+"""Our model as lm-evaluation-harness sees one: same requests, same cuts and same scores as its HFLM
+on our export.
 
-Under torchrun every rank takes its share of each task's documents and the harness gathers the results. The prefix of
-empty contexts is end-of-text (the vocabulary has no begin token), and nothing is ever padded on the left without being
-forgotten.
+Under torchrun every rank takes its share of each task's documents and the harness gathers the
+results. The prefix of empty contexts is end-of-text (the vocabulary has no begin token), and
+nothing is ever padded on the left without being forgotten.
 """
 
 import os
@@ -15,7 +16,11 @@ import torch.distributed as dist
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +38,9 @@ Pair = tuple[Any, list[int], list[int]]  # what was asked, context ids, continua
 class FalconMambaLM(TemplateLM):
     """A FalconMamba with its tokenizer; `batch_tokens` bounds a forward, padding included."""
 
-    def __init__(self, model: FalconMamba, tokenizer: Tokenizer, max_length: int, batch_tokens: int) -> None:
+    def __init__(
+        self, model: FalconMamba, tokenizer: Tokenizer, max_length: int, batch_tokens: int
+    ) -> None:
         super().__init__()
         self.model, self.vocabulary = model, tokenizer
         self.max_length, self.batch_tokens = max_length, batch_tokens
@@ -46,23 +53,32 @@ class FalconMambaLM(TemplateLM):
         """End of text, which also precedes texts without a context."""
         return EOS
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids of a text; the vocabulary adds no special tokens of its own."""
         return list(self.vocabulary.encode(string, add_special_tokens=False).ids)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of whole texts, in disjoint windows of max_length."""
         windows: list[Pair] = []
         owners = []
         for number, (text,) in enumerate(request.args for request in requests):
             rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=EOS, max_seq_len=self.max_length, context_len=1
+                token_list=self.tok_encode(text),
+                prefix_token=EOS,
+                max_seq_len=self.max_length,
+                context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, rolling):
                 windows.append((None, context, continuation))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for owner, (score, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             totals[owner] += score
         return totals
 
@@ -72,7 +88,8 @@ class FalconMambaLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding gives it.
 
-        Requests that feed the model the same tokens share one row: the letters of a multiple choice cost one forward.
+        Requests that feed the model the same tokens share one row: the letters of a multiple choice
+        cost one forward.
         """
         rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
@@ -101,7 +118,9 @@ class FalconMambaLM(TemplateLM):
     def _hidden(self, batch: list[tuple[int, ...]]) -> Tensor:
         """Final states [b, l, e] of rows padded on the right, which no row's own tokens see."""
         longest = max(len(row) for row in batch)
-        ids = torch.tensor([[*row, *[EOS] * (longest - len(row))] for row in batch], device=self._device)
+        ids = torch.tensor(
+            [[*row, *[EOS] * (longest - len(row))] for row in batch], device=self._device
+        )
         return self.model.hidden(ids)
 
     def _score(self, states: Tensor, continuation: list[int]) -> tuple[float, bool]:
@@ -112,20 +131,31 @@ class FalconMambaLM(TemplateLM):
         return float(chosen), bool((scores.argmax(-1) == targets).all())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text, in batches of one set of settings, longest prompts first."""
+        """Continuations up to a stop text, in batches of one set of settings, longest prompts
+        first.
+        """
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until") as bar:
+        with tqdm(
+            total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until"
+        ) as bar:
             for numbers in groups.values():
                 settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
                 stops = handle_stop_sequences(settings.get("until"), eos=EOS_TOKEN)
                 room = self.max_length - settings["max_gen_toks"]
                 if room < 1:
-                    raise ValueError(f"max_gen_toks {settings['max_gen_toks']} leaves no room in {self.max_length}")
-                prompts = {number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers}
-                ordered = sorted(numbers, key=lambda number: (-len(prompts[number]), requests[number].args[0]))
+                    raise ValueError(
+                        f"max_gen_toks {settings['max_gen_toks']} leaves no room in "
+                        f"{self.max_length}"
+                    )
+                prompts = {
+                    number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers
+                }
+                ordered = sorted(
+                    numbers, key=lambda number: (-len(prompts[number]), requests[number].args[0])
+                )
                 while ordered:
                     count = max(1, self.batch_tokens // max(1, len(prompts[ordered[0]])))
                     now, ordered = ordered[:count], ordered[count:]
@@ -140,10 +170,14 @@ class FalconMambaLM(TemplateLM):
         """Tokens generated when a task does not say how many; HFLM's value."""
         return 256
 
-    def _continue(self, prompts: list[list[int]], settings: dict[str, Any], stops: list[str]) -> list[str]:
+    def _continue(
+        self, prompts: list[list[int]], settings: dict[str, Any], stops: list[str]
+    ) -> list[str]:
         """Texts after prompts, cut at the first stop."""
         sampling = Sampling(
-            temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+            temperature=float(settings.get("temperature", 0.0))
+            if settings.get("do_sample")
+            else 0.0,
             top_k=int(settings.get("top_k", 0)),
             top_p=float(settings.get("top_p", 1.0)),
             seed=0,
@@ -203,9 +237,15 @@ def language_model(subject: Subject, max_length: int, batch_tokens: int) -> Any:
 
         rows = max(1, batch_tokens // max_length)
         return HFLM(
-            str(subject.folder), max_length=max_length, batch_size=rows, device=best_device(), dtype="float32",
+            str(subject.folder),
+            max_length=max_length,
+            batch_size=rows,
+            device=best_device(),
+            dtype="float32",
             prefix_token_id=EOS,
-        )  # fmt: skip
+        )
     shape, device = ModelConfig(**read_state(subject.folder)["model"]), device_here()
     vocabulary = load_tokenizer(subject.tokenizer)
-    return FalconMambaLM(build_model(shape, subject.folder, device), vocabulary, max_length, batch_tokens)
+    return FalconMambaLM(
+        build_model(shape, subject.folder, device), vocabulary, max_length, batch_tokens
+    )

@@ -1,9 +1,10 @@
 """Leaderboards while a run goes on: jobs of their own on saved checkpoints, scores back to the run.
 
-The first rank looks now and then for committed checkpoints that are due: the first past each multiple of every_tokens,
-the last one before the decay and the run's last. It holds their files by hard links (retention may remove the original
-while the job waits) and starts `eval/run.py` on them, here or by Slurm. What was started stands in scores/jobs.json, so
-that a resumed run starts nothing twice; what was reported stands in the run's own records.
+The first rank looks now and then for committed checkpoints that are due: the first past each
+multiple of every_tokens, the last one before the decay and the run's last. It holds their files by
+hard links (retention may remove the original while the job waits) and starts `eval/run.py` on them,
+here or by Slurm. What was started stands in scores/jobs.json, so that a resumed run starts nothing
+twice; what was reported stands in the run's own records.
 """
 
 import logging
@@ -25,7 +26,15 @@ from model.checkpoint import read_state
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 60.0
-OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+OF_A_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 class SuiteJobs:
@@ -39,7 +48,9 @@ class SuiteJobs:
         always: Collection[int] = (),
         after: Sequence[str] = (),
     ) -> None:
-        """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the command `after`."""
+        """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the
+        command `after`.
+        """
         self.run, self.settings, self.always, self.after = run, settings, always, after
         self.scores = run.files.scores
         self.record = run.files.score_jobs
@@ -48,12 +59,16 @@ class SuiteJobs:
 
     def know(self, records: Sequence[dict[str, Any]]) -> None:
         """Take these records of scores for reported."""
-        self.reported |= {(record["step"], suite) for record in records for suite in record["scores"]}
+        self.reported |= {
+            (record["step"], suite) for record in records for suite in record["scores"]
+        }
 
     def look(self, *, now: bool = False) -> list[dict[str, Any]]:
-        """Start what is due, at most once in LOOK_SECONDS or now; returns scores that have come in since.
+        """Start what is due, at most once in LOOK_SECONDS or now; returns scores that have come in
+        since.
 
-        A record holds the step and the tokens of a checkpoint, and scores in percent by suite and row.
+        A record holds the step and the tokens of a checkpoint, and scores in percent by suite and
+        row.
         """
         if not self.settings.suites or (time.monotonic() < self.next_look and not now):
             return []
@@ -86,35 +101,65 @@ class SuiteJobs:
             self._launch(suite, held)
 
     def _launch(self, suite: str, held: Path) -> None:
-        """One job: python eval/run.py on the held checkpoint, then what the run wants to be told by."""
+        """One job: python eval/run.py on the held checkpoint, then what the run wants to be told
+        by.
+        """
         name = f"{suite}-{held.name}"
-        words = [sys.executable, str(ROOT / "eval" / "run.py"), f"checkpoint={held.resolve()}", f"suite={suite}"]
-        words += [f"run.name='{self.run.name}'", f"run.dir='{self.run.folder.resolve()}'", *self.settings.overrides]
+        words = [
+            sys.executable,
+            str(ROOT / "eval" / "run.py"),
+            f"checkpoint={held.resolve()}",
+            f"suite={suite}",
+        ]
+        words += [
+            f"run.name='{self.run.name}'",
+            f"run.dir='{self.run.folder.resolve()}'",
+            *self.settings.overrides,
+        ]
         script = "; ".join(shlex.join(part) for part in (words, self.after) if part)
         log = self.scores / f"{name}.log"
         command = ["sh", "-c", script]
         if self.settings.launcher is Launcher.slurm:
-            command = ["sbatch", f"--job-name={name}", f"--output={log}", *self.settings.sbatch, f"--wrap={script}"]
+            command = [
+                "sbatch",
+                f"--job-name={name}",
+                f"--output={log}",
+                *self.settings.sbatch,
+                f"--wrap={script}",
+            ]
         environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
-        environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC")}
+        environment = {
+            key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC")
+        }
         try:
             with log.open("ab") as out:
                 subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             logger.info(f"evaluation: {name} started, {log}")
         except OSError as error:  # no sbatch here: the run does not stop for it
             logger.warning(f"{name} could not be started ({error})")
 
     def news(self) -> list[dict[str, Any]]:
-        """Scores of ended jobs that were not reported before; the files they were made of are let go."""
+        """Scores of ended jobs that were not reported before; the files they were made of are let
+        go.
+        """
         records = []
         started: dict[str, int] = read_json(self.record).get("started", {})
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
             step = step_of(Path(name))
             ended = {suite: self._ended(f"{suite}-{name}") for suite in self.settings.suites}
-            new = {suite: rows for suite, rows in ended.items() if rows and (step, suite) not in self.reported}
+            new = {
+                suite: rows
+                for suite, rows in ended.items()
+                if rows and (step, suite) not in self.reported
+            }
             if new:
                 records.append({"step": step, "tokens": tokens, "scores": new})
             if None not in ended.values():
@@ -123,7 +168,9 @@ class SuiteJobs:
         return records
 
     def _ended(self, name: str) -> dict[str, float] | None:
-        """Scores of a job's rows, and their average when none is missing; None while the job goes on."""
+        """Scores of a job's rows, and their average when none is missing; None while the job goes
+        on.
+        """
         result = read_json(self.scores / f"{name}.json")
         if not result.get("complete") and not result.get("missing"):
             return None

@@ -1,8 +1,9 @@
-"""A leaderboard: run its rows with lm-evaluation-harness, keep each as it is done, print them beside published scores.
+"""A leaderboard: run its rows with lm-evaluation-harness, keep each as it is done, print them
+beside published scores.
 
-A step folder of ours is scored through our model, a Hugging Face folder through the harness's own HFLM. Results lie in
-`scores/SUITE-SUBJECT.json` of the run's folder; a row found there for the same weights is not run again. Under torchrun
-the ranks share the documents.
+A step folder of ours is scored through our model, a Hugging Face folder through the harness's own
+HFLM. Results lie in `scores/SUITE-SUBJECT.json` of the run's folder; a row found there for the same
+weights is not run again. Under torchrun the ranks share the documents.
 """
 
 import logging
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]
 WIDTH = 110  # columns that a table takes at least
 FIX = (
-    "Data sets must be in the cache (HF_HOME) or reachable: run once with a network, or name a folder of task files in "
-    "eval.suite.include"
+    "Data sets must be in the cache (HF_HOME) or reachable: run once with a network, or name a "
+    "folder of task files in eval.suite.include"
 )
 BOOTSTRAP = 100  # any number above 0 asks for standard errors; those of means are exact, not drawn
 
@@ -40,12 +41,19 @@ def run_suite(config: EvaluationConfig) -> None:
     assert suite is not None
     subject = subject_of(config)
     path = subject.results / f"{suite.name}-{subject.name}.json"
-    made_of = {**subject.identity, "suite": suite.name, "max_length": suite.max_length, "limit": suite.limit}
+    made_of = {
+        **subject.identity,
+        "suite": suite.name,
+        "max_length": suite.max_length,
+        "limit": suite.limit,
+    }
     stored = read_json(path)
     results: dict[str, Result] = {}
     if {key: stored.get(key) for key in made_of} == made_of:
         results = {
-            row.label: entry for row in suite.rows if (entry := stored["rows"].get(row.label)) and fits(entry, row)
+            row.label: entry
+            for row in suite.rows
+            if (entry := stored["rows"].get(row.label)) and fits(entry, row)
         }
     missing: dict[str, str] = {}
     wanted = [row for row in suite.rows if row.label not in results]
@@ -68,14 +76,21 @@ def run_suite(config: EvaluationConfig) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        Console(width=max(WIDTH, Console().width)).print(table(suite, subject.name, results, siblings(suite, path)))
+        Console(width=max(WIDTH, Console().width)).print(
+            table(suite, subject.name, results, siblings(suite, path))
+        )
         logger.info(f"scores: {path}" if results else "no row could be scored")
     if missing:
         reasons = "; ".join(f"{label}: {why}" for label, why in missing.items())
-        raise InputError(f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: {reasons}. {FIX}")
+        raise InputError(
+            f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: "
+            f"{reasons}. {FIX}"
+        )
 
 
-def write(path: Path, made_of: Result, suite: Suite, rows: Result, missing: dict[str, str] | None = None) -> None:
+def write(
+    path: Path, made_of: Result, suite: Suite, rows: Result, missing: dict[str, str] | None = None
+) -> None:
     """Write the rows that are done; `missing` says of the others why, once no more will come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     complete = len(rows) == len(suite.rows)
@@ -100,11 +115,15 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
 
     suite = config.eval.suite
     assert suite is not None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every row that shots were set
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns at every row that shots were set
     model = language_model(subject, suite.max_length, config.eval.batch * config.eval.seq_len)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
-        manager = TaskManager(include_path=suite.include)  # its own tasks too: reading their 14,000 files takes seconds
+        manager = TaskManager(
+            include_path=suite.include
+        )  # its own tasks too: reading their 14,000 files takes seconds
 
     def run(row: Row) -> Result | None:
         try:
@@ -123,22 +142,28 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
         if evaluated is None:
             return None
         samples = evaluated["n-samples"]
-        return {name: {**evaluated["results"][name], "documents": samples[name]["effective"]} for name in tasks}
+        return {
+            name: {**evaluated["results"][name], "documents": samples[name]["effective"]}
+            for name in tasks
+        }
 
     return run
 
 
 def reason(row: Row, error: Exception) -> str:
     """Why a task cannot be loaded, in one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:120]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[
+        :120
+    ]
     return f"{row.task} ({type(error).__name__}: {line})"
 
 
 def score(row: Row, raw: Result) -> Result:
     """Score of a row in percent, its standard error, and the parts it was made of.
 
-    `raw` holds the harness's results of each leaf task. Standard errors of leaves are taken as independent, those of
-    two metrics of one leaf as equal to their mean (they rest on the same documents).
+    `raw` holds the harness's results of each leaf task. Standard errors of leaves are taken as
+    independent, those of two metrics of one leaf as equal to their mean (they rest on the same
+    documents).
     """
     weights = [leaf["documents"] if row.by_size else 1 for leaf in raw.values()]
     values, errors, parts = [], [], {}
@@ -157,9 +182,14 @@ def score(row: Row, raw: Result) -> Result:
         slopes = [slope] * len(values)
     else:
         slopes = [1 / (1 - part["floor"] / 100) for part in parts.values()]
-        scaled = [max(0.0, (v - part["floor"]) * k) for v, part, k in zip(values, parts.values(), slopes, strict=True)]
+        scaled = [
+            max(0.0, (v - part["floor"]) * k)
+            for v, part, k in zip(values, parts.values(), slopes, strict=True)
+        ]
         total = sum(scaled) / len(scaled)
-    squares = [(w * k * e / sum(weights)) ** 2 for w, k, e in zip(weights, slopes, errors, strict=True)]
+    squares = [
+        (w * k * e / sum(weights)) ** 2 for w, k, e in zip(weights, slopes, errors, strict=True)
+    ]
     stderr = math.sqrt(sum(squares))
     return {"score": total, "stderr": stderr if math.isfinite(stderr) else None, "parts": parts}
 
@@ -170,19 +200,32 @@ def average(scores: list[float]) -> float:
 
 
 def siblings(suite: Suite, path: Path) -> dict[str, list[float]]:
-    """Scores of the run's other checkpoints on the whole suite: before the decay and after it, side by side."""
+    """Scores of the run's other checkpoints on the whole suite: before the decay and after it, side
+    by side.
+    """
     found = {}
     for other in sorted(path.parent.glob(f"{suite.name}-*.json")):
         stored = read_json(other)
         rows = [stored.get("rows", {}).get(row.label) for row in suite.rows]
-        if other != path and all(entry and fits(entry, row) for entry, row in zip(rows, suite.rows, strict=True)):
+        if other != path and all(
+            entry and fits(entry, row) for entry, row in zip(rows, suite.rows, strict=True)
+        ):
             place = f"\n{stored['tokens']:,} tokens" if "tokens" in stored else ""
-            found[other.stem.removeprefix(f"{suite.name}-") + place] = [entry["score"] for entry in rows]
+            found[other.stem.removeprefix(f"{suite.name}-") + place] = [
+                entry["score"] for entry in rows
+            ]
     return found
 
 
-def table(suite: Suite, name: str, results: dict[str, Result], others: dict[str, list[float]] | None = None) -> Table:
-    """Ours with standard errors, then other checkpoints, then every published model, and how far ours is from each."""
+def table(
+    suite: Suite,
+    name: str,
+    results: dict[str, Result],
+    others: dict[str, list[float]] | None = None,
+) -> Table:
+    """Ours with standard errors, then other checkpoints, then every published model, and how far
+    ours is from each.
+    """
     grid = Table(title=f"{suite.name}, and below each score how far ours is above it")
     for label in ("model", *(row.label for row in suite.rows), "average"):
         grid.add_column(label, no_wrap=True)
@@ -192,11 +235,17 @@ def table(suite: Suite, name: str, results: dict[str, Result], others: dict[str,
     whole = [value for value in ours if value is not None]
     known = [error for error in errors if error is not None]
     complete = len(whole) == len(ours)
-    spread = math.sqrt(sum(error**2 for error in known)) / len(ours) if len(known) == len(ours) else None
-    grid.add_row(name, *cells, with_error(average(whole), spread) if complete else "-", style="bold")
+    spread = (
+        math.sqrt(sum(error**2 for error in known)) / len(ours) if len(known) == len(ours) else None
+    )
+    grid.add_row(
+        name, *cells, with_error(average(whole), spread) if complete else "-", style="bold"
+    )
     for model, scores in {**(others or {}), **suite.published}.items():
         columns = [against(theirs, mine) for theirs, mine in zip(scores, ours, strict=True)]
-        grid.add_row(model, *columns, against(average(scores), average(whole) if complete else None))
+        grid.add_row(
+            model, *columns, against(average(scores), average(whole) if complete else None)
+        )
     return grid
 
 

@@ -9,7 +9,9 @@ from warcio.warcwriter import WARCWriter
 
 
 def write_archive(stream: BinaryIO, pages: Iterable[tuple[str, str]]) -> None:
-    """Write (address, HTML) pairs as response records; identifiers and dates are fixed: equal pages, equal bytes."""
+    """Write (address, HTML) pairs as response records; identifiers and dates are fixed: equal
+    pages, equal bytes.
+    """
     writer = WARCWriter(stream, gzip=True)
     for url, html in pages:
         record = writer.create_warc_record(

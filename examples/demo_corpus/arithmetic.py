@@ -6,9 +6,43 @@ from typing import Any
 
 TOTAL_CHARS = 3_000_000
 
-NAMES = ("Ada", "Boris", "Chen", "Dalia", "Emeka", "Farah", "Goran", "Hana", "Imani", "Jonas", "Keiko", "Lina", "Mateo")
-GOODS = ("apples", "pencils", "stamps", "marbles", "books", "tickets", "lemons", "bricks", "seeds", "cards", "buttons")
-PLACES = ("the harbour", "the village", "the station", "the mill", "the lighthouse", "the old bridge", "the quarry")
+NAMES = (
+    "Ada",
+    "Boris",
+    "Chen",
+    "Dalia",
+    "Emeka",
+    "Farah",
+    "Goran",
+    "Hana",
+    "Imani",
+    "Jonas",
+    "Keiko",
+    "Lina",
+    "Mateo",
+)
+GOODS = (
+    "apples",
+    "pencils",
+    "stamps",
+    "marbles",
+    "books",
+    "tickets",
+    "lemons",
+    "bricks",
+    "seeds",
+    "cards",
+    "buttons",
+)
+PLACES = (
+    "the harbour",
+    "the village",
+    "the station",
+    "the mill",
+    "the lighthouse",
+    "the old bridge",
+    "the quarry",
+)
 
 
 def addition(r: Random) -> str:
@@ -19,11 +53,17 @@ def addition(r: Random) -> str:
         x, y = a // 10**place % 10, b // 10**place % 10
         digit_sum = x + y + carry
         with_carry = f" + {carry}" if carry else ""
-        lines.append(f"{x} + {y}{with_carry} = {digit_sum}: write {digit_sum % 10}, carry {digit_sum // 10}.")
+        lines.append(
+            f"{x} + {y}{with_carry} = {digit_sum}: write {digit_sum % 10}, carry {digit_sum // 10}."
+        )
         carry = digit_sum // 10
     if carry:
         lines.append(f"Write the last carry {carry}.")
-    return f"Add {a} and {b}, from the last digit to the first.\n" + "\n".join(lines) + f"\n{a} + {b} = {a + b}"
+    return (
+        f"Add {a} and {b}, from the last digit to the first.\n"
+        + "\n".join(lines)
+        + f"\n{a} + {b} = {a + b}"
+    )
 
 
 def subtraction(r: Random) -> str:
@@ -49,7 +89,11 @@ def multiplication(r: Random) -> str:
     parts = [(a * part, part) for part in reversed(digits) if part]
     lines = [f"{a} * {part} = {product}" for product, part in parts]
     total = " + ".join(str(product) for product, _ in parts)
-    return f"Multiply {a} by {b}.\n" + "\n".join(lines) + f"\n{total} = {a * b}\nSo {a} * {b} = {a * b}."
+    return (
+        f"Multiply {a} by {b}.\n"
+        + "\n".join(lines)
+        + f"\n{total} = {a * b}\nSo {a} * {b} = {a * b}."
+    )
 
 
 def division(r: Random) -> str:
@@ -62,7 +106,8 @@ def division(r: Random) -> str:
         lines.append(f"Bring down {digit}: {current} / {b} is {quotient}, rest {rest}.")
     body = "\n".join(lines)
     return (
-        f"Divide {a} by {b}.\n{body}\n{a} = {b} * {a // b} + {rest}\nThe quotient is {a // b} and the remainder {rest}."
+        f"Divide {a} by {b}.\n{body}\n{a} = {b} * {a // b} + {rest}\nThe quotient is {a // b} "
+        f"and the remainder {rest}."
     )
 
 
@@ -72,20 +117,28 @@ def fraction(r: Random) -> str:
     b, d = b + 1, d + 1
     top, bottom = a * d + c * b, b * d
     x, y = top, bottom
-    lines = [f"Common denominator: {b} * {d} = {bottom}.", f"{a} * {d} + {c} * {b} = {a * d} + {c * b} = {top}."]
+    lines = [
+        f"Common denominator: {b} * {d} = {bottom}.",
+        f"{a} * {d} + {c} * {b} = {a * d} + {c * b} = {top}.",
+    ]
     while y:
         lines.append(f"{x} mod {y} = {x % y}")
         x, y = y, x % y
     lines.append(f"The greatest common divisor of {top} and {bottom} is {x}.")
-    return f"Compute {a}/{b} + {c}/{d}.\n" + "\n".join(lines) + f"\n{a}/{b} + {c}/{d} = {top // x}/{bottom // x}"
+    return (
+        f"Compute {a}/{b} + {c}/{d}.\n"
+        + "\n".join(lines)
+        + f"\n{a}/{b} + {c}/{d} = {top // x}/{bottom // x}"
+    )
 
 
 def equation(r: Random) -> str:
     """A linear equation in one unknown."""
     a, x, b = r.randrange(2, 60), r.randrange(-90, 91), r.randrange(1, 500)
     return (
-        f"Solve {a}x + {b} = {a * x + b} for x.\nSubtract {b} from both sides: {a}x = {a * x + b} - {b} = {a * x}.\n"
-        f"Divide both sides by {a}: x = {a * x} / {a} = {x}.\nCheck: {a} * ({x}) + {b} = {a * x} + {b} = {a * x + b}."
+        f"Solve {a}x + {b} = {a * x + b} for x.\nSubtract {b} from both sides: {a}x = "
+        f"{a * x + b} - {b} = {a * x}.\nDivide both sides by {a}: x = {a * x} / {a} = "
+        f"{x}.\nCheck: {a} * ({x}) + {b} = {a * x} + {b} = {a * x + b}."
     )
 
 
@@ -96,22 +149,28 @@ def shopping(r: Random) -> str:
     total = n * p + m * q
     paid = total + r.randrange(1, 100)
     return (
-        f"{name} buys {n} {first} at {p} cents each and {m} {second} at {q} cents each, and pays with {paid} cents. "
-        f"How much change does {name} get?\nThe {first} cost {n} * {p} = {n * p} cents.\n"
-        f"The {second} cost {m} * {q} = {m * q} cents.\nTogether that is {n * p} + {m * q} = {total} cents.\n"
-        f"The change is {paid} - {total} = {paid - total} cents."
+        f"{name} buys {n} {first} at {p} cents each and {m} {second} at {q} cents each, and pays "
+        f"with {paid} cents. How much change does {name} get?\nThe {first} cost {n} * {p} = "
+        f"{n * p} cents.\nThe {second} cost {m} * {q} = {m * q} cents.\nTogether that is {n * p} "
+        f"+ {m * q} = {total} cents.\nThe change is {paid} - {total} = {paid - total} cents."
     )
 
 
 def journey(r: Random) -> str:
     """Distance, speed and time over two legs."""
     name, (start, end) = r.choice(NAMES), r.sample(PLACES, 2)
-    v, w, hours, more = r.randrange(3, 30), r.randrange(31, 120), r.randrange(1, 9), r.randrange(1, 9)
+    v, w, hours, more = (
+        r.randrange(3, 30),
+        r.randrange(31, 120),
+        r.randrange(1, 9),
+        r.randrange(1, 9),
+    )
     far = v * hours + w * more
     return (
-        f"{name} leaves {start} and cycles for {hours} hours at {v} km per hour, then takes a train for {more} hours "
-        f"at {w} km per hour to {end}. How long is the way?\nBy bicycle: {v} * {hours} = {v * hours} km.\n"
-        f"By train: {w} * {more} = {w * more} km.\nAltogether: {v * hours} + {w * more} = {far} km."
+        f"{name} leaves {start} and cycles for {hours} hours at {v} km per hour, then takes a "
+        f"train for {more} hours at {w} km per hour to {end}. How long is the way?\nBy bicycle: "
+        f"{v} * {hours} = {v * hours} km.\nBy train: {w} * {more} = {w * more} km.\nAltogether: "
+        f"{v * hours} + {w * more} = {far} km."
     )
 
 
@@ -121,10 +180,11 @@ def sharing(r: Random) -> str:
     a, b, friends = r.randrange(20, 900), r.randrange(20, 900), r.randrange(3, 25)
     each, rest = divmod(a + b, friends)
     return (
-        f"{one} has {a} {thing} and {other} has {b}. They put them together and share them equally among {friends} "
-        f"children. How many does each child get, and how many are left?\nTogether they have {a} + {b} = {a + b}.\n"
-        f"{friends} * {each} = {friends * each}, and {a + b} - {friends * each} = {rest}.\n"
-        f"Each child gets {each} {thing}; {rest} are left."
+        f"{one} has {a} {thing} and {other} has {b}. They put them together and share them "
+        f"equally among {friends} children. How many does each child get, and how many are "
+        f"left?\nTogether they have {a} + {b} = {a + b}.\n{friends} * {each} = {friends * each}, "
+        f"and {a + b} - {friends * each} = {rest}.\nEach child gets {each} {thing}; {rest} are "
+        "left."
     )
 
 
@@ -134,9 +194,10 @@ def percentage(r: Random) -> str:
     percent, price = r.randrange(1, 20) * 5, r.randrange(2, 500) * 20
     off = price * percent // 100
     return (
-        f"A box of {thing} costs {price} cents. {name} gets {percent} percent off. What does {name} pay?\n"
-        f"One percent of {price} is {price / 100:g}, so {percent} percent are {percent} * {price / 100:g} = {off}.\n"
-        f"{price} - {off} = {price - off}. {name} pays {price - off} cents."
+        f"A box of {thing} costs {price} cents. {name} gets {percent} percent off. What does "
+        f"{name} pay?\nOne percent of {price} is {price / 100:g}, so {percent} percent are "
+        f"{percent} * {price / 100:g} = {off}.\n{price} - {off} = {price - off}. {name} pays "
+        f"{price - off} cents."
     )
 
 
@@ -147,7 +208,9 @@ FAMILIES: tuple[Callable[[Random], str], ...] = (
 
 
 def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
-    """Distinct problems of all families by turns, about `total_chars` characters; the same ones on every machine."""
+    """Distinct problems of all families by turns, about `total_chars` characters; the same ones on
+    every machine.
+    """
     seen: set[str] = set()
     chars = index = 0
     while chars < total_chars:

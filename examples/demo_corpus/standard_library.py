@@ -1,7 +1,9 @@
-"""The text every Python carries, in four kinds: pages of help, code, reference pages, chapters of the language.
+"""The text every Python carries, in four kinds: pages of help, code, reference pages, chapters of
+the language.
 
-A module's source text, its docstrings and its rendered help share sentences, so every module belongs to exactly one
-source: otherwise a held-out page would be trained on as code. Submodules go with their top-level package.
+A module's source text, its docstrings and its rendered help share sentences, so every module
+belongs to exactly one source: otherwise a held-out page would be trained on as code. Submodules go
+with their top-level package.
 """
 
 import ast
@@ -19,32 +21,46 @@ from unittest import mock
 Row = dict[str, Any]
 
 # Test suites, programs, bundled wheels, and the topics, which are the curated source.
-SKIPPED_PARTS = {"__pycache__", "test", "tests", "idle_test", "idlelib", "turtledemo", "site-packages", "dist-packages"}
+SKIPPED_PARTS = {
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+}
 SKIPPED_PARTS |= {"_bundled", "pydoc_data", "__main__.py", "__phello__"}
 
-# Rendering help imports the module, so only these may become web pages: importing them starts nothing and opens no
-# window or browser (`this` prints, `antigravity` browses, tkinter wants a display).
+# Rendering help imports the module, so only these may become web pages: importing them starts
+# nothing and opens no window or browser (`this` prints, `antigravity` browses, tkinter wants a
+# display).
 IMPORTABLE = frozenset(
-    "abc argparse ast asyncio base64 bdb bisect bz2 calendar cmd codecs codeop collections colorsys compileall "  # noqa: SIM905
-    "concurrent configparser contextlib contextvars copy copyreg csv dataclasses datetime dbm decimal difflib dis "
-    "doctest email enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob "
-    "graphlib gzip hashlib heapq hmac html http imaplib inspect io ipaddress json keyword linecache locale logging "
-    "lzma mailbox mimetypes modulefinder multiprocessing netrc numbers opcode operator optparse pathlib pdb pickle "
-    "pickletools pkgutil plistlib poplib posixpath pprint profile pstats py_compile pyclbr queue quopri random re "
-    "reprlib runpy sched secrets selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl stat "
-    "statistics string stringprep struct subprocess symtable tabnanny tarfile tempfile textwrap threading timeit "
-    "token tokenize tomllib trace traceback tracemalloc types typing unittest urllib uuid venv wave weakref "
-    "webbrowser wsgiref xml xmlrpc zipapp zipfile zoneinfo".split()
+    "abc argparse ast asyncio base64 bdb bisect bz2 calendar cmd codecs codeop collections "
+    "colorsys compileall concurrent configparser contextlib contextvars copy copyreg csv "
+    "dataclasses datetime dbm decimal difflib dis doctest email enum filecmp fileinput fnmatch "
+    "fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip hashlib "
+    "heapq hmac html http imaplib inspect io ipaddress json keyword linecache locale logging "
+    "lzma mailbox mimetypes modulefinder multiprocessing netrc numbers opcode operator optparse "
+    "pathlib pdb pickle pickletools pkgutil plistlib poplib posixpath pprint profile pstats "
+    "py_compile pyclbr queue quopri random re reprlib runpy sched secrets selectors shelve shlex "
+    "shutil signal smtplib socket socketserver sqlite3 ssl stat statistics string stringprep "
+    "struct subprocess symtable tabnanny tarfile tempfile textwrap threading timeit token "
+    "tokenize tomllib trace traceback tracemalloc types typing unittest urllib uuid venv wave "
+    "weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zoneinfo".split()
 )
 
-# Of a hundred top-level modules: how many become web pages, and how many of the rest technical text; what remains is
-# source code. Chosen so that the demo reads no source more than a few times.
+# Of a hundred top-level modules: how many become web pages, and how many of the rest technical
+# text; what remains is source code. Chosen so that the demo reads no source more than a few times.
 WEB_SHARE, TECHNICAL_SHARE = 50, 20  # of the importable ones
 OTHER_TECHNICAL_SHARE = 25
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the running Python's standard library that is prose or code of its own."""
+    """Dotted name -> file of every module of the running Python's standard library that is prose
+    or code of its own.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {}
     for path in sorted(root.rglob("*.py")):
@@ -57,7 +73,9 @@ def modules() -> dict[str, Path]:
 
 
 def source_of(module: str) -> str:
-    """The one source that may have a module: "web", "technical" or "code"; depends on nothing but the name."""
+    """The one source that may have a module: "web", "technical" or "code"; depends on nothing
+    but the name.
+    """
     top = module.split(".")[0]
     bucket = int(hashlib.sha256(top.encode()).hexdigest(), 16) % 100
     if top not in IMPORTABLE:
@@ -75,8 +93,9 @@ def modules_of(source: str) -> Iterator[tuple[str, Path]]:
 class Page(pydoc.HTMLDoc):
     """The help page of one module, without what would leak or repeat.
 
-    Values of data stay out: they hold this machine's environment and paths. So do members defined elsewhere: their
-    text belongs to another page, which may be on the other side of the held-out split.
+    Values of data stay out: they hold this machine's environment and paths. So do members defined
+    elsewhere: their text belongs to another page, which may be on the other side of the held-out
+    split.
     """
 
     def __init__(self, module: str) -> None:
@@ -111,7 +130,17 @@ class Page(pydoc.HTMLDoc):
         with mock.patch.object(pydoc, "classify_class_attrs", own_members):
             return super().docclass(object, name, mod, *args, **kwargs)
 
-    def docroutine(self, object, name=None, mod=None, funcs={}, classes={}, methods={}, cl=None, *rest):  # type: ignore[no-untyped-def]  # noqa: B006
+    def docroutine(  # type: ignore[no-untyped-def]
+        self,
+        object,
+        name=None,
+        mod=None,
+        funcs={},  # noqa: B006  pydoc's own defaults
+        classes={},  # noqa: B006
+        methods={},  # noqa: B006
+        cl=None,
+        *rest,
+    ):
         """A function that the module defines, or any method of a class that is shown."""
         if cl is None and not self.own(object):
             return ""
@@ -126,7 +155,9 @@ def help_page(name: str) -> str | None:
         return None
     page = Page(name)
     # Addresses in default arguments change with every process.
-    return re.sub(r"(&nbsp;| )at(&nbsp;| )0x[0-9a-fA-F]+", "", page.page(name, page.docmodule(module, name)))
+    return re.sub(
+        r"(&nbsp;| )at(&nbsp;| )0x[0-9a-fA-F]+", "", page.page(name, page.docmodule(module, name))
+    )
 
 
 def help_pages() -> Iterator[tuple[str, str | None]]:
@@ -163,7 +194,9 @@ def signature(node: ast.AST) -> str:
 
 
 def reference_page(name: str, source: str) -> str:
-    """All docstrings of a module under their signatures, in the order of the file; parsed, never imported."""
+    """All docstrings of a module under their signatures, in the order of the file; parsed, never
+    imported.
+    """
     tree = ast.parse(source)
     parts = [f"{name}\n{'=' * len(name)}", ast.get_docstring(tree) or ""]
 
@@ -173,7 +206,10 @@ def reference_page(name: str, source: str) -> str:
                 continue
             text = ast.get_docstring(node, clean=False)
             if text:
-                lines = [signature(node), *("    " + line for line in inspect.cleandoc(text).splitlines())]
+                lines = [
+                    signature(node),
+                    *("    " + line for line in inspect.cleandoc(text).splitlines()),
+                ]
                 parts.append("\n".join(("    " * depth + line).rstrip() for line in lines))
             visit(node, depth + 1)
 

@@ -16,16 +16,24 @@ logger = logging.getLogger(__name__)
 
 
 def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
-    """Every stage of every run; one that fails is named at the end and the others go on, Ctrl-C ends them all."""
+    """Every stage of every run; one that fails is named at the end and the others go on, Ctrl-C
+    ends them all.
+    """
     failed = []
     for number, each in enumerate(jobs, 1):
         logger.info(f"\n== {number} of {len(jobs)}: {each.config.run.name}")
         for stage in stages:
             command = [*start_of(each, stage), SCRIPTS[stage], *each.overrides]
             logger.info(f"== {shlex.join(command)}")
-            how = "done" if dry_run else through(command, each.config.run.folder if stage == "train" else None)
+            how = (
+                "done"
+                if dry_run
+                else through(command, each.config.run.folder if stage == "train" else None)
+            )
             if how == "left":
-                logger.warning(f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on")
+                logger.warning(
+                    f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on"
+                )
                 return REQUEUE
             if how == "failed":
                 failed.append(f"{each.config.run.name} ({stage})")
@@ -47,8 +55,8 @@ def start_of(each: Job, stage: str) -> list[str]:
 def through(command: list[str], run: Path | None) -> str:
     """Start a stage until it has ended: done, failed, or left because somebody pressed Ctrl-C.
 
-    torchrun turns every exit code into 1, so how training ended is read from its run's folder: a start that saved and
-    wants another one (health.stop_after_seconds, a signal to a rank) gets it.
+    torchrun turns every exit code into 1, so how training ended is read from its run's folder: a
+    start that saved and wants another one (health.stop_after_seconds, a signal to a rank) gets it.
     """
     while True:
         if run is not None and (old := read_outcome(run)) is not None and old.code != FINISHED:
@@ -65,7 +73,9 @@ def through(command: list[str], run: Path | None) -> str:
 
 
 def wait(command: list[str]) -> tuple[int, bool]:
-    """Exit code of a command, and whether Ctrl-C was pressed: its processes hear that too, and need time to save."""
+    """Exit code of a command, and whether Ctrl-C was pressed: its processes hear that too, and need
+    time to save.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     asked = False
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:

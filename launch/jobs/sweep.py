@@ -1,4 +1,6 @@
-"""The points of a sweep: from Hydra's syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to named runs."""
+"""The points of a sweep: from Hydra's syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to
+named runs.
+"""
 
 import re
 from dataclasses import dataclass
@@ -46,7 +48,9 @@ def job(overrides: list[str]) -> Job:
 
 
 def short(value: str) -> str:
-    """A value as a folder's name has it: 1e9 instead of Hydra's 1000000000.0, where nothing is lost."""
+    """A value as a folder's name has it: 1e9 instead of Hydra's 1000000000.0, where nothing is
+    lost.
+    """
     try:
         brief = f"{float(value):g}"
         return re.sub(r"e\+?(-?)0*", r"e\1", brief) if float(brief) == float(value) else value
@@ -60,14 +64,22 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
         base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
         whole = compose("config", base, return_hydra_config=True)
     named = whole.hydra.sweeper.params or {}
-    choice = next((word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None)
+    choice = next(
+        (word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None
+    )
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     overrides += [f"{key}={value}" for key, value in named.items()]
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
-        raise InputError("-m without a sweep: give a key several values (optim.clip_norm=0.5,1.0) or +sweep=NAME")
-    name = name or choice or "-".join([whole.run.name, *sorted(key.rsplit(".", 1)[-1] for key in swept)])
+        raise InputError(
+            "-m without a sweep: give a key several values (optim.clip_norm=0.5,1.0) or +sweep=NAME"
+        )
+    name = (
+        name
+        or choice
+        or "-".join([whole.run.name, *sorted(key.rsplit(".", 1)[-1] for key in swept)])
+    )
     folder = f"{whole.hydra.sweep.dir}/{name}"
     points: dict[str, dict[str, str]] = {}
     jobs = []
@@ -77,7 +89,8 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
         label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
         if label in points:
             raise InputError(
-                f"two points of the sweep would share the folder {folder}/{label}; give them shorter values"
+                f"two points of the sweep would share the folder {folder}/{label}; give them "
+                "shorter values"
             )
         points[label] = values
         jobs.append(job([*words, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]))

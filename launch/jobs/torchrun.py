@@ -1,9 +1,10 @@
 """Keeps torchrun from burying a one-line error under its own traceback.
 
-torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names this one) when it sets up rendezvous.
-When every failed worker ended with the exit code of a user's mistake, or of a run that saved and wants to be started
-again, the line it printed says all there is to say, and torchrun's ChildFailedError is not shown. Its exit code stays;
-every other failure is reported as ever.
+torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names this one) when it
+sets up rendezvous. When every failed worker ended with the exit code of a user's mistake, or of a
+run that saved and wants to be started again, the line it printed says all there is to say, and
+torchrun's ChildFailedError is not shown. Its exit code stays; every other failure is reported as
+ever.
 """
 
 import sys
@@ -18,14 +19,22 @@ SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
 
 
 def quiet() -> Callable[..., Any]:
-    """Install the hook; what torchrun asked for, a rendezvous handler, is a refusal: none is offered here."""
+    """Install the hook; what torchrun asked for, a rendezvous handler, is a refusal: none is
+    offered here.
+    """
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failures = getattr(error, "failures", {})
         spoken = [failure for failure in failures.values() if failure.exitcode in SAID]
-        ended = [failure for failure in failures.values() if failure.exitcode < 0]  # by torchrun, after the first
-        if kind.__name__ != "ChildFailedError" or not spoken or len(spoken) + len(ended) < len(failures):
+        ended = [
+            failure for failure in failures.values() if failure.exitcode < 0
+        ]  # by torchrun, after the first
+        if (
+            kind.__name__ != "ChildFailedError"
+            or not spoken
+            or len(spoken) + len(ended) < len(failures)
+        ):
             shown(kind, error, trace)
 
     sys.excepthook = hook

@@ -1,4 +1,6 @@
-"""What launch/doctor.py looks at: each check is a function of the run's config and returns a finding."""
+"""What launch/doctor.py looks at: each check is a function of the run's config and returns a
+finding.
+"""
 
 import importlib.metadata
 import os
@@ -33,7 +35,11 @@ class Finding:
 
 def python(config: RunConfig) -> Finding:
     """The interpreter, and whether packages are those of constraints.txt."""
-    pinned = dict(re.findall(r"^([\w.\-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    pinned = dict(
+        re.findall(
+            r"^([\w.\-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M
+        )
+    )
     wrong = []
     for name, version in pinned.items():
         try:
@@ -45,7 +51,9 @@ def python(config: RunConfig) -> Finding:
     text = f"{sys.version.split()[0]}, {len(pinned)} pins"
     if wrong:
         return Finding(
-            "note", f"{text}; {', '.join(wrong)}", "make install brings the versions that are tested together"
+            "note",
+            f"{text}; {', '.join(wrong)}",
+            "make install brings the versions that are tested together",
         )
     return Finding("ok", text)
 
@@ -61,20 +69,32 @@ def torch_and_driver(config: RunConfig) -> Finding:
         text += f", CUDA {torch.version.cuda}, {count} x {', '.join(sorted(names))}"
         if config.cluster.device is Device.cuda and count < config.cluster.ranks_per_node:
             return Finding(
-                "bad", text, f"set cluster.ranks_per_node={count}, or find the missing GPUs in nvidia-smi -L"
+                "bad",
+                text,
+                f"set cluster.ranks_per_node={count}, or find the missing GPUs in nvidia-smi -L",
             )
         return Finding("ok", text)
     if config.cluster.device is Device.cuda:
         has_driver = shutil.which("nvidia-smi") is not None
-        fix = "install the torch build for your driver's CUDA" if has_driver else "install NVIDIA's driver"
-        return Finding("bad", f"{text}, no GPU", f"{fix}, or set cluster.device=cpu parallel.engine=deepspeed")
+        fix = (
+            "install the torch build for your driver's CUDA"
+            if has_driver
+            else "install NVIDIA's driver"
+        )
+        return Finding(
+            "bad", f"{text}, no GPU", f"{fix}, or set cluster.device=cpu parallel.engine=deepspeed"
+        )
     if config.parallel.engine is EngineKind.megatron:
-        return Finding("bad", f"{text}, no GPU for parallel.engine=megatron", "set parallel.engine=deepspeed")
+        return Finding(
+            "bad", f"{text}, no GPU for parallel.engine=megatron", "set parallel.engine=deepspeed"
+        )
     return Finding("ok", f"{text}, no GPU")
 
 
 def kernels(config: RunConfig) -> Finding:
-    """The backend that the run would take, against the reference in float64: values and gradients of a small scan."""
+    """The backend that the run would take, against the reference in float64: values and gradients
+    of a small scan.
+    """
     import torch
 
     from model.kernels import REFERENCE, MissingBackend, load
@@ -86,25 +106,50 @@ def kernels(config: RunConfig) -> Finding:
         return Finding("bad", str(error), "set parallel.kernels=auto, or install what is missing")
     generator = torch.Generator().manual_seed(0)
     b, l, d, n = 2, 33, 16, 8
-    shapes = {"u": (b, l, d), "dt": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,), "z": (b, l, d)}
+    shapes = {
+        "u": (b, l, d),
+        "dt": (b, l, d),
+        "A": (d, n),
+        "B": (b, l, n),
+        "C": (b, l, n),
+        "D": (d,),
+        "z": (b, l, d),
+    }
     drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    drawn |= {"A": -torch.rand(d, n, generator=generator) - 0.1, "dt_bias": torch.randn(d, generator=generator)}
+    drawn |= {
+        "A": -torch.rand(d, n, generator=generator) - 0.1,
+        "dt_bias": torch.randn(d, generator=generator),
+    }
     starts = (torch.rand(b, l, generator=generator) < 0.1).to(device)
     results = []
     for kernel, dtype in ((chosen, torch.float32), (REFERENCE, torch.float64)):
-        inputs = {name: value.to(device, dtype, copy=True).requires_grad_() for name, value in drawn.items()}
+        inputs = {
+            name: value.to(device, dtype, copy=True).requires_grad_()
+            for name, value in drawn.items()
+        }
         y, _ = kernel.selective_scan(*[*inputs.values(), starts])
         y.square().sum().backward()
         results.append(
-            [y.detach().double(), *(value.grad.double() for value in inputs.values() if value.grad is not None)]
+            [
+                y.detach().double(),
+                *(value.grad.double() for value in inputs.values() if value.grad is not None),
+            ]
         )
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
     text = f"{chosen.name} on {device}, relative error {max(errors):.1e}"
     if not max(errors) < 1e-4:
-        return Finding("bad", text, "set parallel.kernels=reference, remove the compiled kernels' cache, and report it")
+        return Finding(
+            "bad",
+            text,
+            "set parallel.kernels=reference, remove the compiled kernels' cache, and report it",
+        )
     if chosen.name == "reference":
         return Finding(
-            "note", text, "install g++ for the CPU kernels" if device == "cpu" else "make install brings cuda-core"
+            "note",
+            text,
+            "install g++ for the CPU kernels"
+            if device == "cpu"
+            else "make install brings cuda-core",
         )
     return Finding("ok", text)
 
@@ -118,7 +163,10 @@ def collectives(config: RunConfig) -> Finding:
         port = probe.getsockname()[1]
     begun = time.monotonic()
     command = [sys.executable, "-c", ALL_REDUCE, backend, str(ranks), str(port)]
-    peers = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(ranks)]
+    peers = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
     try:
         errors = [peer.communicate(timeout=180)[1] for peer in peers]
     except subprocess.TimeoutExpired:
@@ -129,8 +177,12 @@ def collectives(config: RunConfig) -> Finding:
     text = f"{backend}, {ranks} ranks, {time.monotonic() - begun:.0f} s with their start"
     failed = [error for peer, error in zip(peers, errors, strict=False) if peer.returncode]
     if failed or len(errors) < len(peers):
-        last = ([line for line in (failed or errors)[0].splitlines() if line.strip()] or ["it died"])[-1]
-        variables = "NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        last = (
+            [line for line in (failed or errors)[0].splitlines() if line.strip()] or ["it died"]
+        )[-1]
+        variables = (
+            "NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        )
         return Finding("bad", f"{text}: {last}", f"look at the network's interfaces: {variables}")
     return Finding("ok", text)
 
@@ -159,14 +211,26 @@ def memory(config: RunConfig) -> Finding:
     else:
         available = psutil.virtual_memory().available
     try:
-        check_memory(config, cluster.nodes * cluster.ranks_per_node, cluster.ranks_per_node, device, available)
+        check_memory(
+            config,
+            cluster.nodes * cluster.ranks_per_node,
+            cluster.ranks_per_node,
+            device,
+            available,
+        )
     except InputError as error:
-        return Finding("bad", str(error).split(". Run")[0], "python launch/plan.py shows what is needed, and of what")
+        return Finding(
+            "bad",
+            str(error).split(". Run")[0],
+            "python launch/plan.py shows what is needed, and of what",
+        )
     return Finding("ok", f"{available / GIB:.1f} GiB on the {device}")
 
 
 def disk(config: RunConfig) -> Finding:
-    """Room for the checkpoints that are kept and one in flight; write, fsync and rename where the run will."""
+    """Room for the checkpoints that are kept and one in flight; write, fsync and rename where the
+    run will.
+    """
     place = config.run.folder
     while not place.exists():
         place = place.parent
@@ -181,21 +245,30 @@ def disk(config: RunConfig) -> Finding:
             os.fsync(file.fileno())
         path.rename(path.with_suffix(""))
         speed = 16 / (time.monotonic() - begun)
-    text = f"{place.resolve()}: {free / GIB:.0f} GiB free, {need / GIB:.2g} needed; 16 MiB durable at {speed:.0f} MiB/s"
+    text = (
+        f"{place.resolve()}: {free / GIB:.0f} GiB free, {need / GIB:.2g} needed; 16 MiB durable "
+        f"at {speed:.0f} MiB/s"
+    )
     if free < need:
-        return Finding("bad", text, "make room, choose another run.dir, or lower checkpoint.keep_last")
+        return Finding(
+            "bad", text, "make room, choose another run.dir, or lower checkpoint.keep_last"
+        )
     return Finding("ok", text)
 
 
 def data(config: RunConfig) -> Finding:
-    """Tokenizer and manifests of every source; python data/verify.py reads the shards themselves."""
+    """Tokenizer and manifests of every source; python data/verify.py reads the shards
+    themselves.
+    """
     from data.stream.manifests import open_manifests
 
     try:
         manifests = open_manifests(config.data)
     except InputError as error:
         return Finding("bad", str(error), "python data/prepare.py with the same overrides")
-    tokens = sum(shard.tokens for manifest in manifests.values() for shard in manifest.splits["train"])
+    tokens = sum(
+        shard.tokens for manifest in manifests.values() for shard in manifest.splits["train"]
+    )
     return Finding("ok", f"{len(manifests)} sources, {tokens:,} tokens in {config.data.folder}")
 
 
@@ -206,12 +279,16 @@ def wandb(config: RunConfig) -> Finding:
     if not os.environ.get("WANDB_API_KEY"):
         fix = "export WANDB_API_KEY, or `wandb sync` the run's folder later"
         return Finding("note", "no WANDB_API_KEY: offline into the run's folder", fix)
-    host = re.sub(r"^\w+://([^/:]+).*", r"\1", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = re.sub(
+        r"^\w+://([^/:]+).*", r"\1", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    )
     try:
         socket.create_connection((host, 443), timeout=5).close()
     except OSError as error:
         return Finding(
-            "note", f"{host} does not answer ({error}); runs go on offline", "see the network or WANDB_BASE_URL"
+            "note",
+            f"{host} does not answer ({error}); runs go on offline",
+            "see the network or WANDB_BASE_URL",
         )
     return Finding("ok", f"{host} answers")
 
@@ -220,16 +297,22 @@ def slurm(config: RunConfig) -> Finding:
     """Whether there is a controller, and whether it has as many nodes as the run asks for."""
     if shutil.which("sinfo") is None:
         return Finding("ok", "not here: python launch/submit.py --local runs without it")
-    result = subprocess.run(["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        ["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True, timeout=60
+    )
     if result.returncode:
         why = ([*result.stderr.strip().splitlines(), "no answer"])[0]
         return Finding("note", f"sinfo: {why}", "ask for the controller, or see SLURM_CONF")
     states = [line.split() for line in result.stdout.splitlines()]
-    up = sum(int(count) for count, state in states if not re.match(r"down|drain|fail|drng|unk", state))
+    up = sum(
+        int(count) for count, state in states if not re.match(r"down|drain|fail|drng|unk", state)
+    )
     text = f"{up} of {sum(int(count) for count, _ in states)} nodes are up"
     if up < config.cluster.nodes:
         return Finding(
-            "bad", f"{text}, the run asks for {config.cluster.nodes}", "lower cluster.nodes, or wait for them"
+            "bad",
+            f"{text}, the run asks for {config.cluster.nodes}",
+            "lower cluster.nodes, or wait for them",
         )
     return Finding("ok", text)
 
@@ -238,7 +321,9 @@ def device_of(config: RunConfig) -> str:
     """The device that a rank would get here."""
     import torch
 
-    return "cuda" if config.cluster.device is not Device.cpu and torch.cuda.is_available() else "cpu"
+    return (
+        "cuda" if config.cluster.device is not Device.cpu and torch.cuda.is_available() else "cpu"
+    )
 
 
 CHECKS: dict[str, Callable[[RunConfig], Finding]] = {

@@ -1,8 +1,9 @@
 """Time, communication and faults of a run: pure arithmetic on a config.
 
-Costs per step and rank: products grow with tokens x parameters / ranks; gradients and weights with parameters, whatever
-the tokens, so that they weigh most where the context is short; tensor-parallel sums with tokens x d_model x layers;
-context-parallel gathers with sequences x d_inner x d_state x layers, whatever their length.
+Costs per step and rank: products grow with tokens x parameters / ranks; gradients and weights with
+parameters, whatever the tokens, so that they weigh most where the context is short; tensor-parallel
+sums with tokens x d_model x layers; context-parallel gathers with sequences x d_inner x d_state x
+layers, whatever their length.
 """
 
 import math
@@ -18,7 +19,9 @@ from train.schedule import Schedule
 
 @dataclass
 class PlanConfig:
-    """Assumptions of a plan; units in the names, 1e9 bytes per second and rank where it says gbytes."""
+    """Assumptions of a plan; units in the names, 1e9 bytes per second and rank where it says
+    gbytes.
+    """
 
     mfu: float
     price_per_gpu_hour: float
@@ -30,7 +33,9 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"plan.mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1")
+            raise ValueError(
+                f"plan.mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1"
+            )
         if min(self.node_gbytes, self.network_gbytes, self.storage_gbytes, self.host_gbytes) <= 0:
             raise ValueError("plan's rates must be above 0")
 
@@ -44,7 +49,9 @@ class PlannedRun(RunConfig):
 
 def planned_gpu(run: RunConfig) -> Gpu:
     """The GPU of the run's cluster by its peak; an H100 where the config does not say."""
-    return next((gpu for gpu in GPUS if gpu.flops == (run.cluster.peak_tflops or 0) * 1e12), GPUS[1])
+    return next(
+        (gpu for gpu in GPUS if gpu.flops == (run.cluster.peak_tflops or 0) * 1e12), GPUS[1]
+    )
 
 
 def width(config: RunConfig) -> int:
@@ -55,7 +62,8 @@ def width(config: RunConfig) -> int:
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     """Least seconds per token and GPU at its datasheet's rates, with what is computed again.
 
-    Tensor-parallel ranks each do the whole norms and residual additions, unless the sequence is cut over them too.
+    Tensor-parallel ranks each do the whole norms and residual additions, unless the sequence is cut
+    over them too.
     """
     c, p, traffic = config.model, config.parallel, train_traffic(config.model, width(config))
     products = train_flops_per_token(c) / gpu.flops
@@ -79,19 +87,24 @@ class Phase:
     name: str
     tokens: int
     seq_len: int
-    batch: float  # sequences of a step; of the ramp the mean, at which what a step sends is the mean too
+    # sequences of a step; of the ramp the mean, at which what a step sends is the mean too
+    batch: float
     steps: float
 
 
 def phases(run: RunConfig) -> list[Phase]:
-    """The run as steps. Where the batch grows linearly in tokens from a to b, their mean is (b - a) / ln(b / a)."""
+    """The run as steps. Where the batch grows linearly in tokens from a to b, their mean is (b - a)
+    / ln(b / a).
+    """
     schedule, found, begin = Schedule(run), [], 0
     for end, seq_len, name in schedule.edges:
         edge = min(max(begin, run.schedule.ramp_tokens), end)
         if edge > begin:
             first, last = schedule.batch(begin), schedule.batch(edge)
             mean = (last - first) / math.log(last / first) if last > first else first
-            found.append(Phase(f"{name}, ramp", edge - begin, seq_len, mean, (edge - begin) / seq_len / mean))
+            found.append(
+                Phase(f"{name}, ramp", edge - begin, seq_len, mean, (edge - begin) / seq_len / mean)
+            )
         if end > edge:
             batch = run.schedule.batch_end
             found.append(Phase(name, end - edge, seq_len, batch, (end - edge) / seq_len / batch))
@@ -100,11 +113,17 @@ def phases(run: RunConfig) -> list[Phase]:
 
 
 def sequences_of_a_group(config: RunConfig, ranks: int, batch: float) -> int:
-    """Sequences of a step that the fullest group of ranks, which all wait for, runs one after another or together."""
-    return math.ceil(batch * config.parallel.tensor_parallel * config.parallel.context_parallel / ranks)
+    """Sequences of a step that the fullest group of ranks, which all wait for, runs one after
+    another or together.
+    """
+    return math.ceil(
+        batch * config.parallel.tensor_parallel * config.parallel.context_parallel / ranks
+    )
 
 
-def traffic_between_ranks(config: RunConfig, ranks: int, batch: float, seq_len: int) -> dict[str, float]:
+def traffic_between_ranks(
+    config: RunConfig, ranks: int, batch: float, seq_len: int
+) -> dict[str, float]:
     """Bytes that a rank sends in a step of `batch` sequences, by what asks for them."""
     sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
     sequences = sequences_of_a_group(config, ranks, batch)
@@ -132,19 +151,27 @@ class StepTime:
 def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int) -> StepTime:
     """A step of `batch` sequences.
 
-    Computing at the plan's utilisation, whatever the layout, and in proportion longer by what the layout computes again
-    or more than once, by the roofline. Bytes at the plan's rates, inside a node where a group fits one, else between;
-    no latency. Sums and gathers inside a layer are waited for. Gradients may hide behind the backward (not in stage 0),
-    weights behind the next forward (megatron-core and stage 3).
+    Computing at the plan's utilisation, whatever the layout, and in proportion longer by what the
+    layout computes again or more than once, by the roofline. Bytes at the plan's rates, inside a
+    node where a group fits one, else between; no latency. Sums and gathers inside a layer are
+    waited for. Gradients may hide behind the backward (not in stage 0), weights behind the next
+    forward (megatron-core and stage 3).
     """
     p = run.parallel
     group = p.tensor_parallel * p.context_parallel
     tokens = sequences_of_a_group(run, ranks, batch) * seq_len / group
-    plain = replace(p, recompute=Recompute.none, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
+    plain = replace(
+        p, recompute=Recompute.none, tensor_parallel=1, context_parallel=1, sequence_parallel=False
+    )
     again = roofline_seconds(run, gpu) / roofline_seconds(replace(run, parallel=plain), gpu)
     computing = tokens * train_flops_per_token(run.model) / (gpu.flops * run.plan.mfu) * again
     sent = traffic_between_ranks(run, ranks, batch, seq_len)
-    sizes = {"gradients": ranks, "weights": ranks, "tensor parallel": p.tensor_parallel, "context parallel": group}
+    sizes = {
+        "gradients": ranks,
+        "weights": ranks,
+        "tensor parallel": p.tensor_parallel,
+        "context parallel": group,
+    }
     seconds = {what: size / link(run, sizes[what]) for what, size in sent.items()}
     hiding = {"gradients"} if p.zero_stage else set()
     hiding |= {"weights"} if p.engine is EngineKind.megatron or p.zero_stage == 3 else set()
@@ -154,7 +181,9 @@ def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int)
 
 def link(run: PlannedRun, ranks: int) -> float:
     """Bytes per second of a rank's link to the `ranks` of its group."""
-    return 1e9 * (run.plan.node_gbytes if ranks <= run.cluster.ranks_per_node else run.plan.network_gbytes)
+    return 1e9 * (
+        run.plan.node_gbytes if ranks <= run.cluster.ranks_per_node else run.plan.network_gbytes
+    )
 
 
 def timed(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[Phase, StepTime]]:
@@ -171,25 +200,34 @@ def timed(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[Phase, StepTime]]
 
 @dataclass
 class Reliability:
-    """What saving and failing cost; a share that is lost is of the run's time, starts not counted."""
+    """What saving and failing cost; a share that is lost is of the run's time, starts not
+    counted.
+    """
 
     checkpoint_bytes: int
-    blocking_seconds: float  # a save stops training: megatron-core gathers weights, each part goes to its host
+    blocking_seconds: (
+        float  # a save stops training: megatron-core gathers weights, each part goes to its host
+    )
     writing_seconds: float  # and goes to storage in the background
     failures: float  # expected over the run
     interval_minutes: float  # between saves as configured, at the mean pace
     lost: float  # share, by that
-    best_minutes: float  # Young's sqrt(2 x blocking x mean time between failures), but no shorter than writing takes
+    # Young's sqrt(2 x blocking x mean time between failures), but no shorter than writing takes
+    best_minutes: float
     best_lost: float
 
 
 def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
-    """Of saves every T seconds, what they stop and half of T per fault are lost (J. W. Young, CACM 17(9), 1974)."""
+    """Of saves every T seconds, what they stop and half of T per fault are lost (J. W. Young, CACM
+    17(9), 1974).
+    """
     size = 12 * parameter_count(run.model)
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
     rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
     blocking = size / ranks / (run.plan.host_gbytes * 1e9)
-    if run.parallel.engine is EngineKind.megatron:  # its pieces() has the weights gathered before anything is read
+    if (
+        run.parallel.engine is EngineKind.megatron
+    ):  # its pieces() has the weights gathered before anything is read
         seq_len = max(stage.seq_len for stage in run.data.stages)
         sent = traffic_between_ranks(run, ranks, run.schedule.batch_end, seq_len)
         blocking += sent["weights"] / link(run, ranks)
@@ -200,4 +238,6 @@ def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
 
     now = 86400 * days * min(1.0, run.checkpoint.every_tokens / run.tokens)
     best = max(math.sqrt(2 * blocking / rate), writing) if rate else 86400 * days
-    return Reliability(size, blocking, writing, 86400 * rate * days, now / 60, lost(now), best / 60, lost(best))
+    return Reliability(
+        size, blocking, writing, 86400 * rate * days, now / 60, lost(now), best / 60, lost(best)
+    )

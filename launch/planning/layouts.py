@@ -1,4 +1,6 @@
-"""The layouts that could run a config: what each needs and gives, or why it cannot run. Pure arithmetic."""
+"""The layouts that could run a config: what each needs and gives, or why it cannot run. Pure
+arithmetic.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,7 +15,9 @@ from train.costs.memory import GIB, headroom, needs
 
 @dataclass
 class Layout:
-    """One way to lay the run over its ranks; rates are the whole run's, of one rank, 0 where none can be given."""
+    """One way to lay the run over its ranks; rates are the whole run's, of one rank, 0 where none
+    can be given.
+    """
 
     tensor_parallel: int
     sequence_parallel: bool
@@ -29,16 +33,20 @@ class Layout:
 
 
 def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None) -> list[Layout]:
-    """Every layout of tensor, sequence, context, ZeRO stage and recompute: the fastest that fits first, then others.
+    """Every layout of tensor, sequence, context, ZeRO stage and recompute: the fastest that fits
+    first, then others.
 
-    With `asked`, stage and sequence parallelism are as asked for. Precision and engine are the run's. Larger
-    micro-batches are tried in stages 2 and 3, which send in every one; to others they only cost memory.
+    With `asked`, stage and sequence parallelism are as asked for. Precision and engine are the
+    run's. Larger micro-batches are tried in stages 2 and 3, which send in every one; to others they
+    only cost memory.
     """
     found = []
     base = asked or run.parallel
     stages = [base.zero_stage] if asked or base.engine is EngineKind.megatron else [0, 1, 2, 3]
     for tensor, context, stage, recompute in product((1, 2, 4, 8), (1, 2, 4, 8), stages, Recompute):
-        cuts = [base.sequence_parallel and tensor > 1] if asked else [False, True][: 1 + (tensor > 1)]
+        cuts = (
+            [base.sequence_parallel and tensor > 1] if asked else [False, True][: 1 + (tensor > 1)]
+        )
         for sequence, times in product(cuts, (1, 2, 4) if stage > 1 and not asked else (1,)):
             parallel = replace(
                 base,
@@ -50,11 +58,20 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None
                 micro_batch_tokens=times * base.micro_batch_tokens,
             )
             found.append(layout_of(run, parallel, ranks, gpu))
-    return sorted(found, key=lambda layout: (layout.why_not is not None, -layout.tokens_per_second, layout.memory_gib))
+    return sorted(
+        found,
+        key=lambda layout: (
+            layout.why_not is not None,
+            -layout.tokens_per_second,
+            layout.memory_gib,
+        ),
+    )
 
 
 def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
-    """What a layout needs and gives, or why it cannot run; one that only lacks memory has its rates."""
+    """What a layout needs and gives, or why it cannot run; one that only lacks memory has its
+    rates.
+    """
     p = parallel
     layout = Layout(
         p.tensor_parallel,
@@ -68,7 +85,10 @@ def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layo
         why = f"{p.tensor_parallel} x {p.context_parallel} does not divide {ranks} ranks"
         return replace(layout, lacks="ranks", why_not=why)
     if run.schedule.batch_end < (groups := ranks // (p.tensor_parallel * p.context_parallel)):
-        why = f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} groups without one"
+        why = (
+            f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} "
+            "groups without one"
+        )
         return replace(layout, lacks="sequences", why_not=why)
     try:
         other = replace(run, parallel=parallel)
@@ -84,15 +104,23 @@ def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layo
         tokens_per_second=run.tokens / ranks / total,
         tokens_per_second_hidden=run.tokens / ranks / hidden,
     )
-    whole, kept = run.cluster.memory_gib or gpu.memory_gib, headroom(run, run.cluster.device.value) / GIB
+    whole, kept = (
+        run.cluster.memory_gib or gpu.memory_gib,
+        headroom(run, run.cluster.device.value) / GIB,
+    )
     if memory > whole - kept:
-        why = f"needs {memory:.1f} of {whole:g} GiB" + (f" less {kept:g} of headroom" if kept else "")
+        why = f"needs {memory:.1f} of {whole:g} GiB" + (
+            f" less {kept:g} of headroom" if kept else ""
+        )
         return replace(layout, lacks="memory", why_not=why)
     return layout
 
 
-def worth_showing(found: list[Layout], own: Layout, fastest: int) -> list[tuple[int | None, Layout]]:
-    """The fastest, the run's own, and of each kind of failure the first, each with its place among those that run.
+def worth_showing(
+    found: list[Layout], own: Layout, fastest: int
+) -> list[tuple[int | None, Layout]]:
+    """The fastest, the run's own, and of each kind of failure the first, each with its place among
+    those that run.
 
     Lack of memory is one kind for each kind of recompute, the fastest of which comes first.
     """
@@ -101,7 +129,9 @@ def worth_showing(found: list[Layout], own: Layout, fastest: int) -> list[tuple[
     failing: dict[tuple[str, str], Layout] = {}
     for layout in [own, *found]:
         if layout.lacks is not None:
-            failing.setdefault((layout.lacks, layout.recompute if layout.lacks == "memory" else ""), layout)
+            failing.setdefault(
+                (layout.lacks, layout.recompute if layout.lacks == "memory" else ""), layout
+            )
     if own.why_not is None and own not in runs[:fastest]:
         faster = sum(layout.tokens_per_second > own.tokens_per_second for layout in runs)
         rows.append((faster + 1, own))
@@ -115,7 +145,9 @@ def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | 
     def distance(layout: Layout) -> tuple[float, float]:
         steps = abs(math.log2(layout.tensor_parallel / asked.tensor_parallel))
         steps += abs(math.log2(layout.context_parallel / asked.context_parallel))
-        steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(kinds)
+        steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(
+            kinds
+        )
         return steps, -layout.tokens_per_second
 
     works = [layout for layout in layouts(run, ranks, gpu, asked) if layout.why_not is None]

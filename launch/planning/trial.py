@@ -25,13 +25,19 @@ class DryRun(PlannedRun):
     @property
     def ranks(self) -> int:
         """Ranks that the run is tried on."""
-        return self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
+        return (
+            self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
+        )
 
     def way_out(self) -> str:
-        """The nearest layout that works, as the end of a refusal; nothing when the layout is not what is wrong."""
+        """The nearest layout that works, as the end of a refusal; nothing when the layout is not
+        what is wrong.
+        """
         asked = replace(
             self.parallel,
-            micro_batch_tokens=max(self.parallel.micro_batch_tokens, *(stage.seq_len for stage in self.data.stages)),
+            micro_batch_tokens=max(
+                self.parallel.micro_batch_tokens, *(stage.seq_len for stage in self.data.stages)
+            ),
         )
         simple = replace(asked, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
         try:
@@ -43,12 +49,26 @@ class DryRun(PlannedRun):
             return ""
         layout = nearest(run, self.ranks, planned_gpu(self), asked)
         if layout is None:
-            return f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each lacks"
+            return (
+                f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each "
+                "lacks"
+            )
         wanted: dict[str, Any] = {"tensor_parallel": layout.tensor_parallel}
         wanted["sequence_parallel"] = asked.sequence_parallel and layout.tensor_parallel > 1
-        wanted |= {"context_parallel": layout.context_parallel, "recompute": Recompute(layout.recompute)}
+        wanted |= {
+            "context_parallel": layout.context_parallel,
+            "recompute": Recompute(layout.recompute),
+        }
         wanted["micro_batch_tokens"] = asked.micro_batch_tokens
-        changed = {name: value for name, value in wanted.items() if value != getattr(self.parallel, name)}
-        changes = " ".join(f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items())
+        changed = {
+            name: value for name, value in wanted.items() if value != getattr(self.parallel, name)
+        }
+        changes = " ".join(
+            f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items()
+        )
         fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
-        return f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}" if changes else ""
+        return (
+            f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}"
+            if changes
+            else ""
+        )

@@ -1,4 +1,6 @@
-"""Counts the collectives that run, whoever asks for them: DeepSpeed, megatron-core, autograd or the loop."""
+"""Counts the collectives that run, whoever asks for them: DeepSpeed, megatron-core, autograd or the
+loop.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +33,12 @@ class Count:
 
 
 class Collectives(TorchDispatchMode):
-    """Within it, torch.distributed's operations are counted by (group, operation); groups of one rank are left out.
+    """Within it, torch.distributed's operations are counted by (group, operation); groups of one
+    rank are left out.
 
-    Groups are named tensor, context, replicas, optimizer (all ranks that share one of megatron-core's) and world. An
-    operation is seen where autograd runs it too, since a CPU's backward runs in the thread that asks for it.
+    Groups are named tensor, context, replicas, optimizer (all ranks that share one of
+    megatron-core's) and world. An operation is seen where autograd runs it too, since a CPU's
+    backward runs in the thread that asks for it.
     """
 
     def __init__(self) -> None:
@@ -42,26 +46,36 @@ class Collectives(TorchDispatchMode):
         self.counts: dict[tuple[str, str], Count] = {}
         self.times = 1  # that each call counts
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Count, and go on."""
         if function.namespace == "c10d":
             self._count(function.__name__.split(".")[0], args)
         return function(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Sequence[Any]) -> None:
-        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+        boxed = next(
+            arg
+            for arg in args
+            if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type())
+        )
         group = dist.ProcessGroup.unbox(boxed)
         if group.size() == 1:
             return
         tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         size = max(sum(x.numel() * x.element_size() for x in each) for each in tensors)
-        count = self.counts.setdefault((name_of(group), NAMES.get(name, name.strip("_"))), Count(group.size()))
+        count = self.counts.setdefault(
+            (name_of(group), NAMES.get(name, name.strip("_"))), Count(group.size())
+        )
         count.calls += self.times
         count.size += self.times * size
 
 
 def name_of(group: dist.ProcessGroup) -> str:
-    """Who the ranks of a group are to each other; groups that have the same ranks are told apart."""
+    """Who the ranks of a group are to each other; groups that have the same ranks are told
+    apart.
+    """
     from megatron.core import parallel_state
 
     named = {

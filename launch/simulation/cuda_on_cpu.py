@@ -1,8 +1,8 @@
 """torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU.
 
-It replaces names of torch.cuda, has `device="cuda"` of torch.tensor and torch.zeros mean the CPU, and every tensor say
-that it is CUDA's: for the dry run and for tests, where no GPU is. No training goes this way
-(tests/test_architecture.py).
+It replaces names of torch.cuda, has `device="cuda"` of torch.tensor and torch.zeros mean the CPU,
+and every tensor say that it is CUDA's: for the dry run and for tests, where no GPU is. No training
+goes this way (tests/test_architecture.py).
 """
 
 import re
@@ -41,7 +41,11 @@ def kind(of: Callable[..., Any]) -> Callable[..., Any]:
 
     def of_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = of(tensor, *args, **kwargs)  # of a fake tensor it comes here twice
-        return re.sub(r"^torch\.(?!cuda)", "torch.cuda.", result) if isinstance(result, str) else result
+        return (
+            re.sub(r"^torch\.(?!cuda)", "torch.cuda.", result)
+            if isinstance(result, str)
+            else result
+        )
 
     return of_cuda
 
@@ -59,7 +63,8 @@ def cuda_on_cpu() -> Iterator[None]:
         "Event": lambda *args, **kwargs: Stream(),
         "stream": lambda *_: nullcontext(),
     }
-    # no torch function mode: torch leaves it while a backward runs, which would compile recomputed blocks once more
+    # no torch function mode: torch leaves it while a backward runs, which would compile recomputed
+    # blocks once more
     made: dict[str, Any] = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros")}
     with (
         patch.multiple(torch.cuda, **answers),

@@ -1,9 +1,9 @@
 """One step of a run at full size on a machine that could not hold a layer of it.
 
-The real model, megatron-core's real layers and groups, and the real engine run on fake tensors, which have shapes and
-no memory, in a process group that pretends to be of any size and passes nothing on. What a rank would hold
-is read from the engine, and what it would send is counted as it asks for it. What needs values cannot be seen: losses,
-norms (a scalar that is read is 1), time.
+The real model, megatron-core's real layers and groups, and the real engine run on fake tensors,
+which have shapes and no memory, in a process group that pretends to be of any size and passes
+nothing on. What a rank would hold is read from the engine, and what it would send is counted as it
+asks for it. What needs values cannot be seen: losses, norms (a scalar that is read is 1), time.
 """
 
 import logging
@@ -43,7 +43,8 @@ from train.step_stats import Exchange
 logger = logging.getLogger(__name__)
 
 TENSOR = torch.tensor  # its own: cuda_on_cpu puts another in its place
-LEARNING = 2  # micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
+# micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
+LEARNING = 2
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Rehearsed:
     now: Now  # the step
     micro_batches: list[int]  # sequences of each
     owned: int  # elements of master weights that this rank updates, padding aside
-    start: dict[tuple[str, str], Count]  # collectives by (group, operation): of the start, with what is learned in it,
+    start: dict[
+        tuple[str, str], Count
+    ]  # collectives by (group, operation): of the start, with what is learned in it,
     step: dict[tuple[str, str], Count]  # and of the step
 
 
@@ -62,25 +65,34 @@ def fullest(config: RunConfig) -> int:
     """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
     schedule = Schedule(config)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
-    places = [*begins, *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins)]
+    places = [
+        *begins,
+        *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins),
+    ]
     return max(places, key=lambda place: schedule.at(place).tokens)
 
 
 def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[int]:
-    """Sequences of each micro-batch of a step on data-parallel rank `rank`; one that counts nothing has one."""
+    """Sequences of each micro-batch of a step on data-parallel rank `rank`; one that counts nothing
+    has one.
+    """
     most = config.parallel.micro_batch_tokens // now.seq_len
     cuts = split(now.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
     return [max(1, high - low) for low, high in cuts]
 
 
 def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int]]:
-    """Micro-batches as (size, times): those alike ask for the same, but megatron-core's first, which gathers."""
+    """Micro-batches as (size, times): those alike ask for the same, but megatron-core's first,
+    which gathers.
+    """
     apart = int(engine is EngineKind.megatron)
     return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
 
 
 def data_plan(config: RunConfig) -> Plan:
-    """The order of the run's blocks, by the tokens that its sources have or are expected to have."""
+    """The order of the run's blocks, by the tokens that its sources have or are expected to
+    have.
+    """
     tokens = present_or_expected(config.data)[0]
     return Plan(config.data, tokens, dict.fromkeys(tokens, "expected"))
 
@@ -88,8 +100,8 @@ def data_plan(config: RunConfig) -> Plan:
 def dry_run(config: RunConfig, world: int) -> Rehearsed:
     """Build the run on a rank of `world`, and take a step.
 
-    It is one of the last replica, which holds the padding and most sequences, and the first of its tensor-parallel
-    group, which writes what all of the group hold alike.
+    It is one of the last replica, which holds the padding and most sequences, and the first of its
+    tensor-parallel group, which writes what all of the group hold alike.
     """
     now = Schedule(config).at(fullest(config))
     fake = FakeTensorMode()
@@ -109,11 +121,15 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
             collectives.times = 1
             _micro_batch(config, model, engine, now, sizes[-1], last=True)
         sources = len(config.data.sources)
-        Exchange(ranks, sources).tell(torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False)
+        Exchange(ranks, sources).tell(
+            torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False
+        )
         with fake, Scalars(), Pointers(), cuda():
             engine.clip_and_step(now.lr)
             step, collectives.counts = collectives.counts, {}
-            owned = sum(tensor.numel() for piece, tensor in engine.pieces() if piece.kind == "param")
+            owned = sum(
+                tensor.numel() for piece, tensor in engine.pieces() if piece.kind == "param"
+            )
     return Rehearsed(ranks.rank, now, sizes, owned, start, step)
 
 
@@ -121,20 +137,33 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
 def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
     """Be the rank of dry_run among `world` that are not there."""
     from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # the import makes the backend known
+    from torch.testing._internal.distributed.fake_pg import (
+        FakeStore,
+    )  # the import makes the backend known
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    dist.init_process_group("fake", store=FakeStore(), rank=world - config.parallel.tensor_parallel, world_size=world)
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=world - config.parallel.tensor_parallel, world_size=world
+    )
     try:
-        with Silence(), patch("torch.distributed.all_gather_object", by_real_tensors(dist.all_gather_object)):
-            yield stand(torch.device("cpu"), config.parallel.tensor_parallel, config.parallel.context_parallel)
+        with (
+            Silence(),
+            patch("torch.distributed.all_gather_object", by_real_tensors(dist.all_gather_object)),
+        ):
+            yield stand(
+                torch.device("cpu"),
+                config.parallel.tensor_parallel,
+                config.parallel.context_parallel,
+            )
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
-    """Gather objects, which need bytes; in a world that is not there, every rank says what this one does."""
+    """Gather objects, which need bytes; in a world that is not there, every rank says what this one
+    does.
+    """
 
     def gather_objects(*args: Any, **kwargs: Any) -> None:
         with unset_fake_temporarily():
@@ -144,25 +173,37 @@ def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
-    model = lay_out(config.model, CPU, ranks.tp_size, config.parallel.sequence_parallel, config.parallel.recompute)
+    model = lay_out(
+        config.model,
+        CPU,
+        ranks.tp_size,
+        config.parallel.sequence_parallel,
+        config.parallel.recompute,
+    )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
     mark(model, ranks.tp_size)
     if ranks.cp_size > 1:
         model.set_context(context_ranks())
-    # where DeepSpeed moves it, which is where it is: torch cannot swap parameters that a fake mode remembers
+    # where DeepSpeed moves it, which is where it is: torch cannot swap parameters that a fake mode
+    # remembers
     model.to = lambda *_, **__: model  # type: ignore[method-assign]
     return model
 
 
-def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now, size: int, last: bool) -> None:
+def _micro_batch(
+    config: RunConfig, model: FalconMamba, engine: Engine, now: Now, size: int, last: bool
+) -> None:
     ids = torch.empty(size, now.seq_len // config.parallel.context_parallel, dtype=torch.int64)
     starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
     begun = time.perf_counter()
     # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
     with torch.autocast(
-        "cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bf16, cache_enabled=False
+        "cpu",
+        torch.bfloat16,
+        enabled=config.parallel.precision is Precision.bf16,
+        cache_enabled=False,
     ):
         losses, _ = model(ids, ids, starts)
         engine.backward(losses.sum() / now.tokens, last)
@@ -173,8 +214,9 @@ def _micro_batch(config: RunConfig, model: FalconMamba, engine: Engine, now: Now
 def agreement() -> Iterator[None]:
     """Within it the lists of numbers that DeepSpeed's stage 3 compares between ranks are equal.
 
-    They are the orders of modules and parameters, and every rank runs the same ones. Rank 0 would broadcast a list's
-    length and then the list; both are counted, but nobody is there to say them, and fake tensors hold no numbers.
+    They are the orders of modules and parameters, and every rank runs the same ones. Rank 0 would
+    broadcast a list's length and then the list; both are counted, but nobody is there to say them,
+    and fake tensors hold no numbers.
     """
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
@@ -191,9 +233,13 @@ def agreement() -> Iterator[None]:
 
 
 class Silence(TorchDispatchMode):
-    """Coalesced collectives pass nothing on; torch answers the others of a fake tensor itself, but not these."""
+    """Coalesced collectives pass nothing on; torch answers the others of a fake tensor itself, but
+    not these.
+    """
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """See class."""
         if function.namespace == "c10d" and "tensor_coalesced" in function.__name__:
             return FakeWork().boxed()
@@ -203,17 +249,25 @@ class Silence(TorchDispatchMode):
 class Scalars(TorchDispatchMode):
     """A value that is read from a fake tensor is 1, or false."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """See class."""
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(
+            args[0], FakeTensor
+        ):
             return 1.0 if args[0].is_floating_point() else 0
         return function(*args, **(kwargs or {}))
 
 
 class Pointers(TorchFunctionMode):
-    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts. torch.tensor gets their numbers."""
+    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts. torch.tensor
+    gets their numbers.
+    """
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """See class."""
         if function is TENSOR:  # which would look for a number in the memory of each
             args = tree_map_only(FakeTensor, Tensor.item, args)

@@ -29,13 +29,19 @@ def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> N
             strike(bad_nodes, node, folder, "lost by Slurm under a run")
     ended = read_outcome(folder)
     if ended is not None and ended.code != FINISHED:
-        RunFiles(folder).outcome.unlink()  # what an earlier start left must not be taken for this one's
+        RunFiles(
+            folder
+        ).outcome.unlink()  # what an earlier start left must not be taken for this one's
     note(folder, event="begin", nodes=nodes)
 
 
 def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, str]:
-    """What follows after the ranks of a start are gone with `code`: done, requeue or stop, and why."""
-    start = [entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "begin"][-1]
+    """What follows after the ranks of a start are gone with `code`: done, requeue or stop, and
+    why.
+    """
+    start = [
+        entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "begin"
+    ][-1]
     how = read_outcome(folder)
     ended = how is not None or code == 0
     if how is not None:
@@ -46,26 +52,50 @@ def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, st
     else:
         barren = 1 + crashes_before(folder, newest_name(folder))
         verdict = "stop" if barren >= crashes else "requeue"
-        why = f"crash (exit code {code}), {barren} in a row from {newest_name(folder) or 'the beginning'}"
+        why = (
+            f"crash (exit code {code}), {barren} in a row from "
+            f"{newest_name(folder) or 'the beginning'}"
+        )
         for node in suspects(folder, start):
             strike(bad_nodes, node, folder, "a rank there crashed or hung")
-    note(folder, event="end", code=code, verdict=verdict, reason=why, crashed_at=None if ended else newest_name(folder))
+    note(
+        folder,
+        event="end",
+        code=code,
+        verdict=verdict,
+        reason=why,
+        crashed_at=None if ended else newest_name(folder),
+    )
     return verdict, why
 
 
 def crashes_before(folder: Path, checkpoint: str) -> int:
     """Ends in a row, up to the last one, that were crashes and left this checkpoint the newest."""
-    ends = [entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "end"]
-    return next((i for i, entry in enumerate(reversed(ends)) if entry["crashed_at"] != checkpoint), len(ends))
+    ends = [
+        entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "end"
+    ]
+    return next(
+        (i for i, entry in enumerate(reversed(ends)) if entry["crashed_at"] != checkpoint),
+        len(ends),
+    )
 
 
 def suspects(folder: Path, start: Record) -> set[str]:
-    """Nodes of the start whose ranks crashed or hung by themselves, by the run's incidents.jsonl."""
+    """Nodes of the start whose ranks crashed or hung by themselves, by the run's
+    incidents.jsonl.
+    """
     blamed = set()
     for entry in read_json_lines(RunFiles(folder).incidents):
-        if entry.get("incident") in ("crash", "hang") and str(entry.get("time", "")) >= start["time"]:
+        if (
+            entry.get("incident") in ("crash", "hang")
+            and str(entry.get("time", "")) >= start["time"]
+        ):
             words = {word.strip(",.:") for word in str(entry.get("text", "")).split()}
-            blamed |= {node for node in start["nodes"] if node in words or any(w.split(".")[0] == node for w in words)}
+            blamed |= {
+                node
+                for node in start["nodes"]
+                if node in words or any(w.split(".")[0] == node for w in words)
+            }
     return blamed
 
 
@@ -86,7 +116,10 @@ def excluded(bad_nodes: Path, strikes: int) -> list[str]:
 
 def note(folder: Path, **facts: Any) -> None:
     """Append a line to attempts.jsonl."""
-    job = {"job": os.environ.get("SLURM_JOB_ID", ""), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    job = {
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
     append_json_line(RunFiles(folder).attempts, {"time": now(), **job, **facts})
 
 

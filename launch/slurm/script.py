@@ -65,7 +65,9 @@ def settings(each: Job, program: str) -> str:
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in each.overrides)})")
-    return "\n".join(lines + [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()])
+    return "\n".join(
+        lines + [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()]
+    )
 
 
 def bad_nodes(each: Job) -> Path:

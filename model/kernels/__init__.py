@@ -1,4 +1,6 @@
-"""One interface to the model's expensive operations, several implementations, chosen once per run and said aloud."""
+"""One interface to the model's expensive operations, several implementations, chosen once per run
+and said aloud.
+"""
 
 from typing import Any
 
@@ -12,12 +14,17 @@ class MissingBackend(ValueError):
     """A backend was asked for that cannot run here; the message says how to get it."""
 
 
-REFERENCE = Kernels("reference", reference.causal_conv1d, reference.selective_scan, reference.rms_norm, reference)
+REFERENCE = Kernels(
+    "reference", reference.causal_conv1d, reference.selective_scan, reference.rms_norm, reference
+)
 CPU = register(cpu, "cpu", "cpu")
 CUDA = register(cuda, "cuda", "cuda")
-MAMBA_SSM = Kernels("mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan, reference.rms_norm, reference)
+MAMBA_SSM = Kernels(
+    "mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan, reference.rms_norm, reference
+)
 
-# per device, fastest first; the order on GPUs is by design (docs/design/kernels.md: not measured yet)
+# per device, fastest first; the order on GPUs is by design (docs/design/kernels.md: not measured
+# yet)
 BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
     "cpu": [(Backend.cpu, cpu, CPU)],
     "cuda": [(Backend.cuda, cuda, CUDA), (Backend.mamba_ssm, mamba_ssm, MAMBA_SSM)],
@@ -25,10 +32,14 @@ BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
 
 
 def load(backend: Backend, device: str) -> Kernels:
-    """The kernels of a backend for "cpu" or "cuda"; raises MissingBackend with the fix when it cannot run there."""
+    """The kernels of a backend for "cpu" or "cuda"; raises MissingBackend with the fix when it
+    cannot run there.
+    """
     offered = BACKENDS[device]
     if backend is Backend.auto:
-        return next((kernels for _, module, kernels in offered if module.missing() is None), REFERENCE)
+        return next(
+            (kernels for _, module, kernels in offered if module.missing() is None), REFERENCE
+        )
     if backend is Backend.reference:
         return REFERENCE
     for name, module, kernels in offered:
@@ -36,17 +47,22 @@ def load(backend: Backend, device: str) -> Kernels:
             if (why := module.missing()) is not None:
                 raise MissingBackend(f"parallel.kernels is {backend.value}, but there is {why}")
             return kernels
-    raise MissingBackend(f"parallel.kernels is {backend.value}, but the run's device is {device}: choose auto")
+    raise MissingBackend(
+        f"parallel.kernels is {backend.value}, but the run's device is {device}: choose auto"
+    )
 
 
 def passed_over(taken: Kernels, device: str) -> list[str]:
-    """A line for each backend of a device that is faster than the one taken: why it is not used, and the fix."""
+    """A line for each backend of a device that is faster than the one taken: why it is not used,
+    and the fix.
+    """
     lines = []
     for name, module, kernels in BACKENDS[device]:
         if kernels is taken:
             break
         why = module.missing()
         lines.append(
-            f"{name.value}: " + (f"it is here, parallel.kernels={name.value} takes it" if why is None else why)
+            f"{name.value}: "
+            + (f"it is here, parallel.kernels={name.value} takes it" if why is None else why)
         )
     return lines

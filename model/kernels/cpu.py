@@ -1,7 +1,9 @@
-"""The kernels in C++ for CPUs (cpu_library.py compiles them), called on tensors' memory; fp32 inside.
+"""The kernels in C++ for CPUs (cpu_library.py compiles them), called on tensors' memory; fp32
+inside.
 
-What reaches the C++ side is fp32 with neighbouring channels adjacent; other types are converted here. Channels are
-padded to a vector, states to a built number, taps to four, where they are not so already.
+What reaches the C++ side is fp32 with neighbouring channels adjacent; other types are converted
+here. Channels are padded to a vector, states to a built number, taps to four, where they are not so
+already.
 """
 
 import ctypes
@@ -16,7 +18,12 @@ from model.config import SCAN_CHUNK
 from model.kernels.cpu_library import WIDTHS, instruction_set, library
 from model.kernels.cpu_library import missing as missing
 
-STATES = (4, 8, 16, 32)  # numbers of states that the loops are built for; others are padded with zeros
+STATES = (
+    4,
+    8,
+    16,
+    32,
+)  # numbers of states that the loops are built for; others are padded with zeros
 TAPS = 4  # of the C++ side, as SCAN_CHUNK
 
 
@@ -82,12 +89,16 @@ def _flags(starts: Tensor | None) -> Tensor | None:
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between neighbouring rows of x [b, l, d]; the stride of an axis of length 1 says nothing."""
+    """Elements between neighbouring rows of x [b, l, d]; the stride of an axis of length 1 says
+    nothing.
+    """
     return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """fp32 with neighbouring channels adjacent and one distance between all rows [b, l]; copies only when needed."""
+    """fp32 with neighbouring channels adjacent and one distance between all rows [b, l]; copies
+    only when needed.
+    """
     x = x.float()
     regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
     return x if regular else x.clone(memory_format=torch.contiguous_format)
@@ -96,7 +107,10 @@ def _rows(x: Tensor) -> Tensor:
 def padded_states(states: int) -> int:
     """The number of states that a loop is built for; raises ValueError above the largest."""
     if states > STATES[-1]:
-        raise ValueError(f"model.d_state {states} exceeds the {STATES[-1]} states of the C++ kernels: use reference")
+        raise ValueError(
+            f"model.d_state {states} exceeds the {STATES[-1]} states of the C++ kernels: use "
+            "reference"
+        )
     return next(n for n in STATES if n >= states)
 
 
@@ -113,9 +127,13 @@ def kept_like(u: Tensor, A: Tensor) -> Tensor:
 
 
 class Prepared:
-    """Inputs of a scan as the C++ side wants them; its arguments point into tensors that live as long as this does."""
+    """Inputs of a scan as the C++ side wants them; its arguments point into tensors that live as
+    long as this does.
+    """
 
-    def __init__(self, inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None
+    ) -> None:
         u, dt, A, B, C, D, z, dt_bias = inputs
         self.pad_d, self.pad_n = _padding(u, A)
         if self.pad_d or self.pad_n:
@@ -155,7 +173,9 @@ class Prepared:
 def scan_forward(
     inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its chunks from."""
+    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its
+    chunks from.
+    """
     p = Prepared(inputs, starts, state)
     y, last = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n)
     active().selective_scan_forward(byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
@@ -170,7 +190,9 @@ def scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in this order."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in
+    this order.
+    """
     p = Prepared(inputs, starts, state)
     du, ddt, dz = (_new(p.batch, p.length, p.d) for _ in range(3))
     dB, dC = (_new(p.batch, p.length, p.n) for _ in range(2))
@@ -179,14 +201,24 @@ def scan_backward(
     dy = (F.pad(dy, (0, p.pad_d)) if p.pad_d else dy).float().contiguous()
     if dlast is not None:
         dlast = (p.inner(dlast) if p.pad_d or p.pad_n else dlast).float().contiguous()
-    pointers = GradientPointers(*(_address(x) for x in (du, ddt, dz, dA, dB, dC, dD, dbias, dfirst)))
-    active().selective_scan_backward(byref(p.arguments), _pointer(kept), _pointer(dy), _pointer(dlast), byref(pointers))
+    pointers = GradientPointers(
+        *(_address(x) for x in (du, ddt, dz, dA, dB, dC, dD, dbias, dfirst))
+    )
+    active().selective_scan_backward(
+        byref(p.arguments), _pointer(kept), _pointer(dy), _pointer(dlast), byref(pointers)
+    )
     u, dt, A, B, C, D, z, dt_bias = (x.dtype for x in inputs)
     return [
-        p.channels(du, u), p.channels(ddt, dt), p.outer(dA, A), p.states(dB, B), p.states(dC, C), p.channels(dD, D),
-        p.channels(dz, z), p.channels(dbias, dt_bias),
+        p.channels(du, u),
+        p.channels(ddt, dt),
+        p.outer(dA, A),
+        p.states(dB, B),
+        p.states(dC, C),
+        p.channels(dD, D),
+        p.channels(dz, z),
+        p.channels(dbias, dt_bias),
         _new(0) if state is None or dfirst is None else p.outer(dfirst, state.dtype),
-    ]  # fmt: skip
+    ]
 
 
 class PreparedConv:
@@ -196,16 +228,24 @@ class PreparedConv:
         self.pad_d, self.pad_k = -x.shape[2] % WIDTHS[instruction_set()], TAPS - weight.shape[1]
         if self.pad_k < 0:
             raise ValueError(
-                f"model.d_conv {weight.shape[1]} exceeds the {TAPS} taps of the C++ kernels: use reference"
+                f"model.d_conv {weight.shape[1]} exceeds the {TAPS} taps of the C++ kernels: use "
+                "reference"
             )
         if self.pad_d or self.pad_k:
             x, bias = F.pad(x, (0, self.pad_d)), F.pad(bias, (0, self.pad_d))
             weight = F.pad(weight, (self.pad_k, 0, 0, self.pad_d))
         self.shape = x.shape
-        x, weight, bias, flags = _rows(x), weight.float().contiguous(), bias.float().contiguous(), _flags(starts)
+        x, weight, bias, flags = (
+            _rows(x),
+            weight.float().contiguous(),
+            bias.float().contiguous(),
+            _flags(starts),
+        )
         self.held = [x, weight, bias, flags]
         pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr())
-        self.arguments = ConvArguments(*self.shape, *pointers, row_stride(x), torch.get_num_threads(), _address(flags))
+        self.arguments = ConvArguments(
+            *self.shape, *pointers, row_stride(x), torch.get_num_threads(), _address(flags)
+        )
 
     def channels(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A result [..., d] without its padding, in a type."""
@@ -220,12 +260,16 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None)
     return p.channels(out, x.dtype)
 
 
-def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor) -> list[Tensor]:
+def conv_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor
+) -> list[Tensor]:
     """Gradients of x, weight and bias."""
     p = PreparedConv(x, weight, bias, starts)
     dout = (F.pad(dout, (0, p.pad_d)) if p.pad_d else dout).float().contiguous()
     dx, dweight, dbias = _new(*p.shape), _new(p.shape[2], TAPS), _new(p.shape[2])
-    active().causal_conv_backward(byref(p.arguments), *(_pointer(t) for t in (dout, dx, dweight, dbias)))
+    active().causal_conv_backward(
+        byref(p.arguments), *(_pointer(t) for t in (dout, dx, dweight, dbias))
+    )
     if p.pad_d or p.pad_k:
         dweight = dweight[: x.shape[2], p.pad_k :].contiguous()
     return [p.channels(dx, x.dtype), dweight.to(weight.dtype), p.channels(dbias, bias.dtype)]
@@ -263,8 +307,12 @@ def norm_backward(
     p = PreparedNorm(x, weight, 0.0, parts)
     dout, dx = dout.float().contiguous(), _new(*x.shape)
     dweight = None if weight is None else _new(*weight.shape)
-    active().rms_norm_backward(byref(p.arguments), *(_pointer(t) for t in (dout, scales, dx, dweight)))
-    return dx.to(x.dtype), _new(0) if weight is None or dweight is None else dweight.to(weight.dtype)
+    active().rms_norm_backward(
+        byref(p.arguments), *(_pointer(t) for t in (dout, scales, dx, dweight))
+    )
+    return dx.to(x.dtype), _new(0) if weight is None or dweight is None else dweight.to(
+        weight.dtype
+    )
 
 
 def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
@@ -275,10 +323,15 @@ def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
-def loss_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor) -> None:
+def loss_gradient(
+    logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+) -> None:
     """See model.kernels.reference.loss_gradient; logits [t, v] become their gradient."""
     wide = logits.float().contiguous()
-    held = [labels.contiguous(), *(x.float().contiguous() for x in (log_sums, grad_loss, grad_log_sum))]
+    held = [
+        labels.contiguous(),
+        *(x.float().contiguous() for x in (log_sums, grad_loss, grad_log_sum)),
+    ]
     sizes = (c_int64(logits.shape[0]), c_int64(logits.shape[1]), c_int64(torch.get_num_threads()))
     active().loss_gradient(_pointer(wide), *(_pointer(x) for x in held), *sizes)
     if wide.data_ptr() != logits.data_ptr():

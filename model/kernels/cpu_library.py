@@ -1,7 +1,8 @@
-"""The C++ kernels as a library: compiled once per machine at first use, for the widest vectors that the processor has.
+"""The C++ kernels as a library: compiled once per machine at first use, for the widest vectors that
+the processor has.
 
-*_cpu.cpp need g++ (or CXX) and nothing of torch. The library is cached by sources, flags and compiler under
-$XDG_CACHE_HOME/falcon_mamba (default ~/.cache).
+*_cpu.cpp need g++ (or CXX) and nothing of torch. The library is cached by sources, flags and
+compiler under $XDG_CACHE_HOME/falcon_mamba (default ~/.cache).
 """
 
 import ctypes
@@ -17,7 +18,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 HEADERS, SOURCES = ["mamba_cpu.h"], ["scan_cpu.cpp", "conv_cpu.cpp", "rows_cpu.cpp"]
-FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+]
 PATHS = {  # instruction set -> its flags
     "avx512": ["-DW=16", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"],
     "avx2": ["-DW=8", "-mavx2", "-mfma"],
@@ -33,7 +42,10 @@ def missing() -> str | None:
     try:
         library(instruction_set())
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return f"a C++ compiler that failed (name another in CXX, a writable cache in XDG_CACHE_HOME): {error}"
+        return (
+            "a C++ compiler that failed (name another in CXX, a writable cache in "
+            f"XDG_CACHE_HOME): {error}"
+        )
     return None
 
 
@@ -48,7 +60,12 @@ def instruction_set() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return "portable"
-    flags = set(next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), []))
+    flags = set(
+        next(
+            (line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")),
+            [],
+        )
+    )
     if {"avx512f", "avx512dq", "avx512vl", "avx512bw"} <= flags:
         return "avx512"
     return "avx2" if {"avx2", "fma"} <= flags else "portable"
@@ -56,17 +73,24 @@ def instruction_set() -> str:
 
 @functools.cache
 def library(path: str) -> ctypes.CDLL:
-    """The compiled library of an instruction set; compiles it into the cache when it is not there."""
+    """The compiled library of an instruction set; compiles it into the cache when it is not
+    there.
+    """
     compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     command = [*compiler, *FLAGS, *PATHS[path]]
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in HEADERS + SOURCES]
-    key = hashlib.sha256("\n".join([*texts, *command, version, platform.machine()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([*texts, *command, version, platform.machine()]).encode()
+    ).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "falcon_mamba"
     target = home / f"mamba_cpu-{path}-{key[:16]}.so"
     if not target.is_file():
         home.mkdir(parents=True, exist_ok=True)
-        # ranks, on several machines perhaps, may compile at once; each renames a file of its own into place
+        # ranks, on several machines perhaps, may compile at once; each renames a file of its own
+        # into place
         handle, part = tempfile.mkstemp(dir=home, suffix=".part")
         os.close(handle)
         sources = [str(FOLDER / name) for name in SOURCES]

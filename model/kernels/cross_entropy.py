@@ -1,9 +1,11 @@
-"""Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in the backward.
+"""Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in
+the backward.
 
-The backward starts with the last chunk, whose logits are kept: they are the peak of memory in any case.
+The backward starts with the last chunk, whose logits are kept: they are the peak of memory in any
+case.
 
-The vocabulary may be cut over tensor-parallel ranks: each takes statistics of its own rows of the head, and one maximum
-and one sum over ranks, of all tokens at once, join them.
+The vocabulary may be cut over tensor-parallel ranks: each takes statistics of its own rows of the
+head, and one maximum and one sum over ranks, of all tokens at once, join them.
 """
 
 from typing import Any, Protocol
@@ -31,7 +33,9 @@ class VocabularyGroup(Protocol):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes earlier chunks' logits again."""
+    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes earlier chunks'
+    logits again.
+    """
 
     @staticmethod
     def forward(
@@ -43,7 +47,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         group: VocabularyGroup | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [t, e], weight [v, e], labels [t] -> losses and log-sums, both [t], in fp32 (fp64 for fp64)."""
+        """hidden [t, e], weight [v, e], labels [t] -> losses and log-sums, both [t], in fp32 (fp64
+        for fp64).
+        """
         dtype = product_type(hidden)
         statistics = hidden.new_empty(3, len(labels), dtype=computing_type(hidden))
         local = labels if group is None else labels - group.offset(len(weight))
@@ -68,13 +74,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Products in the forward's type; the weight's gradient is summed over chunks in fp32."""
         hidden, weight, labels, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
         dtype, rows, group, chunk = ctx.run  # type: ignore[attr-defined]
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sums.dtype)
+        grad_hidden, grad_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight, dtype=log_sums.dtype),
+        )
         head = weight.to(dtype)
         kept, ctx.logits = ctx.logits, None  # type: ignore[attr-defined]  # they become their gradient: only once
         for part in reversed(_chunks(len(labels), chunk)):
             states = hidden[part].to(dtype)
             logits, kept = states @ head.t() if kept is None else kept, None
-            grad = rows.loss_gradient(logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part])
+            grad = rows.loss_gradient(
+                logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part]
+            )
             grad_hidden[part] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ states
             del logits, grad  # before the next chunk's
@@ -88,15 +99,22 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rows: LossRows, group: VocabularyGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rows: LossRows,
+    group: VocabularyGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e], labels [t] -> [t].
+    """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e],
+    labels [t] -> [t].
 
-    Peak memory is one chunk's logits (model.config.loss_chunk); the cost is one more forward of the head for all
-    chunks but one. With a group, v is this rank's part of the vocabulary: 3 values per token cross ranks forward, and
-    one sum of hidden's gradient backward. Labels are ids of the vocabulary; they are not checked, since that would wait
-    for the device.
+    Peak memory is one chunk's logits (model.config.loss_chunk); the cost is one more forward of the
+    head for all chunks but one. With a group, v is this rank's part of the vocabulary: 3 values per
+    token cross ranks forward, and one sum of hidden's gradient backward. Labels are ids of the
+    vocabulary; they are not checked, since that would wait for the device.
     """
     chunk = loss_chunk(*hidden.shape)
-    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(hidden, weight, labels.long(), rows, group, chunk)
+    result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(
+        hidden, weight, labels.long(), rows, group, chunk
+    )
     return result

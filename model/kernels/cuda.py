@@ -1,8 +1,8 @@
 """Our CUDA kernels (cuda_library.py compiles and launches them), called on tensors' memory.
 
-bf16 and fp32 in and out, fp32 state; channels are padded to 128, states to 16, taps to 4. Where channels and batch
-alone do not fill the GPU, the scan cuts the sequence into segments (scan.cuh): last bits depend on the shape and on the
-GPU's size, not on chance.
+bf16 and fp32 in and out, fp32 state; channels are padded to 128, states to 16, taps to 4. Where
+channels and batch alone do not fill the GPU, the scan cuts the sequence into segments (scan.cuh):
+last bits depend on the shape and on the GPU's size, not on chance.
 """
 
 import functools
@@ -21,15 +21,24 @@ from model.kernels.cpu import row_stride
 from model.kernels.cuda_library import DTYPES
 from model.kernels.cuda_rows import loss_gradient, loss_statistics, norm_backward, norm_forward
 
-__all__ = ["loss_gradient", "loss_statistics", "norm_backward", "norm_forward"]  # the rest of the backend stands here
+__all__ = [
+    "loss_gradient",
+    "loss_statistics",
+    "norm_backward",
+    "norm_forward",
+]  # the rest of the backend stands here
 
 # sizes that the sources fix; a test compares them with the text
 CHANNELS, STATES = 128, 16
 FORWARD_CHANNELS, FORWARD_THREADS, BACKWARD_THREADS = 64, 256, 128
 BACKWARD_SHARED = (
-    4 * SCAN_CHUNK * (4 * CHANNELS + 2 * STATES + 1) + 4 * SCAN_CHUNK * CHANNELS * STATES // 2 + 4 * 4 * SCAN_CHUNK * 32
+    4 * SCAN_CHUNK * (4 * CHANNELS + 2 * STATES + 1)
+    + 4 * SCAN_CHUNK * CHANNELS * STATES // 2
+    + 4 * 4 * SCAN_CHUNK * 32
 )
-BACKWARD_BLOCKS = 2  # of an SM at once, by shared memory; the forward, eight warps a block, makes do with one
+BACKWARD_BLOCKS = (
+    2  # of an SM at once, by shared memory; the forward, eight warps a block, makes do with one
+)
 LEAST_SEGMENT = 256  # tokens below which cutting the sequence costs more than it fills
 TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
 LOG2E = 1.4426950408889634
@@ -43,7 +52,10 @@ def missing() -> str | None:
         return "no GPU that torch sees"
     properties: Any = torch.cuda.get_device_properties(0)
     if properties.major < 8 or properties.shared_memory_per_block_optin < BACKWARD_SHARED:
-        return f"no GPU with bf16 and {BACKWARD_SHARED} bytes of shared memory a block (A100, H100 and later have them)"
+        return (
+            f"no GPU with bf16 and {BACKWARD_SHARED} bytes of shared memory a block (A100, H100 "
+            "and later have them)"
+        )
     return None
 
 
@@ -54,7 +66,9 @@ def processors(device: torch.device) -> int:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [b, l, d] in a type: neighbouring channels adjacent, rows equally apart and aligned for pairs of channels."""
+    """x [b, l, d] in a type: neighbouring channels adjacent, rows equally apart and aligned for
+    pairs of channels.
+    """
     x = x.to(dtype)
     regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
     aligned = row_stride(x) % 2 == 0 and x.data_ptr() % (2 * x.element_size()) == 0
@@ -77,18 +91,31 @@ class Prepared:
         self.batch, self.length, self.channels, self.states = *u.shape, A.shape[1]
         if self.states > STATES:
             raise ValueError(
-                f"model.d_state {self.states} exceeds the {STATES} states of the CUDA kernels: use reference"
+                f"model.d_state {self.states} exceeds the {STATES} states of the CUDA kernels: "
+                "use reference"
             )
         narrow = all(x.dtype is torch.bfloat16 for x in (u, dt, B, C, z))
         self.dtype = torch.bfloat16 if narrow else torch.float32
         self.pad_d, self.pad_n = -self.channels % CHANNELS, STATES - self.states
         self.d = self.channels + self.pad_d
         self.u, self.dt, self.z = (_rows(self.wide(x), self.dtype) for x in (u, dt, z))
-        self.B, self.C = (_rows(F.pad(x, (0, self.pad_n)) if self.pad_n else x, self.dtype) for x in (B, C))
+        self.B, self.C = (
+            _rows(F.pad(x, (0, self.pad_n)) if self.pad_n else x, self.dtype) for x in (B, C)
+        )
         self.A = self.state(A[None].float() * LOG2E)[0]
         self.D, self.bias = (self.wide(x).float().contiguous() for x in (D, dt_bias))
         self.rows = [c_int(row_stride(x)) for x in (self.u, self.dt, self.z, self.B, self.C)]
-        self.inputs = [self.u, self.dt, self.z, self.A, self.B, self.C, self.D, self.bias, _flags(starts)]
+        self.inputs = [
+            self.u,
+            self.dt,
+            self.z,
+            self.A,
+            self.B,
+            self.C,
+            self.D,
+            self.bias,
+            _flags(starts),
+        ]
 
     def wide(self, x: Tensor) -> Tensor:
         """x with its last axis, the channels, padded."""
@@ -97,34 +124,50 @@ class Prepared:
     def state(self, x: Tensor) -> Tensor:
         """[b, d, n] fp32, padded."""
         padded = self.pad_n or self.pad_d  # F.pad copies also by nothing
-        return (F.pad(x.float(), (0, self.pad_n, 0, self.pad_d)) if padded else x.float()).contiguous()
+        return (
+            F.pad(x.float(), (0, self.pad_n, 0, self.pad_d)) if padded else x.float()
+        ).contiguous()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a result."""
         return torch.empty(shape, dtype=dtype, device=self.u.device)
 
     def cut(self, channels: int, blocks: int) -> tuple[int, list[Any]]:
-        """Segments that fill the GPU with blocks of some channels, some to an SM; and the kernels' last arguments."""
+        """Segments that fill the GPU with blocks of some channels, some to an SM; and the kernels'
+        last arguments.
+        """
         room = blocks * processors(self.u.device) // (self.d // channels * self.batch)
         segments = max(1, min(room, self.length // LEAST_SEGMENT))
         segment = -(-self.length // (segments * SCAN_CHUNK)) * SCAN_CHUNK
-        return -(-self.length // segment), [c_int(self.length), c_int(self.d), c_int(segment), *self.rows]
+        return -(-self.length // segment), [
+            c_int(self.length),
+            c_int(self.d),
+            c_int(segment),
+            *self.rows,
+        ]
 
     def joints(self, segments: int) -> list[Tensor]:
         """What segments add to the state at their far ends, and the time that passes in them."""
-        return [self.new(segments, self.batch, self.d, STATES), self.new(segments, self.batch, self.d)]
+        return [
+            self.new(segments, self.batch, self.d, STATES),
+            self.new(segments, self.batch, self.d),
+        ]
 
 
 def kept_like(u: Tensor, A: Tensor) -> Tensor:
     """An empty tensor for the states that the backward starts its chunks from."""
     channels = -(-u.shape[2] // CHANNELS) * CHANNELS
-    return u.new_empty(u.shape[0], -(-u.shape[1] // SCAN_CHUNK), channels, STATES, dtype=torch.float32)
+    return u.new_empty(
+        u.shape[0], -(-u.shape[1] // SCAN_CHUNK), channels, STATES, dtype=torch.float32
+    )
 
 
 def scan_forward(
     inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its chunks from."""
+    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its
+    chunks from.
+    """
     p = Prepared(inputs, starts)
     y, last = p.new(p.batch, p.length, p.d, dtype=p.dtype), p.new(p.batch, p.d, STATES)
     first = None if state is None else p.state(state)
@@ -133,9 +176,21 @@ def scan_forward(
     blocks = (p.d // FORWARD_CHANNELS, p.batch)
     if segments > 1:
         grid = (*blocks, segments - 1)
-        cuda_library.launch("scan_forward.cu", "scan_summary", p.dtype, grid, FORWARD_THREADS, 0, arguments)
-    cuda_library.launch("scan_forward.cu", "scan_forward", p.dtype, (*blocks, segments), FORWARD_THREADS, 0, arguments)
-    return y[..., : p.channels].to(inputs[0].dtype).contiguous(), last[:, : p.channels, : p.states].contiguous()
+        cuda_library.launch(
+            "scan_forward.cu", "scan_summary", p.dtype, grid, FORWARD_THREADS, 0, arguments
+        )
+    cuda_library.launch(
+        "scan_forward.cu",
+        "scan_forward",
+        p.dtype,
+        (*blocks, segments),
+        FORWARD_THREADS,
+        0,
+        arguments,
+    )
+    return y[..., : p.channels].to(inputs[0].dtype).contiguous(), last[
+        :, : p.channels, : p.states
+    ].contiguous()
 
 
 def scan_backward(
@@ -146,7 +201,9 @@ def scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in this order."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in
+    this order.
+    """
     p = Prepared(inputs, starts)
     segments, sizes = p.cut(CHANNELS, BACKWARD_BLOCKS)
     du, ddt, dz = (p.new(p.batch, p.length, p.d, dtype=p.dtype) for _ in range(3))
@@ -158,15 +215,45 @@ def scan_backward(
     blocks = (p.d // CHANNELS, p.batch)
     if segments > 1:
         grid, arguments = (*blocks, segments - 1), [*p.inputs, dy, dlast, *joints, *sizes]
-        cuda_library.launch("scan_backward.cu", "scan_adjoint", p.dtype, grid, BACKWARD_THREADS, 0, arguments)
-    arguments = [*p.inputs, kept, dy, dlast, *joints, du, ddt, dz, dA, dBC, dD, dbias, dfirst, *sizes]
+        cuda_library.launch(
+            "scan_backward.cu", "scan_adjoint", p.dtype, grid, BACKWARD_THREADS, 0, arguments
+        )
+    arguments = [
+        *p.inputs,
+        kept,
+        dy,
+        dlast,
+        *joints,
+        du,
+        ddt,
+        dz,
+        dA,
+        dBC,
+        dD,
+        dbias,
+        dfirst,
+        *sizes,
+    ]
     grid, shared = (*blocks, segments), BACKWARD_SHARED
-    cuda_library.launch("scan_backward.cu", "scan_backward", p.dtype, grid, BACKWARD_THREADS, shared, arguments)
+    cuda_library.launch(
+        "scan_backward.cu", "scan_backward", p.dtype, grid, BACKWARD_THREADS, shared, arguments
+    )
     c, n = p.channels, p.states
-    dB, dC = (part.sum(0) for part in dBC.split(STATES, -1))  # an operator's results must not share memory
-    gradients = [du[..., :c], ddt[..., :c], dA.sum((0, 1))[:c, :n], dB[..., :n], dC[..., :n], dD.sum((0, 1))[:c]]
+    dB, dC = (
+        part.sum(0) for part in dBC.split(STATES, -1)
+    )  # an operator's results must not share memory
+    gradients = [
+        du[..., :c],
+        ddt[..., :c],
+        dA.sum((0, 1))[:c, :n],
+        dB[..., :n],
+        dC[..., :n],
+        dD.sum((0, 1))[:c],
+    ]
     gradients += [dz[..., :c], dbias.sum((0, 1))[:c]]
-    results = [gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, inputs, strict=True)]
+    results = [
+        gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, inputs, strict=True)
+    ]
     return [*results, p.new(0) if state is None else dfirst[:, :c, :n].to(state.dtype).contiguous()]
 
 
@@ -177,7 +264,10 @@ class PreparedConv:
         self.batch, self.length, self.channels = x.shape
         self.taps = weight.shape[1]
         if self.taps > TAPS:
-            raise ValueError(f"model.d_conv {self.taps} exceeds the {TAPS} taps of the CUDA kernels: use reference")
+            raise ValueError(
+                f"model.d_conv {self.taps} exceeds the {TAPS} taps of the CUDA kernels: use "
+                "reference"
+            )
         self.dtype, self.pad = _computing(x.dtype), self.channels % 2
         self.d = self.channels + self.pad
         if self.pad or self.taps < TAPS:
@@ -199,7 +289,9 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None)
     return out[..., : p.channels].to(x.dtype).contiguous()
 
 
-def conv_backward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor) -> list[Tensor]:
+def conv_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor
+) -> list[Tensor]:
     """Gradients of x, weight and bias."""
     p = PreparedConv(x, weight, bias, starts)
     dx = torch.empty(p.batch, p.length, p.d, dtype=p.dtype, device=x.device)

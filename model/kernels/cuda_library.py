@@ -1,7 +1,7 @@
 """Compiling the CUDA kernels with NVRTC at first use, and launching them on tensors' memory.
 
-The sources need `cuda-core` (NVIDIA's own package, with NVRTC as a wheel) and no nvcc; compiling takes about a second a
-source and process.
+The sources need `cuda-core` (NVIDIA's own package, with NVRTC as a wheel) and no nvcc; compiling
+takes about a second a source and process.
 """
 
 import functools
@@ -17,7 +17,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the sources' BF16
 
 
 def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
-    """The compiled source of an architecture ("sm_90"); ptxas' account of registers and spills goes to `log`."""
+    """The compiled source of an architecture ("sm_90"); ptxas' account of registers and spills goes
+    to `log`.
+    """
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -27,7 +29,9 @@ def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
         include_path=[str(FOLDER)],
         ptxas_options=["-v"],
     )
-    return Program((FOLDER / name).read_text(encoding="utf-8"), "c++", options).compile("cubin", logs=log)
+    return Program((FOLDER / name).read_text(encoding="utf-8"), "c++", options).compile(
+        "cubin", logs=log
+    )
 
 
 _compiled = functools.cache(compile_source)  # once for all kernels of a source
@@ -51,7 +55,9 @@ def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
 
 @functools.cache
 def _stream(handle: int, device: int) -> Any:
-    """A stream of torch's for cuda-core, kept: from_handle builds a class for each, and torch takes its own in turn."""
+    """A stream of torch's for cuda-core, kept: from_handle builds a class for each, and torch takes
+    its own in turn.
+    """
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
@@ -78,7 +84,12 @@ def launch(
         Device(device.index).set_current()  # a thread of autograd's may have no context yet
         kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
         stream = _stream(torch.cuda.current_stream(device).cuda_stream, device.index)
-        enqueue(stream, LaunchConfig(grid=grid, block=threads, shmem_size=shared), kernel, *parameters(arguments))
+        enqueue(
+            stream,
+            LaunchConfig(grid=grid, block=threads, shmem_size=shared),
+            kernel,
+            *parameters(arguments),
+        )
 
 
 def parameters(arguments: Arguments) -> list[Any]:

@@ -1,4 +1,6 @@
-"""Our CUDA kernels for rows: RMSNorm, and what the cross entropy needs of logits. Part of the `cuda` backend."""
+"""Our CUDA kernels for rows: RMSNorm, and what the cross entropy needs of logits. Part of the
+`cuda` backend.
+"""
 
 from ctypes import c_float, c_int, c_longlong
 from typing import Any
@@ -13,16 +15,23 @@ from model.kernels.cuda_library import DTYPES
 WARPS, ROWS, PARTS, THREADS = 4, 64, 3, 256
 
 
-def _launch(name: str, dtype: torch.dtype, grid: tuple[int, int, int], threads: int, arguments: list[Any]) -> None:
+def _launch(
+    name: str, dtype: torch.dtype, grid: tuple[int, int, int], threads: int, arguments: list[Any]
+) -> None:
     cuda_library.launch("rows.cu", name, dtype, grid, threads, 0, arguments)
 
 
 class PreparedNorm:
     """Inputs of a norm as the kernels want them."""
 
-    def __init__(self, x: Tensor, weight: Tensor | None, parts: list[int], result: torch.dtype) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor | None, parts: list[int], result: torch.dtype
+    ) -> None:
         if len(parts) > PARTS:
-            raise ValueError(f"a norm of {len(parts)} parts exceeds the {PARTS} of the CUDA kernels: use reference")
+            raise ValueError(
+                f"a norm of {len(parts)} parts exceeds the {PARTS} of the CUDA kernels: use "
+                "reference"
+            )
         dtype = torch.bfloat16 if x.dtype is result is torch.bfloat16 else torch.float32
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         self.x = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -66,7 +75,13 @@ def norm_backward(
     blocks = -(-p.count // ROWS)
     sums = torch.empty(blocks, p.size, dtype=torch.float32, device=x.device)
     grid = (-(-p.size // (32 * WARPS)), blocks, 1)
-    _launch(f"norm_weight{ending}", p.x.dtype, grid, 32 * WARPS, [p.x, scales, dout, sums, *p.rows, c_int(p.size)])
+    _launch(
+        f"norm_weight{ending}",
+        p.x.dtype,
+        grid,
+        32 * WARPS,
+        [p.x, scales, dout, sums, *p.rows, c_int(p.size)],
+    )
     return dx.to(x.dtype), sums.sum(0).to(weight.dtype)
 
 
@@ -79,10 +94,17 @@ def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
-def loss_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor) -> None:
+def loss_gradient(
+    logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+) -> None:
     """See model.kernels.reference.loss_gradient; logits [t, v] become their gradient."""
     rows = logits.contiguous() if logits.dtype in DTYPES else logits.float()
-    held = [labels.contiguous(), *(x.float().contiguous() for x in (log_sums, grad_loss, grad_log_sum))]
-    _launch("loss_gradient", rows.dtype, (len(rows), 1, 1), THREADS, [rows, *held, c_int(rows.shape[1])])
+    held = [
+        labels.contiguous(),
+        *(x.float().contiguous() for x in (log_sums, grad_loss, grad_log_sum)),
+    ]
+    _launch(
+        "loss_gradient", rows.dtype, (len(rows), 1, 1), THREADS, [rows, *held, c_int(rows.shape[1])]
+    )
     if rows.data_ptr() != logits.data_ptr():
         logits.copy_(rows)

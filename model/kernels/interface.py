@@ -1,4 +1,6 @@
-"""What a backend offers: the model's expensive operations, all with the meaning that the reference gives them."""
+"""What a backend offers: the model's expensive operations, all with the meaning that the reference
+gives them.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +12,9 @@ from torch import Tensor
 class CausalConv1d(Protocol):
     """See model.kernels.reference.causal_conv1d, the specification."""
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class SelectiveScan(Protocol):
@@ -45,12 +49,19 @@ class RmsNorm(Protocol):
 
 
 class LossRows(Protocol):
-    """What the loss needs of a chunk of logits [t, v]; see model.kernels.reference, the specification."""
+    """What the loss needs of a chunk of logits [t, v]; see model.kernels.reference, the
+    specification.
+    """
 
     def loss_statistics(self, logits: Tensor, labels: Tensor) -> Tensor: ...
 
     def loss_gradient(
-        self, logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        log_sums: Tensor,
+        grad_loss: Tensor,
+        grad_log_sum: Tensor,
     ) -> Tensor: ...
 
 

@@ -1,13 +1,15 @@
-"""The public CUDA kernels, mamba-ssm's scan and causal-conv1d, composed so that they are this model.
+"""The public CUDA kernels, mamba-ssm's scan and causal-conv1d, composed so that they are this
+model.
 
-`mamba_inner_fn` is never used: it norms dt after dt_proj and passes no gradient through the norms of dt, B and C. The
-public Mamba-1 scan knows no document boundaries. Here a separating step is put before every first token of a document:
-with dt so large that every state decays to zero and with nothing coming in, it is an exact reset, forward and backward.
-It makes rows longer by the largest number of boundaries in one of them. The convolution takes boundaries as they
-are.
+`mamba_inner_fn` is never used: it norms dt after dt_proj and passes no gradient through the norms
+of dt, B and C. The public Mamba-1 scan knows no document boundaries. Here a separating step is put
+before every first token of a document: with dt so large that every state decays to zero and with
+nothing coming in, it is an exact reset, forward and backward. It makes rows longer by the largest
+number of boundaries in one of them. The convolution takes boundaries as they are.
 
-Nor does the public scan take a first state. Here d_state steps before the row bring it in, one state each: of so short
-a time that nothing decays, with an input that is the state over that time. Such calls compute in fp32 throughout.
+Nor does the public scan take a first state. Here d_state steps before the row bring it in, one
+state each: of so short a time that nothing decays, with an input that is the state over that time.
+Such calls compute in fp32 throughout.
 """
 
 import importlib.util
@@ -24,14 +26,18 @@ INSTALL = (
     "mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0"
 )
 KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # starts -> its version, places and length
-FORGET = 1e6  # dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
+# dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
+FORGET = 1e6
 HOLD = -1e6  # dt of a step behind a row's end: softplus gives 0, the state stays
-SHORT = -27.6  # dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
+SHORT = (
+    -27.6
+)  # dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
 
 
 def missing() -> str | None:
     """Why these kernels cannot be used here, with the fix; None when they can."""
-    # mamba-ssm installs without its Mamba-1 extension unless MAMBA_KEEP_CUDA_BUILD is set: ask for the extensions
+    # mamba-ssm installs without its Mamba-1 extension unless MAMBA_KEEP_CUDA_BUILD is set: ask for
+    # the extensions
     for extension in ("selective_scan_cuda", "causal_conv1d_cuda"):
         if importlib.util.find_spec(extension) is None:
             return f"no {extension}: {INSTALL}"
@@ -57,7 +63,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
         F.pad(bias.to(weight.dtype), (0, pad)),
     )  # not in x's type: they may be fp32
     rows = F.pad(x, (0, pad)) if pad else x
-    out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
+    out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(
+        1, 2
+    )
     return out[..., : x.shape[2]]
 
 
@@ -75,7 +83,11 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See model.kernels.reference.selective_scan."""
     places, dtype = None, u.dtype
-    A, D, dt_bias = A.float(), D.float(), dt_bias.float()  # once: two gradients of the bias cancel (_bring_in)
+    A, D, dt_bias = (
+        A.float(),
+        D.float(),
+        dt_bias.float(),
+    )  # once: two gradients of the bias cancel (_bring_in)
     if state is not None:
         u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
     if starts is not None:
@@ -87,27 +99,37 @@ def selective_scan(
         u, dt, B, C, z = (torch.cat(pair, 1) for pair in zip(before, (u, dt, B, C, z), strict=True))
     _, scan = _functions()
     u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
-    y, last = scan(u, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True)
+    y, last = scan(
+        u, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+    )
     last = LastState.apply(last.detach(), u, dt, A, B, dt_bias)
     y = y.transpose(1, 2).to(dtype)
     if state is not None:
         y = y[:, state.shape[2] :]
-    return y if places is None else y.gather(1, places.unsqueeze(-1).expand(-1, -1, y.shape[2])), last
+    return y if places is None else y.gather(
+        1, places.unsqueeze(-1).expand(-1, -1, y.shape[2])
+    ), last
 
 
 class LastState(torch.autograd.Function):
-    """The last state [b, d, n] of a scan with its gradient, which costs nothing until somebody asks for it."""
+    """The last state [b, d, n] of a scan with its gradient, which costs nothing until somebody asks
+    for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, last: Tensor, *inputs: Tensor) -> Tensor:
-        """u, dt [b, d, l], A [d, n], B [b, n, l] and dt's bias [d] are those that the scan was given."""
+        """u, dt [b, d, l], A [d, n], B [b, n, l] and dt's bias [d] are those that the scan was
+        given.
+        """
         ctx.save_for_backward(*inputs)
         return last.view_as(last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        """Runs the scan again, in the state's type and with steps behind that show a state each in y, and back."""
+        """Runs the scan again, in the state's type and with steps behind that show a state each in
+        y, and back.
+        """
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         _, scan = _functions()
         with torch.enable_grad():
@@ -121,10 +143,14 @@ class LastState(torch.autograd.Function):
 
 
 def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
-    """u, dt, B, C and z of the steps after which the state [b, d, n] is what it was; y of them is 0."""
+    """u, dt, B, C and z of the steps after which the state [b, d, n] is what it was; y of them is
+    0.
+    """
     batch, d, n = state.shape
     dt = (SHORT - dt_bias).detach()
-    time = F.softplus(dt + dt_bias)  # depends on the bias, which the input cancels: no gradient reaches it from here
+    time = F.softplus(
+        dt + dt_bias
+    )  # depends on the bias, which the input cancels: no gradient reaches it from here
     u = (state / time.unsqueeze(-1)).transpose(1, 2)
     zeros = state.new_zeros(batch, n, n)
     B = torch.eye(n, dtype=state.dtype, device=state.device).expand(batch, n, n)
@@ -132,9 +158,11 @@ def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
 
 
 def _places(starts: Tensor) -> tuple[Tensor, int]:
-    """Where each token goes when every first token has a separating step before it: [b, l], and the new length.
+    """Where each token goes when every first token has a separating step before it: [b, l], and the
+    new length.
 
-    The length waits for the device: all layers of a step, which have the same `starts`, take one answer.
+    The length waits for the device: all layers of a step, which have the same `starts`, take one
+    answer.
     """
     known = KNOWN.get(starts)
     if known is None or known[0] != starts._version:
@@ -145,13 +173,17 @@ def _places(starts: Tensor) -> tuple[Tensor, int]:
 
 
 def _empty_steps(starts: Tensor, places: Tensor, length: int) -> Tensor:
-    """dt of the steps that hold no token, [b, length, 1]: FORGET before first tokens, HOLD behind a row's end."""
+    """dt of the steps that hold no token, [b, length, 1]: FORGET before first tokens, HOLD behind a
+    row's end.
+    """
     behind = torch.arange(length, device=starts.device) > places[:, -1:]
     return torch.where(behind, HOLD, FORGET).unsqueeze(-1)
 
 
 def _spread(x: Tensor, places: Tensor, length: int, empty: Tensor | None = None) -> Tensor:
-    """x [b, l, c] at its places in [b, length, c]; `empty` (default zeros) is what stands elsewhere."""
+    """x [b, l, c] at its places in [b, length, c]; `empty` (default zeros) is what stands
+    elsewhere.
+    """
     out = x.new_zeros(x.shape[0], length, x.shape[2])
     if empty is not None:
         out = out + empty.to(x.dtype)

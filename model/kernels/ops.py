@@ -1,8 +1,9 @@
 """A backend's raw functions as torch operators with fake and autograd rules.
 
-torch.compile, the meta device and activation recompute then see opaque operators with known shapes. The specification
-of each is model/kernels/reference.py; gradients are computed by the backend, not by autograd. Registered by hand, since
-torch.library.custom_op adds some 0.2 ms to each forward and backward of the scan.
+torch.compile, the meta device and activation recompute then see opaque operators with known shapes.
+The specification of each is model/kernels/reference.py; gradients are computed by the backend, not
+by autograd. Registered by hand, since torch.library.custom_op adds some 0.2 ms to each forward and
+backward of the scan.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,24 @@ INPUTS = (
 
 
 def register(backend: Any, name: str, device: str) -> Kernels:
-    """Operators `falcon_<name>::...` over a module with {scan,conv,norm}_{forward,backward} and the loss' two."""
+    """Operators `falcon_<name>::...` over a module with {scan,conv,norm}_{forward,backward} and the
+    loss' two.
+    """
     space = Space(name, device)
     scan = _register_scan(backend, space)
 
     def selective_scan(
-        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
-        starts: Tensor | None = None, state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor,
+        dt_bias: Tensor,
+        starts: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         _refuse_empty(u)
         y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state, torch.is_grad_enabled())
         return y, last
@@ -60,10 +71,16 @@ class Space:
         return getattr(getattr(torch.ops, self.library.ns), name).default
 
     def differentiate(self, operator: Any, function: type[torch.autograd.Function]) -> None:
-        """Give an operator its gradient: a function whose forward calls the operator below autograd."""
+        """Give an operator its gradient: a function whose forward calls the operator below
+        autograd.
+        """
 
         def run(*arguments: Any) -> Any:
-            return function.apply(*arguments) if torch.is_grad_enabled() else below(operator, *arguments)
+            return (
+                function.apply(*arguments)
+                if torch.is_grad_enabled()
+                else below(operator, *arguments)
+            )
 
         self.library.impl(operator._schema.name.split("::")[1], run, "Autograd")
 
@@ -84,7 +101,9 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _register_scan(backend: Any, space: Space) -> Any:
-    """`keep`: whether the states that the backward starts from are written; without gradients nobody reads them."""
+    """`keep`: whether the states that the backward starts from are written; without gradients
+    nobody reads them.
+    """
 
     def room(u: Tensor, A: Tensor, keep: bool) -> Tensor:
         kept: Tensor = backend.kept_like(u, A) if keep else u.new_empty(0, dtype=torch.float32)
@@ -107,7 +126,9 @@ def _register_scan(backend: Any, space: Space) -> Any:
             inputs[0].new_empty(0, dtype=torch.float32) if state is None else _like(state)
         ]
 
-    forward = space.define(f"selective_scan({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", run, fake)
+    forward = space.define(
+        f"selective_scan({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", run, fake
+    )
     backward = space.define(
         f"selective_scan_backward({INPUTS}, Tensor kept, Tensor dy, Tensor? dlast) -> Tensor[]",
         lambda *x: backend.scan_backward(x[:8], *x[8:]),
@@ -127,7 +148,9 @@ def _register_scan(backend: Any, space: Space) -> Any:
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             saved, (dy, dlast, _) = ctx.saved_tensors, grads
-            *gradients, first = backward(*saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast)
+            *gradients, first = backward(
+                *saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast
+            )
             return *gradients, None, None if saved[9] is None else first, None
 
     space.differentiate(forward, Scan)
@@ -136,7 +159,9 @@ def _register_scan(backend: Any, space: Space) -> Any:
 
 def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
     arguments = "Tensor x, Tensor weight, Tensor bias, Tensor? starts"
-    forward = space.define(f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _like(x))
+    forward = space.define(
+        f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _like(x)
+    )
     backward = space.define(
         f"causal_conv1d_backward({arguments}, Tensor dout) -> Tensor[]",
         backend.conv_backward,
@@ -157,7 +182,9 @@ def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
 
     space.differentiate(forward, Conv)
 
-    def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+    def causal_conv1d(
+        x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None
+    ) -> Tensor:
         _refuse_empty(x)
         result: Tensor = forward(x, weight, bias, starts)
         return result
@@ -167,7 +194,8 @@ def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
 
 def _register_norm(backend: Any, space: Space) -> RmsNorm:
     forward = space.define(
-        "rms_norm(Tensor x, Tensor? weight, float eps, int[] parts, ScalarType dtype) -> (Tensor, Tensor)",
+        "rms_norm(Tensor x, Tensor? weight, float eps, int[] parts, ScalarType dtype) -> "
+        "(Tensor, Tensor)",
         backend.norm_forward,
         lambda x, weight, eps, parts, dtype: (
             x.new_empty(x.shape, dtype=dtype),
@@ -175,7 +203,8 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
         ),
     )
     backward = space.define(
-        "rms_norm_backward(Tensor x, Tensor? weight, int[] parts, Tensor scales, Tensor dout) -> (Tensor, Tensor)",
+        "rms_norm_backward(Tensor x, Tensor? weight, int[] parts, Tensor scales, Tensor dout) -> "
+        "(Tensor, Tensor)",
         backend.norm_backward,
         lambda x, weight, *_: (
             _like(x),
@@ -202,12 +231,17 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
     space.differentiate(forward, Norm)
 
     def rms_norm(
-        x: Tensor, weight: Tensor | None, eps: float, parts: list[int] | None = None, dtype: torch.dtype | None = None
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        parts: list[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         parts = parts or [x.shape[-1]]
         if sum(parts) != x.shape[-1] or (weight is not None and len(parts) > 1):
             raise ValueError(
-                f"parts {parts} must add up to the {x.shape[-1]} features of a row, and have no weight when several"
+                f"parts {parts} must add up to the {x.shape[-1]} features of a row, and have no "
+                "weight when several"
             )
         _refuse_empty(x)
         result: Tensor = forward(x, weight, eps, parts, dtype or x.dtype)[0]
@@ -223,7 +257,8 @@ def _register_loss(backend: Any, space: Space) -> LossRows:
         lambda logits, labels: logits.new_empty(3, logits.shape[0], dtype=torch.float32),
     )
     gradient = space.define(
-        "loss_gradient(Tensor(a!) logits, Tensor labels, Tensor log_sums, Tensor dloss, Tensor dlog_sum) -> ()",
+        "loss_gradient(Tensor(a!) logits, Tensor labels, Tensor log_sums, Tensor dloss, Tensor "
+        "dlog_sum) -> ()",
         backend.loss_gradient,
         lambda *_: None,
     )
@@ -236,7 +271,11 @@ def _register_loss(backend: Any, space: Space) -> LossRows:
 
         @staticmethod
         def loss_gradient(
-            logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+            logits: Tensor,
+            labels: Tensor,
+            log_sums: Tensor,
+            grad_loss: Tensor,
+            grad_log_sum: Tensor,
         ) -> Tensor:
             gradient(logits, labels, log_sums, grad_loss, grad_log_sum)
             return logits

@@ -9,9 +9,14 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# The scan works on [l, b, d, n] tensors, d_state times the size of its inputs, a chunk of time steps at a time.
-CHUNK_ELEMENTS = 2**19  # of one such tensor: 2 MB in fp32, small enough for caches and for malloc to use again
-KEPT_ELEMENTS = 2**26  # of a whole sequence; beyond it chunks keep their first state and are computed again
+# The scan works on [l, b, d, n] tensors, d_state times the size of its inputs, a chunk of time
+# steps at a time.
+CHUNK_ELEMENTS = (
+    2**19
+)  # of one such tensor: 2 MB in fp32, small enough for caches and for malloc to use again
+KEPT_ELEMENTS = (
+    2**26
+)  # of a whole sequence; beyond it chunks keep their first state and are computed again
 
 
 def computing_type(x: Tensor) -> torch.dtype:
@@ -27,12 +32,17 @@ def product_type(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, parts: list[int] | None = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    parts: list[int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Root-mean-square norm over the last axis, or over each of its `parts` (sizes that add up to it) by itself.
+    """Root-mean-square norm over the last axis, or over each of its `parts` (sizes that add up to
+    it) by itself.
 
-    x [..., e], weight [e] or None. Computes in fp32 (fp64 for fp64). Returns [..., e] in `dtype`, by default the type
-    of x.
+    x [..., e], weight [e] or None. Computes in fp32 (fp64 for fp64). Returns [..., e] in `dtype`,
+    by default the type of x.
     """
     wide = x.to(computing_type(x))
     pieces = [wide] if parts is None else wide.split(parts, -1)
@@ -44,9 +54,9 @@ def rms_norm(
 def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     """What the cross entropy of some tokens needs of a part of the vocabulary, in one pass.
 
-    logits [t, v]; labels [t] relative to this part, outside [0, v) where another part holds the label. Returns
-    [3, t] in the computing type: the label's logit (0 when it is not here), the largest logit, and the sum of
-    exp(logit - largest).
+    logits [t, v]; labels [t] relative to this part, outside [0, v) where another part holds the
+    label. Returns [3, t] in the computing type: the label's logit (0 when it is not here), the
+    largest logit, and the sum of exp(logit - largest).
     """
     wide = logits.to(computing_type(logits))
     here = (labels >= 0) & (labels < logits.shape[1])
@@ -55,12 +65,20 @@ def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([own, top, (wide - top[:, None]).exp_().sum(1)])
 
 
-def loss_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor) -> Tensor:
-    """Gradient of logits [t, v] in their type: (dloss + dlog_sum) softmax - dloss onehot; the rest is [t].
+def loss_gradient(
+    logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: Tensor, grad_log_sum: Tensor
+) -> Tensor:
+    """Gradient of logits [t, v] in their type: (dloss + dlog_sum) softmax - dloss onehot; the rest
+    is [t].
 
-    labels as in loss_statistics; log_sums are of the whole vocabulary. May work in place of the logits.
+    labels as in loss_statistics; log_sums are of the whole vocabulary. May work in place of the
+    logits.
     """
-    grad = (logits.to(log_sums.dtype) - log_sums[:, None]).exp_().mul_((grad_loss + grad_log_sum)[:, None])
+    grad = (
+        (logits.to(log_sums.dtype) - log_sums[:, None])
+        .exp_()
+        .mul_((grad_loss + grad_log_sum)[:, None])
+    )
     here = (labels >= 0) & (labels < logits.shape[1])
     grad.scatter_add_(1, (labels * here)[:, None], (-grad_loss * here)[:, None])
     return grad.to(logits.dtype)
@@ -69,8 +87,9 @@ def loss_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, grad_loss: T
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution followed by SiLU.
 
-    x [b, l, d], weight [d, k] with the newest tap last, bias [d]. starts [b, l] bool marks the first token of a
-    document: taps never reach behind it. Computes in fp32 (fp64 for fp64). Returns [b, l, d] in the type of x.
+    x [b, l, d], weight [d, k] with the newest tap last, bias [d]. starts [b, l] bool marks the
+    first token of a document: taps never reach behind it. Computes in fp32 (fp64 for fp64). Returns
+    [b, l, d] in the type of x.
     """
     length, taps, dtype = x.shape[1], weight.shape[1], x.dtype
     x, weight, bias = (t.to(computing_type(x)) for t in (x, weight, bias))
@@ -79,7 +98,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     for back in range(1, min(taps, length)):
         past = F.pad(x[:, :-back], (0, 0, back, 0))
         if starts is not None:
-            # a tap `back` tokens behind is visible while none of the tokens from here back to it opens a document
+            # a tap `back` tokens behind is visible while none of the tokens from here back to it
+            # opens a document
             opened = F.pad(starts[:, : length - back + 1], (back - 1, 0))
             visible = visible & ~opened
             past = past * visible.unsqueeze(-1)
@@ -88,7 +108,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 
 
 class LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t * h_(t-1) + x_t along axis 0, with the adjoint recurrence as its backward: linear in length."""
+    """h_t = a_t * h_(t-1) + x_t along axis 0, with the adjoint recurrence as its backward: linear
+    in length.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, x: Tensor, first: Tensor) -> Tensor:
@@ -117,7 +139,9 @@ class LinearRecurrence(torch.autograd.Function):
 def _scan_chunk(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scan of one chunk, time first: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d, n]."""
+    """Scan of one chunk, time first: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d,
+    n].
+    """
     decay = torch.exp(dt.unsqueeze(-1) * A)
     if keep is not None:
         decay = decay * keep[:, :, None, None]
@@ -137,13 +161,14 @@ def selective_scan(
     starts: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Selective state space with gate (arXiv 2312.00752, section 3; Euler for B, zero-order hold for A).
+    """Selective state space with gate (arXiv 2312.00752, section 3; Euler for B, zero-order hold
+    for A).
 
-    dt_t = softplus(dt_t + dt_bias); s_t = exp(dt_t A) s_(t-1) + dt_t B_t u_t; y_t = (<s_t, C_t> + D u_t) SiLU(z_t).
-    u, dt, z [b, l, d]; A [d, n]; B, C [b, l, n]; D, dt_bias [d]; starts [b, l] bool: the state, which must be finite,
-    is forgotten before such a token; state [b, d, n] precedes the first token (zeros when None). Computes in fp32 (fp64
-    for fp64).
-    Returns y [b, l, d] in the type of u, and the state after the last token in the computing type.
+    dt_t = softplus(dt_t + dt_bias); s_t = exp(dt_t A) s_(t-1) + dt_t B_t u_t; y_t = (<s_t, C_t> + D
+    u_t) SiLU(z_t). u, dt, z [b, l, d]; A [d, n]; B, C [b, l, n]; D, dt_bias [d]; starts [b, l]
+    bool: the state, which must be finite, is forgotten before such a token; state [b, d, n]
+    precedes the first token (zeros when None). Computes in fp32 (fp64 for fp64). Returns y [b, l,
+    d] in the type of u, and the state after the last token in the computing type.
     """
     with torch.autocast(u.device.type, enabled=False):
         wide = computing_type(u)
@@ -159,7 +184,9 @@ def selective_scan(
         outputs = []
         for u_c, dt_c, B_c, C_c, keep_c in zip(*steps, keeps, strict=True):
             if recompute:
-                y, state = checkpoint(_scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False)
+                y, state = checkpoint(
+                    _scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False
+                )
             else:
                 y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, keep_c, state)
             outputs.append(y)

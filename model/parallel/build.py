@@ -26,7 +26,8 @@ def build(
 ) -> FalconMamba:
     """A rank's model in fp32: empty on meta, cut, allocated, filled, marked, in this order.
 
-    With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of host memory.
+    With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of
+    host memory.
     """
     model = lay_out(config, kernels, tp_size, sequence_parallel, recompute)
     model.to_empty(device=device)
@@ -36,7 +37,11 @@ def build(
 
 
 def lay_out(
-    config: ModelConfig, kernels: Kernels, tp_size: int, sequence_parallel: bool, recompute: Recompute
+    config: ModelConfig,
+    kernels: Kernels,
+    tp_size: int,
+    sequence_parallel: bool,
+    recompute: Recompute,
 ) -> FalconMamba:
     """A rank's model on the meta device: cut, and with nothing allocated."""
     config.check_cut(tp_size)
@@ -53,14 +58,17 @@ def lay_out(
 def mark(model: FalconMamba, tp_size: int) -> None:
     """Say of every parameter whether tensor-parallel ranks hold different parts of it.
 
-    DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the gradient norm.
+    DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the
+    gradient norm.
     """
     for name, parameter in model.named_parameters():
         parameter.tensor_model_parallel = cut_of(name) is not None and tp_size > 1  # type: ignore[attr-defined]
 
 
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
-    """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by smaller ones."""
+    """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by
+    smaller ones.
+    """
     # imported here: megatron-core takes seconds to import and one rank needs none of it
     from model.parallel.tensor import (
         ColumnParallel,
@@ -76,11 +84,16 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
         mixer: Any = layer.mixer
         mixer.in_proj = ColumnParallel(c.d_model, 2 * c.d_inner)
         mixer.x_proj = SummedRowParallel(c.d_inner, c.dt_rank + 2 * c.d_state)
-        # its input's gradient is summed over ranks by x_proj's output, together with those of B and C
+        # its input's gradient is summed over ranks by x_proj's output, together with those of B and
+        # C
         mixer.dt_proj = ColumnParallel(c.dt_rank, c.d_inner, sum_input_gradient=False)
         mixer.out_proj = RowParallel(c.d_inner, c.d_model)
         for name, parameter in list(mixer.named_parameters(recurse=False)):
-            setattr(mixer, name, nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])))
+            setattr(
+                mixer,
+                name,
+                nn.Parameter(torch.empty(parameter.shape[0] // size, *parameter.shape[1:])),
+            )
     model.lm_head = ColumnParallel(c.d_model, c.vocab_size)
     model.vocabulary_group = VocabularyRanks()
 

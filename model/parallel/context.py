@@ -1,10 +1,12 @@
-"""A sequence split over ranks: each holds a piece, and learns from the pieces before it what its own begins with.
+"""A sequence split over ranks: each holds a piece, and learns from the pieces before it what its
+own begins with.
 
-The convolution needs the last k - 1 inputs of the rank before. The scan needs the state there: every rank runs its
-piece once from zero, all exchange what they end with and the time that passes in them, and each joins the pieces before
-its own (a piece multiplies what enters it by exp(A time), and by nothing where a document opens in it). Gradients go
-the same way back. Costs per layer: the scan twice, forward and backward; d_inner (d_state + k) values per sequence
-and rank gathered over the ranks, whatever the length; the states of both scans kept. What is little work, time and
+The convolution needs the last k - 1 inputs of the rank before. The scan needs the state there:
+every rank runs its piece once from zero, all exchange what they end with and the time that passes
+in them, and each joins the pieces before its own (a piece multiplies what enters it by exp(A time),
+and by nothing where a document opens in it). Gradients go the same way back. Costs per layer: the
+scan twice, forward and backward; d_inner (d_state + k) values per sequence and rank gathered over
+the ranks, whatever the length; the states of both scans kept. What is little work, time and
 joining, is computed again in the backward instead of kept.
 """
 
@@ -52,14 +54,20 @@ class ContextRanks:
         """This rank's tokens of x [b, l, ...]; raises ValueError when the ranks do not divide l."""
         if x.shape[1] % self.size:
             raise ValueError(
-                f"parallel.context_parallel {self.size} does not divide the {x.shape[1]} tokens of a sequence"
+                f"parallel.context_parallel {self.size} does not divide the {x.shape[1]} tokens "
+                "of a sequence"
             )
         return x.chunk(self.size, 1)[self.rank]
 
     def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
-        """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]; a piece must be at least that long."""
+        """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]; a piece must be at
+        least that long.
+        """
         if x.shape[1] < behind:
-            raise ValueError(f"a rank's {x.shape[1]} tokens are fewer than the {behind} that a convolution looks back")
+            raise ValueError(
+                f"a rank's {x.shape[1]} tokens are fewer than the {behind} that a convolution "
+                "looks back"
+            )
         gathered = Gather.apply(last_taps(x, starts, None, behind), self.group)
         # the first rank has nothing before it; it takes part in the gradient's sum all the same
         return gathered[self.rank - 1] if self.rank else gathered[0] * 0.0
@@ -92,7 +100,9 @@ def time_of(dt: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def join(A: Tensor, pieces: Tensor, rank: int) -> Tensor:
-    """The state [b, d, n] before piece `rank` of what pieces end with, and in the last column their time."""
+    """The state [b, d, n] before piece `rank` of what pieces end with, and in the last column their
+    time.
+    """
     state = pieces[0, ..., :-1] * 0.0  # as in taps: every rank is part of the gradient's sum
     for before in range(rank):
         state = torch.exp(A * pieces[before, ..., -1:]) * state + pieces[before, ..., :-1]

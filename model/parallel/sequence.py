@@ -1,10 +1,11 @@
 """Sequence parallelism: under tensor parallelism, residual and norms cut along the sequence.
 
-Where the mixer's channels are cut, what lies between mixers is the same on every rank. Here each rank keeps its
-tokens of it alone (Korthikanti et al., arXiv 2205.05198): the sum over ranks after out_proj becomes a reduce-scatter,
-and before in_proj comes an all-gather, together as many bytes as the sum; the backward gathers in_proj's input once
-more instead of keeping it whole. The scan sees whole sequences.
-megatron-core has the same functions; they allocate on CUDA alone and cut the first axis, here the batch.
+Where the mixer's channels are cut, what lies between mixers is the same on every rank. Here each
+rank keeps its tokens of it alone (Korthikanti et al., arXiv 2205.05198): the sum over ranks after
+out_proj becomes a reduce-scatter, and before in_proj comes an all-gather, together as many bytes as
+the sum; the backward gathers in_proj's input once more instead of keeping it whole. The scan sees
+whole sequences. megatron-core has the same functions; they allocate on CUDA alone and cut the first
+axis, here the batch.
 """
 
 from typing import Any
@@ -59,7 +60,9 @@ class Split(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """Whole sequences on every rank, for something whose gradient is whole on every rank as well."""
+    """Whole sequences on every rank, for something whose gradient is whole on every rank as
+    well.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -87,7 +90,9 @@ class ScatterSum(torch.autograd.Function):
 
 
 class GatheredProduct(torch.autograd.Function):
-    """Gathered x times a weight; keeps this rank's tokens of x and gathers them again for the weight's gradient."""
+    """Gathered x times a weight; keeps this rank's tokens of x and gathers them again for the
+    weight's gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +120,9 @@ class GatheredColumnParallel(ColumnParallel):
 
 
 class ScatteredRowParallel(RowParallel):
-    """out_proj: takes this rank's features of all tokens, gives this rank's tokens of the sum over ranks."""
+    """out_proj: takes this rank's features of all tokens, gives this rank's tokens of the sum over
+    ranks.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l, inputs / size] -> [b, l / size, outputs]."""
@@ -133,7 +140,9 @@ class SplitVocabParallel(VocabParallel):
 
 
 class SequenceNorm(RMSNorm):
-    """RMSNorm of this rank's tokens; its weight's gradient is summed over ranks, once per backward."""
+    """RMSNorm of this rank's tokens; its weight's gradient is summed over ranks, once per
+    backward.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l / size, e] -> [b, l / size, e]."""

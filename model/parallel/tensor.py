@@ -1,7 +1,9 @@
-"""megatron-core's parallel layers with the call signature of torch's, for model/parallel/build.py to put in place.
+"""megatron-core's parallel layers with the call signature of torch's, for model/parallel/build.py
+to put in place.
 
-The only module of the model that knows megatron-core. Layers are built without initial values (model/init.py owns
-those). Collectives per block: forward x_proj and out_proj sum, backward x_proj's output and in_proj's input sum.
+The only module of the model that knows megatron-core. Layers are built without initial values
+(model/init.py owns those). Collectives per block: forward x_proj and out_proj sum, backward
+x_proj's output and in_proj's input sum.
 """
 
 import torch
@@ -16,10 +18,12 @@ from torch.nn import functional as F
 
 
 def _config() -> ModelParallelConfig:
-    # use_cpu_initialization makes the layers allocate on the current default device (meta) and not on CUDA;
-    # fused gradient accumulation needs apex
+    # use_cpu_initialization makes the layers allocate on the current default device (meta) and not
+    # on CUDA; fused gradient accumulation needs apex
     return ModelParallelConfig(
-        use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=False
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
     )
 
 
@@ -42,7 +46,9 @@ class ColumnParallel(tensor_parallel.ColumnParallelLinear):
         if x.is_cuda:  # megatron-core's function sums x's gradient while it computes the weight's
             return super().forward(x)[0]
         # it takes autocast on CUDA alone
-        return F.linear(copy_to_tensor_model_parallel_region(x) if self.sum_input_gradient else x, self.weight)
+        return F.linear(
+            copy_to_tensor_model_parallel_region(x) if self.sum_input_gradient else x, self.weight
+        )
 
 
 class RowParallel(tensor_parallel.RowParallelLinear):
@@ -67,10 +73,11 @@ class RowParallel(tensor_parallel.RowParallelLinear):
 
 
 class SummedRowParallel(RowParallel):
-    """RowParallel whose output feeds split computation: its gradient is partial on every rank and is summed too.
+    """RowParallel whose output feeds split computation: its gradient is partial on every rank and
+    is summed too.
 
-    Mamba-1's x_proj: dt, B and C come from all channels and act on all channels. Without the backward sum the loss
-    is equal and the gradient is silently wrong.
+    Mamba-1's x_proj: dt, B and C come from all channels and act on all channels. Without the
+    backward sum the loss is equal and the gradient is silently wrong.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +93,9 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
 
 
 class VocabularyRanks:
-    """The tensor-parallel ranks as the loss asks for them (model.kernels.cross_entropy.VocabularyGroup)."""
+    """The tensor-parallel ranks as the loss asks for them
+    (model.kernels.cross_entropy.VocabularyGroup).
+    """
 
     def offset(self, rows: int) -> int:
         """Id of the first token of this rank's rows."""

@@ -1,4 +1,6 @@
-"""What the GPU benchmark does when something is missing, wrong or failing: it costs that row, and is named."""
+"""What the GPU benchmark does when something is missing, wrong or failing: it costs that row, and
+is named.
+"""
 
 import json
 import sys
@@ -38,13 +40,16 @@ def with_scan(name: str, scan: Any) -> Kernels:
 
 
 def test_a_backend_that_is_wrong_or_fails_is_named_and_not_timed(bench: Bench) -> None:
-    bench.backends = {"wrong": with_scan("wrong", wrong_scan), "failing": with_scan("failing", failing_scan)} | {
-        "cpu": CPU
-    }
+    bench.backends = {
+        "wrong": with_scan("wrong", wrong_scan),
+        "failing": with_scan("failing", failing_scan),
+    } | {"cpu": CPU}
     gpu_operations.check(bench)
     gpu_operations.scans(bench)
     assert {row.who for row in bench.rows} == {"cpu"}
-    assert bench.missing["wrong: all, wrong or failing"].startswith("AssertionError: ('wrong', 'scan_results'")
+    assert bench.missing["wrong: all, wrong or failing"].startswith(
+        "AssertionError: ('wrong', 'scan_results'"
+    )
     failed = "RuntimeError: an illegal memory access was encountered"
     assert bench.missing["failing: all, wrong or failing"] == failed
 
@@ -52,13 +57,20 @@ def test_a_backend_that_is_wrong_or_fails_is_named_and_not_timed(bench: Bench) -
 def test_a_backend_that_fails_at_full_size_costs_its_own_rows(bench: Bench) -> None:
     bench.backends = {"failing": with_scan("failing", failing_scan), "cpu": CPU}
     gpu_operations.scans(bench)
-    assert [row.who for row in bench.rows] == ["cpu", "cpu"] and "failing: scan, B 1, L 16" in bench.missing
+    assert [row.who for row in bench.rows] == [
+        "cpu",
+        "cpu",
+    ] and "failing: scan, B 1, L 16" in bench.missing
 
 
-def test_a_section_that_fails_is_named_and_the_others_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_fails_is_named_and_the_others_go_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_operations, "norms", failing_scan)
     monkeypatch.setattr(gpu_model, "layers", lambda bench: None)
-    monkeypatch.setattr(gpu_model, "rank", lambda bench, layers: bench.missing.update(last=str(layers)))
+    monkeypatch.setattr(
+        gpu_model, "rank", lambda bench, layers: bench.missing.update(last=str(layers))
+    )
     bench.backends = {"cpu": CPU}
     gpu.measure(bench, Namespace(small=True, layers=3, jax_python=None, sections=gpu.SECTIONS))
     assert bench.missing["all: norms"].startswith("RuntimeError") and bench.missing["last"] == "2"
@@ -66,7 +78,9 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(bench: Bench, monkey
     assert any(row.what.startswith("head and loss") for row in bench.rows)
 
 
-def test_what_was_measured_is_written_when_somebody_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_is_written_when_somebody_stops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And without git."""
 
     def measure(bench: Bench, *rest: Any) -> None:
@@ -87,7 +101,9 @@ def test_what_was_measured_is_written_when_somebody_stops_it(tmp_path: Path, mon
 
 
 def test_jax_in_its_own_process(bench: Bench, tmp_path: Path) -> None:
-    """Rows of batches that it has done stay when the next one fails; no interpreter at all is named too."""
+    """Rows of batches that it has done stay when the next one fails; no interpreter at all is named
+    too.
+    """
     python = tmp_path / "python"
     row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
     python.write_text(f"#!/bin/sh\necho '{row}'\necho wrong: result 2 is off >&2\nexit 1\n")
@@ -111,14 +127,25 @@ def test_layers_that_do_not_fit_are_halved(bench: Bench, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_model, "_rank", step)
     bench.backends = {"cpu": CPU}
     gpu_model.rank(bench, 8)
-    assert tried == [8, 4, 2] and bench.missing["cpu: a rank's step of 2 layers"] == "ValueError: something else"
+    assert (
+        tried == [8, 4, 2]
+        and bench.missing["cpu: a rank's step of 2 layers"] == "ValueError: something else"
+    )
 
 
-def test_a_layer_of_transformers_that_is_another_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_transformers_that_is_another_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = gpu_model.falcon_layer(bench)
-    assert layer(torch.randn(1, 3, bench.config.d_model), None).shape == (1, 3, bench.config.d_model)
+    assert layer(torch.randn(1, 3, bench.config.d_model), None).shape == (
+        1,
+        3,
+        bench.config.d_model,
+    )
     to_hf = gpu_model.to_hf
-    monkeypatch.setattr(gpu_model, "to_hf", lambda name, x: to_hf(name, x) * (1.1 if name.endswith("D") else 1.0))
+    monkeypatch.setattr(
+        gpu_model, "to_hf", lambda name, x: to_hf(name, x) * (1.1 if name.endswith("D") else 1.0)
+    )
     with pytest.raises(AssertionError, match="wrong: result"):
         gpu_model.falcon_layer(bench)
 
@@ -161,6 +188,8 @@ def test_a_gpu_is_given_several_calls_between_two_events(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "Event", Event)
     synchronize = mock.Mock()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    seconds, runs = timing.median_seconds(lambda: calls.append(0), torch.device("cuda"), budget=0.1, least=3)
+    seconds, runs = timing.median_seconds(
+        lambda: calls.append(0), torch.device("cuda"), budget=0.1, least=3
+    )
     assert seconds == pytest.approx(2e-3) and synchronize.call_count == runs + 1
     assert len(calls) == 2 + runs * timing.CALLS

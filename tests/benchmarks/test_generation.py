@@ -44,7 +44,9 @@ def test_the_llama_has_as_many_parameters() -> None:
 
 
 def test_speed_is_that_of_the_second_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that slows down after 256 tokens: the first mark does not see it, the next ones do."""
+    """A decoder that slows down after 256 tokens: the first mark does not see it, the next ones
+    do.
+    """
     clock = [0.0]
     meter = Meter(CPU)
     monkeypatch.setattr(meter, "clock", lambda: clock[0])
@@ -66,7 +68,9 @@ def test_the_longest_prompt_is_found_by_memory() -> None:
 
     result = longest_prompt("x", decode, 40 << 20, 1 << 20, Meter(CPU))
     assert result["fits"] == 2048 and result["stopped_by"] == "memory"
-    assert longest_prompt("x", lambda *a: None, 40 << 20, 1024, Meter(CPU))["stopped_by"] == "tokens"
+    assert (
+        longest_prompt("x", lambda *a: None, 40 << 20, 1024, Meter(CPU))["stopped_by"] == "tokens"
+    )
 
 
 def test_bars() -> None:
@@ -74,24 +78,39 @@ def test_bars() -> None:
         keys = ("tokens", "tokens_per_second", "total_bytes")
         return {"generated": [dict(zip(keys, value, strict=True)) for value in values]}
 
-    models = {"ours": rows((256, 900.0, 80), (1024, 100.0, 100), (2048, 90.0, 101)), "other": rows((1024, 20.0, 100))}
+    models = {
+        "ours": rows((256, 900.0, 80), (1024, 100.0, 100), (2048, 90.0, 101)),
+        "other": rows((1024, 20.0, 100)),
+    }
     found = bars(models)
-    assert found["memory_growth"] == pytest.approx(0.01) and found["speed_change"] == pytest.approx(-0.1)
-    assert found["speed_spread"] == pytest.approx(100 / 90 - 1) and found["times faster than other"] == 5.0
+    assert found["memory_growth"] == pytest.approx(0.01) and found["speed_change"] == pytest.approx(
+        -0.1
+    )
+    assert (
+        found["speed_spread"] == pytest.approx(100 / 90 - 1)
+        and found["times faster than other"] == 5.0
+    )
     in_turns = bars(models, {"ours after 1,024": 1.0, "ours after 2,048": 0.98, "other": 0.125})
-    assert in_turns["speed_change"] == pytest.approx(-0.02) and in_turns["times faster than other"] == 8.0
+    assert (
+        in_turns["speed_change"] == pytest.approx(-0.02)
+        and in_turns["times faster than other"] == 8.0
+    )
     assert in_turns["memory_growth"] == pytest.approx(0.01)
 
 
 def test_turns_compare_decoders_on_a_machine_that_changes_its_speed() -> None:
-    """Work in blocks that neighbour in time, on a machine that halves its speed now and then: ratios do not see it."""
+    """Work in blocks that neighbour in time, on a machine that halves its speed now and then:
+    ratios do not see it.
+    """
     clock, factor = threading.local(), [1.0]
     order: list[str] = []
 
     def decoder(name: str, cost: float) -> Decoder:
         def decode(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
             for number in range(count):
-                clock.now = getattr(clock, "now", 0.0) + cost * factor[0] * (1 if number >= 128 else 9)
+                clock.now = getattr(clock, "now", 0.0) + cost * factor[0] * (
+                    1 if number >= 128 else 9
+                )
                 order.append(name)
                 factor[0] = 2.0 if len(order) // 3000 % 2 else 1.0
                 watch()
@@ -100,7 +119,9 @@ def test_turns_compare_decoders_on_a_machine_that_changes_its_speed() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.thread_time", lambda: getattr(clock, "now", 0.0))
-        found = relative_speeds({"a": (decoder("a", 1.0), 128), "b": (decoder("b", 4.0), 256)}, rounds=30)
+        found = relative_speeds(
+            {"a": (decoder("a", 1.0), 128), "b": (decoder("b", 4.0), 256)}, rounds=30
+        )
     assert found == {"a": 1.0, "b": pytest.approx(0.25)}
     assert order.count("a") == 128 + 30 * BLOCK and order.count("b") == 256 + 30 * BLOCK
 
@@ -122,5 +143,8 @@ def test_the_whole_benchmark(
     assert abs(result["bars"]["memory_growth"]) < 0.02
     speeds = result["relative_speeds"]
     assert list(speeds) == ["ours after 256", "ours after 512", *list(result["models"])[1:]]
-    assert result["bars"]["times faster than transformers FalconMamba"] == 1 / speeds["transformers FalconMamba"]
+    assert (
+        result["bars"]["times faster than transformers FalconMamba"]
+        == 1 / speeds["transformers FalconMamba"]
+    )
     assert "times faster than transformers FalconMamba" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""The scripts of a GPU day, as far as they can run without one: what they name exists, and the smoke test runs."""
+"""The scripts of a GPU day, as far as they can run without one: what they name exists, and the
+smoke test runs.
+"""
 
 import json
 import re
@@ -37,7 +39,9 @@ def test_the_script_parses_and_names_what_exists() -> None:
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"-m (benchmarks\.[\w.]+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
-    for module, names in re.findall(r"^from ((?:benchmarks|model|tests)[\w.]*) import (.+)$", text, re.M):
+    for module, names in re.findall(
+        r"^from ((?:benchmarks|model|tests)[\w.]*) import (.+)$", text, re.M
+    ):
         code = f"from {module} import {names}"
         run(sys.executable, "-c", code)
     for line in re.findall(r"--sections ([a-z ]+)", text):
@@ -49,7 +53,9 @@ def benchmarks() -> list[list[str]]:
     return [words.split() for words in re.findall(r"-m benchmarks\.gpu (.+)", SCRIPT.read_text())]
 
 
-def test_each_of_its_benchmarks_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_of_its_benchmarks_has_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "measure", lambda bench, arguments: None)
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     for words in benchmarks():
@@ -62,13 +68,16 @@ def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path:
     """By SIGTERM as `timeout` sends it, twice, while the rival is at its second batch."""
     row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
     rival = tmp_path / "python"
-    rival.write_text(f"#!/bin/sh\necho '{row}'\nsleep 1\nkill -TERM $PPID\nkill -TERM $PPID\nexec sleep 600\n")
+    rival.write_text(
+        f"#!/bin/sh\necho '{row}'\nsleep 1\nkill -TERM $PPID\nkill -TERM $PPID\nexec sleep 600\n"
+    )
     rival.chmod(0o755)
     (words,) = [words for words in benchmarks() if "--jax-python" in words]
     words[words.index("--jax-python") + 1] = str(rival)
     code = (
-        "import pathlib, runpy, sys; from benchmarks import timing; timing.RESULTS = pathlib.Path(sys.argv.pop(1));"
-        "runpy.run_module('benchmarks.gpu', run_name='__main__', alter_sys=True)"
+        "import pathlib, runpy, sys; from benchmarks import timing; timing.RESULTS = "
+        "pathlib.Path(sys.argv.pop(1));runpy.run_module('benchmarks.gpu', run_name='__main__', "
+        "alter_sys=True)"
     )
     command = [sys.executable, "-c", code, str(tmp_path), *words, "--device", "cpu", "--small"]
     stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -85,15 +94,25 @@ def variable(name: str) -> str:
 
 
 def test_its_trainings_have_configs() -> None:
-    """Every `train NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES`, with the overrides that all of them share."""
+    """Every `train NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES`, with the overrides that all of them
+    share.
+    """
     shared = [word for word in variable("RUN").split() if not word.startswith("+experiment")]
-    lines = re.findall(r"^\s+(?:LIMIT=\d+ )?train (\S+) (\d+) (\d+) (\d+) ([^#\n]*)", SCRIPT.read_text(), re.M)
+    lines = re.findall(
+        r"^\s+(?:LIMIT=\d+ )?train (\S+) (\d+) (\d+) (\d+) ([^#\n]*)", SCRIPT.read_text(), re.M
+    )
     assert len(lines) == 5
     for name, tokens, length, sequences, more in lines:
         stage = variable("ONE") % (int(tokens), int(length))
-        words = [f"schedule.batch_start={sequences}", f"schedule.batch_end={sequences}", f"run.name={name}"]
+        words = [
+            f"schedule.batch_start={sequences}",
+            f"schedule.batch_end={sequences}",
+            f"run.name={name}",
+        ]
         run = run_config("demo", *shared, stage, *words, *more.split())
-        assert run.data.stages[0].seq_len == int(length) and run.schedule.batch_end == int(sequences)
+        assert run.data.stages[0].seq_len == int(length) and run.schedule.batch_end == int(
+            sequences
+        )
 
 
 def test_the_code_can_be_changed_for_an_older_torch(tmp_path: Path) -> None:

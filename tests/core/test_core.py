@@ -1,4 +1,6 @@
-"""The ground floor: files that are whole or absent, JSON lines after a crash, which checkpoint is the newest."""
+"""The ground floor: files that are whole or absent, JSON lines after a crash, which checkpoint is
+the newest.
+"""
 
 import errno
 import os
@@ -9,7 +11,15 @@ from unittest import mock
 import pytest
 
 from core import files
-from core.files import append_json_line, read_json, read_json_lines, remove_parts, write_json, write_text, write_with
+from core.files import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    remove_parts,
+    write_json,
+    write_text,
+    write_with,
+)
 from core.run import RunFiles, committed, newest
 
 
@@ -29,9 +39,14 @@ def test_a_file_system_that_syncs_no_folder_is_lived_with(tmp_path: Path) -> Non
     def refuse(number: int) -> mock._patch:
         sync = os.fsync
         return mock.patch.object(
-            files.os, "fsync",
-            lambda descriptor: sync(descriptor) if not os.path.isdir(f"/proc/self/fd/{descriptor}") else stop(number),
-        )  # fmt: skip
+            files.os,
+            "fsync",
+            lambda descriptor: (
+                sync(descriptor)
+                if not os.path.isdir(f"/proc/self/fd/{descriptor}")
+                else stop(number)
+            ),
+        )
 
     def stop(number: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -55,7 +70,9 @@ def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n17\n{"a": \n[1]\n')
     append_json_line(path, {"a": 2})
-    assert read_json_lines(path) == [{"a": 1}, {"a": 2}] and read_json_lines(tmp_path / "none") == []
+    assert (
+        read_json_lines(path) == [{"a": 1}, {"a": 2}] and read_json_lines(tmp_path / "none") == []
+    )
 
 
 def test_absent_and_damaged_json_is_empty_and_a_failing_disk_is_not(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Our CUDA kernels on the CPU: the same sources and the same host code, with launches sent to an emulator."""
+"""Our CUDA kernels on the CPU: the same sources and the same host code, with launches sent to an
+emulator.
+"""
 
 import ctypes
 import functools
@@ -20,17 +22,41 @@ FALLING = False  # order in which the threads of a block run to a barrier
 def library(source: str, bf16: int) -> ctypes.CDLL:
     """An emulated source, compiled once per process."""
     target = Path(tempfile.mkdtemp()) / f"{source}-{bf16}.so"
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", f"-DBF16={bf16}", f"-I{cuda_library.FOLDER}", f"-I{HERE}"]
-    subprocess.run(["g++", *flags, str((HERE / source).with_suffix(".cpp")), "-o", str(target)], check=True)
+    flags = [
+        "-O2",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        f"-DBF16={bf16}",
+        f"-I{cuda_library.FOLDER}",
+        f"-I{HERE}",
+    ]
+    subprocess.run(
+        ["g++", *flags, str((HERE / source).with_suffix(".cpp")), "-o", str(target)], check=True
+    )
     return ctypes.CDLL(str(target))
 
 
 def launch(
-    source: str, name: str, dtype: torch.dtype, grid: tuple[int, int, int], threads: int, shared: int, arguments: Any
+    source: str,
+    name: str,
+    dtype: torch.dtype,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    arguments: Any,
 ) -> None:
     """Stands in for model.kernels.cuda_library.launch."""
-    values = [ctypes.c_void_p(cuda_library.address(x)) if x is None or isinstance(x, Tensor) else x for x in arguments]
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values))
+    values = [
+        ctypes.c_void_p(cuda_library.address(x)) if x is None or isinstance(x, Tensor) else x
+        for x in arguments
+    ]
+    pointers = (ctypes.c_void_p * len(values))(
+        *(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values)
+    )
     assert (
-        library(source, cuda_library.DTYPES[dtype]).emulate(name.encode(), *grid, threads, int(FALLING), pointers) == 0
+        library(source, cuda_library.DTYPES[dtype]).emulate(
+            name.encode(), *grid, threads, int(FALLING), pointers
+        )
+        == 0
     )

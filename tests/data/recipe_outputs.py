@@ -1,9 +1,11 @@
-"""Hashes of what recipes, passes and sharding put out for a fixed input, and of their rules, beside their versions.
+"""Hashes of what recipes, passes and sharding put out for a fixed input, and of their rules, beside
+their versions.
 
 python -m tests.data.recipe_outputs    # write recipe_outputs.json anew, after a version was raised
 
-A fixed input shows only rules that it meets at their border, so the rules are hashed too: see rules_of. Where the input
-itself has changed, other text says nothing about a recipe: change it in a commit of its own.
+A fixed input shows only rules that it meets at their border, so the rules are hashed too: see
+rules_of. Where the input itself has changed, other text says nothing about a recipe: change it in a
+commit of its own.
 """
 
 import dis
@@ -59,12 +61,18 @@ skaters in red scarves carried the post from bridge to bridge; letters that had 
 GUTENBERG = "*** {} OF THE PROJECT GUTENBERG EBOOK R ***"
 LONG = "about the river and the fields that lie on both of its sides in spring"
 PAGE = (
-    f"<html><head><title>Rivers</title></head><body><nav>Home</nav><article><p>{PROSE}</p><p>Its fish are sold on the "
-    "market of the town, on Fridays.</p><p>3 likes</p></article></body></html>"
+    f"<html><head><title>Rivers</title></head><body><nav>Home</nav><article><p>{PROSE}</p><p>Its "
+    "fish are sold on the market of the town, on Fridays.</p><p>3 "
+    "likes</p></article></body></html>"
 )
-NOTICES = "".join(f"<p>{line}</p>" for line in ("THE MILL", "1/2", "Rivers", "Sign in to see the map", "And read more"))
+NOTICES = "".join(
+    f"<p>{line}</p>"
+    for line in ("THE MILL", "1/2", "Rivers", "Sign in to see the map", "And read more")
+)
 CORRECTED = PAGE.replace(PROSE, STORY.replace("\n\n", "</p><p>")).replace("<p>3 likes</p>", NOTICES)
-FURNITURE = PAGE.replace("<p>3 likes</p>", "<p>3 likes</p><p>12 shares</p><p>4 comments</p><p>1,200 views</p>")
+FURNITURE = PAGE.replace(
+    "<p>3 likes</p>", "<p>3 likes</p><p>12 shares</p><p>4 comments</p><p>1,200 views</p>"
+)
 SECOND = PROSE.replace("river", "canal").replace("sea", "lake").replace("farmers", "boatmen")
 PAGES = {
     "1": PAGE,
@@ -72,7 +80,9 @@ PAGES = {
     "3": PAGE.replace(PROSE, SECOND),
     "4": CORRECTED,
     "5": FURNITURE,
-    "6": re.sub(r"\b(and|of|to|that|with|have|be)\b", "his", PAGE),  # one stop word, where the web asks for two
+    "6": re.sub(
+        r"\b(and|of|to|that|with|have|be)\b", "his", PAGE
+    ),  # one stop word, where the web asks for two
     "7": PAGE.replace(PROSE, 4 * f"{LONG}. "),
     "8": "<html><body></body></html>",
 }
@@ -82,38 +92,102 @@ ADDRESSES = {f"http://a.invalid/{name}": page for name, page in PAGES.items()} |
 }
 ROWS: dict[str, list[dict[str, Any]]] = {
     "books": [
-        {"text": f"{GUTENBERG.format('START')}\n{STORY}\n{GUTENBERG.format('END')}\nNo cost", "id": "b"},
+        {
+            "text": f"{GUTENBERG.format('START')}\n{STORY}\n{GUTENBERG.format('END')}\nNo cost",
+            "id": "b",
+        },
         {"text": f"{GUTENBERG.format('START')}\n12\n{GUTENBERG.format('END')}"},
         {"text": PROSE},
         {"text": 4 * f"{PROSE}\n\n"},
     ],
-    "curated": [{"text": PROSE}, {"text": SECOND, "group": "g"}, {"text": "1 2 3 " * 90}, {"text": LONG}, {"text": ""}],
+    "curated": [
+        {"text": PROSE},
+        {"text": SECOND, "group": "g"},
+        {"text": "1 2 3 " * 90},
+        {"text": LONG},
+        {"text": ""},
+    ],
     "forums": [
-        {"thread": "t", "id": "q", "title": "Rivers", "text": f"Question {LONG}", "created": 1, "author": "ann"},
+        {
+            "thread": "t",
+            "id": "q",
+            "title": "Rivers",
+            "text": f"Question {LONG}",
+            "created": 1,
+            "author": "ann",
+        },
         {"thread": "t", "id": "b", "parent": "q", "text": f"Second {LONG}", "created": 9},
         {"thread": "t", "id": "a", "parent": "q", "text": f"First {LONG}", "created": 3},
         {"thread": "t", "id": "d", "parent": "a", "text": "[deleted]", "created": 4},
-        {"thread": "t", "id": "e", "parent": "d", "text": "Under it", "author": "[deleted]", "created": "5"},
-        {"link_id": "t3_u", "name": "t1_x", "parent_id": "t1_y", "body": f"Circle {LONG}", "created_utc": 2},
+        {
+            "thread": "t",
+            "id": "e",
+            "parent": "d",
+            "text": "Under it",
+            "author": "[deleted]",
+            "created": "5",
+        },
+        {
+            "link_id": "t3_u",
+            "name": "t1_x",
+            "parent_id": "t1_y",
+            "body": f"Circle {LONG}",
+            "created_utc": 2,
+        },
         {"link_id": "t3_u", "name": "t1_y", "parent_id": "t1_x", "body": f"Of parents {LONG}"},
-        {"link_id": "t3_u", "name": "t1_z", "parent_id": "t1_gone", "body": "Orphan", "created_utc": 3},
-        {"id": "v", "title": "Nested", "messages": [{"id": 1, "text": LONG}, {"id": 2, "parent": 1, "text": LONG}]},
+        {
+            "link_id": "t3_u",
+            "name": "t1_z",
+            "parent_id": "t1_gone",
+            "body": "Orphan",
+            "created_utc": 3,
+        },
+        {
+            "id": "v",
+            "title": "Nested",
+            "messages": [{"id": 1, "text": LONG}, {"id": 2, "parent": 1, "text": LONG}],
+        },
         {"thread": "t", "id": "z", "text": f"Too late {LONG}"},
         {"thread": "w", "id": "s", "text": "Short"},
         {"text": LONG},
     ],
     "instructions": [
-        {"messages": [{"role": "user", "content": "A river?"}, {"role": "assistant", "content": "The Oder."}]},
-        {"conversations": [{"from": "human", "value": "A river in Asia?"}, {"from": "gpt", "value": "The Indus."}]},
+        {
+            "messages": [
+                {"role": "user", "content": "A river?"},
+                {"role": "assistant", "content": "The Oder."},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "A river in Asia?"},
+                {"from": "gpt", "value": "The Indus."},
+            ]
+        },
         {"instruction": "Name a river.", "input": "In Spain.", "output": "The Ebro."},
         {"question": "And a sea?", "answer": "The Baltic."},
         {"prompt": "And a lake in the north?", "response": "The Ladoga."},
-        {"messages": [{"role": "assistant", "content": "Which river?"}, {"role": "user", "content": "The last one."}]},
-        {"messages": [{"role": "tool", "content": "The Oder is 840 km."}, {"role": "assistant", "content": "840 km."}]},
+        {
+            "messages": [
+                {"role": "assistant", "content": "Which river?"},
+                {"role": "user", "content": "The last one."},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "tool", "content": "The Oder is 840 km."},
+                {"role": "assistant", "content": "840 km."},
+            ]
+        },
         {"prompt": "And a mountain in the north?", "response": " "},
         {"question": "A?", "answer": "B."},
     ],
-    "mathematics": [{"text": 3 * SUMS}, {"text": 3 * SHOP}, {"text": "let x be"}, {"text": SUMS + 2000 * "1 "}],
+    "mathematics": [
+        {"text": 3 * SUMS},
+        {"text": 3 * SHOP},
+        {"text": "let x be"},
+        {"text": SUMS + 2000 * "1 "},
+    ],
     "source_code": [
         {"text": CODE, "license": "MIT", "repo_name": "ann/area"},
         {"text": "# do not edit\n" + CODE, "license": "MIT"},
@@ -159,9 +233,16 @@ def sources(home: Path) -> dict[str, Source]:
     (home / "pages").mkdir()
     for name, page in PAGES.items():
         (home / "pages" / f"{name}.html").write_text(page)
-    rows = [{"text": f"{text} {tail}"} for text in (PROSE, SECOND) for tail in ("One.", "Two.", f"{LONG} {LONG}.")]
+    rows = [
+        {"text": f"{text} {tail}"}
+        for text in (PROSE, SECOND)
+        for tail in ("One.", "Two.", f"{LONG} {LONG}.")
+    ]
     rows += [{"text": STORY}, {"text": STORY.split("\n\n")[-1]}]
-    rows += [{"text": f"{3 * SHOP} {QUESTION}"}, {"text": f"{SUMS} mail ann@corp.org {PROSE[50:]} {LONG}"}]
+    rows += [
+        {"text": f"{3 * SHOP} {QUESTION}"},
+        {"text": f"{SUMS} mail ann@corp.org {PROSE[50:]} {LONG}"},
+    ]
     write_rows(home / "passes" / "0.jsonl", rows)
     found["passes"] = Source(
         "curated", str(home / "passes"), "CC0-1.0", 1.0, 1,
@@ -217,25 +298,44 @@ def sharded(clean: Path, files: list[str], documents: int, place: Path) -> list[
 
 
 def outputs(home: Path, builds: dict[str, Build]) -> dict[str, dict[str, Any]]:
-    """Of every recipe, the passes, sharding and a vocabulary's training: versions, and hashes of all else."""
+    """Of every recipe, the passes, sharding and a vocabulary's training: versions, and hashes of
+    all else.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, build in builds.items():
         lines = clean_documents(build)
-        paths = [path for folder in (Path(build.source.input), home) for path in sorted(folder.iterdir())]
+        paths = [
+            path for folder in (Path(build.source.input), home) for path in sorted(folder.iterdir())
+        ]
         found[name] = {"versions": fingerprints.versions_of(build.source), "documents": len(lines)}
-        found[name] |= {"input": digest(map(content, filter(Path.is_file, paths))), "sha256": digest(lines)}
+        found[name] |= {
+            "input": digest(map(content, filter(Path.is_file, paths))),
+            "sha256": digest(lines),
+        }
     shards = digest(megatron_shards(home / "megatron"))
     raw = digest(map(content, sorted((home / "megatron" / "raw").iterdir())))
-    found["megatron"] = {"versions": {"megatron": megatron.RECIPE_VERSION}, "input": raw, "sha256": shards}
+    found["megatron"] = {
+        "versions": {"megatron": megatron.RECIPE_VERSION},
+        "input": raw,
+        "sha256": shards,
+    }
     passes = found["passes"]
-    shards = digest(sharded(home / "clean" / "passes", ["00000.jsonl.gz"], passes["documents"], home / "shards-1"))
+    shards = digest(
+        sharded(
+            home / "clean" / "passes", ["00000.jsonl.gz"], passes["documents"], home / "shards-1"
+        )
+    )
     raw = digest([passes["sha256"].encode(), VOCABULARY.read_bytes()])
     found["sharding"] = {"versions": {"sharding": shard.VERSION}, "input": raw, "sha256": shards}
     texts = [PROSE, SECOND, CODE, SUMS]
     tokenizer.train(texts, 300, home / "vocabulary")
     versions = {"training": tokenizer.TRAINING_VERSION, "tokenizers": version("tokenizers")}
     trained = digest([(home / "vocabulary" / tokenizer.FILE).read_bytes()])
-    found["vocabulary"] = {"versions": versions, "input": digest(map(str.encode, texts)), "sha256": trained}
+    found["vocabulary"] = {
+        "versions": versions,
+        "input": digest(map(str.encode, texts)),
+        "sha256": trained,
+    }
     rules = rules_of(home, builds)
     return {name: {**entry, "rules": rules[name]} for name, entry in found.items()}
 
@@ -254,7 +354,9 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def rules_of(home: Path, builds: dict[str, Build]) -> dict[str, str]:
-    """A hash of the rules of every entry: constants that its code reads, and what its steps were built with."""
+    """A hash of the rules of every entry: constants that its code reads, and what its steps were
+    built with.
+    """
     rules: dict[str, list[Any]] = {
         "megatron": constants([megatron.shard_task]),
         "sharding": constants([shard.shard_task]),
@@ -264,7 +366,10 @@ def rules_of(home: Path, builds: dict[str, Build]) -> dict[str, str]:
         of_passes = [clean.clean_task, clean.passes] if name == "passes" else []
         steps = [arguments(step) for step in steps_of(build)]
         rules[name] = [*constants([recipes.load(build.source.recipe).steps, *of_passes]), *steps]
-    return {name: digest([json.dumps(found).replace(str(home), "").encode()]) for name, found in rules.items()}
+    return {
+        name: digest([json.dumps(found).replace(str(home), "").encode()])
+        for name, found in rules.items()
+    }
 
 
 def steps_of(build: Build) -> list[PipelineStep]:
@@ -275,7 +380,8 @@ def steps_of(build: Build) -> list[PipelineStep]:
 
 
 def constants(roots: Iterable[Any]) -> list[Any]:
-    """Names and values of all constants and defaults that functions read, or functions and classes of data/ they name.
+    """Names and values of all constants and defaults that functions read, or functions and classes
+    of data/ they name.
 
     They bear no module's name, so code may move from one to another.
     """
@@ -284,7 +390,11 @@ def constants(roots: Iterable[Any]) -> list[Any]:
     left = list(roots)
     while left:
         part = inspect.unwrap(left.pop())
-        if not isinstance(part, FunctionType | type) or not of_data(part.__module__) or part in seen:
+        if (
+            not isinstance(part, FunctionType | type)
+            or not of_data(part.__module__)
+            or part in seen
+        ):
             continue
         seen.add(part)
         for name, value in members(part):
@@ -298,14 +408,23 @@ def constants(roots: Iterable[Any]) -> list[Any]:
 
 
 def members(part: Any) -> list[tuple[str, Any]]:
-    """What a class holds and inherits, or what a function's code names in its module or in a module of data/."""
+    """What a class holds and inherits, or what a function's code names in its module or in a module
+    of data/.
+    """
     if isinstance(part, type):
         held = [(f"{part.__name__}.{name}", value) for name, value in vars(part).items()]
         return [*held, *(("", base) for base in part.__bases__)]
     read, named = names_in(part.__code__)
     scope = {name: part.__globals__[name] for name in read if name in part.__globals__}
-    modules = [value for value in scope.values() if isinstance(value, ModuleType) and of_data(value.__name__)]
-    return [*scope.items(), *((name, vars(module)[name]) for module in modules for name in named & vars(module).keys())]
+    modules = [
+        value
+        for value in scope.values()
+        if isinstance(value, ModuleType) and of_data(value.__name__)
+    ]
+    return [
+        *scope.items(),
+        *((name, vars(module)[name]) for module in modules for name in named & vars(module).keys()),
+    ]
 
 
 def of_data(module: str) -> bool:
@@ -314,7 +433,9 @@ def of_data(module: str) -> bool:
 
 
 def names_in(code: CodeType) -> tuple[set[str], set[str]]:
-    """The globals that a function's code reads, and every name in it, attributes too; with functions inside it."""
+    """The globals that a function's code reads, and every name in it, attributes too; with
+    functions inside it.
+    """
     read = {one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
     named = set(code.co_names)
     for inner in code.co_consts:
@@ -325,7 +446,9 @@ def names_in(code: CodeType) -> tuple[set[str], set[str]]:
 
 
 def arguments(part: Any, deep: bool = True) -> list[Any]:
-    """Kind and plain values of an object, and one level deeper those of objects that belong to a pipeline."""
+    """Kind and plain values of an object, and one level deeper those of objects that belong to a
+    pipeline.
+    """
     held = []
     for name, value in sorted(vars(part).items()):
         if deep and type(value).__module__.startswith(("data.", "datatrove.pipeline.")):
@@ -336,7 +459,9 @@ def arguments(part: Any, deep: bool = True) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A constant as JSON can write it, the same in every process; None for what is no plain value, as a path."""
+    """A constant as JSON can write it, the same in every process; None for what is no plain value,
+    as a path.
+    """
     if isinstance(value, re.Pattern):
         return ["pattern", plain(value.pattern), value.flags]
     if isinstance(value, bytes):
@@ -351,7 +476,9 @@ def plain(value: Any) -> Any:
 
 
 def hidden(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
-    """Entries with other text of the same input under the same versions: a new record would take it for the old."""
+    """Entries with other text of the same input under the same versions: a new record would take it
+    for the old.
+    """
     return [
         name
         for name in before.keys() & now.keys()
@@ -366,7 +493,8 @@ def main() -> int:
         now = outputs(Path(folder), material(Path(folder)))
     if RECORD.is_file() and (names := hidden(json.loads(RECORD.read_text()), now)):
         print(
-            f"not written, for other text came of the same input: {', '.join(sorted(names))}. Raise the version first"
+            f"not written, for other text came of the same input: {', '.join(sorted(names))}. "
+            "Raise the version first"
         )
         return 1
     RECORD.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,6 @@
-"""A folder that bd3e05a prepared (tests/fixtures) is taken over as it is, or refused with nothing changed."""
+"""A folder that bd3e05a prepared (tests/fixtures) is taken over as it is, or refused with nothing
+changed.
+"""
 
 import json
 import shutil
@@ -34,7 +36,8 @@ def old(tmp_path: Path) -> DataConfig:
         workers=1,
         tokenizer=TokenizerConfig(None, None, 300, 1),
         sources={
-            name: Source("curated", str(FIXTURES / "raw" / name), "CC0-1.0", 4.0, 1) for name in ("left", "right")
+            name: Source("curated", str(FIXTURES / "raw" / name), "CC0-1.0", 4.0, 1)
+            for name in ("left", "right")
         },
         stages=[Stage("only", 128, 64, {"left": 1.0, "right": 1.0})],
     )
@@ -43,21 +46,31 @@ def old(tmp_path: Path) -> DataConfig:
 def contents(cfg: DataConfig) -> dict[str, bytes]:
     """Every file of the folder but the lock and what workers print."""
     home = Path(cfg.folder)
-    paths = [path for path in home.rglob("*") if path.is_file() and "logs" not in path.parts and path.name != "lock"]
+    paths = [
+        path
+        for path in home.rglob("*")
+        if path.is_file() and "logs" not in path.parts and path.name != "lock"
+    ]
     return {str(path.relative_to(home)): path.read_bytes() for path in paths}
 
 
-def test_an_old_folder_is_adopted_by_its_hashes(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_folder_is_adopted_by_its_hashes(
+    old: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(old)
     adopt(old)
     prepare(old)
     assert capsys.readouterr().out.count("reused") == 5
     after = contents(old)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
-    keyed = {f"clean/{name}/built.json" for name in old.sources} | {f"shards/{n}/manifest.json" for n in old.sources}
+    keyed = {f"clean/{name}/built.json" for name in old.sources} | {
+        f"shards/{n}/manifest.json" for n in old.sources
+    }
     assert changed <= {*keyed, "tokenizer/built.json", "report.json"}
     for name in old.sources:
-        one, other = (json.loads(files[f"shards/{name}/manifest.json"]) for files in (before, after))
+        one, other = (
+            json.loads(files[f"shards/{name}/manifest.json"]) for files in (before, after)
+        )
         assert other["versions"] == {"sharding": 1, "tokenizers": version("tokenizers")}
         assert one == {key: value for key, value in other.items() if key != "versions"} | {
             "recipe_sha256": one["recipe_sha256"]
@@ -78,7 +91,9 @@ def test_old_shards_verify(old: DataConfig, capsys: pytest.CaptureFixture[str]) 
 
 def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None:
     before = contents(old)
-    with pytest.raises(InputError, match=r"left by a version of this project before 0.2; .* prepare.adopt=true to"):
+    with pytest.raises(
+        InputError, match=r"left by a version of this project before 0.2; .* prepare.adopt=true to"
+    ):
         prepare(old)
     assert contents(old) == before
     prepare(old, rebuild=True)
@@ -90,7 +105,10 @@ def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"recipe": "technical"}, "shards of left have recipe curated, not technical: give the config"),
+        (
+            {"recipe": "technical"},
+            "shards of left have recipe curated, not technical: give the config",
+        ),
         ({"licence": "MIT"}, "licence CC0-1.0, not MIT"),
         ({"tasks": 2}, "was begun with 1 tasks, not 2"),
         ({"near_duplicates": "14x8"}, "was made without near_duplicates"),
@@ -98,7 +116,10 @@ def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None
     ],
 )
 def test_another_source_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
-    refused(replace(old, sources={**old.sources, "left": replace(old.sources["left"], **changed)}), message)
+    refused(
+        replace(old, sources={**old.sources, "left": replace(old.sources["left"], **changed)}),
+        message,
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +127,10 @@ def test_another_source_is_refused(old: DataConfig, changed: dict[str, Any], mes
     [
         ({"seed": 4}, "shards of left are not those that this config makes"),
         ({"heldout_percent": 40.0}, "shards of left are not those that this config makes"),
-        ({"tokenizer": TokenizerConfig(None, None, 400, 1)}, "has 300 ids, data.tokenizer.vocab_size is 400"),
+        (
+            {"tokenizer": TokenizerConfig(None, None, 400, 1)},
+            "has 300 ids, data.tokenizer.vocab_size is 400",
+        ),
     ],
 )
 def test_another_config_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
@@ -129,7 +153,10 @@ def test_another_list_of_inputs_is_refused(old: DataConfig, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("shards/right/train_00000.ds", r"right/train_00000.ds does not hash to its manifest's SHA-256"),
+        (
+            "shards/right/train_00000.ds",
+            r"right/train_00000.ds does not hash to its manifest's SHA-256",
+        ),
         ("shards/right/train_00000.ds.index", "is not the index of train_00000.ds"),
         ("clean/left/built.json", "has a damaged built.json or input.json"),
         ("clean/left/00000.jsonl.gz", "holds other files than were written there"),
@@ -158,15 +185,22 @@ def test_no_folder_is_made(old: DataConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "typo").exists()
 
 
-def test_what_nothing_shows_is_left_with_its_shards(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Preparing would clean again and make other shards, so the command stops here; the rest is taken over."""
+def test_what_nothing_shows_is_left_with_its_shards(
+    old: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Preparing would clean again and make other shards, so the command stops here; the rest is
+    taken over.
+    """
     shutil.rmtree(Path(old.folder) / "clean" / "left")
     before = contents(old)
     adopt(old)
     assert "left is left as it is, for its clean documents are not there" in capsys.readouterr().out
     after = contents(old)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
-    assert changed == {"clean/right/built.json", "shards/right/manifest.json"}  # the vocabulary has both texts
+    assert changed == {
+        "clean/right/built.json",
+        "shards/right/manifest.json",
+    }  # the vocabulary has both texts
 
 
 def test_a_source_without_shards_does_not_keep_the_others_from_it(
@@ -186,22 +220,34 @@ def test_shards_that_are_left_are_hashed_too(old: DataConfig) -> None:
 
 
 def test_what_records_of_today_hold_is_compared(old: DataConfig, tmp_path: Path) -> None:
-    """How far a pass went, the column of the text, the input's sizes: records before 0.2 had none of them."""
+    """How far a pass went, the column of the text, the input's sizes: records before 0.2 had none
+    of them.
+    """
     shutil.copytree(FIXTURES / "raw", tmp_path / "raw")
-    sources = {name: replace(source, input=str(tmp_path / "raw" / name)) for name, source in old.sources.items()}
+    sources = {
+        name: replace(source, input=str(tmp_path / "raw" / name))
+        for name, source in old.sources.items()
+    }
     cfg = replace(old, sources=sources)
     adopt(cfg)
-    refused(replace(cfg, sources={**sources, "left": replace(sources["left"], text_key="body")}), "made with text_key")
+    refused(
+        replace(cfg, sources={**sources, "left": replace(sources["left"], text_key="body")}),
+        "made with text_key",
+    )
     with (tmp_path / "raw" / "right" / "0.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     refused(cfg, "was made from other input files")
 
 
-def test_an_upgrade_replaces_nothing_unasked(old: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_replaces_nothing_unasked(
+    old: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adopt(old)
     before = contents(old)
     monkeypatch.setattr(fingerprints, "version", lambda package: "99.0")
-    with pytest.raises(InputError, match=r"left by datatrove .*, now 99.0, tokenizers .*, now 99.0; right by"):
+    with pytest.raises(
+        InputError, match=r"left by datatrove .*, now 99.0, tokenizers .*, now 99.0; right by"
+    ):
         prepare(old)
     assert contents(old) == before
     adopt(old)
@@ -217,7 +263,9 @@ def test_an_upgrade_replaces_nothing_unasked(old: DataConfig, monkeypatch: pytes
 def test_text_of_other_rules_is_left(
     old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also when an adoption is asked for again after a version was raised: it must not hide that."""
+    """Also when an adoption is asked for again after a version was raised: it must not hide
+    that.
+    """
     adopt(old)
     monkeypatch.setattr(recipes.load("curated"), "RECIPE_VERSION", 2)
     before = contents(old)

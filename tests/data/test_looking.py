@@ -16,7 +16,15 @@ import pytest
 from core.errors import InputError
 from data import tokenizer
 from data.browse import browse
-from data.config import Asset, BrowseSettings, DataConfig, Source, Stage, TokenizerConfig, VerifySettings
+from data.config import (
+    Asset,
+    BrowseSettings,
+    DataConfig,
+    Source,
+    Stage,
+    TokenizerConfig,
+    VerifySettings,
+)
 from data.download import download_all, fetch
 from data.prepare import prepare
 from data.stream.documents import Documents
@@ -31,11 +39,19 @@ NOTHING = BrowseSettings(None, None, None, 2, 400, "unused", 50)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     home = tmp_path_factory.mktemp("looking")
-    texts = [f"Page {i} speaks of <rivers> & of {' '.join(str(j * i) for j in range(20 + i % 7))}" for i in range(90)]
+    texts = [
+        f"Page {i} speaks of <rivers> & of {' '.join(str(j * i) for j in range(20 + i % 7))}"
+        for i in range(90)
+    ]
     for name in ("web", "code"):
         (home / name).mkdir()
-        rows = [{"text": f"{name} {text}", "url": f"http://h{i % 3}.example/{i}"} for i, text in enumerate(texts)]
-        (home / name / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": ""}]))
+        rows = [
+            {"text": f"{name} {text}", "url": f"http://h{i % 3}.example/{i}"}
+            for i, text in enumerate(texts)
+        ]
+        (home / name / "a.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*rows, {"text": ""}])
+        )
     tokenizer.train(texts, 400, home / "vocabulary")
     cfg = DataConfig(
         folder=str(home / "data"),
@@ -45,43 +61,69 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         reset_state=True,
         workers=1,
         tokenizer=TokenizerConfig(str(home / "vocabulary" / tokenizer.FILE), None, 400, 1),
-        sources={name: Source("mathematics", str(home / name), "CC0-1.0", 2.0, 1) for name in ("web", "code")},
-        stages=[Stage("short", 640, 16, {"web": 3.0, "code": 1.0}), Stage("long", 640, 32, {"web": 1.0})],
+        sources={
+            name: Source("mathematics", str(home / name), "CC0-1.0", 2.0, 1)
+            for name in ("web", "code")
+        },
+        stages=[
+            Stage("short", 640, 16, {"web": 3.0, "code": 1.0}),
+            Stage("long", 640, 32, {"web": 1.0}),
+        ],
     )
     prepare(cfg)
     return cfg
 
 
-def test_what_the_model_saw_at_a_token(built: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_model_saw_at_a_token(
+    built: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifests = open_manifests(built)
     loader = Loader(compile_plan(built, manifests), manifests)
     browse(built, replace(NOTHING, page=None, position=700, count=1))
     shown = capsys.readouterr().out
     assert "token 672 of the run, stage long, sequence 1 of 32 tokens" in shown
     batch = loader.read(loader.plan.stages[1], np.array([1]))
-    text = tokenizer.load(Path(built.folder) / "tokenizer" / tokenizer.FILE).decode(batch.tokens[0].tolist())
+    text = tokenizer.load(Path(built.folder) / "tokenizer" / tokenizer.FILE).decode(
+        batch.tokens[0].tolist()
+    )
     assert text.split(tokenizer.EOS_TOKEN)[0].strip() in shown
     for changed in ({"position": 1280}, {"stage": "decay"}, {"source": "books"}):
-        with pytest.raises(InputError, match="the run has tokens 0 to 1279|has short, long|has web, code"):
+        with pytest.raises(
+            InputError, match="the run has tokens 0 to 1279|has short, long|has web, code"
+        ):
             browse(built, replace(NOTHING, page=None, **changed))
     browse(built, replace(NOTHING, page=None, source="code", stage="short"))
     shown = capsys.readouterr().out
-    assert shown.count("code, document") == 2 and "code Page" in shown and shown.count("stage short") == 2
+    assert (
+        shown.count("code, document") == 2
+        and "code Page" in shown
+        and shown.count("stage short") == 2
+    )
 
 
 def test_the_page_holds_all_and_loads_nothing(built: DataConfig, tmp_path: Path) -> None:
     browse(built, replace(NOTHING, page=str(tmp_path / "page.html")))
     page = (tmp_path / "page.html").read_text()
-    for part in ("Mixture over tokens", "empty 1", "h1.example", "documents per sequence", "on average"):
+    for part in (
+        "Mixture over tokens",
+        "empty 1",
+        "h1.example",
+        "documents per sequence",
+        "on average",
+    ):
         assert part in page, part
     assert re.search(r"web (70|80)\.0%", page), "3 of 4 of ten blocks"
     assert not re.search(r"<script|src=|href=|url\(", page) and "<rivers>" not in page
 
 
-def test_verify_sees_one_flipped_bit(built: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_sees_one_flipped_bit(
+    built: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     verify(built, VerifySettings(3, True))
     shown = capsys.readouterr().out
-    assert "all is what the manifests say" in shown and re.search(r"web +0\.00G +0\.00G +1,\d{3}", shown)
+    assert "all is what the manifests say" in shown and re.search(
+        r"web +0\.00G +0\.00G +1,\d{3}", shown
+    )
     shutil.copytree(built.folder, tmp_path / "data")
     shard = next((tmp_path / "data" / "shards" / "web").glob("train*.ds"))
     content = bytearray(shard.read_bytes())
@@ -112,15 +154,22 @@ def test_packing_counts_what_a_loop_counts(tmp_path: Path) -> None:
     owner = np.repeat(np.arange(80), np.concatenate(sizes))
     windows = [owner[start : start + 32] for start in range(0, len(owner), 32)]
     assert found.pieces == sum(len(set(window.tolist())) for window in windows)
-    seen = [window for document in range(80) if len(window := np.flatnonzero(owner == document) // 32)]
+    seen = [
+        window for document in range(80) if len(window := np.flatnonzero(owner == document) // 32)
+    ]
     assert found.cut == sum(window[0] != window[-1] for window in seen) and found.documents == 80
 
 
-def test_prefetch_fetches_once_and_knows_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prefetch_fetches_once_and_knows_another_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "origin").write_bytes(b"model")
     sha256 = hashlib.sha256(b"model").hexdigest()
     asset = Asset(str(tmp_path / "here" / "lid.bin"), f"file://{tmp_path / 'origin'}", sha256)
-    assert fetch("lid", asset).startswith("fetched from") and (tmp_path / "here" / "lid.bin").read_bytes() == b"model"
+    assert (
+        fetch("lid", asset).startswith("fetched from")
+        and (tmp_path / "here" / "lid.bin").read_bytes() == b"model"
+    )
     (tmp_path / "origin").unlink()
     assert fetch("lid", asset).startswith("there, 5 bytes")
     with pytest.raises(InputError, match="has sha256 .*, not 00: remove it"):
@@ -148,4 +197,7 @@ def test_prefetch_speaks_http(tmp_path: Path) -> None:
 def test_prefetch_lists_everything(built: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
     download_all(built)
     shown = capsys.readouterr().out
-    assert re.search(r"tokenizer +there, [\d,]+ bytes", shown) and "language_model    not used" in shown
+    assert (
+        re.search(r"tokenizer +there, [\d,]+ bytes", shown)
+        and "language_model    not used" in shown
+    )

@@ -43,7 +43,9 @@ def config(home: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_every_document_arrives(tmp_path: Path, dtype: type, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_document_arrives(
+    tmp_path: Path, dtype: type, capsys: pytest.CaptureFixture[str]
+) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(12, 270, random.integers(1, 30)).tolist() for _ in range(60)]
     (tmp_path / "raw").mkdir()

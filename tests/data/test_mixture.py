@@ -1,4 +1,6 @@
-"""The data order: bijective, seeded, apportioned, without repeats, and the same for every world size."""
+"""The data order: bijective, seeded, apportioned, without repeats, and the same for every world
+size.
+"""
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,9 @@ from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus
 def test_permutation_is_bijective_and_keyed(size: int) -> None:
     images = permute(np.arange(size), size, "0/web/0")
     assert np.array_equal(np.sort(images), np.arange(size))
-    assert np.array_equal(permute(np.array([size - 1]), size, "0/web/0"), images[-1:])  # seeking gives the same
+    assert np.array_equal(
+        permute(np.array([size - 1]), size, "0/web/0"), images[-1:]
+    )  # seeking gives the same
     if size >= 64:
         other = permute(np.arange(size), size, "0/web/1")
         assert (images == other).mean() < 0.1 and (images == np.arange(size)).mean() < 0.1
@@ -38,7 +42,9 @@ def test_permutation_seeks_in_a_corpus_of_the_real_size() -> None:
 
 
 def unpermute(image: int, size: int, key: str) -> int:
-    """The network backwards: that it exists is what makes the order visit every block exactly once."""
+    """The network backwards: that it exists is what makes the order visit every block exactly
+    once.
+    """
     half, keys = network(size, key)
     mask = (1 << half) - 1
     while True:
@@ -70,19 +76,27 @@ def test_one_and_many_are_permuted_alike(size: int, seed: int) -> None:
 
 
 def test_a_position_of_the_large_run_costs_no_memory() -> None:
-    """Any token of 5.8T is found from numbers alone: 10 MB and a millisecond are the bars; time is in the benchmark."""
+    """Any token of 5.8T is found from numbers alone: 10 MB and a millisecond are the bars; time is
+    in the benchmark.
+    """
     config = run_config("7b").data
     tracemalloc.start()
-    plan = Plan(config, {name: 6 * 10**12 for name in config.sources}, dict.fromkeys(config.sources, ""))
+    plan = Plan(
+        config, {name: 6 * 10**12 for name in config.sources}, dict.fromkeys(config.sources, "")
+    )
     for token in (0, 1_200_000_000_000, plan.tokens - 1):
         stage = plan.stage_at(token)
-        _, block = plan.blocks_of(stage, np.array([(token - stage.first_token) // plan.block_tokens]))
+        _, block = plan.blocks_of(
+            stage, np.array([(token - stage.first_token) // plan.block_tokens])
+        )
         assert 0 <= block[0] < 6 * 10**12 // 8192
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("shares", [[1], [50, 40, 10], [0.1, 99.9], [1, 1, 1], [90, 4, 3, 2.5, 0.5]])
+@pytest.mark.parametrize(
+    "shares", [[1], [50, 40, 10], [0.1, 99.9], [1, 1, 1], [90, 4, 3, 2.5, 0.5]]
+)
 def test_dealing_keeps_every_prefix_in_proportion(shares: list[float]) -> None:
     owner, turn = deal(shares)
     exact = np.array(shares) / sum(shares)
@@ -166,7 +180,10 @@ def test_every_world_size_reads_the_same_samples(loader: Loader) -> None:
         expected = next(loader.share(token, sequences, 0, 1, 1000))[0]
         for ranks in (2, 3, 4, 8, 256):
             for micro_batch in (1, 2):
-                batches = [list(loader.share(token, sequences, rank, ranks, micro_batch)) for rank in range(ranks)]
+                batches = [
+                    list(loader.share(token, sequences, rank, ranks, micro_batch))
+                    for rank in range(ranks)
+                ]
                 assert all(batches)  # a rank without a sequence takes part all the same
                 counted = [batch for rank in batches for batch, counts in rank if counts]
                 assert torch.equal(torch.cat([batch.tokens for batch in counted]), expected.tokens)
@@ -198,7 +215,9 @@ def test_targets_are_the_next_tokens(loader: Loader) -> None:
     batch = loader.read(loader.plan.stages[2], np.arange(3))
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     source, block = loader.plan.blocks_of(loader.plan.stages[2], np.arange(1))
-    after = loader.shards[source[0]].read(int(block[0]) * BLOCK + 32, 1)  # the lookahead of the first cut
+    after = loader.shards[source[0]].read(
+        int(block[0]) * BLOCK + 32, 1
+    )  # the lookahead of the first cut
     assert batch.targets[0, -1] == after[0]
 
 

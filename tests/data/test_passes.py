@@ -1,4 +1,6 @@
-"""Near duplicates, exact substrings and exclusions: what goes is what repeats, and nothing goes unaccounted."""
+"""Near duplicates, exact substrings and exclusions: what goes is what repeats, and nothing goes
+unaccounted.
+"""
 
 import gzip
 import json
@@ -26,7 +28,7 @@ from data.pipeline import minhash, substrings
 from data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-SYLLABLES = "ba ce di fo gu ha ji ko lu me ni po qua ri su te vo wi xo ya ze".split()  # noqa: SIM905
+SYLLABLES = "ba ce di fo gu ha ji ko lu me ni po qua ri su te vo wi xo ya ze".split()
 
 
 def prose(seed: str, words: int) -> str:
@@ -39,8 +41,13 @@ ARTICLES = [prose(f"article {i}", 120) for i in range(12)]
 NOTICE = prose("notice", 60)
 ROWS = [
     *({"text": text, "id": f"a{i}"} for i, text in enumerate(ARTICLES)),
-    *({"text": f"{ARTICLES[i]} indeed", "id": f"near{i}"} for i in range(3)),  # near duplicates of the first three
-    *({"text": f"{prose(f'n{i}', 50)}. {NOTICE} {prose(f'm{i}', 50)}.", "id": f"n{i}"} for i in range(4)),
+    *(
+        {"text": f"{ARTICLES[i]} indeed", "id": f"near{i}"} for i in range(3)
+    ),  # near duplicates of the first three
+    *(
+        {"text": f"{prose(f'n{i}', 50)}. {NOTICE} {prose(f'm{i}', 50)}.", "id": f"n{i}"}
+        for i in range(4)
+    ),
     {"text": NOTICE, "id": "bare"},
 ]
 
@@ -51,9 +58,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     (home / "raw").mkdir()
     for part in range(3):
         rows = [json.dumps(row) + "\n" for row in ROWS[part::3]]
-        (home / "raw" / f"{part}.jsonl").write_text("".join(rows) + ("{broken\n" if part == 1 else ""))
+        (home / "raw" / f"{part}.jsonl").write_text(
+            "".join(rows) + ("{broken\n" if part == 1 else "")
+        )
     tokenizer.train((row["text"] for row in ROWS), 300, home / "vocabulary")
-    source = Source("curated", str(home / "raw"), "CC0-1.0", 1.0, 3, near_duplicates="14x8", exact_substrings=40)
+    source = Source(
+        "curated", str(home / "raw"), "CC0-1.0", 1.0, 3, near_duplicates="14x8", exact_substrings=40
+    )
     return DataConfig(
         folder=str(home / "data"),
         seed=3,
@@ -75,11 +86,15 @@ def built(base: DataConfig) -> DataConfig:
 
 
 def shards(cfg: DataConfig) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (Path(cfg.folder) / "shards" / "web").glob("*.*")}
+    return {
+        path.name: path.read_bytes() for path in (Path(cfg.folder) / "shards" / "web").glob("*.*")
+    }
 
 
 def rows_in(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for path in sorted(folder.glob("*.gz")) for line in gzip.open(path, "rt")]
+    return [
+        json.loads(line) for path in sorted(folder.glob("*.gz")) for line in gzip.open(path, "rt")
+    ]
 
 
 def test_what_repeats_goes_once(built: DataConfig) -> None:
@@ -89,34 +104,53 @@ def test_what_repeats_goes_once(built: DataConfig) -> None:
         for row in rows_in(Path(built.folder) / "clean/web/excluded/unique/01-near-duplicates")
     ]
     assert sorted(near) == sorted(ARTICLES[:3]), "one of each pair went"
-    assert set(ARTICLES) <= {text.removesuffix(" indeed") for text in kept.values()}, "and the other is whole"
+    assert set(ARTICLES) <= {text.removesuffix(" indeed") for text in kept.values()}, (
+        "and the other is whole"
+    )
     notices = [text for text in kept.values() if NOTICE in text]
     assert len(notices) == 1
-    assert len([id for id in kept if id.startswith("n") and not id.startswith("near")]) == 4, "cut, not dropped"
-    assert all(len(kept[f"n{i}"].split()) in (100, 160) for i in range(4)), "all words outside the run stay"
+    assert len([id for id in kept if id.startswith("n") and not id.startswith("near")]) == 4, (
+        "cut, not dropped"
+    )
+    assert all(len(kept[f"n{i}"].split()) in (100, 160) for i in range(4)), (
+        "all words outside the run stay"
+    )
 
 
 def test_every_exclusion_has_its_reason(built: DataConfig) -> None:
     home = Path(built.folder)
-    assert [row["reason"] for row in rows_in(home / "clean/web/excluded/cut/01-exact-substrings")] in (["repeated"], [])
-    (row,) = [json.loads(line) for p in (home / "clean/web/quarantine").iterdir() for line in p.open()]
+    assert [
+        row["reason"] for row in rows_in(home / "clean/web/excluded/cut/01-exact-substrings")
+    ] in (["repeated"], [])
+    (row,) = [
+        json.loads(line) for p in (home / "clean/web/quarantine").iterdir() for line in p.open()
+    ]
     assert row["reason"] == "corrupt" and row["where"] == "1.jsonl:7" and row["raw"]["bytes"] == 8
     steps = json.loads((home / "report.json").read_text())["steps"]["web"]
     assert steps[0]["total"] == len(ROWS) + 1 and steps[0]["dropped"] == {"corrupt": 1}
     assert steps[-2]["cut"] == {"documents": 4, "characters": steps[-2]["cut"]["characters"]}
     assert steps[-2]["cut"]["characters"] > 3 * len(NOTICE)
-    assert sum(sum(step["dropped"].values()) for step in steps) + steps[-1]["forwarded"] == len(ROWS) + 1
+    assert (
+        sum(sum(step["dropped"].values()) for step in steps) + steps[-1]["forwarded"]
+        == len(ROWS) + 1
+    )
 
 
-@pytest.mark.parametrize("mark", ["minhash/pairs/*", "substrings/repeats/*.borders", "documents/cut/*"])
-def test_a_kill_in_any_pass_changes_nothing(base: DataConfig, built: DataConfig, tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    "mark", ["minhash/pairs/*", "substrings/repeats/*.borders", "documents/cut/*"]
+)
+def test_a_kill_in_any_pass_changes_nothing(
+    base: DataConfig, built: DataConfig, tmp_path: Path, mark: str
+) -> None:
     cfg = replace(base, folder=str(tmp_path), workers=1)
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom data.config import *\nfrom data.prepare import prepare\n"
-        "prepare(DataConfig(**eval(sys.argv[2])))\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom data.config import *\nfrom "
+        "data.prepare import prepare\nprepare(DataConfig(**eval(sys.argv[2])))\n"
     )
     fields = {field: getattr(cfg, field) for field in cfg.__dataclass_fields__}
-    process = subprocess.Popen([sys.executable, "-c", program, str(ROOT), repr(fields)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(ROOT), repr(fields)], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None and not list((tmp_path / "building").glob(f"clean/*/*/{mark}")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -136,7 +170,8 @@ for index in range(first, last + 1):
         "SLURM_NODELIST": "n1"})
 print("Submitted batch job 7")
 """,
-    "srun": "import os, sys\nargs = sys.argv[sys.argv.index('-n') + 2:]\nos.execvp(args[0], args)\n",
+    "srun": "import os, sys\nargs = sys.argv[sys.argv.index('-n') + 2:]\n"
+    "os.execvp(args[0], args)\n",
     "scontrol": "print('n1')\n",
     "squeue": "",
     "scancel": "",
@@ -146,7 +181,9 @@ print("Submitted batch job 7")
 def test_slurm_gives_the_same_bytes(
     base: DataConfig, built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """datatrove's script under stand-ins of Slurm's commands that run an array's elements one after another."""
+    """datatrove's script under stand-ins of Slurm's commands that run an array's elements one after
+    another.
+    """
     for name, text in SLURM.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -158,7 +195,14 @@ def test_slurm_gives_the_same_bytes(
     cfg = replace(base, folder=str(tmp_path / "data"), sources={"web": source})
     prepare(cfg, replace(executor, account="lab", qos="low"))
     (script, *_) = (tmp_path / "data" / "slurm").glob("clean/*/launch_script.slurm")
-    for line in ("--account=lab", "--qos=low", "--partition=cpu", "--array=0-0%4", "--requeue", "--mem-per-cpu=2G"):
+    for line in (
+        "--account=lab",
+        "--qos=low",
+        "--partition=cpu",
+        "--array=0-0%4",
+        "--requeue",
+        "--mem-per-cpu=2G",
+    ):
         assert f"#SBATCH {line}\n" in script.read_text(), line
     local = replace(cfg, folder=str(tmp_path / "local"))
     prepare(local)
@@ -172,7 +216,10 @@ def test_ray_is_asked_for_before_anything_is_done(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match="pip install ray"):
-        prepare(replace(base, folder=str(tmp_path)), ExecutorConfig(Executor.ray, 1, None, "1", 1, 1, 1, 1.0, None))
+        prepare(
+            replace(base, folder=str(tmp_path)),
+            ExecutorConfig(Executor.ray, 1, None, "1", 1, 1, 1, 1.0, None),
+        )
 
 
 def naive_cut(texts: list[list[str]], n: int) -> list[list[str]]:
@@ -198,7 +245,9 @@ def naive_cut(texts: list[list[str]], n: int) -> list[list[str]]:
 def test_substrings_follow_the_rule(
     tmp_path_factory: pytest.TempPathFactory, texts: list[list[str]], n: int, bits: int
 ) -> None:
-    """Against the rule word by word, over several tasks, runs and partitions, with places beyond 32 bits."""
+    """Against the rule word by word, over several tasks, runs and partitions, with places beyond 32
+    bits.
+    """
     work = tmp_path_factory.mktemp("cut")
     tasks = [texts[:3], texts[3:]]
     base = 2**33
@@ -212,7 +261,10 @@ def test_substrings_follow_the_rule(
     found = []
     for rank, part in enumerate(tasks):
         paths = [work / "repeats" / f"{p:06d}.places" for p in range(2**bits)]
-        parts = [substrings.part_of(path, path.with_suffix(".borders"), rank, np.dtype("<u8")) for path in paths]
+        parts = [
+            substrings.part_of(path, path.with_suffix(".borders"), rank, np.dtype("<u8"))
+            for path in paths
+        ]
         places = np.sort(np.concatenate(parts)).astype(np.int64) - base
         start = 0
         for words in part:
@@ -238,7 +290,11 @@ def test_a_cut_joins_no_words() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.tuples(*[st.integers(0, 3), st.integers(0, 12)] * 2), max_size=12), max_size=4))
+@given(
+    st.lists(
+        st.lists(st.tuples(*[st.integers(0, 3), st.integers(0, 12)] * 2), max_size=12), max_size=4
+    )
+)
 def test_clusters_are_the_connected_components(
     tmp_path_factory: pytest.TempPathFactory, buckets: list[list[tuple[int, int, int, int]]]
 ) -> None:
@@ -249,10 +305,14 @@ def test_clusters_are_the_connected_components(
         np.array(pairs, dtype="<u4").tofile(work / "pairs" / f"{number:05d}_00.dups")
     minhash.clusters(work)
     found = {
-        (int(path.stem), int(place)) for path in (work / "remove").iterdir() for place in np.fromfile(path, dtype="<u4")
+        (int(path.stem), int(place))
+        for path in (work / "remove").iterdir()
+        for place in np.fromfile(path, dtype="<u4")
     }
     graph = networkx.Graph(((a, b), (c, d)) for pairs in buckets for a, b, c, d in pairs)
-    expected = {node for component in networkx.connected_components(graph) for node in sorted(component)[1:]}
+    expected = {
+        node for component in networkx.connected_components(graph) for node in sorted(component)[1:]
+    }
     assert found == expected
 
 

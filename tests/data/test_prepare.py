@@ -1,4 +1,6 @@
-"""Preparation: built once, reused while right, rebuilt when not, and the same bytes however often it was killed."""
+"""Preparation: built once, reused while right, rebuilt when not, and the same bytes however
+often it was killed.
+"""
 
 import json
 import os
@@ -23,14 +25,22 @@ from data.stream.manifests import SPLITS, read_manifest
 from data.stream.shards import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = "river stone cloud lantern meadow copper window harvest thunder silver garden winter".split()  # noqa: SIM905
+WORDS = (
+    "river stone cloud lantern meadow copper window harvest thunder silver garden winter".split()
+)
 
 
 def document(number: int) -> dict[str, str]:
-    """A document of its own words; every third shares its group with two others, some spell the end token."""
+    """A document of its own words; every third shares its group with two others, some spell the
+    end token.
+    """
     words = [WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(60)]
     end = tokenizer.EOS_TOKEN if number % 4 == 0 else "end"
-    return {"text": f"Document {number}: {' '.join(words)} {end}", "id": str(number), "group": f"g{number // 3}"}
+    return {
+        "text": f"Document {number}: {' '.join(words)} {end}",
+        "id": str(number),
+        "group": f"g{number // 3}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             rows = [json.dumps(document(place * 120 + part * 40 + i)) for i in range(40)]
             (home / name / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
     tokenizer.train((document(i)["text"] for i in range(50)), 300, home / "vocabulary")
-    sources = {name: Source("curated", str(home / name), "CC0-1.0", 1.0, 2) for name in ("left", "right")}
+    sources = {
+        name: Source("curated", str(home / name), "CC0-1.0", 1.0, 2) for name in ("left", "right")
+    }
     return DataConfig(
         folder=str(home / "data"),
         seed=3,
@@ -67,14 +79,21 @@ def built(base: DataConfig) -> DataConfig:
 def outputs(cfg: DataConfig, *names: str) -> dict[str, bytes]:
     """Every shard and manifest of some sources."""
     homes = [Path(cfg.folder) / "shards" / name for name in names or cfg.sources]
-    return {f"{home.name}/{path.name}": path.read_bytes() for home in homes for path in home.glob("*.*")}
+    return {
+        f"{home.name}/{path.name}": path.read_bytes() for home in homes for path in home.glob("*.*")
+    }
 
 
 def changes(cfg: DataConfig) -> dict[str, int]:
     """Time of the last change of every finished file."""
     folder = Path(cfg.folder)
     parts = (folder / part for part in ("clean", "shards", "tokenizer"))
-    return {str(path): path.stat().st_mtime_ns for part in parts for path in part.rglob("*") if path.is_file()}
+    return {
+        str(path): path.stat().st_mtime_ns
+        for part in parts
+        for path in part.rglob("*")
+        if path.is_file()
+    }
 
 
 def texts(cfg: DataConfig, name: str, split: str) -> list[str]:
@@ -93,9 +112,15 @@ def test_every_document_arrives_whole_in_the_split_of_its_group(built: DataConfi
     for place, name in enumerate(built.sources):
         rows = [document(place * 120 + i) for i in range(120)]
         for split in SPLITS:
-            expected = [row["text"] for row in rows if split_of(row["group"], built.heldout_percent) == split]
+            expected = [
+                row["text"]
+                for row in rows
+                if split_of(row["group"], built.heldout_percent) == split
+            ]
             found = texts(built, name, split)
-            assert sorted(found) == sorted(expected) and found != expected, "all there, and shuffled"
+            assert sorted(found) == sorted(expected) and found != expected, (
+                "all there, and shuffled"
+            )
 
 
 def test_split_holds_its_share_and_never_moves() -> None:
@@ -109,7 +134,9 @@ def test_manifest_pins_the_files(built: DataConfig) -> None:
     for name in built.sources:
         folder = Path(built.folder) / "shards" / name
         manifest = read_manifest(folder)
-        assert manifest.tokenizer_sha256 == sha256_of(Path(built.folder) / "tokenizer" / tokenizer.FILE)
+        assert manifest.tokenizer_sha256 == sha256_of(
+            Path(built.folder) / "tokenizer" / tokenizer.FILE
+        )
         files = [file for split in SPLITS for file in manifest.splits[split]]
         assert sum(file.documents for file in files) == 120
         assert all(sha256_of(folder / file.name) == file.sha256 for file in files)
@@ -123,13 +150,18 @@ def test_second_run_writes_nothing(built: DataConfig, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("reused") == 5
 
 
-def test_changed_settings_rebuild_their_source_only(base: DataConfig, built: DataConfig, tmp_path: Path) -> None:
+def test_changed_settings_rebuild_their_source_only(
+    base: DataConfig, built: DataConfig, tmp_path: Path
+) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(cfg)
     before, left = changes(cfg), outputs(cfg, "left")
     more = {**cfg.sources, "right": replace(cfg.sources["right"], tasks=3)}
     changed = replace(cfg, sources=more)
-    with pytest.raises(InputError, match=r"was begun with 2 tasks, not 3: set data.sources.right.tasks=2, or remove"):
+    with pytest.raises(
+        InputError,
+        match=r"was begun with 2 tasks, not 3: set data.sources.right.tasks=2, or remove",
+    ):
         prepare(changed)
     assert changes(cfg) == before
     (tmp_path / "locks" / "right.json").unlink()
@@ -152,7 +184,8 @@ def test_damaged_shard_is_made_again(base: DataConfig, built: DataConfig, tmp_pa
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
-    (tmp_path / "clean" / "right" / "stale.jsonl.gz").write_bytes(b"no gzip")  # left behind by somebody
+    # left behind by somebody
+    (tmp_path / "clean" / "right" / "stale.jsonl.gz").write_bytes(b"no gzip")
     prepare(cfg)
     assert outputs(cfg) == outputs(built)
 
@@ -166,7 +199,9 @@ def test_changed_input_is_seen(base: DataConfig, tmp_path: Path) -> None:
     stages = [Stage("only", 128, 64, {"left": 1.0})]
     cfg = replace(base, folder=str(tmp_path / "data"), sources=left, stages=stages)
     prepare(cfg)
-    (raw / "b.jsonl").write_text("\n".join(json.dumps(document(i)) for i in range(60, 90)) + "\n{broken\n")
+    (raw / "b.jsonl").write_text(
+        "\n".join(json.dumps(document(i)) for i in range(60, 90)) + "\n{broken\n"
+    )
     prepare(cfg)
     assert len(texts(cfg, "left", "train") + texts(cfg, "left", "heldout")) == 90
 
@@ -174,7 +209,9 @@ def test_changed_input_is_seen(base: DataConfig, tmp_path: Path) -> None:
 def test_input_that_arrives_meanwhile_waits_for_the_next_launch(
     base: DataConfig, built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list of files is taken once: a later name that sorts first would displace the files of every later task."""
+    """The list of files is taken once: a later name that sorts first would displace the files of
+    every later task.
+    """
     shutil.copytree(base.sources["left"].input, tmp_path / "raw")
     left = replace(base.sources["left"], input=str(tmp_path / "raw"))
     cfg = replace(base, folder=str(tmp_path / "data"), sources={**base.sources, "left": left})
@@ -195,25 +232,35 @@ def test_input_that_arrives_meanwhile_waits_for_the_next_launch(
     assert outputs(cfg, "right") == right
 
 
-def test_vocabulary_must_fit_even_when_it_is_there_already(base: DataConfig, tmp_path: Path) -> None:
+def test_vocabulary_must_fit_even_when_it_is_there_already(
+    base: DataConfig, tmp_path: Path
+) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(replace(cfg, tokenizer=replace(cfg.tokenizer, vocab_size=400)))
     before = outputs(cfg)
     assert read_manifest(tmp_path / "shards" / "left").vocab_size == 300
-    with pytest.raises(InputError, match="has 300 ids: set data.tokenizer.vocab_size, now 280, to 300 or more"):
+    with pytest.raises(
+        InputError, match="has 300 ids: set data.tokenizer.vocab_size, now 280, to 300 or more"
+    ):
         prepare(replace(cfg, tokenizer=replace(cfg.tokenizer, vocab_size=280)))
     assert outputs(cfg) == before
 
 
-@pytest.mark.parametrize("mark", ["clean/*/*/logs/clean/completions/*", "shards/*/*/logs/completions/*"])
-def test_killed_run_ends_with_the_same_bytes(base: DataConfig, built: DataConfig, tmp_path: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    "mark", ["clean/*/*/logs/clean/completions/*", "shards/*/*/logs/completions/*"]
+)
+def test_killed_run_ends_with_the_same_bytes(
+    base: DataConfig, built: DataConfig, tmp_path: Path, mark: str
+) -> None:
     cfg = replace(base, folder=str(tmp_path), workers=1)
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom data.config import *\nfrom data.prepare import prepare\n"
-        "prepare(DataConfig(**eval(sys.argv[2])))\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom data.config import *\nfrom "
+        "data.prepare import prepare\nprepare(DataConfig(**eval(sys.argv[2])))\n"
     )
     fields = {field: getattr(cfg, field) for field in cfg.__dataclass_fields__}
-    process = subprocess.Popen([sys.executable, "-c", program, str(ROOT), repr(fields)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(ROOT), repr(fields)], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None and not list((tmp_path / "building").glob(mark)):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -236,7 +283,9 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
     cfg = replace(base, folder=str(tmp_path))
 
     def with_left(**changed: str) -> DataConfig:
-        return replace(cfg, sources={**cfg.sources, "left": replace(cfg.sources["left"], **changed)})
+        return replace(
+            cfg, sources={**cfg.sources, "left": replace(cfg.sources["left"], **changed)}
+        )
 
     with pytest.raises(InputError, match="set data.sources.<name>.input to a folder"):
         prepare(with_left(input=str(tmp_path / "nowhere")))
@@ -253,7 +302,9 @@ def test_two_preparations_do_not_share_a_folder(base: DataConfig, tmp_path: Path
         "from data.pipeline.workers import exclusive\nwith exclusive(Path(sys.argv[2])):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", hold, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match="another preparation works in"):
@@ -264,9 +315,17 @@ def test_two_preparations_do_not_share_a_folder(base: DataConfig, tmp_path: Path
 
 
 def test_command_ends_with_one_line_on_a_mistake(tmp_path: Path) -> None:
-    overrides = ["+experiment=demo", f"data.folder={tmp_path / 'out'}", f"data.sources.web.input={tmp_path / 'none'}"]
+    overrides = [
+        "+experiment=demo",
+        f"data.folder={tmp_path / 'out'}",
+        f"data.sources.web.input={tmp_path / 'none'}",
+    ]
     result = subprocess.run(
-        [sys.executable, "data/prepare.py", *overrides], cwd=ROOT, capture_output=True, text=True, env=os.environ
+        [sys.executable, "data/prepare.py", *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: input folder") and result.stderr.count("\n") == 1

@@ -39,31 +39,45 @@ def complaint(name: str, now: dict[str, Any], before: dict[str, Any]) -> str | N
         return f"{name} has another input than recorded, so nothing is said of its text: {WRITE}"
     if now["versions"] != before["versions"]:
         return f"{name} has other versions than recorded: if they are meant, {WRITE}"
-    raised = "raise its RECIPE_VERSION (or VERSION, of a pass), so that finished data is not taken for the new one's"
+    raised = (
+        "raise its RECIPE_VERSION (or VERSION, of a pass), so that finished data is not taken "
+        "for the new one's"
+    )
     if now["sha256"] != before["sha256"]:
         return f"{name} makes other text of the same input: {raised}; then {WRITE}"
     if now["rules"] != before["rules"]:
         return (
-            f"a rule of {name} changed, which this input does not show: {raised}; then {WRITE}. Only where the same "
-            "text comes out of every input (a rename), write the record without it"
+            f"a rule of {name} changed, which this input does not show: {raised}; then {WRITE}. "
+            "Only where the same text comes out of every input (a rename), write the record "
+            "without it"
         )
     return None if now == before else f"{name} is not as recorded: {WRITE}"
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_other_text_or_rules_have_another_version(found: dict[str, dict[str, Any]], name: str) -> None:
+def test_other_text_or_rules_have_another_version(
+    found: dict[str, dict[str, Any]], name: str
+) -> None:
     said = complaint(name, found[name], RECORDED[name])
     assert said is None, said
 
 
 def test_what_is_said_of_a_change() -> None:
     assert complaint("a", ENTRY, ENTRY) is None
-    assert "makes other text" in str(complaint("a", ENTRY | {"sha256": "other", "rules": "others"}, ENTRY))
+    assert "makes other text" in str(
+        complaint("a", ENTRY | {"sha256": "other", "rules": "others"}, ENTRY)
+    )
     changed = str(complaint("a", ENTRY | {"rules": "others"}, ENTRY))
-    assert changed.startswith("a rule of a changed") and "raise its RECIPE_VERSION" in changed and "rename" in changed
+    assert (
+        changed.startswith("a rule of a changed")
+        and "raise its RECIPE_VERSION" in changed
+        and "rename" in changed
+    )
     raised = ENTRY | {"sha256": "other", "rules": "others", "versions": {"a": 2}}
     assert "other versions" in str(complaint("a", raised, ENTRY))
-    assert "another input" in str(complaint("a", ENTRY | {"input": "other", "sha256": "other"}, ENTRY))
+    assert "another input" in str(
+        complaint("a", ENTRY | {"input": "other", "sha256": "other"}, ENTRY)
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +113,9 @@ def test_a_changed_rule_is_seen_in_the_entries_that_go_by_it_alone(
     assert {entry for entry in before if after[entry] != before[entry]} == changed
 
 
-def test_an_argument_of_a_step_is_a_rule(home: Path, builds: dict[str, Build], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_of_a_step_is_a_rule(
+    home: Path, builds: dict[str, Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Numbers that `steps` writes down have no names."""
     before, plain = rules_of(home, builds), filters.Lines.__init__
 
@@ -136,18 +152,26 @@ def test_the_record_does_not_hide_other_text(
     monkeypatch.setattr(recipe_outputs, "outputs", lambda home, builds: now)
     assert recipe_outputs.main() == code
     said = capsys.readouterr().out
-    assert said.startswith("not written, for other text came of the same input: a. " if code else "written to")
+    assert said.startswith(
+        "not written, for other text came of the same input: a. " if code else "written to"
+    )
     assert json.loads(record.read_text()) == ({"a": ENTRY, "b": ENTRY} if code else now)
 
 
 def test_every_recipe_is_recorded() -> None:
-    names = {path.stem for path in recipes.FOLDER.glob("*.py") if "\ndef steps(" in path.read_text()}
+    names = {
+        path.stem for path in recipes.FOLDER.glob("*.py") if "\ndef steps(" in path.read_text()
+    }
     assert {*names, "megatron", "passes", "sharding", "vocabulary"} == set(RECORDED)
-    assert all(entry.get("documents", 1) for entry in RECORDED.values()), "what puts out nothing shows no change"
+    assert all(entry.get("documents", 1) for entry in RECORDED.values()), (
+        "what puts out nothing shows no change"
+    )
     assert all(recipes.load(name).RECIPE_VERSION >= 1 for name in names)
 
 
-def test_a_key_does_not_hold_our_source_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_does_not_hold_our_source_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reformatting a module leaves finished data as it is; a raised version does not."""
     from data.config import Assets, Source
     from data.pipeline import fingerprints

@@ -41,21 +41,32 @@ def pin(folder: str, place: Path) -> Path:
     return place
 
 
-def run(source: Source, place: Path, assets: Assets = NONE) -> tuple[list[dict[str, str]], list[accounting.Step]]:
+def run(
+    source: Source, place: Path, assets: Assets = NONE
+) -> tuple[list[dict[str, str]], list[accounting.Step]]:
     """Clean documents of a source, and the counts of its steps."""
     pin(source.input, place)
     for rank in range(source.tasks):
         clean.clean_task(Build(source, assets, place, True), rank)
     files = sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
-    rows = [json.loads(line) for path in files for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows = [
+        json.loads(line)
+        for path in files
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
     return rows, accounting.read_counts(place / "logs" / "clean" / "stats", source.tasks)
 
 
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
-    write_rows(raw / "a.jsonl", [{"text": PROSE}, {"text": ""}, {"text": None}, {"text": 7}, [1], {"text": "short"}])
+    write_rows(
+        raw / "a.jsonl",
+        [{"text": PROSE}, {"text": ""}, {"text": None}, {"text": 7}, [1], {"text": "short"}],
+    )
     with gzip.open(raw / "b.jsonl.gz", "wb") as file:
-        file.write(b'{"text": "' + PROSE.encode() + b'2", "group": "g"}\n{"text": \n{"text": "\xff"}\n')
+        file.write(
+            b'{"text": "' + PROSE.encode() + b'2", "group": "g"}\n{"text": \n{"text": "\xff"}\n'
+        )
         file.write(json.dumps({"text": "1234567890 " * 60, "id": "digits"}).encode() + b"\n")
         file.write(json.dumps({"text": PROSE + "3", "metadata": {"group": "g"}}).encode() + b"\n")
     rows, steps = run(folder_source("technical", raw, tasks=2), tmp_path / "clean")
@@ -64,13 +75,17 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert (steps[0].total, steps[0].dropped) == (11, {"corrupt": 4, "empty": 2})
     assert steps[2].dropped == {"short": 1, "few_letters": 1}
     assert steps[-1].forwarded == 3
-    assert accounting.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
+    assert (
+        accounting.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
+    )
     log = "".join(path.read_text() for path in (tmp_path / "clean/logs/clean/logs").iterdir())
     assert "b.jsonl.gz:1: dropped as corrupt" in log
 
 
 def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path) -> None:
-    """Tasks of one build share one list: with a list each, they would read some files twice and some never."""
+    """Tasks of one build share one list: with a list each, they would read some files twice and
+    some never.
+    """
     raw, place = tmp_path / "raw", tmp_path / "clean"
     for name in ("b", "d"):
         write_rows(raw / f"{name}.jsonl", [{"text": PROSE + name}])
@@ -80,14 +95,17 @@ def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path)
     write_rows(raw / "a.jsonl", [{"text": PROSE + "a"}])
     clean.clean_task(Build(source, NONE, place, True), 1)
     written = b"".join(
-        gzip.decompress(path.read_bytes()) for path in sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
+        gzip.decompress(path.read_bytes())
+        for path in sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
     )
     assert [json.loads(line)["text"][-1] for line in written.splitlines()] == ["b", "d"]
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    """A model that knows English from German, one that knows mathematics, a short block list, an evaluation."""
+    """A model that knows English from German, one that knows mathematics, a short block list, an
+    evaluation.
+    """
     return make_assets(tmp_path_factory.mktemp("assets"))
 
 
@@ -95,27 +113,39 @@ def test_crawls_meet_the_published_thresholds(tmp_path: Path, assets: Assets) ->
     (tmp_path / "raw").mkdir()
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
     place = pin(str(tmp_path / "raw"), tmp_path / "place")
-    language, repetition, crawl, _ = web.steps(folder_source("web", tmp_path / "raw"), place, assets)[1:]
+    language, repetition, crawl, _ = web.steps(
+        folder_source("web", tmp_path / "raw"), place, assets
+    )[1:]
     manual = manuals.steps(folder_source("manuals", tmp_path / "raw"), place, NONE)[-1]
     assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
-    assert (manual.max_non_alpha_words_ratio, manual.min_stop_words) == (0.4, 1), "recipe manuals has milder ones"
+    assert (manual.max_non_alpha_words_ratio, manual.min_stop_words) == (0.4, 1), (
+        "recipe manuals has milder ones"
+    )
     assert (repetition.dup_line_frac, repetition.dup_line_char_frac) == (0.3, 0.2)
     assert [share for _, share in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
     assert (language.label, language.least) == ("en", 0.65)
 
 
 def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
-    """As configs/data/falcon_mamba.yaml cleans mathematics: a floor of half letters would drop both."""
+    """As configs/data/falcon_mamba.yaml cleans mathematics: a floor of half letters would drop
+    both.
+    """
     formulas = (
-        "Let x^2 + y^2 = 25 with 0 < x < y. Then (x + y)^2 - 2*x*y = 25, so x = 3, y = 4, x*y = 12, x + y = 7. " * 3
+        "Let x^2 + y^2 = 25 with 0 < x < y. Then (x + y)^2 - 2*x*y = 25, so x = 3, y = 4, x*y = "
+        "12, x + y = 7. " * 3
     )
-    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": formulas}, {"text": "1 2 4 8 16 32 64 " * 40}])
+    write_rows(
+        tmp_path / "raw" / "a.jsonl", [{"text": formulas}, {"text": "1 2 4 8 16 32 64 " * 40}]
+    )
     recipe = OmegaConf.load(CONFIGS / "falcon_mamba.yaml").sources.math.recipe
     rows, steps = run(folder_source(recipe, tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in rows] == [formulas] and steps[1].dropped == {"few_letters": 1}
     assert not run(folder_source("curated", tmp_path / "raw"), tmp_path / "curated")[0]
     with pytest.raises(InputError, match="takes all numbers for one"):
-        run(replace(folder_source(recipe, tmp_path / "raw"), near_duplicates="14x8"), tmp_path / "again")
+        run(
+            replace(folder_source(recipe, tmp_path / "raw"), near_duplicates="14x8"),
+            tmp_path / "again",
+        )
 
 
 def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> None:
@@ -124,11 +154,18 @@ def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> No
 
     (tmp_path / "raw").mkdir()
     path = tmp_path / "raw" / "a.parquet"
-    columns = {"content": [f"{PROSE} {i}" for i in range(30)] + [None], "id": [str(i) for i in range(31)]}
-    parquet.write_table(pyarrow.table(columns), path, row_group_size=10, use_dictionary=False, compression="snappy")
+    columns = {
+        "content": [f"{PROSE} {i}" for i in range(30)] + [None],
+        "id": [str(i) for i in range(31)],
+    }
+    parquet.write_table(
+        pyarrow.table(columns), path, row_group_size=10, use_dictionary=False, compression="snappy"
+    )
     source = replace(folder_source("curated", tmp_path / "raw"), text_key="content")
     rows, steps = run(source, tmp_path / "clean")
-    assert [row["id"] for row in rows] == [str(i) for i in range(30)] and steps[0].dropped == {"empty": 1}
+    assert [row["id"] for row in rows] == [str(i) for i in range(30)] and steps[0].dropped == {
+        "empty": 1
+    }
     start = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     content = bytearray(path.read_bytes())
     content[start : start + 60] = b"\xff" * 60
@@ -144,7 +181,9 @@ def test_lost_documents_are_noticed() -> None:
     with pytest.raises(AssertionError, match="inside a step"):
         accounting.check_conservation([accounting.Step("filter", 10, 8, {"short": 1})])
     with pytest.raises(AssertionError, match="between steps"):
-        accounting.check_conservation([accounting.Step("reader", 10, 10, {}), accounting.Step("filter", 9, 9, {})])
+        accounting.check_conservation(
+            [accounting.Step("reader", 10, 10, {}), accounting.Step("filter", 9, 9, {})]
+        )
     with pytest.raises(RuntimeError, match="text was extracted from 4 of 10 pages"):
         accounting.check_yield("web", [accounting.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
 
@@ -166,7 +205,9 @@ def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
 def test_a_cut_off_file_gives_what_it_has_and_is_named(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    lines = [json.dumps({"text": f"{PROSE} {i} {hash(str(i))}"}).encode() + b"\n" for i in range(2000)]
+    lines = [
+        json.dumps({"text": f"{PROSE} {i} {hash(str(i))}"}).encode() + b"\n" for i in range(2000)
+    ]
     whole = gzip.compress(b"".join(lines))
     (raw / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (raw / "b.jsonl.gz").write_bytes(b"no gzip at all")
@@ -178,9 +219,13 @@ def test_a_cut_off_file_gives_what_it_has_and_is_named(tmp_path: Path) -> None:
     assert [json.loads(line)["where"] for line in quarantine.open()] == ["a.jsonl.gz", "b.jsonl.gz"]
 
 
-def test_a_disk_that_fails_is_no_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
-    monkeypatch.setattr(Jsonl, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        Jsonl, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     with pytest.raises(InputError, match="a.jsonl cannot be read .* try again"):
         run(folder_source("curated", tmp_path / "raw"), tmp_path / "clean")
 
@@ -188,8 +233,12 @@ def test_a_disk_that_fails_is_no_damaged_file(tmp_path: Path, monkeypatch: pytes
 def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    body = f"<p>{PROSE}</p><p>Its fish are sold on the market of the town, on Fridays.</p><p>3 likes</p>"
-    page = f"<html><head><title>Rivers</title></head><body><nav>Home</nav><article>{body}</article></body></html>"
+    body = (
+        f"<p>{PROSE}</p><p>Its fish are sold on the market of the town, on Fridays.</p><p>3 "
+        "likes</p>"
+    )
+    head = "<head><title>Rivers</title></head>"
+    page = f"<html>{head}<body><nav>Home</nav><article>{body}</article></body></html>"
     pages = [
         ("http://host.invalid/good.html", page),
         ("<http://host.invalid/poor.html>", "<html><body><p>Too short.</p></body></html>"),
@@ -203,7 +252,9 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
         write_archive(file, iter(pages[:1]))
     (raw / "b.warc.gz").write_bytes((raw / "b.warc.gz").read_bytes()[:-40])
     rows, steps = run(folder_source("web", raw), tmp_path / "clean", assets)
-    assert len(rows) == 1 and "sold on the market" in rows[0]["text"] and "<p>" not in rows[0]["text"]
+    assert (
+        len(rows) == 1 and "sold on the market" in rows[0]["text"] and "<p>" not in rows[0]["text"]
+    )
     assert rows[0]["url"] == "http://host.invalid/good.html"
     dropped = {step.name: step.dropped for step in steps if step.dropped}
     assert dropped["Warc"] == {"damaged_file": 1}
@@ -226,7 +277,11 @@ def test_an_archive_cut_off_anywhere_is_noticed(tmp_path: Path, suffix: str) -> 
         (raw / f"a{suffix}").write_bytes(whole[: len(whole) - cut])
         reader = open_input(folder_source("web", raw), pin(str(raw), tmp_path / "place"), html=True)
         found = list(reader.run())
-        counted = {name: stat.total for name, stat in reader.stats.stats.items() if name.startswith("dropped_")}
+        counted = {
+            name: stat.total
+            for name, stat in reader.stats.stats.items()
+            if name.startswith("dropped_")
+        }
         assert counted == ({"dropped_damaged_file": 1} if cut else {}), cut
         assert len(found) == 3 if not cut else len(found) <= 3
         assert cut > 300 or len(found) >= 2
@@ -237,7 +292,9 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
 ) -> None:
     (tmp_path / "raw").mkdir()
     with (tmp_path / "raw" / "a.warc").open("wb") as file:
-        write_archive(file, iter([(f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(4)]))
+        write_archive(
+            file, iter([(f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(4)])
+        )
 
     def extract(self: object, text: str) -> str | None:
         if "<p>1 " in text:
@@ -249,13 +306,19 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
     monkeypatch.setattr(MainText, "extract", extract)
     _, steps = run(folder_source("web", tmp_path / "raw"), tmp_path / "clean", assets)
     (step,) = [step for step in steps if step.name == "Trafilatura"]
-    assert step.total == 4 and step.forwarded == 1 and set(step.dropped) <= {"crash", "error", "no_text"}
+    assert (
+        step.total == 4
+        and step.forwarded == 1
+        and set(step.dropped) <= {"crash", "error", "no_text"}
+    )
     assert sum(step.dropped.values()) == 3 and step.dropped["no_text"] == 1
 
 
 def test_a_recipe_without_its_model_is_refused_before_the_first_document(tmp_path: Path) -> None:
     source = folder_source("web", tmp_path)
-    with pytest.raises(InputError, match="source crawl needs data.assets.language_model.path, now None: .*download"):
+    with pytest.raises(
+        InputError, match="source crawl needs data.assets.language_model.path, now None: .*download"
+    ):
         clean.check_assets("crawl", source, NONE)
     assert clean.check_assets("help", replace(source, recipe="manuals"), NONE) == []
 
@@ -269,7 +332,15 @@ def test_lines_that_a_page_says_about_itself_go() -> None:
     }
     for line, better in kept.items():
         assert corrected(line) == better
-    for line in ("BUY ONE NOW", "12,345", "3 likes", "1.2k comments", "Home", "- 7 -", "items in cart"):
+    for line in (
+        "BUY ONE NOW",
+        "12,345",
+        "3 likes",
+        "1.2k comments",
+        "Home",
+        "- 7 -",
+        "items in cart",
+    ):
         assert corrected(line) is None, line
 
 
@@ -282,10 +353,15 @@ def test_evaluations_are_kept_out(tmp_path: Path, assets: Assets) -> None:
 
 
 def test_addresses_of_people_are_replaced(tmp_path: Path) -> None:
-    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": f"{PROSE} Write to ann.lee@corp.org from 8.8.8.8 or 10.0.0.1."}])
+    write_rows(
+        tmp_path / "raw" / "a.jsonl",
+        [{"text": f"{PROSE} Write to ann.lee@corp.org from 8.8.8.8 or 10.0.0.1."}],
+    )
     source = replace(folder_source("curated", tmp_path / "raw"), replace_pii=True)
     (row,), _ = run(source, tmp_path / "clean")
-    assert "ann.lee" not in row["text"] and "8.8.8.8" not in row["text"] and "10.0.0.1" in row["text"]
+    assert (
+        "ann.lee" not in row["text"] and "8.8.8.8" not in row["text"] and "10.0.0.1" in row["text"]
+    )
 
 
 def test_code_is_judged_file_by_file_where_licences_differ(tmp_path: Path) -> None:
@@ -310,7 +386,10 @@ def test_papers_lose_preamble_comments_and_references(tmp_path: Path) -> None:
     head = "\\documentclass{article}\n\\usepackage{x}\n"
     tex = head + f"\\section{{Rivers}}\n{PROSE}% note\n%all\n5\\% of it.\n\\bibliography{{b}}"
     plain = f"Rivers\n\n{PROSE}\n\nReferences\n[1] A. Author, 1999.\n"
-    write_rows(tmp_path / "raw" / "a.jsonl", [{"text": tex}, {"text": plain}, {"text": "\\documentclass{a} none"}])
+    write_rows(
+        tmp_path / "raw" / "a.jsonl",
+        [{"text": tex}, {"text": plain}, {"text": "\\documentclass{a} none"}],
+    )
     rows, steps = run(folder_source("technical", tmp_path / "raw"), tmp_path / "clean")
     assert rows[0]["text"] == f"\\section{{Rivers}}\n{PROSE}\n5\\% of it."
     assert rows[1]["text"] == f"Rivers\n\n{PROSE}\n" and steps[1].dropped == {"no_heading": 1}
@@ -329,7 +408,13 @@ def test_conversations_are_written_out_once_and_in_order(tmp_path: Path) -> None
     other = {"thread": "t2", "id": "z", "body": f"Alone {long} {long}", "created_utc": 4}
     write_rows(
         tmp_path / "raw" / "a.jsonl",
-        [{"id": "n", "messages": tree}, *flat, other, {"thread": "t1", "id": "late", "text": "x"}, {"no": 1}],
+        [
+            {"id": "n", "messages": tree},
+            *flat,
+            other,
+            {"thread": "t1", "id": "late", "text": "x"},
+            {"no": 1},
+        ],
     )
     rows, steps = run(folder_source("forums", tmp_path / "raw"), tmp_path / "clean")
     heads = [[part.split(" about")[0] for part in row["text"].split("\n\n")] for row in rows]
@@ -344,8 +429,18 @@ def test_conversations_are_written_out_once_and_in_order(tmp_path: Path) -> None
 
 def test_instructions_of_every_shape_become_text(tmp_path: Path) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Oder."}]},
-        {"conversations": [{"from": "human", "value": "Name a river."}, {"from": "gpt", "value": "The Oder."}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Name a river."},
+                {"role": "assistant", "content": "The Oder."},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Name a river."},
+                {"from": "gpt", "value": "The Oder."},
+            ]
+        },
         {"instruction": "Name a river.", "input": "", "output": "The Oder."},
         {"question": "Name a river.", "answer": "The Oder."},
         {"text": "User: Name a river.\n\nAssistant: The Oder.\n"},
@@ -367,15 +462,24 @@ def test_mathematics_is_taken_out_of_a_crawl(tmp_path: Path, assets: Assets) -> 
 
 def test_books_and_model_text_lose_what_is_around_them(tmp_path: Path) -> None:
     story = "\n".join(
-        f"{PROSE} In the year {i} nothing else happened on the {i * i} fields of the vil-\nlage." for i in range(6)
+        f"{PROSE} In the year {i} nothing else happened on the {i * i} fields of the vil-\nlage."
+        for i in range(6)
     )
-    marks = ("*** START OF THE PROJECT GUTENBERG EBOOK RIVERS ***", "*** END OF THE PROJECT GUTENBERG EBOOK RIVERS ***")
+    marks = (
+        "*** START OF THE PROJECT GUTENBERG EBOOK RIVERS ***",
+        "*** END OF THE PROJECT GUTENBERG EBOOK RIVERS ***",
+    )
     book = f"Licence.\n{marks[0]}\n{story}\n 12 \n{marks[1]}\nMore."
     document = type("D", (), {"text": book})()
     assert books.BookBody().filter(document) is True
-    assert document.text.startswith("The river") and document.text.endswith("village.") and " 12 " not in document.text
+    assert (
+        document.text.startswith("The river")
+        and document.text.endswith("village.")
+        and " 12 " not in document.text
+    )
     write_rows(
-        tmp_path / "raw" / "a.jsonl", [{"text": PROSE}, {"text": "As an AI language model, I like rivers. " + PROSE}]
+        tmp_path / "raw" / "a.jsonl",
+        [{"text": PROSE}, {"text": "As an AI language model, I like rivers. " + PROSE}],
     )
     rows, steps = run(folder_source("synthetic", tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in rows] == [PROSE] and steps[1].dropped == {"refusal": 1}
@@ -391,7 +495,9 @@ def test_inputs_on_other_filesystems_are_read(tmp_path: Path) -> None:
         raw_files("s3://bucket/raw")
 
 
-def test_missing_package_is_named_before_the_first_document(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_before_the_first_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "lxml_html_clean", None)
     with pytest.raises(InputError, match="`pip install lxml_html_clean`"):
         recipes.load("web")
@@ -401,10 +507,17 @@ def test_generated_and_minified_code_is_dropped(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "raw" / "a.jsonl",
         [
-            {"text": '"""Sums."""\n\n' + "def add(first, second):\n    return first + second\n" * 4},
+            {
+                "text": '"""Sums."""\n\n'
+                + "def add(first, second):\n    return first + second\n" * 4
+            },
             {"text": "# Generated from a grammar; do not edit\n" + "name = value\n" * 20},
             {"text": "x" * 2000},
         ],
     )
     rows, steps = run(folder_source("source_code", tmp_path / "raw"), tmp_path / "clean")
-    assert len(rows) == 1 and steps[1].dropped == {"generated": 1} and steps[2].dropped == {"long_line": 1}
+    assert (
+        len(rows) == 1
+        and steps[1].dropped == {"generated": 1}
+        and steps[2].dropped == {"long_line": 1}
+    )

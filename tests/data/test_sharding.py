@@ -16,13 +16,31 @@ from data.pipeline.shard import Clean, Sharding, batches, encode, pieces_of, sha
 from data.tokenizer import EOS, EOS_TOKEN
 
 ALPHABET = st.sampled_from(
-    ["a", "river", "7", "12345", ".", "...", "<|endoftext|>", " ", "  ", "\n", "\n\n", "\t", "\xe9", "\u4e2d", "\r\n"]
+    [
+        "a",
+        "river",
+        "7",
+        "12345",
+        ".",
+        "...",
+        "<|endoftext|>",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\xe9",
+        "\u4e2d",
+        "\r\n",
+    ]
 )
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    texts = ["a river\n\n\n\nriver   12345.\n \n\triver\n\n\n\n"] * 3  # runs of white space become ids
+    texts = [
+        "a river\n\n\n\nriver   12345.\n \n\triver\n\n\n\n"
+    ] * 3  # runs of white space become ids
     trained = tokenizer.train(texts, 280, tmp_path_factory.mktemp("v"))
     trained.encode_special_tokens = True
     return trained
@@ -34,7 +52,9 @@ def test_pieces_have_the_ids_of_the_whole(vocabulary: Tokenizer, text: str, size
     pieces = pieces_of(text, size)
     assert "".join(pieces) == text
     whole = vocabulary.encode(text, add_special_tokens=False).ids
-    assert [id for piece in pieces for id in vocabulary.encode(piece, add_special_tokens=False).ids] == whole
+    assert [
+        id for piece in pieces for id in vocabulary.encode(piece, add_special_tokens=False).ids
+    ] == whole
 
 
 def test_a_long_text_is_cut_near_the_size() -> None:
@@ -68,15 +88,22 @@ def test_order_inside_a_shard_is_the_seeds(tmp_path: Path, vocabulary: Tokenizer
     shards = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
-        files = shard_task(Sharding(clean, tmp_path / name, tmp_path / "tokenizer.json", seed, 20.0, 1), 0)
+        files = shard_task(
+            Sharding(clean, tmp_path / name, tmp_path / "tokenizer.json", seed, 20.0, 1), 0
+        )
         assert sum(file["documents"] for file in files) == 200
-        shards[name] = {file["name"]: (tmp_path / name / file["name"]).read_bytes() for file in files}
+        shards[name] = {
+            file["name"]: (tmp_path / name / file["name"]).read_bytes() for file in files
+        }
         assert not list((tmp_path / name).glob("*.part"))
     assert shards["a"] == shards["b"] != shards["c"]
     lengths = [len(content) for content in shards["a"].values()]
     assert lengths == [len(content) for content in shards["c"].values()]
     ids = np.frombuffer(shards["a"]["train_00000.ds"], dtype="<u2")
     texts = [
-        vocabulary.decode(part[part != EOS].tolist()) for part in np.split(ids, np.flatnonzero(ids == EOS)[:-1] + 1)
+        vocabulary.decode(part[part != EOS].tolist())
+        for part in np.split(ids, np.flatnonzero(ids == EOS)[:-1] + 1)
     ]
-    assert texts != sorted(texts, key=lambda text: int(text.split()[1])) and len(set(texts)) == len(texts)
+    assert texts != sorted(texts, key=lambda text: int(text.split()[1])) and len(set(texts)) == len(
+        texts
+    )

@@ -10,7 +10,14 @@ import pytest
 
 from core.errors import InputError
 from data.config import DataConfig
-from data.stream.manifests import DTYPE, MANIFEST, open_manifests, read_manifest, source_folder, tokenizer_path
+from data.stream.manifests import (
+    DTYPE,
+    MANIFEST,
+    open_manifests,
+    read_manifest,
+    source_folder,
+    tokenizer_path,
+)
 from data.stream.shards import Shards
 from tests.corpus import make_corpus
 
@@ -24,10 +31,18 @@ def test_reads_across_files(config: DataConfig) -> None:
     folder = source_folder(config, "prose")
     manifest = read_manifest(folder)
     shards = Shards(folder, manifest, "train")
-    whole = np.concatenate([np.fromfile(folder / file.name, dtype=DTYPE) for file in manifest.splits["train"]])
+    whole = np.concatenate(
+        [np.fromfile(folder / file.name, dtype=DTYPE) for file in manifest.splits["train"]]
+    )
     assert shards.tokens == len(whole) == manifest.tokens("train")
     border = manifest.splits["train"][0].tokens
-    for start, count in ((0, 5), (border - 3, 7), (border, 4), (len(whole) - 2, 2), (0, len(whole))):
+    for start, count in (
+        (0, 5),
+        (border - 3, 7),
+        (border, 4),
+        (len(whole) - 2, 2),
+        (0, len(whole)),
+    ):
         assert np.array_equal(shards.read(start, count), whole[start : start + count])
 
 
@@ -46,7 +61,9 @@ def change(raw: dict[str, Any], key: str, value: object) -> None:
         (lambda raw: change(raw, "extra", 1), "not a manifest"),
     ],
 )
-def test_a_wrong_manifest_is_refused(config: DataConfig, spoil: Callable[[dict[str, Any]], None], says: str) -> None:
+def test_a_wrong_manifest_is_refused(
+    config: DataConfig, spoil: Callable[[dict[str, Any]], None], says: str
+) -> None:
     path = source_folder(config, "prose") / MANIFEST
     raw = json.loads(path.read_text())
     spoil(raw)

@@ -31,11 +31,22 @@ def trained(folder: Path) -> Tokenizer:
 
 
 def hard_texts() -> list[str]:
-    """Every character that takes one to four bytes in UTF-8, spaces before punctuation, numbers, blank lines."""
+    """Every character that takes one to four bytes in UTF-8, spaces before punctuation, numbers,
+    blank lines.
+    """
     dice = random.Random(0)
-    every = "".join(chr(code) for code in [*range(0x800), *range(0x2000, 0x3100), *range(0x1F300, 0x1F700)])
+    every = "".join(
+        chr(code) for code in [*range(0x800), *range(0x2000, 0x3100), *range(0x1F300, 0x1F700)]
+    )
     mixed = ["".join(dice.choices(every, k=200)) for _ in range(20)]
-    return [every, *mixed, "a , b . c ! don't do n't", "  \n\n\t x  ", "1 12 123 1234 12345 1,234.5", ""]
+    return [
+        every,
+        *mixed,
+        "a , b . c ! don't do n't",
+        "  \n\n\t x  ",
+        "1 12 123 1234 12345 1,234.5",
+        "",
+    ]
 
 
 def test_decoding_returns_every_text(trained: Tokenizer) -> None:
@@ -59,7 +70,10 @@ def test_ids_of_marks_and_end(trained: Tokenizer) -> None:
 
 
 def test_numbers_are_cut_into_threes_and_punctuation_stands_alone() -> None:
-    words = [word for word, _ in tokenizer.untrained().pre_tokenizer.pre_tokenize_str("x12345678 (a, b)...")]
+    words = [
+        word
+        for word, _ in tokenizer.untrained().pre_tokenizer.pre_tokenize_str("x12345678 (a, b)...")
+    ]
     assert words == ["x", "123", "456", "78", "Ġ", "(", "a", ",", "Ġb", ")..."]
 
 
@@ -110,7 +124,9 @@ def test_ids_may_leave_gaps() -> None:
 def test_adopting_copies_the_file(folder: Path, tmp_path: Path) -> None:
     size = tokenizer.size_of(tokenizer.load(folder / tokenizer.FILE))
     tokenizer.adopt(folder / tokenizer.FILE, None, size, tmp_path / "copy")
-    with pytest.raises(InputError, match=f"has {size} ids: set data.tokenizer.vocab_size, now {size - 1}"):
+    with pytest.raises(
+        InputError, match=f"has {size} ids: set data.tokenizer.vocab_size, now {size - 1}"
+    ):
         tokenizer.adopt(folder / tokenizer.FILE, None, size - 1, tmp_path / "other")
     names = {path.name for path in folder.iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}

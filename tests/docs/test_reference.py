@@ -1,4 +1,6 @@
-"""The documentation is about this code: every key has a meaning, every command that is shown exists."""
+"""The documentation is about this code: every key has a meaning, every command that is shown
+exists.
+"""
 
 import importlib.util
 import re
@@ -28,7 +30,9 @@ def reference() -> ModuleType:
 
 
 def leaves(config: DictConfig, prefix: str = "") -> set[str]:
-    """Keys of a config down to its values; entries of tables with names of their own count as one."""
+    """Keys of a config down to its values; entries of tables with names of their own count as
+    one.
+    """
     found = set()
     for name in config:
         key = f"{prefix}{name}"
@@ -46,12 +50,20 @@ def test_every_key_is_there_with_its_meaning(reference: ModuleType) -> None:
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         composed = compose("config", ["+experiment=7b"])
     shown = {key.replace("[]", "").replace(".NAME", "") for key in meanings}
-    missing = {key for key in leaves(composed) if key not in shown and not any(key.startswith(f"{s}.") for s in shown)}
+    missing = {
+        key
+        for key in leaves(composed)
+        if key not in shown and not any(key.startswith(f"{s}.") for s in shown)
+    }
     assert missing == set() and "data.sources.NAME.recipe" in meanings
 
 
-SCRIPTS = [path for room in ("data", "train", "eval", "launch") for path in sorted((ROOT / room).glob("*.py"))
-           if "\nif __name__ ==" in path.read_text() and "moved(" not in path.read_text()]  # fmt: skip
+SCRIPTS = [
+    path
+    for room in ("data", "train", "eval", "launch")
+    for path in sorted((ROOT / room).glob("*.py"))
+    if "\nif __name__ ==" in path.read_text() and "moved(" not in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -63,10 +75,16 @@ def test_every_entry_script_has_examples(path: Path) -> None:
         assert (ROOT / "configs" / group / f"{name}.yaml").is_file(), name
 
 
-@pytest.mark.parametrize("script", ["data/mixture_report.py", "launch/attempt.py"])  # by Hydra, and by argparse
+@pytest.mark.parametrize(
+    "script", ["data/mixture_report.py", "launch/attempt.py"]
+)  # by Hydra, and by argparse
 def test_help_shows_them(script: str) -> None:
-    help = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, help.stdout + help.stderr
+    help = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, (
+        help.stdout + help.stderr
+    )
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -28,7 +28,9 @@ MODEL = replace(TINY, vocab_size=288)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
-    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level vocabulary."""
+    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level
+    vocabulary.
+    """
     root = tmp_path_factory.mktemp("eval")
     data: DataConfig = corpus_config(root / "data", vocab_size=288)
     tokenizer_path(data).parent.mkdir(parents=True)
@@ -38,7 +40,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     run = Run("small", str(root / "run"), 0)
     with ranks("cpu", 1) as here:
         model = build(MODEL, REFERENCE, 0, here.device)
-        engine = build_engine(model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here)
+        engine = build_engine(
+            model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here
+        )
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
         Checkpoints(run.files.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
@@ -49,28 +53,54 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Local tasks: a multiple choice, a perplexity, a generation, and MATH by the harness's own rules."""
+    """Local tasks: a multiple choice, a perplexity, a generation, and MATH by the harness's own
+    rules.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
-        {"q": f"def f{i}(x):\n    return", "choices": [f" x + {i}", " y", " x * x * x"], "gold": i % 3,
-         "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i), "answer": f" x + {i}",
-         "level": f"Level {5 if i < 4 else 4}", "problem": f"Add 0 to {i}/2",
-         "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$."}
+        {
+            "q": f"def f{i}(x):\n    return",
+            "choices": [f" x + {i}", " y", " x * x * x"],
+            "gold": i % 3,
+            "text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i),
+            "answer": f" x + {i}",
+            "level": f"Level {5 if i < 4 else 4}",
+            "problem": f"Add 0 to {i}/2",
+            "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$.",
+        }
         for i in range(12)
-    ]  # fmt: skip
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"data_files": {"test": f"{folder}/rows.jsonl"}, "cache_dir": str(folder)}
-    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "fewshot_split": "test"}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": data,
+        "test_split": "test",
+        "fewshot_split": "test",
+    }
     mean = {"aggregation": "mean", "higher_is_better": True}
     write = {
-        "local_choice": {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
-                         "doc_to_target": "gold", "metric_list": [{"metric": m, **mean} for m in ("acc", "acc_norm")]},
-        "local_text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                       "metric_list": [{"metric": "bits_per_byte"}]},
-        "local_answer": {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{answer}}",
-                         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
-                         "metric_list": [{"metric": "exact_match", **mean}]},
-    }  # fmt: skip
+        "local_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": m, **mean} for m in ("acc", "acc_norm")],
+        },
+        "local_text": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "local_answer": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    }
     math = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "math" / "_template_yaml"
     write["local_math"] = {  # the harness's own rules, over problems of ours
         "include": str(math), "fewshot_split": None,

@@ -1,4 +1,6 @@
-"""Whoever else reads the export: mamba-ssm's names by way of mambapy, llama.cpp's name table, the hub."""
+"""Whoever else reads the export: mamba-ssm's names by way of mambapy, llama.cpp's name table, the
+hub.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -24,15 +26,21 @@ from tests.tiny import TINY, model_of
 
 
 def test_mamba_ssm_names() -> None:
-    """mambapy's layers are named as mamba-ssm's, which are transformers' names; loaded with ours, it gives our logits.
+    """mambapy's layers are named as mamba-ssm's, which are transformers' names; loaded with ours,
+    it gives our logits.
 
-    mambapy has one eps for all norms and weights of one in the inner ones, so the model here has one eps too.
+    mambapy has one eps for all norms and weights of one in the inner ones, so the model here has
+    one eps too.
     """
     shape = replace(TINY, mixer_norm_eps=TINY.norm_eps)
     model = model_of(shape, seed=5)
     theirs = {t: to_hf(o, model.get_parameter(o).detach()) for o, t in tensor_names(shape.n_layer)}
     other = Mamba(MambaConfig(d_model=24, n_layers=2, d_state=6, dt_rank=5, inner_layernorms=True))
-    layers = {name.removeprefix("backbone."): x for name, x in theirs.items() if name.startswith("backbone.layers.")}
+    layers = {
+        name.removeprefix("backbone."): x
+        for name, x in theirs.items()
+        if name.startswith("backbone.layers.")
+    }
     result = other.load_state_dict(layers, strict=False)
     assert not result.unexpected_keys and all("layernorm" in name for name in result.missing_keys)
     tokens = torch.randint(0, 96, (2, 40))
@@ -44,12 +52,19 @@ def test_mamba_ssm_names() -> None:
 
 
 def test_llama_cpp_names() -> None:
-    """gguf, the part of llama.cpp's converter that PyPI carries, knows every tensor and needs no other."""
+    """gguf, the part of llama.cpp's converter that PyPI carries, knows every tensor and needs no
+    other.
+    """
     layers = 64
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, layers)
-    mapped = [table.get_name(theirs, try_suffixes=(".weight", ".bias")) for _, theirs in tensor_names(layers)]
+    mapped = [
+        table.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        for _, theirs in tensor_names(layers)
+    ]
     assert None not in mapped and len(set(mapped)) == 643
-    kinds = {str(name).split(".", 2)[-1] if str(name).startswith("blk") else str(name) for name in mapped}
+    kinds = {
+        str(name).split(".", 2)[-1] if str(name).startswith("blk") else str(name) for name in mapped
+    }
     assert {
         "ssm_a",
         "ssm_d",
@@ -59,7 +74,9 @@ def test_llama_cpp_names() -> None:
         "token_embd.weight",
         "output.weight",
     } <= kinds
-    assert gguf.Keys.SSM.DT_B_C_RMS == "{arch}.ssm.dt_b_c_rms"  # how it says that this is Falcon's Mamba
+    assert (
+        gguf.Keys.SSM.DT_B_C_RMS == "{arch}.ssm.dt_b_c_rms"
+    )  # how it says that this is Falcon's Mamba
 
 
 class Hub:
@@ -68,7 +85,9 @@ class Hub:
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **named: self.calls.append((name, {"arguments": arguments, **named}))
+        return lambda *arguments, **named: self.calls.append(
+            (name, {"arguments": arguments, **named})
+        )
 
 
 def test_push_uploads_the_checked_export_with_a_card(
@@ -83,21 +102,34 @@ def test_push_uploads_the_checked_export_with_a_card(
     export(config)
     evaluation(config)
     whole = run_config("demo")
-    record = {**json.loads(json.dumps(asdict(whole), default=lambda value: value.value)), "run": asdict(config.run)}
+    record = {
+        **json.loads(json.dumps(asdict(whole), default=lambda value: value.value)),
+        "run": asdict(config.run),
+    }
     (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
     step = find_checkpoint(config).name
     scores = config.run.folder / "scores"
     scores.mkdir()
     rows = {"ARC": {"score": 12.345, "stderr": 0.5}}
-    (scores / "a.json").write_text(json.dumps({"checkpoint": step, "suite": "leaderboard_v1", "rows": rows}))
-    (scores / "b.json").write_text(json.dumps({"checkpoint": "step-1", "suite": "of another step", "rows": rows}))
+    (scores / "a.json").write_text(
+        json.dumps({"checkpoint": step, "suite": "leaderboard_v1", "rows": rows})
+    )
+    (scores / "b.json").write_text(
+        json.dumps({"checkpoint": "step-1", "suite": "of another step", "rows": rows})
+    )
     push(ready)
     names = [name for name, _ in Hub.calls]
     assert names == ["create_repo", "upload_folder", "upload_file"]
-    assert Hub.calls[0][1]["private"] is True and Hub.calls[1][1]["folder_path"] == config.run.files.hf
+    assert (
+        Hub.calls[0][1]["private"] is True and Hub.calls[1][1]["folder_path"] == config.run.files.hf
+    )
     card = (config.run.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and "PSF-2.0" in card
-    assert "| decay | 400,000 | 256 |" in card and "| ARC | 12.35 | 0.50 |" in card and "another step" not in card
+    assert (
+        "| decay | 400,000 | 256 |" in card
+        and "| ARC | 12.35 | 0.50 |" in card
+        and "another step" not in card
+    )
     heldout = json.loads((config.run.folder / "eval.json").read_text())["heldout"]["all"]
     assert f"{heldout['bits_per_byte']:.3f}" in card and "0.004, 1.5625e-05" in card
 

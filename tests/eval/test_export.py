@@ -54,7 +54,9 @@ def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationC
     assert not list(exported.glob("part-*")) and not (config.run.folder / "hf.part").exists()
 
 
-def test_transformers_gives_our_logits_and_its_cache_path_too(exported: Path, config: EvaluationConfig) -> None:
+def test_transformers_gives_our_logits_and_its_cache_path_too(
+    exported: Path, config: EvaluationConfig
+) -> None:
     ours = load_model(config, find_checkpoint(config))
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     tokens = torch.randint(12, 280, (1, 9))
@@ -71,21 +73,32 @@ def test_transformers_gives_our_logits_and_its_cache_path_too(exported: Path, co
 
 def test_the_tokenizer_loads_and_generates(exported: Path, config: EvaluationConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    assert tokenizer.eos_token_id == EOS and tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
+    assert (
+        tokenizer.eos_token_id == EOS
+        and tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
+    )
     assert generate(exported, config.eval).startswith("def f")
 
 
-def test_bfloat16_export_agrees_with_rounded_weights(config: EvaluationConfig, tmp_path: Path) -> None:
+def test_bfloat16_export_agrees_with_rounded_weights(
+    config: EvaluationConfig, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoints").parent.mkdir(parents=True)
     (folder / "checkpoints").symlink_to(config.run.files.checkpoints)
-    bf16 = replace(config, run=Run("bf16", str(folder), 0), eval=replace(config.eval, dtype="bfloat16"))
+    bf16 = replace(
+        config, run=Run("bf16", str(folder), 0), eval=replace(config.eval, dtype="bfloat16")
+    )
     export(bf16)
     assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
 
 
-def test_a_wrong_export_is_caught(config: EvaluationConfig, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x)
+def test_a_wrong_export_is_caught(
+    config: EvaluationConfig, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x
+    )
     (config.run.folder / "export.json").unlink()
     before = (config.run.files.hf / "config.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="logits differ"):
@@ -101,7 +114,9 @@ def test_plain_mamba_has_no_such_folder() -> None:
 
 
 def test_bits_per_byte(config: EvaluationConfig) -> None:
-    """Of a model that knows nothing: ln(vocab) nats a token, over the bytes that those tokens are."""
+    """Of a model that knows nothing: ln(vocab) nats a token, over the bytes that those tokens
+    are.
+    """
     model: FalconMamba = load_model(config, find_checkpoint(config))
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -110,8 +125,12 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
     for name, score in scores.items():
         folder = source_folder(config.data, name)
         files = read_manifest(folder).splits["heldout"]
-        ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(int)[1:501]
-        size = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)  # byte level: a character stands for a byte
+        ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(
+            int
+        )[1:501]
+        size = sum(
+            len(tokenizer.id_to_token(i)) for i in ids if i > EOS
+        )  # byte level: a character stands for a byte
         assert score.tokens == 500 and score.bytes == size
         assert score.loss == pytest.approx(math.log(288), rel=1e-5)
         assert score.bits_per_byte == pytest.approx(500 * math.log2(288) / size, rel=1e-5)
@@ -140,12 +159,16 @@ def test_errors_name_the_fix(config: EvaluationConfig) -> None:
         find_checkpoint(replace(config, eval=replace(config.eval, checkpoint="/nonexistent")))
 
 
-def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, exported: Path, capsys: Any) -> None:
+def test_results_are_reused_only_while_they_hold(
+    config: EvaluationConfig, exported: Path, capsys: Any
+) -> None:
     export(config, max_bytes=40_000)
     evaluation(config)
     evaluation(config)
     assert "reused" in capsys.readouterr().out.splitlines()[-1]
-    evaluation(replace(config, data=replace(config.data, reset_state=False)))  # another way to read the same text
+    evaluation(
+        replace(config, data=replace(config.data, reset_state=False))
+    )  # another way to read the same text
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
     (config.run.folder / "eval.json").write_text('{"checkp')  # cut short
     evaluation(config)
@@ -160,9 +183,15 @@ def test_results_are_reused_only_while_they_hold(config: EvaluationConfig, expor
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer_by_layer_finds_what_whole_models_find(
-    config: EvaluationConfig, tmp_path: Path, dtype: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    config: EvaluationConfig,
+    tmp_path: Path,
+    dtype: str,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without memory for two models the comparison goes by layers, agrees as closely, and catches a wrong layer."""
+    """Without memory for two models the comparison goes by layers, agrees as closely, and catches a
+    wrong layer.
+    """
     (tmp_path / "checkpoints").symlink_to(config.run.files.checkpoints)
     settings = replace(config.eval, dtype=dtype, keep_fp32=["A_log"])
     here = replace(config, run=Run("layers", str(tmp_path), 0), eval=settings)
@@ -174,11 +203,17 @@ def test_layer_by_layer_finds_what_whole_models_find(
     whole = compare(here.run.files.hf, load_model(here, find_checkpoint(here)), entries(here))
     assert difference < 1e-5 and whole < 1e-5
     wrong = Pieces.rows
-    monkeypatch.setattr(Pieces, "rows", lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1))
+    monkeypatch.setattr(
+        Pieces,
+        "rows",
+        lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1),
+    )
     assert compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here)) > 1e-4
 
 
-def test_a_logit_that_is_not_a_number_is_caught(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logit_that_is_not_a_number_is_caught(
+    config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("eval.export.compare", lambda *arguments: float("nan"))
     (config.run.folder / "export.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match="logits differ"):

@@ -1,4 +1,6 @@
-"""The published files' sizes from shapes alone, the same bytes from any layout of ranks, and the way back."""
+"""The published files' sizes from shapes alone, the same bytes from any layout of ranks, and the
+way back.
+"""
 
 import json
 from collections.abc import Callable
@@ -25,7 +27,9 @@ from tests.tiny import TINY, model_of
 SILENT: Callable[[str], None] = lambda line: None  # noqa: E731
 
 
-def entries(config: ModelConfig, kept: tuple[str, ...] = (), dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
+def entries(
+    config: ModelConfig, kept: tuple[str, ...] = (), dtype: torch.dtype = torch.bfloat16
+) -> list[Entry]:
     shapes = parameter_shapes(config)
     return [
         Entry(ours, theirs, torch.float32 if ours.rsplit(".", 1)[-1] in kept else dtype,
@@ -35,7 +39,9 @@ def entries(config: ModelConfig, kept: tuple[str, ...] = (), dtype: torch.dtype 
 
 
 def test_the_released_7b_to_the_byte() -> None:
-    """Sizes of tiiuae/falcon-mamba-7b's files; with A_log in fp32, of its first file before July 23 of 2024."""
+    """Sizes of tiiuae/falcon-mamba-7b's files; with A_log in fp32, of its first file before July 23
+    of 2024.
+    """
     config = run_config("7b").model
     layout = plan(iter(entries(config)))
     assert [file.size for file in layout.files] == [4_956_184_024, 4_987_536_920, 4_601_680_888]
@@ -43,8 +49,14 @@ def test_the_released_7b_to_the_byte() -> None:
     assert layout.index is not None and len(layout.index) == 50_922
     assert json.loads(layout.index)["metadata"] == {"total_size": 14_545_330_176}
     places = json.loads(layout.index)["weight_map"]
-    assert places["backbone.layers.21.mixer.conv1d.bias"] != places["backbone.layers.21.mixer.in_proj.weight"]
-    assert places["backbone.layers.44.mixer.dt_proj.bias"] != places["backbone.layers.44.mixer.out_proj.weight"]
+    assert (
+        places["backbone.layers.21.mixer.conv1d.bias"]
+        != places["backbone.layers.21.mixer.in_proj.weight"]
+    )
+    assert (
+        places["backbone.layers.44.mixer.dt_proj.bias"]
+        != places["backbone.layers.44.mixer.out_proj.weight"]
+    )
     assert plan(iter(entries(config, kept=("A_log",)))).files[0].size == 4_961_951_048
 
 
@@ -56,9 +68,14 @@ def test_files_are_what_safetensors_writes(tmp_path: Path, kept: tuple[str, ...]
     (tmp_path / "ours").mkdir()
     write(tmp_path / "ours", layout, rows_of(model), SILENT)
     for file in layout.files:
-        tensors = {e.theirs: to_hf(e.ours, model.get_parameter(e.ours).detach()).to(e.dtype) for e in file.entries}
+        tensors = {
+            e.theirs: to_hf(e.ours, model.get_parameter(e.ours).detach()).to(e.dtype)
+            for e in file.entries
+        }
         save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-        assert (tmp_path / "ours" / file.name).read_bytes() == (tmp_path / "theirs").read_bytes(), file.name
+        assert (tmp_path / "ours" / file.name).read_bytes() == (tmp_path / "theirs").read_bytes(), (
+            file.name
+        )
 
 
 def test_transformers_cuts_and_names_the_same(tmp_path: Path) -> None:
@@ -68,13 +85,21 @@ def test_transformers_cuts_and_names_the_same(tmp_path: Path) -> None:
     ours = dict(tensor_names(TINY.n_layer))
     layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=20_000)
     (tmp_path / "ours").mkdir()
-    write(tmp_path / "ours", layout, lambda name, start, stop: state[ours[name]][start:stop], SILENT)
+    write(
+        tmp_path / "ours", layout, lambda name, start, stop: state[ours[name]][start:stop], SILENT
+    )
     names = sorted(path.name for path in (tmp_path / "ours").iterdir())
-    assert len(names) > 3 and names == sorted(path.name for path in (tmp_path / "theirs").glob("model*"))
+    assert len(names) > 3 and names == sorted(
+        path.name for path in (tmp_path / "theirs").glob("model*")
+    )
     for name in names:
         if name != INDEX:  # transformers counts parameters there too
-            assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
-    mine, theirs = (json.loads((tmp_path / side / INDEX).read_text()) for side in ("ours", "theirs"))
+            assert (tmp_path / "ours" / name).read_bytes() == (
+                tmp_path / "theirs" / name
+            ).read_bytes(), name
+    mine, theirs = (
+        json.loads((tmp_path / side / INDEX).read_text()) for side in ("ours", "theirs")
+    )
     assert mine["weight_map"] == theirs["weight_map"]
     assert mine["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
@@ -84,7 +109,9 @@ def rows_of(model: FalconMamba) -> Callable[[str, int, int], Tensor]:
 
 
 def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
-    """A checkpoint's weights as tp x dp ranks of ZeRO-1 leave them, cut anywhere inside a tensor."""
+    """A checkpoint's weights as tp x dp ranks of ZeRO-1 leave them, cut anywhere inside a
+    tensor.
+    """
     folder.mkdir()
     files = {}
     for tp_rank in range(tp):
@@ -98,7 +125,9 @@ def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
                 tensors[piece.key] = flat[low:high].clone()
             save_file(tensors, folder / f"{stem}.safetensors")
             (folder / f"{stem}.json").write_text(json.dumps(pieces))
-            files |= {f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")}
+            files |= {
+                f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")
+            }
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
 
@@ -106,7 +135,9 @@ def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
 def test_every_layout_of_ranks_exports_the_same_bytes(
     tmp_path: Path, tp: int, dp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.hf_writer.CHUNK", 100)  # a few rows at a time, across the borders of ranks
+    monkeypatch.setattr(
+        "model.hf_writer.CHUNK", 100
+    )  # a few rows at a time, across the borders of ranks
     model = model_of(TINY, seed=3)
     write_pieces(tmp_path / "step", model, tp, dp)
     pieces = Pieces(tmp_path / "step")
@@ -118,7 +149,9 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
         (tmp_path / name).mkdir()
         write(tmp_path / name, layout, rows, SILENT)
     for file in layout.files:
-        assert (tmp_path / "ranks" / file.name).read_bytes() == (tmp_path / "direct" / file.name).read_bytes()
+        assert (tmp_path / "ranks" / file.name).read_bytes() == (
+            tmp_path / "direct" / file.name
+        ).read_bytes()
     name = "layers.0.mixer.in_proj.weight"
     assert torch.equal(pieces.full("param", name), model.get_parameter(name))
 
@@ -134,7 +167,9 @@ def hf_folder(folder: Path, model: FalconMamba, **changes: object) -> Path:
 def test_the_way_back(tmp_path: Path) -> None:
     model = model_of(TINY, seed=4)
     # Falcon3-Mamba-7B-Base states eps 1e-5 for the mixer's norms too
-    source = HfFolder(hf_folder(tmp_path / "hf", model, mixer_rms_eps=1e-5, eos_token_id=0, pad_token_id=0))
+    source = HfFolder(
+        hf_folder(tmp_path / "hf", model, mixer_rms_eps=1e-5, eos_token_id=0, pad_token_id=0)
+    )
     assert source.config.mixer_norm_eps == 1e-5 and source.config.d_inner == 48
     assert differences(source.config, TINY) == ["model.mixer_norm_eps=1e-05"]
     assert differences(source.config, replace(source.config, embedding_std=3.0)) == []
@@ -169,8 +204,12 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 def test_a_header_is_padded_to_eight_bytes(tmp_path: Path) -> None:
     for length in range(1, 9):
         file = File("one.safetensors", [Entry("D", "x" * length, torch.float32, (2,))])
-        write(tmp_path / str(length) if (tmp_path / str(length)).mkdir() is None else tmp_path, Layout([file]),
-              lambda name, start, stop: torch.arange(start, stop).float(), SILENT)  # fmt: skip
+        write(
+            tmp_path / str(length) if (tmp_path / str(length)).mkdir() is None else tmp_path,
+            Layout([file]),
+            lambda name, start, stop: torch.arange(start, stop).float(),
+            SILENT,
+        )
         assert len(file.header) % 8 == 0
         with safe_open(tmp_path / str(length) / file.name, "pt") as read:
             assert torch.equal(read.get_tensor("x" * length), torch.tensor([0.0, 1.0]))

@@ -9,11 +9,18 @@ from tests.tiny import TINY, model_of
 
 
 def test_streaming_yields_whole_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A character of two bytes, one a token, appears when both are there; end-of-text ends the stream."""
+    """A character of two bytes, one a token, appears when both are there; end-of-text ends the
+    stream.
+    """
     from data.tokenizer import EOS, untrained
 
     tokenizer = untrained()
-    bytes_of = {"a": 20, "\u00c3": 21, "\u00a9": 22, "\u010a": 23}  # in the byte-level alphabet: a, e acute, newline
+    bytes_of = {
+        "a": 20,
+        "\u00c3": 21,
+        "\u00a9": 22,
+        "\u010a": 23,
+    }  # in the byte-level alphabet: a, e acute, newline
 
     class Vocabulary:
         def encode(self, text: str, add_special_tokens: bool) -> object:

@@ -1,4 +1,6 @@
-"""Validation during training, the proof that its text is held out, and leaderboards as jobs of their own."""
+"""Validation during training, the proof that its text is held out, and leaderboards as jobs of
+their own.
+"""
 
 import json
 import math
@@ -14,7 +16,13 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run
 from data.config import DataConfig
-from data.stream.manifests import DTYPE, open_manifests, read_manifest, source_folder, write_manifest
+from data.stream.manifests import (
+    DTYPE,
+    open_manifests,
+    read_manifest,
+    source_folder,
+    write_manifest,
+)
 from data.tokenizer import EOS
 from eval.check_leakage import prove, trained_documents
 from eval.config import EvaluationConfig, Jobs, Launcher, ValidationConfig
@@ -33,7 +41,9 @@ SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch=3)
 
 
 def test_it_equals_heldout_evaluation(config: EvaluationConfig) -> None:
-    """The same tokens in whole windows give the same bits per byte; shares of ranks add up to them."""
+    """The same tokens in whole windows give the same bits per byte; shares of ranks add up to
+    them.
+    """
     model = model_of(MODEL)
     results = Validation(config.data, SETTINGS).run(model)
     scores = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=320))
@@ -49,7 +59,10 @@ def test_it_equals_heldout_evaluation(config: EvaluationConfig) -> None:
 def test_when_it_is_due(config: EvaluationConfig) -> None:
     validation, model = Validation(config.data, SETTINGS), model_of(MODEL)
     assert validation.after(0, 999, model) is None and validation.after(1000, 1999, model) is None
-    assert validation.after(900, 1000, model) is not None and validation.after(1999, 4100, model) is not None
+    assert (
+        validation.after(900, 1000, model) is not None
+        and validation.after(1999, 4100, model) is not None
+    )
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert validation.run(model)["prose"]["loss"] == pytest.approx(math.log(288))
@@ -60,7 +73,9 @@ def insert(config: DataConfig, source: str, split: str, document: list[int]) -> 
     folder = source_folder(config, source)
     manifest = read_manifest(folder)
     file = manifest.splits[split][0]
-    ids = np.concatenate([np.array([*document, EOS], dtype=DTYPE), np.fromfile(folder / file.name, DTYPE)])
+    ids = np.concatenate(
+        [np.array([*document, EOS], dtype=DTYPE), np.fromfile(folder / file.name, DTYPE)]
+    )
     (folder / file.name).write_bytes(ids.tobytes())
     file.tokens, file.sha256 = len(ids), sha256_of(folder / file.name)
     write_manifest(folder, manifest)
@@ -75,10 +90,15 @@ def test_what_is_held_out_is_not_trained_on(
     data = replace(config.data, folder=str(tmp_path / "data"))
     ready = replace(config, data=data, eval=replace(config.eval, validation=SETTINGS))
     monkeypatch.setattr("eval.check_leakage.READ_TOKENS", 100)  # pieces that cut documents
-    unlike, secret = [20, 21, 22, 23, 200], [20, 21, 22, 24, 199]  # equal length and sum, other tokens
+    unlike, secret = (
+        [20, 21, 22, 23, 200],
+        [20, 21, 22, 24, 199],
+    )  # equal length and sum, other tokens
     insert(data, "prose", "heldout", secret)
     insert(data, "sums", "train", unlike)
-    by_chance = list(trained_documents(data, SETTINGS))  # the made-up corpus has short documents twice
+    by_chance = list(
+        trained_documents(data, SETTINGS)
+    )  # the made-up corpus has short documents twice
     assert all(owner == name for owner, name, _ in by_chance)
     insert(data, "sums", "train", secret)
     assert sorted(trained_documents(data, SETTINGS)) == sorted([*by_chance, ("prose", "sums", 1)])
@@ -108,13 +128,22 @@ def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_p
 def test_suites_run_as_jobs_of_their_own(
     config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """On held files, with the scores in the run's records at its end; a resumed run starts and takes nothing twice."""
+    """On held files, with the scores in the run's records at its end; a resumed run starts and
+    takes nothing twice.
+    """
     monkeypatch.setattr("eval.leaderboard.jobs.LOOK_SECONDS", 0.0)
     folder = find_checkpoint(config)
-    monkeypatch.setattr("eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    monkeypatch.setattr(
+        "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
+    )
     metrics = config.run.folder / "metrics.jsonl"
-    metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')  # the run is further than its checkpoint
-    row = "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: {}, by_size: true}]"
+    metrics.write_text(
+        '{"step": 3, "tokens": 300, "loss": 1.0}\n'
+    )  # the run is further than its checkpoint
+    row = (
+        "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: "
+        "{}, by_size: true}]"
+    )
     overrides = [f"eval.suite.include={tasks}", f"eval.suite.rows={row}", "~eval.suite.published",
                  "+eval.suite.published={}", "eval.seq_len=64"]  # fmt: skip
     settings = Jobs(["leaderboard_v1"], 100, Launcher.local, [], overrides)
@@ -135,8 +164,14 @@ def test_suites_run_as_jobs_of_their_own(
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
     rows = found[0]["scores"]["leaderboard_v1"]
-    assert found[0]["tokens"] == 250 and found[0]["step"] == 0 and 0 <= rows["choice"] == rows["average"] <= 100
-    assert log.read_text().count("shots)") == 1 and [line["step"] for line in read_lines(metrics)] == [3]
+    assert (
+        found[0]["tokens"] == 250
+        and found[0]["step"] == 0
+        and 0 <= rows["choice"] == rows["average"] <= 100
+    )
+    assert log.read_text().count("shots)") == 1 and [
+        line["step"] for line in read_lines(metrics)
+    ] == [3]
     assert not held.exists()
     again = SuiteJobs(config.run, settings)  # as a resumed run would
     again.know(found)
@@ -154,7 +189,9 @@ def test_slurm_gets_one_job_per_suite(
     run = replace(config.run, dir=str(tmp_path / "run"))
     run.folder.mkdir()
     run.files.checkpoints.symlink_to(config.run.files.checkpoints)
-    monkeypatch.setattr("eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250})
+    monkeypatch.setattr(
+        "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
+    )
     SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
     asked = tmp_path / "asked"
     deadline = time.monotonic() + 20
@@ -162,4 +199,8 @@ def test_slurm_gets_one_job_per_suite(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     words = asked.read_text().splitlines()
-    assert "--gpus=1" in words and "suite=leaderboard_v2" in words[-1] and words[-1].startswith("--wrap=")
+    assert (
+        "--gpus=1" in words
+        and "suite=leaderboard_v2" in words[-1]
+        and words[-1].startswith("--wrap=")
+    )

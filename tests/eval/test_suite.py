@@ -1,4 +1,6 @@
-"""Leaderboards: our adapter against the harness's own, on local tasks; scores, tables and errors."""
+"""Leaderboards: our adapter against the harness's own, on local tasks; scores, tables and
+errors.
+"""
 
 import json
 import math
@@ -33,7 +35,15 @@ from tests.tiny import TINY, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-HOMES = ("arc", "hellaswag", "mmlu", "winogrande", "truthfulqa", "gsm8k", "leaderboard")  # of the harness's tasks
+HOMES = (
+    "arc",
+    "hellaswag",
+    "mmlu",
+    "winogrande",
+    "truthfulqa",
+    "gsm8k",
+    "leaderboard",
+)  # of the harness's tasks
 WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
 
 
@@ -46,7 +56,9 @@ def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 def suite_of(folder: Path | None, *names: str) -> Suite:
     known = {
-        "local_choice": Row("choice", "local_choice", 2, ["acc_norm,none", "acc,none"], 0.25, {}, True),
+        "local_choice": Row(
+            "choice", "local_choice", 2, ["acc_norm,none", "acc,none"], 0.25, {}, True
+        ),
         "local_text": Row("text", "local_text", 0, ["bits_per_byte,none"], 0.0, {}, True),
         "local_answer": Row("answer", "local_answer", 0, ["exact_match,none"], 0.0, {}, True),
         "local_math": Row("math", "local_math", 4, ["exact_match,none"], 0.0, {}, True),
@@ -54,7 +66,9 @@ def suite_of(folder: Path | None, *names: str) -> Suite:
         "arc": Row("ARC", "arc_challenge", 25, ["acc_norm,none"], 0.0, {}, True),
     }
     rows = [known[name] for name in names]
-    return Suite("local", 200, str(folder) if folder else None, None, rows, {"Rival-7B": [10.0] * len(rows)})
+    return Suite(
+        "local", 200, str(folder) if folder else None, None, rows, {"Rival-7B": [10.0] * len(rows)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +104,34 @@ def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
 
 
 def test_loglikelihoods_are_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
-    """Empty contexts, trailing spaces, choices of one token on one context, prompts that are cut on the left."""
+    """Empty contexts, trailing spaces, choices of one token on one context, prompts that are cut on
+    the left.
+    """
     pairs = [("", word) for word in WORDS] + [(a, " " + b) for a in WORDS for b in WORDS if a != b]
-    pairs += [("def f ", "x"), ("x" * 300, " y"), ("x" * 300, "y" * 38), *[("choose", letter) for letter in "ABCD"]]
+    pairs += [
+        ("def f ", "x"),
+        ("x" * 300, " y"),
+        ("x" * 300, "y" * 38),
+        *[("choose", letter) for letter in "ABCD"],
+    ]
     asked = requests("loglikelihood", *pairs)
-    mine, expected = ours.loglikelihood(asked, disable_tqdm=True), theirs.loglikelihood(asked, disable_tqdm=True)
+    mine, expected = (
+        ours.loglikelihood(asked, disable_tqdm=True),
+        theirs.loglikelihood(asked, disable_tqdm=True),
+    )
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in expected]
-    torch.testing.assert_close(*[torch.tensor([s for s, _ in x]) for x in (mine, expected)], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        *[torch.tensor([s for s, _ in x]) for x in (mine, expected)], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_rolling_windows_are_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
-    """HFLM without its logits cache: with it, equal windows of a text that repeats are scored at wrong places."""
-    asked = requests("loglikelihood_rolling", *[(word * repeat,) for word in WORDS for repeat in (1, 30)])
+    """HFLM without its logits cache: with it, equal windows of a text that repeats are scored at
+    wrong places.
+    """
+    asked = requests(
+        "loglikelihood_rolling", *[(word * repeat,) for word in WORDS for repeat in (1, 30)]
+    )
     mine, expected = (lm.loglikelihood_rolling(asked, disable_tqdm=True) for lm in (ours, theirs))
     torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
@@ -109,8 +139,14 @@ def test_rolling_windows_are_the_harness_own(ours: FalconMambaLM, theirs: HFLM) 
 def test_generation_is_the_harness_own(ours: FalconMambaLM, theirs: HFLM) -> None:
     greedy = {"until": ["\n", "zz"], "max_gen_toks": 9, "do_sample": False}
     other = {"until": [], "max_gen_toks": 5, "do_sample": False}
-    asked = requests("generate_until", *[(word, greedy) for word in WORDS], *[(word * 20, other) for word in WORDS])
-    assert ours.generate_until(asked, disable_tqdm=True) == theirs.generate_until(asked, disable_tqdm=True)
+    asked = requests(
+        "generate_until",
+        *[(word, greedy) for word in WORDS],
+        *[(word * 20, other) for word in WORDS],
+    )
+    assert ours.generate_until(asked, disable_tqdm=True) == theirs.generate_until(
+        asked, disable_tqdm=True
+    )
 
 
 def test_a_whole_suite_gives_the_same_scores_from_both(
@@ -129,32 +165,50 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
         assert result["score"] == pytest.approx(expected[label]["score"], rel=1e-5), label
         assert result["parts"][f"local_{label}"]["documents"] == 12
     # another checkpoint of the run stands beside it: before and after the decay
-    assert siblings(suite, files[1]) == {f"{step}\n0 tokens": [mine[row.label]["score"] for row in suite.rows]}
+    assert siblings(suite, files[1]) == {
+        f"{step}\n0 tokens": [mine[row.label]["score"] for row in suite.rows]
+    }
     assert mine["text"]["score"] > 100  # bits per byte, times 100: an untrained model
     assert "Rival-7B" in printed and f"{mine['choice']['score'] - 10:+.2f}" in printed
     run_suite(with_suite)
     assert "shots" not in capsys.readouterr().out  # stored rows are not run again
 
 
-@pytest.mark.parametrize(("form", "correct"), [(r"\frac{{{n}}}{{2}}", 100.0), ("{half}", 100.0), ("7", 0.0)])
+@pytest.mark.parametrize(
+    ("form", "correct"), [(r"\frac{{{n}}}{{2}}", 100.0), ("{half}", 100.0), ("7", 0.0)]
+)
 def test_mathematics_is_checked_by_value(
-    config: EvaluationConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch, form: str, correct: float
-) -> None:  # fmt: skip
-    """The MATH row in this very environment, hydra's antlr4 included, with a model that answers as it is told."""
+    config: EvaluationConfig,
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    correct: float,
+) -> None:
+    """The MATH row in this very environment, hydra's antlr4 included, with a model that answers as
+    it is told.
+    """
     asked: list[str] = []
 
-    def answer(self: FalconMambaLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def answer(
+        self: FalconMambaLM, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
         asked.extend(request.args[0] for request in requests)
-        numbers = [int(re.findall(r"Add 0 to (\d+)/2", request.args[0])[-1]) for request in requests]
+        numbers = [
+            int(re.findall(r"Add 0 to (\d+)/2", request.args[0])[-1]) for request in requests
+        ]
         texts = [form.format(n=n, half=n / 2) for n in numbers]
-        return [f" Final Answer: The final answer is ${text}$. I hope it is correct." for text in texts]
+        return [
+            f" Final Answer: The final answer is ${text}$. I hope it is correct." for text in texts
+        ]
 
     monkeypatch.setattr(FalconMambaLM, "generate_until", answer)
     suite = replace(suite_of(tasks, "local_math"), name=f"math{len(form)}")
     run_suite(replace(config, eval=replace(config.eval, suite=suite)))
     stored = config.run.folder / "scores" / f"{suite.name}-{find_checkpoint(config).name}.json"
     result = json.loads(stored.read_text())["rows"]["math"]
-    assert result["score"] == correct and result["parts"]["local_math"]["documents"] == 4  # of level 5
+    assert (
+        result["score"] == correct and result["parts"]["local_math"]["documents"] == 4
+    )  # of level 5
     assert all(prompt.count("Problem:") == 5 for prompt in asked), "four examples and the question"
 
 
@@ -163,7 +217,9 @@ def test_a_metric_that_would_be_wrong_here_is_refused() -> None:
         Row("MATH", "leaderboard_math_hard", 4, ["exact_match_original,none"], 0.0, {}, True)
 
 
-def test_another_export_in_the_same_place_is_another_subject(config: EvaluationConfig, tmp_path: Path) -> None:
+def test_another_export_in_the_same_place_is_another_subject(
+    config: EvaluationConfig, tmp_path: Path
+) -> None:
     """Files of equal names and sizes, other weights: no stored row is taken for theirs."""
     identities = []
     for seed in (0, 1):
@@ -176,8 +232,11 @@ def test_another_export_in_the_same_place_is_another_subject(config: EvaluationC
 
 
 def test_missing_tasks_are_named_and_the_rest_is_scored(
-    config: EvaluationConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    config: EvaluationConfig,
+    tasks: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     suite = replace(suite_of(tasks, "absent", "arc", "local_answer"), name="partly")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
@@ -194,23 +253,30 @@ def test_scores_are_rescaled_as_the_leaderboard_does() -> None:
         return {"acc,none": value, "acc_stderr,none": error, "documents": documents}
 
     group = {"a": leaf(0.7, 0.03, 100), "b": leaf(0.4, 0.04, 300), "c": leaf(0.1, 0.02, 50)}
-    # https://huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: MuSR's example is 0.7, 0.4, 0.6
+    # https://huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: MuSR's example is
+    # 0.7, 0.4, 0.6
     row = Row("x", "x", 0, ["acc,none"], 0.0, {"a": 0.5, "b": 0.2, "c": 1 / 3}, False)
     result = score(row, group)
     assert result["score"] == pytest.approx((40 + 25 + 0) / 3)
     assert result["stderr"] == pytest.approx(100 * math.sqrt((0.06) ** 2 + 0.05**2 + 0.03**2) / 3)
     gpqa = score(Row("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)})
-    assert gpqa["score"] == pytest.approx(46.67, abs=0.005) and gpqa["stderr"] == pytest.approx(100 * 0.02 / 0.75)
+    assert gpqa["score"] == pytest.approx(46.67, abs=0.005) and gpqa["stderr"] == pytest.approx(
+        100 * 0.02 / 0.75
+    )
     by_size = score(Row("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
     assert by_size["score"] == pytest.approx(100 * (0.7 * 100 + 0.4 * 300 + 0.1 * 50) / 450)
     assert score(row, {"a": leaf(0.7, "N/A", 10)})["stderr"] is None
     two = Row("x", "x", 0, ["acc,none", "loose,none"], 0.0, {}, True)
-    assert score(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})["score"] == pytest.approx(60)
+    assert score(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})["score"] == pytest.approx(
+        60
+    )
 
 
 @pytest.mark.parametrize(("name", "best", "wanted"), [("v1", 64.09, 6), ("v2", 15.04, 6)])
 def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
-    """Averages recomputed from the stored scores are the published ones; tasks exist; BBH's floors are its choices'."""
+    """Averages recomputed from the stored scores are the published ones; tasks exist; BBH's floors
+    are its choices'.
+    """
     suite = run_config("7b", f"eval=leaderboard_{name}").eval.suite
     assert suite is not None and suite.max_length == 8192 and len(suite.rows) == wanted
     mean = sum(suite.published["FalconMamba-7B"]) / len(suite.rows)
@@ -221,7 +287,11 @@ def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
     assert list(grid.columns[-1].cells)[0] == f"50.00\n+-{1 / math.sqrt(wanted):.2f}"
     assert list(grid.columns[-1].cells)[1] == f"{mean:.2f}\n{50 - mean:+.2f}"
     folder = Path(lm_eval.__file__).parent / "tasks"
-    names = "\n".join(path.read_text() for path in folder.glob("*/**/*.y*ml") if path.parts[len(folder.parts)] in HOMES)
+    names = "\n".join(
+        path.read_text()
+        for path in folder.glob("*/**/*.y*ml")
+        if path.parts[len(folder.parts)] in HOMES
+    )
     assert all(re.search(rf"^(task|group): {row.task}$", names, re.M) for row in suite.rows)
 
 
@@ -238,12 +308,18 @@ def test_floors_of_bbh_are_those_of_its_choices() -> None:
 
 
 def test_the_short_words_of_the_command_line() -> None:
-    assert expand(["suite=leaderboard_v1", "+experiment=demo"]) == ["eval=leaderboard_v1", "+experiment=demo"]
+    assert expand(["suite=leaderboard_v1", "+experiment=demo"]) == [
+        "eval=leaderboard_v1",
+        "+experiment=demo",
+    ]
     given = expand(["checkpoint=/runs/x/checkpoints/step-00000009"])
     assert given[0] == "eval.checkpoint=/runs/x/checkpoints/step-00000009"
     assert given[1:] == ["run.name='x'", "run.dir='/runs/x'"]
     assert expand(["checkpoint=/runs/x/hf"])[1:] == ["run.name='x'", "run.dir='/runs/x'"]
-    assert expand(["checkpoint=/a/b", "+experiment=demo"]) == ["eval.checkpoint=/a/b", "+experiment=demo"]
+    assert expand(["checkpoint=/a/b", "+experiment=demo"]) == [
+        "eval.checkpoint=/a/b",
+        "+experiment=demo",
+    ]
 
 
 def test_two_ranks_print_one_table_with_the_same_scores(
@@ -251,18 +327,35 @@ def test_two_ranks_print_one_table_with_the_same_scores(
 ) -> None:  # fmt: skip
     """The command, data-parallel over gloo, on a step folder without an experiment."""
     folder = find_checkpoint(config)
-    (config.run.folder / "config.yaml").write_text(yaml.safe_dump({"data": {"folder": config.data.folder}}))
+    (config.run.folder / "config.yaml").write_text(
+        yaml.safe_dump({"data": {"folder": config.data.folder}})
+    )
     metrics = "metrics: ['acc_norm,none'], floor: 0, floors: {}, by_size: true"
     rows = f"[{{label: choice, task: local_choice, shots: 2, {metrics}}}]"
-    settings = [f"eval.suite.include={tasks}", f"eval.suite.rows={rows}", "eval.suite.name=two",
-                "~eval.suite.published", "+eval.suite.published={Rival: [30.0]}", "eval.seq_len=64"]  # fmt: skip
+    settings = [
+        f"eval.suite.include={tasks}",
+        f"eval.suite.rows={rows}",
+        "eval.suite.name=two",
+        "~eval.suite.published",
+        "+eval.suite.published={Rival: [30.0]}",
+        "eval.seq_len=64",
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, "eval/run.py", f"checkpoint={folder}", "suite=leaderboard_v1", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Rival") == 1
-    two = json.loads((config.run.folder / "scores" / f"two-{folder.name}.json").read_text())["rows"]["choice"]
+    two = json.loads((config.run.folder / "scores" / f"two-{folder.name}.json").read_text())[
+        "rows"
+    ]["choice"]
     suite = suite_of(tasks, "local_choice")
     row = Row("choice", "local_choice", 2, ["acc_norm,none"], 0.0, {}, True)
-    run_suite(replace(config, eval=replace(config.eval, suite=replace(suite, name="one", rows=[row]))))
-    assert two == json.loads((config.run.folder / "scores" / f"one-{folder.name}.json").read_text())["rows"]["choice"]
+    run_suite(
+        replace(config, eval=replace(config.eval, suite=replace(suite, name="one", rows=[row])))
+    )
+    assert (
+        two
+        == json.loads((config.run.folder / "scores" / f"one-{folder.name}.json").read_text())[
+            "rows"
+        ]["choice"]
+    )

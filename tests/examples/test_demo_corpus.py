@@ -1,4 +1,6 @@
-"""The demo's text: no module in two sources, nothing of this machine, files that recipes read like anybody's."""
+"""The demo's text: no module in two sources, nothing of this machine, files that recipes read like
+anybody's.
+"""
 
 import re
 import subprocess
@@ -20,7 +22,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "raw"
     command = [sys.executable, "examples/make_demo_corpus.py", str(folder)]
     for said in ("MB of raw text", "reused"):
-        assert said in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
+        assert (
+            said
+            in subprocess.run(
+                command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
+            ).stdout
+        )
     return folder
 
 
@@ -39,7 +46,9 @@ def test_pages_and_archives_hold_the_same_text(corpus: Path, tmp_path: Path) -> 
     for page in sorted((corpus / "pages").iterdir())[:12]:
         (tmp_path / "few" / page.name).write_bytes(page.read_bytes())
     files, _ = run(Source("manuals", str(tmp_path / "few"), "PSF-2.0", 1.0, 1), tmp_path / "files")
-    archives, steps = run(Source("manuals", str(corpus / "web"), "PSF-2.0", 1.0, 2), tmp_path / "archives")
+    archives, steps = run(
+        Source("manuals", str(corpus / "web"), "PSF-2.0", 1.0, 2), tmp_path / "archives"
+    )
     by_group = {row["group"]: row["text"] for row in archives}
     assert len(files) >= 3 and all(by_group[row["group"]] == row["text"] for row in files)
     assert len(by_group) == len(archives) > 80 and steps[0].total > 150
@@ -50,7 +59,11 @@ def test_help_pages_keep_this_machine_out(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("os", "ftplib", "textwrap", "json"):
         page = standard_library.help_page(name)
         assert page is not None
-        assert "hunter2" not in page and str(Path(standard_library.__file__).parent) not in page and "0x7f" not in page
+        assert (
+            "hunter2" not in page
+            and str(Path(standard_library.__file__).parent) not in page
+            and "0x7f" not in page
+        )
         assert standard_library.modules()[name].as_posix() not in page
     assert standard_library.help_page("no_such_module") is None
     assert "class <strong>JSONDecoder" not in standard_library.help_page("json"), (
@@ -60,7 +73,9 @@ def test_help_pages_keep_this_machine_out(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_module_belongs_to_one_source() -> None:
     modules = standard_library.modules()
-    assert len(modules) > 300 and not any(re.search(r"\b(tests?|idlelib|site-packages)\b", name) for name in modules)
+    assert len(modules) > 300 and not any(
+        re.search(r"\b(tests?|idlelib|site-packages)\b", name) for name in modules
+    )
     assert not standard_library.IMPORTABLE & {
         "this",
         "antigravity",
@@ -71,16 +86,30 @@ def test_a_module_belongs_to_one_source() -> None:
         "os",
         "sys",
     }
-    shares = {source: dict(standard_library.modules_of(source)) for source in ("web", "technical", "code")}
-    assert sum(map(len, shares.values())) == len(modules) and set().union(*shares.values()) == set(modules)
-    assert all(standard_library.source_of(name) == standard_library.source_of(name.split(".")[0]) for name in modules)
+    shares = {
+        source: dict(standard_library.modules_of(source)) for source in ("web", "technical", "code")
+    }
+    assert sum(map(len, shares.values())) == len(modules) and set().union(*shares.values()) == set(
+        modules
+    )
+    assert all(
+        standard_library.source_of(name) == standard_library.source_of(name.split(".")[0])
+        for name in modules
+    )
     assert all(name.split(".")[0] in standard_library.IMPORTABLE for name in shares["web"])
 
 
 def test_reference_page_is_read_without_running_the_module() -> None:
-    source = 'raise SystemExit\nclass A(int):\n    "About A."\n    def f(self, x=1) -> int:\n        "Gives x."\n'
+    source = (
+        'raise SystemExit\nclass A(int):\n    "About A."\n    def f(self, x=1) -> int:\n        '
+        '"Gives x."\n'
+    )
     page = standard_library.reference_page("m", '"""Head."""\n' + source)
-    assert page == "m\n=\n\nHead.\n\nclass A(int)\n    About A.\n\n    def f(self, x=1) -> int\n        Gives x.\n"
+    assert (
+        page
+        == "m\n=\n\nHead.\n\nclass A(int)\n    About A.\n\n    def f(self, x=1) -> int\n        "
+        "Gives x.\n"
+    )
     assert standard_library.reference_page("m", "x = 1") == ""
 
 
@@ -100,7 +129,11 @@ def test_problems_are_right_distinct_and_the_same_again() -> None:
     assert len({row["text"] for row in rows}) == len(rows) == len({row["group"] for row in rows})
     checked = 0
     for row in rows:
-        for a, sign, b, c in re.findall(r"(?<![\d*+/] )\b(\d+) ([-+*]) (\d+) = (\d+)\b(?![./]| [-+*/])", row["text"]):
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(c), row["text"]
+        for a, sign, b, c in re.findall(
+            r"(?<![\d*+/] )\b(\d+) ([-+*]) (\d+) = (\d+)\b(?![./]| [-+*/])", row["text"]
+        ):
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(
+                c
+            ), row["text"]
             checked += 1
     assert checked > 3000

@@ -1,11 +1,12 @@
 """Golden losses: `step loss grad_norm` of short runs, which a change of structure must not change.
 
     python -m tests.golden            # run them and compare, exit code 1 where one differs
-    python -m tests.golden --write    # run them and write them anew: only with a change that is meant to change losses
+    python -m tests.golden --write    # run them and write them anew: only with a change that is
+    meant to change losses
 
-A run has the same digits on one instruction set: the process chooses AVX2 for torch and for our kernels, where the
-processor has it, and for MKL the path that all x86 processors share. On another machine (a file's first line says which
-one wrote it) the figures agree to RELATIVE.
+A run has the same digits on one instruction set: the process chooses AVX2 for torch and for our
+kernels, where the processor has it, and for MKL the path that all x86 processors share. On another
+machine (a file's first line says which one wrote it) the figures agree to RELATIVE.
 """
 
 import json
@@ -20,10 +21,20 @@ from model.kernels.cpu_library import instruction_set
 
 # torch believes what it is told: it would run AVX2 on a processor without it
 TORCH = "default" if instruction_set() == "portable" else "avx2"
-# read by the libraries when they are loaded, so this process is replaced by one that has them from its start
-FIXED = {"ATEN_CPU_CAPABILITY": TORCH, "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+# read by the libraries when they are loaded, so this process is replaced by one that has them from
+# its start
+FIXED = {
+    "ATEN_CPU_CAPABILITY": TORCH,
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OMP_NUM_THREADS": "1",
+}
 if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in FIXED.items()):
-    os.execve(sys.executable, [sys.executable, "-m", "tests.golden", *sys.argv[1:]], {**os.environ, **FIXED})
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "tests.golden", *sys.argv[1:]],
+        {**os.environ, **FIXED},
+    )
 
 import torch
 
@@ -37,7 +48,9 @@ RELATIVE = 2e-4  # of a figure, on another instruction set or with another torch
 
 def lines_of(run: RunConfig) -> list[str]:
     """`step loss grad_norm` of a run's records, every digit of them."""
-    records = [json.loads(line) for line in (run.run.folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (run.run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return [f"{record['step']} {record['loss']!r} {record['grad_norm']!r}" for record in records]
 
 
@@ -45,7 +58,11 @@ def machine() -> str:
     """What decides the last digits: processor, instruction set, torch."""
     vendor = "unknown"
     if (info := Path("/proc/cpuinfo")).is_file():
-        found = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("vendor_id")]
+        found = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("vendor_id")
+        ]
         vendor = found[0] if found else vendor
     return f"# {platform.machine()} {vendor} {INSTRUCTIONS} torch {torch.__version__.split('+')[0]}"
 
@@ -60,7 +77,11 @@ def differences(name: str, lines: list[str]) -> list[str]:
     """How a run differs from its golden file; nothing when it does not."""
     head, golden = read(name)
     if head == machine():
-        return [f"{name}: {new} instead of {old}" for old, new in zip(golden, lines, strict=True) if old != new]
+        return [
+            f"{name}: {new} instead of {old}"
+            for old, new in zip(golden, lines, strict=True)
+            if old != new
+        ]
     pairs = [(old.split(), new.split()) for old, new in zip(golden, lines, strict=True)]
     return [
         f"{name} (another machine): {' '.join(new)} instead of {' '.join(old)}"
@@ -78,7 +99,9 @@ def agreement(names: Iterable[str]) -> str:
     """How golden losses were found to agree, which depends on the machine that wrote them."""
     heads = sorted({read(name)[0] for name in names})
     found = [
-        "equal to the last digit" if head == machine() else f"within {RELATIVE} of those of {head[2:]}"
+        "equal to the last digit"
+        if head == machine()
+        else f"within {RELATIVE} of those of {head[2:]}"
         for head in heads
     ]
     return f"all golden losses are {' or '.join(found)}"
@@ -90,7 +113,11 @@ def main(write: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         wanted = runs(Path(folder))
         for size in (1, 2):
-            jobs = [(train_on_one_instruction_set, (run,)) for ranks, run in wanted.values() if ranks == size]
+            jobs = [
+                (train_on_one_instruction_set, (run,))
+                for ranks, run in wanted.values()
+                if ranks == size
+            ]
             run_ranks(size, jobs)
         for name, (_, run) in wanted.items():
             lines = lines_of(run)

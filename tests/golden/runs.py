@@ -1,4 +1,6 @@
-"""The runs whose losses are golden: some thirty steps each, with a batch ramp, two contexts, decay and clipping."""
+"""The runs whose losses are golden: some thirty steps each, with a batch ramp, two contexts, decay
+and clipping.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,9 @@ def runs(root: Path) -> dict[str, tuple[int, RunConfig]]:
         return replace(run, optim=replace(run.optim, lr=4e-3))
 
     tiny = make_corpus(root / "data")
-    tp2 = replace(config(root, "tiny-tp2", tensor_parallel=2), data=replace(tiny, reset_state=False))
+    tp2 = replace(
+        config(root, "tiny-tp2", tensor_parallel=2), data=replace(tiny, reset_state=False)
+    )
     return {
         "demo-1": (1, of_demo("demo-1")),
         "demo-2": (2, of_demo("demo-2")),

@@ -1,4 +1,5 @@
-"""A real Slurm on this machine: four virtual nodes, a controller, munge with a key of its own, and no systemd.
+"""A real Slurm on this machine: four virtual nodes, a controller, munge with a key of its own, and
+no systemd.
 
 Needs root and Debian's slurm-wlm and munge, which it installs where they are absent.
 """
@@ -46,7 +47,8 @@ KillWait=30
 InactiveLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=2000
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \\
+  CPUs=2 RealMemory=2000
 PartitionName=main Nodes=n[1-{nodes}] Default=YES State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n[1-{nodes}] State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -60,7 +62,10 @@ def installed() -> str | None:
     if shutil.which("slurmctld") and shutil.which("munged"):
         return None
     apt = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
+    for command in (
+        ["update", "-qq"],
+        ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+    ):
         subprocess.run(["apt-get", *command], env=apt, check=True, stdout=sys.stderr)
     return None
 
@@ -74,27 +79,48 @@ class Slurm:
 
     def __enter__(self) -> "Slurm":
         munge = self.home / "munge"
-        for folder in (self.home, munge, self.home / "state", *(self.home / f"spool-n{i + 1}" for i in range(NODES))):
+        for folder in (
+            self.home,
+            munge,
+            self.home / "state",
+            *(self.home / f"spool-n{i + 1}" for i in range(NODES)),
+        ):
             folder.mkdir(exist_ok=True)
             folder.chmod(0o755)  # munged wants that nobody else can write there
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o400)
-        options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        subprocess.run(["munged", *(f"--{name}={munge / file}" for name, file in options.items())], check=True)
+        options = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
+        subprocess.run(
+            ["munged", *(f"--{name}={munge / file}" for name, file in options.items())], check=True
+        )
         port = free_port()
         host = socket.gethostname().split(".")[0]
-        text = CONF.format(host=host, home=self.home, port=port, nodes=NODES, first=port + 1, last=port + NODES)
+        text = CONF.format(
+            host=host, home=self.home, port=port, nodes=NODES, first=port + 1, last=port + NODES
+        )
         (self.home / "slurm.conf").write_text(text)
         self.run("slurmctld", "-i")
         for number in range(NODES):
             self.start_node(f"n{number + 1}")
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(NODES), 60)
+        self.until(
+            lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(NODES), 60
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.run("scancel", "--user=root", check=False)
         self.until(lambda: not self.run("squeue", "-h", check=False).strip(), 60)
-        for path in [*self.home.glob("slurmd-*.pid"), self.home / "slurmctld.pid", self.home / "munge" / "pid"]:
+        for path in [
+            *self.home.glob("slurmd-*.pid"),
+            self.home / "slurmctld.pid",
+            self.home / "munge" / "pid",
+        ]:
             if path.is_file():
                 process = path.read_text().strip()
                 subprocess.run(["kill", process], check=False, stderr=subprocess.DEVNULL)
@@ -102,7 +128,9 @@ class Slurm:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command that finds this cluster."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=300
+        )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
 
@@ -111,8 +139,13 @@ class Slurm:
         self.run("slurmd", "-N", name)
 
     def lose_node(self, name: str) -> None:
-        """Kill what runs there, as a machine dies: first who could still tell the controller, then the ranks."""
-        here = [f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()]
+        """Kill what runs there, as a machine dies: first who could still tell the controller, then
+        the ranks.
+        """
+        here = [
+            f"SLURMD_NODENAME={name}".encode(),
+            f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(),
+        ]
         tasks, managers = [], {(self.home / f"slurmd-{name}.pid").read_text().strip()}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -120,7 +153,11 @@ class Slurm:
                     continue
                 tasks.append(path.name)
                 parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-                managers |= {parent} if Path("/proc", parent, "comm").read_text().strip() == "slurmstepd" else set()
+                managers |= (
+                    {parent}
+                    if Path("/proc", parent, "comm").read_text().strip() == "slurmstepd"
+                    else set()
+                )
             except OSError:  # it ended meanwhile
                 continue
         for process in [*managers, *tasks]:

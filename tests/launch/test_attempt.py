@@ -30,7 +30,9 @@ def test_an_outcome_of_an_earlier_start_is_not_taken_for_this_one(tmp_path: Path
     Outcome(75, "asked to leave").write(tmp_path)
     start(tmp_path)
     verdict, why = end(tmp_path, 1, 3, tmp_path / "bad.txt")
-    assert verdict == "requeue" and why.startswith("crash (exit code 1), 1 in a row from the beginning")
+    assert verdict == "requeue" and why.startswith(
+        "crash (exit code 1), 1 in a row from the beginning"
+    )
 
 
 def test_crashes_without_a_new_checkpoint_end_a_job(tmp_path: Path) -> None:
@@ -57,10 +59,15 @@ def test_requests_to_leave_are_no_crashes(tmp_path: Path) -> None:
 def test_nodes_are_struck_for_what_they_did(tmp_path: Path) -> None:
     bad = tmp_path / "bad.txt"
     start(tmp_path)
-    lines = [("crash", "rank 1 on n2: CUDA error"), ("lost a peer", "rank 0 on n1: Connection closed by peer")]
+    lines = [
+        ("crash", "rank 1 on n2: CUDA error"),
+        ("lost a peer", "rank 0 on n1: Connection closed by peer"),
+    ]
     for kind, text in lines:
         with (tmp_path / "incidents.jsonl").open("a") as file:
-            file.write(json.dumps({"time": "2999-01-01T00:00:00Z", "incident": kind, "text": text}) + "\n")
+            file.write(
+                json.dumps({"time": "2999-01-01T00:00:00Z", "incident": kind, "text": text}) + "\n"
+            )
     end(tmp_path, 1, 3, bad)
     assert excluded(bad, 1) == ["n2"] and excluded(bad, 2) == []
     start(tmp_path)  # and never came to its end: Slurm lost n2, and a node of somebody else's

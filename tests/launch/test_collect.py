@@ -1,4 +1,6 @@
-"""A sweep's runs come into one table, in the order of their losses; runs that did not end say so."""
+"""A sweep's runs come into one table, in the order of their losses; runs that did not end say
+so.
+"""
 
 import csv
 import json
@@ -18,7 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    points = {"a": {"optim.clip_norm": "1.0"}, "b": {"optim.clip_norm": "0.5"}, "c": {"optim.clip_norm": "2.0"}}
+    points = {
+        "a": {"optim.clip_norm": "1.0"},
+        "b": {"optim.clip_norm": "0.5"},
+        "c": {"optim.clip_norm": "2.0"},
+    }
     (tmp_path / "sweep.json").write_text(json.dumps({"points": points}))
     Outcome(0, "all").write(write_run(tmp_path / "a", 0.5))
     write_run(tmp_path / "b", 0.0)
@@ -42,11 +48,17 @@ def test_rows_hold_what_was_varied_and_measured(folder: Path) -> None:
 
 
 def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:
-    (folder / "a" / "eval.json").write_text(json.dumps({"heldout": {"all": {"bits_per_byte": 1.25}}}))
+    (folder / "a" / "eval.json").write_text(
+        json.dumps({"heldout": {"all": {"bits_per_byte": 1.25}}})
+    )
     command = [sys.executable, "launch/collect.py", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     with (folder / "collected.csv").open() as file:
-        assert [row["run"] for row in csv.DictReader(file)] == ["a", "b", "c"]  # a has been evaluated
+        assert [row["run"] for row in csv.DictReader(file)] == [
+            "a",
+            "b",
+            "c",
+        ]  # a has been evaluated
     assert "1.2500" in result.stdout and "running or crashed" in result.stdout
     assert '"name":"b"' in (folder / "collected.html").read_text()

@@ -47,19 +47,37 @@ def test_missing_data_room_and_memory_are_red_with_a_fix(config: RunConfig, tmp_
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     finding = checks.data(config)
     assert finding.state == "bad" and "data/prepare.py" in finding.fix
-    large = run_config("7b", f"run.dir={tmp_path}/7b", "data.folder=/d", "data.tokenizer.path=/t", "cluster.device=cpu",
-                       "checkpoint.keep_last=10000")  # fmt: skip
+    large = run_config(
+        "7b",
+        f"run.dir={tmp_path}/7b",
+        "data.folder=/d",
+        "data.tokenizer.path=/t",
+        "cluster.device=cpu",
+        "checkpoint.keep_last=10000",
+    )
     for check in (checks.disk, checks.memory):
         assert check(large).state == "bad" and check(large).fix
 
 
-def test_a_collective_that_fails_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "ALL_REDUCE", "import sys; sys.exit('no route to host' if sys.argv[4] == '1' else 0)")
+def test_a_collective_that_fails_is_named(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        checks,
+        "ALL_REDUCE",
+        "import sys; sys.exit('no route to host' if sys.argv[4] == '1' else 0)",
+    )
     finding = checks.collectives(config)
-    assert finding.state == "bad" and "no route to host" in finding.text and "GLOO_SOCKET_IFNAME" in finding.fix
+    assert (
+        finding.state == "bad"
+        and "no route to host" in finding.text
+        and "GLOO_SOCKET_IFNAME" in finding.fix
+    )
 
 
-def test_an_engine_without_its_gpu_is_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_its_gpu_is_found(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert checks.torch_and_driver(config).state == "ok"
     config.parallel.engine = EngineKind.megatron

@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/dryrun.py", "+experiment=7b", f"run.dir={folder}", *overrides]
+    command = [
+        sys.executable,
+        "launch/dryrun.py",
+        "+experiment=7b",
+        f"run.dir={folder}",
+        *overrides,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -24,12 +30,22 @@ DEEPSPEED = "parallel.engine=deepspeed"
 SCATTERED = ("parallel.sequence_parallel=true", "parallel.recompute=selective")
 KINDS = {  # of collectives between replicas; what megatron-core's optimizer sums is on all ranks
     "zero1": {("replicas", "all_reduce"), ("replicas", "all_gather")},
-    "zero3": {("replicas", "all_reduce"), ("replicas", "all_gather"), ("replicas", "reduce_scatter")},
-    "megatron": {("replicas", "reduce_scatter"), ("replicas", "all_gather"), ("optimizer", "all_reduce")},
+    "zero3": {
+        ("replicas", "all_reduce"),
+        ("replicas", "all_gather"),
+        ("replicas", "reduce_scatter"),
+    },
+    "megatron": {
+        ("replicas", "reduce_scatter"),
+        ("replicas", "all_gather"),
+        ("optimizer", "all_reduce"),
+    },
 }
 ENGINES = {
-    "zero1": (DEEPSPEED,), "zero3": (DEEPSPEED, "parallel.zero_stage=3"), "megatron": ("parallel.engine=megatron",)
-}  # fmt: skip
+    "zero1": (DEEPSPEED,),
+    "zero3": (DEEPSPEED, "parallel.zero_stage=3"),
+    "megatron": ("parallel.engine=megatron",),
+}
 LAYOUTS = [
     *(
         (engine, *layout)
@@ -42,7 +58,9 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("engine", "tensor", "replicas", "more"), LAYOUTS)
-def test_a_step_at_full_width(tmp_path: Path, engine: str, tensor: int, replicas: int, more: tuple[str, ...]) -> None:
+def test_a_step_at_full_width(
+    tmp_path: Path, engine: str, tensor: int, replicas: int, more: tuple[str, ...]
+) -> None:
     """Of four of the 64 layers, so that it takes seconds."""
     layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *more)
     size = ("model.n_layer=4", "parallel.bucket_elements=30_000_000")
@@ -50,18 +68,35 @@ def test_a_step_at_full_width(tmp_path: Path, engine: str, tensor: int, replicas
     assert result.returncode == 0, result.stderr
     assert "differs" not in result.stdout and "as by formula" in result.stdout
     seen = json.loads((tmp_path / "dryrun.json").read_text())
-    assert seen["replicas"] == replicas and seen["schedule"][0]["groups_without"] == max(0, replicas - 128)
-    steps = {(row["group"], row["operation"]): row for row in seen["collectives"] if row["when"] == "step"}
-    between = {("tensor", kind) for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if more else tensor > 1]}
+    assert seen["replicas"] == replicas and seen["schedule"][0]["groups_without"] == max(
+        0, replicas - 128
+    )
+    steps = {
+        (row["group"], row["operation"]): row
+        for row in seen["collectives"]
+        if row["when"] == "step"
+    }
+    between = {
+        ("tensor", kind)
+        for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if more else tensor > 1]
+    }
     assert set(steps) == KINDS[engine] | between | {("world", "all_reduce")}
     assert all(row["bytes"] == row["formula"] and row["calls"] for row in steps.values())
     assert seen["step"]["micro_batches_of_the_rank"] == 2048 / replicas
     shards = seen["shards"]
-    assert shards["optimizer_of_the_rank"]["engine"] == shards["optimizer_of_the_rank"]["formula"] > 0
+    assert (
+        shards["optimizer_of_the_rank"]["engine"] == shards["optimizer_of_the_rank"]["formula"] > 0
+    )
     assert shards["optimizer_part"] * replicas == shards["weights"] + shards["optimizer_padding"]
     if engine == "megatron":  # one collective per bucket
-        assert steps["replicas", "all_gather"]["calls"] == steps["replicas", "reduce_scatter"]["calls"] > 1
-    assert shards["weights_of_a_rank"] == shards["optimizer_part" if engine == "zero3" else "weights"]
+        assert (
+            steps["replicas", "all_gather"]["calls"]
+            == steps["replicas", "reduce_scatter"]["calls"]
+            > 1
+        )
+    assert (
+        shards["weights_of_a_rank"] == shards["optimizer_part" if engine == "zero3" else "weights"]
+    )
     weights = shards["bytes"]["parameters"] / shards["weights_of_a_rank"]
     assert weights == pytest.approx(2 if engine == "megatron" else 4, rel=0.01)
 
@@ -69,15 +104,41 @@ def test_a_step_at_full_width(tmp_path: Path, engine: str, tensor: int, replicas
 @pytest.mark.parametrize(
     ("overrides", "why", "instead"),
     [
-        (("parallel.tensor_parallel=3",), "3 does not divide model.d_inner 8192", "parallel.tensor_parallel=4"),
-        (("parallel.tensor_parallel=4", "model.vocab_size=65026"), "not divide model.vocab_size", "tensor_parallel=2"),
-        (("parallel.context_parallel=3",), "cannot split the 2048 tokens", "parallel.context_parallel=4"),
-        (("parallel.sequence_parallel=true",), "set parallel.tensor_parallel", "parallel.sequence_parallel=false"),
-        (("parallel.sequence_parallel=true", "parallel.tensor_parallel=3"), "does not divide", "tensor_parallel=4"),
-        (("parallel.micro_batch_tokens=4096",), "does not hold one sequence", "parallel.micro_batch_tokens=8192"),
+        (
+            ("parallel.tensor_parallel=3",),
+            "3 does not divide model.d_inner 8192",
+            "parallel.tensor_parallel=4",
+        ),
+        (
+            ("parallel.tensor_parallel=4", "model.vocab_size=65026"),
+            "not divide model.vocab_size",
+            "tensor_parallel=2",
+        ),
+        (
+            ("parallel.context_parallel=3",),
+            "cannot split the 2048 tokens",
+            "parallel.context_parallel=4",
+        ),
+        (
+            ("parallel.sequence_parallel=true",),
+            "set parallel.tensor_parallel",
+            "parallel.sequence_parallel=false",
+        ),
+        (
+            ("parallel.sequence_parallel=true", "parallel.tensor_parallel=3"),
+            "does not divide",
+            "tensor_parallel=4",
+        ),
+        (
+            ("parallel.micro_batch_tokens=4096",),
+            "does not hold one sequence",
+            "parallel.micro_batch_tokens=8192",
+        ),
     ],
 )
-def test_a_wrong_layout_is_refused_with_one_that_works(overrides: tuple[str, ...], why: str, instead: str) -> None:
+def test_a_wrong_layout_is_refused_with_one_that_works(
+    overrides: tuple[str, ...], why: str, instead: str
+) -> None:
     with pytest.raises(ValueError, match=why) as refusal:
         typed(DryRun, "7b", "world=256", *overrides)
     said = str(refusal.value).split("the nearest layout that works on 256 ranks: ")[1].split(",")[0]
@@ -90,9 +151,21 @@ def test_a_wrong_layout_is_refused_with_one_that_works(overrides: tuple[str, ...
 @pytest.mark.parametrize(
     ("overrides", "why", "instead"),
     [
-        (("world=12", "parallel.tensor_parallel=8"), "8 x 1 does not divide 12 ranks", "parallel.tensor_parallel=4"),
-        (("world=256", "parallel.recompute=none"), "of 79 GiB less 5 of headroom", "parallel.recompute=full"),
-        (("world=256", "parallel.recompute=selective"), "of 79 GiB less 5 of headroom", "parallel.recompute=full"),
+        (
+            ("world=12", "parallel.tensor_parallel=8"),
+            "8 x 1 does not divide 12 ranks",
+            "parallel.tensor_parallel=4",
+        ),
+        (
+            ("world=256", "parallel.recompute=none"),
+            "of 79 GiB less 5 of headroom",
+            "parallel.recompute=full",
+        ),
+        (
+            ("world=256", "parallel.recompute=selective"),
+            "of 79 GiB less 5 of headroom",
+            "parallel.recompute=full",
+        ),
         (("world=4096",), "leaves some of 4096 groups without one", "parallel.tensor_parallel=2"),
         (
             ("world=256", DEEPSPEED, "parallel.zero_stage=0"),

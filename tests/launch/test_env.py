@@ -1,4 +1,6 @@
-"""The environment of ranks: what is set stays, every setting has a reason, the batch script reads it."""
+"""The environment of ranks: what is set stays, every setting has a reason, the batch script reads
+it.
+"""
 
 import re
 import subprocess
@@ -14,7 +16,9 @@ def after(**before: str) -> dict[str, str]:
     """The environment that a program gets after env.sh."""
     command = ["bash", "-euo", "pipefail", "-c", f". {ENV}; env"]
     path = {"PATH": "/usr/bin:/bin"}
-    text = subprocess.run(command, env=path | before, capture_output=True, text=True, check=True, timeout=30).stdout
+    text = subprocess.run(
+        command, env=path | before, capture_output=True, text=True, check=True, timeout=30
+    ).stdout
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
@@ -36,5 +40,7 @@ def test_every_setting_has_a_reason() -> None:
 
 
 def test_the_batch_script_reads_it_where_the_layout_is_known() -> None:
-    text = render(job(["+experiment=7b", "parallel.tensor_parallel=8"]), "train", "train/pretrain.py")
+    text = render(
+        job(["+experiment=7b", "parallel.tensor_parallel=8"]), "train", "train/pretrain.py"
+    )
     assert text.index("TENSOR_PARALLEL=8") < text.index(". launch/env.sh") < text.index("\nsrun ")

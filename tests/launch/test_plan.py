@@ -12,7 +12,14 @@ import torch
 from core.errors import InputError
 from launch.plan import SHOWN, plan
 from launch.planning.devices import GPUS
-from launch.planning.estimate import PlannedRun, phases, reliability, roofline_seconds, step_time, traffic_between_ranks
+from launch.planning.estimate import (
+    PlannedRun,
+    phases,
+    reliability,
+    roofline_seconds,
+    step_time,
+    traffic_between_ranks,
+)
 from launch.planning.layouts import Layout, layout_of, layouts, worth_showing
 from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
@@ -53,7 +60,9 @@ def test_roofline_is_the_sum_of_its_limits(run: PlannedRun) -> None:
     rest = 64 * (80 * 1024 + 4096 * 34) / 3.35e12
     assert roofline_seconds(plain, H100) == pytest.approx(products + exponentials + rest)
     assert roofline_seconds(run, H100) == pytest.approx(4 / 3 * roofline_seconds(plain, H100))
-    cut = replace(plain, parallel=replace(plain.parallel, tensor_parallel=4))  # four ranks do the residual's rows
+    cut = replace(
+        plain, parallel=replace(plain.parallel, tensor_parallel=4)
+    )  # four ranks do the residual's rows
     again = 3 * 64 * 4096 * 34 / 3.35e12
     assert roofline_seconds(cut, H100) == pytest.approx(roofline_seconds(plain, H100) + again)
     cut = replace(cut, parallel=replace(cut.parallel, sequence_parallel=True))  # each a quarter
@@ -65,7 +74,9 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     assert sent["gradients"] == sent["weights"] == pytest.approx(4 * 7_272_665_088 * 255 / 256)
     assert sent["tensor parallel"] == sent["context parallel"] == 0
     megatron = replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron))
-    sent = traffic_between_ranks(megatron, 256, 2048, 8192)  # scattered once; bf16 weights, fp32 small ones
+    sent = traffic_between_ranks(
+        megatron, 256, 2048, 8192
+    )  # scattered once; bf16 weights, fp32 small ones
     assert sent["gradients"] == pytest.approx(4 * 7_272_665_088 * 255 / 256)
     assert sent["weights"] == pytest.approx(2 * 7_272_665_088 * 255 / 256, rel=2e-3)
     cut = replace(run, parallel=replace(run.parallel, tensor_parallel=2, context_parallel=2))
@@ -73,22 +84,30 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     # x_proj three times, since full recompute takes its sum again; embedding, loss
     token = 64 * 2 * (3 * 288 + 2 * 4096) + 4 * 4096 + 12 + 2 * 4096
     assert sent["tensor parallel"] == pytest.approx(32 * 4096 * token)
-    assert sent["context parallel"] == pytest.approx(4 * 32 * 64 * 4096 * (17 * 4 + 3 * 2))  # gathered twice
+    assert sent["context parallel"] == pytest.approx(
+        4 * 32 * 64 * 4096 * (17 * 4 + 3 * 2)
+    )  # gathered twice
 
 
 def test_memory_by_stage(run: PlannedRun) -> None:
-    """What is whole on every rank in bytes per parameter, and what is cut: by hand, for 256 replicas."""
+    """What is whole on every rank in bytes per parameter, and what is cut: by hand, for 256
+    replicas.
+    """
     n, got = 7_272_665_088, {}
     for stage in range(4):
         need = needs(replace(run, parallel=replace(run.parallel, zero_stage=stage)), 256)
         got[stage] = (need.parameters / n, need.gradients / n, need.optimizer / n)
         assert need.activations == needs(run, 256).activations
     assert got[0] == (4, 4, 8) and got[1] == pytest.approx((4, 4, 12 / 256))
-    assert got[2] == pytest.approx((4, 4 / 256, 12 / 256)) and got[3] == pytest.approx((4 / 256, 4 / 256, 12 / 256))
+    assert got[2] == pytest.approx((4, 4 / 256, 12 / 256)) and got[3] == pytest.approx(
+        (4 / 256, 4 / 256, 12 / 256)
+    )
 
 
 def test_memory_of_the_7b(run: PlannedRun) -> None:
-    """bf16 matrices with fp32 masters, the rest fp32: norms, convolution, dt's bias, A_log and D. It fits with room."""
+    """bf16 matrices with fp32 masters, the rest fp32: norms, convolution, dt's bias, A_log and D.
+    It fits with room.
+    """
     small = 64 * (4096 + 5 * 8192 + 8192 + 16 * 8192 + 8192) + 4096
     need = needs(replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron)), 256)
     assert need == needs(run_config("7b"), 256) and need.total < 60 * GIB
@@ -98,37 +117,66 @@ def test_memory_of_the_7b(run: PlannedRun) -> None:
 
 
 def test_phases_are_the_steps_of_the_schedule() -> None:
-    """A schedule walked step by step: how many have the growing batch, which crosses a stage, and how many have not."""
+    """A schedule walked step by step: how many have the growing batch, which crosses a stage, and
+    how many have not.
+    """
     run = typed(PlannedRun, "1b", "schedule.ramp_tokens=30_000_000_000")
-    schedule, walked, tokens = Schedule(run), dict.fromkeys((phase.name for phase in phases(run)), 0), 0
+    schedule, walked, tokens = (
+        Schedule(run),
+        dict.fromkeys((phase.name for phase in phases(run)), 0),
+        0,
+    )
     while tokens < schedule.total:
         now = schedule.at(tokens)
         walked[now.stage + ", ramp" * (tokens < run.schedule.ramp_tokens)] += 1
         tokens += now.tokens
     assert sum(phase.tokens for phase in phases(run)) == schedule.total
-    assert sum(name.endswith("ramp") for name in walked) == 2 and len(walked) == len(run.data.stages) + 1
+    assert (
+        sum(name.endswith("ramp") for name in walked) == 2
+        and len(walked) == len(run.data.stages) + 1
+    )
     for phase in phases(run):
-        assert phase.steps == pytest.approx(walked[phase.name], rel=5e-3), phase.name  # sequences are whole there
+        assert phase.steps == pytest.approx(walked[phase.name], rel=5e-3), (
+            phase.name
+        )  # sequences are whole there
 
 
 def test_a_step_of_any_context_sends_the_same(megatron: PlannedRun) -> None:
-    """29.0 GB of gradients and 14.5 GB of weights, which weigh four times as much at 2k as at 8k."""
+    """29.0 GB of gradients and 14.5 GB of weights, which weigh four times as much at 2k as at
+    8k.
+    """
     long, short = (step_time(megatron, 256, H100, 2048, seq_len) for seq_len in (8192, 2048))
     assert long.computing == pytest.approx(65536 * 6 * 6_994_001_920 / (989.5e12 * 0.4) * 4 / 3)
     assert short.computing == pytest.approx(long.computing / 4)
-    assert short.may_hide == long.may_hide == pytest.approx((4 + 2) * 7_272_665_088 * 255 / 256 / 50e9, rel=2e-3)
+    assert (
+        short.may_hide
+        == long.may_hide
+        == pytest.approx((4 + 2) * 7_272_665_088 * 255 / 256 / 50e9, rel=2e-3)
+    )
     assert short.exposed == long.exposed == 0
-    ramp = step_time(megatron, 256, H100, 128, 2048)  # half of the ranks have no sequence, and wait for the others
+    ramp = step_time(
+        megatron, 256, H100, 128, 2048
+    )  # half of the ranks have no sequence, and wait for the others
     assert ramp.computing == short.computing / 8
 
 
 def test_what_may_hide(megatron: PlannedRun) -> None:
-    """Sums inside layers never do; gradients and weights do where the engine sends them beside computing."""
+    """Sums inside layers never do; gradients and weights do where the engine sends them beside
+    computing.
+    """
     found = {}
-    for engine, stage in ((EngineKind.megatron, 1), *((EngineKind.deepspeed, stage) for stage in range(4))):
+    for engine, stage in (
+        (EngineKind.megatron, 1),
+        *((EngineKind.deepspeed, stage) for stage in range(4)),
+    ):
         parallel = replace(megatron.parallel, engine=engine, zero_stage=stage, tensor_parallel=2)
         time = step_time(replace(megatron, parallel=parallel), 256, H100, 2048, 8192)
-        inside = traffic_between_ranks(replace(megatron, parallel=parallel), 256, 2048, 8192)["tensor parallel"] / 450e9
+        inside = (
+            traffic_between_ranks(replace(megatron, parallel=parallel), 256, 2048, 8192)[
+                "tensor parallel"
+            ]
+            / 450e9
+        )
         found[engine.name, stage] = time.exposed / inside
         assert time.total == time.computing + time.may_hide + time.exposed
     assert found["megatron", 1] == pytest.approx(1) and found["deepspeed", 3] == pytest.approx(1)
@@ -136,11 +184,15 @@ def test_what_may_hide(megatron: PlannedRun) -> None:
 
 
 def test_one_figure_of_days(megatron: PlannedRun) -> None:
-    """Summary, stages, cost and the layout's rate say the same; a fifth of it is sent, not the 9 % of a step at 8k."""
+    """Summary, stages, cost and the layout's rate say the same; a fifth of it is sent, not the 9 %
+    of a step at 8k.
+    """
     result = plan(megatron)
     days = result["days"]["total"]
     assert days == pytest.approx(sum(phase["days"] for phase in result["phases"]))
-    assert days == pytest.approx(megatron.tokens / 256 / result["layout"]["tokens_per_second"] / 86400)
+    assert days == pytest.approx(
+        megatron.tokens / 256 / result["layout"]["tokens_per_second"] / 86400
+    )
     assert result["tokens_per_second"] == result["layout"]["tokens_per_second"]
     assert result["dollars"] == pytest.approx(days * 24 * 256 * megatron.plan.price_per_gpu_hour)
     assert result["days"]["computing"] == pytest.approx(37.1, abs=0.3)
@@ -148,12 +200,16 @@ def test_one_figure_of_days(megatron: PlannedRun) -> None:
 
 
 def test_saves_are_by_young(run: PlannedRun, megatron: PlannedRun) -> None:
-    """megatron-core's weights, 2 bytes each, are gathered before a save: most of what it stops training for."""
+    """megatron-core's weights, 2 bytes each, are gathered before a save: most of what it stops
+    training for.
+    """
     expected = reliability(run, 256, days=60)
     assert expected.failures == pytest.approx(32 * 60 * 6.5 / 1000)
     blocking = 12 * 7_272_665_088 / 256 / 20e9
     assert expected.blocking_seconds == pytest.approx(blocking)
-    assert expected.best_minutes == pytest.approx((2 * blocking * 86400 / (32 * 6.5e-3)) ** 0.5 / 60)
+    assert expected.best_minutes == pytest.approx(
+        (2 * blocking * 86400 / (32 * 6.5e-3)) ** 0.5 / 60
+    )
     gathering = reliability(megatron, 256, days=60).blocking_seconds - blocking
     assert gathering == pytest.approx(2 * 7_272_665_088 * 255 / 256 / 50e9, rel=2e-3)
 
@@ -164,10 +220,16 @@ def test_the_pause_of_the_7b_is_near_the_best(megatron: PlannedRun) -> None:
 
     now = reliability(megatron, 256, days=46)
     assert now.best_lost < now.lost < 1.2 * now.best_lost and now.lost < 0.002
-    seldom, often = (reliability(saved(tokens), 256, days=46) for tokens in (30_000_000_000, 30_000_000))
+    seldom, often = (
+        reliability(saved(tokens), 256, days=46) for tokens in (30_000_000_000, 30_000_000)
+    )
     assert seldom.interval_minutes == pytest.approx(46 * 1440 * 30 / 5800, rel=1e-3)
-    assert seldom.lost == pytest.approx(seldom.interval_minutes * 60 / 2 * 32 * 6.5e-3 / 86400, rel=1e-2)
-    assert often.lost == pytest.approx(often.blocking_seconds / (often.interval_minutes * 60), rel=1e-2)
+    assert seldom.lost == pytest.approx(
+        seldom.interval_minutes * 60 / 2 * 32 * 6.5e-3 / 86400, rel=1e-2
+    )
+    assert often.lost == pytest.approx(
+        often.blocking_seconds / (often.interval_minutes * 60), rel=1e-2
+    )
     assert min(seldom.lost, often.lost) > 5 * now.lost
 
 
@@ -182,10 +244,15 @@ def found(run: PlannedRun) -> list[Layout]:
 def test_layouts_say_why_they_fall(run: PlannedRun, found: list[Layout]) -> None:
     runs = [layout for layout in found if layout.why_not is None]
     assert found[: len(runs)] == runs and len(found) == 7 * 4 * 3 * (2 + 2 * 3)
-    assert [layout.tokens_per_second for layout in runs] == sorted((x.tokens_per_second for x in runs), reverse=True)
+    assert [layout.tokens_per_second for layout in runs] == sorted(
+        (x.tokens_per_second for x in runs), reverse=True
+    )
     assert all(layout.memory_gib <= 79 - 5 for layout in runs)
     alone = next(x for x in found if asdict(x) | SELECTIVE == asdict(x))
-    assert alone.lacks == "memory" and alone.why_not == f"needs {alone.memory_gib:.1f} of 79 GiB less 5 of headroom"
+    assert (
+        alone.lacks == "memory"
+        and alone.why_not == f"needs {alone.memory_gib:.1f} of 79 GiB less 5 of headroom"
+    )
     three = layouts(run, 3, H100)
     assert any(x.lacks == "ranks" and x.why_not == "2 x 1 does not divide 3 ranks" for x in three)
 
@@ -194,23 +261,35 @@ def test_what_7b_says_of_the_fastest(megatron: PlannedRun) -> None:
     """configs/experiment/7b.yaml, README.md and docs/design/parallelism.md quote these."""
     fastest = layouts(megatron, 256, H100)[0]
     own = layout_of(megatron, megatron.parallel, 256, H100)
-    assert (fastest.tensor_parallel, fastest.sequence_parallel, fastest.recompute) == (2, True, "none")
+    assert (fastest.tensor_parallel, fastest.sequence_parallel, fastest.recompute) == (
+        2,
+        True,
+        "none",
+    )
     assert fastest.tokens_per_second / own.tokens_per_second == pytest.approx(1.36, abs=0.005)
-    assert fastest.tokens_per_second_hidden / own.tokens_per_second_hidden == pytest.approx(1.26, abs=0.005)
-    parallel = replace(megatron.parallel, tensor_parallel=2, sequence_parallel=True, recompute=Recompute.none)
+    assert fastest.tokens_per_second_hidden / own.tokens_per_second_hidden == pytest.approx(
+        1.26, abs=0.005
+    )
+    parallel = replace(
+        megatron.parallel, tensor_parallel=2, sequence_parallel=True, recompute=Recompute.none
+    )
     slow = replace(megatron, plan=replace(megatron.plan, mfu=0.314))
     equal = layout_of(slow, parallel, 256, H100).tokens_per_second_hidden
     assert equal == pytest.approx(own.tokens_per_second_hidden, rel=0.005)
 
 
 def test_headroom_is_one_value_for_all(megatron: PlannedRun) -> None:
-    """A layout that needs all but a little of the memory is refused by plan and start alike, on a GPU."""
+    """A layout that needs all but a little of the memory is refused by plan and start alike, on a
+    GPU.
+    """
     parallel = replace(megatron.parallel, recompute=Recompute.selective)
     full = replace(megatron, parallel=parallel)
     memory = needs(full, 256).total
 
     def fits(headroom: float, device: str = "cuda") -> tuple[bool, bool]:
-        cluster = replace(full.cluster, memory_gib=memory / GIB + 2, headroom_gib=headroom, device=Device(device))
+        cluster = replace(
+            full.cluster, memory_gib=memory / GIB + 2, headroom_gib=headroom, device=Device(device)
+        )
         config = replace(full, cluster=cluster)
         try:
             check_memory(config, 256, 1, device, memory + 2 * GIB)
@@ -219,7 +298,11 @@ def test_headroom_is_one_value_for_all(megatron: PlannedRun) -> None:
             return layout_of(config, parallel, 256, H100).lacks is None, False
         return layout_of(config, parallel, 256, H100).lacks is None, True
 
-    assert fits(1.5) == (True, True) and fits(2.5) == (False, False) and fits(2.5, "cpu") == (True, True)
+    assert (
+        fits(1.5) == (True, True)
+        and fits(2.5) == (False, False)
+        and fits(2.5, "cpu") == (True, True)
+    )
     assert typed(PlannedRun, "1b").cluster.headroom_gib == megatron.cluster.headroom_gib > 0
 
 
@@ -238,13 +321,21 @@ def test_the_runs_own_layout_and_the_fallen_are_shown(megatron: PlannedRun) -> N
     found = layouts(megatron, 256, H100)
     own = layout_of(megatron, megatron.parallel, 256, H100)
     rows = worth_showing(found, own, fastest=3)
-    assert [place for place, _ in rows[:3]] == [1, 2, 3] and [layout for _, layout in rows[:3]] == found[:3]
+    assert [place for place, _ in rows[:3]] == [1, 2, 3] and [
+        layout for _, layout in rows[:3]
+    ] == found[:3]
     assert rows[3] == (found.index(own) + 1, own)
     fallen = [layout for place, layout in rows if place is None]
-    assert {layout.recompute for layout in fallen} == {"none", "selective"} == {x.recompute for x in found if x.lacks}
+    assert (
+        {layout.recompute for layout in fallen}
+        == {"none", "selective"}
+        == {x.recompute for x in found if x.lacks}
+    )
     assert worth_showing(found, found[1], fastest=3)[:3] == rows[:3]  # once, in its place
     three = layouts(megatron, 3, H100)
-    kinds = [layout.lacks for place, layout in worth_showing(three, three[0], fastest=1) if place is None]
+    kinds = [
+        layout.lacks for place, layout in worth_showing(three, three[0], fastest=1) if place is None
+    ]
     assert set(kinds) == {x.lacks for x in three} - {None} and kinds.count("ranks") == 1
     lost = layout_of(megatron, replace(megatron.parallel, recompute=Recompute.none), 256, H100)
     assert (None, lost) in worth_showing(found, lost, fastest=3)
@@ -261,7 +352,9 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own and x.numel() > config.d_inner * config.d_state:  # A is not kept per token
+        if (
+            storage.data_ptr() not in own and x.numel() > config.d_inner * config.d_state
+        ):  # A is not kept per token
             held[storage.data_ptr()] = storage
         return x
 
@@ -269,8 +362,14 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         hidden = model.hidden(tokens)
     parallel = replace(run.parallel, recompute=recompute, precision=Precision.fp32)
-    expected = 512 * config.n_layer * kept_by_a_layer(replace(run, model=config_for(run, config), parallel=parallel))[0]
-    measured = sum(storage.nbytes() for storage in held.values()) - hidden.nbytes  # the final norm keeps its input
+    expected = (
+        512
+        * config.n_layer
+        * kept_by_a_layer(replace(run, model=config_for(run, config), parallel=parallel))[0]
+    )
+    measured = (
+        sum(storage.nbytes() for storage in held.values()) - hidden.nbytes
+    )  # the final norm keeps its input
     assert measured == pytest.approx(expected, rel=0.05)
 
 
@@ -280,11 +379,22 @@ def config_for(run: PlannedRun, config: ModelConfig) -> ModelConfig:
 
 
 def test_the_command_writes_json(tmp_path: Path) -> None:
-    command = [sys.executable, "launch/plan.py", "+experiment=7b", "cluster=h100_32n", f"run.dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "launch/plan.py",
+        "+experiment=7b",
+        "cluster=h100_32n",
+        f"run.dir={tmp_path}",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 7_272_665_088 and written["sources"]["web"]["tokens"] > 4e12
-    assert written["layouts"][0]["why_not"] is None and "B200" in written["roofline_tokens_per_second"]
+    assert (
+        written["layouts"][0]["why_not"] is None and "B200" in written["roofline_tokens_per_second"]
+    )
     assert result.stdout.count("this run's") == 1 and "of headroom" in result.stdout
-    assert len(written["layouts_shown"]) > SHOWN and f"{written['days']['total']:.1f} (" in result.stdout
+    assert (
+        len(written["layouts_shown"]) > SHOWN
+        and f"{written['days']['total']:.1f} (" in result.stdout
+    )

@@ -1,4 +1,6 @@
-"""A submission is checked before it waits in a queue; scripts say what the config says; sweeps are named runs."""
+"""A submission is checked before it waits in a queue; scripts say what the config says; sweeps are
+named runs.
+"""
 
 import json
 import os
@@ -17,7 +19,12 @@ from launch.jobs.sweep import job, sweep
 from launch.slurm.script import render
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CLUSTER = ["+experiment=7b", "cluster=h100_32n", "data.folder=/data", "data.tokenizer.path=/data/t.json"]
+CLUSTER = [
+    "+experiment=7b",
+    "cluster=h100_32n",
+    "data.folder=/data",
+    "data.tokenizer.path=/data/t.json",
+]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -27,12 +34,29 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
     bad = tmp_path / "bad.txt"
-    bad.write_text("# two strikes, and one\nn7 2026-01-01 7b crash\nn7 2026-01-02 7b crash\nn8 2026-01-02 7b crash\n")
+    bad.write_text(
+        "# two strikes, and one\nn7 2026-01-01 7b crash\nn7 2026-01-02 7b crash\nn8 2026-01-02 "
+        "7b crash\n"
+    )
     odd = "run.dir='/tmp/a b$(touch x)'"
-    words = [*CLUSTER, "slurm.partition=h100", f"slurm.bad_nodes={bad}", "slurm.options=['--qos=long']", odd]
+    words = [
+        *CLUSTER,
+        "slurm.partition=h100",
+        f"slurm.bad_nodes={bad}",
+        "slurm.options=['--qos=long']",
+        odd,
+    ]
     text = render(job(words), "train", "train/pretrain.py")
-    for line in ("--nodes=32", "--gpus-per-node=8", "--partition=h100", "--requeue", "--signal=B:USR1@900",
-                 "--exclude=n7", "--qos=long", "--open-mode=append"):  # fmt: skip
+    for line in (
+        "--nodes=32",
+        "--gpus-per-node=8",
+        "--partition=h100",
+        "--requeue",
+        "--signal=B:USR1@900",
+        "--exclude=n7",
+        "--qos=long",
+        "--open-mode=append",
+    ):
         assert f"\n#SBATCH {line}\n" in text
     shown = subprocess.run(
         ["bash", "-c", text.split("cd ")[0] + '\nprintf "%s\\n" "${OVERRIDES[@]}" "$RUN"'],
@@ -54,12 +78,16 @@ def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
         (["parallel.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit here"),
     ],
 )
-def test_mistakes_are_said_on_the_login_node(monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
+def test_mistakes_are_said_on_the_login_node(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         call(monkeypatch, *CLUSTER, *words, "--dry-run")
 
 
-def test_a_chain_is_shown_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chain_is_shown_in_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, *CLUSTER, "--dry-run", "--stages", "prepare,train,export,eval") == 0
     text = capsys.readouterr().out
     for before, script in (("PREPARE", "pretrain"), ("TRAIN", "export"), ("EXPORT", "run")):
@@ -71,7 +99,9 @@ def test_a_chain_is_shown_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_sweep_is_a_run_per_point_of_hydras_syntax() -> None:
     words = ["+experiment=130m", "data.folder=/data", "data.tokenizer.path=/t.json"]
     found, jobs = sweep([*words, "optim.lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None)
-    assert found.folder == "runs/sweeps/130m-decay_tokens-lr" and len(jobs) == len(found.points) == 4
+    assert (
+        found.folder == "runs/sweeps/130m-decay_tokens-lr" and len(jobs) == len(found.points) == 4
+    )
     values = {(each.config.optim.lr, each.config.schedule.decay_tokens) for each in jobs}
     assert values == {(rate, decay) for rate in (1e-3, 3e-3) for decay in (10**9, 2 * 10**9)}
     assert "lr-0.001_decay_tokens-1e9" in found.points
@@ -81,9 +111,16 @@ def test_a_sweep_is_a_run_per_point_of_hydras_syntax() -> None:
         sweep(words, None)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_named_sweeps_compose(path: Path) -> None:
-    words = ["+experiment=130m", f"+sweep={path.stem}", "data.folder=/data", "data.tokenizer.path=/t.json"]
+    words = [
+        "+experiment=130m",
+        f"+sweep={path.stem}",
+        "data.folder=/data",
+        "data.tokenizer.path=/t.json",
+    ]
     found, jobs = sweep(words, None)
     assert found.folder == f"runs/sweeps/{path.stem}" and len(jobs) >= 2
     assert all(each.config.run.name.startswith(f"{path.stem}.") for each in jobs)
@@ -99,7 +136,14 @@ def test_local_runs_go_on_after_one_that_fails(
         return int("optim.clip_norm=1.0" in command), False
 
     monkeypatch.setattr(local, "wait", wait)
-    words = ["-m", "+experiment=demo", f"hydra.sweep.dir={tmp_path}", "optim.clip_norm=0.5,1.0,2.0", "--name", "clip"]
+    words = [
+        "-m",
+        "+experiment=demo",
+        f"hydra.sweep.dir={tmp_path}",
+        "optim.clip_norm=0.5,1.0,2.0",
+        "--name",
+        "clip",
+    ]
     assert call(monkeypatch, *words, "--local", "--stages", "prepare,train") == 1
     scripts = [next(word for word in command if word.endswith(".py")) for command in seen]
     assert scripts == [
@@ -118,7 +162,10 @@ def script(folder: Path, text: str) -> list[str]:
     path = folder / "torchrun.py"
     note = f"import json, os, pathlib, signal, sys, time\nrun = pathlib.Path({str(folder)!r})\n"
     note += "open(run / 'starts', 'a').write('x')\n"
-    note += "def leave(code): (run / 'outcome.json').write_text(json.dumps({'code': code, 'reason': 'asked'}))\n"
+    note += (
+        "def leave(code): (run / 'outcome.json').write_text(json.dumps({'code': code, 'reason': "
+        "'asked'}))\n"
+    )
     path.write_text(note + text)
     return [sys.executable, str(path)]
 
@@ -128,17 +175,27 @@ def starts(folder: Path) -> int:
 
 
 def test_a_start_that_saved_and_left_is_started_again_here_too(tmp_path: Path) -> None:
-    """Twice code 75 behind torchrun's 1, then the end; a stop, and a crash that left an old outcome, are failures."""
+    """Twice code 75 behind torchrun's 1, then the end; a stop, and a crash that left an old
+    outcome, are failures.
+    """
     again = "n = len((run / 'starts').read_text())\nif n < 3: leave(75); sys.exit(1)\nleave(0)"
     assert local.through(script(tmp_path, again), tmp_path) == "done" and starts(tmp_path) == 3
     (tmp_path / "starts").unlink()
-    assert local.through(script(tmp_path, "leave(2); sys.exit(1)"), tmp_path) == "failed" and starts(tmp_path) == 1
+    assert (
+        local.through(script(tmp_path, "leave(2); sys.exit(1)"), tmp_path) == "failed"
+        and starts(tmp_path) == 1
+    )
     (tmp_path / "outcome.json").write_text('{"code": 75, "reason": "of an earlier start"}')
-    assert local.through(script(tmp_path, "sys.exit(1)"), tmp_path) == "failed" and starts(tmp_path) == 2
+    assert (
+        local.through(script(tmp_path, "sys.exit(1)"), tmp_path) == "failed"
+        and starts(tmp_path) == 2
+    )
 
 
 def test_ctrl_c_waits_for_the_ranks_to_save(tmp_path: Path) -> None:
-    """SIGINT reaches both, as from a terminal; the run leaves in its own time, and nothing is started again."""
+    """SIGINT reaches both, as from a terminal; the run leaves in its own time, and nothing is
+    started again.
+    """
     ranks = """def save(*_):
     time.sleep(1)
     leave(75)
@@ -148,14 +205,21 @@ signal.signal(signal.SIGINT, save)
 time.sleep(60)"""
     command = script(tmp_path, ranks)
     through = f"print(local.through({command}, Path({str(tmp_path)!r})))"
-    foreground = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job of `&` ignores it
+    # a job of `&` ignores it
+    foreground = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"from pathlib import Path; from launch.jobs import local; {foreground}; {through}"
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         while not (tmp_path / "ready").is_file():
             assert process.poll() is None, process.returncode
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert process.communicate(timeout=60)[0] == "left\n" and process.returncode == 0
-    assert starts(tmp_path) == 1 and json.loads((tmp_path / "outcome.json").read_text())["code"] == 75
+    assert (
+        starts(tmp_path) == 1 and json.loads((tmp_path / "outcome.json").read_text())["code"] == 75
+    )

@@ -20,7 +20,10 @@ def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[
     for t in range(u.shape[1]):
         if starts is not None:
             h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        h = (
+            torch.exp(dt[:, t, :, None] * A) * h
+            + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        )
         outputs.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
     return torch.stack(outputs, 1) * F.silu(z), h
 
@@ -33,7 +36,11 @@ def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = 
             total, back = bias, 0
             while True:
                 total = total + weight[:, -1 - back] * x[b, t - back]
-                if back + 1 >= weight.shape[1] or back >= t or (starts is not None and bool(starts[b, t - back])):
+                if (
+                    back + 1 >= weight.shape[1]
+                    or back >= t
+                    or (starts is not None and bool(starts[b, t - back]))
+                ):
                     break
                 back += 1
             rows.append(total)
@@ -53,7 +60,9 @@ class Case:
     dt: float = -2.0  # mean of dt before softplus
     seed: int = 0
 
-    def inputs(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+    def inputs(
+        self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
+    ) -> list[Tensor]:
         """u, dt, A, B, C, D, z, dt_bias; `rounded` is the type whose values they have."""
         generator = torch.Generator().manual_seed(self.seed)
         b, l, d, n = self.batch, self.length, self.channels, self.states
@@ -66,9 +75,16 @@ class Case:
     def starts(self) -> Tensor | None:
         if self.resets == 0:
             return None
-        return torch.rand(self.batch, self.length, generator=torch.Generator().manual_seed(self.seed + 1)) < self.resets
+        return (
+            torch.rand(
+                self.batch, self.length, generator=torch.Generator().manual_seed(self.seed + 1)
+            )
+            < self.resets
+        )
 
-    def state(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> Tensor | None:
+    def state(
+        self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
+    ) -> Tensor | None:
         if not self.first:
             return None
         generator = torch.Generator().manual_seed(self.seed + 2)
@@ -76,25 +92,34 @@ class Case:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(rounded or dtype).to(dtype).requires_grad_()
 
-    def weights(self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None) -> list[Tensor]:
+    def weights(
+        self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
+    ) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 3)
         tensors = [
-            torch.randn(s, generator=generator, dtype=torch.float64) for s in ((self.channels, 4), (self.channels,))
+            torch.randn(s, generator=generator, dtype=torch.float64)
+            for s in ((self.channels, 4), (self.channels,))
         ]
         return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
 
 
-def scan_results(scan, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+def scan_results(
+    scan, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
+) -> list[Tensor]:
     """y, last state and all gradients, detached."""
     inputs, state = case.inputs(dtype, rounded), case.state(dtype, rounded)
     y, last = scan(*inputs, starts=case.starts(), state=state)
     weight = torch.cos(torch.arange(last.numel(), dtype=torch.float64)).view_as(last)
-    loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (last.double() * weight).sum()
+    loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (
+        last.double() * weight
+    ).sum()
     gradients = torch.autograd.grad(loss, inputs if state is None else [*inputs, state])
     return [y.detach(), last.detach(), *gradients]
 
 
-def conv_results(conv, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+def conv_results(
+    conv, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
+) -> list[Tensor]:
     """Output and all gradients, detached."""
     inputs = [case.inputs(dtype, rounded)[0], *case.weights(dtype, rounded)]
     out = conv(*inputs, case.starts())
@@ -110,17 +135,26 @@ def naive_norm(x: Tensor, weight: Tensor | None, eps: float, parts=None, dtype=N
     )
 
 
-def norm_results(norm, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
-    """Outputs and all gradients of a norm with a weight, and of one in three parts of rows of a wider tensor."""
+def norm_results(
+    norm, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
+) -> list[Tensor]:
+    """Outputs and all gradients of a norm with a weight, and of one in three parts of rows of a
+    wider tensor.
+    """
     x, weight = case.inputs(dtype, rounded)[0], case.weights(dtype, rounded)[1]
     whole = norm(x, weight, 1e-5)
     wide = torch.cat([x, x, x, x], -1)[..., 1 : case.channels + 3]
     parts = norm(wide, None, 1e-6, [case.channels, 1, 1])
-    loss = sum((out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum() for out in (whole, parts))
+    loss = sum(
+        (out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum()
+        for out in (whole, parts)
+    )
     return [whole.detach(), parts.detach(), *torch.autograd.grad(loss, [x, weight])]
 
 
-def loss_results(rows, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None) -> list[Tensor]:
+def loss_results(
+    rows, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
+) -> list[Tensor]:
     """Statistics of logits, some of whose labels are elsewhere, and their gradient."""
     logits = case.inputs(dtype, rounded)[0].detach().flatten(0, 1) * 4
     generator = torch.Generator().manual_seed(case.seed)
@@ -132,14 +166,18 @@ def loss_results(rows, case: Case, dtype: torch.dtype, rounded: torch.dtype | No
 
 
 def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: float) -> None:
-    """Every output and gradient against fp64 of the same values: error relative to the larger of its norm and 1."""
+    """Every output and gradient against fp64 of the same values: error relative to the larger of
+    its norm and 1.
+    """
     for results, ours, naive in (
         (scan_results, kernels.selective_scan, naive_scan),
         (conv_results, kernels.causal_conv1d, naive_conv),
         (norm_results, kernels.rms_norm, naive_norm),
         (loss_results, kernels.loss_rows, reference),
     ):
-        pairs = zip(results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True)
+        pairs = zip(
+            results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True
+        )
         for index, (actual, expected) in enumerate(pairs):
             error = (actual.double() - expected).norm() / expected.norm().clamp(min=1.0)
             assert error <= tolerance, (kernels.name, results.__name__, case, index, float(error))
@@ -155,22 +193,34 @@ class Elsewhere:
         function = getattr(self.functions, name)
 
         def call(*arguments: Any, **named: Any) -> Any:
-            there = {key: x.to(self.device) if torch.is_tensor(x) else x for key, x in named.items()}
-            result = function(*(x.to(self.device) if torch.is_tensor(x) else x for x in arguments), **there)
+            there = {
+                key: x.to(self.device) if torch.is_tensor(x) else x for key, x in named.items()
+            }
+            result = function(
+                *(x.to(self.device) if torch.is_tensor(x) else x for x in arguments), **there
+            )
             return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
         return call
 
 
 def elsewhere(kernels: Kernels, device: torch.device) -> Kernels:
-    """A backend of another device that takes and gives CPU tensors, for tests that compare there."""
+    """A backend of another device that takes and gives CPU tensors, for tests that compare
+    there.
+    """
     there = Elsewhere(kernels, device)
     return Kernels(
-        kernels.name, there.causal_conv1d, there.selective_scan, there.rms_norm, Elsewhere(kernels.loss_rows, device)
+        kernels.name,
+        there.causal_conv1d,
+        there.selective_scan,
+        there.rms_norm,
+        Elsewhere(kernels.loss_rows, device),
     )
 
 
-def assert_documents_are_isolated(kernels: Kernels, cuts: list[int], tolerance: float = 1e-6) -> None:
+def assert_documents_are_isolated(
+    kernels: Kernels, cuts: list[int], tolerance: float = 1e-6
+) -> None:
     """Packed documents give what each gives alone."""
     limits = {"rtol": tolerance, "atol": tolerance}
     u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
@@ -183,8 +233,12 @@ def assert_documents_are_isolated(kernels: Kernels, cuts: list[int], tolerance: 
     edges = sorted({0, *cuts, 40})
     for low, high in zip(edges, edges[1:], strict=False):
         p = slice(low, high)
-        torch.testing.assert_close(conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), **limits)
-        alone, _ = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias)
+        torch.testing.assert_close(
+            conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), **limits
+        )
+        alone, _ = kernels.selective_scan(
+            u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias
+        )
         torch.testing.assert_close(scan[:, p], alone, **limits)
 
 
@@ -194,7 +248,9 @@ def assert_halves_are_the_whole(kernels: Kernels) -> None:
     whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
     state, parts = None, []
     for p in (slice(0, 19), slice(19, 45)):
-        y, state = kernels.selective_scan(u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state)
+        y, state = kernels.selective_scan(
+            u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state
+        )
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
@@ -228,7 +284,9 @@ CASE = st.builds(
 
 
 def assert_kept_for_gradients_alone(kernels: Kernels, backend: Any, monkeypatch: Any) -> None:
-    """Without gradients the scan makes no room for the states that a backward starts from, and gives the same."""
+    """Without gradients the scan makes no room for the states that a backward starts from, and
+    gives the same.
+    """
     inputs, made, room = Case(2, 40, 16, 4).inputs(torch.float32), [], backend.kept_like
     monkeypatch.setattr(backend, "kept_like", lambda *x: made.append(room(*x)) or made[-1])
     y, last = kernels.selective_scan(*inputs)

@@ -1,4 +1,6 @@
-"""Stand-ins for mamba-ssm's and causal-conv1d's functions, which take nothing that the real ones would refuse."""
+"""Stand-ins for mamba-ssm's and causal-conv1d's functions, which take nothing that the real ones
+would refuse.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,9 @@ def public_kernels() -> Iterator[None]:
 
 
 class Ungraded(torch.autograd.Function):
-    """A tensor that looks differentiable and loses its gradient, as the last state of mamba-ssm's scan does."""
+    """A tensor that looks differentiable and loses its gradient, as the last state of mamba-ssm's
+    scan does.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -31,16 +35,33 @@ class Ungraded(torch.autograd.Function):
 
 
 def public_scan(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-):  # fmt: skip
-    """selective_scan_fn of mamba-ssm 2.3.2: channels before time, no boundaries, types as its C++ checks them."""
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+):
+    """selective_scan_fn of mamba-ssm 2.3.2: channels before time, no boundaries, types as its C++
+    checks them.
+    """
     assert delta_softplus and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C))
     assert {x.dtype for x in (delta, B, C, *([] if z is None else [z]))} == {u.dtype}
-    wide = torch.promote_types(u.dtype, torch.float32)  # it knows no fp64: there its fp32 stands for both
+    wide = torch.promote_types(
+        u.dtype, torch.float32
+    )  # it knows no fp64: there its fp32 stands for both
     assert {x.dtype for x in (A, D, delta_bias) if x is not None} <= {torch.float32, wide}
     rows = [x.transpose(1, 2).to(wide) for x in (u, delta, B, C)]
-    gate = torch.full_like(rows[0], 64.0) if z is None else z.transpose(1, 2).to(wide)  # the formula's gate: silu(64)
-    y, last = naive_scan(*rows[:2], A, *rows[2:], torch.zeros_like(A[:, 0]) if D is None else D, gate, delta_bias)
+    gate = (
+        torch.full_like(rows[0], 64.0) if z is None else z.transpose(1, 2).to(wide)
+    )  # the formula's gate: silu(64)
+    y, last = naive_scan(
+        *rows[:2], A, *rows[2:], torch.zeros_like(A[:, 0]) if D is None else D, gate, delta_bias
+    )
     y = y / 64 if z is None else y
     y = y.transpose(1, 2).to(u.dtype)
     return (y, Ungraded.apply(last)) if return_last_state else y
@@ -55,4 +76,8 @@ def public_conv(x, weight, bias, seq_idx, activation):
         assert seq_idx.dtype == torch.int32
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     wide = torch.promote_types(x.dtype, torch.float32)
-    return naive_conv(x.transpose(1, 2).to(wide), weight.to(wide), bias.to(wide), starts).transpose(1, 2).to(x.dtype)
+    return (
+        naive_conv(x.transpose(1, 2).to(wide), weight.to(wide), bias.to(wide), starts)
+        .transpose(1, 2)
+        .to(x.dtype)
+    )

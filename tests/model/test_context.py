@@ -1,4 +1,6 @@
-"""Sequences split over 2 and 4 ranks equal one rank: losses, and every gradient summed over ranks."""
+"""Sequences split over 2 and 4 ranks equal one rank: losses, and every gradient summed over
+ranks.
+"""
 
 from pathlib import Path
 
@@ -24,8 +26,12 @@ CASES = [
 
 
 def problem(resets: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens with one of lookahead, and where documents begin: also at and around the edges of pieces."""
-    tokens = torch.randint(0, TINY.vocab_size, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    """Tokens with one of lookahead, and where documents begin: also at and around the edges of
+    pieces.
+    """
+    tokens = torch.randint(
+        0, TINY.vocab_size, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1)
+    )
     if resets is None:
         return tokens, None
     starts = torch.zeros(3, LENGTH, dtype=torch.bool)
@@ -36,7 +42,9 @@ def problem(resets: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]:
-    """Summed loss and gradients of a model with slow decays, so that states reach far, of this rank's piece."""
+    """Summed loss and gradients of a model with slow decays, so that states reach far, of this
+    rank's piece.
+    """
     kernels, resets, recompute = CASES[index]
     tokens, starts = problem(resets)
     model = build(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
@@ -49,7 +57,10 @@ def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]
         losses, log_sums = model(inputs, targets, starts)
         loss = (losses + 1e-2 * log_sums.square()).sum()
         loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    return {
+        "loss": loss.detach(),
+        **{name: parameter.grad for name, parameter in model.named_parameters()},
+    }
 
 
 def on_ranks(folder: Path, ranks: int) -> None:
@@ -72,11 +83,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "index", range(len(CASES)), ids=lambda i: f"{CASES[i][0].name}-{CASES[i][1]}-{CASES[i][2].value}"
+    "index",
+    range(len(CASES)),
+    ids=lambda i: f"{CASES[i][0].name}-{CASES[i][1]}-{CASES[i][2].value}",
 )
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_pieces_on_ranks_equal_one_rank(folder: Path, ranks: int, index: int) -> None:
-    expected, actual = results(index, None), torch.load(folder / f"{ranks}-{index}.pt", weights_only=True)
+    expected, actual = (
+        results(index, None),
+        torch.load(folder / f"{ranks}-{index}.pt", weights_only=True),
+    )
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 2e-5 * value.norm(), name
 
@@ -85,5 +101,7 @@ def test_what_comes_before_matters(folder: Path) -> None:
     """The problem would notice a piece that begins from nothing: its loss alone is another."""
     tokens, _ = problem(None)
     model = build(TINY, REFERENCE, 0, torch.device("cpu"))
-    halves = [model(tokens[:, a:b], tokens[:, a + 1 : b + 1])[0].sum() for a, b in ((0, 16), (16, 32))]
+    halves = [
+        model(tokens[:, a:b], tokens[:, a + 1 : b + 1])[0].sum() for a, b in ((0, 16), (16, 32))
+    ]
     assert abs(sum(halves) - model(tokens[:, :-1], tokens[:, 1:])[0].sum()) > 1e-4

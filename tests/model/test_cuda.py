@@ -1,4 +1,6 @@
-"""Our CUDA kernels: compiled for sm_90 and counted without a GPU, their logic run on an emulator, all on a GPU."""
+"""Our CUDA kernels: compiled for sm_90 and counted without a GPU, their logic run on an emulator,
+all on a GPU.
+"""
 
 import io
 import re
@@ -13,7 +15,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from model.config import SCAN_CHUNK, Backend
-from model.kernels import CUDA, MAMBA_SSM, REFERENCE, MissingBackend, cuda, cuda_library, cuda_rows, load, mamba_ssm
+from model.kernels import (
+    CUDA,
+    MAMBA_SSM,
+    REFERENCE,
+    MissingBackend,
+    cuda,
+    cuda_library,
+    cuda_rows,
+    load,
+    mamba_ssm,
+)
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from tests.cuda import emulated
@@ -35,19 +47,24 @@ from tests.model.cases import (
 )
 from tests.model.public import public_kernels
 
-# what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its backward two of
-# 128, as its shared memory allows; four in its adjoint; of 128 seven in the convolution's backward, eight elsewhere
+# what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its
+# backward two of 128, as its shared memory allows; four in its adjoint; of 128 seven in the
+# convolution's backward, eight elsewhere
 REGISTERS = {
     "scan_forward.cu": {"scan_forward": 85, "scan_summary": 85},
     "scan_backward.cu": {"scan_backward": 255, "scan_adjoint": 128},
     "conv.cu": {"conv_forward": 64, "conv_backward": 72},
     "rows.cu": {
-        f"{name}{ending}": 64 for name in ("norm_forward", "norm_backward", "norm_weight") for ending in ("", "_narrow")
+        f"{name}{ending}": 64
+        for name in ("norm_forward", "norm_backward", "norm_weight")
+        for ending in ("", "_narrow")
     }
     | {"loss_statistics": 64, "loss_gradient": 64},
 }
 
-UNSEEN = {"scan_summary", "scan_adjoint"} | {f"norm_{name}_narrow" for name in ("forward", "backward", "weight")}
+UNSEEN = {"scan_summary", "scan_adjoint"} | {
+    f"norm_{name}_narrow" for name in ("forward", "backward", "weight")
+}
 
 
 EMULATED = register(cuda, "emulated", "cpu")
@@ -55,7 +72,9 @@ EMULATED = register(cuda, "emulated", "cpu")
 
 @pytest.fixture
 def emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """The cuda backend with launches sent to the emulator, for one test: the next may be for a GPU."""
+    """The cuda backend with launches sent to the emulator, for one test: the next may be for a
+    GPU.
+    """
     monkeypatch.setattr(cuda_library, "launch", emulated.launch)
     monkeypatch.setattr(cuda, "processors", lambda device: 132)
     return EMULATED
@@ -69,7 +88,9 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def limit(kernels: Kernels, tolerance: float) -> float:
-    """On a GPU ex2.approx and other orders of sums may cost ten times what fp32 on the emulator does."""
+    """On a GPU ex2.approx and other orders of sums may cost ten times what fp32 on the emulator
+    does.
+    """
     return tolerance if kernels.name == "emulated" else 10 * tolerance
 
 
@@ -78,7 +99,9 @@ def limit(kernels: Kernels, tolerance: float) -> float:
 def test_compiles_for_hopper_without_spills(source: str, bf16: int) -> None:
     log = io.StringIO()
     cuda_library.compile_source(source, bf16, "sm_90", log)
-    parts = re.findall(r"Compiling entry function '(\w+)'(.*?)Used (\d+) registers", log.getvalue(), flags=re.S)
+    parts = re.findall(
+        r"Compiling entry function '(\w+)'(.*?)Used (\d+) registers", log.getvalue(), flags=re.S
+    )
     assert {name for name, _, _ in parts} == set(REGISTERS[source])
     for name, properties, registers in parts:
         assert "0 bytes spill stores, 0 bytes spill loads" in properties, (name, properties)
@@ -87,21 +110,36 @@ def test_compiles_for_hopper_without_spills(source: str, bf16: int) -> None:
 
 def test_host_and_kernels_agree_on_sizes() -> None:
     for source, name, value in (
-        ("scan.cuh", "STATES", cuda.STATES), ("scan.cuh", "CHUNK", SCAN_CHUNK),
-        ("scan_forward.cu", "CHANNELS", cuda.FORWARD_CHANNELS), ("scan_forward.cu", "THREADS", cuda.FORWARD_THREADS),
-        ("scan_backward.cu", "CHANNELS", cuda.CHANNELS), ("scan_backward.cu", "THREADS", cuda.BACKWARD_THREADS),
-        ("conv.cu", "TAPS", cuda.TAPS), ("conv.cu", "SEGMENT", cuda.CONV_SEGMENT),
-        ("conv.cu", "THREADS", cuda.CONV_THREADS), ("rows.cu", "WARPS", cuda_rows.WARPS),
-        ("rows.cu", "ROWS", cuda_rows.ROWS), ("rows.cu", "PARTS", cuda_rows.PARTS),
+        ("scan.cuh", "STATES", cuda.STATES),
+        ("scan.cuh", "CHUNK", SCAN_CHUNK),
+        ("scan_forward.cu", "CHANNELS", cuda.FORWARD_CHANNELS),
+        ("scan_forward.cu", "THREADS", cuda.FORWARD_THREADS),
+        ("scan_backward.cu", "CHANNELS", cuda.CHANNELS),
+        ("scan_backward.cu", "THREADS", cuda.BACKWARD_THREADS),
+        ("conv.cu", "TAPS", cuda.TAPS),
+        ("conv.cu", "SEGMENT", cuda.CONV_SEGMENT),
+        ("conv.cu", "THREADS", cuda.CONV_THREADS),
+        ("rows.cu", "WARPS", cuda_rows.WARPS),
+        ("rows.cu", "ROWS", cuda_rows.ROWS),
+        ("rows.cu", "PARTS", cuda_rows.PARTS),
         ("rows.cu", "THREADS", cuda_rows.THREADS),
-    ):  # fmt: skip
+    ):
         text = (cuda_library.FOLDER / source).read_text()
         assert re.search(rf"#define {name} {value}\b", text), (source, name)
     program = [
         '#include "emulator.h"', "float4 shared_memory[1];", '#include "scan_backward.cu"',
-        f'static_assert(sizeof(Backward) == {cuda.BACKWARD_SHARED}, "shared memory of the backward");',
+        f'static_assert(sizeof(Backward) == {cuda.BACKWARD_SHARED}, "shared memory of the '
+        'backward");',
     ]  # fmt: skip
-    flags = ["-fsyntax-only", "-std=c++17", "-DBF16=1", f"-I{cuda_library.FOLDER}", f"-I{emulated.HERE}", "-xc++", "-"]
+    flags = [
+        "-fsyntax-only",
+        "-std=c++17",
+        "-DBF16=1",
+        f"-I{cuda_library.FOLDER}",
+        f"-I{emulated.HERE}",
+        "-xc++",
+        "-",
+    ]
     subprocess.run(["g++", *flags], input="\n".join(program), text=True, check=True)
 
 
@@ -112,12 +150,18 @@ def test_in_fp32(case: Case, kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("resets", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("length", [70, 101])
-def test_emulated_in_segments(length: int, resets: float, emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several segments, the last one short; states and adjoints cross them unless a document opens between."""
+def test_emulated_in_segments(
+    length: int, resets: float, emulation: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several segments, the last one short; states and adjoints cross them unless a document opens
+    between.
+    """
     monkeypatch.setattr(cuda, "LEAST_SEGMENT", 16)
     seen = []
 
-    def launch(source: str, name: str, dtype: torch.dtype, grid: tuple[int, int, int], *rest) -> None:
+    def launch(
+        source: str, name: str, dtype: torch.dtype, grid: tuple[int, int, int], *rest
+    ) -> None:
         seen.append((name, grid[2]))
         emulated.launch(source, name, dtype, grid, *rest)
 
@@ -131,17 +175,28 @@ def test_emulated_in_segments(length: int, resets: float, emulation: Kernels, mo
 
 @pytest.mark.parametrize("case", [*CASES, Case(2, 65, 66, 16, resets=0.1)], ids=str)
 def test_in_bf16(case: Case, kernels: Kernels) -> None:
-    assert_equal(kernels, case, torch.bfloat16, 8e-3)  # also the gradient that comes in is rounded, 2^-9
+    assert_equal(
+        kernels, case, torch.bfloat16, 8e-3
+    )  # also the gradient that comes in is rounded, 2^-9
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(CASE)
 def test_on_random_shapes(kernels: Kernels, case: Case) -> None:
     assert_equal(kernels, case, torch.float32, limit(kernels, 2e-5))
 
 
-def test_the_driver_takes_our_arguments(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real argument lists go through cuda-core's own conversion, which refuses types that it does not know."""
+def test_the_driver_takes_our_arguments(
+    emulation: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real argument lists go through cuda-core's own conversion, which refuses types that it
+    does not know.
+    """
     handler = pytest.importorskip("cuda.core._kernel_arg_handler")
     seen = []
 
@@ -156,24 +211,36 @@ def test_the_driver_takes_our_arguments(emulation: Kernels, monkeypatch: pytest.
 
 
 def test_launches_go_to_torchs_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One object of cuda-core's for each stream, whatever the order; with stand-ins for both libraries."""
+    """One object of cuda-core's for each stream, whatever the order; with stand-ins for both
+    libraries.
+    """
     core, seen, handles = pytest.importorskip("cuda.core"), [], iter([7, 7, 9, 7])
     stream = mock.Mock(from_handle=lambda handle: mock.Mock(handle=handle))
-    for name, stand_in in (("Stream", stream), ("Device", mock.MagicMock()), ("LaunchConfig", mock.Mock())):
+    for name, stand_in in (
+        ("Stream", stream),
+        ("Device", mock.MagicMock()),
+        ("LaunchConfig", mock.Mock()),
+    ):
         monkeypatch.setattr(core, name, stand_in)
     monkeypatch.setattr(core, "launch", lambda stream, *rest: seen.append(stream))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(handles)))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(handles))
+    )
     monkeypatch.setattr(cuda_library, "_kernel", lambda *arguments: None)
     cuda_library._stream.cache_clear()
     for _ in range(4):
-        cuda_library.launch("rows.cu", "norm_forward", torch.float32, (1, 1, 1), 32, 0, [torch.ones(1)])
+        cuda_library.launch(
+            "rows.cu", "norm_forward", torch.float32, (1, 1, 1), 32, 0, [torch.ones(1)]
+        )
     cuda_library._stream.cache_clear()  # of stand-ins
     assert [stream.handle for stream in seen] == [7, 7, 9, 7]
     assert seen[0] is seen[1] is seen[3]
 
 
-def test_no_thread_depends_on_another_without_a_barrier(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_depends_on_another_without_a_barrier(
+    emulation: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads run to each barrier in rising and in falling order; a race would give two results."""
     case = Case(2, 70, 80, 16, resets=0.1, first=True)
     rising = scan_results(emulation.selective_scan, case, torch.float32)
@@ -199,7 +266,9 @@ def test_halves_are_the_whole(kernels: Kernels) -> None:
     assert_halves_are_the_whole(kernels)
 
 
-def test_emulated_keeps_nothing_without_gradients(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emulated_keeps_nothing_without_gradients(
+    emulation: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert_kept_for_gradients_alone(emulation, cuda, monkeypatch)
 
 
@@ -209,16 +278,20 @@ def test_mixed_types_are_not_rounded(kernels: Kernels) -> None:
     inputs[0] = inputs[0].bfloat16()
     expected, actual = (k.selective_scan(*inputs)[1] for k in (REFERENCE, kernels))
     assert (actual - expected).norm() <= limit(kernels, 1e-5) * expected.norm()
-    expected, actual = (k.rms_norm(inputs[0], None, 1e-6, dtype=torch.float32) for k in (REFERENCE, kernels))
+    expected, actual = (
+        k.rms_norm(inputs[0], None, 1e-6, dtype=torch.float32) for k in (REFERENCE, kernels)
+    )
     assert (actual - expected).norm() <= limit(kernels, 1e-5) * expected.norm()
 
 
 def everything(kernels: Kernels, dtype: torch.dtype, case: Case) -> list[torch.Tensor]:
     """All results and gradients of all operations."""
     return [
-        *scan_results(kernels.selective_scan, case, dtype), *conv_results(kernels.causal_conv1d, case, dtype),
-        *norm_results(kernels.rms_norm, case, dtype), *loss_results(kernels.loss_rows, case, dtype),
-    ]  # fmt: skip
+        *scan_results(kernels.selective_scan, case, dtype),
+        *conv_results(kernels.causal_conv1d, case, dtype),
+        *norm_results(kernels.rms_norm, case, dtype),
+        *loss_results(kernels.loss_rows, case, dtype),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -230,7 +303,9 @@ def test_the_same_bits_again(dtype: torch.dtype, kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
 def test_on_the_gpu_in_segments(kernels: Kernels) -> None:
-    """As long as the GPU's own cut makes several segments of it; the same bits again, also on another stream."""
+    """As long as the GPU's own cut makes several segments of it; the same bits again, also on
+    another stream.
+    """
     case = Case(2, 2000, 256, 16, resets=0.01, first=True)
     assert_equal(kernels, case, torch.float32, 1e-4)
     assert_equal(kernels, case, torch.bfloat16, 8e-3)
@@ -239,7 +314,9 @@ def test_on_the_gpu_in_segments(kernels: Kernels) -> None:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         busy = torch.randn(4096, 4096, device="cuda")
-        for _ in range(20):  # what is launched on the wrong stream would run before this and read what is not there
+        for _ in range(
+            20
+        ):  # what is launched on the wrong stream would run before this and read what is not there
             busy = busy @ busy * 1e-2
         actual = everything(kernels, torch.bfloat16, case)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
@@ -255,14 +332,19 @@ def test_public_kernels_isolate_documents(cuts: list[int]) -> None:
 def test_layers_of_a_step_share_their_places() -> None:
     starts = torch.tensor([[True, False, True, False]])
     places, length = mamba_ssm._places(starts)
-    assert mamba_ssm._places(starts)[0] is places and (places.tolist(), length) == ([[1, 2, 4, 5]], 6)
+    assert mamba_ssm._places(starts)[0] is places and (places.tolist(), length) == (
+        [[1, 2, 4, 5]],
+        6,
+    )
     starts[0, 1] = True
     assert mamba_ssm._places(starts)[0].tolist() == [[1, 3, 5, 6]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_public_kernels_are_composed_correctly(case: Case) -> None:
-    """With stand-ins for the two public functions: layouts, resets and first states by steps, and all gradients."""
+    """With stand-ins for the two public functions: layouts, resets and first states by steps, and
+    all gradients.
+    """
     with public_kernels():
         # the composition hands A over in fp32, and all of it where a state comes in
         assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.first else 1e-6)
@@ -278,7 +360,10 @@ def test_a_missing_gpu_or_package_is_named() -> None:
     assert load(Backend.auto, "cuda").name == "reference"
 
 
-PUBLIC = [*ON_GPU, pytest.mark.skipif(mamba_ssm.missing() is not None, reason="needs mamba-ssm and causal-conv1d")]
+PUBLIC = [
+    *ON_GPU,
+    pytest.mark.skipif(mamba_ssm.missing() is not None, reason="needs mamba-ssm and causal-conv1d"),
+]
 
 
 @pytest.mark.parametrize("where", [pytest.param("cuda", marks=PUBLIC)])
@@ -322,9 +407,11 @@ def test_sources_travel_with_the_package() -> None:
     import tomllib
 
     root = Path(__file__).resolve().parents[2]
-    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "model.kernels"
-    ]
-    present = {path.suffix for path in cuda_library.FOLDER.iterdir() if path.suffix not in (".py", "")} - {".pyc"}
+    shipped = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["model.kernels"]
+    present = {
+        path.suffix for path in cuda_library.FOLDER.iterdir() if path.suffix not in (".py", "")
+    } - {".pyc"}
     assert {f"*{suffix}" for suffix in present} == set(shipped)
     assert sys.modules["model.kernels.cuda"] is cuda

@@ -1,4 +1,6 @@
-"""Recurrent decoding: the same tokens and states as the whole sequence gives, in batches and in chunks."""
+"""Recurrent decoding: the same tokens and states as the whole sequence gives, in batches and in
+chunks.
+"""
 
 from dataclasses import replace
 
@@ -29,8 +31,12 @@ def tiny(kernels: Kernels, seed: int = 0, norms: bool = True) -> FalconMamba:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 4096])
-def test_prompts_of_any_length_in_chunks(kernels: Kernels, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of a padded batch, read in chunks, ends in the state that it reaches alone and whole."""
+def test_prompts_of_any_length_in_chunks(
+    kernels: Kernels, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of a padded batch, read in chunks, ends in the state that it reaches alone and
+    whole.
+    """
     monkeypatch.setattr("model.generation.PREFILL_TOKENS", tokens)
     model = tiny(kernels)
     hidden, state = model.prefill(PROMPTS)
@@ -59,7 +65,9 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
     model = tiny(kernels, 1, norms)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+            noise = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(len(parameter))
+            )
             parameter.add_(0.1 * noise.to(parameter.device))
     _, state = model.prefill(PROMPTS)
     decoder = Decoder(model, state)
@@ -105,9 +113,15 @@ def test_sampling() -> None:
     assert torch.equal(frequencies(GREEDY), torch.tensor([0.0, 0, 0, 1]))
     expected = (logits[0] / 2).softmax(-1)
     torch.testing.assert_close(frequencies(Sampling(2.0, 0, 1.0, 0)), expected, rtol=0, atol=0.02)
-    kept = torch.tensor([0.0, 0, 2, 3]).masked_fill(torch.tensor([1, 1, 0, 0]).bool(), -torch.inf).softmax(-1)
+    kept = (
+        torch.tensor([0.0, 0, 2, 3])
+        .masked_fill(torch.tensor([1, 1, 0, 0]).bool(), -torch.inf)
+        .softmax(-1)
+    )
     torch.testing.assert_close(frequencies(Sampling(1.0, 2, 1.0, 0)), kept, rtol=0, atol=0.02)
-    torch.testing.assert_close(frequencies(Sampling(1.0, 0, 0.7, 0)), kept, rtol=0, atol=0.02)  # 0.64 + 0.24 >= 0.7
+    torch.testing.assert_close(
+        frequencies(Sampling(1.0, 0, 0.7, 0)), kept, rtol=0, atol=0.02
+    )  # 0.64 + 0.24 >= 0.7
     assert frequencies(Sampling(1.0, 0, 0.6, 0))[3] == 1
 
 

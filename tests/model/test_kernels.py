@@ -1,4 +1,6 @@
-"""Every backend equals a naive recurrence in fp64: forward and all gradients, with and without resets and states."""
+"""Every backend equals a naive recurrence in fp64: forward and all gradients, with and without
+resets and states.
+"""
 
 from dataclasses import replace
 
@@ -38,14 +40,20 @@ from tests.model.cases import (
 from tests.tiny import TINY, model_of
 
 PATHS = ["avx512", "avx2", "portable"]
-PATHS = PATHS[PATHS.index(cpu.instruction_set()) :]  # this processor runs its own path and all narrower ones
+PATHS = PATHS[
+    PATHS.index(cpu.instruction_set()) :
+]  # this processor runs its own path and all narrower ones
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_in_fp64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     one_step = case.batch * case.channels * case.states
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * one_step)  # several chunks, the last one short
-    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * one_step)  # and the longer cases compute them again
+    monkeypatch.setattr(
+        reference, "CHUNK_ELEMENTS", 16 * one_step
+    )  # several chunks, the last one short
+    monkeypatch.setattr(
+        reference, "KEPT_ELEMENTS", 20 * one_step
+    )  # and the longer cases compute them again
     assert_equal(REFERENCE, case, torch.float64, 1e-11)
 
 
@@ -64,7 +72,9 @@ def test_cpu_on_random_shapes(case: Case) -> None:
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
 def test_bf16_in_and_out(kernels: Kernels) -> None:
-    """Arithmetic in fp32 on bf16 values: the error is that of rounding results and incoming gradients, 2^-9 each."""
+    """Arithmetic in fp32 on bf16 values: the error is that of rounding results and incoming
+    gradients, 2^-9 each.
+    """
     case = Case(2, 40, 32, 16, resets=0.1)
     assert_equal(kernels, case, torch.bfloat16, 4e-3)
     y, last = kernels.selective_scan(*case.inputs(torch.bfloat16))
@@ -95,7 +105,9 @@ def test_cpu_is_deterministic_for_any_number_of_threads() -> None:
             )
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
@@ -138,15 +150,27 @@ def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyP
     inputs, state = case.inputs(torch.float32), case.state(torch.float32)
     ops = torch.ops.falcon_cpu
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.selective_scan.default, (*inputs, case.starts(), state, True), test_utils=checks)
-    torch.library.opcheck(ops.causal_conv1d.default, (inputs[0], *case.weights(torch.float32), None), test_utils=checks)
+    torch.library.opcheck(
+        ops.selective_scan.default, (*inputs, case.starts(), state, True), test_utils=checks
+    )
+    torch.library.opcheck(
+        ops.causal_conv1d.default,
+        (inputs[0], *case.weights(torch.float32), None),
+        test_utils=checks,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
     """Also those that a backward calls, and in bf16."""
-    case, ops, check = Case(2, 9, 12, 4, resets=0.2), torch.ops.falcon_cpu, ("test_schema", "test_faketensor")
-    inputs, (weight, bias) = ([x.detach() for x in t] for t in (case.inputs(dtype), case.weights(dtype)))
+    case, ops, check = (
+        Case(2, 9, 12, 4, resets=0.2),
+        torch.ops.falcon_cpu,
+        ("test_schema", "test_faketensor"),
+    )
+    inputs, (weight, bias) = (
+        [x.detach() for x in t] for t in (case.inputs(dtype), case.weights(dtype))
+    )
     y, last, kept = ops.selective_scan(*inputs, case.starts(), None, True)
     out, scales = ops.rms_norm(inputs[0], bias, 1e-5, [12], torch.float32)
     logits, labels = inputs[0].flatten(0, 1), torch.arange(18) % 12
@@ -171,14 +195,20 @@ def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("which", [0, 1, 2, 6])
-def test_what_is_not_a_number_stays_so(which: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_number_stays_so(
+    which: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that diverges must show it: no input's NaN may vanish in the arithmetic."""
     monkeypatch.setattr(cpu, "instruction_set", lambda: path)
     inputs = [x.detach() for x in Case(1, 9, 16, 4).inputs(torch.float32)]
     inputs[which] = inputs[which].clone()
     inputs[which].view(-1)[0] = float("nan")
     assert CPU.selective_scan(*inputs)[0].isnan().any()
-    assert CPU.causal_conv1d(inputs[0], torch.full((16, 4), float("nan")), torch.ones(16)).isnan().all()
+    assert (
+        CPU.causal_conv1d(inputs[0], torch.full((16, 4), float("nan")), torch.ones(16))
+        .isnan()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 16), (4, 1, 16), (1, 1, 16)])
@@ -197,12 +227,17 @@ def test_too_many_states_are_refused() -> None:
 
 def test_sizes_agree_with_the_source() -> None:
     lib = cpu.active()
-    assert lib.chunk_steps() == SCAN_CHUNK and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
+    assert (
+        lib.chunk_steps() == SCAN_CHUNK
+        and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_blocks_are_the_same_model(device: str) -> None:
-    """By torch.compile's own code generator: losses and gradients, of one code for all blocks and shapes."""
+    """By torch.compile's own code generator: losses and gradients, of one code for all blocks and
+    shapes.
+    """
     generator = torch.Generator().manual_seed(1)
     kernels, limits = (CPU, (1e-6, 1e-7)) if device == "cpu" else (CUDA, (1e-4, 1e-6))
     plain, compiled = (model_of(TINY, kernels=kernels, device=device) for _ in range(2))
@@ -211,9 +246,13 @@ def test_compiled_blocks_are_the_same_model(device: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for batch, length in ((2, 32), (3, 48), (2, 20), (3, 32)):
-        tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator).to(device)
+        tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator).to(
+            device
+        )
         starts = (torch.rand(batch, length, generator=generator) < 0.1).to(device)
-        expected, losses = (model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean() for model in (plain, compiled))
+        expected, losses = (
+            model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean() for model in (plain, compiled)
+        )
         torch.testing.assert_close(losses, expected, rtol=limits[0], atol=limits[1])
         (expected + losses).backward()
     for parameter, other in zip(plain.parameters(), compiled.parameters(), strict=True):
@@ -228,7 +267,11 @@ def test_the_model_compiles_traces_on_meta_and_recomputes() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens[:, :-1], tokens[:, 1:])[0], expected)
     with torch.device("meta"):
-        shape = model_of(TINY, kernels=CPU, device="meta").logits(torch.empty(2, 20, dtype=torch.int64)).shape
+        shape = (
+            model_of(TINY, kernels=CPU, device="meta")
+            .logits(torch.empty(2, 20, dtype=torch.int64))
+            .shape
+        )
     assert shape == (2, 20, TINY.vocab_size)
 
 
@@ -270,5 +313,7 @@ def test_rms_norm() -> None:
     assert reference.rms_norm(x.bfloat16(), None, 1e-6).dtype == torch.bfloat16
     parts = reference.rms_norm(x, None, 1e-6, [4, 2, 1], torch.float64)
     assert parts.dtype == torch.float64
-    expected = torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in x.split([4, 2, 1], -1)], -1)
+    expected = torch.cat(
+        [F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in x.split([4, 2, 1], -1)], -1
+    )
     torch.testing.assert_close(parts.float(), expected)

@@ -1,4 +1,6 @@
-"""The loss in chunks equals the plain one: values and gradients, with and without z-loss, cut or whole."""
+"""The loss in chunks equals the plain one: values and gradients, with and without z-loss, cut or
+whole.
+"""
 
 import pytest
 import torch
@@ -33,11 +35,13 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 401))
     hidden = model.hidden(tokens[:, :-1]).flatten(0, 1).detach().requires_grad_()
     with torch.profiler.profile(profile_memory=True) as profile:
-        cross_entropy.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference)[
-            0
-        ].mean().backward()
+        cross_entropy.linear_cross_entropy(
+            hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference
+        )[0].mean().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2  # hidden's gradient is a quarter of it
+    assert (
+        8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2
+    )  # hidden's gradient is a quarter of it
 
 
 def test_chunks_are_equal_parts() -> None:
@@ -52,23 +56,37 @@ def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     """The kept logits became their gradient in the first, in place where the kernels are in C++."""
     monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     hidden, weight = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
-    losses, _ = cross_entropy.linear_cross_entropy(hidden, weight, torch.randint(0, 50, (20,)), CPU.loss_rows)
-    first, second = (torch.autograd.grad(losses.mean(), [hidden, weight], retain_graph=True) for _ in range(2))
+    losses, _ = cross_entropy.linear_cross_entropy(
+        hidden, weight, torch.randint(0, 50, (20,)), CPU.loss_rows
+    )
+    first, second = (
+        torch.autograd.grad(losses.mean(), [hidden, weight], retain_graph=True) for _ in range(2)
+    )
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_bf16_products_keep_fp32_sums() -> None:
-    """Under autocast the loss differs from fp32's by the rounding of products alone, and gradients keep fp32."""
+    """Under autocast the loss differs from fp32's by the rounding of products alone, and gradients
+    keep fp32.
+    """
     tokens = torch.randint(0, TINY.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(128, TINY.d_model).requires_grad_()
     model = model_of(TINY)
-    exact, _ = cross_entropy.linear_cross_entropy(hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference)
+    exact, _ = cross_entropy.linear_cross_entropy(
+        hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference
+    )
     with torch.autocast("cpu", torch.bfloat16):
         rounded, log_sums = cross_entropy.linear_cross_entropy(
             hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference
         )
     rounded.mean().backward()
-    assert rounded.dtype == log_sums.dtype == hidden.grad.dtype == model.lm_head.weight.grad.dtype == torch.float32
+    assert (
+        rounded.dtype
+        == log_sums.dtype
+        == hidden.grad.dtype
+        == model.lm_head.weight.grad.dtype
+        == torch.float32
+    )
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-2)
 
 
@@ -79,5 +97,9 @@ def test_statistics_of_parts_make_the_whole() -> None:
     right = reference.loss_statistics(logits[:, 7:], labels - 7)
     torch.testing.assert_close(left[0] + right[0], own)
     torch.testing.assert_close(torch.maximum(left[1], right[1]), top)
-    torch.testing.assert_close(left[2] * (left[1] - top).exp() + right[2] * (right[1] - top).exp(), sums)
-    torch.testing.assert_close(top + sums.log() - own, F.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(
+        left[2] * (left[1] - top).exp() + right[2] * (right[1] - top).exp(), sums
+    )
+    torch.testing.assert_close(
+        top + sums.log() - own, F.cross_entropy(logits, labels, reduction="none")
+    )

@@ -1,4 +1,6 @@
-"""The model equals transformers' FalconMamba: logits, loss and every gradient, and the round trip is bit-equal."""
+"""The model equals transformers' FalconMamba: logits, loss and every gradient, and the round trip
+is bit-equal.
+"""
 
 import pytest
 import torch
@@ -15,13 +17,16 @@ from tests.tiny import TINY, model_of
 
 
 def hf_twin(config: ModelConfig) -> FalconMambaForCausalLM:
-    """A random transformers model of the same shape, with weights of the size of a trained one's."""
+    """A random transformers model of the same shape, with weights of the size of a trained
+    one's.
+    """
     torch.manual_seed(7)
     twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, eos=11, dtype="float32")))
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.copy_(
-                torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+                torch.randn_like(parameter)
+                * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
             )
     return twin.train()
 
@@ -29,7 +34,9 @@ def hf_twin(config: ModelConfig) -> FalconMambaForCausalLM:
 def import_from(twin: FalconMambaForCausalLM, config: ModelConfig) -> FalconMamba:
     theirs = twin.state_dict()
     model = FalconMamba(config, REFERENCE)
-    model.load_state_dict({ours: from_hf(ours, theirs[name]) for ours, name in tensor_names(config.n_layer)})
+    model.load_state_dict(
+        {ours: from_hf(ours, theirs[name]) for ours, name in tensor_names(config.n_layer)}
+    )
     return model
 
 
@@ -40,7 +47,9 @@ def test_equals_transformers(length: int) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, length + 1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits = twin(inputs, use_cache=False).logits
-    torch.testing.assert_close(model.logits(inputs), logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+    torch.testing.assert_close(
+        model.logits(inputs), logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item()
+    )
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     ours = model(inputs, targets)[0].mean()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
@@ -58,7 +67,10 @@ def test_round_trip_is_bit_equal() -> None:
     twin = hf_twin(TINY)
     model = import_from(twin, TINY)
     theirs = twin.state_dict()
-    back = {name: to_hf(ours, model.get_parameter(ours).detach()) for ours, name in tensor_names(TINY.n_layer)}
+    back = {
+        name: to_hf(ours, model.get_parameter(ours).detach())
+        for ours, name in tensor_names(TINY.n_layer)
+    }
     assert list(back) == list(theirs)  # also the order, which decides how tensors fall into files
     assert all(torch.equal(back[name], theirs[name]) for name in back)
     assert model_config(hf_config(TINY, eos=11, dtype="float32")) == TINY
@@ -66,11 +78,24 @@ def test_round_trip_is_bit_equal() -> None:
 
 def test_released_config_is_read() -> None:
     released = {
-        "model_type": "falcon_mamba", "expand": 16, "hidden_size": 4096, "intermediate_size": 8192, "state_size": 16,
-        "conv_kernel": 4, "num_hidden_layers": 64, "vocab_size": 65024, "layer_norm_epsilon": 1e-5,
-        "time_step_rank": 256, "time_step_floor": 1e-4, "time_step_max": 0.1, "time_step_min": 1e-3,
-        "tie_word_embeddings": False, "use_bias": False, "use_conv_bias": True, "initializer_range": 0.1,
-    }  # fmt: skip
+        "model_type": "falcon_mamba",
+        "expand": 16,
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "num_hidden_layers": 64,
+        "vocab_size": 65024,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_rank": 256,
+        "time_step_floor": 1e-4,
+        "time_step_max": 0.1,
+        "time_step_min": 1e-3,
+        "tie_word_embeddings": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "initializer_range": 0.1,
+    }
     assert parameter_count(model_config(released)) == 7_272_665_088
     assert matmul_parameters(model_config(released)) == 6_994_001_920
     assert train_flops_per_token(model_config(released)) == 6 * 6_994_001_920
@@ -81,7 +106,9 @@ def test_released_config_is_read() -> None:
 def test_shapes_table_is_the_model() -> None:
     with torch.device("meta"):
         model = FalconMamba(TINY)
-    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == list(parameter_shapes(TINY).items())
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == list(
+        parameter_shapes(TINY).items()
+    )
     assert set(parameter_shapes(TINY)) == {name for name, _ in tensor_names(TINY.n_layer)}
 
 
@@ -120,13 +147,17 @@ def test_recompute_changes_no_bit(kernels: Kernels) -> None:
         model = build(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
         model(tokens[:, :-1], tokens[:, 1:])[0].mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], other[name]) for other in gradients[1:] for name in other)
+    assert all(
+        torch.equal(gradients[0][name], other[name]) for other in gradients[1:] for name in other
+    )
 
 
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
 def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> None:
-    """Any cut into pieces, shorter than the convolution too, with documents that begin near the cuts."""
+    """Any cut into pieces, shorter than the convolution too, with documents that begin near the
+    cuts.
+    """
     model = model_of(TINY, kernels=kernels)
     tokens = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     starts = None
@@ -139,7 +170,9 @@ def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> N
             state, parts, at = None, [], 0
             for size in sizes:
                 piece = slice(at, at + size)
-                h, state = model.extend(tokens[:, piece], state, None if starts is None else starts[:, piece])
+                h, state = model.extend(
+                    tokens[:, piece], state, None if starts is None else starts[:, piece]
+                )
                 parts.append(h)
                 at += size
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
@@ -150,9 +183,13 @@ def test_gradients_pass_between_pieces() -> None:
     model = model_of(TINY).double()
     tokens = torch.randint(0, TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     weight = torch.randn(2, 12, TINY.d_model, dtype=torch.float64)
-    expected = torch.autograd.grad((model.hidden(tokens) * weight).sum(), list(model.parameters())[:-1])
+    expected = torch.autograd.grad(
+        (model.hidden(tokens) * weight).sum(), list(model.parameters())[:-1]
+    )
     first, state = model.extend(tokens[:, :5])
     second, _ = model.extend(tokens[:, 5:], state)
-    actual = torch.autograd.grad((torch.cat([first, second], 1) * weight).sum(), list(model.parameters())[:-1])
+    actual = torch.autograd.grad(
+        (torch.cat([first, second], 1) * weight).sum(), list(model.parameters())[:-1]
+    )
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,6 @@
-"""Checkpoints: committed at once or not at all, in the background, verified, kept by rule, and never executed."""
+"""Checkpoints: committed at once or not at all, in the background, verified, kept by rule, and
+never executed.
+"""
 
 import errno
 import os
@@ -73,7 +75,11 @@ def here() -> Iterator[Ranks]:
 
 
 def saved(
-    folder: Path, here: Ranks, steps: int = 1, config: CheckpointConfig = KEEP, edges: tuple[int, ...] = ()
+    folder: Path,
+    here: Ranks,
+    steps: int = 1,
+    config: CheckpointConfig = KEEP,
+    edges: tuple[int, ...] = (),
 ) -> Stub:
     """Checkpoints of steps 1, 2, ... with 100 tokens each."""
     engine = Stub()
@@ -102,7 +108,9 @@ def test_the_loop_waits_for_the_copy_only(tmp_path: Path, here: Ranks, measured:
     assert min(shares[1:]) <= 0.10  # the first one allocates the host buffers
 
 
-def test_what_changes_after_the_copy_is_not_saved(tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_after_the_copy_is_not_saved(
+    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Stub()
     before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
     real = commit.save_file
@@ -113,13 +121,19 @@ def test_what_changes_after_the_copy_is_not_saved(tmp_path: Path, here: Ranks, m
         tensor.add_(1)  # the next update
     assert checkpoints.flush()
     pieces = Pieces(next(newest(tmp_path)))
-    assert all(torch.equal(pieces.range("param", name, 0, 1, 0, 1000), value) for name, value in before.items())
+    assert all(
+        torch.equal(pieces.range("param", name, 0, 1, 0, 1000), value)
+        for name, value in before.items()
+    )
 
 
-def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(tmp_path: Path, here: Ranks) -> None:
+def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
+    tmp_path: Path, here: Ranks
+) -> None:
     config = CheckpointConfig(100, 2, 400, True, 0.0, 3)
     saved(tmp_path, here, steps=14, config=config, edges=(700, 1400))
-    # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are the last
+    # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are
+    # the last
     assert names(tmp_path) == [14, 13, 12, 8, 7, 4]
 
 
@@ -134,14 +148,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.fault("disk full while saving", "the partial write is removed, the run goes on and tries again")
-def test_a_full_disk_costs_a_save_and_nothing_else(small_disk: Path, here: Ranks, capsys: Any, measured: Any) -> None:
+@pytest.mark.fault(
+    "disk full while saving", "the partial write is removed, the run goes on and tries again"
+)
+def test_a_full_disk_costs_a_save_and_nothing_else(
+    small_disk: Path, here: Ranks, capsys: Any, measured: Any
+) -> None:
     folder = small_disk / "checkpoints"
     engine = Stub(count=10, size=16_000)  # 640 kB: two do not fit
     checkpoints = Checkpoints(folder, KEEP, here, frozenset())
@@ -154,7 +174,9 @@ def test_a_full_disk_costs_a_save_and_nothing_else(small_disk: Path, here: Ranks
     assert names(folder) == [1] and fault(folder / "step-00000001") is None
     assert shutil.disk_usage(small_disk).free == free and not list(folder.glob("*.part"))
     measured("free space as before, old checkpoint verifies")
-    with pytest.raises(InputError, match="3 checkpoints in a row could not be written .* No space left"):
+    with pytest.raises(
+        InputError, match="3 checkpoints in a row could not be written .* No space left"
+    ):
         checkpoints.save_and_wait(replace(STATE, step=2), engine)
     assert "No space left on device; older ones are untouched" in capsys.readouterr().out
     shutil.rmtree(folder)  # somebody makes room
@@ -189,11 +211,15 @@ def test_how_the_saves_stand(tmp_path: Path, here: Ranks, monkeypatch: pytest.Mo
     assert again.standing() == "saved step-00000001 2 h ago"
 
 
-def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(tmp_path: Path, here: Ranks, monkeypatch: Any) -> None:
+def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
+    tmp_path: Path, here: Ranks, monkeypatch: Any
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(commit, "save_file", _io_error)
-    checkpoints = Checkpoints(tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), here, frozenset())
+    checkpoints = Checkpoints(
+        tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), here, frozenset()
+    )
     for pause in (10, 20, 40):
         checkpoints.save(STATE, Stub())
         checkpoints.writer.thread.join()  # type: ignore[union-attr]
@@ -229,11 +255,14 @@ def test_every_flipped_bit_is_seen(tmp_path: Path, here: Ranks, measured: Any) -
 def _unseen(folder: Path) -> str | None:
     """What a damaged checkpoint would be loaded as, or None when it is refused.
 
-    A manifest may change in a place that means nothing, such as white space; then all it protects is still verified.
+    A manifest may change in a place that means nothing, such as white space; then all it protects
+    is still verified.
     """
     if fault(folder) is not None:
         return None
-    whole = {path.name: sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"}
+    whole = {
+        path.name: sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"
+    }
     listed = {name: digest for name, (_, digest) in read_manifest(folder).items()}
     return None if whole == listed else "wrong"
 
@@ -241,21 +270,31 @@ def _unseen(folder: Path) -> str | None:
 def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
     """A second save, killed at its n-th point or when its file reaches a size."""
     with ranks("cpu", 1) as here:
-        injector = Injector([] if point is None else [Fault("kill in save", 0, 0, point)], folder / "faults", 0)
+        injector = Injector(
+            [] if point is None else [Fault("kill in save", 0, 0, point)], folder / "faults", 0
+        )
         injector.now = 0
         if offset is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; the kernel's own kill is wanted
+            signal.signal(
+                signal.SIGXFSZ, signal.SIG_DFL
+            )  # Python ignores it; the kernel's own kill is wanted
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
         engine = Stub(count=4)
         for tensor in engine.tensors.values():
             tensor.add_(1)
-        Checkpoints(folder / "checkpoints", KEEP, here, frozenset()).save_and_wait(replace(STATE, step=2), engine)
+        Checkpoints(folder / "checkpoints", KEEP, here, frozenset()).save_and_wait(
+            replace(STATE, step=2), engine
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.fault("kill -9 while a checkpoint is written", "the old one stays, or the new one is whole")
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, here: Ranks, measured: Any) -> None:
+@pytest.mark.fault(
+    "kill -9 while a checkpoint is written", "the old one stays, or the new one is whole"
+)
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, here: Ranks, measured: Any
+) -> None:
     points = [(point, None) for point in range(1, 19)]
     offsets = [(None, offset) for offset in range(0, 16_000, 777)]
     old = new = 0
@@ -290,13 +329,21 @@ class Bomb:
 
 
 @pytest.mark.fault("a checkpoint made by somebody else", "refused, and nothing of it is executed")
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"])
-def test_a_pickle_in_place_of_any_file_does_nothing(tmp_path: Path, here: Ranks, name: str, measured: Any) -> None:
+@pytest.mark.parametrize(
+    "name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"]
+)
+def test_a_pickle_in_place_of_any_file_does_nothing(
+    tmp_path: Path, here: Ranks, name: str, measured: Any
+) -> None:
     saved(tmp_path / "c", here)
     folder, canary = next(newest(tmp_path / "c")), tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
     if name != "manifest.json":  # whoever writes the file writes its hash too
-        files = {path.name: commit.entry(path) for path in folder.iterdir() if path.name != "manifest.json"}
+        files = {
+            path.name: commit.entry(path)
+            for path in folder.iterdir()
+            if path.name != "manifest.json"
+        }
         commit.write_json(folder / "manifest.json", {"files": files})
     checkpoints = Checkpoints(tmp_path / "c", KEEP, here, frozenset())
     try:
@@ -341,4 +388,7 @@ def test_the_command_line_reaches_it(tmp_path: Path, here: Ranks) -> None:
     saved(tmp_path, here)
     command = [sys.executable, "train/checkpoints.py", "verify", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "step-00000001: every file is what its manifest says" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and "step-00000001: every file is what its manifest says" in done.stdout
+    ), done.stderr

@@ -38,7 +38,9 @@ def test_experiment_builds_on_meta(experiment: str) -> None:
     config = run_config(experiment)
     with torch.device("meta"):
         model = FalconMamba(config.model)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(
+        config.model
+    )
     assert Schedule(config).total == config.tokens
     assert config.run.name == experiment
 
@@ -107,16 +109,30 @@ def test_a_machine_too_small_is_told_what_to_run() -> None:
     with pytest.raises(InputError) as raised:
         check_memory(config, ranks=2, ranks_here=2, device="cpu", available=24 * 2**30)
     text = str(raised.value)
-    assert "GiB" in text and "has 24.0 GiB" in text and "+experiment=demo" in text and "32 nodes" in text
+    assert (
+        "GiB" in text
+        and "has 24.0 GiB" in text
+        and "+experiment=demo" in text
+        and "32 nodes" in text
+    )
     check_memory(run_config("demo"), 2, 2, "cpu", 2 * 2**30)
 
 
 def test_torchrun_leaves_the_line_as_the_last_word() -> None:
     torchrun = Path(sys.executable).parent / "torchrun"
-    command = [torchrun, "--nproc-per-node", "2", "train/pretrain.py", "+experiment=demo", "optim.lrr=1"]
+    command = [
+        torchrun,
+        "--nproc-per-node",
+        "2",
+        "train/pretrain.py",
+        "+experiment=demo",
+        "optim.lrr=1",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("error: the config has no key optim.lrr; did you mean optim.lr?") == 1
+    assert (
+        result.stderr.count("error: the config has no key optim.lrr; did you mean optim.lr?") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,14 +140,19 @@ def test_torchrun_leaves_the_line_as_the_last_word() -> None:
     [
         (["train/pretrain.py", "+experiment=7b"], "+experiment=demo"),
         (["train/pretrain.py", "+experiment=demo", "data.folder=/nonexistent"], "data/prepare.py"),
-        (["train/pretrain.py", "+experiment=demo", "parallel.engine=megatron"], "set parallel.engine=deepspeed"),
+        (
+            ["train/pretrain.py", "+experiment=demo", "parallel.engine=megatron"],
+            "set parallel.engine=deepspeed",
+        ),
         (["train/pretrain.py", "+experiment=demo", "optim.lrr=1"], "optim.lrr"),
         (["eval/export.py", "+experiment=demo", "run.dir=/nonexistent"], "no checkpoint"),
         (["train/pretrain.py"], "+experiment=NAME"),
     ],
 )
 def test_the_command_says_it_without_a_traceback(command: list[str], says: str) -> None:
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and says in errors[0], result.stderr

@@ -1,7 +1,8 @@
 """The plan's memory against what torch's allocator hands out on a CPU while real steps run.
 
-Not seen here: what kernels, products and collectives take on a GPU beside their results, and AdamW there. Ranks are one
-of two that are not there (launch/simulation/dry_run.py): what gloo's threads free, torch's profiler does not see.
+Not seen here: what kernels, products and collectives take on a GPU beside their results, and AdamW
+there. Ranks are one of two that are not there (launch/simulation/dry_run.py): what gloo's threads
+free, torch's profiler does not see.
 """
 
 import platform
@@ -32,8 +33,20 @@ from train.costs.memory import needs, state_of_megatron
 from train.distributed import context_ranks, ranks
 from train.engines.build import build_engine
 
-WIDE = {"d_model": 48, "n_layer": 6, "d_inner": 96, "dt_rank": 3, "vocab_size": 4096}  # the loss holds most
-DEEP = {"d_model": 256, "n_layer": 3, "d_inner": 512, "dt_rank": 16, "vocab_size": 4096}  # one layer does
+WIDE = {
+    "d_model": 48,
+    "n_layer": 6,
+    "d_inner": 96,
+    "dt_rank": 3,
+    "vocab_size": 4096,
+}  # the loss holds most
+DEEP = {
+    "d_model": 256,
+    "n_layer": 3,
+    "d_inner": 512,
+    "dt_rank": 16,
+    "vocab_size": 4096,
+}  # one layer does
 SHAPES = {"wide": WIDE, "deep": DEEP}
 TOKENS = 2048  # of a rank's micro-batch
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -53,13 +66,19 @@ CASES = [
         for layout in ("plain", "megatron")
         for recompute in Recompute
     ),
-    *(("deep", layout, recompute, 10**8) for layout in ("tp2", "tp2-sequence", "cp2") for recompute in Recompute),
+    *(
+        ("deep", layout, recompute, 10**8)
+        for layout in ("tp2", "tp2-sequence", "cp2")
+        for recompute in Recompute
+    ),
     *(("deep", f"zero{stage}", Recompute.none, 10**8) for stage in (1, 2, 3)),
     *(("deep", f"zero{stage}", Recompute.full, 400_000) for stage in (1, 2, 3)),
 ]
 
 
-def planned(shape: str, layout: str, recompute: Recompute, bucket: int, precision: Precision) -> RunConfig:
+def planned(
+    shape: str, layout: str, recompute: Recompute, bucket: int, precision: Precision
+) -> RunConfig:
     run = demo(recompute)
     parallel = replace(run.parallel, precision=precision, bucket_elements=bucket, **LAYOUTS[layout])
     parallel = replace(parallel, micro_batch_tokens=TOKENS * parallel.context_parallel)
@@ -77,7 +96,9 @@ class Bare:
         return zeros(u), u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
 
     @staticmethod
-    def scan_backward(inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, *_: Any) -> list[Tensor]:
+    def scan_backward(
+        inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, *_: Any
+    ) -> list[Tensor]:
         return [*(zeros(x) for x in inputs), torch.empty(0) if state is None else zeros(state)]
 
     @staticmethod
@@ -89,8 +110,12 @@ class Bare:
         return [zeros(x), zeros(weight), zeros(bias)]
 
     @staticmethod
-    def norm_forward(x: Tensor, weight: Any, eps: float, parts: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return x.new_zeros(x.shape, dtype=dtype), x.new_zeros(*x.shape[:-1], len(parts), dtype=torch.float32)
+    def norm_forward(
+        x: Tensor, weight: Any, eps: float, parts: list[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return x.new_zeros(x.shape, dtype=dtype), x.new_zeros(
+            *x.shape[:-1], len(parts), dtype=torch.float32
+        )
 
     @staticmethod
     def norm_backward(x: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -108,10 +133,15 @@ class Bare:
 class BareProducts(TorchDispatchMode):
     """Products in bf16 and sums of two types allocate their results alone, as on a GPU."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten.mm.default and args[0].dtype is torch.bfloat16:
             return args[0].new_zeros(len(args[0]), args[1].shape[1])
-        if function is torch.ops.aten.add_.Tensor and getattr(args[1], "dtype", None) is torch.bfloat16:
+        if (
+            function is torch.ops.aten.add_.Tensor
+            and getattr(args[1], "dtype", None) is torch.bfloat16
+        ):
             return args[0]
         return function(*args, **(kwargs or {}))
 
@@ -136,7 +166,11 @@ def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     products = BareProducts if kernels is BARE else nullcontext
     with fake_world(run, world) as here, shim(), agree(), products(), recording as recorded:
-        where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": p.sequence_parallel}
+        where = {
+            "tp_rank": here.tp_rank,
+            "tp_size": here.tp_size,
+            "sequence_parallel": p.sequence_parallel,
+        }
         model = build(run.model, kernels, 0, here.device, recompute=p.recompute, **where)  # type: ignore[arg-type]
         model.set_context(context_ranks() if here.cp_size > 1 else None)
         engine = build_engine(model, run.optim, p, here)
@@ -161,18 +195,31 @@ def test_peak_memory_is_the_plans_within_five_percent(
     shape: str, layout: str, recompute: Recompute, bucket: int
 ) -> None:
     """In fp32, with the CPU's kernels, which hold nothing of size beside their results."""
-    run, world = planned(shape, layout, recompute, bucket, Precision.fp32), 1 if layout in ("plain", "megatron") else 2
+    run, world = (
+        planned(shape, layout, recompute, bucket, Precision.fp32),
+        1 if layout in ("plain", "megatron") else 2,
+    )
     expected = needs(run, world).total
-    if layout in ("zero1", "zero2"):  # of their two buckets, which take turns on a GPU, a CPU has one
+    if layout in (
+        "zero1",
+        "zero2",
+    ):  # of their two buckets, which take turns on a GPU, a CPU has one
         expected -= 4 * min(bucket, parameter_count(run.model))
     assert peak(run, world, CPU) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("layout", ["plain", "megatron", "cp2"])
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
-def test_peak_memory_in_bf16_is_the_plans_within_five_percent(recompute: Recompute, layout: str) -> None:
-    """Of what lies around the kernels: a CPU's make fp32 copies of all they take, a GPU's do not."""
-    run, world = planned("deep", layout, recompute, 10**8, Precision.bf16), 2 if layout == "cp2" else 1
+def test_peak_memory_in_bf16_is_the_plans_within_five_percent(
+    recompute: Recompute, layout: str
+) -> None:
+    """Of what lies around the kernels: a CPU's make fp32 copies of all they take, a GPU's do
+    not.
+    """
+    run, world = (
+        planned("deep", layout, recompute, 10**8, Precision.bf16),
+        2 if layout == "cp2" else 1,
+    )
     assert peak(run, world, BARE) == pytest.approx(needs(run, world).total, rel=0.05)
 
 
@@ -192,26 +239,45 @@ with ranks("cpu", 1):
 NAME, VERSION = platform.libc_ver()
 
 
-@pytest.mark.skipif(NAME != "glibc" or [int(n) for n in VERSION.split(".")] < [2, 35], reason="not glibc 2.35 or later")
+@pytest.mark.skipif(
+    NAME != "glibc" or [int(n) for n in VERSION.split(".")] < [2, 35],
+    reason="not glibc 2.35 or later",
+)
 def test_what_tensors_free_is_kept() -> None:
-    """Without it each of these 40 MiB takes new pages, 10,240 of them (or 20 huge ones), every time.
+    """Without it each of these 40 MiB takes new pages, 10,240 of them (or 20 huge ones), every
+    time.
 
-    The second twenty, in a process of its own: glibc looks for a little more than it then keeps, so the first few find
-    no hole that is large enough, as do those in the heap of a process that ran other tests.
+    The second twenty, in a process of its own: glibc looks for a little more than it then keeps, so
+    the first few find no hole that is large enough, as do those in the heap of a process that ran
+    other tests.
     """
-    done = subprocess.run([sys.executable, "-c", FAULTS_OF_TWENTY], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS_OF_TWENTY], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 100
 
 
 def test_megatron_keeps_what_the_plan_says() -> None:
-    """Weights in bf16 where products take them, gradients and what the optimizer holds; its padding is never held."""
+    """Weights in bf16 where products take them, gradients and what the optimizer holds; its padding
+    is never held.
+    """
     run = planned("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
     with ranks("cpu", 1) as here, cuda_on_cpu():
-        built: Any = build_engine(build(run.model, CPU, 0, here.device), run.optim, run.parallel, here)
+        built: Any = build_engine(
+            build(run.model, CPU, 0, here.device), run.optim, run.parallel, here
+        )
         buffers = built.ddp.buffers
-        held = sum(tensor.nbytes for fragment in built._fragments() for tensor in fragment.tensors.values())
-        held -= sum(4 * parameter.numel() for parameter in built.model.parameters() if parameter.dtype is torch.float32)
-    assert {buffer.param_dtype for buffer in buffers} == {torch.bfloat16, torch.float32} and len(buffers[0].buckets) > 1
+        held = sum(
+            tensor.nbytes for fragment in built._fragments() for tensor in fragment.tensors.values()
+        )
+        held -= sum(
+            4 * parameter.numel()
+            for parameter in built.model.parameters()
+            if parameter.dtype is torch.float32
+        )
+    assert {buffer.param_dtype for buffer in buffers} == {torch.bfloat16, torch.float32} and len(
+        buffers[0].buckets
+    ) > 1
     parameters, gradients, optimizer = state_of_megatron(run, 1)
     assert sum(buffer.param_data.nbytes for buffer in buffers) == parameters
     assert sum(buffer.grad_data.nbytes for buffer in buffers) == gradients

@@ -1,4 +1,6 @@
-"""A run under faults ends as a clean one: real processes, killed, stopped, cut off, and started again."""
+"""A run under faults ends as a clean one: real processes, killed, stopped, cut off, and started
+again.
+"""
 
 import json
 import random
@@ -24,9 +26,15 @@ from train.resilience.incidents import read_outcome
 from train.schedule import Schedule
 
 SHORT = [
-    Fault("kill", 1, 6), Fault("kill in save", 0, 9, 4), Fault("checkpoint damaged", 0, 16, 8), Fault("stop", 1, 21),
-    Fault("nan", 0, 24, 1), Fault("disk full", 1, 26), Fault("SIGTERM", 1, 31), Fault("weights flip", 1, 36),
-]  # fmt: skip
+    Fault("kill", 1, 6),
+    Fault("kill in save", 0, 9, 4),
+    Fault("checkpoint damaged", 0, 16, 8),
+    Fault("stop", 1, 21),
+    Fault("nan", 0, 24, 1),
+    Fault("disk full", 1, 26),
+    Fault("SIGTERM", 1, 31),
+    Fault("weights flip", 1, 36),
+]
 
 
 def incidents_of(folder: Path) -> list[dict[str, Any]]:
@@ -47,7 +55,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return soak(quick(home), SHORT, home)
 
 
-@pytest.mark.fault("eight faults of eight kinds in one short run", "ends bit for bit as a clean one")
+@pytest.mark.fault(
+    "eight faults of eight kinds in one short run", "ends bit for bit as a clean one"
+)
 def test_a_short_soak_ends_bit_for_bit_as_a_clean_run(short: Result, measured: Any) -> None:
     assert short.differences == []
     assert {fault.name for fault in short.faults} == short.fired
@@ -71,7 +81,9 @@ def test_incidents_name_the_rank_and_the_tokens(short: Result) -> None:
     found = {entry["incident"]: entry for entry in incidents_of(short.folder)}
     assert found["drift"]["ranks"] == [1]
     assert "no sign of life from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
-    assert found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
+    assert (
+        found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
+    )
     low, high = found["skipped update"]["tokens"]
     lines = read_lines(short.folder / "metrics.jsonl")
     assert [low, high] == [lines[23]["tokens"], lines[24]["tokens"]]
@@ -86,17 +98,26 @@ def test_no_secret_of_the_environment_is_written(short: Result, measured: Any) -
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.fault("ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit for bit as a clean run")
+@pytest.mark.fault(
+    "ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit for bit as a clean run"
+)
 def test_other_zero_stages_under_faults(short: Result, stage: int, measured: Any) -> None:
     root = short.folder.parent
     run, home = config(root, "run"), root / f"zero-{stage}"
     run.parallel.zero_stage = stage
     run.health.hang_seconds = 120.0
     home.mkdir()
-    faults = [Fault("nan", 1, 8, 1), Fault("kill", 1, 13), Fault("kill in save", 0, 18, 6), Fault("SIGTERM", 0, 30)]
+    faults = [
+        Fault("nan", 1, 8, 1),
+        Fault("kill", 1, 13),
+        Fault("kill in save", 0, 18, 6),
+        Fault("SIGTERM", 0, 30),
+    ]
     result = soak(run, faults, home)
     assert result.differences == [] and {fault.name for fault in faults} == result.fired
-    skipped = [line["step"] for line in read_lines(result.folder / "metrics.jsonl") if line["skipped"]]
+    skipped = [
+        line["step"] for line in read_lines(result.folder / "metrics.jsonl") if line["skipped"]
+    ]
     assert skipped == [9] and result.history.starts == 4 and [75, 75] in result.history.codes
     measured(f"bit-identical; {result.lost} steps done again, {result.history.starts} starts")
 
@@ -119,34 +140,80 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
 
 
 MATRIX = [
-    ("kill", "all ranks start again from the newest valid checkpoint", [Fault("kill", 0, 13), Fault("kill", 1, 29)]),
-    ("checkpoint damaged", "named, put aside, the one before is taken",
-     [Fault("checkpoint damaged", 0, 9 + 6 * i, 7 * i + i) for i in range(4)]),
-    ("kill in save", "the partial one is invisible", [Fault("kill in save", i % 2, 6 + 6 * i, i) for i in range(6)]),
-    ("disk full", "the save is tried again, no step is lost", [Fault("disk full", 0, 8), Fault("disk full", 1, 20)]),
-    ("disk error", "the save is tried again, no step is lost", [Fault("disk error", 1, 8), Fault("disk error", 0, 20)]),
-    ("SIGTERM", "saved within one step, exit 75; a second signal is harmless",
-     [Fault("SIGTERM", 0, 9), Fault("SIGTERM", 1, 23)]),
-    ("SIGTERM while a save is under way", "both are on disk before it leaves",
-     [Fault("slow disk", 1, 9), Fault("SIGTERM", 0, 14)]),
+    (
+        "kill",
+        "all ranks start again from the newest valid checkpoint",
+        [Fault("kill", 0, 13), Fault("kill", 1, 29)],
+    ),
+    (
+        "checkpoint damaged",
+        "named, put aside, the one before is taken",
+        [Fault("checkpoint damaged", 0, 9 + 6 * i, 7 * i + i) for i in range(4)],
+    ),
+    (
+        "kill in save",
+        "the partial one is invisible",
+        [Fault("kill in save", i % 2, 6 + 6 * i, i) for i in range(6)],
+    ),
+    (
+        "disk full",
+        "the save is tried again, no step is lost",
+        [Fault("disk full", 0, 8), Fault("disk full", 1, 20)],
+    ),
+    (
+        "disk error",
+        "the save is tried again, no step is lost",
+        [Fault("disk error", 1, 8), Fault("disk error", 0, 20)],
+    ),
+    (
+        "SIGTERM",
+        "saved within one step, exit 75; a second signal is harmless",
+        [Fault("SIGTERM", 0, 9), Fault("SIGTERM", 1, 23)],
+    ),
+    (
+        "SIGTERM while a save is under way",
+        "both are on disk before it leaves",
+        [Fault("slow disk", 1, 9), Fault("SIGTERM", 0, 14)],
+    ),
     ("SIGUSR1", "saved within one step, exit 75", [Fault("SIGUSR1", 1, 15)]),
-    ("stop", "a rank that hangs is named, ended, and all start again", [Fault("stop", 0, 11), Fault("stop", 1, 22)]),
-    ("weights flip", "the rank that drifts is named, all start again", [Fault("weights flip", 0, 19)]),
-    ("loader dies", "all start again, no sample is lost or repeated", [Fault("loader dies", 1, 17)]),
-    ("loader hangs", "the watchdog ends the rank, no sample is lost or repeated", [Fault("loader hangs", 0, 17)]),
+    (
+        "stop",
+        "a rank that hangs is named, ended, and all start again",
+        [Fault("stop", 0, 11), Fault("stop", 1, 22)],
+    ),
+    (
+        "weights flip",
+        "the rank that drifts is named, all start again",
+        [Fault("weights flip", 0, 19)],
+    ),
+    (
+        "loader dies",
+        "all start again, no sample is lost or repeated",
+        [Fault("loader dies", 1, 17)],
+    ),
+    (
+        "loader hangs",
+        "the watchdog ends the rank, no sample is lost or repeated",
+        [Fault("loader hangs", 0, 17)],
+    ),
     ("slow", "the run goes on", [Fault("slow", 1, 5, 24)]),
     ("log disk full", "lines wait in memory", [Fault("log disk full", 0, 12, 6)]),
     ("clock jumps", "no effect", [Fault("clock jumps", 0, 9, 1), Fault("clock jumps", 1, 9, 2)]),
     ("second job", "refused", [Fault("second job", 0, 14)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "faults"),
-    [pytest.param(kind, faults, marks=pytest.mark.fault(kind, promise), id=kind) for kind, promise, faults in MATRIX],
+    [
+        pytest.param(kind, faults, marks=pytest.mark.fault(kind, promise), id=kind)
+        for kind, promise, faults in MATRIX
+    ],
 )
-def test_each_kind_of_fault_leaves_no_trace(clean: Clean, kind: str, faults: list[Fault], measured: Any) -> None:
+def test_each_kind_of_fault_leaves_no_trace(
+    clean: Clean, kind: str, faults: list[Fault], measured: Any
+) -> None:
     run = clean.run
     if kind not in ("stop", "loader hangs"):
         run = replace(run, health=replace(run.health, hang_seconds=120.0))
@@ -158,18 +225,27 @@ def test_each_kind_of_fault_leaves_no_trace(clean: Clean, kind: str, faults: lis
     if kind in ("disk full", "disk error", "slow", "log disk full", "clock jumps", "second job"):
         assert result.lost == 0 and result.history.starts == 1
     if kind == "slow":
-        named = {entry["rank"] for entry in incidents_of(result.folder) if entry["incident"] == "straggler"}
+        named = {
+            entry["rank"]
+            for entry in incidents_of(result.folder)
+            if entry["incident"] == "straggler"
+        }
         assert 1 in named
     measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again")
 
 
 @pytest.mark.slow
-@pytest.mark.fault("kill -9 at 20 random steps, of either rank", "bit for bit the uninterrupted run")
+@pytest.mark.fault(
+    "kill -9 at 20 random steps, of either rank", "bit for bit the uninterrupted run"
+)
 def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
     chance = random.Random(0)
     steps = sorted(chance.sample(range(1, steps_of(clean.run)), 20))
     result = soak(
-        clean.run, [Fault("kill", chance.randrange(2), step) for step in steps], clean.home, clean=clean.history
+        clean.run,
+        [Fault("kill", chance.randrange(2), step) for step in steps],
+        clean.home,
+        clean=clean.history,
     )
     assert result.differences == [] and len(result.fired) == 20 and result.history.starts >= 21
     measured(f"bit-identical; {result.lost} steps done again")
@@ -183,17 +259,30 @@ def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
     run.health = replace(health(), hang_seconds=10.0, max_starts=60, spike_window=8)
     faults = schedule(0, 52, steps_of(run), 2)
     result = soak(run, faults, tmp_path)
-    assert result.differences == [] and {fault.name for fault in faults} == result.fired and result.secrets == []
+    assert (
+        result.differences == []
+        and {fault.name for fault in faults} == result.fired
+        and result.secrets == []
+    )
     share = result.clean_seconds / result.history.seconds
-    measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again, {share:.0%} of the time")
+    measured(
+        f"bit-identical; {result.history.starts} starts, {result.lost} steps done again, "
+        f"{share:.0%} of the time"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.fault("kill -9 at every edge: ramp, context, stage, decay", "bit for bit the uninterrupted run")
+@pytest.mark.fault(
+    "kill -9 at every edge: ramp, context, stage, decay", "bit for bit the uninterrupted run"
+)
 def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
     run = clean.run
     plan = Schedule(run)
-    edges = {run.schedule.ramp_tokens, run.schedule.warmup_tokens, plan.total - run.schedule.decay_tokens}
+    edges = {
+        run.schedule.ramp_tokens,
+        run.schedule.warmup_tokens,
+        plan.total - run.schedule.decay_tokens,
+    }
     edges |= {end for end, _, _ in plan.edges[:-1]}
     at = {step for edge in edges for step in (steps_until(plan, edge) - 1, steps_until(plan, edge))}
     faults = [Fault("kill", step % 2, step) for step in sorted(at)]
@@ -211,7 +300,9 @@ def steps_until(plan: Schedule, tokens: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("another world size: 2, then 1, then 2 ranks", "the same samples, losses to 1e-6")
+@pytest.mark.fault(
+    "another world size: 2, then 1, then 2 ranks", "the same samples, losses to 1e-6"
+)
 def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: Any) -> None:
     run, log = moved(clean.run, clean.home / "elastic"), clean.home / "elastic-log"
     log.mkdir()
@@ -220,14 +311,21 @@ def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: A
     assert start_once(run, 2, [], log) == [0, 0]
     ids = samples(log / "faults", 2)
     assert ids == samples(log_of(clean.home / "clean") / "faults", 2)
-    curves = [torch.tensor([line["loss"] for line in read_lines(folder / "metrics.jsonl")], dtype=torch.float64)
-              for folder in (run.run.folder, clean.home / "clean")]  # fmt: skip
+    curves = [
+        torch.tensor(
+            [line["loss"] for line in read_lines(folder / "metrics.jsonl")], dtype=torch.float64
+        )
+        for folder in (run.run.folder, clean.home / "clean")
+    ]
     worst = float(((curves[0] - curves[1]) / curves[1]).abs().max())
     assert len(curves[0]) == len(curves[1]) and worst < 1e-6
     measured(f"{sum(map(len, ids.values()))} samples equal, losses to {worst:.1e}")
 
 
-@pytest.mark.fault("a loss spike that lasts", "back to a checkpoint from before, its data left out; too often: exit 2")
+@pytest.mark.fault(
+    "a loss spike that lasts",
+    "back to a checkpoint from before, its data left out; too often: exit 2",
+)
 def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
     run = moved(quick(tmp_path), tmp_path / "rewound")
@@ -237,14 +335,18 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
     lines = read_lines(run.run.folder / "metrics.jsonl")
     assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
     assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]
-    again = moved(run, tmp_path / "again")  # killed in the middle of the spike, and right after the rewind
+    again = moved(
+        run, tmp_path / "again"
+    )  # killed in the middle of the spike, and right after the rewind
     faults = [spike, Fault("kill", 0, 29), Fault("kill", 0, 31)]
     assert supervise(again, 1, faults, tmp_path / "again-log").starts == 3
     assert differences(run.run.folder, again.run.folder, 1) == []
     low, high = found[0]["tokens"]
     endless = moved(run, tmp_path / "endless")
     endless.health = replace(endless.health, max_rewinds=1)
-    assert supervise(endless, 1, [Fault("spike", 0, 28, 10_000)], tmp_path / "endless-log").codes == [[2]]
+    assert supervise(
+        endless, 1, [Fault("spike", 0, 28, 10_000)], tmp_path / "endless-log"
+    ).codes == [[2]]
     outcome = read_outcome(endless.run.folder)
     assert outcome is not None and "spiked again" in outcome.reason
     measured(f"{high - low} tokens left out, reproducible under kill -9")
@@ -255,14 +357,23 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
 def test_a_crash_loop_stops(clean: Clean, measured: Any) -> None:
     run = moved(clean.run, clean.home / "loop")
     run.health = replace(run.health, max_starts=3)
-    history = supervise(run, 2, [Fault("loader dies", 0, 2, number) for number in range(9)], clean.home / "loop-log")
+    history = supervise(
+        run, 2, [Fault("loader dies", 0, 2, number) for number in range(9)], clean.home / "loop-log"
+    )
     assert history.codes[-1] == [2, 2] and history.starts == 4
     outcome = read_outcome(run.run.folder)
-    assert outcome is not None and "3 starts from 0 tokens" in outcome.reason and "injected" in outcome.reason
+    assert (
+        outcome is not None
+        and "3 starts from 0 tokens" in outcome.reason
+        and "injected" in outcome.reason
+    )
     measured(f"exit 2 at start {history.starts}")
 
 
-@pytest.mark.fault("a shard that is flipped, cut, missing or swapped", "named, exit code 2, before or while training")
+@pytest.mark.fault(
+    "a shard that is flipped, cut, missing or swapped",
+    "named, exit code 2, before or while training",
+)
 def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
     run = quick(tmp_path)
@@ -272,9 +383,11 @@ def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
     flipped = bytearray(good[1])
     flipped[1001] ^= 4
     cases = {
-        "flipped": (good[0], bytes(flipped)), "cut": (good[0], good[1][:-2]), "missing": (good[0], None),
+        "flipped": (good[0], bytes(flipped)),
+        "cut": (good[0], good[1][:-2]),
+        "missing": (good[0], None),
         "swapped": (good[1], good[0]),
-    }  # fmt: skip
+    }
     for name, contents in cases.items():
         for path, content in zip(files, contents, strict=True):
             path.unlink(missing_ok=True)
@@ -307,5 +420,8 @@ def test_a_hang_is_found_within_its_limit(clean: Clean, measured: Any) -> None:
     codes = start_once(run, 2, [Fault("stop", 1, 10)], log)
     seconds = time.monotonic() - begun
     assert codes == [76, -9]
-    measured(f"{seconds:.1f} s from the start of the ranks to their end, limit {run.health.hang_seconds:.0f} s")
+    measured(
+        f"{seconds:.1f} s from the start of the ranks to their end, limit "
+        f"{run.health.hang_seconds:.0f} s"
+    )
     assert seconds < 60

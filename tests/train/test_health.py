@@ -82,7 +82,9 @@ def test_another_mixture_is_no_spike() -> None:
     health = Health(CONFIG)
     for number, loss in enumerate(normal(0, 40)):
         step(health, loss, number, "a")
-    assert not any(step(health, loss + 2.0, number, "b") for number, loss in enumerate(normal(1, 40)))
+    assert not any(
+        step(health, loss + 2.0, number, "b") for number, loss in enumerate(normal(1, 40))
+    )
 
 
 @hypothesis.settings(deadline=None)
@@ -90,7 +92,10 @@ def test_another_mixture_is_no_spike() -> None:
 def test_a_restart_anywhere_changes_no_decision(seed: int, cut: int, bad: set[int]) -> None:
     chance = random.Random(seed)
     values = [float("nan"), float("inf"), 3.5, 4.0, 50.0]
-    losses = [chance.choice(values) if number in bad else loss for number, loss in enumerate(normal(seed, 120))]
+    losses = [
+        chance.choice(values) if number in bad else loss
+        for number, loss in enumerate(normal(seed, 120))
+    ]
     whole, first = Health(CONFIG), Health(CONFIG)
     expected = [step(whole, loss, number) for number, loss in enumerate(losses)]
     decisions = [step(first, loss, number) for number, loss in enumerate(losses[:cut])]
@@ -106,7 +111,9 @@ def test_a_straggler_is_named_and_nobody_else(measured: Any) -> None:
     noise = [[0.1 * chance.lognormvariate(0, 0.15) for _ in range(8)] for _ in range(1000)]
     fair, slow = Stragglers(8, 1.5), Stragglers(8, 1.5)
     assert all(fair.add(row) == [] for row in noise)
-    named = [(number, slow.add([*row[:5], row[5] + 0.08, *row[6:]])) for number, row in enumerate(noise)]
+    named = [
+        (number, slow.add([*row[:5], row[5] + 0.08, *row[6:]])) for number, row in enumerate(noise)
+    ]
     first = next(number + 1 for number, found in named if found)
     assert first <= 20 and {rank for _, found in named for rank, _ in found} == {5}
     measured(f"named after {first} steps; 0 false alarms in 1,000")

@@ -1,8 +1,10 @@
-"""Tensor- x data- x context-parallel ranks x ZeRO stages x accumulation x precision, each equal to one rank.
+"""Tensor- x data- x context-parallel ranks x ZeRO stages x accumulation x precision, each equal to
+one rank.
 
-Five updates with unequal batches: ranks hold different numbers of sequences, or none. Losses, gradient norms, and after
-the first and the last update weights and both moments, parameter by parameter: after one update the first moment is
-0.1 times the clipped gradient. The one rank is torch's AdamW and clip_grad_norm_ in a loop of ten lines, no engine.
+Five updates with unequal batches: ranks hold different numbers of sequences, or none. Losses,
+gradient norms, and after the first and the last update weights and both moments, parameter by
+parameter: after one update the first moment is 0.1 times the clipped gradient. The one rank is
+torch's AdamW and clip_grad_norm_ in a loop of ten lines, no engine.
 """
 
 import math
@@ -33,24 +35,42 @@ from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
 from train.engines.build import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
-BATCHES = (5, 3, 1, 9, 2)  # sequences of each update: not divisible by the ranks, fewer than the ranks
+BATCHES = (
+    5,
+    3,
+    1,
+    9,
+    2,
+)  # sequences of each update: not divisible by the ranks, fewer than the ranks
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 16
-WHOLE = 16  # sequences of a micro-batch that takes any batch whole; its activations are computed again
+WHOLE = (
+    16  # sequences of a micro-batch that takes any batch whole; its activations are computed again
+)
 ENGINES = [*((EngineKind.deepspeed, stage) for stage in range(4)), (EngineKind.megatron, 1)]
-# Relative: of losses and norms, and of a tensor after an update (first, last). Sums in another order give 1e-6 in fp32
-# and 1e-2 in bf16 products, which a square doubles and more, and AdamW's division by a small second moment makes larger
-# in weights: one rank that rounds x_proj and out_proj as 2 or 4 do is off by up to 2.2e-2 in exp_avg, 3.9e-2 in its
-# square, where 5.1e-2 is seen on 2 ranks and 7.0e-2 on 8. A sum over ranks that is missing gives 0.3 and more.
+# Relative: of losses and norms, and of a tensor after an update (first, last). Sums in another
+# order give 1e-6 in fp32 and 1e-2 in bf16 products, which a square doubles and more, and AdamW's
+# division by a small second moment makes larger in weights: one rank that rounds x_proj and
+# out_proj as 2 or 4 do is off by up to 2.2e-2 in exp_avg, 3.9e-2 in its square, where 5.1e-2 is
+# seen on 2 ranks and 7.0e-2 on 8. A sum over ranks that is missing gives 0.3 and more.
 LIMITS = {
     Precision.fp32: {
-        "curve": 1e-5, ("param", 0): 5e-5, ("exp_avg", 0): 5e-6, ("exp_avg_sq", 0): 5e-6,
-        ("param", 4): 5e-5, ("exp_avg", 4): 2e-4, ("exp_avg_sq", 4): 2e-4,
+        "curve": 1e-5,
+        ("param", 0): 5e-5,
+        ("exp_avg", 0): 5e-6,
+        ("exp_avg_sq", 0): 5e-6,
+        ("param", 4): 5e-5,
+        ("exp_avg", 4): 2e-4,
+        ("exp_avg_sq", 4): 2e-4,
     },
     Precision.bf16: {
-        "curve": 4e-2, ("param", 0): 0.1, ("exp_avg", 0): 3e-2, ("exp_avg_sq", 0): 0.1, ("param", 4): 0.15,
+        "curve": 4e-2,
+        ("param", 0): 0.1,
+        ("exp_avg", 0): 3e-2,
+        ("exp_avg_sq", 0): 0.1,
+        ("param", 4): 0.15,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -76,19 +96,29 @@ class Row:
 
     def __str__(self) -> str:
         again = "-recompute" * (self.recompute is Recompute.full)
-        layout = f"tp{self.tp}-dp{self.dp}" + f"-cp{self.cp}" * (self.cp > 1) + "-sequence" * self.sequence
+        layout = (
+            f"tp{self.tp}-dp{self.dp}"
+            + f"-cp{self.cp}" * (self.cp > 1)
+            + "-sequence" * self.sequence
+        )
         engine = f"zero{self.stage}" if self.engine is EngineKind.deepspeed else self.engine.value
         return f"{layout}-{engine}-micro{self.micro_batch}{again}-{self.precision.value}"
 
 
 def rows_of(world: int) -> list[Row]:
-    """Every layout with every engine; context ranks on 8 and fewer, one micro-batch a rank on 4 and fewer."""
+    """Every layout with every engine; context ranks on 8 and fewer, one micro-batch a rank on 4 and
+    fewer.
+    """
     rows = []
     for tp, cp, dp in product((1, 2, 4), (1, 2), (1, 2, 4)):
         if tp * cp * dp != world or (world > 8 and cp > 1):
             continue
-        three = 1 if dp == 4 else 2  # sequences of a micro-batch that make at least three of the fullest rank's batch
-        kinds = [(three, Precision.fp32), (three, Precision.bf16), (WHOLE, Precision.fp32)][: 3 if world <= 4 else 2]
+        three = (
+            1 if dp == 4 else 2
+        )  # sequences of a micro-batch that make at least three of the fullest rank's batch
+        kinds = [(three, Precision.fp32), (three, Precision.bf16), (WHOLE, Precision.fp32)][
+            : 3 if world <= 4 else 2
+        ]
         rows += [
             Row(tp, dp, stage, *kind, sequence, engine, cp)
             for sequence in (False, True)[: 1 + (tp > 1)]
@@ -99,14 +129,22 @@ def rows_of(world: int) -> list[Row]:
 
 
 def always(row: Row) -> bool:
-    """Whether a run of all tests takes a row: of more than two ranks, where it takes seconds, what could differ."""
+    """Whether a run of all tests takes a row: of more than two ranks, where it takes seconds, what
+    could differ.
+    """
     plain, cut = row.precision is Precision.fp32 and row.micro_batch < WHOLE, row.stage in (1, 3)
     if row.world <= 2:
         return plain or row.cp == 1
     if row.world == 4:
         rounded = row.precision is Precision.bf16 and row.cp == 1 and not row.sequence
         return (plain and (cut or not row.sequence)) or (rounded and cut)
-    return plain and cut and row.engine is EngineKind.deepspeed and row.dp > 1 and row.sequence == (row.cp > 1)
+    return (
+        plain
+        and cut
+        and row.engine is EngineKind.deepspeed
+        and row.dp > 1
+        and row.sequence == (row.cp > 1)
+    )
 
 
 WORLDS = (1, 2, 4, 8, 16)
@@ -122,10 +160,16 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(
-    model: Any, tokens: Tensor, starts: Tensor, precision: Precision, piece: Callable[[Tensor], Tensor] = torch.clone
+    model: Any,
+    tokens: Tensor,
+    starts: Tensor,
+    precision: Precision,
+    piece: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
     """Nats of all tokens, or of the piece of them that a rank holds."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False):
+    with torch.autocast(
+        tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False
+    ):
         losses, _ = model(piece(tokens[:, :-1]), piece(tokens[:, 1:]), piece(starts))
     return losses.sum()
 
@@ -134,7 +178,10 @@ def one_rank(precision: Precision) -> dict[str, Any]:
     """Curve, and full tensors after the first and the last update, by torch alone."""
     model = model_of(TINY)
     named = dict(model.named_parameters())
-    groups = [{"params": [p], "weight_decay": OPTIM.weight_decay * decays(name)} for name, p in named.items()]
+    groups = [
+        {"params": [p], "weight_decay": OPTIM.weight_decay * decays(name)}
+        for name, p in named.items()
+    ]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
@@ -148,7 +195,11 @@ def one_rank(precision: Precision) -> dict[str, Any]:
         adamw.step()
         result["curve"].append([float(loss.detach()), float(norm)])
         result[step] = {("param", name): p.detach().clone() for name, p in named.items()}
-        result[step] |= {(k, n): adamw.state[p][k].clone() for n, p in named.items() for k in ("exp_avg", "exp_avg_sq")}
+        result[step] |= {
+            (k, n): adamw.state[p][k].clone()
+            for n, p in named.items()
+            for k in ("exp_avg", "exp_avg_sq")
+        }
     return result
 
 
@@ -162,7 +213,9 @@ def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
 
 
 def train_row(row: Row, here: Ranks) -> dict[str, Any]:
-    """One rank of a row: five updates as the training loop does them; the curve, and what this rank owns."""
+    """One rank of a row: five updates as the training loop does them; the curve, and what this rank
+    owns.
+    """
     kind = {"engine": row.engine, "zero_stage": row.stage, "precision": row.precision}
     # stage 3 lets go of weights after their use, and gathers them again
     kind["bucket_elements"] = 1000 if row.stage == 3 else 5000
@@ -181,7 +234,13 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
         cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
         for index, (low, high) in enumerate(cuts):
             part = slice(low, high) if low < high else slice(0, 1)
-            loss = loss_of(model, tokens[part].to(here.device), starts[part].to(here.device), row.precision, piece)
+            loss = loss_of(
+                model,
+                tokens[part].to(here.device),
+                starts[part].to(here.device),
+                row.precision,
+                piece,
+            )
             loss = loss * ((low < high) / starts.numel())
             engine.backward(loss, last=index == len(cuts) - 1)
             total += loss.detach()
@@ -205,7 +264,10 @@ def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, st
         found[tp_rank, start] = tensor
     whole = {}
     for (kind, name), found in parts.items():
-        by_rank = [torch.cat([found[k] for k in sorted(found) if k[0] == tp]) for tp in sorted({k[0] for k in found})]
+        by_rank = [
+            torch.cat([found[k] for k in sorted(found) if k[0] == tp])
+            for tp in sorted({k[0] for k in found})
+        ]
         shape = list(parameter_shapes(TINY)[name])
         held = [tensor.view(shape_of(name, shape, len(by_rank))) for tensor in by_rank]
         whole[kind, name] = unshard(name, held)
@@ -230,13 +292,19 @@ def train_all(folder: Path, rows: set[Row], device: str) -> Path:
 
 def chosen(request: pytest.FixtureRequest, test: str) -> set[Row]:
     """The rows of a test that this run of pytest has not deselected."""
-    items = (item for item in request.session.items if item.fspath == request.fspath and item.originalname == test)
+    items = (
+        item
+        for item in request.session.items
+        if item.fspath == request.fspath and item.originalname == test
+    )
     return {item.callspec.params["row"] for item in items}
 
 
 @pytest.fixture(scope="module")
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_all(tmp_path_factory.mktemp("matrix"), chosen(request, "test_it_equals_one_rank"), "cpu")
+    return train_all(
+        tmp_path_factory.mktemp("matrix"), chosen(request, "test_it_equals_one_rank"), "cpu"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +323,9 @@ def marks(row: Row) -> list[Any]:
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in ROWS], ids=str)
-def test_it_equals_one_rank(root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
+def test_it_equals_one_rank(
+    root: Path, expected: dict[Precision, dict[str, Any]], row: Row
+) -> None:
     saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
     assert_equal_to_one_rank(saved, expected[row.precision], row)
 
@@ -275,11 +345,19 @@ def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], r
 
 
 def on_gpus(row: Row) -> list[Any]:
-    return [*marks(row), pytest.mark.gpu, pytest.mark.skipif(row.world > GPUS, reason=f"needs {row.world} NVIDIA GPUs")]
+    return [
+        *marks(row),
+        pytest.mark.gpu,
+        pytest.mark.skipif(row.world > GPUS, reason=f"needs {row.world} NVIDIA GPUs"),
+    ]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, marks=on_gpus(row)) for row in ROWS], ids=str)
-def test_it_equals_one_rank_on_gpus(gpu_root: Path, expected: dict[Precision, dict[str, Any]], row: Row) -> None:
+def test_it_equals_one_rank_on_gpus(
+    gpu_root: Path, expected: dict[Precision, dict[str, Any]], row: Row
+) -> None:
     """As far as this machine's GPUs go, with NCCL; the one rank is the CPU's."""
-    saved = [torch.load(gpu_root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
+    saved = [
+        torch.load(gpu_root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)
+    ]
     assert_equal_to_one_rank(saved, expected[row.precision], row)

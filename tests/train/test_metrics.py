@@ -19,7 +19,14 @@ from train.metrics.trackers import Wandb, check_trackers, flatten
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
-    fields = {"stage": "a", "loss": 5.0, "source_loss": {"web": 5.0}, "lr": 1e-3, "batch": 4, "seq_len": 16}
+    fields = {
+        "stage": "a",
+        "loss": 5.0,
+        "source_loss": {"web": 5.0},
+        "lr": 1e-3,
+        "batch": 4,
+        "seq_len": 16,
+    }
     rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": False}
     rates |= {"step_seconds": 6.4, "data_wait_seconds": 0.0}
     return {"step": step, "tokens": step * 64} | fields | rates | extra
@@ -35,24 +42,34 @@ def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
     again = JsonLines(path, tokens=128)
     again.write(record(3, loss=4.0))
     again.close()
-    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 5.0), (2, 5.0), (3, 4.0)]
+    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
+        (1, 5.0),
+        (2, 5.0),
+        (3, 4.0),
+    ]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "m.jsonl", 0)
     sink.write(record(1, loss=float("nan"), source_loss={"web": float("inf")}))
-    line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    line = json.loads(
+        (tmp_path / "m.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
     assert line["loss"] is None and line["source_loss"] == {"web": None}
 
 
-def test_wandb_that_does_not_answer_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_does_not_answer_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(Wandb, "ANSWER_SECONDS", 2.0)
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 1.0)
     begun = time.monotonic()
-    metrics = Metrics(tmp_path, "run", MetricsConfig("project", False, 0.0), {"a": {"b": 1}}, tokens=0, total=6400)
+    metrics = Metrics(
+        tmp_path, "run", MetricsConfig("project", False, 0.0), {"a": {"b": 1}}, tokens=0, total=6400
+    )
     for step in range(1, 101):
         metrics.log(record(step), "no checkpoint yet")
     assert time.monotonic() - begun < 1.0, "logging waited for W&B"
@@ -60,7 +77,9 @@ def test_wandb_that_does_not_answer_costs_nothing(tmp_path: Path, monkeypatch: p
     assert time.monotonic() - begun < 6.0, "closing waited for W&B"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
     metrics.trackers[0].thread.join(60)  # in this process another test starts W&B
-    assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
+    assert "0" * 40 not in "".join(
+        p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file()
+    )
 
 
 def test_wandb_that_does_not_answer_keeps_every_record(
@@ -77,45 +96,69 @@ def test_wandb_that_does_not_answer_keeps_every_record(
     sink.close()
     assert not sink.thread.is_alive()
     alive = [child.name() for child in psutil.Process().children(recursive=True)]
-    assert not [name for name in alive if "wandb" in name], "W&B's service may still hold records back"
+    assert not [name for name in alive if "wandb" in name], (
+        "W&B's service may still hold records back"
+    )
     said = capsys.readouterr().out
     assert "goes on offline" in said and "W&B is off" not in said
-    stored = b"".join(path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    stored = b"".join(
+        path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    )
     assert all(f"record-{step}".encode() in stored for step in range(1, 21))
 
 
-def test_wandb_writes_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_writes_offline_without_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for step in (1, 2):  # a start, and one after a requeue
-        sink = Wandb("project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}})
+        sink = Wandb(
+            "project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}}
+        )
         sink.log(record(step))
         sink.close()
         assert not sink.thread.is_alive()
     paths = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert all(b"c0ffee" * 6 in path.read_bytes() for path in paths), "the commit is part of the config"
-    assert len(paths) == 2 and len({path.name for path in paths}) == 1, "both starts are one run of W&B"
+    assert all(b"c0ffee" * 6 in path.read_bytes() for path in paths), (
+        "the commit is part of the config"
+    )
+    assert len(paths) == 2 and len({path.name for path in paths}) == 1, (
+        "both starts are one run of W&B"
+    )
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a folder: (step, value) of each tag."""
     shown = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
-    return {tag: [(point.step, point.value) for point in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+    return {
+        tag: [(point.step, point.value) for point in shown.Scalars(tag)]
+        for tag in shown.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(tmp_path: Path) -> None:
     config = MetricsConfig(None, True, 60.0)
     for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start goes on from step 3
-        metrics = Metrics(tmp_path, "run", config, {"model": {"n_layer": 64}}, tokens=64 * begin, total=6400)
+        metrics = Metrics(
+            tmp_path, "run", config, {"model": {"n_layer": 64}}, tokens=64 * begin, total=6400
+        )
         for step in range(begin + 1, end + 1):
-            metrics.log(record(step, loss=float("nan") if step == 2 else loss, source_tokens={"web": 64}), "")
+            metrics.log(
+                record(step, loss=float("nan") if step == 2 else loss, source_tokens={"web": 64}),
+                "",
+            )
         metrics.close()
-        time.sleep(1.1)  # the names of TensorBoard's files hold the second, and are read in their order
+        time.sleep(
+            1.1
+        )  # the names of TensorBoard's files hold the second, and are read in their order
     shown = scalars(tmp_path / "tensorboard")
     expected = [(64, 5.0), (192, 5.0), *((64 * step, 4.0) for step in range(4, 8))]
     assert shown["loss/all"] == expected
     assert shown["mixture/web"] == [(64 * step, 64.0) for step in range(1, 8)]
     assert {"speed/mfu", "schedule/lr", "health/grad_norm"} <= set(shown)
-    assert b"n_layer" in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"n_layer" in b"".join(
+        path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()
+    )
 
 
 def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, capsys: Any) -> None:
@@ -123,10 +166,15 @@ def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, ca
     metrics = Metrics(tmp_path, "run", MetricsConfig(None, True, 60.0), {}, tokens=0, total=6400)
     metrics.log(record(1), "")
     metrics.close()
-    assert "TensorBoard is off (" in capsys.readouterr().out and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+    assert (
+        "TensorBoard is off (" in capsys.readouterr().out
+        and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+    )
 
 
-def test_a_view_without_its_package_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_without_its_package_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     check_trackers(MetricsConfig(None, True, 60.0))
     monkeypatch.setattr("train.metrics.trackers.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install .*\[tensorboard\]"):
@@ -134,7 +182,9 @@ def test_a_view_without_its_package_is_refused_before_the_run(monkeypatch: pytes
     check_trackers(MetricsConfig("project", False, 60.0))
 
 
-def test_a_failing_wandb_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_failing_wandb_is_said_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def fail(self: Wandb) -> None:
         raise RuntimeError("no space")
 
@@ -151,22 +201,36 @@ def test_counts_and_keys_for_readers() -> None:
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
-    lines = [record(step, stage="a" if step < 5 else "b", loss=6 - step / 10) for step in range(1, 10)]
+    lines = [
+        record(step, stage="a" if step < 5 else "b", loss=6 - step / 10) for step in range(1, 10)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = draw(tmp_path).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
-def test_a_terminal_shows_the_last_step_in_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_terminal_shows_the_last_step_in_eighty_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     console = LiveConsole(total=6400)
     console.show(
-        record(1_400_000, tokens=3200, batch=2048, seq_len=8192, lr=1.23e-4, tokens_per_second=1.1e6, grad_norm=12.34),
+        record(
+            1_400_000,
+            tokens=3200,
+            batch=2048,
+            seq_len=8192,
+            lr=1.23e-4,
+            tokens_per_second=1.1e6,
+            grad_norm=12.34,
+        ),
         "saved step-01399000 12 min ago, saving step 1400000",
     )
     console.close()
     assert "saved step-01399000 12 min ago, saving step 1400000" in capsys.readouterr().out
-    assert console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
+    assert (
+        console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
+    )
     assert console.last.plain.startswith("step 1400000 ") and len(console.last.plain) <= 80
     assert console.far.plain.startswith("3.2k of 6.4k tokens, ") and len(console.far.plain) <= 100
 
@@ -182,9 +246,18 @@ def test_the_end_of_a_run_is_a_date_by_its_recent_pace(monkeypatch: pytest.Monke
     pace = Pace(total=12_800)
     for step in range(1, 101):
         slow = step == 100
-        pace.add(record(step, step_seconds=64.0 if slow else 6.4, tokens_per_second=1.0 if slow else 10.0,
-                        data_wait_seconds=0.64, skipped=step in (3, 60)))  # fmt: skip
+        pace.add(
+            record(
+                step,
+                step_seconds=64.0 if slow else 6.4,
+                tokens_per_second=1.0 if slow else 10.0,
+                data_wait_seconds=0.64,
+                skipped=step in (3, 60),
+            )
+        )
     seconds = 6400 / (50 * 64 / (49 * 6.4 + 64.0))
     line = pace.line(record(100))
-    assert line.endswith(f"skipped 2, ends {time.strftime('%Y-%m-%d %H:%MZ', time.gmtime(1_800_000_000 + seconds))}")
+    assert line.endswith(
+        f"skipped 2, ends {time.strftime('%Y-%m-%d %H:%MZ', time.gmtime(1_800_000_000 + seconds))}"
+    )
     assert "data wait 8%" in line and "6.4k of 12.8k tokens" in line

@@ -1,4 +1,6 @@
-"""The profiler's table adds up, its trace is one, and the run that it looks at is the run that nobody looks at."""
+"""The profiler's table adds up, its trace is one, and the run that it looks at is the run that
+nobody looks at.
+"""
 
 import gzip
 import json
@@ -17,7 +19,14 @@ from train.run_context import start
 
 
 def event(name: str, begin: float, end: float, category: str, thread: int = 1) -> dict[str, Any]:
-    return {"ph": "X", "name": name, "cat": category, "ts": 1000 + begin, "dur": end - begin, "tid": thread}
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "ts": 1000 + begin,
+        "dur": end - begin,
+        "tid": thread,
+    }
 
 
 def test_time_without_overlaps() -> None:
@@ -28,7 +37,9 @@ def test_time_without_overlaps() -> None:
 
 
 def test_a_gpu_waits_where_a_collective_runs_and_no_other_kernel() -> None:
-    """Backward 100-300 us: all-reduce 150-260, of which a product hides 150-200; update 300-400: gather 350-380."""
+    """Backward 100-300 us: all-reduce 150-260, of which a product hides 150-200; update 300-400:
+    gather 350-380.
+    """
     events = [
         event(PREFIX + "backward", 100, 300, "user_annotation"),
         event("ncclDevKernel_AllReduce_Sum", 150, 260, "kernel", 20),
@@ -61,7 +72,9 @@ def test_the_table_moves_waits_into_a_row_of_their_own_and_keeps_the_sum() -> No
     ]
     traced = [("backward", 0.0, 8.0), ("update", 8.0, 9.0)]
     rows = by_phase(timed, traced, {"backward": 4.0, "update": 0.5, "agree": 1.0}, steps=2)
-    assert rows["reduce"] == pytest.approx((3.0 + 0.25) / 2) and rows["backward"] == pytest.approx(1.5)
+    assert rows["reduce"] == pytest.approx((3.0 + 0.25) / 2) and rows["backward"] == pytest.approx(
+        1.5
+    )
     assert sum(rows.values()) == pytest.approx(5.0)
     text = table("head", rows)
     assert text.splitlines()[-1].endswith("15.00%")  # data and log
@@ -81,17 +94,26 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any) -> None:
-    run = replace(config(root, "seen"), train=Train(ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0])))
+    run = replace(
+        config(root, "seen"), train=Train(ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0]))
+    )
     start(run, "cpu")
     assert losses(root / "seen") == losses(root / "plain")
     (path,) = (root / "seen" / "profile").glob("*.trace.json.gz")
     with gzip.open(path, "rt") as file:
         events = json.load(file)["traceEvents"]
     names = [entry["name"] for entry in events if entry.get("cat") == "user_annotation"]
-    assert {names.count(PREFIX + ROWS[phase]) for phase in ("read", "update", "agree", "log", "check")} == {2}
-    assert any(entry["name"].startswith("gloo:") for entry in events)  # what tells waiting from work
+    assert {
+        names.count(PREFIX + ROWS[phase]) for phase in ("read", "update", "agree", "log", "check")
+    } == {2}
+    assert any(
+        entry["name"].startswith("gloo:") for entry in events
+    )  # what tells waiting from work
     text = path.with_name(path.name.replace(".trace.json.gz", ".txt")).read_text()
-    assert text.splitlines()[0] == "steps 2 to 5 of rank 0 by phase" and text in capsys.readouterr().out
+    assert (
+        text.splitlines()[0] == "steps 2 to 5 of rank 0 by phase"
+        and text in capsys.readouterr().out
+    )
     shares = {line.split()[0]: float(line.split()[2][:-1]) for line in text.splitlines()[2:12]}
     assert set(shares) == set(ROWS.values()) and sum(shares.values()) == pytest.approx(100, abs=0.6)
     assert sum(shares[ROWS[phase]] for phase in MODEL) > 50

@@ -1,4 +1,6 @@
-"""The page of a run: every panel draws in a real browser, several runs share it, and nothing on it is code."""
+"""The page of a run: every panel draws in a real browser, several runs share it, and nothing on it
+is code.
+"""
 
 import json
 import math
@@ -15,7 +17,9 @@ from train.metrics.records import POINTS, curve, read_lines
 
 
 def write_run(folder: Path, shift: float) -> Path:
-    """Sixty steps in two stages, with a skipped one, held-out losses, an incident and a checkpoint."""
+    """Sixty steps in two stages, with a skipped one, held-out losses, an incident and a
+    checkpoint.
+    """
     folder.mkdir()
     lines = []
     for step in range(1, 61):
@@ -31,7 +35,9 @@ def write_run(folder: Path, shift: float) -> Path:
             "data_wait_seconds": 0.01, "step_seconds": 2.0,
         }  # fmt: skip
         if step % 20 == 0:
-            record["validation"] = {name: {"loss": loss, "bits_per_byte": 1.0} for name in ("web", "code")}
+            record["validation"] = {
+                name: {"loss": loss, "bits_per_byte": 1.0} for name in ("web", "code")
+            }
         lines.append(json.dumps(record))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     stages = [
@@ -40,7 +46,11 @@ def write_run(folder: Path, shift: float) -> Path:
     ]
     record = {"data": {"stages": stages}, "code": {"commit": "0ffc0de", "dirty": True}}
     (folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
-    incident = {"time": "2026-01-01T00:00:00Z", "incident": "crash", "text": "<script>alert(1)</script> boom"}
+    incident = {
+        "time": "2026-01-01T00:00:00Z",
+        "incident": "crash",
+        "text": "<script>alert(1)</script> boom",
+    }
     (folder / "incidents.jsonl").write_text(json.dumps(incident) + "\n")
     (folder / "checkpoints" / "step-00000060").mkdir(parents=True)
     manifest = {"files": {"a.safetensors": {"bytes": 2**30, "sha256": "0"}}}
@@ -53,8 +63,17 @@ def browse(path: Path, *options: str) -> str:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,5200", "--hide-scrollbars",
-               "--virtual-time-budget=20000", f"--user-data-dir={path.parent / 'profile'}", *options]  # fmt: skip
+    command = [
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1200,5200",
+        "--hide-scrollbars",
+        "--virtual-time-budget=20000",
+        f"--user-data-dir={path.parent / 'profile'}",
+        *options,
+    ]
     result = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -79,26 +98,39 @@ def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
 def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", 0.0)
     text = page([folder], tmp_path / "report.html").read_text()
-    for row in (("short", "web", "75.00%", "75.00%", "2.17k"), ("long", "web", "25.00%", "40.00%", "1.24k"),
-                ("long", "math", "50.00%", "0.00%", "0")):  # fmt: skip
+    for row in (
+        ("short", "web", "75.00%", "75.00%", "2.17k"),
+        ("long", "web", "25.00%", "40.00%", "1.24k"),
+        ("long", "math", "50.00%", "0.00%", "0"),
+    ):
         assert "".join(f"<td>{cell}</td>" for cell in row) in text
     assert "one: math, planned" not in text  # no token of it came: the table says so
     assert "one: web, planned" in text
     records = read_lines(folder / "metrics.jsonl")
     assert realised(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
     plan = planned(config_of(folder))
-    assert plan_line(records, plan, "code") == ([100, 2900, 2900, 3000, 6000, 6000], [0.25, 0.25, None] * 2)
-    old = [{key: value for key, value in record.items() if key != "source_tokens"} for record in records]
+    assert plan_line(records, plan, "code") == (
+        [100, 2900, 2900, 3000, 6000, 6000],
+        [0.25, 0.25, None] * 2,
+    )
+    old = [
+        {key: value for key, value in record.items() if key != "source_tokens"}
+        for record in records
+    ]
     assert realised(old) == {}
 
 
 def test_runs_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     folders = [tmp_path / "one" / "demo", tmp_path / "two" / "demo"]
-    assert names([*folders, folders[0].with_name("other")])[:2] == [str(folder) for folder in folders]
+    assert names([*folders, folders[0].with_name("other")])[:2] == [
+        str(folder) for folder in folders
+    ]
     assert names([folders[0]]) == ["demo"]
     for folder in folders:
         folder.parent.mkdir()
-    text = page([write_run(folder, 0.0) for folder in folders], tmp_path / "report.html").read_text()
+    text = page(
+        [write_run(folder, 0.0) for folder in folders], tmp_path / "report.html"
+    ).read_text()
     assert all(f"<h2>{folder}</h2>" in text for folder in folders)
 
 

@@ -1,4 +1,6 @@
-"""What surrounds a run: one job per folder, how it ended, starts that lead nowhere, disks that refuse."""
+"""What surrounds a run: one job per folder, how it ended, starts that lead nowhere, disks that
+refuse.
+"""
 
 import errno
 import json
@@ -37,7 +39,10 @@ def _hold(folder: Path, ready: Any) -> None:
     time.sleep(60)
 
 
-@pytest.mark.fault("two jobs in one run folder", "the second refuses and writes nothing; a dead one's place is free")
+@pytest.mark.fault(
+    "two jobs in one run folder",
+    "the second refuses and writes nothing; a dead one's place is free",
+)
 def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: Any) -> None:
     ready = CONTEXT.Event()
     first = CONTEXT.Process(target=_hold, args=(tmp_path, ready))
@@ -57,12 +62,18 @@ def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_record_of_a_run_names_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a repository with train/ at its top: clean, changed; in one that merely lies around the code: nothing."""
+def test_the_record_of_a_run_names_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a repository with train/ at its top: clean, changed; in one that merely lies around the
+    code: nothing.
+    """
 
     def git(*words: str) -> str:
         who = ["-c", "user.name=n", "-c", "user.email=e"]
-        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
 
     script = tmp_path / "train" / "session.py"
     script.parent.mkdir()
@@ -92,7 +103,9 @@ def elsewhere(folder: Path) -> Path:
     return lock
 
 
-def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(tmp_path: Path) -> None:
+def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(
+    tmp_path: Path,
+) -> None:
     lock = elsewhere(tmp_path)
     stop = threading.Event()
 
@@ -127,7 +140,9 @@ def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
     assert process_start(2**22 + 1) is None
 
 
-@pytest.mark.fault("crash after crash at one place", "stops after max_starts, with the last crash as the reason")
+@pytest.mark.fault(
+    "crash after crash at one place", "stops after max_starts, with the last crash as the reason"
+)
 def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
     incidents = Incidents(tmp_path)
     incidents.log("crash", "rank 3: CUDA error: uncorrectable ECC error")
@@ -136,14 +151,18 @@ def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
     assert starts.count(200, incidents) is None  # a checkpoint further on
     assert [starts.count(200, incidents) for _ in range(4)] == [None] * 4
     why = starts.count(200, incidents)
-    assert why is not None and "5 starts from 200 tokens" in why and "uncorrectable ECC error" in why
+    assert (
+        why is not None and "5 starts from 200 tokens" in why and "uncorrectable ECC error" in why
+    )
     measured("stopped at start 6 of 5")
 
 
 def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> None:
     run = config(tmp_path, "run")
     folder = run.run.folder
-    assert session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked")) == Outcome(REQUEUE, "asked")
+    assert session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked")) == Outcome(
+        REQUEUE, "asked"
+    )
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
     def mistake(watch: Any, leave: Any) -> Outcome:
@@ -157,9 +176,14 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
     def crash(watch: Any, leave: Any) -> Outcome:
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(RuntimeError):  # not an OSError, which the command line would take for a mistake
+    with pytest.raises(
+        RuntimeError
+    ):  # not an OSError, which the command line would take for a mistake
         session(run, here, crash)
-    assert read_outcome(folder) is None and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
+    assert (
+        read_outcome(folder) is None
+        and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
+    )
 
 
 def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
@@ -173,7 +197,9 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
     assert session(run, here, lambda watch, leave: Outcome(0, "done")).code == 0
 
 
-@pytest.mark.fault("a run folder that cannot be written", "one line with the reason before anything is trained")
+@pytest.mark.fault(
+    "a run folder that cannot be written", "one line with the reason before anything is trained"
+)
 def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) -> None:
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
@@ -182,8 +208,12 @@ def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) 
     measured("refused before the model is built")
 
 
-@pytest.mark.fault("a full disk under the logs", "lines wait in memory and are written when there is room")
-def test_no_line_is_lost_or_cut_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
+@pytest.mark.fault(
+    "a full disk under the logs", "lines wait in memory and are written when there is room"
+)
+def test_no_line_is_lost_or_cut_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Any
+) -> None:
     sink = JsonLines(tmp_path / "metrics.jsonl", 0)
     room = [10_000]
 
@@ -221,7 +251,9 @@ def test_standard_output_on_a_full_disk_stops_nothing() -> None:
 
 
 @pytest.mark.fault("a clock that jumps", "limits and rates count on another clock")
-def test_the_time_limit_does_not_follow_the_wall_clock(monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
+def test_the_time_limit_does_not_follow_the_wall_clock(
+    monkeypatch: pytest.MonkeyPatch, measured: Any
+) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
     leave = Leave(None, margin_seconds=100.0)
     monkeypatch.setattr(time, "time", lambda: 4e9)
@@ -232,7 +264,9 @@ def test_the_time_limit_does_not_follow_the_wall_clock(monkeypatch: pytest.Monke
     measured("0 effect of +70 years")
 
 
-def test_an_incident_reaches_its_file_when_the_console_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incident_reaches_its_file_when_the_console_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Closed:
         def write(self, text: str) -> None:
             raise BrokenPipeError
@@ -240,4 +274,6 @@ def test_an_incident_reaches_its_file_when_the_console_is_gone(tmp_path: Path, m
     monkeypatch.setattr("sys.stdout", Closed())
     incidents = Incidents(tmp_path)
     incidents.log("skip", "a loss that is not finite", step=3)
-    assert [(line["incident"], line["step"]) for line in read_json_lines(incidents.path)] == [("skip", 3)]
+    assert [(line["incident"], line["step"]) for line in read_json_lines(incidents.path)] == [
+        ("skip", 3)
+    ]

@@ -21,7 +21,15 @@ def falcon() -> Schedule:
 
 @pytest.mark.parametrize(
     ("tokens", "batch"),
-    [(0, 128), (GT, 166), (10 * GT, 512), (25 * GT, 1088), (50 * GT - 1, 2047), (50 * GT, 2048), (5000 * GT, 2048)],
+    [
+        (0, 128),
+        (GT, 166),
+        (10 * GT, 512),
+        (25 * GT, 1088),
+        (50 * GT - 1, 2047),
+        (50 * GT, 2048),
+        (5000 * GT, 2048),
+    ],
 )
 def test_batch_ramp(falcon: Schedule, tokens: int, batch: int) -> None:
     assert falcon.batch(tokens) == batch  # 128 + 1920 * tokens / 50 GT
@@ -38,7 +46,9 @@ def test_batch_ramp(falcon: Schedule, tokens: int, batch: int) -> None:
         (5299 * GT, 2048, 6.4e-4),
     ],
 )
-def test_lr_of_warmup_ramp_and_stable_phase(falcon: Schedule, tokens: int, batch: int, lr: float) -> None:
+def test_lr_of_warmup_ramp_and_stable_phase(
+    falcon: Schedule, tokens: int, batch: int, lr: float
+) -> None:
     assert falcon.lr(tokens, batch) == pytest.approx(lr, rel=1e-12)
 
 
@@ -60,14 +70,29 @@ def test_lr_of_the_decay(falcon: Schedule) -> None:
         ("cosine", (257 + 255 * 0.5**0.5) / 512, 257 / 512, (257 - 255 * 0.5**0.5) / 512),
     ],
 )
-def test_shapes_of_the_decay(shape: str, quarter: float, half: float, three_quarters: float) -> None:
-    """Peak 6.4e-4 until 500 GT before the end, 1/256 of it at the end, and three points between by hand."""
+def test_shapes_of_the_decay(
+    shape: str, quarter: float, half: float, three_quarters: float
+) -> None:
+    """Peak 6.4e-4 until 500 GT before the end, 1/256 of it at the end, and three points between by
+    hand.
+    """
     config = run_config("7b", f"schedule.decay_shape={shape}")
     schedule = Schedule(config)
-    for left, factor in ((600, 1), (500, 1), (375, quarter), (250, half), (125, three_quarters), (0, 1 / 256)):
-        assert schedule.lr(schedule.total - left * GT, 2048) == pytest.approx(6.4e-4 * factor, rel=1e-12), left
+    for left, factor in (
+        (600, 1),
+        (500, 1),
+        (375, quarter),
+        (250, half),
+        (125, three_quarters),
+        (0, 1 / 256),
+    ):
+        assert schedule.lr(schedule.total - left * GT, 2048) == pytest.approx(
+            6.4e-4 * factor, rel=1e-12
+        ), left
     assert schedule.at(schedule.total - 2048 * 8192).lr == pytest.approx(2.5e-6)
-    assert schedule.lr(GT, 128) == pytest.approx(1.6e-4)  # warmup, ramp and BatchScaling are untouched
+    assert schedule.lr(GT, 128) == pytest.approx(
+        1.6e-4
+    )  # warmup, ramp and BatchScaling are untouched
 
 
 @pytest.mark.parametrize(
@@ -76,10 +101,17 @@ def test_shapes_of_the_decay(shape: str, quarter: float, half: float, three_quar
 def test_shapes_are_those_of_transformers(shape: str, theirs: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_wsd_schedule(
-        optimizer, num_warmup_steps=0, num_decay_steps=40, num_stable_steps=0, decay_type=theirs, min_lr_ratio=1 / 256
+        optimizer,
+        num_warmup_steps=0,
+        num_decay_steps=40,
+        num_stable_steps=0,
+        decay_type=theirs,
+        min_lr_ratio=1 / 256,
     )
     for step in range(40):
-        assert decayed(DecayShape[shape], step / 40, 1 / 256) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        assert decayed(DecayShape[shape], step / 40, 1 / 256) == pytest.approx(
+            schedule.get_last_lr()[0], rel=1e-12
+        )
         optimizer.step()
         schedule.step()
 
@@ -92,7 +124,9 @@ def test_every_decay_falls_all_the_way(shape: DecayShape) -> None:
 
 
 def test_noise_temperature_is_constant_over_the_ramp(falcon: Schedule) -> None:
-    """BatchScaling: lr / sqrt(batch) = 1.414e-5 from the end of the warmup to the end of the stable phase."""
+    """BatchScaling: lr / sqrt(batch) = 1.414e-5 from the end of the warmup to the end of the stable
+    phase.
+    """
     for tokens in (GT, 3 * GT, 17 * GT, 49 * GT, 400 * GT):
         now = falcon.at(tokens)
         assert now.lr / math.sqrt(now.batch) == pytest.approx(1.4142e-5, rel=1e-4)
@@ -108,7 +142,9 @@ def test_context_and_stage_follow_the_tokens(falcon: Schedule) -> None:
 
 
 def test_steps_tile_every_stage() -> None:
-    """Steps add up to the run exactly, never cross an edge, and a short step has the rate of a full one."""
+    """Steps add up to the run exactly, never cross an edge, and a short step has the rate of a full
+    one.
+    """
     config = run_config("demo")
     schedule = Schedule(config)
     tokens, short, last = 0, [], None
@@ -117,7 +153,12 @@ def test_steps_tile_every_stage() -> None:
         assert now.batch >= 1
         if now.batch < schedule.batch(tokens):
             short.append(tokens + now.tokens)
-        if config.schedule.ramp_tokens <= tokens < tokens + now.tokens <= schedule.total - config.schedule.decay_tokens:
+        if (
+            config.schedule.ramp_tokens
+            <= tokens
+            < tokens + now.tokens
+            <= schedule.total - config.schedule.decay_tokens
+        ):
             assert now.lr == pytest.approx(config.optim.lr)
         tokens += now.tokens
         last = now
@@ -127,7 +168,9 @@ def test_steps_tile_every_stage() -> None:
 
 
 def test_switches() -> None:
-    plain = run_config("7b", "schedule.batch_scaling=false", "schedule.warmup_tokens=0", "schedule.ramp_tokens=0")
+    plain = run_config(
+        "7b", "schedule.batch_scaling=false", "schedule.warmup_tokens=0", "schedule.ramp_tokens=0"
+    )
     schedule = Schedule(plain)
     assert schedule.batch(0) == 2048
     assert schedule.lr(1, 128) == pytest.approx(6.4e-4)

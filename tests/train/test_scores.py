@@ -1,4 +1,6 @@
-"""Scores of evaluation jobs: which checkpoints get them, and that none is lost on the way to the run's records."""
+"""Scores of evaluation jobs: which checkpoints get them, and that none is lost on the way to the
+run's records.
+"""
 
 import json
 import threading
@@ -48,19 +50,31 @@ def finished(run: Path, tensorboard: bool = False) -> list[str]:
     started = {"step-00000004": 256, "step-00000009": 576}
     (run / "scores").mkdir(parents=True)
     (run / "scores" / "jobs.json").write_text(json.dumps({"started": started}))
-    jobs = {"suites": SUITES, "every_tokens": 100, "launcher": "local", "sbatch": [], "overrides": []}
+    jobs = {
+        "suites": SUITES,
+        "every_tokens": 100,
+        "launcher": "local",
+        "sbatch": [],
+        "overrides": [],
+    }
     metrics = {"wandb_project": None, "tensorboard": tensorboard, "console_seconds": 1.0}
     whole = {"run": {"name": "r", "seed": 0}, "metrics": metrics, "eval": {"jobs": jobs}}
     (run / "config.yaml").write_text(json.dumps(whole))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 10)))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(record(step)) + "\n" for step in range(1, 10))
+    )
     return list(started)
 
 
 def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first past each multiple, the last one before the decay and the run's last, each once."""
     launched: list[int] = []
-    monkeypatch.setattr(SuiteJobs, "_hold_and_launch", lambda self, folder: launched.append(int(folder.name[5:])))
-    jobs = SuiteJobs(Run("r", str(tmp_path), 0), Jobs(SUITES, 1000, Launcher.local, [], []), always={1600, 1900})
+    monkeypatch.setattr(
+        SuiteJobs, "_hold_and_launch", lambda self, folder: launched.append(int(folder.name[5:]))
+    )
+    jobs = SuiteJobs(
+        Run("r", str(tmp_path), 0), Jobs(SUITES, 1000, Launcher.local, [], []), always={1600, 1900}
+    )
     for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
         checkpoint(tmp_path, step, tokens)
     assert jobs.look() == [] and launched == [2]
@@ -73,7 +87,9 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
-    """Two checkpoints ready at one look; a suite with rows that cannot be scored is no reason to wait for ever."""
+    """Two checkpoints ready at one look; a suite with rows that cannot be scored is no reason to
+    wait for ever.
+    """
     finished(tmp_path)
     held = tmp_path / "scores" / "held" / "step-00000004"
     held.mkdir(parents=True)
@@ -97,16 +113,23 @@ def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys:
     result(tmp_path, "v1", 4, 30.0)
     result(tmp_path, "v1", 9, 50.0)
     assert collect(tmp_path) == 2 and collect(tmp_path) == 0
-    assert "v1 at step 9, 576 tokens: ARC 50.00, GSM8K 52.00, average 51.00" in capsys.readouterr().out
+    assert (
+        "v1 at step 9, 576 tokens: ARC 50.00, GSM8K 52.00, average 51.00" in capsys.readouterr().out
+    )
     path = tmp_path / "metrics.jsonl"
     assert [line["step"] for line in read_lines(path)] == list(range(1, 10))
-    assert [(line["step"], line["scores"]["v1"]["average"]) for line in read_scores(path)] == [(4, 31.0), (9, 51.0)]
+    assert [(line["step"], line["scores"]["v1"]["average"]) for line in read_scores(path)] == [
+        (4, 31.0),
+        (9, 51.0),
+    ]
     assert scalars(tmp_path / "tensorboard")["scores/v1/ARC"] == [(256, 30.0), (576, 50.0)]
     with pytest.raises(InputError, match="name the folder of a run"):
         collect(tmp_path / "scores")
 
 
-def test_a_run_that_lives_takes_its_scores_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_lives_takes_its_scores_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The job waits while the folder is held, and takes what the run has not taken when it left."""
     monkeypatch.setattr("train.metrics.scores.AGAIN_SECONDS", 0.05)
     finished(tmp_path)
@@ -128,7 +151,9 @@ def test_a_run_that_lives_takes_its_scores_itself(tmp_path: Path, monkeypatch: p
     lease.release()
 
 
-def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_again(tmp_path: Path) -> None:
+def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_again(
+    tmp_path: Path,
+) -> None:
     def scored(step: int) -> dict[str, Any]:
         return {"step": step, "tokens": 64 * step, "scores": {"v1": {"ARC": 1.0}}}
 
@@ -141,10 +166,14 @@ def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_
     again = Metrics(tmp_path, "r", MetricsConfig(None, False, 60.0), {}, tokens=3 * 64, total=6400)
     again.close()
     path = tmp_path / "metrics.jsonl"
-    assert [r["step"] for r in read_lines(path)] == [1, 2, 3] and [r["step"] for r in read_scores(path)] == [2]
+    assert [r["step"] for r in read_lines(path)] == [1, 2, 3] and [
+        r["step"] for r in read_scores(path)
+    ] == [2]
 
 
-def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W&B's own steps only grow, so scores have an axis of their own."""
 
     class Remote:
@@ -175,8 +204,12 @@ def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(tmp_path: Path, monke
     assert logged[1][1] == 9 and logged[2] == ({"scores/v1/ARC": 30.0, "scores/tokens": 512}, 9)
 
 
-def test_a_run_scores_itself_before_the_decay_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole run whose jobs end at once: both checkpoints stand in its records and side by side on its page."""
+def test_a_run_scores_itself_before_the_decay_and_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run whose jobs end at once: both checkpoints stand in its records and side by side on
+    its page.
+    """
 
     def score(self: SuiteJobs, suite: str, held: Path) -> None:
         step = int(held.name[5:])

@@ -1,4 +1,6 @@
-"""The demo's own command under torchrun: a rank, the launcher and the job are ended, and it goes on where it was."""
+"""The demo's own command under torchrun: a rank, the launcher and the job are ended, and it goes on
+where it was.
+"""
 
 import os
 import signal
@@ -22,11 +24,18 @@ from train.resilience.incidents import read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = (
-    "data.stages=[{name: short, tokens: 100000, seq_len: 128, mixture: {code: 50, math: 35, web: 15}},"
-    "{name: decay, tokens: 60000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, technical: 15}}]"
+    "data.stages=[{name: short, tokens: 100000, seq_len: 128, mixture: {code: 50, math: 35, web: "
+    "15}},{name: decay, tokens: 60000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, "
+    "technical: 15}}]"
 )
-SHORTER = [STAGES, "schedule.warmup_tokens=10000", "schedule.ramp_tokens=60000", "schedule.decay_tokens=60000",
-           "checkpoint.every_tokens=12000", "metrics.wandb_project=null"]  # fmt: skip
+SHORTER = [
+    STAGES,
+    "schedule.warmup_tokens=10000",
+    "schedule.ramp_tokens=60000",
+    "schedule.decay_tokens=60000",
+    "checkpoint.every_tokens=12000",
+    "metrics.wandb_project=null",
+]
 PATIENCE = 300.0
 
 
@@ -45,12 +54,20 @@ class Job:
             str(2 // nodes),
         ]
         if nodes > 1:
-            torchrun += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+            torchrun += [
+                "--nnodes",
+                str(nodes),
+                "--rdzv-backend",
+                "c10d",
+                "--local-addr",
+                "127.0.0.1",
+            ]
             torchrun += ["--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}"]
         command = [*torchrun, "train/pretrain.py", *arguments]
         with run.with_name(f"{run.name}.log").open("ab") as log:
             self.launchers = [
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) for _ in range(nodes)
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+                for _ in range(nodes)
             ]
         self.seen: set[psutil.Process] = set()
 
@@ -61,7 +78,11 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks."""
-        children = [child for launcher in self.launchers for child in psutil.Process(launcher.pid).children()]
+        children = [
+            child
+            for launcher in self.launchers
+            for child in psutil.Process(launcher.pid).children()
+        ]
         found = [child for child in children if "pretrain.py" in " ".join(child.cmdline())]
         self.seen |= set(found)
         return found
@@ -80,44 +101,67 @@ class Job:
 
     def gone(self) -> bool:
         """Whether no rank is left."""
-        return not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in self.seen)
+        return not any(
+            rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in self.seen
+        )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     corpus = [sys.executable, "examples/make_demo_corpus.py", str(folder / "raw")]
-    prepare = [sys.executable, "data/prepare.py", "+experiment=demo", f"data.folder={folder}", STAGES]
+    prepare = [
+        sys.executable,
+        "data/prepare.py",
+        "+experiment=demo",
+        f"data.folder={folder}",
+        STAGES,
+    ]
     for command in (corpus, prepare):
         subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
     return folder
 
 
 def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
-    """The keys of a start that is gone, of a rank that never came to an answer too, mislead nobody."""
+    """The keys of a start that is gone, of a rank that never came to an answer too, mislead
+    nobody.
+    """
     store, world = dist.HashStore(), 3
     with ThreadPoolExecutor(world) as pool:
         store.set("asks/1", "somebody who is dead")
         for _ in range(3):
             late = [pool.submit(own_part, store, rank, world) for rank in (0, 2)]
             time.sleep(0.1)  # the first rank has answered the dead one
-            parts = [*(future.result(30) for future in [*late, pool.submit(own_part, store, 1, world)])]
+            parts = [
+                *(future.result(30) for future in [*late, pool.submit(own_part, store, 1, world)])
+            ]
             for rank, part in enumerate(parts):
                 assert not part.check(["address"])
                 part.set(f"address/{rank}", str(rank))
-            assert all(part.get(f"address/{rank}") == str(rank).encode() for part in parts for rank in range(world))
+            assert all(
+                part.get(f"address/{rank}") == str(rank).encode()
+                for part in parts
+                for rank in range(world)
+            )
             parts[0].set("address", "of a rank that will be dead")
 
 
 @pytest.mark.slow
-@pytest.mark.fault("torchrun: a rank, the launcher, a rank of two nodes are killed; SIGTERM", "the same; no orphans")
-def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path, measured: Any) -> None:
+@pytest.mark.fault(
+    "torchrun: a rank, the launcher, a rank of two nodes are killed; SIGTERM",
+    "the same; no orphans",
+)
+def test_torchrun_loses_a_rank_its_head_and_its_time(
+    data: Path, tmp_path: Path, measured: Any
+) -> None:
     run = tmp_path / "faulty"
     first = Job(run, data)
     first.until(lambda: first.steps() >= 8 and len(first.ranks()) == 2, "the first steps")
     at = first.steps()
     first.ranks()[1].kill()
-    restarted = first.until(lambda: "going on at step" in first.log() and first.steps() > at + 4, "a restart")
+    restarted = first.until(
+        lambda: "going on at step" in first.log() and first.steps() > at + 4, "a restart"
+    )
     assert len(first.ranks()) == 2
     first.launchers[0].kill()
     first.launchers[0].wait()
@@ -130,12 +174,16 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path,
     second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
     at, starts = second.steps(), second.log().count("going on at step")
     second.ranks()[0].kill()
-    second.until(lambda: second.log().count("going on at step") > starts and second.steps() > at + 3, "a restart")
+    second.until(
+        lambda: second.log().count("going on at step") > starts and second.steps() > at + 3,
+        "a restart",
+    )
     assert len(second.ranks()) == 2
     for launcher in second.launchers:
         launcher.send_signal(signal.SIGTERM)
     ended = second.until(
-        lambda: all(launcher.poll() is not None for launcher in second.launchers) and second.gone(), "leaving"
+        lambda: all(launcher.poll() is not None for launcher in second.launchers) and second.gone(),
+        "leaving",
     )
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
@@ -150,5 +198,7 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(data: Path, tmp_path: Path,
     clean = Job(tmp_path / "clean", data)
     assert clean.launchers[0].wait(PATIENCE) == 0
     assert differences(tmp_path / "clean", run, 2) == []
-    measured(f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in {left:.0f} s; "
-             f"SIGTERM: gone in {ended:.0f} s")  # fmt: skip
+    measured(
+        f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in "
+        f"{left:.0f} s; SIGTERM: gone in {ended:.0f} s"
+    )

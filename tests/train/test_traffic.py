@@ -1,4 +1,6 @@
-"""What crosses between ranks, counted: the formula's bytes exactly, and what the dry run sees without a world."""
+"""What crosses between ranks, counted: the formula's bytes exactly, and what the dry run sees
+without a world.
+"""
 
 import json
 import os
@@ -36,35 +38,61 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-zero2": {"zero_stage": 2},
     "dp2-zero3": {"zero_stage": 3},  # buckets so large that all weights stay whole
     "dp2-zero3-cut": {"zero_stage": 3, "bucket_elements": 60_000},  # all but the smallest are cut
-    "dp2-zero3-twice": {"zero_stage": 3, "bucket_elements": 1000},  # and gathered again for the backward
+    # and gathered again for the backward
+    "dp2-zero3-twice": {"zero_stage": 3, "bucket_elements": 1000},
     "dp2-zero3-bf16-full": {
-        "zero_stage": 3, "bucket_elements": 100, "precision": Precision.bf16, "recompute": Recompute.full,
+        "zero_stage": 3,
+        "bucket_elements": 100,
+        "precision": Precision.bf16,
+        "recompute": Recompute.full,
     },
-    "dp2-zero3-selective": {"zero_stage": 3, "bucket_elements": 2500, "recompute": Recompute.selective},
+    "dp2-zero3-selective": {
+        "zero_stage": 3,
+        "bucket_elements": 2500,
+        "recompute": Recompute.selective,
+    },
     "tp2-zero0-bf16": {"tensor_parallel": 2, "zero_stage": 0, "precision": Precision.bf16},
     "tp2-sp": {"tensor_parallel": 2, "sequence_parallel": True},
     "tp2-sp-bf16-full": {
-        "tensor_parallel": 2, "sequence_parallel": True, "precision": Precision.bf16, "recompute": Recompute.full,
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "precision": Precision.bf16,
+        "recompute": Recompute.full,
     },
-    "tp2-sp-selective": {"tensor_parallel": 2, "sequence_parallel": True, "recompute": Recompute.selective},
+    "tp2-sp-selective": {
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "recompute": Recompute.selective,
+    },
     "tp2": {"tensor_parallel": 2},
     "tp2-full": {"tensor_parallel": 2, "recompute": Recompute.full},
     "cp2": {"context_parallel": 2},
     "cp2-bf16-selective": {
-        "context_parallel": 2, "precision": Precision.bf16, "recompute": Recompute.selective,
+        "context_parallel": 2,
+        "precision": Precision.bf16,
+        "recompute": Recompute.selective,
     },
     "dp2-megatron": {"engine": EngineKind.megatron, "bucket_elements": 3000},
     "dp2-megatron-bf16-full": {
-        "engine": EngineKind.megatron, "bucket_elements": 3000, "precision": Precision.bf16,
+        "engine": EngineKind.megatron,
+        "bucket_elements": 3000,
+        "precision": Precision.bf16,
         "recompute": Recompute.full,
     },
-    "tp2-megatron-bf16": {"engine": EngineKind.megatron, "tensor_parallel": 2, "precision": Precision.bf16},
+    "tp2-megatron-bf16": {
+        "engine": EngineKind.megatron,
+        "tensor_parallel": 2,
+        "precision": Precision.bf16,
+    },
     "tp2-sp-megatron-bf16-selective": {
-        "engine": EngineKind.megatron, "tensor_parallel": 2, "sequence_parallel": True, "precision": Precision.bf16,
+        "engine": EngineKind.megatron,
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "precision": Precision.bf16,
         "recompute": Recompute.selective,
     },
     "cp2-megatron": {"engine": EngineKind.megatron, "context_parallel": 2, "bucket_elements": 3000},
-}  # fmt: skip
+}
 STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of three; the fullest
 
 
@@ -75,12 +103,16 @@ def run_of(root: Path, name: str) -> RunConfig:
 
 
 def count(root: Path, name: str) -> None:
-    """Take some steps of a run and write what each asked of other ranks, and what this rank owns."""
+    """Take some steps of a run and write what each asked of other ranks, and what this rank
+    owns.
+    """
     run = run_of(root, name)
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        trainer = Trainer(run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0))
+        trainer = Trainer(
+            run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0)
+        )
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
             trainer._step(trainer.schedule.at(0), trainer._read(0).result(), 0.0)
         seen = []
@@ -89,9 +121,16 @@ def count(root: Path, name: str) -> None:
             batches = trainer._read(token).result()
             with Collectives() as collectives:
                 trainer._step(trainer.schedule.at(token), batches, 0.0)
-            counts = {"/".join(key): [count.calls, count.size] for key, count in collectives.counts.items()}
-            seen.append({"token": token, "dp_rank": here.dp_rank, "dp_size": here.dp_size, "counts": counts})
-        owned = sum(tensor.numel() for piece, tensor in trainer.engine.pieces() if piece.kind == "param")
+            counts = {
+                "/".join(key): [count.calls, count.size]
+                for key, count in collectives.counts.items()
+            }
+            seen.append(
+                {"token": token, "dp_rank": here.dp_rank, "dp_size": here.dp_size, "counts": counts}
+            )
+        owned = sum(
+            tensor.numel() for piece, tensor in trainer.engine.pieces() if piece.kind == "param"
+        )
         text = json.dumps({"steps": seen, "owned": owned})
         (root / f"{name}-{os.environ['RANK']}.json").write_text(text)
 
@@ -129,7 +168,9 @@ def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
     run = run_of(root, name)
     seen = dry_run(run, 2)
     real = counted(root, name, seen.rank)
-    assert {"/".join(key): [c.calls, c.size] for key, c in seen.step.items()} == real["steps"][-1]["counts"]
+    assert {"/".join(key): [c.calls, c.size] for key, c in seen.step.items()} == real["steps"][-1][
+        "counts"
+    ]
     assert seen.owned == real["owned"]
 
 
@@ -144,19 +185,27 @@ def test_every_element_has_one_owner(root: Path, name: str) -> None:
 
 
 def test_parts_by_hand() -> None:
-    """13 elements over 4 replicas: 16 in parts of 4; over 8, parts of 2, the last of which is padding alone."""
+    """13 elements over 4 replicas: 16 in parts of 4; over 8, parts of 2, the last of which is
+    padding alone.
+    """
     assert [Flat(13, 4).owned(rank) for rank in range(4)] == [4, 4, 4, 1] and Flat(13, 4).part == 4
-    assert [Flat(13, 8).owned(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0] and Flat(13, 8).part == 2
+    assert [Flat(13, 8).owned(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0] and Flat(
+        13, 8
+    ).part == 2
 
 
 def test_buckets_by_hand() -> None:
-    """Of 3 replicas, so that a bucket ends at a multiple of 384: what a part holds beside padding."""
+    """Of 3 replicas, so that a bucket ends at a multiple of 384: what a part holds beside
+    padding.
+    """
     bucket = Bucket(768, 2, ((0, 100), (128, 700)), 3)
     assert bucket.part == 256 and [bucket.owned(rank) for rank in range(3)] == [228, 256, 188]
 
 
 def test_gathers_by_hand(root: Path) -> None:
-    """Nothing of what stays whole; once where all is near; else twice, but the head, used last and then first."""
+    """Nothing of what stays whole; once where all is near; else twice, but the head, used last and
+    then first.
+    """
     run = run_of(root, "dp2-zero3")
     elements = elements_of(run)
     whole, head = sum(elements.values()), elements["lm_head.weight"]

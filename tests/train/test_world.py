@@ -1,6 +1,8 @@
-"""One rank = two data-parallel ranks = two tensor-parallel ranks, and resumed = uninterrupted, on any layout.
+"""One rank = two data-parallel ranks = two tensor-parallel ranks, and resumed = uninterrupted, on
+any layout.
 
-A handful of short runs over a made-up corpus: their losses, norms, gradients and final weights are compared.
+A handful of short runs over a made-up corpus: their losses, norms, gradients and final weights are
+compared.
 """
 
 import json
@@ -44,7 +46,11 @@ def assert_same_weights(left: Pieces, right: Pieces, tolerance: float) -> None:
     for name in parameter_shapes(TINY):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             a, b = left.full(kind, name), right.full(kind, name)
-            assert torch.equal(a, b) if tolerance == 0 else (a - b).norm() <= tolerance * b.norm() + 1e-9, (kind, name)
+            assert (
+                torch.equal(a, b)
+                if tolerance == 0
+                else (a - b).norm() <= tolerance * b.norm() + 1e-9
+            ), (kind, name)
 
 
 def test_runs_cover_what_they_claim(root: Path) -> None:
@@ -52,12 +58,19 @@ def test_runs_cover_what_they_claim(root: Path) -> None:
     assert {1, 2, 3, 8} <= {step["batch"] for step in steps}
     assert {step["seq_len"] for step in steps} == {16, 32}
     assert {step["stage"] for step in steps} == {"short", "long", "decay"}
-    assert min(step["grad_norm"] for step in steps) > 0.1 and max(step["grad_norm"] for step in steps) > 0.8
+    assert (
+        min(step["grad_norm"] for step in steps) > 0.1
+        and max(step["grad_norm"] for step in steps) > 0.8
+    )
     assert steps[-1]["tokens"] == 52 * 64 and steps[0]["loss"] - steps[-1]["loss"] > 1
-    assert set(steps[-1]["source_loss"]) == {"prose", "sums"} and not any(step["skipped"] for step in steps)
+    assert set(steps[-1]["source_loss"]) == {"prose", "sums"} and not any(
+        step["skipped"] for step in steps
+    )
 
 
-@pytest.mark.fault("a checkpoint for another layout of ranks", "weights and moments are the same, bit for bit")
+@pytest.mark.fault(
+    "a checkpoint for another layout of ranks", "weights and moments are the same, bit for bit"
+)
 @pytest.mark.parametrize(
     ("source", "other"),
     [
@@ -71,9 +84,13 @@ def test_runs_cover_what_they_claim(root: Path) -> None:
         ("zero0-to-zero3", "zero3-as-megatron"),
     ],
 )
-def test_any_layout_loads_any_other_exactly(root: Path, source: str, other: str, measured: Any) -> None:
+def test_any_layout_loads_any_other_exactly(
+    root: Path, source: str, other: str, measured: Any
+) -> None:
     assert_same_weights(final(root, source), final(root, other), 0)
-    files = [{path.name for path in final(root, name).folder.glob("rank-*")} for name in (source, other)]
+    files = [
+        {path.name for path in final(root, name).folder.glob("rank-*")} for name in (source, other)
+    ]
     alike = ("tp2", "dp1-to-tp2", "zero0-to-zero3", "zero3-to-zero2", "megatron")  # as many ranks
     assert files[0] != files[1] or source in alike
     measured("equal")
@@ -86,7 +103,9 @@ def test_two_ranks_equal_one(root: Path, other: str) -> None:
 
 
 def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
-    """Recomputed too, whose backward must find the code of the forward; its hooks and gathers stay outside."""
+    """Recomputed too, whose backward must find the code of the forward; its hooks and gathers stay
+    outside.
+    """
     weights = []
     for compiled in (False, True):
         with ranks("cpu", 1) as here, cuda_on_cpu():
@@ -95,8 +114,12 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
                 torch._dynamo.reset()
                 torch._dynamo.utils.counters.clear()
                 model.compile_blocks()
-            parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron, bucket_elements=3000)
-            built = build_engine(model, Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0), parallel, here)
+            parallel = replace(
+                run_config("demo").parallel, engine=EngineKind.megatron, bucket_elements=3000
+            )
+            built = build_engine(
+                model, Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0), parallel, here
+            )
             torch.manual_seed(0)
             for _ in range(2):
                 step(model, built, TINY.vocab_size)
@@ -107,22 +130,31 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_megatron_updates_by_torchs_adamw_though_another_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(optimizers, "Adam", None)
     parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron)
     with ranks("cpu", 1) as here, cuda_on_cpu():
-        built: Any = build_engine(build(TINY, CPU, 0, here.device), run_config("demo").optim, parallel, here)
+        built: Any = build_engine(
+            build(TINY, CPU, 0, here.device), run_config("demo").optim, parallel, here
+        )
     assert type(built.zero.optimizer) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(("world", "fits"), [(1, True), (1024, False)])
-def test_a_rank_may_open_sockets_to_all_others(world: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_may_open_sockets_to_all_others(
+    world: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = {resource.RLIMIT_NOFILE: (1024, 4096)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with nullcontext() if fits else pytest.raises(InputError, match="8,392 open files"), ranks("cpu", 1):
+    with (
+        nullcontext() if fits else pytest.raises(InputError, match="8,392 open files"),
+        ranks("cpu", 1),
+    ):
         assert limits[resource.RLIMIT_NOFILE] == (4096, 4096)
     assert limits[resource.RLIMIT_NOFILE][0] == (4096 if fits else 1024)
 
@@ -146,18 +178,31 @@ def test_tensor_parallel_gradients_equal_one_rank(root: Path) -> None:
 
 def test_resumed_equals_uninterrupted_bit_for_bit(root: Path) -> None:
     resumed = records(root, "dp2-resumed")
-    assert resumed[0]["step"] > 1 and resumed[0]["stage"] == "short" and resumed[0]["batch"] < resumed[-1]["batch"]
+    assert (
+        resumed[0]["step"] > 1
+        and resumed[0]["stage"] == "short"
+        and resumed[0]["batch"] < resumed[-1]["batch"]
+    )
     assert torch.equal(curve(root, "dp2-resumed"), curve(root, "dp2", like="dp2-resumed"))
     assert_same_weights(final(root, "dp2-resumed"), final(root, "dp2"), 0)
 
 
-MOVED = ["dp1-to-tp2", "tp2-to-dp1", "dp2-to-zero0", "zero0-to-zero3", "zero3-to-zero2", "dp2-to-megatron",
-         "megatron-to-zero2"]  # fmt: skip
+MOVED = [
+    "dp1-to-tp2",
+    "tp2-to-dp1",
+    "dp2-to-zero0",
+    "zero0-to-zero3",
+    "zero3-to-zero2",
+    "dp2-to-megatron",
+    "megatron-to-zero2",
+]
 
 
 @pytest.mark.parametrize("moved", MOVED)
 def test_another_layout_or_engine_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
-    torch.testing.assert_close(curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0)
+    torch.testing.assert_close(
+        curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0
+    )
     assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)
 
 
@@ -173,7 +218,9 @@ def test_bf16_follows_fp32(root: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -> None:
-    """The update is skipped: weights and moments stay byte for byte, and the next one is as if it had not been."""
+    """The update is skipped: weights and moments stay byte for byte, and the next one is as if it
+    had not been.
+    """
     tokens = torch.randint(0, TINY.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
     parallel = engine(config(root, ""), stage).parallel
     results = []
@@ -181,7 +228,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
     for factors in ([1.0, 1.0], [1.0, float("nan"), spike, float("inf"), 1.0]):
         with ranks("cpu", 1) as here:
             model = build(TINY, REFERENCE, 0, here.device)
-            chosen = build_engine(model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, here)
+            chosen = build_engine(
+                model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, here
+            )
             for factor in factors:
                 before = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}
                 chosen.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
@@ -236,8 +285,12 @@ def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
     assert not list((root / "tp2" / "checkpoints").glob("*.part"))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty", "escape", "format"])
-def test_a_damaged_checkpoint_is_passed_over(root: Path, damage: str, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove", "manifest", "empty", "escape", "format"]
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    root: Path, damage: str, tmp_path: Path, capsys: Any
+) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "damaged" / "checkpoints")
     best, second = list(newest(tmp_path / "damaged" / "checkpoints"))[:2]
     spoil(best, damage)
@@ -247,7 +300,9 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, damage: str, tmp_path: 
     assert list(best.parent.glob(f"{best.name}.damaged-*"))
     steps = records(tmp_path, "damaged")
     assert steps[0]["step"] == int(second.name.removeprefix("step-")) + 1
-    torch.testing.assert_close(steps[-1]["loss"], records(root, "dp2")[-1]["loss"], rtol=3e-5, atol=0)
+    torch.testing.assert_close(
+        steps[-1]["loss"], records(root, "dp2")[-1]["loss"], rtol=3e-5, atol=0
+    )
 
 
 def spoil(folder: Path, damage: str) -> None:

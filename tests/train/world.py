@@ -1,4 +1,6 @@
-"""Short runs over a made-up corpus on one and two ranks, in many layouts: what tests of the world compare."""
+"""Short runs over a made-up corpus on one and two ranks, in many layouts: what tests of the world
+compare.
+"""
 
 import json
 import os
@@ -45,7 +47,9 @@ def train(run: RunConfig) -> None:
 
 
 def train_from(root: Path, source: str, run: RunConfig) -> None:
-    """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are still to come."""
+    """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are
+    still to come.
+    """
     if os.environ.get("RANK", "0") == "0":
         second = list(newest(root / source / "checkpoints"))[-2]
         shutil.copytree(second, run.run.files.checkpoints / second.name)
@@ -79,12 +83,18 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
 
 def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
     """The same run by another engine, or with the residual stream cut along the sequence."""
-    return replace(run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence))
+    return replace(
+        run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence)
+    )
 
 
-def megatron(run: RunConfig, sequence: bool = False, recompute: Recompute = Recompute.none) -> RunConfig:
+def megatron(
+    run: RunConfig, sequence: bool = False, recompute: Recompute = Recompute.none
+) -> RunConfig:
     """The same run by megatron-core's optimizer, with buckets that end inside the model."""
-    parallel = replace(run.parallel, engine=EngineKind.megatron, bucket_elements=3000, recompute=recompute)
+    parallel = replace(
+        run.parallel, engine=EngineKind.megatron, bucket_elements=3000, recompute=recompute
+    )
     return replace(run, parallel=replace(parallel, sequence_parallel=sequence))
 
 
@@ -99,13 +109,31 @@ def run_all(folder: Path) -> None:
         (train, (config(folder, "tp2", tensor_parallel=2),)),
         (train, (config(folder, "cp2", context_parallel=2),)),
         (train_from, (folder, "dp2", config(folder, "dp2-resumed"))),
-        (train_from, (folder, "dp1", engine(config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence=True))),
+        (
+            train_from,
+            (
+                folder,
+                "dp1",
+                engine(config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence=True),
+            ),
+        ),
         (train_from, (folder, "dp2", engine(config(folder, "dp2-to-zero0"), 0))),
         (train_from, (folder, "dp2-to-zero0", engine(config(folder, "zero0-to-zero3"), 3))),
         (train_from, (folder, "zero0-to-zero3", engine(config(folder, "zero3-to-zero2"), 2))),
         (train, (megatron(config(folder, "megatron"), recompute=Recompute.full),)),
-        (train, (megatron(config(folder, "megatron-cp2", context_parallel=2), recompute=Recompute.selective),)),
-        (train_from, (folder, "dp2", megatron(config(folder, "dp2-to-megatron", 2), True, Recompute.full))),
+        (
+            train,
+            (
+                megatron(
+                    config(folder, "megatron-cp2", context_parallel=2),
+                    recompute=Recompute.selective,
+                ),
+            ),
+        ),
+        (
+            train_from,
+            (folder, "dp2", megatron(config(folder, "dp2-to-megatron", 2), True, Recompute.full)),
+        ),
         (train_from, (folder, "dp2-to-megatron", engine(config(folder, "megatron-to-zero2"), 2))),
         (reshard, (folder, "zero0-to-zero3", engine(config(folder, "zero3-as-zero0"), 0))),
         (reshard, (folder, "megatron", engine(config(folder, "megatron-as-zero3"), 3))),
@@ -131,4 +159,6 @@ def final(root: Path, name: str) -> Pieces:
 def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:
     """Loss, norm and rate of every step, or of the steps that run `like` has."""
     first = records(root, like or name)[0]["step"]
-    return torch.tensor([[r["loss"], r["grad_norm"], r["lr"]] for r in records(root, name) if r["step"] >= first])
+    return torch.tensor(
+        [[r["loss"], r["grad_norm"], r["lr"]] for r in records(root, name) if r["step"] >= first]
+    )

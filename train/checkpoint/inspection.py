@@ -22,7 +22,9 @@ def checkpoints(folder: Path) -> list[Path]:
     home = RunFiles(folder).checkpoints if RunFiles(folder).checkpoints.is_dir() else folder
     found = list(newest(home))
     if not found:
-        raise FileNotFoundError(f"no checkpoint in {home}: give a run's folder, its checkpoints, or one of them")
+        raise FileNotFoundError(
+            f"no checkpoint in {home}: give a run's folder, its checkpoints, or one of them"
+        )
     return found
 
 
@@ -31,7 +33,9 @@ def pair(folder: Path, other: Path | None) -> tuple[Path, Path]:
     found = checkpoints(folder)
     if other is None:
         if len(found) < 2:
-            raise FileNotFoundError(f"{folder} holds one checkpoint: give a second one to compare it with")
+            raise FileNotFoundError(
+                f"{folder} holds one checkpoint: give a second one to compare it with"
+            )
         return found[1], found[0]
     return one(folder), one(other)
 
@@ -58,7 +62,12 @@ def show(found: list[Path]) -> int:
         size = sum(size for size, _ in files.values()) / GIB
         age = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
         numbers = (state["step"], state["tokens"], state["updates"], ranks)
-        table.add_row(folder.name, *[f"{number:,}" for number in numbers], f"{size:.3f}", f"{age / 3600:.1f} h")
+        table.add_row(
+            folder.name,
+            *[f"{number:,}" for number in numbers],
+            f"{size:.3f}",
+            f"{age / 3600:.1f} h",
+        )
     Console().print(table)
     return 0
 
@@ -87,10 +96,24 @@ def diff(left: Path, right: Path) -> int:
             rows.append((float("inf"), kind, name, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"))
         elif not torch.equal(a.view(torch.int32), b.view(torch.int32)):
             relative = float((a - b).norm() / b.norm().clamp_min(1e-30))
-            rows.append((relative, kind, name, f"{relative:.2e} of its norm, at most {float((a - b).abs().max()):.2e}"))
+            rows.append(
+                (
+                    relative,
+                    kind,
+                    name,
+                    f"{relative:.2e} of its norm, at most {float((a - b).abs().max()):.2e}",
+                )
+            )
     states = read_state(left), read_state(right)
-    fields = [key for key in states[0].keys() | states[1].keys() if states[0].get(key) != states[1].get(key)]
-    print(f"{left} and {right}: {len(names) - len(rows)} of {len(names)} tensors are equal bit for bit")
+    fields = [
+        key
+        for key in states[0].keys() | states[1].keys()
+        if states[0].get(key) != states[1].get(key)
+    ]
+    print(
+        f"{left} and {right}: {len(names) - len(rows)} of {len(names)} tensors are equal bit for "
+        "bit"
+    )
     for _, kind, name, text in sorted(rows, reverse=True)[:ROWS]:
         print(f"  {kind} {name}: {text}")
     if len(rows) > ROWS:

@@ -1,11 +1,13 @@
-"""The whole training state on disk: committed at once or not at all, verified before use, free of pickle.
+"""The whole training state on disk: committed at once or not at all, verified before use, free of
+pickle.
 
 `python train/checkpoints.py ls|verify|diff DIR` looks at what lies there.
-Commit: every rank writes its pieces into `step-N.part` and syncs them; sizes and SHA-256 are gathered; the first rank
-writes the state and, last, the manifest, then renames the folder to `step-N`; only after that older ones are removed.
-A reader sees a complete folder or none, and a damaged one is passed over for the newest that verifies.
-Cost: each rank writes 12 bytes per parameter it owns (weights and two moments, fp32); the loop waits for the copy to
-host memory only (train/checkpoint/writer.py does the rest).
+Commit: every rank writes its pieces into `step-N.part` and syncs them; sizes and SHA-256 are
+gathered; the first rank writes the state and, last, the manifest, then renames the folder to
+`step-N`; only after that older ones are removed. A reader sees a complete folder or none, and a
+damaged one is passed over for the newest that verifies.
+Cost: each rank writes 12 bytes per parameter it owns (weights and two moments, fp32); the loop
+waits for the copy to host memory only (train/checkpoint/writer.py does the rest).
 """
 
 import logging
@@ -38,13 +40,17 @@ class State:
     updates: int  # steps whose update was not skipped
     plan: str  # hash of the data order
     model: dict[str, Any]
-    health: dict[str, Any] = field(default_factory=dict)  # of train/resilience/health.py: a restart must not forget it
+    health: dict[str, Any] = field(
+        default_factory=dict
+    )  # of train/resilience/health.py: a restart must not forget it
 
 
 class Checkpoints:
     """The checkpoint folder of one run, shared by its ranks."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks, edges: frozenset[int]) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, ranks: Ranks, edges: frozenset[int]
+    ) -> None:
         """`edges` are the tokens at which stages end."""
         self.folder = folder
         self.config = config
@@ -56,7 +62,8 @@ class Checkpoints:
         self.retry_at: float | None = None
 
     def find(self, before: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies, the same on every rank; the first rank reads and hashes it.
+        """The newest checkpoint that verifies, the same on every rank; the first rank reads and
+        hashes it.
 
         `before` leaves out those that have more tokens behind them.
         """
@@ -67,7 +74,9 @@ class Checkpoints:
                 if why is not None:
                     # out of the way: retention counts good ones, and the step will be saved anew
                     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
-                    logger.warning(f"checkpoint {folder} is not used: {why}; it is kept as {aside.name}")
+                    logger.warning(
+                        f"checkpoint {folder} is not used: {why}; it is kept as {aside.name}"
+                    )
                     folder.rename(aside)
                 elif before is None or read_state(folder)["tokens"] <= before:
                     step[0] = step_of(folder)
@@ -81,24 +90,33 @@ class Checkpoints:
         Raises InputError when the files are what their manifest says and still no checkpoint.
         """
         try:
-            state = State(**{key: value for key, value in read_state(folder).items() if key != "format"})
+            state = State(
+                **{key: value for key, value in read_state(folder).items() if key != "format"}
+            )
             engine.load(Pieces(folder), state.updates)
-            self.writer.done = self.writer.done or (folder.name, (folder / MANIFEST).stat().st_mtime)
+            self.writer.done = self.writer.done or (
+                folder.name,
+                (folder / MANIFEST).stat().st_mtime,
+            )
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{folder} verifies and is no checkpoint of this run ({type(error).__name__}: {error}): somebody made "
-                "it; move it away to go on from the one before"
+                f"{folder} verifies and is no checkpoint of this run ({type(error).__name__}: "
+                f"{error}): somebody made it; move it away to go on from the one before"
             ) from error
         return state
 
     def due(self, before: int, tokens: int) -> bool:
-        """Whether the step from `before` to `tokens` passes a multiple of the interval, or ends a stage."""
+        """Whether the step from `before` to `tokens` passes a multiple of the interval, or ends a
+        stage.
+        """
         every = self.config.every_tokens
         return tokens // every > before // every or tokens in self.edges
 
     @property
     def wants_retry(self) -> bool:
-        """Whether the save in flight failed and its pause is over; asked on the first rank, for all ranks."""
+        """Whether the save in flight failed and its pause is over; asked on the first rank, for all
+        ranks.
+        """
         if self.writer.busy or self.writer.thread is None or self.writer.error is None:
             return False
         if self.retry_at is None:
@@ -106,7 +124,9 @@ class Checkpoints:
         return time.monotonic() >= self.retry_at
 
     def standing(self) -> str:
-        """How far back a crash would throw the run: the last committed save and its age, and the one on its way."""
+        """How far back a crash would throw the run: the last committed save and its age, and the
+        one on its way.
+        """
         parts = ["no checkpoint yet"]
         if self.writer.done is not None:
             name, when = self.writer.done
@@ -118,7 +138,8 @@ class Checkpoints:
         return ", ".join(parts)
 
     def save(self, state: State, engine: Engine) -> float:
-        """Start to commit the training state; every rank takes part. Returns the seconds that the loop waited.
+        """Start to commit the training state; every rank takes part. Returns the seconds that the
+        loop waited.
 
         Raises InputError, on every rank, when max_failures saves in a row have failed.
         """
@@ -137,8 +158,8 @@ class Checkpoints:
         self.failures = 0 if why is None else self.failures + 1
         if self.failures >= self.config.max_failures:
             raise InputError(
-                f"{self.failures} checkpoints in a row could not be written to {self.folder}: {why}; make room there, "
-                "or choose another run.dir, and start again"
+                f"{self.failures} checkpoints in a row could not be written to {self.folder}: "
+                f"{why}; make room there, or choose another run.dir, and start again"
             )
         if why is not None and self.ranks.first:
             logger.warning(f"a checkpoint was not written: {why}; older ones are untouched")
@@ -154,9 +175,11 @@ class Checkpoints:
             held = True
 
     def _retain(self) -> None:
-        """Remove what the config does not keep: beside the last ones, ends of stages and one of every so many tokens.
+        """Remove what the config does not keep: beside the last ones, ends of stages and one of
+        every so many tokens.
 
-        Of damaged ones the newest is kept for whoever wants to look. What cannot be removed does not undo the save.
+        Of damaged ones the newest is kept for whoever wants to look. What cannot be removed does
+        not undo the save.
         """
         found = {folder: tokens_of(folder) for folder in newest(self.folder)}
         keep = set(list(found)[: self.config.keep_last]) | self._permanent(found)
@@ -187,7 +210,11 @@ def why_not(folder: Path) -> str | None:
     """Why a checkpoint must not be loaded, or None: every file is read and hashed."""
     try:
         return fault(folder)
-    except (OSError, ValueError, AttributeError) as error:  # hashed well and no JSON: somebody else made it
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+    ) as error:  # hashed well and no JSON: somebody else made it
         return f"a file of it is not readable ({type(error).__name__}: {error})"
 
 
@@ -200,7 +227,9 @@ def age(seconds: float) -> str:
 
 
 def tokens_of(folder: Path) -> int | None:
-    """Tokens behind a checkpoint, or None when it is not readable, which the next start looks into."""
+    """Tokens behind a checkpoint, or None when it is not readable, which the next start looks
+    into.
+    """
     try:
         return int(read_state(folder)["tokens"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
 """A checkpoint on its way to disk: copied to host memory, then written and committed by a thread.
 
-The threads of all ranks agree over a process group of their own, so they neither disturb the loop's collectives nor
-wait for them; a rank that cannot write says so instead of staying away, so nobody waits for it. At most one save is in
-flight, in the same order on every rank.
+The threads of all ranks agree over a process group of their own, so they neither disturb the loop's
+collectives nor wait for them; a rank that cannot write says so instead of staying away, so nobody
+waits for it. At most one save is in flight, in the same order on every rank.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ Files = dict[str, dict[str, Any]]
 
 
 class HostCopy:
-    """This rank's pieces in host memory, in buffers that are kept from save to save (pinned beside a GPU).
+    """This rank's pieces in host memory, in buffers that are kept from save to save (pinned beside
+    a GPU).
 
     Costs 12 bytes of host memory per parameter that the rank owns.
     """
@@ -59,7 +60,9 @@ class HostCopy:
 
 
 class Writer:
-    """Commits one host copy at a time in the background; every rank has one and starts it for the same saves."""
+    """Commits one host copy at a time in the background; every rank has one and starts it for the
+    same saves.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder = folder
@@ -68,7 +71,9 @@ class Writer:
         self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
-        self.done: tuple[str, float] | None = None  # the last folder that was committed, and when (time.time)
+        self.done: tuple[str, float] | None = (
+            None  # the last folder that was committed, and when (time.time)
+        )
         self.broken: Exception | None = None  # a peer is gone, and the ranks could not agree
 
     @property
@@ -77,7 +82,9 @@ class Writer:
         return self.thread is not None and self.thread.is_alive()
 
     def start(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
-        """Write the host copy as folder `name`; the first rank calls `committed` when it is there."""
+        """Write the host copy as folder `name`; the first rank calls `committed` when it is
+        there.
+        """
         assert not self.busy
         # a daemon, so that a process whose peers are gone can leave
         self.thread = threading.Thread(
@@ -86,7 +93,9 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> str | None:
-        """The end of the save in flight; returns why it failed, or None. Raises what a peer's death raised."""
+        """The end of the save in flight; returns why it failed, or None. Raises what a peer's death
+        raised.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -111,7 +120,11 @@ class Writer:
         code = self._try(lambda: files.update(self._write(part)))
         everyone = self._gather(files)
         if not (why := self._agree(code)):
-            code = self._try(lambda: self._commit(part, state, everyone, committed)) if self.ranks.first else 0
+            code = (
+                self._try(lambda: self._commit(part, state, everyone, committed))
+                if self.ranks.first
+                else 0
+            )
             why = self._agree(code)
         if why and self.ranks.first:
             shutil.rmtree(part, ignore_errors=True)  # what a full disk needs most
@@ -132,7 +145,9 @@ class Writer:
         write_json(index, [asdict(piece) for piece in self.copy.pieces])
         return {path.name: entry(path) for path in (tensors, index)}
 
-    def _commit(self, part: Path, state: dict[str, Any], files: Files, committed: Callable[[], None]) -> None:
+    def _commit(
+        self, part: Path, state: dict[str, Any], files: Files, committed: Callable[[], None]
+    ) -> None:
         """Manifest last, then the folder's name; an older folder of that name goes before."""
         write_json(part / STATE, {"format": FORMAT, **state})
         files = {**files, STATE: entry(part / STATE)}
@@ -163,7 +178,13 @@ class Writer:
         worst = torch.tensor([code])
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
         found = int(worst)
-        return None if found == 0 else "see the warning above" if found == OTHER_ERROR else os.strerror(found)
+        return (
+            None
+            if found == 0
+            else "see the warning above"
+            if found == OTHER_ERROR
+            else os.strerror(found)
+        )
 
     def _gather(self, files: Files) -> Files:
         """Size and SHA-256 of every rank's files; zeros for those of a rank that failed."""
@@ -176,12 +197,16 @@ class Writer:
         return {
             f"rank-{rank:05d}{suffix}": {"bytes": size, "sha256": bytes(digest).hex()}
             for rank, table in enumerate(tables)
-            for suffix, (size, *digest) in zip((".safetensors", ".json"), table.tolist(), strict=True)
+            for suffix, (size, *digest) in zip(
+                (".safetensors", ".json"), table.tolist(), strict=True
+            )
         }
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """A file's line in a manifest. Hashed in one call, which holds no lock that the loop's thread wants."""
+    """A file's line in a manifest. Hashed in one call, which holds no lock that the loop's thread
+    wants.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

@@ -1,7 +1,9 @@
-"""What a step sends between ranks, and which part of the optimizer each holds, from the config alone. Torch-free.
+"""What a step sends between ranks, and which part of the optimizer each holds, from the config
+alone. Torch-free.
 
-Payloads are bytes of the tensor that is reduced, or of the whole that is gathered. tests/train/test_traffic.py counts
-the collectives of real steps and finds these numbers exactly; launch/dryrun.py counts them at full size.
+Payloads are bytes of the tensor that is reduced, or of the whole that is gathered.
+tests/train/test_traffic.py counts the collectives of real steps and finds these numbers exactly;
+launch/dryrun.py counts them at full size.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ class Payload:
     """What one kind of collective carries in a step, all its calls together."""
 
     what: str
-    group: str  # tensor, context, replicas, optimizer or world (see launch/simulation/collectives.py)
+    group: (
+        str  # tensor, context, replicas, optimizer or world (see launch/simulation/collectives.py)
+    )
     operation: str
     size: float  # bytes
     ranks: int
@@ -38,10 +42,13 @@ class Payload:
         return SENT[self.operation] * (self.ranks - 1) / self.ranks * self.size
 
 
-def payloads(config: RunConfig, ranks: int, sequences: float, micro_batches: int, seq_len: int) -> list[Payload]:
+def payloads(
+    config: RunConfig, ranks: int, sequences: float, micro_batches: int, seq_len: int
+) -> list[Payload]:
     """Collectives of a step in which a rank's forward passes see `sequences` in some micro-batches.
 
-    The world: one sum of losses and wishes. See of_replicas, of_tensor and of_context for the others.
+    The world: one sum of losses and wishes. See of_replicas, of_tensor and of_context for the
+    others.
     """
     world = 8 * (2 * len(config.data.sources) + 3 + ranks)
     found = [
@@ -56,19 +63,32 @@ def payloads(config: RunConfig, ranks: int, sequences: float, micro_batches: int
 def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Payload]:
     """Gradients summed and weights gathered, all fp32.
 
-    Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large ones at their owner,
-    stage 2 in every micro-batch, and gather the updated weights. Stage 3 scatters gradients and gathers weights in
-    every micro-batch (engines/partition.py), small weights after the update alone; a run's first two micro-batches
-    gather more. megatron-core scatters the gradient once and gathers weights in their own type, bucket by bucket with
-    their padding, and sums its norm over all ranks.
+    Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large
+    ones at their owner, stage 2 in every micro-batch, and gather the updated weights. Stage 3
+    scatters gradients and gathers weights in every micro-batch (engines/partition.py), small
+    weights after the update alone; a run's first two micro-batches gather more. megatron-core
+    scatters the gradient once and gathers weights in their own type, bucket by bucket with their
+    padding, and sums its norm over all ranks.
     """
     stage, groups = config.parallel.zero_stage, flats(config, ranks)
     replicas = groups[0].replicas
     if config.parallel.engine is EngineKind.megatron:
         cut = buckets(config, ranks)
         return [
-            Payload("gradients", "replicas", "reduce_scatter", sum(4 * bucket.size for bucket in cut), replicas),
-            Payload("weights", "replicas", "all_gather", sum(bucket.width * bucket.size for bucket in cut), replicas),
+            Payload(
+                "gradients",
+                "replicas",
+                "reduce_scatter",
+                sum(4 * bucket.size for bucket in cut),
+                replicas,
+            ),
+            Payload(
+                "weights",
+                "replicas",
+                "all_gather",
+                sum(bucket.width * bucket.size for bucket in cut),
+                replicas,
+            ),
             Payload("norm", "optimizer", "all_reduce", 4, ranks),
         ]
     elements = sum(flat.elements for flat in groups)
@@ -90,11 +110,12 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
 def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payload]:
     """What tensor-parallel ranks sum, per token of theirs.
 
-    Per layer x_proj's output and its gradient, the former again where the backward computes the layer again, out_proj's
-    output and in_proj's input's gradient; the embedding's rows in its weight's type; three values of the loss and its
-    input's gradient. Under sequence parallelism sums of out_proj and in_proj become scatters, with gathers on the other
-    side of them and once more in the backward; embedding and last norm are gathered; norms' weights are summed in
-    every micro-batch.
+    Per layer x_proj's output and its gradient, the former again where the backward computes the
+    layer again, out_proj's output and in_proj's input's gradient; the embedding's rows in its
+    weight's type; three values of the loss and its input's gradient. Under sequence parallelism
+    sums of out_proj and in_proj become scatters, with gathers on the other side of them and once
+    more in the backward; embedding and last norm are gathered; norms' weights are summed in every
+    micro-batch.
     """
     c, p = config.model, config.parallel
     width = 2 if p.precision is Precision.bf16 else 4
@@ -109,10 +130,20 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
         norms = micro_batches * (c.n_layer + 1) * 4 * c.d_model
     else:
         sums += c.n_layer * residual * 2
-    whole = {"all_reduce": tokens * sums + norms, "all_gather": tokens * gathers, "reduce_scatter": tokens * scatters}
-    found = [Payload("tensor parallel", "tensor", kind, size, p.tensor_parallel) for kind, size in whole.items()]
+    whole = {
+        "all_reduce": tokens * sums + norms,
+        "all_gather": tokens * gathers,
+        "reduce_scatter": tokens * scatters,
+    }
+    found = [
+        Payload("tensor parallel", "tensor", kind, size, p.tensor_parallel)
+        for kind, size in whole.items()
+    ]
     scalars = 0 if p.engine is EngineKind.megatron else norm(config) if p.zero_stage else 4
-    return [*found, Payload("norm and overflow", "tensor", "all_reduce", scalars, p.tensor_parallel)]
+    return [
+        *found,
+        Payload("norm and overflow", "tensor", "all_reduce", scalars, p.tensor_parallel),
+    ]
 
 
 def norm(config: RunConfig) -> int:
@@ -121,7 +152,9 @@ def norm(config: RunConfig) -> int:
 
 
 def of_context(config: RunConfig, sequences: float) -> list[Payload]:
-    """Taps and states of every layer, gathered in the forward and when it is computed again; their gradients summed."""
+    """Taps and states of every layer, gathered in the forward and when it is computed again; their
+    gradients summed.
+    """
     c, p = config.model, config.parallel
     width = 2 if p.precision is Precision.bf16 else 4
     piece = c.d_inner / p.tensor_parallel * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)

@@ -1,7 +1,9 @@
-"""DeepSpeed's ZeRO 1, 2 and 3: AdamW's state, then gradients, then parameters cut over data-parallel ranks.
+"""DeepSpeed's ZeRO 1, 2 and 3: AdamW's state, then gradients, then parameters cut over
+data-parallel ranks.
 
-Stages 2 and 3 reduce in every micro-batch and stage 3 gathers weights in it, so all ranks need equally many of them.
-Parameters are fp32 in all stages, and products bf16 by autocast: DeepSpeed's bf16 mode would round A_log and D too.
+Stages 2 and 3 reduce in every micro-batch and stage 3 gathers weights in it, so all ranks need
+equally many of them. Parameters are fp32 in all stages, and products bf16 by autocast: DeepSpeed's
+bf16 mode would round A_log and D too.
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ class DeepSpeedEngine:
     A parameter's ranges that a rank owns are read from DeepSpeed's own links, by parameter name.
     """
 
-    def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks, stage: int, bucket: int) -> None:
+    def __init__(
+        self, model: FalconMamba, config: Optim, ranks: Ranks, stage: int, bucket: int
+    ) -> None:
         deepspeed = _deepspeed(ranks.device.type)
         self.ranks, self.model, self.stage = ranks, model, stage
         self.weights = Weights.copies if stage < 3 else Weights.parts
@@ -37,7 +41,9 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": stage,
-                "reduce_bucket_size": min(bucket, elements),  # it allocates all of it, whatever the model
+                "reduce_bucket_size": min(
+                    bucket, elements
+                ),  # it allocates all of it, whatever the model
                 "allgather_bucket_size": bucket,
                 "use_multi_rank_bucket_allreduce": not to_owners(elements, ranks.replicas, bucket),
                 "overlap_comm": ranks.device.type == "cuda",
@@ -54,23 +60,32 @@ class DeepSpeedEngine:
         self._fill_state(updates=0)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See Engine. DeepSpeed averages over data-parallel ranks; the factor turns that into a sum."""
-        self.zero.clear_backward_seen_flag()  # its own forward would: it tells apart one backward and the next
+        """See Engine. DeepSpeed averages over data-parallel ranks; the factor turns that into a
+        sum.
+        """
+        # its own forward would: it tells apart one backward and the next
+        self.zero.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.ranks.replicas, scale_wrt_gas=False)
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as they are."""
+        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
+        they are.
+        """
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float("inf") if self.zero.overflow else float(self.engine.get_global_grad_norm()), self.zero.overflow
+        return float("inf") if self.zero.overflow else float(
+            self.engine.get_global_grad_norm()
+        ), self.zero.overflow
 
     def discard(self) -> None:
         """See Engine. Gradients made infinite take DeepSpeed's own way of skipping an update."""
         for gradients in self.zero.averaged_gradients.values():
             for gradient in gradients or ():
-                gradient.masked_fill_(gradient != 0, float("inf"))  # not stage 3's padding, which is never written anew
+                gradient.masked_fill_(
+                    gradient != 0, float("inf")
+                )  # not stage 3's padding, which is never written anew
         self.engine.step()
         assert self.zero.overflow
 
@@ -89,13 +104,19 @@ class DeepSpeedEngine:
             self.zero.fp16_partitioned_groups_flat[index].data.copy_(masters.data)
             self.zero._unflatten_partitioned_parameters(index)
         if self.zero.persistent_parameters:  # small ones, which every rank keeps whole
-            self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters, has_been_updated=False)
+            self.zero.persistent_parameters[0].partition(
+                self.zero.persistent_parameters, has_been_updated=False
+            )
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def _masters(self) -> list[Tensor]:
         """The flat fp32 weights that this rank owns."""
         zero = self.zero
-        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
 
     def _fill_state(self, updates: int) -> None:
         for flat in self._masters():
@@ -105,9 +126,11 @@ class DeepSpeedEngine:
         return self._fragments_of_parameters() if self.stage == 3 else self._fragments_of_groups()
 
     def _fragments_of_groups(self) -> Iterator[Fragment]:
-        """Stages 1 and 2 cut flat groups of parameters, and link each parameter to its part of them.
+        """Stages 1 and 2 cut flat groups of parameters, and link each parameter to its part of
+        them.
 
-        Its own links to the moments are made after the first group's update and lack those of the other groups.
+        Its own links to the moments are made after the first group's update and lack those of the
+        other groups.
         """
         for group, flat in zip(self.zero.bit16_groups, self._masters(), strict=True):
             state = self.zero.optimizer.state[flat]
@@ -120,7 +143,9 @@ class DeepSpeedEngine:
                     yield Fragment(name, start, link.hp_fragment.data, moments)
 
     def _fragments_of_parameters(self) -> Iterator[Fragment]:
-        """Stage 3 cuts every parameter into equal parts, the last ones padded or nothing but padding."""
+        """Stage 3 cuts every parameter into equal parts, the last ones padded or nothing but
+        padding.
+        """
         for group, flat in zip(self.zero.fp16_groups, self._masters(), strict=True):
             state = self.zero.optimizer.state[flat]
             for parameter in group:
@@ -134,7 +159,9 @@ class DeepSpeedEngine:
 
 
 def _deepspeed(device: str) -> Any:
-    """DeepSpeed, quiet, and without the shared-memory collective that it would compile with g++ for minutes."""
+    """DeepSpeed, quiet, and without the shared-memory collective that it would compile with g++ for
+    minutes.
+    """
     import logging
     import os
 
@@ -143,7 +170,7 @@ def _deepspeed(device: str) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # a killed compile leaves a lock file on which every later run hangs for ever; setting the whole table also spares
-    # the probing of every op, which runs compilers
+    # a killed compile leaves a lock file on which every later run hangs for ever; setting the whole
+    # table also spares the probing of every op, which runs compilers
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     return deepspeed

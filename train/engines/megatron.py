@@ -1,11 +1,13 @@
-"""megatron-core's DistributedDataParallel and DistributedOptimizer: ZeRO-1 on GPUs, with bf16 weights where it pays.
+"""megatron-core's DistributedDataParallel and DistributedOptimizer: ZeRO-1 on GPUs, with bf16
+weights where it pays.
 
-Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, dt_bias, norms and the convolution stay
-fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket, while the backward goes on; weights are
-gathered while the next forward goes on. 6 bytes per parameter on every rank (2 weights, 4 gradients), 12 over ranks.
+Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, dt_bias, norms and
+the convolution stay fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket,
+while the backward goes on; weights are gathered while the next forward goes on. 6 bytes per
+parameter on every rank (2 weights, 4 gradients), 12 over ranks.
 
-megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind launch/simulation/cuda_on_cpu.py,
-as the dry run does.
+megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind
+launch/simulation/cuda_on_cpu.py, as the dry run does.
 """
 
 from collections.abc import Iterator
@@ -33,14 +35,17 @@ from train.engines.protocol import MOMENTS, Fragment, Weights, fill, fill_state,
 class MegatronEngine:
     """megatron-core behind the Engine protocol.
 
-    With bf16 the initial weights are rounded to it once, masters included; a checkpoint's masters are taken as they
-    are. Its own optimizer never looks whether a gradient is finite, so that is done here.
+    With bf16 the initial weights are rounded to it once, masters included; a checkpoint's masters
+    are taken as they are. Its own optimizer never looks whether a gradient is finite, so that is
+    done here.
     """
 
     weights = Weights.copies
     in_step = False
 
-    def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks, precision: Precision, bucket: int) -> None:
+    def __init__(
+        self, model: FalconMamba, config: Optim, ranks: Ranks, precision: Precision, bucket: int
+    ) -> None:
         self.model, self.ranks, self.config = model, ranks, config
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         if precision is Precision.bf16:
@@ -54,7 +59,8 @@ class MegatronEngine:
             num_attention_heads=ranks.tp_size,
             tensor_model_parallel_size=ranks.tp_size,
             context_parallel_size=ranks.cp_size,
-            calculate_per_token_loss=True,  # gradients are summed over ranks: losses carry the weights
+            # gradients are summed over ranks: losses carry the weights
+            calculate_per_token_loss=True,
         )
         overlapped = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -64,15 +70,17 @@ class MegatronEngine:
             bucket_size=bucket,
         )
         self.ddp = DistributedDataParallel(shape, overlapped, model)
-        # its own hooks stand inside of blocks, where torch.compile would break off at each, and the loss reads the
-        # head's weight without a call of its module
+        # its own hooks stand inside of blocks, where torch.compile would break off at each, and the
+        # loss reads the head's weight without a call of its module
         self.ddp.disable_forward_pre_hook(param_sync=False)
         for module in (model.embedding, *model.layers, model.final_norm):
             module.register_forward_pre_hook(self._wait_for_weights)
-        # where Transformer Engine or Apex is installed it would take their Adam, which counts updates elsewhere than
-        # torch's, into whose state checkpoints are loaded
+        # where Transformer Engine or Apex is installed it would take their Adam, which counts
+        # updates elsewhere than torch's, into whose state checkpoints are loaded
         optimizers.USING_PYTORCH_OPTIMIZER = True
-        undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: not decays(_own(name)))
+        undecayed = ParamWithNamePredicate(
+            name="undecayed", fn=lambda parameter, name: not decays(_own(name))
+        )
         chained: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -104,7 +112,9 @@ class MegatronEngine:
             self.ddp.finish_grad_sync()
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as they are."""
+        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
+        they are.
+        """
         self.zero.prepare_grads()
         norm = float(self.zero.get_grad_norm())
         finite = norm < float("inf")
@@ -122,7 +132,9 @@ class MegatronEngine:
         self.zero.zero_grad()
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """See Engine. Every rank's weights are gathered after it: the overlapped gather waits for the next forward."""
+        """See Engine. Every rank's weights are gathered after it: the overlapped gather waits for
+        the next forward.
+        """
         self.ddp.start_param_sync(force_sync=True)
         return pieces_of(self._fragments(), self.model, self.ranks)
 
@@ -134,13 +146,17 @@ class MegatronEngine:
         self.ddp.start_param_sync(force_sync=True)
 
     def _wait_for_weights(self, module: Module, _: Any) -> None:
-        """Until those are gathered that the module will read, and with the final norm's the head's."""
+        """Until those are gathered that the module will read, and with the final norm's the
+        head's.
+        """
         head = self.model.lm_head.parameters() if module is self.model.final_norm else ()
         for parameter in (*module.parameters(), *head):
             self.ddp.param_to_bucket_group[parameter].finish_param_sync()
 
     def _fill_state(self, updates: int) -> None:
-        """Of every master by itself: megatron-core's own loading lets them share one count of updates."""
+        """Of every master by itself: megatron-core's own loading lets them share one count of
+        updates.
+        """
         for group in self.zero.param_groups:
             for master in group["params"]:
                 fill_state(self.zero.optimizer, master, updates)
@@ -148,7 +164,8 @@ class MegatronEngine:
     def _fragments(self) -> Iterator[Fragment]:
         """Each master beside its parameter, from the lists that the optimizer updates by.
 
-        Its map from parameters to masters (model_param_group_index_map) is wrong for a group with bf16 and fp32.
+        Its map from parameters to masters (model_param_group_index_map) is wrong for a group with
+        bf16 and fp32.
         """
         zero = self.zero
         parameters = (*zero.model_fp32_groups, *zero.model_float16_groups)
@@ -157,7 +174,12 @@ class MegatronEngine:
             for parameter, master in zip(group, group_masters, strict=True):
                 state = zero.optimizer.state[master]
                 start = zero._get_model_param_range_map(parameter)["param"].start
-                yield Fragment(self.names[id(parameter)], start, master.data, {kind: state[kind] for kind in MOMENTS})
+                yield Fragment(
+                    self.names[id(parameter)],
+                    start,
+                    master.data,
+                    {kind: state[kind] for kind in MOMENTS},
+                )
 
 
 def _own(name: str) -> str:

@@ -1,10 +1,12 @@
-"""How engines cut parameters over replicas, and which weights ZeRO-3 gathers, from the config alone. Torch-free.
+"""How engines cut parameters over replicas, and which weights ZeRO-3 gathers, from the config
+alone. Torch-free.
 
 The engines take their settings from here, and so do the estimators of memory and traffic.
 
-Stage 3 gathers a module's weights where the module begins and lets go of them where it ends, unless their next use is
-near; small ones stay whole. Modules begin in the model's order, and in the backward the other way round, where those
-that are computed again begin once more. tests/train/test_traffic.py counts what real ranks gather.
+Stage 3 gathers a module's weights where the module begins and lets go of them where it ends, unless
+their next use is near; small ones stay whole. Modules begin in the model's order, and in the
+backward the other way round, where those that are computed again begin once more.
+tests/train/test_traffic.py counts what real ranks gather.
 """
 
 from bisect import bisect_left
@@ -18,32 +20,46 @@ from model.flops import parameter_shapes
 from model.parameters import cut_of, decays, in_products
 from train.config import Precision, RunConfig
 
-# DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small models are cut as well
+# DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small
+# models are cut as well
 PERSISTENT_PARTS = 1000  # up to this part of a bucket a parameter stays whole on every rank
-REUSE_BUCKETS = 10  # of elements of modules that begin before a weight's next use, from which on it is not near
-LIVE_BUCKETS = 4  # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of fp32
+REUSE_BUCKETS = (
+    10  # of elements of modules that begin before a weight's next use, from which on it is not near
+)
+# whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of
+# fp32
+LIVE_BUCKETS = 4
 ALIGNMENT = 2  # elements that DeepSpeed's stages 1 and 2 align the part of a rank to
 LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
 
 
 def persistent(config: RunConfig, elements: int) -> bool:
-    """Whether a parameter of so many elements stays whole on every rank, and is gathered after an update alone."""
+    """Whether a parameter of so many elements stays whole on every rank, and is gathered after an
+    update alone.
+    """
     return elements <= config.parallel.bucket_elements // PERSISTENT_PARTS
 
 
 def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
-    """Elements gathered in a micro-batch, from a run's third on: in the first two DeepSpeed learns the order.
+    """Elements gathered in a micro-batch, from a run's third on: in the first two DeepSpeed learns
+    the order.
 
-    `elements` are a tensor-parallel rank's of every parameter, by name; what is gathered is filled up to equal parts.
+    `elements` are a tensor-parallel rank's of every parameter, by name; what is gathered is filled
+    up to equal parts.
     """
     sizes: dict[str, int] = defaultdict(int)  # of modules
     costs: dict[str, int] = defaultdict(int)  # when gathered
     for name, count in elements.items():
-        module = name.rpartition(".")[0].replace("lm_head", "")  # the model itself reads the head's weight, in its loss
+        module = name.rpartition(".")[0].replace(
+            "lm_head", ""
+        )  # the model itself reads the head's weight, in its loss
         sizes[module] += count
         costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
     events = list(order(config.model.n_layer, config.parallel.recompute))
-    passed, begins = [0], defaultdict(list)  # elements of the modules that began before; where a module begins
+    passed, begins = (
+        [0],
+        defaultdict(list),
+    )  # elements of the modules that began before; where a module begins
     for module, starts in events:
         if starts:
             begins[module].append(len(passed) - 1)
@@ -64,7 +80,9 @@ def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
 
 
 def order(layers: int, recompute: Recompute) -> Iterator[tuple[str, bool]]:
-    """Modules as they begin (True) and end through a forward and a backward, by name; the model's is empty."""
+    """Modules as they begin (True) and end through a forward and a backward, by name; the model's
+    is empty.
+    """
     yield "", True
     yield from through("embedding")
     for layer in range(layers):
@@ -79,7 +97,9 @@ def order(layers: int, recompute: Recompute) -> Iterator[tuple[str, bool]]:
     for layer in reversed(range(layers)):
         norm, mixer, (first, *between, last) = parts(layer)
         yield from ((mixer, True), (last, True))
-        if recompute is Recompute.full:  # it stops within the last, as soon as the backward has what it needs
+        if (
+            recompute is Recompute.full
+        ):  # it stops within the last, as soon as the backward has what it needs
             yield from through(norm)
             yield mixer, True
             yield from through(first, *between)
@@ -97,7 +117,11 @@ def order(layers: int, recompute: Recompute) -> Iterator[tuple[str, bool]]:
 def parts(layer: int) -> tuple[str, str, list[str]]:
     """A layer's norm, its mixer, and the products within, in the forward's order."""
     mixer = f"layers.{layer}.mixer"
-    return f"layers.{layer}.norm", mixer, [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    return (
+        f"layers.{layer}.norm",
+        mixer,
+        [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")],
+    )
 
 
 def through(*modules: str) -> Iterator[tuple[str, bool]]:
@@ -117,7 +141,9 @@ class Flat:
 
     @property
     def part(self) -> int:
-        """Elements of a rank's part: all of them, filled up to a multiple of alignment x replicas, over replicas."""
+        """Elements of a rank's part: all of them, filled up to a multiple of alignment x replicas,
+        over replicas.
+        """
         unit = self.alignment * self.replicas
         return -(-self.elements // unit) * self.alignment
 
@@ -130,11 +156,15 @@ def elements_of(config: RunConfig) -> dict[str, int]:
     """Every parameter's elements on one tensor-parallel rank."""
     tp = config.parallel.tensor_parallel
     shapes = parameter_shapes(config.model)
-    return {name: prod(shape) // (tp if cut_of(name) is not None else 1) for name, shape in shapes.items()}
+    return {
+        name: prod(shape) // (tp if cut_of(name) is not None else 1)
+        for name, shape in shapes.items()
+    }
 
 
 def flats(config: RunConfig, ranks: int) -> list[Flat]:
-    """What is cut on one tensor-parallel rank: the optimizer's two groups, what decays and what does not.
+    """What is cut on one tensor-parallel rank: the optimizer's two groups, what decays and what
+    does not.
 
     Stage 3 cuts every parameter by itself.
     """
@@ -149,7 +179,9 @@ def flats(config: RunConfig, ranks: int) -> list[Flat]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Some of megatron-core's parameters of one type, in one part of a buffer, which is cut evenly over replicas."""
+    """Some of megatron-core's parameters of one type, in one part of a buffer, which is cut evenly
+    over replicas.
+    """
 
     size: int  # elements, padding too
     width: int  # bytes of a weight
@@ -168,33 +200,45 @@ class Bucket:
 
 
 def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
-    """How megatron-core lays parameters out: one buffer per type, from the model's last parameter to its first.
+    """How megatron-core lays parameters out: one buffer per type, from the model's last parameter
+    to its first.
 
-    A parameter begins at a multiple of 64 elements; a bucket ends with the parameter that fills it, at a multiple of
-    128 and of the replicas (core/distributed/param_and_grad_buffer.py of megatron-core 0.16.1).
+    A parameter begins at a multiple of 64 elements; a bucket ends with the parameter that fills it,
+    at a multiple of 128 and of the replicas (core/distributed/param_and_grad_buffer.py of
+    megatron-core 0.16.1).
     """
     replicas = ranks // config.parallel.tensor_parallel
     unit, found = lcm(replicas, 128), []
     for width in (2, 4):
         ranges: list[tuple[int, int]] = []
-        named = [(name, count) for name, count in elements_of(config).items() if wide(config, name) == width]
+        named = [
+            (name, count)
+            for name, count in elements_of(config).items()
+            if wide(config, name) == width
+        ]
         for name, count in reversed(named):
             start = -(-ranges[-1][1] // 64) * 64 if ranges else 0
             ranges.append((start, start + count))
             if ranges[-1][1] >= config.parallel.bucket_elements or name == named[0][0]:
-                found.append(Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), replicas))
+                found.append(
+                    Bucket(-(-ranges[-1][1] // unit) * unit, width, tuple(ranges), replicas)
+                )
                 ranges = []
     return found
 
 
 def wide(config: RunConfig, name: str) -> int:
-    """Bytes of an element of a parameter with megatron-core: matrices are in the products' type, others in fp32."""
+    """Bytes of an element of a parameter with megatron-core: matrices are in the products' type,
+    others in fp32.
+    """
     return 2 if config.parallel.precision is Precision.bf16 and in_products(name) else 4
 
 
 def to_owners(elements: int, replicas: int, bucket: int) -> bool:
-    """Whether DeepSpeed's stages 1 and 2 sum each rank's part of a gradient at that rank, which sends half as much.
+    """Whether DeepSpeed's stages 1 and 2 sum each rank's part of a gradient at that rank, which
+    sends half as much.
 
-    Otherwise they sum whole buckets at all ranks: fewer messages, which is better where parts are small.
+    Otherwise they sum whole buckets at all ranks: fewer messages, which is better where parts are
+    small.
     """
     return elements // replicas >= bucket // LARGE

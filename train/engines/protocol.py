@@ -1,8 +1,10 @@
-"""Backward, reduction, clipping and update behind one small protocol, and the engines that follow it.
+"""Backward, reduction, clipping and update behind one small protocol, and the engines that follow
+it.
 
-What a step means (loss, batch, rate, order of data) is decided outside. State goes in and out by parameter name, so a
-run can go on with another engine. The gradient is the sum of what `backward` is given over all ranks: callers weight
-their losses so that this is the mean over the tokens of the global batch, however unequally ranks hold them.
+What a step means (loss, batch, rate, order of data) is decided outside. State goes in and out by
+parameter name, so a run can go on with another engine. The gradient is the sum of what `backward`
+is given over all ranks: callers weight their losses so that this is the mean over the tokens of the
+global batch, however unequally ranks hold them.
 """
 
 from collections.abc import Iterator
@@ -37,16 +39,24 @@ class Engine(Protocol):
     in_step: bool  # whether ranks meet in every micro-batch, of which all must have equally many
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`; `last` marks this rank's last micro-batch of the step, on which ranks reduce."""
+        """Add the gradient of `loss`; `last` marks this rank's last micro-batch of the step, on
+        which ranks reduce.
+        """
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update at rate lr, clear gradients; returns the global norm before clipping, and whether it skipped."""
+        """Clip, update at rate lr, clear gradients; returns the global norm before clipping, and
+        whether it skipped.
+        """
 
     def discard(self) -> None:
-        """Forget the gradients of the step; weights and moments stay byte for byte. Instead of clip_and_step."""
+        """Forget the gradients of the step; weights and moments stay byte for byte. Instead of
+        clip_and_step.
+        """
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """This rank's part of weights and optimizer state, flat fp32; views, which the next step changes."""
+        """This rank's part of weights and optimizer state, flat fp32; views, which the next step
+        changes.
+        """
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """Take this rank's part out of a checkpoint made after `updates` updates."""
@@ -61,7 +71,9 @@ class Fragment:
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay where model.parameters.decays says so; its rate is set at every update."""
+    """AdamW with weight decay where model.parameters.decays says so; its rate is set at every
+    update.
+    """
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
@@ -71,13 +83,19 @@ def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
 
 
 def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -> None:
-    """Make AdamW's state of a tensor: torch would at the first update, and a checkpoint may come before."""
+    """Make AdamW's state of a tensor: torch would at the first update, and a checkpoint may come
+    before.
+    """
     moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
     optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
 
 
-def pieces_of(fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks) -> Iterator[tuple[Piece, Tensor]]:
-    """Fragments as a checkpoint takes them; a parameter that is not cut is written by tensor-parallel rank 0 alone."""
+def pieces_of(
+    fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Fragments as a checkpoint takes them; a parameter that is not cut is written by
+    tensor-parallel rank 0 alone.
+    """
     shapes = parameter_shapes(model.config)
     for fragment in fragments:
         if cut_of(fragment.name) is None and ranks.tp_rank > 0:

@@ -1,6 +1,8 @@
-"""ZeRO-0: everything on every rank, torch's AdamW and all_reduce, nothing else; what the other engines must equal.
+"""ZeRO-0: everything on every rank, torch's AdamW and all_reduce, nothing else; what the other
+engines must equal.
 
-DeepSpeed's stage 0 is not used: under tensor parallelism it takes a wrong gradient norm, and in fp32 it gives none.
+DeepSpeed's stage 0 is not used: under tensor parallelism it takes a wrong gradient norm, and in
+fp32 it gives none.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from train.engines.protocol import MOMENTS, Fragment, Weights, adamw, fill, fill
 
 
 class PlainEngine:
-    """20 bytes per parameter on every rank: fp32 weights, gradients and two moments, and a copy while reducing."""
+    """20 bytes per parameter on every rank: fp32 weights, gradients and two moments, and a copy
+    while reducing.
+    """
 
     weights = Weights.replicas
     in_step = False
@@ -33,14 +37,20 @@ class PlainEngine:
         """See Engine."""
         loss.backward()
         if last:
-            gradients = [parameter.grad for parameter in self.named.values() if parameter.grad is not None]
+            gradients = [
+                parameter.grad for parameter in self.named.values() if parameter.grad is not None
+            ]
             flat = torch.cat([gradient.view(-1) for gradient in gradients])
             dist.all_reduce(flat, group=data_parallel_group())
-            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, total in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
                 gradient.copy_(total.view_as(gradient))
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as they are."""
+        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
+        they are.
+        """
         norm = self._norm()
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -60,7 +70,9 @@ class PlainEngine:
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         """See Engine. Replicas share the writing: each has an even part of every parameter."""
-        return pieces_of(self._fragments(self.ranks.replica, self.ranks.replicas), self.model, self.ranks)
+        return pieces_of(
+            self._fragments(self.ranks.replica, self.ranks.replicas), self.model, self.ranks
+        )
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """See Engine."""
@@ -69,7 +81,9 @@ class PlainEngine:
         fill(self._fragments(0, 1), pieces, self.ranks)
 
     def _norm(self) -> Tensor:
-        """Of the whole gradient: what is not cut is on every tensor-parallel rank and counts once."""
+        """Of the whole gradient: what is not cut is on every tensor-parallel rank and counts
+        once.
+        """
         squares = torch.zeros((), device=self.ranks.device)
         for parameter in self.named.values():
             assert parameter.grad is not None

@@ -1,4 +1,6 @@
-"""The last step of a run for whoever looks: a line now and then, or a progress bar where there is a terminal."""
+"""The last step of a run for whoever looks: a line now and then, or a progress bar where there is a
+terminal.
+"""
 
 import logging
 import os
@@ -25,7 +27,9 @@ def summary(record: Record) -> str:
 
 
 class Pace:
-    """What single steps do not tell: skipped updates so far, recent waits for data, and the date of the end."""
+    """What single steps do not tell: skipped updates so far, recent waits for data, and the date of
+    the end.
+    """
 
     STEPS = 50  # that a pace is the mean of: one slow step must not move the date by weeks
 
@@ -42,13 +46,16 @@ class Pace:
         self.recent.append((tokens, record["step_seconds"], record["data_wait_seconds"]))
 
     def line(self, record: Record) -> str:
-        """Tokens of all, pace per rank, waits, skips and the end, in a line that fits 80 columns."""
+        """Tokens of all, pace per rank, waits, skips and the end, in a line that fits 80
+        columns.
+        """
         tokens, seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
         rate = max(tokens / max(seconds, 1e-9), 1e-9)
         return (
-            f"{short(record['tokens'])} of {short(self.total)} tokens, {short(rate / self.ranks)} tok/s/rank, "
-            f"data wait {waited / max(seconds, 1e-9):.0%}, skipped {self.skipped}, "
-            f"ends {date((self.total - record['tokens']) / rate)}"
+            f"{short(record['tokens'])} of {short(self.total)} tokens, "
+            f"{short(rate / self.ranks)} tok/s/rank, data wait "
+            f"{waited / max(seconds, 1e-9):.0%}, skipped {self.skipped}, ends "
+            f"{date((self.total - record['tokens']) / rate)}"
         )
 
 
@@ -72,7 +79,10 @@ class PlainConsole:
         if time.monotonic() >= self.next or record["tokens"] >= self.pace.total:
             self.next = time.monotonic() + self.seconds
             share = record["tokens"] / self.pace.total
-            line = f"{record['stage']:>8} {share:6.1%}  {summary(record)}  {self.pace.line(record)}, {saves}"
+            line = (
+                f"{record['stage']:>8} {share:6.1%}  {summary(record)}  "
+                f"{self.pace.line(record)}, {saves}"
+            )
             logger.info(line)
 
     def close(self) -> None:
@@ -83,14 +93,21 @@ class LiveConsole:
     """A progress bar with the last step under it, for terminals."""
 
     def __init__(self, total: int) -> None:
-        columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         self.pace = Pace(total)
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=total)
         self.last = Text("", no_wrap=True)
         self.far = Text("", no_wrap=True)
         self.saves = Text("", no_wrap=True)
-        self.live = Live(Group(self.progress, self.last, self.far, self.saves), refresh_per_second=4)
+        self.live = Live(
+            Group(self.progress, self.last, self.far, self.saves), refresh_per_second=4
+        )
         self.live.start()
 
     def show(self, record: Record, saves: str) -> None:

@@ -33,14 +33,22 @@ Plan = dict[str, dict[str, float]]  # stage, source -> share
 
 
 def page(folders: list[Path], path: Path) -> Path:
-    """One HTML file with every panel of every run, and what happened to them; it holds Plotly itself (5 MB)."""
+    """One HTML file with every panel of every run, and what happened to them; it holds Plotly
+    itself (5 MB).
+    """
     from plotly.offline import get_plotlyjs
 
-    runs = {name: read_lines(RunFiles(folder).metrics) for name, folder in zip(names(folders), folders, strict=True)}
+    runs = {
+        name: read_lines(RunFiles(folder).metrics)
+        for name, folder in zip(names(folders), folders, strict=True)
+    }
     parts = [
-        '<!doctype html><html><head><meta charset="utf-8"><title>' + html.escape(", ".join(runs)) + "</title>",
-        "<style>body{font:15px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .8em;"
-        "text-align:left;border-bottom:1px solid #ddd}</style>",
+        '<!doctype html><html><head><meta charset="utf-8"><title>'
+        + html.escape(", ".join(runs))
+        + "</title>",
+        "<style>body{font:15px "
+        "sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em "
+        ".8em;text-align:left;border-bottom:1px solid #ddd}</style>",
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(', '.join(runs))}</h1>",
     ]
     plans = {name: planned(config_of(folder)) for name, folder in zip(runs, folders, strict=True)}
@@ -54,11 +62,15 @@ def page(folders: list[Path], path: Path) -> Path:
 def names(folders: list[Path]) -> list[str]:
     """What each run is called: its folder, by the whole path where others are called the same."""
     short_ones = [folder.name for folder in folders]
-    return short_ones if len(set(short_ones)) == len(folders) else [str(folder) for folder in folders]
+    return (
+        short_ones if len(set(short_ones)) == len(folders) else [str(folder) for folder in folders]
+    )
 
 
 def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> str:
-    """One figure: a colour per run; sources of a loss are dashed and, with several runs, hidden at first."""
+    """One figure: a colour per run; sources of a loss are dashed and, with several runs, hidden at
+    first.
+    """
     import plotly.graph_objects as go
 
     title, keys = PANELS[name]
@@ -68,44 +80,67 @@ def panel(name: str, runs: dict[str, list[Record]], plans: dict[str, Plan]) -> s
         for key in keys:
             x, y = curve([(record["tokens"], record[key]) for record in records])
             shape = "vh" if name in STEPPED else "linear"
-            figure.add_scatter(x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2, "shape": shape})
+            figure.add_scatter(
+                x=x, y=y, name=run, mode="lines", line={"color": colour, "width": 2, "shape": shape}
+            )
         if name in BY_SOURCE:
             for place, (source, points) in enumerate(by_source(name, records).items()):
                 x, y = curve(points)
-                line = {"color": COLOURS[place % len(COLOURS)] if len(runs) == 1 else colour, "width": 1}
+                line = {
+                    "color": COLOURS[place % len(COLOURS)] if len(runs) == 1 else colour,
+                    "width": 1,
+                }
                 line["dash"] = "solid" if len(runs) == 1 else DASHES[place % len(DASHES)]
                 hidden = "legendonly" if len(runs) > 1 and name == "loss" else True
                 mode = "lines+markers" if name == "validation" else "lines"
-                figure.add_scatter(x=x, y=y, name=f"{run}: {source}", mode=mode, line=line, visible=hidden)
+                figure.add_scatter(
+                    x=x, y=y, name=f"{run}: {source}", mode=mode, line=line, visible=hidden
+                )
                 if name == "mixture" and len(runs) == 1:
                     x, y = plan_line(records, plans[run], source)
                     line = {"color": line["color"], "width": 1, "dash": "dot"}
-                    figure.add_scatter(x=x, y=y, name=f"{run}: {source}, planned", mode="lines", line=line)
+                    figure.add_scatter(
+                        x=x, y=y, name=f"{run}: {source}, planned", mode="lines", line=line
+                    )
         if name == "gradient":
             skipped = [record for record in records if record["skipped"]]
             figure.add_scatter(
-                x=[record["tokens"] for record in skipped], y=[record["grad_norm"] for record in skipped],
-                name=f"{run}: skipped updates", mode="markers", marker={"color": colour, "symbol": "x", "size": 9},
-            )  # fmt: skip
+                x=[record["tokens"] for record in skipped],
+                y=[record["grad_norm"] for record in skipped],
+                name=f"{run}: skipped updates",
+                mode="markers",
+                marker={"color": colour, "symbol": "x", "size": 9},
+            )
         for before, after in zip(records, records[1:], strict=False):
             if before["stage"] != after["stage"] and number == 0:
-                figure.add_vline(before["tokens"], line_dash="dot", line_color="gray", annotation_text=after["stage"],
-                                 annotation_yanchor="bottom")  # fmt: skip
-    figure.update_layout(title=title, xaxis_title="tokens", template="simple_white", height=420, showlegend=True)
+                figure.add_vline(
+                    before["tokens"],
+                    line_dash="dot",
+                    line_color="gray",
+                    annotation_text=after["stage"],
+                    annotation_yanchor="bottom",
+                )
+    figure.update_layout(
+        title=title, xaxis_title="tokens", template="simple_white", height=420, showlegend=True
+    )
     if name == "gradient":
         figure.update_yaxes(type="log")
     return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name)
 
 
 def by_source(name: str, records: list[Record]) -> dict[str, list[tuple[int, float | None]]]:
-    """Points of each source: training losses, held-out ones where they were measured, or shares of the tokens."""
+    """Points of each source: training losses, held-out ones where they were measured, or shares of
+    the tokens.
+    """
     if name == "mixture":
         return realised(records)
     found: dict[str, list[tuple[int, float | None]]] = {}
     for record in records:
         losses = record["source_loss"] if name == "loss" else record.get("validation") or {}
         for source, value in losses.items():
-            found.setdefault(source, []).append((record["tokens"], value if name == "loss" else value["loss"]))
+            found.setdefault(source, []).append(
+                (record["tokens"], value if name == "loss" else value["loss"])
+            )
     return dict(sorted(found.items()))
 
 
@@ -120,13 +155,18 @@ def planned(config: dict[str, Any]) -> Plan:
     """Share of each source in the tokens of each stage."""
     stages = config.get("data", {}).get("stages", [])
     return {
-        stage["name"]: {source: part / sum(stage["mixture"].values()) for source, part in stage["mixture"].items()}
+        stage["name"]: {
+            source: part / sum(stage["mixture"].values())
+            for source, part in stage["mixture"].items()
+        }
         for stage in stages
     }
 
 
 def realised(records: list[Record]) -> dict[str, list[tuple[int, float | None]]]:
-    """Share of each source in the tokens of its stage up to each step; records of older versions have no tokens."""
+    """Share of each source in the tokens of its stage up to each step; records of older versions
+    have no tokens.
+    """
     found: dict[str, list[tuple[int, float | None]]] = {}
     read: Counter[str] = Counter()
     for before, record in zip([None, *records], records, strict=False):
@@ -138,8 +178,12 @@ def realised(records: list[Record]) -> dict[str, list[tuple[int, float | None]]]
     return dict(sorted(found.items()))
 
 
-def plan_line(records: list[Record], plan: Plan, source: str) -> tuple[list[int], list[float | None]]:
-    """A source's planned share over the stages that the run has come to: flat pieces with gaps between them."""
+def plan_line(
+    records: list[Record], plan: Plan, source: str
+) -> tuple[list[int], list[float | None]]:
+    """A source's planned share over the stages that the run has come to: flat pieces with gaps
+    between them.
+    """
     x: list[int] = []
     y: list[float | None] = []
     for stage, inside in groupby(records, key=lambda record: record["stage"]):
@@ -160,7 +204,15 @@ def mixture_rows(records: list[Record], plan: Plan) -> list[tuple[Any, ...]]:
         for source in sorted({*plan.get(stage, {}), *read}):
             share = plan.get(stage, {}).get(source)
             said = "" if share is None else f"{share:.2%}"
-            rows.append((stage, source, said, f"{read[source] / max(read.total(), 1):.2%}", short(read[source])))
+            rows.append(
+                (
+                    stage,
+                    source,
+                    said,
+                    f"{read[source] / max(read.total(), 1):.2%}",
+                    short(read[source]),
+                )
+            )
     return rows
 
 
@@ -168,26 +220,45 @@ def tables(folder: Path, records: list[Record]) -> list[str]:
     """Where the run stands, its starts and incidents, its checkpoints."""
     outcome = read_outcome(folder)
     last = records[-1] if records else None
-    facts: list[tuple[str, Any]] = [("state", "running or crashed" if outcome is None else outcome.reason)]
+    facts: list[tuple[str, Any]] = [
+        ("state", "running or crashed" if outcome is None else outcome.reason)
+    ]
     config = config_of(folder)
     if code := config.get("code"):
         facts.append(("code", code["commit"] + (", with changes" if code["dirty"] else "")))
     if last is not None:
-        facts += [("step", last["step"]), ("tokens", short(last["tokens"])), ("stage", last["stage"])]
+        facts += [
+            ("step", last["step"]),
+            ("tokens", short(last["tokens"])),
+            ("stage", last["stage"]),
+        ]
         facts.append(("skipped updates", sum(bool(record["skipped"]) for record in records)))
     starts = read_json_lines(RunFiles(folder).attempts)
-    begun = [(e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", []))) for e in starts]
-    happened = [(e.get("time"), e.get("incident"), e.get("text")) for e in read_json_lines(RunFiles(folder).incidents)]
+    begun = [
+        (e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", []))) for e in starts
+    ]
+    happened = [
+        (e.get("time"), e.get("incident"), e.get("text"))
+        for e in read_json_lines(RunFiles(folder).incidents)
+    ]
     events = sorted([*begun, *happened], key=lambda event: str(event[0]))
     saved = []
     for checkpoint in reversed(list(committed(RunFiles(folder).checkpoints))):
-        sizes = [entry["bytes"] for entry in read_json(checkpoint / MANIFEST).get("files", {}).values()]
+        sizes = [
+            entry["bytes"] for entry in read_json(checkpoint / MANIFEST).get("files", {}).values()
+        ]
         saved.append((checkpoint.name, f"{sum(sizes) / 2**30:.3g} GiB", len(sizes)))
-    mixture = mixture_rows(records, planned(config)) if any("source_tokens" in record for record in records) else []
+    mixture = (
+        mixture_rows(records, planned(config))
+        if any("source_tokens" in record for record in records)
+        else []
+    )
     return [
         table(("", ""), facts),
         "<h3>mixture</h3>",
-        table(("stage", "source", "planned", "realised", "tokens"), mixture) if mixture else "<p>not recorded</p>",
+        table(("stage", "source", "planned", "realised", "tokens"), mixture)
+        if mixture
+        else "<p>not recorded</p>",
         *score_tables(read_scores(RunFiles(folder).metrics)),
         "<h3>starts, restarts and faults</h3>",
         table(("time", "what", ""), events) if events else "<p>none</p>",
@@ -200,9 +271,16 @@ def score_tables(scores: list[Record]) -> list[str]:
     """A table for each suite: its rows, and a column for each checkpoint in the order of tokens."""
     parts = []
     for suite in sorted({suite for record in scores for suite in record["scores"]}):
-        columns = [(record["tokens"], record["scores"][suite]) for record in scores if suite in record["scores"]]
+        columns = [
+            (record["tokens"], record["scores"][suite])
+            for record in scores
+            if suite in record["scores"]
+        ]
         labels = dict.fromkeys(label for _, rows in columns for label in rows)
-        cells = [(label, *(f"{rows[label]:.2f}" if label in rows else "-" for _, rows in columns)) for label in labels]
+        cells = [
+            (label, *(f"{rows[label]:.2f}" if label in rows else "-" for _, rows in columns))
+            for label in labels
+        ]
         head = ("", *(f"{tokens:,} tokens" for tokens, _ in columns))
         parts += [f"<h3>{html.escape(suite)}</h3>", table(head, cells)]
     return parts

@@ -1,9 +1,11 @@
-"""A close look at a few steps: a table of their time by phase, and a trace for Perfetto or chrome://tracing.
+"""A close look at a few steps: a table of their time by phase, and a trace for Perfetto or
+chrome://tracing.
 
-The loop tells the watchdog where it is, and the profiler listens there: a run that is not looked at pays a comparison
-per phase. Some steps are timed by marks on the clock alone, then a few are traced by torch.profiler, which slows what
-it sees; the trace tells which part of a phase is spent in collectives that no computation hides, and the table gives
-that part of the timed steps a row of its own.
+The loop tells the watchdog where it is, and the profiler listens there: a run that is not looked at
+pays a comparison per phase. Some steps are timed by marks on the clock alone, then a few are traced
+by torch.profiler, which slows what it sees; the trace tells which part of a phase is spent in
+collectives that no computation hides, and the table gives that part of the timed steps a row of its
+own.
 """
 
 import gzip
@@ -28,9 +30,17 @@ from train.resilience.watchdog import Watch
 logger = logging.getLogger(__name__)
 
 ROWS = {
-    "read": "data", "forward": "forward", "backward": "backward", "reduce": "reduce", "update": "optimizer",
-    "agree": "exchange", "validate": "validation", "log": "log", "check": "checks", "save": "checkpoint",
-}  # fmt: skip
+    "read": "data",
+    "forward": "forward",
+    "backward": "backward",
+    "reduce": "reduce",
+    "update": "optimizer",
+    "agree": "exchange",
+    "validate": "validation",
+    "log": "log",
+    "check": "checks",
+    "save": "checkpoint",
+}
 MODEL = ("forward", "backward", "reduce", "update")  # what a step is for; the rest is overhead
 PREFIX = "step: "  # of the phases' ranges in a trace
 Span = tuple[str, float, float]  # phase, begin and end in seconds since the first one began
@@ -53,7 +63,9 @@ def listening(config: ProfileConfig, folder: Path, ranks: Ranks, watch: Watch) -
 
 
 class Clock:
-    """Marks on a rank's time line: of its device's stream where there is one, for the host runs ahead of it."""
+    """Marks on a rank's time line: of its device's stream where there is one, for the host runs
+    ahead of it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -78,11 +90,15 @@ class Clock:
 
 
 class Profiler:
-    """One rank's look at one stretch of steps: `after` that pass, `timed_steps`, then `steps` that are traced."""
+    """One rank's look at one stretch of steps: `after` that pass, `timed_steps`, then `steps` that
+    are traced.
+    """
 
     def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks) -> None:
         self.config, self.folder, self.ranks = config, folder, ranks
-        self.last = config.after + config.timed_steps + config.steps  # steps of this start, and all is seen
+        self.last = (
+            config.after + config.timed_steps + config.steps
+        )  # steps of this start, and all is seen
         self.begun = -1  # steps of this start that are behind it
         self.first = 0  # number of the first step that is timed, or else traced
         self.clock: Clock | None = None
@@ -112,8 +128,8 @@ class Profiler:
             self.trace.stop()
         if not self.done:
             logger.warning(
-                f"no profile: this start ended before its {self.last} steps (train.profile.after, timed_steps "
-                "and steps together)"
+                f"no profile: this start ended before its {self.last} steps "
+                "(train.profile.after, timed_steps and steps together)"
             )
 
     def _begin_step(self, step: int) -> None:
@@ -157,7 +173,9 @@ class Profiler:
                 waits = waiting(json.load(file)["traceEvents"], traced)
             steps = self.config.timed_steps or self.config.steps
             rows = by_phase(self.timed or traced, traced, waits, steps)
-            head = f"steps {self.first} to {self.first + steps - 1} of rank {self.ranks.rank} by phase"
+            head = (
+                f"steps {self.first} to {self.first + steps - 1} of rank {self.ranks.rank} by phase"
+            )
             text = table(head, rows) + f"\ntrace of the last {self.config.steps} steps: {path}"
             (self.folder / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
             logger.info(text, extra=ALL_RANKS)
@@ -169,19 +187,30 @@ class Profiler:
 def waiting(events: list[dict[str, Any]], spans: list[Span]) -> dict[str, float]:
     """Seconds of each phase in which collectives are under way and this rank computes nothing.
 
-    `events` are those of a Chrome trace (microseconds), `spans` the same steps by the clock. On a GPU the two kinds of
-    kernels are compared, as Meta's HolisticTraceAnalysis does; elsewhere gloo's work with the operators of the loop.
+    `events` are those of a Chrome trace (microseconds), `spans` the same steps by the clock. On a
+    GPU the two kinds of kernels are compared, as Meta's HolisticTraceAnalysis does; elsewhere
+    gloo's work with the operators of the loop.
     """
     whole = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    ranges = [event for event in whole if event["name"].startswith(PREFIX) and event.get("cat") == "user_annotation"]
+    ranges = [
+        event
+        for event in whole
+        if event["name"].startswith(PREFIX) and event.get("cat") == "user_annotation"
+    ]
     start = min(ranges, key=lambda event: event["ts"])
-    device = [event for event in whole if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    device = [
+        event for event in whole if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
     if device:
         talk = [event for event in device if event["name"].startswith("nccl")]
         work = [event for event in device if not event["name"].startswith("nccl")]
     else:
         talk = [event for event in whole if event["name"].startswith("gloo:")]
-        work = [event for event in whole if event["name"].startswith("aten::") and event["tid"] == start["tid"]]
+        work = [
+            event
+            for event in whole
+            if event["name"].startswith("aten::") and event["tid"] == start["tid"]
+        ]
     waits: dict[str, float] = defaultdict(float)
     alone = minus(union(intervals(talk, start["ts"])), union(intervals(work, start["ts"])))
     for begin, end in alone:
@@ -192,7 +221,9 @@ def waiting(events: list[dict[str, Any]], spans: list[Span]) -> dict[str, float]
 
 def intervals(events: list[dict[str, Any]], zero: float) -> list[Interval]:
     """Begin and end of a trace's events in seconds since `zero`, which is in its microseconds."""
-    return [((event["ts"] - zero) / 1e6, (event["ts"] + event["dur"] - zero) / 1e6) for event in events]
+    return [
+        ((event["ts"] - zero) / 1e6, (event["ts"] + event["dur"] - zero) / 1e6) for event in events
+    ]
 
 
 def union(pieces: list[Interval]) -> list[Interval]:
@@ -224,8 +255,12 @@ def minus(pieces: list[Interval], taken: list[Interval]) -> list[Interval]:
     return left
 
 
-def by_phase(timed: list[Span], traced: list[Span], waits: dict[str, float], steps: int) -> dict[str, float]:
-    """Seconds a step of every phase, `reduce` among them: the part of the model's phases that the trace saw waiting."""
+def by_phase(
+    timed: list[Span], traced: list[Span], waits: dict[str, float], steps: int
+) -> dict[str, float]:
+    """Seconds a step of every phase, `reduce` among them: the part of the model's phases that the
+    trace saw waiting.
+    """
     seconds, traced_seconds = (dict.fromkeys(ROWS, 0.0) for _ in range(2))
     for total, spans in ((seconds, timed), (traced_seconds, traced)):
         for phase, begin, end in spans:
@@ -241,10 +276,14 @@ def table(head: str, rows: dict[str, float]) -> str:
     """The phases in milliseconds a step and shares, and what does not belong to the model."""
     whole = sum(rows.values())
     lines = [head, f"{'phase':<12}{'ms a step':>10}{'share':>8}"]
-    lines += [f"{ROWS.get(key, key):<12}{1000 * value:>10.2f}{value / whole:>8.1%}" for key, value in rows.items()]
+    lines += [
+        f"{ROWS.get(key, key):<12}{1000 * value:>10.2f}{value / whole:>8.1%}"
+        for key, value in rows.items()
+    ]
     outside = sum(value for key, value in rows.items() if key not in (*MODEL, "validate"))
     lines += [
         f"{'all':<12}{1000 * whole:>10.2f}{1:>8.1%}",
-        f"outside the model (all but forward, backward, reduce, optimizer and validation): {outside / whole:.2%}",
+        "outside the model (all but forward, backward, reduce, optimizer and validation): "
+        f"{outside / whole:.2%}",
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""metrics.jsonl: one record per step, the numbers of a run, and one for each checkpoint whose scores came in.
+"""metrics.jsonl: one record per step, the numbers of a run, and one for each checkpoint whose
+scores came in.
 
-A record of scores (step, tokens, scores by suite) stands where the run was when they came, with the step and the tokens
-of the checkpoint that they belong to.
+A record of scores (step, tokens, scores by suite) stands where the run was when they came, with the
+step and the tokens of the checkpoint that they belong to.
 """
 
 import errno
@@ -18,13 +19,16 @@ from core.files import read_json_lines, write_text
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-POINTS = 2000  # of a curve on a page; longer runs are averaged over so many spans, or the page would grow with them
+# of a curve on a page; longer runs are averaged over so many spans, or the page would grow with
+# them
+POINTS = 2000
 
 
 class JsonLines:
     """One JSON object per line, in the order of tokens, without duplicates across restarts.
 
-    A disk that is full for a while costs no record: lines wait in memory, up to a bound, and are written later.
+    A disk that is full for a while costs no record: lines wait in memory, up to a bound, and are
+    written later.
     """
 
     WAITING = 100_000
@@ -48,7 +52,9 @@ class JsonLines:
                 self.waiting.popleft()
         except OSError as error:
             if not self.failed:
-                logger.warning(f"metrics.jsonl cannot be written ({error}); its lines wait in memory")
+                logger.warning(
+                    f"metrics.jsonl cannot be written ({error}); its lines wait in memory"
+                )
             self.failed = True
 
     def _append(self, line: bytes) -> None:
@@ -67,14 +73,17 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The records of steps in a metrics file, or all of another's; a last line that a kill cut short is left out."""
+    """The records of steps in a metrics file, or all of another's; a last line that a kill cut
+    short is left out.
+    """
     return [record for record in read_json_lines(path) if "scores" not in record]
 
 
 def read_scores(path: Path) -> list[Record]:
     """The records of scores in a metrics file, in the order of their tokens."""
     return sorted(
-        (record for record in read_json_lines(path) if "scores" in record), key=lambda record: record["tokens"]
+        (record for record in read_json_lines(path) if "scores" in record),
+        key=lambda record: record["tokens"],
     )
 
 
@@ -94,8 +103,12 @@ def short(count: float) -> str:
     raise AssertionError
 
 
-def curve(points: list[tuple[int, float | None]], most: int = POINTS) -> tuple[list[int], list[float | None]]:
-    """At most `most` of them: each the mean of a span, at the span's end; a gap where a value is not finite."""
+def curve(
+    points: list[tuple[int, float | None]], most: int = POINTS
+) -> tuple[list[int], list[float | None]]:
+    """At most `most` of them: each the mean of a span, at the span's end; a gap where a value is
+    not finite.
+    """
     span = -(-len(points) // most) if points else 1
     x, y = [], []
     for start in range(0, len(points), span):

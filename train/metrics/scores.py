@@ -20,7 +20,9 @@ from train.resilience.lease import Lease
 
 logger = logging.getLogger(__name__)
 AGAIN_SECONDS = 5.0
-PATIENCE = 5 * LOOK_SECONDS  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
+PATIENCE = (
+    5 * LOOK_SECONDS
+)  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
 
 
 def collecting(folder: Path) -> list[str]:
@@ -29,7 +31,8 @@ def collecting(folder: Path) -> list[str]:
 
 
 def collect(folder: Path) -> int:
-    """Write the scores that nobody has recorded yet; returns how many records. Waits while another job does the same.
+    """Write the scores that nobody has recorded yet; returns how many records. Waits while another
+    job does the same.
 
     Raises InputError when the folder is no run's.
     """
@@ -38,7 +41,9 @@ def collect(folder: Path) -> int:
         raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
     config = OmegaConf.load(files.config)
     run = Run(config.run.name, str(folder), config.run.seed)
-    settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs))
+    settings: Any = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs)
+    )
     lease, path = Lease(folder), files.metrics
     end = time.monotonic() + PATIENCE
     while True:
@@ -67,7 +72,9 @@ def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
     """Append the records and show them wherever the run is shown."""
     if not records:
         return 0
-    wanted: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics))
+    wanted: Any = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics)
+    )
     path = RunFiles(folder).metrics
     last = max((record["tokens"] for record in read_lines(path)), default=0)
     file = JsonLines(path, last)

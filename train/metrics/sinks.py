@@ -1,4 +1,5 @@
-"""Where the numbers of a run go: metrics.jsonl, the console, and W&B and TensorBoard where they are wanted.
+"""Where the numbers of a run go: metrics.jsonl, the console, and W&B and TensorBoard where they are
+wanted.
 
 The file is the record; the others are views of it and can neither delay nor stop the run.
 """
@@ -21,15 +22,29 @@ class Metrics:
     """All sinks of one run; only its first rank makes one."""
 
     def __init__(
-        self, folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int, total: int
+        self,
+        folder: Path,
+        name: str,
+        config: MetricsConfig,
+        run_config: Record,
+        tokens: int,
+        total: int,
     ) -> None:
-        """`tokens` is where the run goes on: records of a lost future behind it are dropped. `total` ends the run."""
+        """`tokens` is where the run goes on: records of a lost future behind it are dropped.
+        `total` ends the run.
+        """
         self.file = JsonLines(RunFiles(folder).metrics, tokens)
-        self.console = LiveConsole(total) if sys.stdout.isatty() else PlainConsole(total, config.console_seconds)
+        self.console = (
+            LiveConsole(total)
+            if sys.stdout.isatty()
+            else PlainConsole(total, config.console_seconds)
+        )
         self.trackers = trackers(folder, name, config, run_config, tokens)
 
     def log(self, record: Record, saves: str) -> None:
-        """Write one step's record everywhere; `saves` tells the console how the checkpoints stand."""
+        """Write one step's record everywhere; `saves` tells the console how the checkpoints
+        stand.
+        """
         self.file.write(record)
         with suppress(OSError):  # standard output may go to a full disk
             self.console.show(record, saves)
@@ -51,7 +66,9 @@ class Metrics:
             tracker.close()
 
 
-def trackers(folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int) -> list[Tracker]:
+def trackers(
+    folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int
+) -> list[Tracker]:
     """The views that the config wants; `tokens` is where the run goes on."""
     chosen: list[Tracker] = []
     if config.wandb_project is not None:

@@ -1,4 +1,6 @@
-"""Views of a run's records in W&B and TensorBoard, in threads that can neither delay nor stop it."""
+"""Views of a run's records in W&B and TensorBoard, in threads that can neither delay nor stop
+it.
+"""
 
 import hashlib
 import json
@@ -21,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(ABC):
-    """A view in a thread of its own behind a queue: whatever it does, the run neither waits nor fails."""
+    """A view in a thread of its own behind a queue: whatever it does, the run neither waits nor
+    fails.
+    """
 
     NAME: str
     CLOSE_SECONDS = 15.0
@@ -32,7 +36,9 @@ class Tracker(ABC):
         self.thread.start()
 
     def log(self, record: Record) -> None:
-        """Hand a record over; when the thread is stuck or dead and the queue full, it is in metrics.jsonl still."""
+        """Hand a record over; when the thread is stuck or dead and the queue full, it is in
+        metrics.jsonl still.
+        """
         if self.thread.is_alive() and not self.queue.full():
             self.queue.put_nowait(record)
 
@@ -41,7 +47,9 @@ class Tracker(ABC):
         self.queue.put(None, timeout=1) if not self.queue.full() else None
         self.thread.join(self.CLOSE_SECONDS)
         if self.thread.is_alive():
-            logger.warning(f"{self.NAME} is still busy and is left behind; metrics.jsonl is complete")
+            logger.warning(
+                f"{self.NAME} is still busy and is left behind; metrics.jsonl is complete"
+            )
 
     def _work(self) -> None:
         try:
@@ -49,7 +57,9 @@ class Tracker(ABC):
             while (record := self.queue.get()) is not None:
                 self._write(finite(record))
             self._finish()
-        except Exception as error:  # whatever it raises must not reach the run; the message says what is lost
+        except (
+            Exception
+        ) as error:  # whatever it raises must not reach the run; the message says what is lost
             what = f"{type(error).__name__}: {error}"
             logger.warning(f"{self.NAME} is off ({what}); metrics.jsonl is complete")
 
@@ -69,8 +79,9 @@ class Tracker(ABC):
 class Wandb(Tracker):
     """W&B.
 
-    Online with WANDB_API_KEY in the environment, else offline into the run's folder; offline too when the server does
-    not answer. The run id follows from the folder, so that a restarted run goes on in the same W&B run.
+    Online with WANDB_API_KEY in the environment, else offline into the run's folder; offline too
+    when the server does not answer. The run id follows from the folder, so that a restarted run
+    goes on in the same W&B run.
     """
 
     NAME = "W&B"
@@ -87,8 +98,12 @@ class Wandb(Tracker):
 
     def _open(self) -> None:
         self.run = self._start()
-        self.run.config.update({"code": self.run_config.get("code")}, allow_val_change=True)  # of this start
-        self.run.define_metric("*", step_metric="tokens")  # runs of other batches are compared by what they have read
+        self.run.config.update(
+            {"code": self.run_config.get("code")}, allow_val_change=True
+        )  # of this start
+        self.run.define_metric(
+            "*", step_metric="tokens"
+        )  # runs of other batches are compared by what they have read
 
     def _write(self, record: Record) -> None:
         if "scores" in record:
@@ -98,7 +113,9 @@ class Wandb(Tracker):
         self.run.log(grouped(record), **self.at)
 
     def _write_scores(self, record: Record) -> None:
-        """Scores over the tokens of their own checkpoint: W&B's steps only grow, and the run is further by now."""
+        """Scores over the tokens of their own checkpoint: W&B's steps only grow, and the run is
+        further by now.
+        """
         values = {**flatten({"scores": record["scores"]}), "scores/tokens": record["tokens"]}
         for key in values.keys() - self.defined - {"scores/tokens"}:
             self.run.define_metric(key, step_metric="scores/tokens")
@@ -109,27 +126,37 @@ class Wandb(Tracker):
         import wandb
 
         self.run.finish()
-        wandb.teardown()  # finish does not wait for the service's last write; the end of its process does
+        # finish does not wait for the service's last write; the end of its process does
+        wandb.teardown()
 
     def _start(self) -> Any:
         import wandb
 
         settings = wandb.Settings(init_timeout=self.ANSWER_SECONDS, console="off", silent=True)
-        arguments: Record = {**self.settings, "config": self.run_config, "resume": "allow", "settings": settings}
+        arguments: Record = {
+            **self.settings,
+            "config": self.run_config,
+            "resume": "allow",
+            "settings": settings,
+        }
         if not os.environ.get("WANDB_API_KEY"):
             return wandb.init(mode="offline", **arguments)
         try:
             return wandb.init(mode="online", **arguments)
-        except Exception as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
+        except (
+            Exception
+        ) as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
             logger.warning(f"W&B does not answer ({type(error).__name__}); it goes on offline")
             wandb.teardown()  # its service still holds the id of the run that failed to start
             return wandb.init(mode="offline", **arguments)
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's files in the run's folder, by torch's writer: `tensorboard --logdir RUN_FOLDER/tensorboard`.
+    """TensorBoard's files in the run's folder, by torch's writer: `tensorboard --logdir
+    RUN_FOLDER/tensorboard`.
 
-    Its axis is tokens. A restart hides what an earlier start wrote beyond the tokens it goes on from.
+    Its axis is tokens. A restart hides what an earlier start wrote beyond the tokens it goes on
+    from.
     """
 
     NAME = "TensorBoard"
@@ -141,8 +168,12 @@ class TensorBoard(Tracker):
     def _open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(RunFiles(self.folder).tensorboard), purge_step=self.tokens + 1)
-        text = "\n".join(f"    {line}" for line in json.dumps(self.run_config, indent=2).splitlines())
+        self.writer = SummaryWriter(
+            str(RunFiles(self.folder).tensorboard), purge_step=self.tokens + 1
+        )
+        text = "\n".join(
+            f"    {line}" for line in json.dumps(self.run_config, indent=2).splitlines()
+        )
         self.writer.add_text("config", text, self.tokens)
 
     def _write(self, record: Record) -> None:
@@ -158,8 +189,8 @@ def check_trackers(config: MetricsConfig) -> None:
     """Raise InputError when a view is asked for whose package is absent."""
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(
-            "metrics.tensorboard is true and the tensorboard package is absent: pip install -c constraints.txt "
-            "-e '.[tensorboard]', or metrics.tensorboard=false"
+            "metrics.tensorboard is true and the tensorboard package is absent: pip install -c "
+            "constraints.txt -e '.[tensorboard]', or metrics.tensorboard=false"
         )
 
 
@@ -167,7 +198,9 @@ def flatten(record: Record, prefix: str = "") -> Record:
     """Nested records with slashes in their keys, as W&B groups them."""
     flat: Record = {}
     for key, value in record.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -182,5 +215,7 @@ GROUPS = {"loss": "loss/all", "source_loss": "loss", "source_tokens": "mixture"}
 
 
 def grouped(record: Record) -> Record:
-    """A record with the keys that W&B shows as panels in sections; step and tokens stay, for they are axes."""
+    """A record with the keys that W&B shows as panels in sections; step and tokens stay, for they
+    are axes.
+    """
     return flatten({GROUPS.get(key, key): value for key, value in record.items()})

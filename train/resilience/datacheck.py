@@ -1,8 +1,10 @@
 """Whether the token shards are what their manifests say: every rank hashes its share of the files.
 
-`before` holds the run until all are hashed; `background` trains meanwhile and stops the run at the first bad file;
-sizes, names and folders are checked in any case when manifests are read (data/stream/manifests.py).
-Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each of 256 ranks).
+`before` holds the run until all are hashed; `background` trains meanwhile and stops the run at the
+first bad file; sizes, names and folders are checked in any case when manifests are read
+(data/stream/manifests.py).
+Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each
+of 256 ranks).
 """
 
 import logging
@@ -34,7 +36,9 @@ class DataCheck:
         self.fault: str | None = None
 
     def start(self, mode: VerifyShards) -> None:
-        """Hash now, in the background, or not at all; raises InputError on every rank when a file is bad."""
+        """Hash now, in the background, or not at all; raises InputError on every rank when a file
+        is bad.
+        """
         if mode is VerifyShards.before:
             self._work()
             raise_everywhere(self.fault)
@@ -52,7 +56,9 @@ class DataCheck:
             except OSError as error:
                 good, why = False, f"is not readable ({error})"
             if not good:
-                self.fault = f"shard {path} {why}: restore it, or remove {folder} and prepare the data again"
+                self.fault = (
+                    f"shard {path} {why}: restore it, or remove {folder} and prepare the data again"
+                )
                 return
             done += file.tokens
             if self.first and time.monotonic() > said + SAY_SECONDS:

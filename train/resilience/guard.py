@@ -1,4 +1,6 @@
-"""What a step may call for besides its update: a skip, a stop, a rewind, a check of replicas, a save."""
+"""What a step may call for besides its update: a skip, a stop, a rewind, a check of replicas, a
+save.
+"""
 
 import logging
 from typing import Any
@@ -17,7 +19,8 @@ from train.step_stats import Told
 
 logger = logging.getLogger(__name__)
 
-LONG_PATIENCE = 6.0  # times health.hang_seconds, for what takes long: reading a checkpoint, validation, the last save
+# times health.hang_seconds, for what takes long: reading a checkpoint, validation, the last save
+LONG_PATIENCE = 6.0
 
 
 class Guard:
@@ -38,7 +41,9 @@ class Guard:
         self.stragglers = Stragglers(config.straggler_steps, config.straggler_factor)
 
     def update(self, state: State, now: Now, loss: float) -> dict[str, Any]:
-        """Update the weights, unless the step would do harm; returns the norm, and whether it was skipped."""
+        """Update the weights, unless the step would do harm; returns the norm, and whether it was
+        skipped.
+        """
         why = self.health.judge(loss, now.stage)
         if why is None:
             grad_norm, skipped = self.engine.clip_and_step(now.lr)
@@ -52,16 +57,21 @@ class Guard:
         if why is not None and self.ranks.first:
             end = state.tokens + now.tokens
             text = f"step {state.step + 1} (tokens {state.tokens:,} to {end:,}): {why}"
-            self.watch.incidents.log("skipped update", text, step=state.step + 1, tokens=[state.tokens, end])
+            self.watch.incidents.log(
+                "skipped update", text, step=state.step + 1, tokens=[state.tokens, end]
+            )
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     def after(self, state: State, before: int, told: Told) -> None:
-        """Look at the step from token `before` to the state's; raises InputError, on every rank, to stop the run."""
+        """Look at the step from token `before` to the state's; raises InputError, on every rank, to
+        stop the run.
+        """
         self.watch.at(state.step, "check")
         if self.health.hopeless is not None:
             raise InputError(
-                f"{self.health.hopeless}, up to step {state.step}: lower optim.lr or optim.clip_norm, or look "
-                "at the tokens that incidents.jsonl names, and start from an earlier checkpoint"
+                f"{self.health.hopeless}, up to step {state.step}: lower optim.lr or "
+                "optim.clip_norm, or look at the tokens that incidents.jsonl names, and start "
+                "from an earlier checkpoint"
             )
         rewound = self.health.lasting and self._rewind(state)
         if state.step % self.config.check_replicas_steps == 0:
@@ -69,13 +79,18 @@ class Guard:
         slow = self.stragglers.add(told.seconds)
         if self.ranks.first:
             for rank, times in slow:
-                text = f"rank {rank} on {self.watch.host(rank)} is {times:.1f} times slower than the others"
+                text = (
+                    f"rank {rank} on {self.watch.host(rank)} is {times:.1f} times slower than "
+                    "the others"
+                )
                 self.watch.incidents.log("straggler", text, rank=rank, step=state.step)
         if rewound or told.save or self.checkpoints.due(before, state.tokens):
             self.watch.at(state.step, "save")
             state.health = self.health.state()
             waited = self.checkpoints.save(state, self.engine)
-            logger.info(f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s")
+            logger.info(
+                f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s"
+            )
 
     def leave(self, state: State) -> None:
         """The last save, which waits until it is on disk."""
@@ -84,7 +99,9 @@ class Guard:
         self.checkpoints.save_and_wait(state, self.engine)
 
     def check_replicas(self, step: int) -> None:
-        """Raise RuntimeError, on every rank, when the weights of some have drifted: the next start mends that."""
+        """Raise RuntimeError, on every rank, when the weights of some have drifted: the next start
+        mends that.
+        """
         if drifted := drifting(self.model, self.engine, self.ranks):
             names = ", ".join(f"rank {rank} on {self.watch.host(rank)}" for rank in drifted)
             text = f"weights of {names} differ from their master copies after step {step}"
@@ -93,7 +110,9 @@ class Guard:
             raise RuntimeError(text)
 
     def _rewind(self, state: State) -> bool:
-        """Weights from before a spike that lasts, and on with the data behind it: what lies between is left out."""
+        """Weights from before a spike that lasts, and on with the data behind it: what lies between
+        is left out.
+        """
         since = self.health.since
         assert since is not None
         self.watch.at(state.step, "save", LONG_PATIENCE)
@@ -103,12 +122,16 @@ class Guard:
             return False  # the updates go on being skipped, until there are too many
         old = self.checkpoints.load(folder, self.engine)
         rewinds = self.health.rewinds + 1
-        self.health.load({**old.health, "rewinds": rewinds, "calm": 0, "skipped": 0, "spikes": 0, "since": None})
+        self.health.load(
+            {**old.health, "rewinds": rewinds, "calm": 0, "skipped": 0, "spikes": 0, "since": None}
+        )
         state.updates = old.updates
         if self.ranks.first:
             text = (
-                f"the loss has spiked since token {since:,}: weights of {folder.name}, and tokens {old.tokens:,} to "
-                f"{state.tokens:,} are left out"
+                f"the loss has spiked since token {since:,}: weights of {folder.name}, and "
+                f"tokens {old.tokens:,} to {state.tokens:,} are left out"
             )
-            self.watch.incidents.log("rewind", text, tokens=[old.tokens, state.tokens], number=rewinds)
+            self.watch.incidents.log(
+                "rewind", text, tokens=[old.tokens, state.tokens], number=rewinds
+            )
         return True

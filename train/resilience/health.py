@@ -1,11 +1,14 @@
-"""Whether a step did the model good: losses that are not finite, loss spikes, replicas that drift, slow ranks.
+"""Whether a step did the model good: losses that are not finite, loss spikes, replicas that drift,
+slow ranks.
 
-Every decision is a function of values that all ranks share, so all ranks decide alike; what a decision depends on is
-part of the checkpoint, so a resumed run decides as the uninterrupted one would have.
+Every decision is a function of values that all ranks share, so all ranks decide alike; what a
+decision depends on is part of the checkpoint, so a resumed run decides as the uninterrupted one
+would have.
 
-The spike rule is OLMo-core's SkipStepOptimizer's (six standard deviations over 128 steps, on the loss), with the window
-kept across restarts and never fed a value that is not finite. What follows a spike that lasts is PaLM's remedy
-(arXiv 2204.02311, section 5.1): go back to a checkpoint from before it and leave out the data seen since.
+The spike rule is OLMo-core's SkipStepOptimizer's (six standard deviations over 128 steps, on the
+loss), with the window kept across restarts and never fed a value that is not finite. What follows a
+spike that lasts is PaLM's remedy (arXiv 2204.02311, section 5.1): go back to a checkpoint from
+before it and leave out the data seen since.
 """
 
 import math
@@ -40,7 +43,9 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {key: value for key, value in vars(self).items() if key != "config"} | {"window": list(self.window)}
+        return {key: value for key, value in vars(self).items() if key != "config"} | {
+            "window": list(self.window)
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; one of an older format has none, and starts a window."""
@@ -58,7 +63,9 @@ class Health:
             return f"its loss is {loss}"
         if len(self.window) < self.config.spike_window:
             return None
-        limit = statistics.fmean(self.window) + self.config.spike_sigmas * statistics.pstdev(self.window)
+        limit = statistics.fmean(self.window) + self.config.spike_sigmas * statistics.pstdev(
+            self.window
+        )
         return f"its loss {loss:.4f} is a spike above {limit:.4f}" if loss > limit else None
 
     def settle(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
@@ -81,7 +88,10 @@ class Health:
         if self.skipped > self.config.max_skipped:
             return f"{self.skipped} updates in a row were skipped"
         if self.lasting and self.rewinds >= self.config.max_rewinds:
-            return f"the loss spiked again within {self.config.spike_window} updates of the {self.rewinds}th rewind"
+            return (
+                f"the loss spiked again within {self.config.spike_window} updates of the "
+                f"{self.rewinds}th rewind"
+            )
         return None
 
     @property
@@ -93,16 +103,21 @@ class Health:
 def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     """Ranks whose weights are not, bit for bit, what they should be.
 
-    That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are written anew, so this
-    sees what went wrong since, and a gather that does not arrive; megatron-core's gather comes right before, so of that
-    only the latter), or what most replicas hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of
-    bit patterns: one pass over the weights, and a few bytes exchanged.
+    That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are
+    written anew, so this sees what went wrong since, and a gather that does not arrive;
+    megatron-core's gather comes right before, so of that only the latter), or what most replicas
+    hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of bit patterns: one
+    pass over the weights, and a few bytes exchanged.
     """
     if engine.weights is Weights.parts:
         return []
-    pieces = engine.pieces()  # first, for megatron-core gathers weights for the next forward only, or for this
+    pieces = (
+        engine.pieces()
+    )  # first, for megatron-core gathers weights for the next forward only, or for this
     weights = dict(model.named_parameters())
-    held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))  # cut, whole tensors
+    held, owned = (
+        torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2)
+    )  # cut, whole tensors
     for name, weight in weights.items():
         held[int(cut_of(name) is None)] += bits(weight)
     if engine.weights is Weights.replicas:
@@ -119,12 +134,18 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
 
 
 def outvoted(held: Tensor, ranks: Ranks) -> list[int]:
-    """Ranks whose sums `held` are not those of more than half of their replicas; all, where no half agrees."""
+    """Ranks whose sums `held` are not those of more than half of their replicas; all, where no half
+    agrees.
+    """
     gathered = [torch.zeros_like(held) for _ in range(ranks.world_size)]
     dist.all_gather(gathered, held)
     sums = [tuple(pair.tolist()) for pair in gathered]
     replicas = [sums[rank % ranks.tp_size :: ranks.tp_size] for rank in range(ranks.world_size)]
-    return [rank for rank, own in enumerate(sums) if 2 * replicas[rank].count(own) <= len(replicas[rank])]
+    return [
+        rank
+        for rank, own in enumerate(sums)
+        if 2 * replicas[rank].count(own) <= len(replicas[rank])
+    ]
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -134,7 +155,9 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 class Stragglers:
-    """Finds ranks whose own work, per micro-batch, takes longer than that of the others in two windows on end."""
+    """Finds ranks whose own work, per micro-batch, takes longer than that of the others in two
+    windows on end.
+    """
 
     def __init__(self, steps: int, factor: float) -> None:
         self.factor = factor
@@ -142,7 +165,9 @@ class Stragglers:
         self.suspects: set[int] = set()
 
     def add(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """Seconds of every rank in one step; returns slow ranks and how many times slower they are."""
+        """Seconds of every rank in one step; returns slow ranks and how many times slower they
+        are.
+        """
         self.rows.append(seconds)
         if len(self.rows) < (self.rows.maxlen or 0):
             return []

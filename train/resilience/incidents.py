@@ -1,12 +1,13 @@
-"""What happened to a run besides its steps, and how it ended: incidents.jsonl and outcome.json in its folder.
+"""What happened to a run besides its steps, and how it ended: incidents.jsonl and outcome.json in
+its folder.
 
-The exit code says the same to whoever can see it, but torchrun turns every one of them into 1. So launchers read
-outcome.json, which is absent while a run goes on and after a crash:
+The exit code says the same to whoever can see it, but torchrun turns every one of them into 1. So
+launchers read outcome.json, which is absent while a run goes on and after a crash:
 
     code 0   finished   every token is behind it
-    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL of sysexits.h)
-    code 2   stopped    no restart cures it; the reason names what would
-    absent   a crash    start it again
+    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL of
+    sysexits.h) code 2   stopped    no restart cures it; the reason names what would absent   a
+    crash    start it again
 """
 
 import logging
@@ -36,9 +37,13 @@ class Outcome:
     reason: str
 
     def write(self, folder: Path) -> None:
-        """Put outcome.json into place at once; a disk that refuses it does not change the exit code."""
+        """Put outcome.json into place at once; a disk that refuses it does not change the exit
+        code.
+        """
         try:
-            write_json(RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None)
+            write_json(
+                RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None
+            )
         except OSError as error:
             logger.warning(f"outcome.json is not written: {error}")
 
@@ -53,21 +58,30 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 class Incidents:
-    """The log of everything that was not a plain step: one JSON object per line, each said on the console too."""
+    """The log of everything that was not a plain step: one JSON object per line, each said on the
+    console too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = RunFiles(folder).incidents
 
     def log(self, kind: str, text: str, **facts: Any) -> None:
         """Write an incident; a full disk or a closed console is no reason to stop."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "incident": kind, "text": text, **facts}
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "incident": kind,
+            "text": text,
+            **facts,
+        }
         logger.warning(f"{kind}: {text}")
         with suppress(OSError):
             append_json_line(self.path, line)
 
 
 class Starts:
-    """Counts starts from the same place: a run that crashes again and again before its next checkpoint stops."""
+    """Counts starts from the same place: a run that crashes again and again before its next
+    checkpoint stops.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.path = RunFiles(folder).starts
@@ -81,11 +95,19 @@ class Starts:
         except (ValueError, KeyError, TypeError):
             starts = 1
         if starts > self.limit:
-            crashes = [entry for entry in read_json_lines(incidents.path) if entry.get("incident") in ("crash", "hang")]
-            last = crashes[-1]["text"] if crashes else "none left a message, as after kill -9 or without memory"
+            crashes = [
+                entry
+                for entry in read_json_lines(incidents.path)
+                if entry.get("incident") in ("crash", "hang")
+            ]
+            last = (
+                crashes[-1]["text"]
+                if crashes
+                else "none left a message, as after kill -9 or without memory"
+            )
             return (
-                f"{self.limit} starts from {tokens:,} tokens ended before a new checkpoint; the last crash: {last}. "
-                f"Mend that, remove {self.path}, and start again"
+                f"{self.limit} starts from {tokens:,} tokens ended before a new checkpoint; the "
+                f"last crash: {last}. Mend that, remove {self.path}, and start again"
             )
         write_json(self.path, {"tokens": tokens, "starts": starts}, indent=None)
         return None

@@ -1,8 +1,9 @@
-"""One job at a time in a run's folder: a lock file that is renewed, and that nobody's clock can make stale.
+"""One job at a time in a run's folder: a lock file that is renewed, and that nobody's clock can
+make stale.
 
-A second job refuses when the holder lives. Whether it lives is known at once on the same machine (its process), and
-elsewhere by watching for LEASE_SECONDS whether the file's time still changes: only changes count, so clocks that
-differ or jump do not matter.
+A second job refuses when the holder lives. Whether it lives is known at once on the same machine
+(its process), and elsewhere by watching for LEASE_SECONDS whether the file's time still changes:
+only changes count, so clocks that differ or jump do not matter.
 """
 
 import json
@@ -26,7 +27,9 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks; None when it is gone (a zombie is)."""
+    """When a process of this machine started, in kernel ticks; None when it is gone (a zombie
+    is).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -45,7 +48,8 @@ class Lease:
     def take(self) -> None:
         """Hold the lock; raises InputError while another job does, and then has written nothing.
 
-        Takes over from a job that is gone, after a moment on the same machine and after `seconds` elsewhere.
+        Takes over from a job that is gone, after a moment on the same machine and after `seconds`
+        elsewhere.
         """
         mine = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}{PART}")
@@ -62,7 +66,9 @@ class Lease:
         self.descriptor = os.open(self.path, os.O_RDONLY)
 
     def renew(self) -> bool:
-        """Show that the holder lives, which needs no room on the disk; False when the lock is another's."""
+        """Show that the holder lives, which needs no room on the disk; False when the lock is
+        another's.
+        """
         try:
             os.utime(self.descriptor)
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
@@ -89,11 +95,13 @@ class Lease:
             return  # given back in this moment
         except (ValueError, KeyError, TypeError):
             where, pid, start = "an unknown machine", 0, None
-        lives = process_start(pid) == start if where == machine() else self._changes(stale.st_mtime_ns)
+        lives = (
+            process_start(pid) == start if where == machine() else self._changes(stale.st_mtime_ns)
+        )
         if lives:
             raise InputError(
-                f"{self.path.parent} is in use by process {pid} on {where.split()[0]}: wait for it, end it, or choose "
-                "another run.name"
+                f"{self.path.parent} is in use by process {pid} on {where.split()[0]}: wait for "
+                "it, end it, or choose another run.name"
             )
         try:
             if os.path.samestat(stale, self.path.stat()):

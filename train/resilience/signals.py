@@ -1,6 +1,8 @@
-"""Requests to leave: SIGTERM, SIGUSR1, SIGINT, the end of the allotted time, or a launcher that is gone.
+"""Requests to leave: SIGTERM, SIGUSR1, SIGINT, the end of the allotted time, or a launcher that is
+gone.
 
-The loop asks once per step, on every rank, and all leave after the same step. A request can be repeated without harm.
+The loop asks once per step, on every rank, and all leave after the same step. A request can be
+repeated without harm.
 """
 
 import os
@@ -15,7 +17,9 @@ class Leave:
     """Whether this process has been asked to leave, and why."""
 
     def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
-        """The time limit is counted from here; Slurm's end of the job less the margin where Slurm gives one."""
+        """The time limit is counted from here; Slurm's end of the job less the margin where Slurm
+        gives one.
+        """
         self.why: str | None = None
         limits = [] if stop_after_seconds is None else [stop_after_seconds]
         if end := os.environ.get("SLURM_JOB_END_TIME"):
@@ -25,7 +29,9 @@ class Leave:
         self.parent = os.getppid()
 
     def install(self) -> None:
-        """Take over the signals for good: the second and later ones, also on the way out, change nothing."""
+        """Take over the signals for good: the second and later ones, also on the way out, change
+        nothing.
+        """
         for number in SIGNALS:
             signal.signal(number, self._handle)
 

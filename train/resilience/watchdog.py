@@ -1,8 +1,10 @@
-"""A thread beside the loop: shows that this rank lives, renews the run's lease, and ends a rank that is stuck.
+"""A thread beside the loop: shows that this rank lives, renews the run's lease, and ends a rank
+that is stuck.
 
-A rank that stops (kill -STOP, a dead GPU, a storage that does not answer) leaves its peers inside a collective. Each
-rank writes its place and a beat to a small file; when it has not moved for the limit, it says whose beat has stopped,
-or who is furthest behind, writes the stacks of its threads, and leaves with a code that asks for a restart.
+A rank that stops (kill -STOP, a dead GPU, a storage that does not answer) leaves its peers inside a
+collective. Each rank writes its place and a beat to a small file; when it has not moved for the
+limit, it says whose beat has stopped, or who is furthest behind, writes the stacks of its threads,
+and leaves with a code that asks for a restart.
 Cost: a file of 512 bytes per rank, overwritten every few seconds.
 """
 
@@ -50,7 +52,9 @@ class Watch:
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
         self.lease: Lease | None = None
         self.incidents = Incidents(folder)
-        self.listener: Callable[[int, str], None] | None = None  # hears of every move: train/metrics/profiler.py
+        self.listener: Callable[[int, str], None] | None = (
+            None  # hears of every move: train/metrics/profiler.py
+        )
         self.beats = 0
         self.ended = threading.Event()
         self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
@@ -106,7 +110,9 @@ class Watch:
         self.beats += 1
         step, phase, _ = self.place
         line = json.dumps({"step": step, "phase": phase, "beats": self.beats, **self.who})
-        with suppress(OSError):  # peers would take this rank for silent, and say so; nothing else depends on it
+        with suppress(
+            OSError
+        ):  # peers would take this rank for silent, and say so; nothing else depends on it
             os.pwrite(self.descriptor, line.ljust(SIZE).encode(), 0)
 
     def _hang(self) -> None:
@@ -118,24 +124,33 @@ class Watch:
         behind = min(after.values(), key=order)
         blamed = silent or [rank for rank, place in after.items() if order(place) == order(behind)]
         names = "; ".join(
-            f"rank {rank} on {after[rank].get('host')} at step {after[rank].get('step')}, {after[rank].get('phase')}"
+            f"rank {rank} on {after[rank].get('host')} at step {after[rank].get('step')}, "
+            f"{after[rank].get('phase')}"
             for rank in blamed
         )
         step, phase, _ = self.place
         state = "no sign of life from" if silent else "alive but furthest behind:"
-        text = f"rank {self.rank} has not moved for {self.limit:.0f} s (step {step}, {phase}); {state} {names}"
+        text = (
+            f"rank {self.rank} has not moved for {self.limit:.0f} s (step {step}, {phase}); "
+            f"{state} {names}"
+        )
         self._leave("hang", text, [after[rank] for rank in silent])
 
     def _leave(self, kind: str, text: str, frozen: list[dict[str, Any]]) -> None:
-        """Say it, leave the stacks, end peers of this machine that cannot end themselves, and go."""
+        """Say it, leave the stacks, end peers of this machine that cannot end themselves, and
+        go.
+        """
         self.incidents.log(kind, text, rank=self.rank)
         try:
-            with (self.heartbeats / f"stacks-{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
+            with (self.heartbeats / f"stacks-{self.rank:05d}.txt").open(
+                "w", encoding="utf-8"
+            ) as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         for peer in frozen:
-            # a stopped process does not hear SIGTERM, and launchers wait half a minute before they do the same
+            # a stopped process does not hear SIGTERM, and launchers wait half a minute before they
+            # do the same
             if peer.get("machine") == machine() and process_start(peer["pid"]) == peer["start"]:
                 os.kill(peer["pid"], signal.SIGKILL)
         exit_now(HUNG)

@@ -270,7 +270,7 @@ def test_sizes_stay_readable() -> None:
         assert text.count("\n") <= 380, f"{path} has {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 60, f"{path}: {node.name} is too long"
+                assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name} is too long"
 
 
 def test_no_pickle_is_read() -> None:

@@ -81,9 +81,8 @@ def scans(lengths: list[int], missing: dict[str, str]) -> list[Row]:
         weight = torch.randn_like(expected)
         calls = {}
         for name, scan in who.items():
-            torch.testing.assert_close(
-                scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4
-            )  # the same problem
+            # the same problem
+            torch.testing.assert_close(scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4)
 
             def both(
                 scan: Callable[..., Tensor] = scan,

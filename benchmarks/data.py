@@ -92,9 +92,8 @@ def rivals(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np
 
     def by_megatron(numbers: np.ndarray) -> Any:
         starts = [int(i) * seq_len % (tokens - item) for i in numbers % windows]
-        starts = [
-            start - max(0, start % item + seq_len + 1 - item) for start in starts
-        ]  # inside one document
+        # inside one document
+        starts = [start - max(0, start % item + seq_len + 1 - item) for start in starts]
         return as_batch([indexed.get(start // item, start % item, seq_len + 1) for start in starts])
 
     from datatrove.utils.dataset import DatatroveFolderDataset

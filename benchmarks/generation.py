@@ -146,9 +146,8 @@ def longest_prompt(name: str, decode: Decoder, limit_bytes: int, most: int, mete
 def bench(config: EvaluationConfig) -> None:
     """Measure all three, print a table, write JSON and a picture."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(
-        1
-    )  # a second thread's waiting would count as work, and one token at a time has no use for it
+    # a second thread's waiting would count as work, and one token at a time has no use for it
+    torch.set_num_threads(1)
     settings, meter = config.eval.bench, Meter(device)
     result: Result = {
         "device": torch.cuda.get_device_name() if meter.cuda else "one CPU thread",

@@ -45,9 +45,8 @@ def main() -> None:
 
     def both(u, *rest):
         y, pull = jax.vjp(scan, u, *rest)
-        return pull(
-            u
-        )  # any gradient will do that is not constant: the input itself has the output's shape
+        # any gradient will do that is not constant: the input itself has the output's shape
+        return pull(u)
 
     def formula(u, dt, A, B, C, D, z, bias):
         u, dt, B, C, z = (x.astype(jnp.float32) for x in (u, dt, B, C, z))

@@ -15,9 +15,8 @@ from model.hf import hf_config
 from model.kernels import load as kernels_of
 from model.parallel.build import build
 
-Decoder = Callable[
-    [list[int], int, Callable[[], None]], None
-]  # prompt, count, what is called after each token
+# prompt, count, what is called after each token
+Decoder = Callable[[list[int], int, Callable[[], None]], None]
 
 
 def ours(config: ModelConfig, device: torch.device) -> Decoder:

@@ -104,9 +104,8 @@ class Recorded(Trainer):
     until: float
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        part = super().training_step(
-            *arguments, **named
-        )  # this small batch's share of the step's mean
+        # this small batch's share of the step's mean
+        part = super().training_step(*arguments, **named)
         self.parts.append(float(part))
         if len(self.parts) == BATCH // MICRO_BATCH:
             self._note(sum(self.parts))
@@ -213,9 +212,8 @@ def apart(left: list[float], right: list[float]) -> list[float]:
 def judge(ours: list[float], again: list[float], theirs: list[float]) -> dict[str, Any]:
     """How far the Trainer's curve is from ours, in nats and in yardsticks."""
     to_theirs, yardstick = apart(ours, theirs), apart(ours, again)
-    ratios = [
-        mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)
-    ]  # 1e-7: of fp32
+    # 1e-7: of fp32
+    ratios = [mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)]
     difference = np.abs(np.array(ours) - np.array(theirs))
     return {
         "first": [ours[0], again[0], theirs[0]],

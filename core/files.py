@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ROOT = (
-    Path(__file__).resolve().parent.parent
-)  # of the code: configs/ and the entry scripts lie there
+# of the code: configs/ and the entry scripts lie there
+ROOT = Path(__file__).resolve().parent.parent
 PART = ".part"  # what the name of an unfinished file ends in
 PART_SECONDS = 3600.0
 
@@ -31,9 +30,8 @@ def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves
     the old file unless it was the folder that could not be synced.
     """
-    part = path.with_name(
-        f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}"
-    )  # writers may be many
+    # writers may be many
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}")
     try:
         with part.open("wb") as file:
             write(file)

@@ -19,13 +19,11 @@ class RunFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "config.yaml"  # every value, and the commit of the code
-        self.metrics = (
-            folder / "metrics.jsonl"
-        )  # a line per step, and one per checkpoint whose scores came in
+        # a line per step, and one per checkpoint whose scores came in
+        self.metrics = folder / "metrics.jsonl"
         self.incidents = folder / "incidents.jsonl"  # what happened besides steps
-        self.outcome = (
-            folder / "outcome.json"
-        )  # how the last start ended; absent while it runs and after a crash
+        # how the last start ended; absent while it runs and after a crash
+        self.outcome = folder / "outcome.json"
         self.starts = folder / "starts.json"  # starts from the same tokens
         self.lock = folder / "run.lock"  # of the one job that writes here
         self.heartbeats = folder / "heartbeats"  # a file per rank, and stacks of ranks that hung

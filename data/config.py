@@ -68,15 +68,12 @@ class Asset:
 class Assets:
     """All of them, by what they are for."""
 
-    language_model: Asset = field(
-        default_factory=Asset
-    )  # fastText model of languages: lid.176.bin or lid.176.ftz
-    math_classifier: Asset = field(
-        default_factory=Asset
-    )  # fastText model with the label __label__math
-    url_blocklist: Asset = field(
-        default_factory=Asset
-    )  # domains, one a line, in place of datatrove's own lists
+    # fastText model of languages: lid.176.bin or lid.176.ftz
+    language_model: Asset = field(default_factory=Asset)
+    # fastText model with the label __label__math
+    math_classifier: Asset = field(default_factory=Asset)
+    # domains, one a line, in place of datatrove's own lists
+    url_blocklist: Asset = field(default_factory=Asset)
     evaluations: Asset = field(default_factory=Asset)  # jsonl of texts that must not be trained on
 
 

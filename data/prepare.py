@@ -119,9 +119,8 @@ class Preparation:
             if self.read_clean(name):
                 self.report("clean", f"{name}: reused, {self.cleans[name].documents:,} documents")
                 continue
-            clean.check_packages(
-                source
-            )  # imports before the fork, and refuses before the first document
+            # imports before the fork, and refuses before the first document
+            clean.check_packages(source)
             builds[name] = Build(
                 source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions
             )
@@ -169,9 +168,8 @@ class Preparation:
                     f"({accounting.reasons(steps)})"
                 )
         except (RuntimeError, InputError) as error:
-            fingerprints.discard(
-                place
-            )  # its tasks are marked complete, and a next run would believe them
+            # its tasks are marked complete, and a next run would believe them
+            fingerprints.discard(place)
             raise InputError(str(error)) from error
         clean.finish(build)
         made_of = fingerprints.made_of(build.source, self.listings[name])
@@ -205,9 +203,8 @@ class Preparation:
         if settings.path is not None:
             tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
         else:
-            cleans = [
-                self.cleans[name] for name in self.cfg.sources if name in self.cleans
-            ]  # not as they ended
+            # not as they ended
+            cleans = [self.cleans[name] for name in self.cfg.sources if name in self.cleans]
             if not cleans:
                 raise InputError(
                     "no source has text to train a vocabulary on: set data.tokenizer.path"

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import enum
 import inspect
+import itertools
 import re
 import sys
 import textwrap
@@ -153,38 +154,47 @@ def raw(values: Any, name: str) -> Any:
 
 
 def field_comments(schema: type) -> dict[str, str]:
-    """The comments behind the fields of a dataclass."""
+    """The comments above and behind the fields of a dataclass."""
     source = textwrap.dedent(inspect.getsource(schema))
     lines = source.splitlines()
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    fields = [
-        node
-        for node in body.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
     found = {}
-    for node in fields:
-        _, mark, text = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
-        if mark and isinstance(node.target, ast.Name):
-            found[node.target.id] = text.strip()
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            _, _, behind = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
+            above = list(itertools.takewhile(is_comment, reversed(lines[: node.lineno - 1])))
+            if note := " ".join([*(line.strip()[2:] for line in reversed(above)), behind]).strip():
+                found[node.target.id] = note
     return found
 
 
+def is_comment(line: str) -> bool:
+    """Whether a line of Python or YAML is a comment."""
+    return line.lstrip().startswith("# ")
+
+
 def comments_of(section: str) -> dict[str, str]:
-    """The comments behind the values in a section's files, by full key."""
+    """The comments above and behind the values in a section's files, by full key."""
     found: dict[str, str] = {}
     for path in [
         *sorted((ROOT / "configs" / section).glob("*.yaml")),
         ROOT / "configs" / "config.yaml",
     ]:
-        above = [] if path.name == "config.yaml" else [(-1, section)]
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
+        parents = [] if path.name == "config.yaml" else [(-1, section)]
+        above: list[str] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            if is_comment(line):
+                above += [line.strip()[2:]] if number else []  # the first line is the file's
+            elif match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
                 indent = len(match[1])
-                above = [(at, name) for at, name in above if at < indent] + [(indent, match[2])]
-                if match[3]:
-                    found.setdefault(".".join(name for _, name in above), match[3].strip())
+                parents = [(at, name) for at, name in parents if at < indent]
+                parents.append((indent, match[2]))
+                if note := " ".join([*above, match[3] or ""]).strip():
+                    found.setdefault(".".join(name for _, name in parents), note)
+                above = []
+            else:
+                above = []
     return found
 
 

@@ -53,9 +53,8 @@ def trained_documents(
     times).
     """
     manifests = open_manifests(config)
-    held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(
-        dict
-    )  # length and sum first: few need a hash
+    # length and sum first: few need a hash
+    held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
     for name, manifest in manifests.items():
         ids = fixed_tokens(config, name, manifest, settings)
         for start, length, total in zip(*documents(ids), strict=True):

@@ -130,12 +130,10 @@ class Eval:
     validation: ValidationConfig
     jobs: Jobs
     dtype: str  # of the exported weights: float32 or bfloat16
-    keep_fp32: list[
-        str
-    ]  # parameters exported in fp32 all the same, by their last name: A_log, D, ...
-    checkpoint: (
-        str | None
-    )  # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest
+    # parameters exported in fp32 all the same, by their last name: A_log, D, ...
+    keep_fp32: list[str]
+    # a step-N folder, or for suites also a Hugging Face folder; None is the run's newest
+    checkpoint: str | None
     hub: str | None  # USER/MODEL that eval/push.py uploads to
     suite: Suite | None  # a leaderboard instead of held-out text
 

@@ -3,9 +3,11 @@ would be.
 
     FOLDER/web/*.warc.gz      help pages of standard modules, as a crawl
     FOLDER/pages/*.html       the same pages as files, to try recipe manuals on
-    (data.sources.web.input=FOLDER/pages) FOLDER/code/*.jsonl       standard modules, a row per file
-    FOLDER/technical/*.jsonl  reference pages of other modules FOLDER/curated/*.jsonl    chapters of
-    the language reference FOLDER/math/*.jsonl       worked arithmetic
+                              (data.sources.web.input=FOLDER/pages)
+    FOLDER/code/*.jsonl       standard modules, a row per file
+    FOLDER/technical/*.jsonl  reference pages of other modules
+    FOLDER/curated/*.jsonl    chapters of the language reference
+    FOLDER/math/*.jsonl       worked arithmetic
 
 Two files a kind, which two tasks read. Nothing is done where the same Python has written them
 before.

@@ -21,11 +21,12 @@ from train.metrics.records import curve, read_lines, short
 from train.resilience.incidents import read_outcome
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
+# what runs are ordered by: the first that was measured
 BEST = (
     "bits_per_byte",
     "validation",
     "loss",
-)  # what runs are ordered by: the first that was measured
+)
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
   python launch/collect.py runs/sweeps/130m-decay_tokens-lr

@@ -7,9 +7,10 @@ that cannot run is refused with the nearest one that can. Also written to RUN/dr
 
 examples:
   python launch/dryrun.py +experiment=7b world=256
-  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8
-  parallel.sequence_parallel=true python launch/dryrun.py +experiment=7b world=256 model.n_layer=4
-  parallel.engine=deepspeed parallel.zero_stage=3
+  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 \\
+    parallel.sequence_parallel=true
+  python launch/dryrun.py +experiment=7b world=256 model.n_layer=4 parallel.engine=deepspeed \\
+    parallel.zero_stage=3
 """
 
 import logging

@@ -96,9 +96,8 @@ class Pieces:
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         run, out = shape[0] // cut.parts, []  # rows that lie together on one rank
         while start < stop:
-            block, inside = divmod(
-                start, run
-            )  # blocks go over the ranks of the first part, then of the next
+            # blocks go over the ranks of the first part, then of the next
+            block, inside = divmod(start, run)
             count = min(run - inside, stop - start)
             local = block // size * run + inside
             out.append(

@@ -8,13 +8,14 @@ part can say which part of what it is.
 from dataclasses import dataclass
 from functools import cache
 
+# assumed: norms, biases and the SSM's own; sources
 NO_DECAY = (
     "norm.weight",
     "A_log",
     ".D",
     "dt_bias",
     "conv_bias",
-)  # assumed: norms, biases and the SSM's own; sources
+)
 # name A_log and D only (state-spaces/mamba), and leave the embedding decayed
 
 

@@ -25,11 +25,12 @@ from train.resilience.guard import Guard
 from train.resilience.lease import Lease
 from train.trainer import Trainer
 
+# change the run's course by design, so a clean run to compare with gets them too
 NUMERIC = (
     "nan",
     "inf",
     "spike",
-)  # change the run's course by design, so a clean run to compare with gets them too
+)
 # They end a start. Each has one of its own, in their order, however slow the machine: two at once
 # would be one.
 ENDING = (

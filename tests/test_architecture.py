@@ -14,12 +14,13 @@ from core.run import RunFiles
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
 
+# which import the house, and which nobody in it imports
 OUTSIDE = (
     "benchmarks",
     "docs",
     "examples",
     "tests",
-)  # which import the house, and which nobody in it imports
+)
 
 # Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
 DOORS: dict[str, tuple[set[str], set[str]]] = {

@@ -159,9 +159,8 @@ class CheckpointConfig:
 
     every_tokens: int
     keep_last: int
-    keep_every_tokens: (
-        int | None
-    )  # keeps the first one past each multiple for good; None keeps none
+    # keeps the first one past each multiple for good; None keeps none
+    keep_every_tokens: int | None
     keep_stage_ends: bool
     retry_seconds: float  # pause after a save that failed; doubles with each further one
     max_failures: int  # saves in a row that failed, after which the run stops
@@ -203,9 +202,8 @@ class HealthConfig:
     straggler_factor: float  # times slower than the others
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
     max_starts: int  # from the same tokens
-    stop_after_seconds: (
-        float | None
-    )  # leave for a requeue; Slurm's end of the job counts without it
+    # leave for a requeue; Slurm's end of the job counts without it
+    stop_after_seconds: float | None
     stop_margin_seconds: float  # before Slurm's end of the job
     verify_shards: VerifyShards
 
@@ -280,9 +278,8 @@ class Cluster:
     headroom_gib: (
         float  # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
     )
-    peak_tflops: (
-        float | None
-    )  # dense, of one rank, in the run's precision; None measures a matrix product
+    # dense, of one rank, in the run's precision; None measures a matrix product
+    peak_tflops: float | None
 
 
 @dataclass

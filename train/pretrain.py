@@ -2,10 +2,11 @@
 
 examples:
   torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo
-  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo optim.clip_norm=0.5
-  run.name=clipped torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo
-  train.profile.steps=3   # a trace and a table torchrun --nnodes 32 --nproc-per-node 8
-  --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
+  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo optim.clip_norm=0.5 \\
+    run.name=clipped
+  torchrun --nproc-per-node 2 train/pretrain.py +experiment=demo \\
+    train.profile.steps=3   # a trace and a table
+  torchrun --nnodes 32 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 \\
     train/pretrain.py +experiment=7b
 """
 
@@ -14,9 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # a script's own folder would hide the packages
+# a script's own folder would hide the packages
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.command import command
 from core.log import UnfailingStream

@@ -91,9 +91,8 @@ def start(config: RunConfig, device: str) -> Outcome:
 
 def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
-    trainer = Trainer(
-        config, here, record, watch, leave
-    )  # refuses a folder of another run before its record changes
+    # refuses a folder of another run before its record changes
+    trainer = Trainer(config, here, record, watch, leave)
     if here.first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with listening(config.train.profile, config.run.folder, here, watch):

@@ -197,9 +197,8 @@ class Trainer:
         """Forward, backward and update of one global batch; returns the losses and norms of the
         step.
         """
-        sums = torch.zeros(
-            2, len(self.plan.sources), dtype=torch.float64
-        )  # nats and tokens of each source
+        # nats and tokens of each source
+        sums = torch.zeros(2, len(self.plan.sources), dtype=torch.float64)
         autocast = self.config.parallel.precision is Precision.bf16
         # seconds of this rank's own work: reading and forward passes, which wait for no other rank
         own = waited
@@ -218,9 +217,8 @@ class Trainer:
             if self.config.optim.z_loss > 0:
                 total = total + self.config.optim.z_loss * log_sums.square().sum()
             if counts:
-                count(
-                    sums, batch.source, losses.detach()
-                )  # waits for the device, so that the time is the work's
+                # waits for the device, so that the time is the work's
+                count(sums, batch.source, losses.detach())
             own += time.perf_counter() - begun
             self.watch.at(self.state.step, "backward")
             # the mean over the tokens of the global batch, whoever holds them

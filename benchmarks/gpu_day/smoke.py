@@ -3,8 +3,7 @@ tiny model.
 
     python -m benchmarks.gpu_day.smoke                # on a GPU, about a minute
     python -m benchmarks.gpu_day.smoke --small        # under compute-sanitizer
-    python -m benchmarks.gpu_day.smoke --device cpu   # tries the script itself, with the CPU
-    kernels
+    python -m benchmarks.gpu_day.smoke --device cpu   # tries the script, with CPU kernels
 
 Each part is named with its seconds, and a part that fails costs no other, unless the device is lost
 to this process.

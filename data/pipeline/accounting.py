@@ -23,9 +23,8 @@ class Step:
     forwarded: int
     dropped: dict[str, int]  # reason -> documents
     characters: int = 0  # of the documents passed on, where the step counts them
-    cut: dict[str, int] = field(
-        default_factory=dict
-    )  # "documents" and "characters" that were cut out of others
+    # "documents" and "characters" that were cut out of others
+    cut: dict[str, int] = field(default_factory=dict)
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[Step]:

@@ -165,9 +165,8 @@ def count(build: Build) -> list[Step]:
         if one.out is not None:
             steps += read_counts(logs / "stats", build.source.tasks, steps[-1:])
         elif one.name in ("signatures", "windows"):
-            read_counts(
-                logs / "stats", build.source.tasks, steps[-1:]
-            )  # they see every document too
+            # they see every document too
+            read_counts(logs / "stats", build.source.tasks, steps[-1:])
     return steps
 
 

@@ -170,9 +170,8 @@ def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
     """
     settings = cfg.tokenizer
     if settings.path is not None:
-        return digest(
-            sha256_of(Path(settings.path)), settings.vocab_size
-        )  # a smaller size is checked again
+        # a smaller size is checked again
+        return digest(sha256_of(Path(settings.path)), settings.vocab_size)
     numbers = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
     return digest(clean_keys, numbers, tokenizer.TRAINING_VERSION, version("tokenizers"))
 

@@ -26,6 +26,7 @@ from data.tokenizer import EOS
 
 RECIPE_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
+# DType of indexed_dataset.py, whole numbers only
 DTYPES = {
     1: "<u1",
     2: "<i1",
@@ -33,7 +34,7 @@ DTYPES = {
     4: "<i4",
     5: "<i8",
     8: "<u2",
-}  # DType of indexed_dataset.py, whole numbers only
+}
 
 
 @dataclass

@@ -23,9 +23,8 @@ from data.stream.manifests import DTYPE, SPLITS, ShardFile
 
 VERSION = 1  # raised with the split, the order inside a shard, or what is tokenized
 HASH_BUCKETS = 1_000_000
-BATCH_BYTES = (
-    2**21
-)  # text that is tokenized at once: memory stays flat whatever the documents' length
+# text that is tokenized at once: memory stays flat whatever the documents' length
+BATCH_BYTES = 2**21
 PIECE_CHARACTERS = 2**20  # the tokenizer is slow on longer texts
 
 

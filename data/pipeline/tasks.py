@@ -24,9 +24,8 @@ class OneTask(LocalPipelineExecutor):
 
     def run(self) -> PipelineStats:
         """Statistics of the task, empty when it was completed before."""
-        return self._run_for_rank(
-            self.local_rank_offset, local_rank=1
-        )  # other than 0: errors only on the terminal
+        # other than 0: errors only on the terminal
+        return self._run_for_rank(self.local_rank_offset, local_rank=1)
 
 
 def run_task(pipeline: list[PipelineStep], logs: Path, rank: int, tasks: int) -> None:
@@ -54,9 +53,8 @@ class Documents(Jsonl):
         self.files = [name] if (self.folder / name).is_file() else []
         self.set_aside = None
         for name in self.files:
-            yield from self.read_files_shard(
-                [name]
-            )  # damage of our own files is an error, not a drop
+            # damage of our own files is an error, not a drop
+            yield from self.read_files_shard([name])
 
 
 def row_of(self: JsonlWriter, document: Document) -> dict[str, Any]:

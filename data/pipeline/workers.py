@@ -57,9 +57,8 @@ def start_worker(logs: str) -> None:
     ours.
     """
     die_with_parent()
-    os.register_at_fork(
-        after_in_child=die_with_parent
-    )  # the extractor's sandbox is forked from here
+    # the extractor's sandbox is forked from here
+    os.register_at_fork(after_in_child=die_with_parent)
     log = open(Path(logs) / f"worker-{os.getpid()}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

@@ -50,9 +50,8 @@ def is_damage(error: Exception) -> bool:
         return True
     if type(error).__module__.split(".")[0] in ("zstandard", "backports", "warcio", "pyarrow"):
         return True
-    return (
-        isinstance(error, OSError) and error.errno is None
-    )  # pyarrow's, at a corrupt page: no system call gave it
+    # pyarrow's, at a corrupt page: no system call gave it
+    return isinstance(error, OSError) and error.errno is None
 
 
 class Counted(BaseReader):
@@ -236,9 +235,8 @@ class Warc(Counted, WarcReader):
                 if row is None:
                     self.drop("not_html", f"{filepath}:{index}", uri)
                     continue
-                row["url"] = row["url"].strip(
-                    "<>"
-                )  # wget writes them, as the first draft of the format did
+                # wget writes them, as the first draft of the format did
+                row["url"] = row["url"].strip("<>")
                 document = self.get_document_from_dict(row, filepath, index)
                 if document is not None:
                     yield document

@@ -42,9 +42,8 @@ class Manifest:
     eos: int
     vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one
     splits: dict[str, list[ShardFile]]
-    versions: dict[str, str | int] = field(
-        default_factory=dict
-    )  # of what tokenized and split; none before 0.2
+    # of what tokenized and split; none before 0.2
+    versions: dict[str, str | int] = field(default_factory=dict)
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""

@@ -115,15 +115,13 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
 
     suite = config.eval.suite
     assert suite is not None
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns at every row that shots were set
+    # it warns at every row that shots were set
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = language_model(subject, suite.max_length, config.eval.batch * config.eval.seq_len)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
-        manager = TaskManager(
-            include_path=suite.include
-        )  # its own tasks too: reading their 14,000 files takes seconds
+        # its own tasks too: reading their 14,000 files takes seconds
+        manager = TaskManager(include_path=suite.include)
 
     def run(row: Row) -> Result | None:
         try:

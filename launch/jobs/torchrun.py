@@ -27,9 +27,8 @@ def quiet() -> Callable[..., Any]:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failures = getattr(error, "failures", {})
         spoken = [failure for failure in failures.values() if failure.exitcode in SAID]
-        ended = [
-            failure for failure in failures.values() if failure.exitcode < 0
-        ]  # by torchrun, after the first
+        # by torchrun, after the first
+        ended = [failure for failure in failures.values() if failure.exitcode < 0]
         if (
             kind.__name__ != "ChildFailedError"
             or not spoken

@@ -55,9 +55,8 @@ class Rehearsed:
     now: Now  # the step
     micro_batches: list[int]  # sequences of each
     owned: int  # elements of master weights that this rank updates, padding aside
-    start: dict[
-        tuple[str, str], Count
-    ]  # collectives by (group, operation): of the start, with what is learned in it,
+    # collectives by (group, operation): of the start, with what is learned in it,
+    start: dict[tuple[str, str], Count]
     step: dict[tuple[str, str], Count]  # and of the step
 
 
@@ -137,9 +136,11 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
 def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
     """Be the rank of dry_run among `world` that are not there."""
     from megatron.core import parallel_state
+
+    # the import makes the backend known
     from torch.testing._internal.distributed.fake_pg import (
         FakeStore,
-    )  # the import makes the backend known
+    )
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group(

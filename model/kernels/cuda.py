@@ -21,12 +21,13 @@ from model.kernels.cpu import row_stride
 from model.kernels.cuda_library import DTYPES
 from model.kernels.cuda_rows import loss_gradient, loss_statistics, norm_backward, norm_forward
 
+# the rest of the backend stands here
 __all__ = [
     "loss_gradient",
     "loss_statistics",
     "norm_backward",
     "norm_forward",
-]  # the rest of the backend stands here
+]
 
 # sizes that the sources fix; a test compares them with the text
 CHANNELS, STATES = 128, 16
@@ -239,9 +240,8 @@ def scan_backward(
         "scan_backward.cu", "scan_backward", p.dtype, grid, BACKWARD_THREADS, shared, arguments
     )
     c, n = p.channels, p.states
-    dB, dC = (
-        part.sum(0) for part in dBC.split(STATES, -1)
-    )  # an operator's results must not share memory
+    # an operator's results must not share memory
+    dB, dC = (part.sum(0) for part in dBC.split(STATES, -1))
     gradients = [
         du[..., :c],
         ddt[..., :c],

@@ -29,9 +29,8 @@ KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # starts -> its version, pla
 # dt of a separating step, after softplus the same: exp(-dt) is 0 for every state that decays at all
 FORGET = 1e6
 HOLD = -1e6  # dt of a step behind a row's end: softplus gives 0, the state stays
-SHORT = (
-    -27.6
-)  # dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
+# dt plus its bias of a step that brings a state in: softplus gives 1e-12, and exp(-1e-12) is 1
+SHORT = -27.6
 
 
 def missing() -> str | None:
@@ -58,10 +57,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     conv, _ = _functions()
     documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
     pad = -x.shape[2] % 8  # the public kernel wants multiples of 8 channels
+    # not in x's type: they may be fp32
     weight, bias = (
         F.pad(weight, (0, 0, 0, pad)),
         F.pad(bias.to(weight.dtype), (0, pad)),
-    )  # not in x's type: they may be fp32
+    )
     rows = F.pad(x, (0, pad)) if pad else x
     out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(
         1, 2
@@ -83,11 +83,12 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See model.kernels.reference.selective_scan."""
     places, dtype = None, u.dtype
+    # once: two gradients of the bias cancel (_bring_in)
     A, D, dt_bias = (
         A.float(),
         D.float(),
         dt_bias.float(),
-    )  # once: two gradients of the bias cancel (_bring_in)
+    )
     if state is not None:
         u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
     if starts is not None:
@@ -148,9 +149,8 @@ def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
     """
     batch, d, n = state.shape
     dt = (SHORT - dt_bias).detach()
-    time = F.softplus(
-        dt + dt_bias
-    )  # depends on the bias, which the input cancels: no gradient reaches it from here
+    # depends on the bias, which the input cancels: no gradient reaches it from here
+    time = F.softplus(dt + dt_bias)
     u = (state / time.unsqueeze(-1)).transpose(1, 2)
     zeros = state.new_zeros(batch, n, n)
     B = torch.eye(n, dtype=state.dtype, device=state.device).expand(batch, n, n)

@@ -11,12 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 # The scan works on [l, b, d, n] tensors, d_state times the size of its inputs, a chunk of time
 # steps at a time.
-CHUNK_ELEMENTS = (
-    2**19
-)  # of one such tensor: 2 MB in fp32, small enough for caches and for malloc to use again
-KEPT_ELEMENTS = (
-    2**26
-)  # of a whole sequence; beyond it chunks keep their first state and are computed again
+# of one such tensor: 2 MB in fp32, small enough for caches and for malloc to use again
+CHUNK_ELEMENTS = 2**19
+# of a whole sequence; beyond it chunks keep their first state and are computed again
+KEPT_ELEMENTS = 2**26
 
 
 def computing_type(x: Tensor) -> torch.dtype:

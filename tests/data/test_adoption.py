@@ -197,10 +197,11 @@ def test_what_nothing_shows_is_left_with_its_shards(
     assert "left is left as it is, for its clean documents are not there" in capsys.readouterr().out
     after = contents(old)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
+    # the vocabulary has both texts
     assert changed == {
         "clean/right/built.json",
         "shards/right/manifest.json",
-    }  # the vocabulary has both texts
+    }
 
 
 def test_a_source_without_shards_does_not_keep_the_others_from_it(

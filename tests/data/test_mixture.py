@@ -26,9 +26,8 @@ from tests.corpus import BLOCK, SOURCES, corpus_config, make_corpus
 def test_permutation_is_bijective_and_keyed(size: int) -> None:
     images = permute(np.arange(size), size, "0/web/0")
     assert np.array_equal(np.sort(images), np.arange(size))
-    assert np.array_equal(
-        permute(np.array([size - 1]), size, "0/web/0"), images[-1:]
-    )  # seeking gives the same
+    # seeking gives the same
+    assert np.array_equal(permute(np.array([size - 1]), size, "0/web/0"), images[-1:])
     if size >= 64:
         other = permute(np.arange(size), size, "0/web/1")
         assert (images == other).mean() < 0.1 and (images == np.arange(size)).mean() < 0.1
@@ -215,9 +214,8 @@ def test_targets_are_the_next_tokens(loader: Loader) -> None:
     batch = loader.read(loader.plan.stages[2], np.arange(3))
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
     source, block = loader.plan.blocks_of(loader.plan.stages[2], np.arange(1))
-    after = loader.shards[source[0]].read(
-        int(block[0]) * BLOCK + 32, 1
-    )  # the lookahead of the first cut
+    # the lookahead of the first cut
+    after = loader.shards[source[0]].read(int(block[0]) * BLOCK + 32, 1)
     assert batch.targets[0, -1] == after[0]
 
 

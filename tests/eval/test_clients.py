@@ -74,9 +74,8 @@ def test_llama_cpp_names() -> None:
         "token_embd.weight",
         "output.weight",
     } <= kinds
-    assert (
-        gguf.Keys.SSM.DT_B_C_RMS == "{arch}.ssm.dt_b_c_rms"
-    )  # how it says that this is Falcon's Mamba
+    # how it says that this is Falcon's Mamba
+    assert gguf.Keys.SSM.DT_B_C_RMS == "{arch}.ssm.dt_b_c_rms"
 
 
 class Hub:

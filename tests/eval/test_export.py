@@ -128,9 +128,8 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
         ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(
             int
         )[1:501]
-        size = sum(
-            len(tokenizer.id_to_token(i)) for i in ids if i > EOS
-        )  # byte level: a character stands for a byte
+        # byte level: a character stands for a byte
+        size = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)
         assert score.tokens == 500 and score.bytes == size
         assert score.loss == pytest.approx(math.log(288), rel=1e-5)
         assert score.bits_per_byte == pytest.approx(500 * math.log2(288) / size, rel=1e-5)
@@ -166,9 +165,8 @@ def test_results_are_reused_only_while_they_hold(
     evaluation(config)
     evaluation(config)
     assert "reused" in capsys.readouterr().out.splitlines()[-1]
-    evaluation(
-        replace(config, data=replace(config.data, reset_state=False))
-    )  # another way to read the same text
+    # another way to read the same text
+    evaluation(replace(config, data=replace(config.data, reset_state=False)))
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
     (config.run.folder / "eval.json").write_text('{"checkp')  # cut short
     evaluation(config)

@@ -135,9 +135,8 @@ def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
 def test_every_layout_of_ranks_exports_the_same_bytes(
     tmp_path: Path, tp: int, dp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "model.hf_writer.CHUNK", 100
-    )  # a few rows at a time, across the borders of ranks
+    # a few rows at a time, across the borders of ranks
+    monkeypatch.setattr("model.hf_writer.CHUNK", 100)
     model = model_of(TINY, seed=3)
     write_pieces(tmp_path / "step", model, tp, dp)
     pieces = Pieces(tmp_path / "step")

@@ -90,15 +90,15 @@ def test_what_is_held_out_is_not_trained_on(
     data = replace(config.data, folder=str(tmp_path / "data"))
     ready = replace(config, data=data, eval=replace(config.eval, validation=SETTINGS))
     monkeypatch.setattr("eval.check_leakage.READ_TOKENS", 100)  # pieces that cut documents
+    # equal length and sum, other tokens
     unlike, secret = (
         [20, 21, 22, 23, 200],
         [20, 21, 22, 24, 199],
-    )  # equal length and sum, other tokens
+    )
     insert(data, "prose", "heldout", secret)
     insert(data, "sums", "train", unlike)
-    by_chance = list(
-        trained_documents(data, SETTINGS)
-    )  # the made-up corpus has short documents twice
+    # the made-up corpus has short documents twice
+    by_chance = list(trained_documents(data, SETTINGS))
     assert all(owner == name for owner, name, _ in by_chance)
     insert(data, "sums", "train", secret)
     assert sorted(trained_documents(data, SETTINGS)) == sorted([*by_chance, ("prose", "sums", 1)])
@@ -137,9 +137,8 @@ def test_suites_run_as_jobs_of_their_own(
         "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
     )
     metrics = config.run.folder / "metrics.jsonl"
-    metrics.write_text(
-        '{"step": 3, "tokens": 300, "loss": 1.0}\n'
-    )  # the run is further than its checkpoint
+    # the run is further than its checkpoint
+    metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')
     row = (
         "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: "
         "{}, by_size: true}]"

@@ -35,6 +35,7 @@ from tests.tiny import TINY, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# of the harness's tasks
 HOMES = (
     "arc",
     "hellaswag",
@@ -43,7 +44,7 @@ HOMES = (
     "truthfulqa",
     "gsm8k",
     "leaderboard",
-)  # of the harness's tasks
+)
 WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
 
 
@@ -206,9 +207,8 @@ def test_mathematics_is_checked_by_value(
     run_suite(replace(config, eval=replace(config.eval, suite=suite)))
     stored = config.run.folder / "scores" / f"{suite.name}-{find_checkpoint(config).name}.json"
     result = json.loads(stored.read_text())["rows"]["math"]
-    assert (
-        result["score"] == correct and result["parts"]["local_math"]["documents"] == 4
-    )  # of level 5
+    # of level 5
+    assert result["score"] == correct and result["parts"]["local_math"]["documents"] == 4
     assert all(prompt.count("Problem:") == 5 for prompt in asked), "four examples and the question"
 
 

@@ -1,8 +1,7 @@
 """Golden losses: `step loss grad_norm` of short runs, which a change of structure must not change.
 
     python -m tests.golden            # run them and compare, exit code 1 where one differs
-    python -m tests.golden --write    # run them and write them anew: only with a change that is
-    meant to change losses
+    python -m tests.golden --write    # run and write: only with a change meant to change losses
 
 A run has the same digits on one instruction set: the process chooses AVX2 for torch and for our
 kernels, where the processor has it, and for MKL the path that all x86 processors share. On another

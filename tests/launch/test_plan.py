@@ -60,9 +60,8 @@ def test_roofline_is_the_sum_of_its_limits(run: PlannedRun) -> None:
     rest = 64 * (80 * 1024 + 4096 * 34) / 3.35e12
     assert roofline_seconds(plain, H100) == pytest.approx(products + exponentials + rest)
     assert roofline_seconds(run, H100) == pytest.approx(4 / 3 * roofline_seconds(plain, H100))
-    cut = replace(
-        plain, parallel=replace(plain.parallel, tensor_parallel=4)
-    )  # four ranks do the residual's rows
+    # four ranks do the residual's rows
+    cut = replace(plain, parallel=replace(plain.parallel, tensor_parallel=4))
     again = 3 * 64 * 4096 * 34 / 3.35e12
     assert roofline_seconds(cut, H100) == pytest.approx(roofline_seconds(plain, H100) + again)
     cut = replace(cut, parallel=replace(cut.parallel, sequence_parallel=True))  # each a quarter
@@ -74,9 +73,8 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     assert sent["gradients"] == sent["weights"] == pytest.approx(4 * 7_272_665_088 * 255 / 256)
     assert sent["tensor parallel"] == sent["context parallel"] == 0
     megatron = replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron))
-    sent = traffic_between_ranks(
-        megatron, 256, 2048, 8192
-    )  # scattered once; bf16 weights, fp32 small ones
+    # scattered once; bf16 weights, fp32 small ones
+    sent = traffic_between_ranks(megatron, 256, 2048, 8192)
     assert sent["gradients"] == pytest.approx(4 * 7_272_665_088 * 255 / 256)
     assert sent["weights"] == pytest.approx(2 * 7_272_665_088 * 255 / 256, rel=2e-3)
     cut = replace(run, parallel=replace(run.parallel, tensor_parallel=2, context_parallel=2))
@@ -84,9 +82,8 @@ def test_communication_by_hand(run: PlannedRun) -> None:
     # x_proj three times, since full recompute takes its sum again; embedding, loss
     token = 64 * 2 * (3 * 288 + 2 * 4096) + 4 * 4096 + 12 + 2 * 4096
     assert sent["tensor parallel"] == pytest.approx(32 * 4096 * token)
-    assert sent["context parallel"] == pytest.approx(
-        4 * 32 * 64 * 4096 * (17 * 4 + 3 * 2)
-    )  # gathered twice
+    # gathered twice
+    assert sent["context parallel"] == pytest.approx(4 * 32 * 64 * 4096 * (17 * 4 + 3 * 2))
 
 
 def test_memory_by_stage(run: PlannedRun) -> None:
@@ -136,9 +133,8 @@ def test_phases_are_the_steps_of_the_schedule() -> None:
         and len(walked) == len(run.data.stages) + 1
     )
     for phase in phases(run):
-        assert phase.steps == pytest.approx(walked[phase.name], rel=5e-3), (
-            phase.name
-        )  # sequences are whole there
+        # sequences are whole there
+        assert phase.steps == pytest.approx(walked[phase.name], rel=5e-3), phase.name
 
 
 def test_a_step_of_any_context_sends_the_same(megatron: PlannedRun) -> None:
@@ -154,9 +150,8 @@ def test_a_step_of_any_context_sends_the_same(megatron: PlannedRun) -> None:
         == pytest.approx((4 + 2) * 7_272_665_088 * 255 / 256 / 50e9, rel=2e-3)
     )
     assert short.exposed == long.exposed == 0
-    ramp = step_time(
-        megatron, 256, H100, 128, 2048
-    )  # half of the ranks have no sequence, and wait for the others
+    # half of the ranks have no sequence, and wait for the others
+    ramp = step_time(megatron, 256, H100, 128, 2048)
     assert ramp.computing == short.computing / 8
 
 
@@ -367,9 +362,8 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
         * config.n_layer
         * kept_by_a_layer(replace(run, model=config_for(run, config), parallel=parallel))[0]
     )
-    measured = (
-        sum(storage.nbytes() for storage in held.values()) - hidden.nbytes
-    )  # the final norm keeps its input
+    # the final norm keeps its input
+    measured = sum(storage.nbytes() for storage in held.values()) - hidden.nbytes
     assert measured == pytest.approx(expected, rel=0.05)
 
 

@@ -142,9 +142,8 @@ def test_what_interrupts_a_run_leaves_no_trace_in_it(slurm: Slurm, data: Path, a
     run = alone.parent / "interrupted"
     job = submit(slurm, data, run)
     slurm.until(lambda: len(checkpoints(run)) > 0, 300)
-    slurm.run(
-        "scancel", "--batch", "--signal=USR1", job
-    )  # as before the time limit: save, leave, requeue
+    # as before the time limit: save, leave, requeue
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
     slurm.until(lambda: len(attempts(run, "end")) == 1, 120)
     newest = checkpoints(run)[-1]
     slurm.until(lambda: slurm.state(job) == "RUNNING" and checkpoints(run)[-1] != newest, 300)

@@ -51,14 +51,12 @@ def public_scan(
     """
     assert delta_softplus and all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C))
     assert {x.dtype for x in (delta, B, C, *([] if z is None else [z]))} == {u.dtype}
-    wide = torch.promote_types(
-        u.dtype, torch.float32
-    )  # it knows no fp64: there its fp32 stands for both
+    # it knows no fp64: there its fp32 stands for both
+    wide = torch.promote_types(u.dtype, torch.float32)
     assert {x.dtype for x in (A, D, delta_bias) if x is not None} <= {torch.float32, wide}
     rows = [x.transpose(1, 2).to(wide) for x in (u, delta, B, C)]
-    gate = (
-        torch.full_like(rows[0], 64.0) if z is None else z.transpose(1, 2).to(wide)
-    )  # the formula's gate: silu(64)
+    # the formula's gate: silu(64)
+    gate = torch.full_like(rows[0], 64.0) if z is None else z.transpose(1, 2).to(wide)
     y, last = naive_scan(
         *rows[:2], A, *rows[2:], torch.zeros_like(A[:, 0]) if D is None else D, gate, delta_bias
     )

@@ -175,9 +175,8 @@ def test_emulated_in_segments(
 
 @pytest.mark.parametrize("case", [*CASES, Case(2, 65, 66, 16, resets=0.1)], ids=str)
 def test_in_bf16(case: Case, kernels: Kernels) -> None:
-    assert_equal(
-        kernels, case, torch.bfloat16, 8e-3
-    )  # also the gradient that comes in is rounded, 2^-9
+    # also the gradient that comes in is rounded, 2^-9
+    assert_equal(kernels, case, torch.bfloat16, 8e-3)
 
 
 @settings(

@@ -40,20 +40,17 @@ from tests.model.cases import (
 from tests.tiny import TINY, model_of
 
 PATHS = ["avx512", "avx2", "portable"]
-PATHS = PATHS[
-    PATHS.index(cpu.instruction_set()) :
-]  # this processor runs its own path and all narrower ones
+# this processor runs its own path and all narrower ones
+PATHS = PATHS[PATHS.index(cpu.instruction_set()) :]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_in_fp64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     one_step = case.batch * case.channels * case.states
-    monkeypatch.setattr(
-        reference, "CHUNK_ELEMENTS", 16 * one_step
-    )  # several chunks, the last one short
-    monkeypatch.setattr(
-        reference, "KEPT_ELEMENTS", 20 * one_step
-    )  # and the longer cases compute them again
+    # several chunks, the last one short
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * one_step)
+    # and the longer cases compute them again
+    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * one_step)
     assert_equal(REFERENCE, case, torch.float64, 1e-11)
 
 

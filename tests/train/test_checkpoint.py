@@ -275,9 +275,8 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
         )
         injector.now = 0
         if offset is not None:
-            signal.signal(
-                signal.SIGXFSZ, signal.SIG_DFL
-            )  # Python ignores it; the kernel's own kill is wanted
+            # Python ignores it; the kernel's own kill is wanted
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
         engine = Stub(count=4)

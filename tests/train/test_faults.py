@@ -335,9 +335,8 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
     lines = read_lines(run.run.folder / "metrics.jsonl")
     assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
     assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]
-    again = moved(
-        run, tmp_path / "again"
-    )  # killed in the middle of the spike, and right after the rewind
+    # killed in the middle of the spike, and right after the rewind
+    again = moved(run, tmp_path / "again")
     faults = [spike, Fault("kill", 0, 29), Fault("kill", 0, 31)]
     assert supervise(again, 1, faults, tmp_path / "again-log").starts == 3
     assert differences(run.run.folder, again.run.folder, 1) == []

@@ -35,13 +35,14 @@ from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
 from train.engines.build import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
+# sequences of each update: not divisible by the ranks, fewer than the ranks
 BATCHES = (
     5,
     3,
     1,
     9,
     2,
-)  # sequences of each update: not divisible by the ranks, fewer than the ranks
+)
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 16
 WHOLE = (
@@ -113,9 +114,8 @@ def rows_of(world: int) -> list[Row]:
     for tp, cp, dp in product((1, 2, 4), (1, 2), (1, 2, 4)):
         if tp * cp * dp != world or (world > 8 and cp > 1):
             continue
-        three = (
-            1 if dp == 4 else 2
-        )  # sequences of a micro-batch that make at least three of the fullest rank's batch
+        # sequences of a micro-batch that make at least three of the fullest rank's batch
+        three = 1 if dp == 4 else 2
         kinds = [(three, Precision.fp32), (three, Precision.bf16), (WHOLE, Precision.fp32)][
             : 3 if world <= 4 else 2
         ]

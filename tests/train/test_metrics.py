@@ -148,9 +148,8 @@ def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(tmp_path:
                 "",
             )
         metrics.close()
-        time.sleep(
-            1.1
-        )  # the names of TensorBoard's files hold the second, and are read in their order
+        # the names of TensorBoard's files hold the second, and are read in their order
+        time.sleep(1.1)
     shown = scalars(tmp_path / "tensorboard")
     expected = [(64, 5.0), (192, 5.0), *((64 * step, 4.0) for step in range(4, 8))]
     assert shown["loss/all"] == expected

@@ -106,9 +106,8 @@ def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any)
     assert {
         names.count(PREFIX + ROWS[phase]) for phase in ("read", "update", "agree", "log", "check")
     } == {2}
-    assert any(
-        entry["name"].startswith("gloo:") for entry in events
-    )  # what tells waiting from work
+    # what tells waiting from work
+    assert any(entry["name"].startswith("gloo:") for entry in events)
     text = path.with_name(path.name.replace(".trace.json.gz", ".txt")).read_text()
     assert (
         text.splitlines()[0] == "steps 2 to 5 of rank 0 by phase"

@@ -90,9 +90,8 @@ def test_shapes_of_the_decay(
             6.4e-4 * factor, rel=1e-12
         ), left
     assert schedule.at(schedule.total - 2048 * 8192).lr == pytest.approx(2.5e-6)
-    assert schedule.lr(GT, 128) == pytest.approx(
-        1.6e-4
-    )  # warmup, ramp and BatchScaling are untouched
+    # warmup, ramp and BatchScaling are untouched
+    assert schedule.lr(GT, 128) == pytest.approx(1.6e-4)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,8 @@ class State:
     updates: int  # steps whose update was not skipped
     plan: str  # hash of the data order
     model: dict[str, Any]
-    health: dict[str, Any] = field(
-        default_factory=dict
-    )  # of train/resilience/health.py: a restart must not forget it
+    # of train/resilience/health.py: a restart must not forget it
+    health: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:

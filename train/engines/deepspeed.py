@@ -83,9 +83,8 @@ class DeepSpeedEngine:
         """See Engine. Gradients made infinite take DeepSpeed's own way of skipping an update."""
         for gradients in self.zero.averaged_gradients.values():
             for gradient in gradients or ():
-                gradient.masked_fill_(
-                    gradient != 0, float("inf")
-                )  # not stage 3's padding, which is never written anew
+                # not stage 3's padding, which is never written anew
+                gradient.masked_fill_(gradient != 0, float("inf"))
         self.engine.step()
         assert self.zero.overflow
 

@@ -50,16 +50,16 @@ def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
     sizes: dict[str, int] = defaultdict(int)  # of modules
     costs: dict[str, int] = defaultdict(int)  # when gathered
     for name, count in elements.items():
-        module = name.rpartition(".")[0].replace(
-            "lm_head", ""
-        )  # the model itself reads the head's weight, in its loss
+        # the model itself reads the head's weight, in its loss
+        module = name.rpartition(".")[0].replace("lm_head", "")
         sizes[module] += count
         costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
     events = list(order(config.model.n_layer, config.parallel.recompute))
+    # elements of the modules that began before; where a module begins
     passed, begins = (
         [0],
         defaultdict(list),
-    )  # elements of the modules that began before; where a module begins
+    )
     for module, starts in events:
         if starts:
             begins[module].append(len(passed) - 1)

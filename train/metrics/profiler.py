@@ -96,9 +96,8 @@ class Profiler:
 
     def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks) -> None:
         self.config, self.folder, self.ranks = config, folder, ranks
-        self.last = (
-            config.after + config.timed_steps + config.steps
-        )  # steps of this start, and all is seen
+        # steps of this start, and all is seen
+        self.last = config.after + config.timed_steps + config.steps
         self.begun = -1  # steps of this start that are behind it
         self.first = 0  # number of the first step that is timed, or else traced
         self.clock: Clock | None = None

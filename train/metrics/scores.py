@@ -20,9 +20,8 @@ from train.resilience.lease import Lease
 
 logger = logging.getLogger(__name__)
 AGAIN_SECONDS = 5.0
-PATIENCE = (
-    5 * LOOK_SECONDS
-)  # for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
+# for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
+PATIENCE = 5 * LOOK_SECONDS
 
 
 def collecting(folder: Path) -> list[str]:

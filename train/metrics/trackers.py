@@ -98,12 +98,10 @@ class Wandb(Tracker):
 
     def _open(self) -> None:
         self.run = self._start()
-        self.run.config.update(
-            {"code": self.run_config.get("code")}, allow_val_change=True
-        )  # of this start
-        self.run.define_metric(
-            "*", step_metric="tokens"
-        )  # runs of other batches are compared by what they have read
+        # of this start
+        self.run.config.update({"code": self.run_config.get("code")}, allow_val_change=True)
+        # runs of other batches are compared by what they have read
+        self.run.define_metric("*", step_metric="tokens")
 
     def _write(self, record: Record) -> None:
         if "scores" in record:

@@ -111,13 +111,11 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     """
     if engine.weights is Weights.parts:
         return []
-    pieces = (
-        engine.pieces()
-    )  # first, for megatron-core gathers weights for the next forward only, or for this
+    # first, for megatron-core gathers weights for the next forward only, or for this
+    pieces = engine.pieces()
     weights = dict(model.named_parameters())
-    held, owned = (
-        torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2)
-    )  # cut, whole tensors
+    # cut, whole tensors
+    held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))
     for name, weight in weights.items():
         held[int(cut_of(name) is None)] += bits(weight)
     if engine.weights is Weights.replicas:

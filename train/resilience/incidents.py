@@ -5,9 +5,9 @@ The exit code says the same to whoever can see it, but torchrun turns every one 
 launchers read outcome.json, which is absent while a run goes on and after a crash:
 
     code 0   finished   every token is behind it
-    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL of
-    sysexits.h) code 2   stopped    no restart cures it; the reason names what would absent   a
-    crash    start it again
+    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL)
+    code 2   stopped    no restart cures it; the reason names what would
+    absent   a crash    start it again
 """
 
 import logging

@@ -25,6 +25,7 @@ from core.run import RunFiles
 from train.resilience.incidents import HUNG, Incidents
 from train.resilience.lease import RENEW_SECONDS, Lease, machine, process_start
 
+# in the order of a step
 PHASES = (
     "start",
     "read",
@@ -37,7 +38,7 @@ PHASES = (
     "check",
     "save",
     "leave",
-)  # in the order of a step
+)
 SIZE = 512
 
 

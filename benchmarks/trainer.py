@@ -47,9 +47,8 @@ from train.schedule import Schedule
 
 BATCH = 16
 SEQ_LEN = 128
-MICRO_BATCH = (
-    2  # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
-)
+# sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
+MICRO_BATCH = 2
 OTHERWISE = ("parallel.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
 EVERY = 20  # steps between lines of progress
 PARTS = 10  # of the run, each with its mean differences

@@ -103,9 +103,8 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
 
         def run() -> None:
             log.set_up()
-            os.environ["HYDRA_FULL_ERROR"] = (
-                "1"  # hydra passes exceptions on; the line below is ours
-            )
+            # hydra passes exceptions on; the line below is ours
+            os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
                 compose()
                 for config in composed:

@@ -3,9 +3,8 @@
 import shlex
 import sys
 
-USER_ERROR = (
-    2  # exit code of a mistake that the user can mend; launch's torchrun handler knows it too
-)
+# exit code of a mistake that the user can mend; launch's torchrun handler knows it too
+USER_ERROR = 2
 
 
 class InputError(ValueError):

@@ -18,21 +18,17 @@ class Source:
     # datatrove tasks; at most the number of input files does work; pinned by the first launch
     tasks: int
     text_key: str = "text"  # column or key of the text in jsonl and parquet
-    near_duplicates: str | None = (
-        None  # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
-    )
-    exact_substrings: int = (
-        0  # runs of this many tokens (words and marks) are kept once; 0 keeps all
-    )
+    # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
+    near_duplicates: str | None = None
+    # runs of this many tokens (words and marks) are kept once; 0 keeps all
+    exact_substrings: int = 0
     replace_pii: bool = False  # e-mail and public IP addresses become placeholders
     decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
     expected_tokens: int = 0  # plans a run before the source is prepared
-    obtained_by: str | None = (
-        None  # command or address that brings the input; said where it is missing
-    )
-    min_yield: float = (
-        0.5  # extracting text from a smaller share of the pages is an error, not a filter
-    )
+    # command or address that brings the input; said where it is missing
+    obtained_by: str | None = None
+    # extracting text from a smaller share of the pages is an error, not a filter
+    min_yield: float = 0.5
 
     def __post_init__(self) -> None:
         if self.near_duplicates is not None and not re.fullmatch(
@@ -57,9 +53,8 @@ class Asset:
     it.
     """
 
-    path: str | None = (
-        None  # on this machine; None leaves the step that needs it out where it may be left out
-    )
+    # on this machine; None leaves the step that needs it out where it may be left out
+    path: str | None = None
     url: str | None = None  # https://, hf:// or s3://
     sha256: str | None = None  # refused when the file hashes otherwise
 
@@ -120,9 +115,8 @@ class TokenizerConfig:
     sha256: str | None  # refused when the file at path hashes otherwise
     vocab_size: int
     train_megabytes: int  # text the trainer reads at most, taken from all sources by turns
-    url: str | None = (
-        None  # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
-    )
+    # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
+    url: str | None = None
 
 
 @dataclass
@@ -193,9 +187,8 @@ class DataConfig:
 class PrepareSettings:
     """What this program does besides preparing."""
 
-    adopt: (
-        bool  # take over a folder of an earlier version as it is, after checking it, and do no more
-    )
+    # take over a folder of an earlier version as it is, after checking it, and do no more
+    adopt: bool
     rebuild: bool  # replace finished data that other versions of recipes or packages made
 
 

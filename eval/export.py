@@ -38,9 +38,8 @@ from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan, write
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOLERANCE = (
-    1e-4  # largest difference of logits, relative to the largest logit: two fp32 implementations
-)
+# largest difference of logits, relative to the largest logit: two fp32 implementations
+TOLERANCE = 1e-4
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPARE_BYTES = 8  # per parameter: two models in fp32
 

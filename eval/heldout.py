@@ -57,9 +57,8 @@ class Score:
     bytes: int
     loss: float  # nats per token
     bits_per_byte: float
-    unigram_bits_per_byte: (
-        float  # of the token frequencies of this very text: no unigram model does better on it
-    )
+    # of the token frequencies of this very text: no unigram model does better on it
+    unigram_bits_per_byte: float
 
 
 def evaluate(

@@ -15,9 +15,8 @@ from core.errors import InputError
 from model.config import Sampling
 from model.decode import Decoder, State
 
-PREFILL_TOKENS = (
-    4096  # of a chunk, all rows together: its activations are the memory of a prompt of any length
-)
+# of a chunk, all rows together: its activations are the memory of a prompt of any length
+PREFILL_TOKENS = 4096
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 PADDING = 0  # an id before a prompt that is shorter than others; any would do, for it is forgotten
 Prompts = Sequence[Sequence[int]]

@@ -23,9 +23,8 @@ from model.kernels.carry import continued_conv, last_taps
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
 from model.kernels.reference import computing_type, product_type
 
-COMPILED_VARIANTS = (
-    32  # of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
-)
+# of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
+COMPILED_VARIANTS = 32
 
 
 class SequenceRanks(Protocol):
@@ -65,9 +64,8 @@ class Mixer(nn.Module):
         c = config
         self.kernels = kernels
         self.recompute = False  # what lies between in_proj and out_proj, in the backward
-        self.context: SequenceRanks | None = (
-            None  # of the ranks that hold the other pieces of the sequence
-        )
+        # of the ranks that hold the other pieces of the sequence
+        self.context: SequenceRanks | None = None
         self.norms = c.mixer_norms
         self.norm_eps = c.mixer_norm_eps
         self.split = [c.dt_rank, c.d_state, c.d_state]
@@ -163,15 +161,12 @@ class FalconMamba(Generation, nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.recompute = (
-            False  # blocks keep only their input for the backward and run their forward again
-        )
-        self.context: SequenceRanks | None = (
-            None  # of the ranks that hold the other pieces of the sequences
-        )
-        self.vocabulary_group: VocabularyGroup | None = (
-            None  # of the ranks that the head is cut over
-        )
+        # blocks keep only their input for the backward and run their forward again
+        self.recompute = False
+        # of the ranks that hold the other pieces of the sequences
+        self.context: SequenceRanks | None = None
+        # of the ranks that the head is cut over
+        self.vocabulary_group: VocabularyGroup | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)

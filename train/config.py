@@ -89,9 +89,8 @@ class ScheduleConfig:
     batch_start: int  # sequences
     batch_end: int
     ramp_tokens: int
-    batch_scaling: (
-        bool  # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
-    )
+    # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
+    batch_scaling: bool
 
     def __post_init__(self) -> None:
         if self.min_lr <= 0:
@@ -114,9 +113,8 @@ class Parallel:
     engine: EngineKind
     # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
     zero_stage: int
-    micro_batch_tokens: (
-        int  # of one forward; sequences per micro-batch follow from the stage's seq_len
-    )
+    # of one forward; sequences per micro-batch follow from the stage's seq_len
+    micro_batch_tokens: int
     bucket_elements: int
     recompute: Recompute
     precision: Precision
@@ -246,9 +244,8 @@ class ProfileConfig:
 
     steps: int  # that are traced; 0 looks at none
     after: int  # steps of this start that come before
-    timed_steps: (
-        int  # between these and the traced ones: the table's, for a trace slows what it sees
-    )
+    # between these and the traced ones: the table's, for a trace slows what it sees
+    timed_steps: int
     ranks: list[int]  # that are looked at
 
     def __post_init__(self) -> None:
@@ -275,9 +272,8 @@ class Cluster:
     nodes: int
     ranks_per_node: int
     memory_gib: float | None  # of one rank's device; None asks the machine
-    headroom_gib: (
-        float  # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
-    )
+    # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
+    headroom_gib: float
     # dense, of one rank, in the run's precision; None measures a matrix product
     peak_tflops: float | None
 

@@ -205,9 +205,8 @@ class Reliability:
     """
 
     checkpoint_bytes: int
-    blocking_seconds: (
-        float  # a save stops training: megatron-core gathers weights, each part goes to its host
-    )
+    # a save stops training: megatron-core gathers weights, each part goes to its host
+    blocking_seconds: float
     writing_seconds: float  # and goes to storage in the background
     failures: float  # expected over the run
     interval_minutes: float  # between saves as configured, at the mean pace

@@ -37,9 +37,8 @@ BACKWARD_SHARED = (
     + 4 * SCAN_CHUNK * CHANNELS * STATES // 2
     + 4 * 4 * SCAN_CHUNK * 32
 )
-BACKWARD_BLOCKS = (
-    2  # of an SM at once, by shared memory; the forward, eight warps a block, makes do with one
-)
+# of an SM at once, by shared memory; the forward, eight warps a block, makes do with one
+BACKWARD_BLOCKS = 2
 LEAST_SEGMENT = 256  # tokens below which cutting the sequence costs more than it fills
 TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
 LOG2E = 1.4426950408889634

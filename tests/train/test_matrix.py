@@ -45,9 +45,8 @@ BATCHES = (
 )
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 16
-WHOLE = (
-    16  # sequences of a micro-batch that takes any batch whole; its activations are computed again
-)
+# sequences of a micro-batch that takes any batch whole; its activations are computed again
+WHOLE = 16
 ENGINES = [*((EngineKind.deepspeed, stage) for stage in range(4)), (EngineKind.megatron, 1)]
 # Relative: of losses and norms, and of a tensor after an update (first, last). Sums in another
 # order give 1e-6 in fp32 and 1e-2 in bf16 products, which a square doubles and more, and AdamW's

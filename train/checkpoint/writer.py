@@ -71,9 +71,8 @@ class Writer:
         self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
-        self.done: tuple[str, float] | None = (
-            None  # the last folder that was committed, and when (time.time)
-        )
+        # the last folder that was committed, and when (time.time)
+        self.done: tuple[str, float] | None = None
         self.broken: Exception | None = None  # a peer is gone, and the ranks could not agree
 
     @property

@@ -29,9 +29,8 @@ class Payload:
     """What one kind of collective carries in a step, all its calls together."""
 
     what: str
-    group: (
-        str  # tensor, context, replicas, optimizer or world (see launch/simulation/collectives.py)
-    )
+    # tensor, context, replicas, optimizer or world (see launch/simulation/collectives.py)
+    group: str
     operation: str
     size: float  # bytes
     ranks: int

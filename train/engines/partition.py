@@ -23,9 +23,8 @@ from train.config import Precision, RunConfig
 # DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small
 # models are cut as well
 PERSISTENT_PARTS = 1000  # up to this part of a bucket a parameter stays whole on every rank
-REUSE_BUCKETS = (
-    10  # of elements of modules that begin before a weight's next use, from which on it is not near
-)
+# of elements of modules that begin before a weight's next use, from which on it is not near
+REUSE_BUCKETS = 10
 # whole parameters that ZeRO-3 holds at once: of 1e8 elements a 7B's head and a layer, 1.6 GB of
 # fp32
 LIVE_BUCKETS = 4

@@ -53,9 +53,8 @@ class Watch:
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
         self.lease: Lease | None = None
         self.incidents = Incidents(folder)
-        self.listener: Callable[[int, str], None] | None = (
-            None  # hears of every move: train/metrics/profiler.py
-        )
+        # hears of every move: train/metrics/profiler.py
+        self.listener: Callable[[int, str], None] | None = None
         self.beats = 0
         self.ended = threading.Event()
         self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}

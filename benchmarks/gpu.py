@@ -26,8 +26,8 @@ from tests.compose import run_config
 # as the 7b has it, in small
 SMALL = (
     "parallel.engine=megatron",
-    "parallel.precision=bf16",
-    "parallel.recompute=full",
+    "compute.precision=bf16",
+    "compute.recompute=full",
     "parallel.micro_batch_tokens=256",
 )
 

@@ -145,18 +145,22 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         else nullcontext
     )
     with fake_world(run, world) as here, on_cpu():
-        model = lay_out(run.model, kernels, here.tp_size, p.sequence_parallel, p.recompute)
+        model = lay_out(
+            run.model, kernels, here.tp_size, p.sequence_parallel, run.compute.recompute
+        )
         mark(_filled(model.to_empty(device=bench.device)), here.tp_size)
-        engine = build_engine(model, run.optim, p, replace(here, device=bench.device))
+        engine = build_engine(
+            model, run.optim, p, run.compute.precision, replace(here, device=bench.device)
+        )
         step = _step(bench, run, model, engine)
         step()
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         shape = (
-            f"{n_layer} layers, 1 of {world} ranks, {p.engine.value}, {p.precision.value}, "
-            "recompute "
+            f"{n_layer} layers, 1 of {world} ranks, {p.engine.value}, "
+            f"{run.compute.precision.value}, recompute {run.compute.recompute.value}, "
+            f"{p.micro_batch_tokens} tokens"
         )
-        shape += f"{p.recompute.value}, {p.micro_batch_tokens} tokens"
         rate = p.micro_batch_tokens / bench.time("a rank's step", shape, name, step)
     peak = torch.cuda.max_memory_allocated() / GIB if bench.device.type == "cuda" else None
     plan = needs(run, world).total / GIB
@@ -174,7 +178,7 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
 def _step(bench: Bench, run: RunConfig, model: FalconMamba, engine: Engine) -> Callable[[], None]:
     shape = (run.parallel.micro_batch_tokens // bench.length, bench.length + 1)
     tokens = torch.randint(0, run.model.vocab_size, shape, device=bench.device)
-    bf16 = run.parallel.precision is Precision.bf16
+    bf16 = run.compute.precision is Precision.bf16
 
     def step() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):

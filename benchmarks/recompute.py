@@ -39,8 +39,9 @@ def demo(recompute: Recompute) -> RunConfig:
     """The demo with one choice of recompute."""
     run = run_config("demo")
     tokens = SEQUENCES * SEQ_LEN
-    parallel = replace(run.parallel, zero_stage=0, recompute=recompute, micro_batch_tokens=tokens)
-    return replace(run, parallel=replace(parallel, precision=Precision.fp32))
+    parallel = replace(run.parallel, zero_stage=0, micro_batch_tokens=tokens)
+    compute = replace(run.compute, recompute=recompute, precision=Precision.fp32)
+    return replace(run, parallel=parallel, compute=compute)
 
 
 def step(model: FalconMamba, engine: Engine, vocab_size: int) -> None:
@@ -63,7 +64,7 @@ def measure_peak(recompute: Recompute) -> None:
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
         model = build(run.model, CPU, 0, here.device, recompute=recompute)
-        engine = build_engine(model, run.optim, run.parallel, here)
+        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
         for _ in range(2):
             step(model, engine, run.model.vocab_size)
     print(largest_sum(recorded))
@@ -97,7 +98,7 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
     found: dict[Recompute, list[float]] = {choice: [] for choice in Recompute}
     with ranks("cpu", 1) as here:
         model = build(run.model, CPU, 0, here.device)
-        engine = build_engine(model, run.optim, run.parallel, here)
+        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
         step(model, engine, run.model.vocab_size)
         for number in range(rounds):
             for choice in list(Recompute)[:: 1 if number % 2 else -1]:
@@ -111,7 +112,7 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
 def of_7b(recompute: Recompute) -> dict[str, float]:
     """GiB of one of 256 ranks by the formula."""
     run = run_config("7b")
-    need = needs(replace(run, parallel=replace(run.parallel, recompute=recompute)), 256)
+    need = needs(replace(run, compute=replace(run.compute, recompute=recompute)), 256)
     return {
         name: round(size / GIB, 2) for name, size in {**asdict(need), "total": need.total}.items()
     }

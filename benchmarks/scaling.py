@@ -63,7 +63,7 @@ def step_seconds(folder: Path, name: str, sequences: int) -> None:
         model = build(run.model, CPU, 0, here.device, **cut)
         if here.cp_size > 1:
             model.set_context(context_ranks())
-        engine = build_engine(model, run.optim, p, here)
+        engine = build_engine(model, run.optim, p, run.compute.precision, here)
         micro_batches = sequences // here.dp_size // MICRO_BATCH
         generator = torch.Generator().manual_seed(here.dp_rank)
         shape = (MICRO_BATCH, SEQ_LEN // here.cp_size + 1)

@@ -49,7 +49,7 @@ BATCH = 16
 SEQ_LEN = 128
 # sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
 MICRO_BATCH = 2
-OTHERWISE = ("parallel.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
+OTHERWISE = ("compute.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
 EVERY = 20  # steps between lines of progress
 PARTS = 10  # of the run, each with its mean differences
 TIMES = 3.0  # how many yardsticks the curves may be apart in any part and be called equal to noise
@@ -72,8 +72,8 @@ def overrides(steps: int) -> list[str]:
         f"schedule.decay_tokens={decay}",
         f"schedule.warmup_tokens={tokens // 20}",
         "schedule.ramp_tokens=0",
-        f"schedule.batch_start={BATCH}",
-        f"schedule.batch_end={BATCH}",
+        f"schedule.batch_start_sequences={BATCH}",
+        f"schedule.batch_end_sequences={BATCH}",
         f"checkpoint.every_tokens={tokens}",
         "metrics.wandb_project=null",
     ]

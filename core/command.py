@@ -11,11 +11,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core import log
 from core.errors import USER_ERROR, InputError
 from core.files import ROOT
+from core.old_keys import rename_keys, renamed_overrides
 
 CONFIGS = str(ROOT / "configs")
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
@@ -41,10 +43,22 @@ def about() -> str:
 OmegaConf.register_new_resolver("about", about)
 
 
-def convert(schema: type[Schema], config: DictConfig) -> Schema:
+OmegaConf.register_new_resolver("times", lambda a, b: a * b)
+OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b))
+
+
+def compose_config(overrides: Iterable[str], *, hydra_config: bool = False) -> DictConfig:
+    """The config that a command line with these overrides gets; with Hydra's own part if asked."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        words = renamed_overrides(overrides)
+        return compose("config", words, return_hydra_config=hydra_config)
+
+
+def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = ()) -> Schema:
     """The sections of a composed config that `schema` names, checked and typed; other sections are
-    left alone.
+    left alone. Keys that the command line gave win over old names of the same keys in files.
     """
+    rename_keys(config, "the config", given)
     if OmegaConf.is_missing(config.run, "name"):
         names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
         raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
@@ -97,7 +111,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
         composed: list[DictConfig] = []
         # hydra's part ends with the composed config, so that what follows is not dressed in its own
         # error handling
-        compose = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(
+        compose_argv = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(
             composed.append
         )
 
@@ -105,10 +119,12 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             log.set_up()
             # hydra passes exceptions on; the line below is ours
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            sys.argv[1:] = renamed_overrides(sys.argv[1:])
+            given = {word.split("=", 1)[0].lstrip("+") for word in sys.argv[1:]}
             try:
-                compose()
+                compose_argv()
                 for config in composed:
-                    main(checked(schema, config))
+                    main(checked(schema, config, given))
             except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
                 if show_traceback:
                     raise
@@ -123,10 +139,10 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
     return decorate
 
 
-def checked(schema: type[Schema], config: DictConfig) -> Schema:
+def checked(schema: type[Schema], config: DictConfig, given: Collection[str] = ()) -> Schema:
     """convert, with a failed check of a section as an InputError."""
     try:
-        return convert(schema, config)
+        return convert(schema, config, given)
     except OmegaConfBaseException:
         raise
     except ValueError as error:

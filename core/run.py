@@ -63,6 +63,9 @@ class Run:
     dir: str
     seed: int  # of the initial weights
     init_from: str | None = None  # instead of random weights
+    # what the commands of eval/ read instead of the newest one: a step-N folder, or for
+    # leaderboards also a Hugging Face folder
+    checkpoint: str | None = None
 
     @property
     def folder(self) -> Path:

@@ -20,15 +20,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from core.command import compose_config
 from data.config import BrowseConfig, PrepareConfig, VerifyConfig
+from eval.config import EvaluationConfig
 from launch.config import SubmitConfig
 from launch.planning.trial import DryRun
 
 PAGE = "config.md"
-SCHEMAS = (DryRun, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
+SCHEMAS = (DryRun, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is
@@ -53,23 +54,24 @@ MEANINGS = {  # of fields whose names need no comment where they are used
     "optim.eps": "added to the root of the second moment",
     "schedule.min_lr": "rate at the end of the decay",
     "schedule.warmup_tokens": "over which the rate grows linearly from zero",
-    "schedule.batch_end": "sequences after the ramp",
+    "schedule.batch_start_sequences": "of the first steps",
+    "schedule.batch_end_sequences": "after the ramp",
     "schedule.ramp_tokens": "over which the batch grows linearly",
     "checkpoint.every_tokens": "from one save to the next",
     "checkpoint.keep_last": "newest checkpoints that are kept",
     "cluster.nodes": "machines",
     "cluster.ranks_per_node": "processes of a machine, one per GPU",
-    "eval.prompt": "that the sample goes on from",
-    "eval.sampling.seed": "of the sample",
-    "eval.validation.every_tokens": "from one held-out loss to the next",
-    "eval.validation.seq_len": "context of it",
-    "eval.jobs.every_tokens": "from one leaderboard to the next",
-    "eval.suite.rows[].label": "its name in tables",
-    "eval.suite.rows[].task": "its name in lm-evaluation-harness",
-    "eval.suite.rows[].shots": "examples in the prompt",
-    "eval.suite.published": "scores of other models, in the order of the rows",
+    "generate.prompt": "that the sample goes on from",
+    "generate.sampling.seed": "of the sample",
+    "validation.every_tokens": "from one held-out loss to the next",
+    "validation.seq_len": "context of it",
+    "leaderboard.jobs.every_tokens": "from one leaderboard to the next",
+    "leaderboard.suite.rows[].label": "its name in tables",
+    "leaderboard.suite.rows[].task": "its name in lm-evaluation-harness",
+    "leaderboard.suite.rows[].shots": "examples in the prompt",
+    "leaderboard.suite.published": "scores of other models, in the order of the rows",
     "data.stages[].name": "shown in metrics and consoles",
-    "eval.suite.name": "of its results' files",
+    "leaderboard.suite.name": "of its results' files",
     "executor.poll_seconds": "between two looks at the tasks",
 }
 
@@ -84,8 +86,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def page() -> str:
     """The whole page as Markdown."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        composed = compose("config", ["+experiment=7b"])
+    composed = compose_config(["+experiment=7b"])
     sections: dict[str, type] = {}
     for schema in SCHEMAS:
         sections |= typing.get_type_hints(schema)

@@ -86,7 +86,7 @@ def _training_pieces(config: DataConfig, name: str, manifest: Manifest) -> Itera
 def prove(config: EvaluationConfig) -> None:
     """Read every training shard once, and name what validation and training share."""
     files_apart(open_manifests(config.data))
-    shared = list(trained_documents(config.data, config.eval.validation))
+    shared = list(trained_documents(config.data, config.validation))
     if shared:
         lines = "; ".join(f"{times} of {owner} in {name}" for owner, name, times in shared)
         raise InputError(

@@ -51,15 +51,15 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     record = RunFiles.export_record(target)
     made_of = {
         **identity_of(folder),
-        "dtype": config.eval.dtype,
-        "keep_fp32": config.eval.keep_fp32,
+        "dtype": config.export.dtype,
+        "keep_fp32": config.export.keep_fp32,
         "tokenizer_sha256": sha256_of(tokenizer_path(config.data)),
     }
     if read_json(record) == {**made_of, "files": sizes(target)}:
         logger.info(f"reused: {target} holds {folder.name}")
         return
     try:
-        description = hf_config(config.model, EOS, config.eval.dtype)
+        description = hf_config(config.model, EOS, config.export.dtype)
     except ValueError as error:
         raise InputError(str(error)) from error
     part = target.with_name(f"{target.name}.part")
@@ -71,7 +71,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
             f"{free / 1e9:.2f} GB free"
         )
     part.mkdir(parents=True)
-    logger.info(f"exporting {folder} as {config.eval.dtype}")
+    logger.info(f"exporting {folder} as {config.export.dtype}")
     pieces = Pieces(folder)
     write(
         part,
@@ -100,13 +100,13 @@ def entries(config: EvaluationConfig) -> Iterator[Entry]:
     """Every tensor under transformers' name, shape and order, with its exported type."""
     shapes = parameter_shapes(config.model)
     known = {name.rsplit(".", 1)[-1] for name in shapes}
-    if odd := sorted(set(config.eval.keep_fp32) - known):
+    if odd := sorted(set(config.export.keep_fp32) - known):
         raise InputError(
-            f"eval.keep_fp32 names {', '.join(odd)}; parameters end in {', '.join(sorted(known))}"
+            f"export.keep_fp32 names {', '.join(odd)}; parameters end in {', '.join(sorted(known))}"
         )
     for ours, theirs in tensor_names(config.model.n_layer):
-        kept = ours.rsplit(".", 1)[-1] in config.eval.keep_fp32
-        dtype = torch.float32 if kept else getattr(torch, config.eval.dtype)
+        kept = ours.rsplit(".", 1)[-1] in config.export.keep_fp32
+        dtype = torch.float32 if kept else getattr(torch, config.export.dtype)
         shape = to_hf(ours, torch.empty(shapes[ours], device="meta")).shape
         yield Entry(ours, theirs, dtype, tuple(shape))
 

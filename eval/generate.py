@@ -1,8 +1,8 @@
 """Generate text from a run's newest checkpoint, streamed to the terminal.
 
 examples:
-  python eval/generate.py +experiment=demo eval.prompt="import os"
-  python eval/generate.py +experiment=demo eval.new_tokens=200 eval.sampling.temperature=0
+  python eval/generate.py +experiment=demo generate.prompt="import os"
+  python eval/generate.py +experiment=demo generate.new_tokens=200 generate.sampling.temperature=0
 """
 
 import sys
@@ -52,9 +52,13 @@ def show(config: EvaluationConfig) -> None:
     """Stream a continuation of the configured prompt."""
     model = load_model(config, find_checkpoint(config), best_device())
     tokenizer = load_tokenizer(tokenizer_path(config.data))
-    print(config.eval.prompt, end="", flush=True)
+    print(config.generate.prompt, end="", flush=True)
     for piece in stream(
-        model, tokenizer, config.eval.prompt, config.eval.new_tokens, config.eval.sampling
+        model,
+        tokenizer,
+        config.generate.prompt,
+        config.generate.new_tokens,
+        config.generate.sampling,
     ):
         print(piece, end="", flush=True)
     print(flush=True)

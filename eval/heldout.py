@@ -182,7 +182,7 @@ class Validation:
         }
 
     def _batches(self, name: str) -> Iterator[tuple[Tensor, int]]:
-        rows, batch = self.rows[name], self.settings.batch
+        rows, batch = self.rows[name], self.settings.batch_sequences
         for start in range(0, len(rows), batch):
             yield rows[start : start + batch], max(0, self.counted[name] - start)
 

@@ -5,7 +5,7 @@ never written anywhere. Uploading again continues: files that the hub has alread
 twice.
 
 examples:
-  python eval/push.py +experiment=demo eval.hub=USER/MODEL
+  python eval/push.py +experiment=demo export.hub=USER/MODEL
 """
 
 import logging
@@ -31,33 +31,33 @@ def push(config: EvaluationConfig) -> None:
     """Check the export, write the card, upload; the repository is private until its owner says
     otherwise.
     """
-    if config.eval.hub is None:
-        raise InputError("where to? give eval.hub=USER/MODEL")
+    if config.export.hub is None:
+        raise InputError("where to? give export.hub=USER/MODEL")
     folder = find_checkpoint(config)
     home = export_folder(config, folder)
     require_export(home, folder)
     card = config.run.files.card
     card.write_text(model_card(config.run.folder, folder, config.model), encoding="utf-8")
     api = HfApi()
-    logger.info(f"uploading {home} to {config.eval.hub}")
+    logger.info(f"uploading {home} to {config.export.hub}")
     try:
-        api.create_repo(config.eval.hub, private=True, exist_ok=True)
+        api.create_repo(config.export.hub, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=config.eval.hub,
+            repo_id=config.export.hub,
             folder_path=home,
             commit_message=f"{folder.name} of {config.run.name}",
         )
         for path in (card, config.run.files.curves):
             if path.is_file():
                 api.upload_file(
-                    repo_id=config.eval.hub, path_or_fileobj=path, path_in_repo=path.name
+                    repo_id=config.export.hub, path_or_fileobj=path, path_in_repo=path.name
                 )
     except HfHubHTTPError as error:
         line = str(error).splitlines()[0]
         raise InputError(
-            f"the hub refused ({line}): log in with `hf auth login`, check eval.hub"
+            f"the hub refused ({line}): log in with `hf auth login`, check export.hub"
         ) from error
-    logger.info(f"published: https://huggingface.co/{config.eval.hub} (private)")
+    logger.info(f"published: https://huggingface.co/{config.export.hub} (private)")
 
 
 main = command(EvaluationConfig)(push)

@@ -31,7 +31,7 @@ from core.files import read_json, sha256_of, write_json
 from core.run import RunFiles
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, source_folder
-from eval.config import Eval, EvaluationConfig
+from eval.config import EvaluationConfig, GenerateConfig
 from eval.heldout import Score, evaluate
 from eval.hf.exported import require_export
 from eval.hf.reference import load as transformers_twin
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def evaluation(config: EvaluationConfig) -> None:
     """A suite when one is chosen, else the held-out text of every source and a sample."""
-    if config.eval.suite is not None:
+    if config.leaderboard.suite is not None:
         run_suite(config)
     else:
         heldout(config)
@@ -56,7 +56,7 @@ def heldout(config: EvaluationConfig) -> None:
     require_export(home, folder)
     made_of = {
         **identity_of(folder),
-        "settings": deciding(config.eval),
+        "settings": deciding(config),
         "data": data_sha256(config.data),
     }
     path = config.run.files.evaluation
@@ -67,14 +67,14 @@ def heldout(config: EvaluationConfig) -> None:
         return
     model = load_model(config, folder, best_device())
     scores: dict[str, Score] = {}
-    settings = (config.eval.seq_len, config.eval.batch, config.eval.max_tokens)
+    settings = (config.eval.seq_len, config.eval.batch_sequences, config.eval.max_tokens)
     for name, score in evaluate(model, config.data, *settings):
         logger.info(
             f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens"
         )
         scores[name] = score
     scores["all"] = total(list(scores.values()))
-    sample = generate(home, config.eval)
+    sample = generate(home, config.generate)
     show(scores, sample)
     result = {
         **made_of,
@@ -85,10 +85,13 @@ def heldout(config: EvaluationConfig) -> None:
     logger.info(f"\nscores: {path}")
 
 
-def deciding(config: Eval) -> dict[str, Any]:
+def deciding(config: EvaluationConfig) -> dict[str, Any]:
     """The settings that held-out scores and the sample follow from."""
-    names = ("seq_len", "batch", "max_tokens", "prompt", "new_tokens", "sampling", "dtype")
-    return {name: value for name, value in asdict(config).items() if name in names}
+    return {
+        "eval": asdict(config.eval),
+        "generate": asdict(config.generate),
+        "dtype": config.export.dtype,
+    }
 
 
 def data_sha256(config: DataConfig) -> str:
@@ -127,7 +130,7 @@ def table(scores: dict[str, Score]) -> Table:
     return grid
 
 
-def generate(folder: Path, config: Eval) -> str:
+def generate(folder: Path, config: GenerateConfig) -> str:
     """Prompt and continuation by transformers, sampled with a fixed seed."""
     from transformers import AutoTokenizer, set_seed
 
@@ -148,12 +151,12 @@ def generate(folder: Path, config: Eval) -> str:
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """The command line with `checkpoint=` and `suite=` in Hydra's terms, and the run that a
+    """The command line with `checkpoint=` in Hydra's terms, and the run that a
     checkpoint belongs to.
 
-    Hydra would take checkpoint=... as a choice of its group of that name.
+    Hydra would take checkpoint=... as a value for the section of that name.
     """
-    short = {"checkpoint": "eval.checkpoint", "suite": "eval"}
+    short = {"checkpoint": "run.checkpoint"}
     pairs = [argument.split("=", 1) for argument in arguments]
     expanded = ["=".join([short.get(key, key), *value]) for key, *value in pairs]
     given = {key: value[0] for key, *value in pairs if value}

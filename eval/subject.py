@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import sha256_of
+from core.old_keys import load_config
 from core.run import MANIFEST
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(config: EvaluationConfig) -> Path:
-    """The newest checkpoint that verifies, or the one that eval.checkpoint names.
+    """The newest checkpoint that verifies, or the one that run.checkpoint names.
 
     Raises InputError when there is none or it holds another model.
     """
@@ -39,8 +39,8 @@ def find_checkpoint(config: EvaluationConfig) -> Path:
 
 def verified_checkpoint(config: EvaluationConfig) -> Path:
     """As find_checkpoint, whatever model it holds."""
-    if config.eval.checkpoint is not None:
-        folder = Path(config.eval.checkpoint)
+    if config.run.checkpoint is not None:
+        folder = Path(config.run.checkpoint)
         if (why := fault(folder)) is not None:
             raise InputError(f"checkpoint {folder} cannot be used: {why}")
     else:
@@ -62,7 +62,7 @@ def export_folder(config: EvaluationConfig, folder: Path) -> Path:
     """
     return (
         config.run.files.hf
-        if config.eval.checkpoint is None
+        if config.run.checkpoint is None
         else config.run.files.hf_of(folder.name)
     )
 
@@ -114,10 +114,10 @@ class Subject:
 
 
 def subject_of(config: EvaluationConfig) -> Subject:
-    """What eval.checkpoint names, else the run's newest; the run's own config.yaml says where its
+    """What run.checkpoint names, else the run's newest; the run's own config.yaml says where its
     vocabulary lies.
     """
-    named = config.eval.checkpoint
+    named = config.run.checkpoint
     if named is not None and (Path(named) / "config.json").is_file():
         folder = Path(named).resolve()
         try:
@@ -132,6 +132,6 @@ def subject_of(config: EvaluationConfig) -> Subject:
     tokenizer = tokenizer_path(config.data)
     if (record := config.run.files.config).is_file():
         tokenizer = tokenizer_path(
-            replace(config.data, folder=str(OmegaConf.load(record).data.folder))
+            replace(config.data, folder=str(load_config(record).data.folder))
         )
     return Subject(folder, config.run.files.scores, identity_of(folder), tokenizer)

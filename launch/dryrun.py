@@ -1,16 +1,16 @@
 """A run at full size without its machines, on a laptop's CPU.
 
 Builds the model, its cut and the engine's partition on tensors without memory in a process group
-that pretends to have `world` ranks, takes one step, and shows schedule, data plan, what each rank
-holds, and every collective with its bytes beside the formula of train/costs/traffic.py. A layout
-that cannot run is refused with the nearest one that can. Also written to RUN/dryrun.json.
+that pretends to have `dryrun.world_size` ranks, takes one step, and shows schedule, data plan, what
+each rank holds, and every collective with its bytes beside the formula of train/costs/traffic.py. A
+layout that cannot run is refused with the nearest one that can. Also written to RUN/dryrun.json.
 
 examples:
-  python launch/dryrun.py +experiment=7b world=256
-  python launch/dryrun.py +experiment=7b world=256 parallel.tensor_parallel=8 \\
+  python launch/dryrun.py +experiment=7b dryrun.world_size=256
+  python launch/dryrun.py +experiment=7b dryrun.world_size=256 parallel.tensor_parallel=8 \\
     parallel.sequence_parallel=true
-  python launch/dryrun.py +experiment=7b world=256 model.n_layer=4 parallel.engine=deepspeed \\
-    parallel.zero_stage=3
+  python launch/dryrun.py +experiment=7b dryrun.world_size=256 model.n_layer=4 \\
+    parallel.engine=deepspeed parallel.zero_stage=3
 """
 
 import logging
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 @command(DryRun)
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
-    layout = layout_of(run, run.parallel, run.ranks, planned_gpu(run))
+    layout = layout_of(run, run.parallel, run.compute.recompute, run.ranks, planned_gpu(run))
     if layout.why_not is not None:
         p = run.parallel
         shape = (
             f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute "
-            f"{p.recompute.value}"
+            f"{run.compute.recompute.value}"
         )
         raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
     logger.info("loading torch, DeepSpeed and megatron-core")

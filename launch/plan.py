@@ -48,7 +48,10 @@ def plan(run: PlannedRun) -> dict[str, Any]:
         part: sum(phase.steps * getattr(time, part) for phase, time in seconds) / 86400
         for part in ("computing", "may_hide", "exposed", "total")
     }
-    found, own = layouts(run, ranks, gpu), layout_of(run, run.parallel, ranks, gpu)
+    found, own = (
+        layouts(run, ranks, gpu),
+        layout_of(run, run.parallel, run.compute.recompute, ranks, gpu),
+    )
     return {
         "run": run.run.name,
         "ranks": ranks,
@@ -138,7 +141,7 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
             f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free",
         )
     days, saving = result["days"], result["reliability"]
-    at = f"{result['mfu']:.0%} MFU, recompute {run.parallel.recompute.value}"
+    at = f"{result['mfu']:.0%} MFU, recompute {run.compute.recompute.value}"
     rows.add_row(
         f"days at {at}",
         f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), if nothing hides",

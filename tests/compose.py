@@ -1,10 +1,9 @@
 """Configurations as the entry points get them, without a process."""
 
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-
-from core.command import CONFIGS, convert
+from core.command import compose_config, convert
 from train.config import RunConfig
 
 Schema = TypeVar("Schema")
@@ -12,8 +11,18 @@ Schema = TypeVar("Schema")
 
 def typed(schema: type[Schema], experiment: str, *overrides: str) -> Schema:
     """The sections that a schema names of an experiment with overrides."""
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return convert(schema, compose("config", [f"+experiment={experiment}", *overrides]))
+    return convert(schema, compose_config([f"+experiment={experiment}", *overrides]))
+
+
+def laid_out(run: RunConfig, **changes: Any) -> RunConfig:
+    """The run with other values in the sections `parallel` and `compute`."""
+    parallel = {name: v for name, v in changes.items() if name in vars(run.parallel)}
+    compute = {name: v for name, v in changes.items() if name not in parallel}
+    return replace(
+        run,
+        parallel=replace(run.parallel, **parallel),
+        compute=replace(run.compute, **compute),
+    )
 
 
 def run_config(experiment: str, *overrides: str) -> RunConfig:

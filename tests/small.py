@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from core.run import Run
-from eval.config import ValidationConfig
-from tests.compose import run_config
+from eval.config import EvaluationConfig, ValidationConfig
+from tests.compose import run_config, typed
 from tests.corpus import corpus_config
 from tests.tiny import TINY
 from train.config import (
@@ -45,22 +45,30 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
         health=health(),
         metrics=MetricsConfig(None, False, 60.0),
+        compute=run_config("demo").compute,
         train=Train(ProfileConfig(0, 0, 0, [0])),
         cluster=Cluster(Device.cpu, 1, 1, None, 0.0, 1.0),
-        eval=replace(run_config("demo").eval, validation=ValidationConfig(1000, 200, 32, 4)),
+        validation=ValidationConfig(1000, 200, 32, 4),
+        leaderboard=run_config("demo").leaderboard,
     )
+
+
+def evaluation(run: RunConfig) -> EvaluationConfig:
+    """What the commands of eval/ read of a run."""
+    demo = typed(EvaluationConfig, "demo")
+    return replace(demo, run=run.run, model=run.model, data=run.data)
 
 
 def health() -> HealthConfig:
     """Checks at short intervals; no spikes, for a run this short has no window to tell one."""
     return HealthConfig(
-        max_skipped=10,
-        spike_window=128,
+        max_skipped_updates=10,
+        spike_window_updates=128,
         spike_sigmas=6.0,
-        spike_patience=3,
-        max_rewinds=2,
-        check_replicas_steps=5,
-        straggler_steps=8,
+        spike_patience_updates=3,
+        max_rollbacks=2,
+        check_replicas_every_steps=5,
+        straggler_window_steps=8,
         straggler_factor=2.0,
         hang_seconds=60.0,
         max_starts=5,

@@ -235,9 +235,9 @@ def demo(home: Path, data: str, further: list[str]) -> RunConfig:
         "checkpoint.retry_seconds=0.5",
         "health.hang_seconds=20",
         "health.max_starts=20",
-        "health.spike_window=32",
-        "health.check_replicas_steps=10",
-        "health.straggler_steps=8",
+        "health.spike_window_updates=32",
+        "health.check_replicas_every_steps=10",
+        "health.straggler_window_steps=8",
         f"run.dir={home}/demo",
     ]
     return run_config("demo", *overrides, *further)

@@ -24,7 +24,7 @@ OUTSIDE = (
 
 # Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
 DOORS: dict[str, tuple[set[str], set[str]]] = {
-    "core": (set(), {"command", "errors", "files", "log", "run"}),
+    "core": (set(), {"command", "errors", "files", "log", "old_keys", "run"}),
     "model": (
         set(),
         {

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from core.command import convert
+from core.old_keys import load_config
 from core.run import newest
-from eval.config import EvaluationConfig
 from eval.export import export
 from eval.hf.card import model_card
 from eval.hf.reference import load as transformers_model
 from model.checkpoint import Pieces, fault, read_state
 from model.hf import HfFolder
 from tests.distributed import run_ranks
-from tests.small import config
+from tests.small import config, evaluation
 from tests.train.world import curve, engine, megatron, records, train
 from train.config import RunConfig
 
@@ -77,7 +76,7 @@ def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
     old = FIXTURES / "runs" / "zero1-dp2"
     shutil.copytree(old / "checkpoints", tmp_path / "zero1-dp2" / "checkpoints")
     run = of_layout(tmp_path, "zero1-dp2")
-    export(EvaluationConfig(run.run, run.model, run.data, run.eval), max_bytes=20_000)
+    export(evaluation(run), max_bytes=20_000)
     files = {path.name: path.read_bytes() for path in run.run.files.hf.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
 
@@ -93,7 +92,7 @@ def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
 
 def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
     folder = FIXTURES / "runs" / "zero1-dp2"
-    record = OmegaConf.load(folder / "config.yaml")
+    record = load_config(folder / "config.yaml")
     assert record.pop("code")["commit"].startswith("bd3e05a")
     run = convert(RunConfig, record)
     wanted = config(Path("runs"), "zero1-dp2")

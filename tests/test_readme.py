@@ -23,9 +23,9 @@ SHORTER = [
     "schedule.ramp_tokens=60000",
     "schedule.decay_tokens=80000",
     "checkpoint.every_tokens=60000",
-    "eval.validation.every_tokens=100000",
+    "validation.every_tokens=100000",
     "eval.max_tokens=8000",
-    "eval.new_tokens=16",
+    "generate.new_tokens=16",
 ]
 
 

@@ -9,7 +9,7 @@ from enum import Enum
 
 from core.run import Run
 from data.config import DataConfig
-from eval.config import Eval
+from eval.config import LeaderboardConfig, ValidationConfig
 from model.config import Backend, ModelConfig, Recompute
 
 
@@ -86,17 +86,17 @@ class ScheduleConfig:
     warmup_tokens: int
     decay_tokens: int  # counted from the end of the last stage
     decay_shape: DecayShape
-    batch_start: int  # sequences
-    batch_end: int
+    batch_start_sequences: int
+    batch_end_sequences: int
     ramp_tokens: int
-    # lr ~ sqrt(batch / batch_end), which keeps Adam's noise temperature constant
+    # lr ~ sqrt(batch / batch_end_sequences), which keeps Adam's noise temperature constant
     batch_scaling: bool
 
     def __post_init__(self) -> None:
         if self.min_lr <= 0:
             raise ValueError(f"schedule.min_lr is {self.min_lr}; it must be positive")
-        if not 1 <= self.batch_start <= self.batch_end:
-            raise ValueError("schedule needs 1 <= batch_start <= batch_end")
+        if not 1 <= self.batch_start_sequences <= self.batch_end_sequences:
+            raise ValueError("schedule needs 1 <= batch_start_sequences <= batch_end_sequences")
         if min(self.warmup_tokens, self.decay_tokens, self.ramp_tokens) < 0:
             raise ValueError(
                 "schedule.warmup_tokens, decay_tokens and ramp_tokens must not be negative"
@@ -116,38 +116,39 @@ class Parallel:
     # of one forward; sequences per micro-batch follow from the stage's seq_len
     micro_batch_tokens: int
     bucket_elements: int
-    recompute: Recompute
-    precision: Precision
-    compile: bool  # blocks by torch.compile, around the kernels
-    kernels: Backend
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.engine is EngineKind.megatron and self.zero_stage != 1:
             raise ValueError(
-                "parallel.engine megatron has ZeRO stage 1 alone, parallel.zero_stage is "
-                f"{self.zero_stage}: set parallel.engine=deepspeed for the others"
+                "parallel.engine=megatron supports only ZeRO stage 1, and parallel.zero_stage is "
+                f"{self.zero_stage}: set parallel.engine=deepspeed for the other stages"
             )
-        if self.compile and (
-            self.tensor_parallel > 1 or self.context_parallel > 1 or self.zero_stage == 3
-        ):
-            raise ValueError(
-                "parallel.compile takes whole blocks, without collectives inside: "
-                "tensor_parallel and context_parallel must be 1, and zero_stage below 3"
-            )
-        if (
-            min(
-                self.tensor_parallel,
-                self.context_parallel,
-                self.micro_batch_tokens,
-                self.bucket_elements,
-            )
-            < 1
-        ):
+        sizes = (self.tensor_parallel, self.context_parallel, self.micro_batch_tokens)
+        if min(*sizes, self.bucket_elements) < 1:
             raise ValueError(
                 "parallel.tensor_parallel, context_parallel, micro_batch_tokens and "
                 "bucket_elements must be at least 1"
+            )
+
+
+@dataclass
+class Compute:
+    """How one rank computes a step."""
+
+    precision: Precision
+    recompute: Recompute
+    kernels: Backend
+    compile: bool  # blocks by torch.compile, around the kernels
+
+    def check_compile(self, parallel: Parallel) -> None:
+        """Raise ValueError where torch.compile would meet collectives inside a block."""
+        cut = parallel.tensor_parallel > 1 or parallel.context_parallel > 1
+        if self.compile and (cut or parallel.zero_stage == 3):
+            raise ValueError(
+                "compute.compile takes whole blocks, without collectives inside: "
+                "parallel.tensor_parallel and context_parallel must be 1, and zero_stage below 3"
             )
 
 
@@ -190,13 +191,13 @@ class HealthConfig:
     table).
     """
 
-    max_skipped: int  # updates in a row that may be skipped
-    spike_window: int  # updates whose losses a new one is compared with
+    max_skipped_updates: int  # updates in a row that may be skipped
+    spike_window_updates: int  # updates whose losses a new one is compared with
     spike_sigmas: float  # standard deviations above their mean that make a spike
-    spike_patience: int  # spikes in a row after which the run goes back to a checkpoint
-    max_rewinds: int  # without a whole window of updates between
-    check_replicas_steps: int
-    straggler_steps: int
+    spike_patience_updates: int  # spikes in a row after which the run rolls back to a checkpoint
+    max_rollbacks: int  # without a whole window of updates between
+    check_replicas_every_steps: int
+    straggler_window_steps: int
     straggler_factor: float  # times slower than the others
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
     max_starts: int  # from the same tokens
@@ -206,24 +207,26 @@ class HealthConfig:
     verify_shards: VerifyShards
 
     def __post_init__(self) -> None:
-        whole = (
-            self.max_skipped,
-            self.spike_window,
-            self.spike_patience,
-            self.check_replicas_steps,
+        counts = (
+            self.max_skipped_updates,
+            self.spike_window_updates,
+            self.spike_patience_updates,
+            self.check_replicas_every_steps,
+            self.straggler_window_steps,
+            self.max_starts,
         )
-        if min(*whole, self.straggler_steps, self.max_starts) < 1 or self.max_rewinds < 0:
+        if min(counts) < 1 or self.max_rollbacks < 0:
             raise ValueError(
-                "counts and windows of health must be at least 1, max_rewinds at least 0"
+                "counts and windows of health must be at least 1, max_rollbacks at least 0"
             )
         if min(self.spike_sigmas, self.hang_seconds) <= 0 or self.straggler_factor <= 1:
             raise ValueError(
                 "health needs spike_sigmas and hang_seconds above 0, and straggler_factor above 1"
             )
-        if self.spike_patience > self.max_skipped:
+        if self.spike_patience_updates > self.max_skipped_updates:
             raise ValueError(
-                "health.spike_patience must not exceed health.max_skipped: the run would stop "
-                "before"
+                "health.spike_patience_updates must not exceed health.max_skipped_updates: the "
+                "run would stop before"
             )
 
 
@@ -243,15 +246,15 @@ class ProfileConfig:
     """
 
     steps: int  # that are traced; 0 looks at none
-    after: int  # steps of this start that come before
+    after_steps: int  # steps of this start that come before
     # between these and the traced ones: the table's, for a trace slows what it sees
     timed_steps: int
     ranks: list[int]  # that are looked at
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.after, self.timed_steps, *self.ranks, 0) < 0:
+        if min(self.steps, self.after_steps, self.timed_steps, *self.ranks, 0) < 0:
             raise ValueError(
-                "train.profile.steps, after, timed_steps and ranks must not be negative"
+                "train.profile.steps, after_steps, timed_steps and ranks must not be negative"
             )
         if self.steps and not self.ranks:
             raise ValueError("train.profile.ranks is empty: train.profile.steps=0 looks at no step")
@@ -288,12 +291,14 @@ class RunConfig:
     optim: Optim
     schedule: ScheduleConfig
     parallel: Parallel
+    compute: Compute
     checkpoint: CheckpointConfig
     health: HealthConfig
     metrics: MetricsConfig
     train: Train
     cluster: Cluster
-    eval: Eval
+    validation: ValidationConfig
+    leaderboard: LeaderboardConfig
 
     def __post_init__(self) -> None:
         tokens = self.tokens
@@ -312,6 +317,7 @@ class RunConfig:
                 f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds "
                 f"model.vocab_size {self.model.vocab_size}: some ids would have no embedding"
             )
+        self.compute.check_compile(self.parallel)
         self.model.check_cut(self.parallel.tensor_parallel)
         for stage in self.data.stages:
             piece, rest = divmod(stage.seq_len, self.parallel.context_parallel)
@@ -340,7 +346,7 @@ class RunConfig:
         pieces = {
             f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages
         }
-        for what, length in {**pieces, "eval.validation": self.eval.validation.seq_len}.items():
+        for what, length in {**pieces, "validation": self.validation.seq_len}.items():
             if length % tp:
                 raise ValueError(
                     f"parallel.sequence_parallel: {tp} tensor-parallel ranks do not divide the "

@@ -57,20 +57,23 @@ class Schedule:
         self.total = end
 
     def batch(self, tokens: int) -> int:
-        """Sequences of a full step that begins at `tokens`: linear from batch_start to
-        batch_end.
+        """Sequences of a full step that begins at `tokens`: linear from batch_start_sequences to
+        batch_end_sequences.
         """
         c = self.config
         if tokens >= c.ramp_tokens:
-            return c.batch_end
-        return c.batch_start + (c.batch_end - c.batch_start) * tokens // c.ramp_tokens
+            return c.batch_end_sequences
+        return (
+            c.batch_start_sequences
+            + (c.batch_end_sequences - c.batch_start_sequences) * tokens // c.ramp_tokens
+        )
 
     def lr(self, tokens: int, batch: int) -> float:
         """Learning rate of a step of `batch` sequences that ends at `tokens`."""
         c = self.config
         lr = self.peak_lr
         if c.batch_scaling:
-            lr *= math.sqrt(batch / c.batch_end)
+            lr *= math.sqrt(batch / c.batch_end_sequences)
         if tokens < c.warmup_tokens:
             lr *= tokens / c.warmup_tokens
         into_decay = tokens - (self.total - c.decay_tokens)

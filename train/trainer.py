@@ -26,7 +26,7 @@ from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
 from model.mamba import FalconMamba
 from model.parallel.build import build
 from train.checkpoint.manager import Checkpoints, State
-from train.config import Parallel, Precision, RunConfig
+from train.config import Compute, Precision, RunConfig
 from train.device import memory_gib, peak_flops
 from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
 from train.engines.build import build_engine
@@ -45,7 +45,7 @@ from train.step_stats import Exchange, Told, count
 logger = logging.getLogger(__name__)
 
 
-def kernels_of(config: Parallel, device: str) -> Kernels:
+def kernels_of(config: Compute, device: str) -> Kernels:
     """The kernels that a run takes; InputError when they are missing, or cannot be compiled
     around.
     """
@@ -55,8 +55,8 @@ def kernels_of(config: Parallel, device: str) -> Kernels:
         raise InputError(str(error)) from error
     if config.compile and kernels is REFERENCE:  # which torch.compile would unroll, token by token
         raise InputError(
-            "parallel.compile=true is for blocks around kernels, and the reference kernels are a "
-            "loop over tokens: set parallel.compile=false, or another parallel.kernels"
+            "compute.compile=true is for blocks around kernels, and the reference kernels are a "
+            "loop over tokens: set compute.compile=false, or another compute.kernels"
         )
     return kernels
 
@@ -91,7 +91,7 @@ class Trainer:
         self.plan = compile_plan(config.data, manifests)
         self.loader = Loader(self.plan, manifests)
         self.schedule = Schedule(config)
-        kernels = kernels_of(config.parallel, ranks.device.type)
+        kernels = kernels_of(config.compute, ranks.device.type)
         self.model = build(
             config.model,
             kernels,
@@ -100,7 +100,7 @@ class Trainer:
             tp_rank=ranks.tp_rank,
             tp_size=ranks.tp_size,
             sequence_parallel=config.parallel.sequence_parallel,
-            recompute=config.parallel.recompute,
+            recompute=config.compute.recompute,
         )
         self.context = context_ranks() if ranks.cp_size > 1 else None
         self.model.set_context(self.context)
@@ -111,9 +111,11 @@ class Trainer:
         found = self.checkpoints.find()
         if found is None:
             start_from(self.model, config.run, ranks.tp_rank, ranks.tp_size)
-        if config.parallel.compile:
+        if config.compute.compile:
             self.model.compile_blocks()
-        self.engine: Engine = build_engine(self.model, config.optim, config.parallel, ranks)
+        self.engine: Engine = build_engine(
+            self.model, config.optim, config.parallel, config.compute.precision, ranks
+        )
         self.state = State(0, 0, 0, self.plan.hash, asdict(config.model))
         self.guard = Guard(config.health, ranks, self.model, self.engine, self.checkpoints, watch)
         self._resume(found)
@@ -121,8 +123,8 @@ class Trainer:
         self.exchange = Exchange(ranks, len(self.plan.sources))
         self.validation = Validation(
             config.data,
-            config.eval.validation,
-            bf16=config.parallel.precision is Precision.bf16,
+            config.validation,
+            bf16=config.compute.precision is Precision.bf16,
             rank=ranks.replica,  # the group holds context-parallel ranks too
             ranks=ranks.replicas,
             group=data_parallel_group(),
@@ -131,7 +133,7 @@ class Trainer:
         before_decay = max((end for end in edges if end <= decay), default=decay)
         self.jobs = SuiteJobs(
             config.run,
-            config.eval.jobs,
+            config.leaderboard.jobs,
             always={before_decay, self.schedule.total},
             after=collecting(config.run.folder),
         )
@@ -140,7 +142,7 @@ class Trainer:
         if ranks.first:
             self._say(kernels)
         if ranks.first and self.state.tokens < self.schedule.total:
-            self.peak = peak_flops(config.cluster, config.parallel.precision, ranks.device)
+            self.peak = peak_flops(config.cluster, config.compute.precision, ranks.device)
             arguments = (config.run.folder, config.run.name, config.metrics, run_config)
             self.metrics = Metrics(*arguments, tokens=self.state.tokens, total=self.schedule.total)
             self.jobs.know(read_scores(self.metrics.file.path))
@@ -199,7 +201,7 @@ class Trainer:
         """
         # nats and tokens of each source
         sums = torch.zeros(2, len(self.plan.sources), dtype=torch.float64)
-        autocast = self.config.parallel.precision is Precision.bf16
+        autocast = self.config.compute.precision is Precision.bf16
         # seconds of this rank's own work: reading and forward passes, which wait for no other rank
         own = waited
         for index, (batch, counts) in enumerate(batches):

@@ -94,12 +94,12 @@ call2() {  # how fast? 6 minutes: ceilings, our kernels, layer, a rank's step of
 
 ONE='data.stages=[{name: one, tokens: %d, seq_len: %d, mixture: {code: 50, math: 50}}]'
 RUN="+experiment=demo data.block_tokens=8192 cluster.ranks_per_node=1 cluster.device=cuda cluster.peak_tflops=989.5 metrics.wandb_project=null
- schedule.warmup_tokens=200000 schedule.ramp_tokens=0 schedule.decay_tokens=200000 parallel.precision=bf16 metrics.console_seconds=1
- eval.validation.every_tokens=100000000 checkpoint.every_tokens=100000000 optim.lr=1e-3 train.profile.steps=3 train.profile.after=8 train.profile.timed_steps=15"
+ schedule.warmup_tokens=200000 schedule.ramp_tokens=0 schedule.decay_tokens=200000 compute.precision=bf16 metrics.console_seconds=1
+ validation.every_tokens=100000000 checkpoint.every_tokens=100000000 optim.lr=1e-3 train.profile.steps=3 train.profile.after_steps=8 train.profile.timed_steps=15"
 
 train() {  # NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES...: one process without a launcher, killed at the limit
     local name=$1 one; one=$(printf "$ONE" "$2" "$3"); local n=$4; shift 4
-    LINES_OF=24 log "$name" "${LIMIT:-60}" python3 train/pretrain.py $RUN "$one" run.name="$name" schedule.batch_start="$n" schedule.batch_end="$n" "$@"
+    LINES_OF=24 log "$name" "${LIMIT:-60}" python3 train/pretrain.py $RUN "$one" run.name="$name" schedule.batch_start_sequences="$n" schedule.batch_end_sequences="$n" "$@"
     cp "runs/$name/profile/"*.txt "/tmp/logs/$name.profile.txt" 2>/dev/null; cp "runs/$name/metrics.jsonl" "/tmp/logs/$name.metrics.jsonl" 2>/dev/null
 }
 
@@ -112,8 +112,8 @@ call3() {  # does it train? 8 minutes
     train 130m-deepspeed 4000000 2048 64 model=130m parallel.micro_batch_tokens=65536
     train 130m-megatron 4000000 2048 64 model=130m parallel.micro_batch_tokens=65536 parallel.engine=megatron
     LIMIT=40 train 130m-small 4000000 2048 64 model=130m parallel.micro_batch_tokens=8192 parallel.engine=megatron  # what launches cost
-    LIMIT=90 train 130m-compile 4000000 2048 64 model=130m parallel.micro_batch_tokens=65536 parallel.engine=megatron parallel.compile=true
-    LIMIT=80 train 1b-megatron 4000000 8192 16 model=1b parallel.micro_batch_tokens=16384 parallel.engine=megatron train.profile.after=3 train.profile.timed_steps=6 train.profile.steps=2
+    LIMIT=90 train 130m-compile 4000000 2048 64 model=130m parallel.micro_batch_tokens=65536 parallel.engine=megatron compute.compile=true
+    LIMIT=80 train 1b-megatron 4000000 8192 16 model=1b parallel.micro_batch_tokens=16384 parallel.engine=megatron train.profile.after_steps=3 train.profile.timed_steps=6 train.profile.steps=2
     cp runs/demo/metrics.jsonl /tmp/logs/demo.metrics.jsonl; cp "$(ls runs/130m-megatron/profile/*.json.gz | head -1)" "$OUT/" 2>/dev/null
 }
 

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import read_json
+from core.old_keys import load_config
 from core.run import RunFiles
 from model.checkpoint import read_state
 from model.config import ModelConfig
@@ -29,7 +30,7 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     files = RunFiles(run)
     if not files.config.is_file():
         raise InputError(f"{run} holds no config.yaml: it is written by train/pretrain.py")
-    config: Any = OmegaConf.to_container(OmegaConf.load(files.config))
+    config: Any = OmegaConf.to_container(load_config(files.config))
     state = read_state(step)
     parts = [
         HEAD,
@@ -80,7 +81,7 @@ def _recipe(config: Any, shape: ModelConfig) -> list[str]:
         ["warmup, decay, tokens", f"{schedule['warmup_tokens']:,}, {schedule['decay_tokens']:,}"],
         [
             "batch, sequences",
-            f"{schedule['batch_start']} to {schedule['batch_end']} in "
+            f"{schedule['batch_start_sequences']} to {schedule['batch_end_sequences']} in "
             f"{schedule['ramp_tokens']:,} tokens",
         ],
         [
@@ -89,7 +90,7 @@ def _recipe(config: Any, shape: ModelConfig) -> list[str]:
             f"{optim['weight_decay']}",
         ],
         ["gradient clipping", optim["clip_norm"]],
-        ["precision", config["parallel"]["precision"]],
+        ["precision", config["compute"]["precision"]],
         ["seeds of weights and data", f"{config['run']['seed']}, {config['data']['seed']}"],
     ]
     return ["## Recipe\n", _rows(["what", "value"], rows)]

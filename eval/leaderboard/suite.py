@@ -29,7 +29,7 @@ Result = dict[str, Any]
 WIDTH = 110  # columns that a table takes at least
 FIX = (
     "Data sets must be in the cache (HF_HOME) or reachable: run once with a network, or name a "
-    "folder of task files in eval.suite.include"
+    "folder of task files in leaderboard.suite.include"
 )
 BOOTSTRAP = 100  # any number above 0 asks for standard errors; those of means are exact, not drawn
 
@@ -37,7 +37,7 @@ BOOTSTRAP = 100  # any number above 0 asks for standard errors; those of means a
 def run_suite(config: EvaluationConfig) -> None:
     """Score every row that can be scored; raises InputError at the end when some could not."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    suite = config.eval.suite
+    suite = config.leaderboard.suite
     assert suite is not None
     subject = subject_of(config)
     path = subject.results / f"{suite.name}-{subject.name}.json"
@@ -113,11 +113,11 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
 
     from eval.leaderboard.harness import language_model
 
-    suite = config.eval.suite
+    suite = config.leaderboard.suite
     assert suite is not None
     # it warns at every row that shots were set
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = language_model(subject, suite.max_length, config.eval.batch * config.eval.seq_len)
+    model = language_model(subject, suite.max_length, config.leaderboard.batch_tokens)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
         # its own tasks too: reading their 14,000 files takes seconds

@@ -5,12 +5,12 @@ named runs.
 import re
 from dataclasses import dataclass
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from core.command import CONFIGS, checked
+from core.command import checked, compose_config
 from core.errors import InputError
+from core.old_keys import renamed_overrides
 from launch.config import SubmitConfig
 from train.config import RunConfig
 
@@ -42,8 +42,8 @@ class Sweep:
 
 def job(overrides: list[str]) -> Job:
     """Compose and check one run on this machine; InputError and Hydra's errors name the mistake."""
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        composed = compose("config", overrides)
+    overrides = renamed_overrides(overrides)
+    composed = compose_config(overrides)
     return Job(overrides, checked(RunConfig, composed), checked(SubmitConfig, composed))
 
 
@@ -60,16 +60,15 @@ def short(value: str) -> str:
 
 def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     """One job per point, each in a folder of its own; all are checked before any is returned."""
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
-        whole = compose("config", base, return_hydra_config=True)
+    base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
+    whole = compose_config(base, hydra_config=True)
     named = whole.hydra.sweeper.params or {}
     choice = next(
         (word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None
     )
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     overrides += [f"{key}={value}" for key, value in named.items()]
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = OverridesParser.create().parse_overrides(renamed_overrides(overrides))
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
         raise InputError(

@@ -101,9 +101,9 @@ def kernels(config: RunConfig) -> Finding:
 
     device = device_of(config)
     try:
-        chosen = load(config.parallel.kernels, device)
+        chosen = load(config.compute.kernels, device)
     except MissingBackend as error:
-        return Finding("bad", str(error), "set parallel.kernels=auto, or install what is missing")
+        return Finding("bad", str(error), "set compute.kernels=auto, or install what is missing")
     generator = torch.Generator().manual_seed(0)
     b, l, d, n = 2, 33, 16, 8
     shapes = {
@@ -141,7 +141,7 @@ def kernels(config: RunConfig) -> Finding:
         return Finding(
             "bad",
             text,
-            "set parallel.kernels=reference, remove the compiled kernels' cache, and report it",
+            "set compute.kernels=reference, remove the compiled kernels' cache, and report it",
         )
     if chosen.name == "reference":
         return Finding(

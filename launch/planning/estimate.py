@@ -25,10 +25,10 @@ class PlanConfig:
 
     mfu: float
     price_per_gpu_hour: float
-    node_gbytes: float
-    network_gbytes: float
-    storage_gbytes: float
-    host_gbytes: float
+    node_gbytes_per_second: float
+    network_gbytes_per_second: float
+    storage_gbytes_per_second: float
+    host_gbytes_per_second: float
     failures_per_1000_node_days: float
 
     def __post_init__(self) -> None:
@@ -36,7 +36,15 @@ class PlanConfig:
             raise ValueError(
                 f"plan.mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1"
             )
-        if min(self.node_gbytes, self.network_gbytes, self.storage_gbytes, self.host_gbytes) <= 0:
+        if (
+            min(
+                self.node_gbytes_per_second,
+                self.network_gbytes_per_second,
+                self.storage_gbytes_per_second,
+                self.host_gbytes_per_second,
+            )
+            <= 0
+        ):
             raise ValueError("plan's rates must be above 0")
 
 
@@ -56,7 +64,7 @@ def planned_gpu(run: RunConfig) -> Gpu:
 
 def width(config: RunConfig) -> int:
     """Bytes per element of the type that products are taken in."""
-    return 2 if config.parallel.precision is Precision.bf16 else 4
+    return 2 if config.compute.precision is Precision.bf16 else 4
 
 
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
@@ -71,7 +79,7 @@ def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     scan *= 1 if p.context_parallel == 1 else 2  # pieces run once more, from zero
     whole = 1 if p.sequence_parallel else p.tensor_parallel
     rows = (traffic.convolutions + whole * traffic.residual) / gpu.bandwidth
-    match p.recompute:
+    match config.compute.recompute:
         case Recompute.full:
             return 4 / 3 * (products + scan + rows)
         case Recompute.selective:
@@ -106,7 +114,7 @@ def phases(run: RunConfig) -> list[Phase]:
                 Phase(f"{name}, ramp", edge - begin, seq_len, mean, (edge - begin) / seq_len / mean)
             )
         if end > edge:
-            batch = run.schedule.batch_end
+            batch = run.schedule.batch_end_sequences
             found.append(Phase(name, end - edge, seq_len, batch, (end - edge) / seq_len / batch))
         begin = end
     return found
@@ -161,9 +169,11 @@ def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int)
     group = p.tensor_parallel * p.context_parallel
     tokens = sequences_of_a_group(run, ranks, batch) * seq_len / group
     plain = replace(
-        p, recompute=Recompute.none, tensor_parallel=1, context_parallel=1, sequence_parallel=False
+        run,
+        parallel=replace(p, tensor_parallel=1, context_parallel=1, sequence_parallel=False),
+        compute=replace(run.compute, recompute=Recompute.none),
     )
-    again = roofline_seconds(run, gpu) / roofline_seconds(replace(run, parallel=plain), gpu)
+    again = roofline_seconds(run, gpu) / roofline_seconds(plain, gpu)
     computing = tokens * train_flops_per_token(run.model) / (gpu.flops * run.plan.mfu) * again
     sent = traffic_between_ranks(run, ranks, batch, seq_len)
     sizes = {
@@ -182,7 +192,9 @@ def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int)
 def link(run: PlannedRun, ranks: int) -> float:
     """Bytes per second of a rank's link to the `ranks` of its group."""
     return 1e9 * (
-        run.plan.node_gbytes if ranks <= run.cluster.ranks_per_node else run.plan.network_gbytes
+        run.plan.node_gbytes_per_second
+        if ranks <= run.cluster.ranks_per_node
+        else run.plan.network_gbytes_per_second
     )
 
 
@@ -223,14 +235,14 @@ def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
     size = 12 * parameter_count(run.model)
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
     rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
-    blocking = size / ranks / (run.plan.host_gbytes * 1e9)
+    blocking = size / ranks / (run.plan.host_gbytes_per_second * 1e9)
     if (
         run.parallel.engine is EngineKind.megatron
     ):  # its pieces() has the weights gathered before anything is read
         seq_len = max(stage.seq_len for stage in run.data.stages)
-        sent = traffic_between_ranks(run, ranks, run.schedule.batch_end, seq_len)
+        sent = traffic_between_ranks(run, ranks, run.schedule.batch_end_sequences, seq_len)
         blocking += sent["weights"] / link(run, ranks)
-    writing = size / (run.plan.storage_gbytes * 1e9)
+    writing = size / (run.plan.storage_gbytes_per_second * 1e9)
 
     def lost(seconds: float) -> float:
         return blocking / seconds + rate * seconds / 2

@@ -54,10 +54,9 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None
                 sequence_parallel=sequence,
                 context_parallel=context,
                 zero_stage=stage,
-                recompute=recompute,
                 micro_batch_tokens=times * base.micro_batch_tokens,
             )
-            found.append(layout_of(run, parallel, ranks, gpu))
+            found.append(layout_of(run, parallel, recompute, ranks, gpu))
     return sorted(
         found,
         key=lambda layout: (
@@ -68,7 +67,9 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None
     )
 
 
-def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layout:
+def layout_of(
+    run: PlannedRun, parallel: Parallel, recompute: Recompute, ranks: int, gpu: Gpu
+) -> Layout:
     """What a layout needs and gives, or why it cannot run; one that only lacks memory has its
     rates.
     """
@@ -78,20 +79,23 @@ def layout_of(run: PlannedRun, parallel: Parallel, ranks: int, gpu: Gpu) -> Layo
         p.sequence_parallel,
         p.context_parallel,
         p.zero_stage,
-        p.recompute.value,
+        recompute.value,
         p.micro_batch_tokens,
     )
     if ranks % (p.tensor_parallel * p.context_parallel):
         why = f"{p.tensor_parallel} x {p.context_parallel} does not divide {ranks} ranks"
         return replace(layout, lacks="ranks", why_not=why)
-    if run.schedule.batch_end < (groups := ranks // (p.tensor_parallel * p.context_parallel)):
+    if run.schedule.batch_end_sequences < (
+        groups := ranks // (p.tensor_parallel * p.context_parallel)
+    ):
         why = (
-            f"the full batch of {run.schedule.batch_end} sequences leaves some of {groups} "
-            "groups without one"
+            f"the full batch of {run.schedule.batch_end_sequences} sequences leaves some of "
+            f"{groups} groups without one"
         )
         return replace(layout, lacks="sequences", why_not=why)
     try:
-        other = replace(run, parallel=parallel)
+        compute = replace(run.compute, recompute=recompute)
+        other = replace(run, parallel=parallel, compute=compute)
     except ValueError as error:
         return replace(layout, lacks="a cut", why_not=str(error))
     seconds = timed(other, ranks, gpu)
@@ -145,9 +149,9 @@ def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | 
     def distance(layout: Layout) -> tuple[float, float]:
         steps = abs(math.log2(layout.tensor_parallel / asked.tensor_parallel))
         steps += abs(math.log2(layout.context_parallel / asked.context_parallel))
-        steps += abs(kinds.index(Recompute(layout.recompute)) - kinds.index(asked.recompute)) / len(
-            kinds
-        )
+        steps += abs(
+            kinds.index(Recompute(layout.recompute)) - kinds.index(run.compute.recompute)
+        ) / len(kinds)
         return steps, -layout.tokens_per_second
 
     works = [layout for layout in layouts(run, ranks, gpu, asked) if layout.why_not is None]

@@ -5,29 +5,35 @@ from typing import Any
 
 from launch.planning.estimate import PlannedRun, planned_gpu
 from launch.planning.layouts import nearest
-from model.config import Recompute
+
+
+@dataclass
+class DryRunSettings:
+    """What launch/dryrun.py tries."""
+
+    world_size: int | None  # ranks; None takes cluster.nodes x ranks_per_node
+
+    def __post_init__(self) -> None:
+        if self.world_size is not None and self.world_size < 1:
+            raise ValueError(f"dryrun.world_size is {self.world_size}; give the number of ranks")
 
 
 @dataclass
 class DryRun(PlannedRun):
     """A planned run, and on how many ranks it is tried."""
 
-    world: int | None  # ranks; None takes cluster.nodes x ranks_per_node
+    dryrun: DryRunSettings
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
-            if self.world is not None and self.world < 1:
-                raise ValueError(f"world is {self.world}; give the number of ranks")
         except ValueError as error:
             raise ValueError(f"{error}{self.way_out()}") from error
 
     @property
     def ranks(self) -> int:
         """Ranks that the run is tried on."""
-        return (
-            self.cluster.nodes * self.cluster.ranks_per_node if self.world is None else self.world
-        )
+        return self.dryrun.world_size or self.cluster.nodes * self.cluster.ranks_per_node
 
     def way_out(self) -> str:
         """The nearest layout that works, as the end of a refusal; nothing when the layout is not
@@ -53,19 +59,20 @@ class DryRun(PlannedRun):
                 f"; no layout works on {self.ranks} ranks: python launch/plan.py says what each "
                 "lacks"
             )
-        wanted: dict[str, Any] = {"tensor_parallel": layout.tensor_parallel}
-        wanted["sequence_parallel"] = asked.sequence_parallel and layout.tensor_parallel > 1
-        wanted |= {
+        wanted: dict[str, Any] = {
+            "tensor_parallel": layout.tensor_parallel,
+            "sequence_parallel": asked.sequence_parallel and layout.tensor_parallel > 1,
             "context_parallel": layout.context_parallel,
-            "recompute": Recompute(layout.recompute),
+            "micro_batch_tokens": asked.micro_batch_tokens,
         }
-        wanted["micro_batch_tokens"] = asked.micro_batch_tokens
-        changed = {
-            name: value for name, value in wanted.items() if value != getattr(self.parallel, name)
-        }
-        changes = " ".join(
-            f"parallel.{name}={getattr(v, 'value', str(v).lower())}" for name, v in changed.items()
-        )
+        changed = [
+            f"parallel.{name}={str(value).lower()}"
+            for name, value in wanted.items()
+            if value != getattr(self.parallel, name)
+        ]
+        if layout.recompute != self.compute.recompute.value:
+            changed.append(f"compute.recompute={layout.recompute}")
+        changes = " ".join(changed)
         fits = f"which needs {layout.memory_gib:.1f} GiB of a rank"
         return (
             f"; the nearest layout that works on {self.ranks} ranks: {changes}, {fits}"

@@ -109,7 +109,9 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
         sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)
         with fake, Scalars(), Pointers(), cuda():
             model = _fake_model(config, ranks)
-            engine = build_engine(model, config.optim, config.parallel, ranks)
+            engine = build_engine(
+                model, config.optim, config.parallel, config.compute.precision, ranks
+            )
             with agreement() if config.parallel.zero_stage == 3 else nullcontext():
                 for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
                     _micro_batch(config, model, engine, now, sizes[0], last=False)
@@ -179,7 +181,7 @@ def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
         CPU,
         ranks.tp_size,
         config.parallel.sequence_parallel,
-        config.parallel.recompute,
+        config.compute.recompute,
     )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -203,7 +205,7 @@ def _micro_batch(
     with torch.autocast(
         "cpu",
         torch.bfloat16,
-        enabled=config.parallel.precision is Precision.bf16,
+        enabled=config.compute.precision is Precision.bf16,
         cache_enabled=False,
     ):
         losses, _ = model(ids, ids, starts)

@@ -45,10 +45,10 @@ def load(backend: Backend, device: str) -> Kernels:
     for name, module, kernels in offered:
         if name is backend:
             if (why := module.missing()) is not None:
-                raise MissingBackend(f"parallel.kernels is {backend.value}, but there is {why}")
+                raise MissingBackend(f"compute.kernels is {backend.value}, but there is {why}")
             return kernels
     raise MissingBackend(
-        f"parallel.kernels is {backend.value}, but the run's device is {device}: choose auto"
+        f"compute.kernels is {backend.value}, but the run's device is {device}: choose auto"
     )
 
 
@@ -63,6 +63,6 @@ def passed_over(taken: Kernels, device: str) -> list[str]:
         why = module.missing()
         lines.append(
             f"{name.value}: "
-            + (f"it is here, parallel.kernels={name.value} takes it" if why is None else why)
+            + (f"it is here, compute.kernels={name.value} takes it" if why is None else why)
         )
     return lines

@@ -3,16 +3,15 @@
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.generation import Meter, bars, bench, longest_prompt, marks, speed
+from benchmarks.generation import Extent, Meter, bars, bench, longest_prompt, marks, speed
 from benchmarks.lockstep import BLOCK, relative_speeds
 from benchmarks.rivals import Decoder, falcon, llama, llama_config, ours
-from eval.config import Bench, EvaluationConfig
+from eval.config import EvaluationConfig
 from model.flops import parameter_count
 from tests.compose import run_config
 from tests.tiny import TINY
@@ -136,7 +135,7 @@ def test_the_whole_benchmark(
     config: EvaluationConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.generation.ROUNDS", 2)
-    bench(replace(config, eval=replace(config.eval, bench=Bench(512, 512, 512, 0.25))))
+    bench(config, Extent(512, 512, 512, 0.25))
     result = json.loads((config.run.folder / "bench_generate.json").read_text())
     assert list(result["models"]) == ["ours", "transformers FalconMamba", "transformers Llama"]
     assert (config.run.folder / "bench_generate.png").stat().st_size > 10_000

@@ -105,14 +105,14 @@ def test_its_trainings_have_configs() -> None:
     for name, tokens, length, sequences, more in lines:
         stage = variable("ONE") % (int(tokens), int(length))
         words = [
-            f"schedule.batch_start={sequences}",
-            f"schedule.batch_end={sequences}",
+            f"schedule.batch_start_sequences={sequences}",
+            f"schedule.batch_end_sequences={sequences}",
             f"run.name={name}",
         ]
         run = run_config("demo", *shared, stage, *words, *more.split())
-        assert run.data.stages[0].seq_len == int(length) and run.schedule.batch_end == int(
-            sequences
-        )
+        assert run.data.stages[0].seq_len == int(
+            length
+        ) and run.schedule.batch_end_sequences == int(sequences)
 
 
 def test_the_code_can_be_changed_for_an_older_torch(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def leaves(config: DictConfig, prefix: str = "") -> set[str]:
     for name in config:
         key = f"{prefix}{name}"
         value = config._get_node(name)
-        if key in ("data.sources", "eval.suite"):
+        if key in ("data.sources", "leaderboard.suite"):
             continue
         found |= leaves(value, f"{key}.") if isinstance(value, DictConfig) and len(value) else {key}
     return found

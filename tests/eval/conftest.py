@@ -12,14 +12,14 @@ from core.run import Run
 from data.config import DataConfig
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import train as train_tokenizer
-from eval.config import EvaluationConfig
+from eval.config import EvalConfig, EvaluationConfig
 from model.kernels import REFERENCE
 from model.parallel.build import build
-from tests.compose import run_config
+from tests.compose import run_config, typed
 from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY
 from train.checkpoint.manager import Checkpoints, State
-from train.config import CheckpointConfig, Optim
+from train.config import CheckpointConfig, Optim, Precision
 from train.distributed import ranks
 from train.engines.build import build_engine
 
@@ -41,14 +41,25 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     with ranks("cpu", 1) as here:
         model = build(MODEL, REFERENCE, 0, here.device)
         engine = build_engine(
-            model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), run_config("demo").parallel, here
+            model,
+            Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0),
+            run_config("demo").parallel,
+            Precision.fp32,
+            here,
         )
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
         Checkpoints(run.files.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
-    demo = run_config("demo").eval
-    settings = replace(demo, seq_len=16, batch=3, max_tokens=500, prompt="def f", new_tokens=8)
-    return EvaluationConfig(run, MODEL, data, settings)
+    demo = typed(EvaluationConfig, "demo")
+    return replace(
+        demo,
+        run=run,
+        model=MODEL,
+        data=data,
+        eval=EvalConfig(seq_len=16, batch_sequences=3, max_tokens=500),
+        generate=replace(demo.generate, prompt="def f", new_tokens=8),
+        leaderboard=replace(demo.leaderboard, batch_tokens=48),
+    )
 
 
 @pytest.fixture(scope="module")

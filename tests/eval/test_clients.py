@@ -93,9 +93,9 @@ def test_push_uploads_the_checked_export_with_a_card(
     config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr("eval.push.HfApi", Hub)
-    with pytest.raises(InputError, match="eval.hub=USER/MODEL"):
+    with pytest.raises(InputError, match="export.hub=USER/MODEL"):
         push(config)
-    ready = replace(config, eval=replace(config.eval, hub="me/falcon"))
+    ready = replace(config, export=replace(config.export, hub="me/falcon"))
     with pytest.raises(InputError, match="eval/export.py"):
         push(ready)
     export(config)

@@ -77,7 +77,7 @@ def test_the_tokenizer_loads_and_generates(exported: Path, config: EvaluationCon
         tokenizer.eos_token_id == EOS
         and tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
     )
-    assert generate(exported, config.eval).startswith("def f")
+    assert generate(exported, config.generate).startswith("def f")
 
 
 def test_bfloat16_export_agrees_with_rounded_weights(
@@ -87,7 +87,7 @@ def test_bfloat16_export_agrees_with_rounded_weights(
     (folder / "checkpoints").parent.mkdir(parents=True)
     (folder / "checkpoints").symlink_to(config.run.files.checkpoints)
     bf16 = replace(
-        config, run=Run("bf16", str(folder), 0), eval=replace(config.eval, dtype="bfloat16")
+        config, run=Run("bf16", str(folder), 0), export=replace(config.export, dtype="bfloat16")
     )
     export(bf16)
     assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
@@ -153,9 +153,9 @@ def test_errors_name_the_fix(config: EvaluationConfig) -> None:
     with pytest.raises(InputError, match="train first"):
         find_checkpoint(replace(config, run=Run("x", "/nonexistent", 0)))
     with pytest.raises(InputError, match="keep_fp32 names Alog; parameters end in A_log"):
-        list(entries(replace(config, eval=replace(config.eval, keep_fp32=["Alog"]))))
+        list(entries(replace(config, export=replace(config.export, keep_fp32=["Alog"]))))
     with pytest.raises(InputError, match="manifest.json is missing"):
-        find_checkpoint(replace(config, eval=replace(config.eval, checkpoint="/nonexistent")))
+        find_checkpoint(replace(config, run=replace(config.run, checkpoint="/nonexistent")))
 
 
 def test_results_are_reused_only_while_they_hold(
@@ -191,8 +191,8 @@ def test_layer_by_layer_finds_what_whole_models_find(
     wrong layer.
     """
     (tmp_path / "checkpoints").symlink_to(config.run.files.checkpoints)
-    settings = replace(config.eval, dtype=dtype, keep_fp32=["A_log"])
-    here = replace(config, run=Run("layers", str(tmp_path), 0), eval=settings)
+    settings = replace(config.export, dtype=dtype, keep_fp32=["A_log"])
+    here = replace(config, run=Run("layers", str(tmp_path), 0), export=settings)
     monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
     export(here)
     assert "layer by layer" in capsys.readouterr().out

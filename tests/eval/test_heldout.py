@@ -37,7 +37,7 @@ from train.metrics.records import read_lines, read_scores
 from train.metrics.scores import collecting
 from train.trainer import start_from
 
-SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch=3)
+SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch_sequences=3)
 
 
 def test_it_equals_heldout_evaluation(config: EvaluationConfig) -> None:
@@ -88,7 +88,7 @@ def test_what_is_held_out_is_not_trained_on(
 
     shutil.copytree(config.data.folder, tmp_path / "data")
     data = replace(config.data, folder=str(tmp_path / "data"))
-    ready = replace(config, data=data, eval=replace(config.eval, validation=SETTINGS))
+    ready = replace(config, data=data, validation=SETTINGS)
     monkeypatch.setattr("eval.check_leakage.READ_TOKENS", 100)  # pieces that cut documents
     # equal length and sum, other tokens
     unlike, secret = (
@@ -143,8 +143,13 @@ def test_suites_run_as_jobs_of_their_own(
         "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: "
         "{}, by_size: true}]"
     )
-    overrides = [f"eval.suite.include={tasks}", f"eval.suite.rows={row}", "~eval.suite.published",
-                 "+eval.suite.published={}", "eval.seq_len=64"]  # fmt: skip
+    overrides = [
+        f"leaderboard.suite.include={tasks}",
+        f"leaderboard.suite.rows={row}",
+        "~leaderboard.suite.published",
+        "+leaderboard.suite.published={}",
+        "leaderboard.batch_tokens=64",
+    ]
     settings = Jobs(["leaderboard_v1"], 100, Launcher.local, [], overrides)
     record = {
         "run": {"name": "small", "seed": 0}, "data": {"folder": config.data.folder},

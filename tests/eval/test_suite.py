@@ -154,9 +154,9 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
     config: EvaluationConfig, exported: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     suite = suite_of(tasks, "local_choice", "local_text", "local_answer")
-    with_suite = replace(config, eval=replace(config.eval, suite=suite))
+    with_suite = replace(config, leaderboard=replace(config.leaderboard, suite=suite))
     run_suite(with_suite)
-    run_suite(replace(with_suite, eval=replace(with_suite.eval, checkpoint=str(exported))))
+    run_suite(replace(with_suite, run=replace(with_suite.run, checkpoint=str(exported))))
     printed = capsys.readouterr().out
     step = find_checkpoint(config).name
     files = [config.run.folder / "scores" / f"local-{name}.json" for name in (step, "hf")]
@@ -204,7 +204,7 @@ def test_mathematics_is_checked_by_value(
 
     monkeypatch.setattr(FalconMambaLM, "generate_until", answer)
     suite = replace(suite_of(tasks, "local_math"), name=f"math{len(form)}")
-    run_suite(replace(config, eval=replace(config.eval, suite=suite)))
+    run_suite(replace(config, leaderboard=replace(config.leaderboard, suite=suite)))
     stored = config.run.folder / "scores" / f"{suite.name}-{find_checkpoint(config).name}.json"
     result = json.loads(stored.read_text())["rows"]["math"]
     # of level 5
@@ -226,7 +226,7 @@ def test_another_export_in_the_same_place_is_another_subject(
         folder = tmp_path / "hf"
         shutil.rmtree(folder, ignore_errors=True)
         hf_folder(folder, model_of(TINY, seed=seed))
-        here = replace(config, eval=replace(config.eval, checkpoint=str(folder)))
+        here = replace(config, run=replace(config.run, checkpoint=str(folder)))
         identities.append(subject_of(here).identity)
     assert identities[0]["folder"] == identities[1]["folder"] and identities[0] != identities[1]
 
@@ -241,7 +241,7 @@ def test_missing_tasks_are_named_and_the_rest_is_scored(
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(InputError) as caught:
-        run_suite(replace(config, eval=replace(config.eval, suite=suite)))
+        run_suite(replace(config, leaderboard=replace(config.leaderboard, suite=suite)))
     message = str(caught.value)
     assert "2 of 3 rows" in message and "no_such_task" in message and "arc_challenge" in message
     assert "\n" not in message and "HF_HOME" in message
@@ -277,7 +277,7 @@ def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
     """Averages recomputed from the stored scores are the published ones; tasks exist; BBH's floors
     are its choices'.
     """
-    suite = run_config("7b", f"eval=leaderboard_{name}").eval.suite
+    suite = run_config("7b", f"suite=leaderboard_{name}").leaderboard.suite
     assert suite is not None and suite.max_length == 8192 and len(suite.rows) == wanted
     mean = sum(suite.published["FalconMamba-7B"]) / len(suite.rows)
     assert mean == pytest.approx(best, abs=0.006)
@@ -296,7 +296,7 @@ def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
 
 
 def test_floors_of_bbh_are_those_of_its_choices() -> None:
-    suite = run_config("7b", "eval=leaderboard_v2").eval.suite
+    suite = run_config("7b", "suite=leaderboard_v2").leaderboard.suite
     assert suite is not None
     floors = next(row.floors for row in suite.rows if row.label == "BBH")
     folder = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "bbh_mc"
@@ -309,15 +309,15 @@ def test_floors_of_bbh_are_those_of_its_choices() -> None:
 
 def test_the_short_words_of_the_command_line() -> None:
     assert expand(["suite=leaderboard_v1", "+experiment=demo"]) == [
-        "eval=leaderboard_v1",
+        "suite=leaderboard_v1",
         "+experiment=demo",
     ]
     given = expand(["checkpoint=/runs/x/checkpoints/step-00000009"])
-    assert given[0] == "eval.checkpoint=/runs/x/checkpoints/step-00000009"
+    assert given[0] == "run.checkpoint=/runs/x/checkpoints/step-00000009"
     assert given[1:] == ["run.name='x'", "run.dir='/runs/x'"]
     assert expand(["checkpoint=/runs/x/hf"])[1:] == ["run.name='x'", "run.dir='/runs/x'"]
     assert expand(["checkpoint=/a/b", "+experiment=demo"]) == [
-        "eval.checkpoint=/a/b",
+        "run.checkpoint=/a/b",
         "+experiment=demo",
     ]
 
@@ -333,11 +333,11 @@ def test_two_ranks_print_one_table_with_the_same_scores(
     metrics = "metrics: ['acc_norm,none'], floor: 0, floors: {}, by_size: true"
     rows = f"[{{label: choice, task: local_choice, shots: 2, {metrics}}}]"
     settings = [
-        f"eval.suite.include={tasks}",
-        f"eval.suite.rows={rows}",
-        "eval.suite.name=two",
-        "~eval.suite.published",
-        "+eval.suite.published={Rival: [30.0]}",
+        f"leaderboard.suite.include={tasks}",
+        f"leaderboard.suite.rows={rows}",
+        "leaderboard.suite.name=two",
+        "~leaderboard.suite.published",
+        "+leaderboard.suite.published={Rival: [30.0]}",
         "eval.seq_len=64",
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -351,7 +351,10 @@ def test_two_ranks_print_one_table_with_the_same_scores(
     suite = suite_of(tasks, "local_choice")
     row = Row("choice", "local_choice", 2, ["acc_norm,none"], 0.0, {}, True)
     run_suite(
-        replace(config, eval=replace(config.eval, suite=replace(suite, name="one", rows=[row])))
+        replace(
+            config,
+            leaderboard=replace(config.leaderboard, suite=replace(suite, name="one", rows=[row])),
+        )
     )
     assert (
         two

@@ -30,7 +30,7 @@ def test_a_sound_machine_has_no_red_line(config: RunConfig) -> None:
 
 
 def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = kernels.load(config.parallel.kernels, "cpu")
+    sound = kernels.load(config.compute.kernels, "cpu")
 
     class Wrong:
         name = "wrong"

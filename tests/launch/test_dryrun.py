@@ -27,7 +27,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 DEEPSPEED = "parallel.engine=deepspeed"
-SCATTERED = ("parallel.sequence_parallel=true", "parallel.recompute=selective")
+SCATTERED = ("parallel.sequence_parallel=true", "compute.recompute=selective")
 KINDS = {  # of collectives between replicas; what megatron-core's optimizer sums is on all ranks
     "zero1": {("replicas", "all_reduce"), ("replicas", "all_gather")},
     "zero3": {
@@ -64,7 +64,7 @@ def test_a_step_at_full_width(
     """Of four of the 64 layers, so that it takes seconds."""
     layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *more)
     size = ("model.n_layer=4", "parallel.bucket_elements=30_000_000")
-    result = run(tmp_path, f"world={tensor * replicas}", *size, *layout)
+    result = run(tmp_path, f"dryrun.world_size={tensor * replicas}", *size, *layout)
     assert result.returncode == 0, result.stderr
     assert "differs" not in result.stdout and "as by formula" in result.stdout
     seen = json.loads((tmp_path / "dryrun.json").read_text())
@@ -140,39 +140,48 @@ def test_a_wrong_layout_is_refused_with_one_that_works(
     overrides: tuple[str, ...], why: str, instead: str
 ) -> None:
     with pytest.raises(ValueError, match=why) as refusal:
-        typed(DryRun, "7b", "world=256", *overrides)
+        typed(DryRun, "7b", "dryrun.world_size=256", *overrides)
     said = str(refusal.value).split("the nearest layout that works on 256 ranks: ")[1].split(",")[0]
     assert said.endswith(instead)
     kept = [override for override in overrides if override.split("=")[0] != said.split("=")[0]]
-    mended = typed(DryRun, "7b", "world=256", *kept, said)
-    assert layout_of(mended, mended.parallel, 256, planned_gpu(mended)).why_not is None
+    mended = typed(DryRun, "7b", "dryrun.world_size=256", *kept, said)
+    assert (
+        layout_of(
+            mended, mended.parallel, mended.compute.recompute, 256, planned_gpu(mended)
+        ).why_not
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "why", "instead"),
     [
         (
-            ("world=12", "parallel.tensor_parallel=8"),
+            ("dryrun.world_size=12", "parallel.tensor_parallel=8"),
             "8 x 1 does not divide 12 ranks",
             "parallel.tensor_parallel=4",
         ),
         (
-            ("world=256", "parallel.recompute=none"),
+            ("dryrun.world_size=256", "compute.recompute=none"),
             "of 79 GiB less 5 of headroom",
-            "parallel.recompute=full",
+            "compute.recompute=full",
         ),
         (
-            ("world=256", "parallel.recompute=selective"),
+            ("dryrun.world_size=256", "compute.recompute=selective"),
             "of 79 GiB less 5 of headroom",
-            "parallel.recompute=full",
+            "compute.recompute=full",
         ),
-        (("world=4096",), "leaves some of 4096 groups without one", "parallel.tensor_parallel=2"),
         (
-            ("world=256", DEEPSPEED, "parallel.zero_stage=0"),
+            ("dryrun.world_size=4096",),
+            "leaves some of 4096 groups without one",
+            "parallel.tensor_parallel=2",
+        ),
+        (
+            ("dryrun.world_size=256", DEEPSPEED, "parallel.zero_stage=0"),
             "of 79 GiB less 5 of headroom",
             "parallel.tensor_parallel=2",
         ),
-        (("world=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
+        (("dryrun.world_size=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
     ],
 )
 def test_what_the_ranks_cannot_do_ends_in_one_line(
@@ -185,6 +194,6 @@ def test_what_the_ranks_cannot_do_ends_in_one_line(
 
 def test_what_is_no_matter_of_layout_names_none() -> None:
     with pytest.raises(ValueError, match="tokens$"):
-        typed(DryRun, "7b", "world=256", "schedule.decay_tokens=1e15")
+        typed(DryRun, "7b", "dryrun.world_size=256", "schedule.decay_tokens=1e15")
     with pytest.raises(ValueError, match="number of ranks$"):
-        typed(DryRun, "7b", "world=0")
+        typed(DryRun, "7b", "dryrun.world_size=0")

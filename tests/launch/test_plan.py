@@ -25,7 +25,7 @@ from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
 from model.parallel.build import build
-from tests.compose import run_config, typed
+from tests.compose import laid_out, run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision
 from train.costs.memory import GIB, check_memory, kept_by_a_layer, needs
@@ -54,7 +54,7 @@ def test_traffic_by_hand(run: PlannedRun) -> None:
 
 
 def test_roofline_is_the_sum_of_its_limits(run: PlannedRun) -> None:
-    plain = replace(run, parallel=replace(run.parallel, recompute=Recompute.none))
+    plain = laid_out(run, recompute=Recompute.none)
     products = 6 * 6_994_001_920 / 989.5e12
     exponentials = 64 * 8192 * 58 / (132 * 16 * 1.98e9)
     rest = 64 * (80 * 1024 + 4096 * 34) / 3.35e12
@@ -255,7 +255,7 @@ def test_layouts_say_why_they_fall(run: PlannedRun, found: list[Layout]) -> None
 def test_what_7b_says_of_the_fastest(megatron: PlannedRun) -> None:
     """configs/experiment/7b.yaml, README.md and docs/design/parallelism.md quote these."""
     fastest = layouts(megatron, 256, H100)[0]
-    own = layout_of(megatron, megatron.parallel, 256, H100)
+    own = layout_of(megatron, megatron.parallel, megatron.compute.recompute, 256, H100)
     assert (fastest.tensor_parallel, fastest.sequence_parallel, fastest.recompute) == (
         2,
         True,
@@ -265,11 +265,9 @@ def test_what_7b_says_of_the_fastest(megatron: PlannedRun) -> None:
     assert fastest.tokens_per_second_hidden / own.tokens_per_second_hidden == pytest.approx(
         1.26, abs=0.005
     )
-    parallel = replace(
-        megatron.parallel, tensor_parallel=2, sequence_parallel=True, recompute=Recompute.none
-    )
+    parallel = replace(megatron.parallel, tensor_parallel=2, sequence_parallel=True)
     slow = replace(megatron, plan=replace(megatron.plan, mfu=0.314))
-    equal = layout_of(slow, parallel, 256, H100).tokens_per_second_hidden
+    equal = layout_of(slow, parallel, Recompute.none, 256, H100).tokens_per_second_hidden
     assert equal == pytest.approx(own.tokens_per_second_hidden, rel=0.005)
 
 
@@ -277,8 +275,7 @@ def test_headroom_is_one_value_for_all(megatron: PlannedRun) -> None:
     """A layout that needs all but a little of the memory is refused by plan and start alike, on a
     GPU.
     """
-    parallel = replace(megatron.parallel, recompute=Recompute.selective)
-    full = replace(megatron, parallel=parallel)
+    full = laid_out(megatron, recompute=Recompute.selective)
     memory = needs(full, 256).total
 
     def fits(headroom: float, device: str = "cuda") -> tuple[bool, bool]:
@@ -290,8 +287,12 @@ def test_headroom_is_one_value_for_all(megatron: PlannedRun) -> None:
             check_memory(config, 256, 1, device, memory + 2 * GIB)
         except InputError as error:
             assert f"less {headroom:g} of headroom" in str(error)
-            return layout_of(config, parallel, 256, H100).lacks is None, False
-        return layout_of(config, parallel, 256, H100).lacks is None, True
+            return layout_of(
+                config, config.parallel, config.compute.recompute, 256, H100
+            ).lacks is None, False
+        return layout_of(
+            config, config.parallel, config.compute.recompute, 256, H100
+        ).lacks is None, True
 
     assert (
         fits(1.5) == (True, True)
@@ -314,7 +315,7 @@ def test_larger_micro_batches_are_tried_where_they_send_less(found: list[Layout]
 
 def test_the_runs_own_layout_and_the_fallen_are_shown(megatron: PlannedRun) -> None:
     found = layouts(megatron, 256, H100)
-    own = layout_of(megatron, megatron.parallel, 256, H100)
+    own = layout_of(megatron, megatron.parallel, megatron.compute.recompute, 256, H100)
     rows = worth_showing(found, own, fastest=3)
     assert [place for place, _ in rows[:3]] == [1, 2, 3] and [
         layout for _, layout in rows[:3]
@@ -332,7 +333,7 @@ def test_the_runs_own_layout_and_the_fallen_are_shown(megatron: PlannedRun) -> N
         layout.lacks for place, layout in worth_showing(three, three[0], fastest=1) if place is None
     ]
     assert set(kinds) == {x.lacks for x in three} - {None} and kinds.count("ranks") == 1
-    lost = layout_of(megatron, replace(megatron.parallel, recompute=Recompute.none), 256, H100)
+    lost = layout_of(megatron, megatron.parallel, Recompute.none, 256, H100)
     assert (None, lost) in worth_showing(found, lost, fastest=3)
 
 
@@ -356,11 +357,9 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
     tokens = torch.randint(0, config.vocab_size, (2, 256))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         hidden = model.hidden(tokens)
-    parallel = replace(run.parallel, recompute=recompute, precision=Precision.fp32)
+    run = laid_out(run, recompute=recompute, precision=Precision.fp32)
     expected = (
-        512
-        * config.n_layer
-        * kept_by_a_layer(replace(run, model=config_for(run, config), parallel=parallel))[0]
+        512 * config.n_layer * kept_by_a_layer(replace(run, model=config_for(run, config)))[0]
     )
     # the final norm keeps its input
     measured = sum(storage.nbytes() for storage in held.values()) - hidden.nbytes

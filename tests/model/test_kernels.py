@@ -290,7 +290,7 @@ def test_faster_backends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPat
     assert len(lines) == 2 and lines[1].startswith("mamba_ssm: no ")
     assert passed_over(MAMBA_SSM, "cuda") == lines[:1] and passed_over(CUDA, "cuda") == []
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    assert passed_over(REFERENCE, "cuda")[0] == "cuda: it is here, parallel.kernels=cuda takes it"
+    assert passed_over(REFERENCE, "cuda")[0] == "cuda: it is here, compute.kernels=cuda takes it"
 
 
 def test_backward_cost_grows_linearly() -> None:

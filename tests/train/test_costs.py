@@ -28,6 +28,7 @@ from model.kernels import CPU, cpu
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from model.parallel.build import build
+from tests.compose import laid_out
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.memory import needs, state_of_megatron
 from train.distributed import context_ranks, ranks
@@ -82,9 +83,9 @@ def planned(
     shape: str, layout: str, recompute: Recompute, bucket: int, precision: Precision
 ) -> RunConfig:
     run = demo(recompute)
-    parallel = replace(run.parallel, precision=precision, bucket_elements=bucket, **LAYOUTS[layout])
-    parallel = replace(parallel, micro_batch_tokens=TOKENS * parallel.context_parallel)
-    return replace(run, model=replace(run.model, **SHAPES[shape]), parallel=parallel)
+    run = laid_out(run, precision=precision, bucket_elements=bucket, **LAYOUTS[layout])
+    run = laid_out(run, micro_batch_tokens=TOKENS * run.parallel.context_parallel)
+    return replace(run, model=replace(run.model, **SHAPES[shape]))
 
 
 class Bare:
@@ -173,12 +174,12 @@ def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
             "tp_size": here.tp_size,
             "sequence_parallel": p.sequence_parallel,
         }
-        model = build(run.model, kernels, 0, here.device, recompute=p.recompute, **where)  # type: ignore[arg-type]
+        model = build(run.model, kernels, 0, here.device, recompute=run.compute.recompute, **where)  # type: ignore[arg-type]
         model.set_context(context_ranks() if here.cp_size > 1 else None)
-        engine = build_engine(model, run.optim, p, here)
+        engine = build_engine(model, run.optim, p, run.compute.precision, here)
         for index in range(4 if p.zero_stage == 3 else 2):
             ids = torch.randint(run.model.vocab_size, shape)
-            narrow = p.precision is Precision.bf16
+            narrow = run.compute.precision is Precision.bf16
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
                 loss = model(ids, ids)[0].mean()
             engine.backward(loss, last=index % 2 == 1)
@@ -266,7 +267,11 @@ def test_megatron_keeps_what_the_plan_says() -> None:
     run = planned("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
     with ranks("cpu", 1) as here, cuda_on_cpu():
         built: Any = build_engine(
-            build(run.model, CPU, 0, here.device), run.optim, run.parallel, here
+            build(run.model, CPU, 0, here.device),
+            run.optim,
+            run.parallel,
+            run.compute.precision,
+            here,
         )
         buffers = built.ddp.buffers
         held = sum(

@@ -44,7 +44,7 @@ def incidents_of(folder: Path) -> list[dict[str, Any]]:
 def quick(root: Path) -> RunConfig:
     """The small run, with a watchdog as impatient as it can be on a busy machine."""
     run = config(root, "run")
-    run.health = replace(health(), hang_seconds=8.0, max_starts=20, spike_window=8)
+    run.health = replace(health(), hang_seconds=8.0, max_starts=20, spike_window_updates=8)
     return run
 
 
@@ -256,7 +256,7 @@ def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
 def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
     run = config(tmp_path, "run")
-    run.health = replace(health(), hang_seconds=10.0, max_starts=60, spike_window=8)
+    run.health = replace(health(), hang_seconds=10.0, max_starts=60, spike_window_updates=8)
     faults = schedule(0, 52, steps_of(run), 2)
     result = soak(run, faults, tmp_path)
     assert (
@@ -329,7 +329,7 @@ def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: A
 def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
     run = moved(quick(tmp_path), tmp_path / "rewound")
-    spike = Fault("spike", 0, 28, run.health.spike_patience)
+    spike = Fault("spike", 0, 28, run.health.spike_patience_updates)
     assert supervise(run, 1, [spike], tmp_path / "rewound-log").codes == [[0]]
     found = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rewind"]
     lines = read_lines(run.run.folder / "metrics.jsonl")
@@ -342,7 +342,7 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
     assert differences(run.run.folder, again.run.folder, 1) == []
     low, high = found[0]["tokens"]
     endless = moved(run, tmp_path / "endless")
-    endless.health = replace(endless.health, max_rewinds=1)
+    endless.health = replace(endless.health, max_rollbacks=1)
     assert supervise(
         endless, 1, [Fault("spike", 0, 28, 10_000)], tmp_path / "endless-log"
     ).codes == [[2]]

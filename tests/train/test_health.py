@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from tests.small import health as settings
 from train.resilience.health import Health, Stragglers, bits
 
-CONFIG = replace(settings(), spike_window=16, spike_patience=3, max_skipped=6, max_rewinds=2)
+CONFIG = replace(
+    settings(),
+    spike_window_updates=16,
+    spike_patience_updates=3,
+    max_skipped_updates=6,
+    max_rollbacks=2,
+)
 
 
 def normal(seed: int, count: int) -> list[float]:
@@ -56,14 +62,14 @@ def test_a_spike_that_lasts_calls_for_a_rewind_and_too_many_for_a_stop() -> None
         assert not health.lasting
         assert step(health, 9.0, number)
     assert health.lasting and health.since == 20 and health.hopeless is None
-    health.rewinds = CONFIG.max_rewinds
+    health.rewinds = CONFIG.max_rollbacks
     assert "spiked again" in str(health.hopeless)
 
 
 def test_rewinds_are_forgiven_after_a_whole_window_of_updates() -> None:
     health = Health(CONFIG)
     health.rewinds, health.calm = 1, 0
-    for number, loss in enumerate(normal(0, CONFIG.spike_window)):
+    for number, loss in enumerate(normal(0, CONFIG.spike_window_updates)):
         assert health.rewinds == 1
         step(health, loss, number)
     assert health.rewinds == 0
@@ -71,7 +77,7 @@ def test_rewinds_are_forgiven_after_a_whole_window_of_updates() -> None:
 
 def test_too_many_skipped_updates_stop_the_run() -> None:
     health = Health(CONFIG)
-    for number in range(CONFIG.max_skipped):
+    for number in range(CONFIG.max_skipped_updates):
         step(health, float("nan"), number)
         assert health.hopeless is None
     step(health, float("nan"), 99)

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from data.stream.manifests import tokenizer_path
-from eval.config import EvaluationConfig
 from eval.export import TOKENIZER_FILES, export
-from tests.small import config
+from tests.small import config, evaluation
 from tests.train.world import records
 
 
@@ -25,7 +24,7 @@ def exported(root: Path, name: str) -> dict[str, str]:
     tokenizer_path(data).parent.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER_FILES:  # copied, and read by nobody here
         (tokenizer_path(data).parent / file).write_text("{}")
-    export(EvaluationConfig(run.run, run.model, data, run.eval), max_bytes=20_000)
+    export(evaluation(replace(run, data=data)), max_bytes=20_000)
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in run.run.files.hf.iterdir()

@@ -215,7 +215,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     """One rank of a row: five updates as the training loop does them; the curve, and what this rank
     owns.
     """
-    kind = {"engine": row.engine, "zero_stage": row.stage, "precision": row.precision}
+    kind = {"engine": row.engine, "zero_stage": row.stage}
     # stage 3 lets go of weights after their use, and gathers them again
     kind["bucket_elements"] = 1000 if row.stage == 3 else 5000
     layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
@@ -225,7 +225,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
     piece = torch.clone if context is None else context.piece
-    engine = build_engine(model, OPTIM, parallel, here)
+    engine = build_engine(model, OPTIM, parallel, row.precision, here)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
         tokens, starts = batch_of(step)

@@ -95,7 +95,8 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any) -> None:
     run = replace(
-        config(root, "seen"), train=Train(ProfileConfig(steps=2, after=1, timed_steps=4, ranks=[0]))
+        config(root, "seen"),
+        train=Train(ProfileConfig(steps=2, after_steps=1, timed_steps=4, ranks=[0])),
     )
     start(run, "cpu")
     assert losses(root / "seen") == losses(root / "plain")

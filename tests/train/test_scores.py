@@ -219,7 +219,7 @@ def test_a_run_scores_itself_before_the_decay_and_at_its_end(
     monkeypatch.setattr(SuiteJobs, "_launch", score)
     make_corpus(tmp_path / "data")
     run = config(tmp_path, "scored")
-    run.eval = replace(run.eval, jobs=Jobs(["v1"], 10**9, Launcher.local, [], []))
+    run.leaderboard = replace(run.leaderboard, jobs=Jobs(["v1"], 10**9, Launcher.local, [], []))
     run.metrics = MetricsConfig(None, False, 60.0)
     train(run)
     path = run.run.folder / "metrics.jsonl"

@@ -17,6 +17,7 @@ from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from launch.simulation.dry_run import LEARNING, dry_run, fullest, micro_batches
 from model.config import Backend, Recompute
 from model.flops import parameter_count
+from tests.compose import laid_out
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
@@ -99,7 +100,7 @@ STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of 
 def run_of(root: Path, name: str) -> RunConfig:
     run = config(root, name)
     # the reference's scan may choose its own recomputation, the kernels of a run do not
-    return replace(run, parallel=replace(run.parallel, kernels=Backend.cpu, **CASES[name]))
+    return laid_out(run, kernels=Backend.cpu, **CASES[name])
 
 
 def count(root: Path, name: str) -> None:

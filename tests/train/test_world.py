@@ -28,7 +28,7 @@ from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
 from model.parallel.build import build
 from model.sharding import unshard
-from tests.compose import run_config
+from tests.compose import laid_out, run_config
 from tests.small import config
 from tests.tiny import TINY
 from tests.train.world import curve, engine, final, records, train
@@ -118,7 +118,11 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
                 run_config("demo").parallel, engine=EngineKind.megatron, bucket_elements=3000
             )
             built = build_engine(
-                model, Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0), parallel, here
+                model,
+                Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
+                parallel,
+                Precision.fp32,
+                here,
             )
             torch.manual_seed(0)
             for _ in range(2):
@@ -138,7 +142,11 @@ def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
     parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron)
     with ranks("cpu", 1) as here, cuda_on_cpu():
         built: Any = build_engine(
-            build(TINY, CPU, 0, here.device), run_config("demo").optim, parallel, here
+            build(TINY, CPU, 0, here.device),
+            run_config("demo").optim,
+            parallel,
+            Precision.fp32,
+            here,
         )
     assert type(built.zero.optimizer) is torch.optim.AdamW
 
@@ -161,8 +169,8 @@ def test_a_rank_may_open_sockets_to_all_others(
 
 def test_reference_kernels_are_not_compiled(root: Path) -> None:
     run = config(root, "compiled-reference")
-    with pytest.raises(InputError, match="parallel.compile=false"):
-        train(replace(run, parallel=replace(run.parallel, compile=True, kernels=Backend.reference)))
+    with pytest.raises(InputError, match="compute.compile=false"):
+        train(laid_out(run, compile=True, kernels=Backend.reference))
 
 
 def test_tensor_parallel_gradients_equal_one_rank(root: Path) -> None:
@@ -209,7 +217,7 @@ def test_another_layout_or_engine_goes_on_from_a_checkpoint(root: Path, moved: s
 def test_bf16_follows_fp32(root: Path) -> None:
     """Products in bf16, everything else in fp32: the same curve to the precision of bf16."""
     run = config(root, "bf16")
-    run.parallel.precision = Precision.bf16
+    run.compute.precision = Precision.bf16
     train(run)
     bf16, fp32 = curve(root, "bf16")[:, 0], curve(root, "dp1")[:, 0]
     assert not torch.equal(bf16, fp32)
@@ -229,7 +237,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
         with ranks("cpu", 1) as here:
             model = build(TINY, REFERENCE, 0, here.device)
             chosen = build_engine(
-                model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, here
+                model,
+                Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0),
+                parallel,
+                Precision.fp32,
+                here,
             )
             for factor in factors:
                 before = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from model.checkpoint import Pieces
 from model.config import Recompute
 from model.kernels import REFERENCE
 from model.parallel.build import build
+from tests.compose import laid_out
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
@@ -83,19 +83,20 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
 
 def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
     """The same run by another engine, or with the residual stream cut along the sequence."""
-    return replace(
-        run, parallel=replace(run.parallel, zero_stage=stage, sequence_parallel=sequence)
-    )
+    return laid_out(run, zero_stage=stage, sequence_parallel=sequence)
 
 
 def megatron(
     run: RunConfig, sequence: bool = False, recompute: Recompute = Recompute.none
 ) -> RunConfig:
     """The same run by megatron-core's optimizer, with buckets that end inside the model."""
-    parallel = replace(
-        run.parallel, engine=EngineKind.megatron, bucket_elements=3000, recompute=recompute
+    return laid_out(
+        run,
+        engine=EngineKind.megatron,
+        bucket_elements=3000,
+        recompute=recompute,
+        sequence_parallel=sequence,
     )
-    return replace(run, parallel=replace(parallel, sequence_parallel=sequence))
 
 
 def run_all(folder: Path) -> None:

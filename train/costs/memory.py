@@ -41,7 +41,7 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     """
     c, tp = config.model, config.parallel.tensor_parallel
     d_model = c.d_model // tp if config.parallel.sequence_parallel else c.d_model
-    width = 2 if config.parallel.precision is Precision.bf16 else 4
+    width = 2 if config.compute.precision is Precision.bf16 else 4
     inner = c.d_inner // tp
     again = config.parallel.context_parallel > 1
     states = 4 * inner * c.d_state // SCAN_CHUNK
@@ -55,7 +55,7 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     # states are gone; the first one's are three as well, and that of its output, zeros, is in the
     # place of the second's output
     gradients = 6 * width * inner - states if again else 3 * width * inner
-    recompute = config.parallel.recompute
+    recompute = config.compute.recompute
     return 4 * d_model + kept[recompute], whole - kept[recompute] + gradients + 4 * d_model
 
 
@@ -69,7 +69,7 @@ def kept_of_a_sequence(config: RunConfig) -> int:
     c, p = config.model, config.parallel
     if p.context_parallel == 1:
         return 0
-    width = 2 if p.precision is Precision.bf16 else 4
+    width = 2 if config.compute.precision is Precision.bf16 else 4
     states = p.context_parallel * (c.d_state + 1) + c.d_state
     return c.d_inner // p.tensor_parallel * (4 * states + 2 * width * (c.d_conv - 1))
 
@@ -80,7 +80,7 @@ def held_by_the_loss(config: RunConfig, tokens: int) -> int:
     input, output and gradient.
     """
     c, tp = config.model, config.parallel.tensor_parallel
-    width = 2 if config.parallel.precision is Precision.bf16 else 4
+    width = 2 if config.compute.precision is Precision.bf16 else 4
     head = (
         4 + width + (width if width == 2 and config.parallel.engine is EngineKind.deepspeed else 0)
     )
@@ -116,7 +116,7 @@ def needs(config: RunConfig, ranks: int) -> Needs:
         tokens * passing,
         tokens * c.n_layer * kept,
     )
-    if config.parallel.recompute is Recompute.none:
+    if config.compute.recompute is Recompute.none:
         activations += sequences * c.n_layer * kept_of_a_sequence(config)
     else:
         layer += sequences * kept_of_a_sequence(config)
@@ -124,10 +124,10 @@ def needs(config: RunConfig, ranks: int) -> Needs:
         return Needs(
             *state_of_megatron(config, ranks), activations=activations, buffers=max(loss, layer)
         )
-    if config.parallel.precision is Precision.bf16:
+    if config.compute.precision is Precision.bf16:
         layers = per_rank - 2 * c.vocab_size * c.d_model // tp
         activations += (
-            2 * layers // (c.n_layer if config.parallel.recompute is Recompute.full else 1)
+            2 * layers // (c.n_layer if config.compute.recompute is Recompute.full else 1)
         )
     bucket = 4 * min(config.parallel.bucket_elements, per_rank)
     buffers = {

@@ -116,15 +116,15 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
     more in the backward; embedding and last norm are gathered; norms' weights are summed in every
     micro-batch.
     """
-    c, p = config.model, config.parallel
-    width = 2 if p.precision is Precision.bf16 else 4
-    again = p.recompute is not Recompute.none
+    c, p, recompute = config.model, config.parallel, config.compute.recompute
+    width = 2 if config.compute.precision is Precision.bf16 else 4
+    again = recompute is not Recompute.none
     selected, residual = width * (c.dt_rank + 2 * c.d_state), width * c.d_model
     rows = c.d_model * (wide(config, "embedding.weight") if p.engine is EngineKind.megatron else 4)
     sums = c.n_layer * selected * (2 + again) + rows + 12 + residual
     gathers = scatters = norms = 0
     if p.sequence_parallel:
-        gathers = c.n_layer * residual * (3 + (p.recompute is Recompute.full)) + rows + residual
+        gathers = c.n_layer * residual * (3 + (recompute is Recompute.full)) + rows + residual
         scatters = c.n_layer * residual * 2
         norms = micro_batches * (c.n_layer + 1) * 4 * c.d_model
     else:
@@ -154,11 +154,11 @@ def of_context(config: RunConfig, sequences: float) -> list[Payload]:
     """Taps and states of every layer, gathered in the forward and when it is computed again; their
     gradients summed.
     """
-    c, p = config.model, config.parallel
-    width = 2 if p.precision is Precision.bf16 else 4
+    c, p, recompute = config.model, config.parallel, config.compute.recompute
+    width = 2 if config.compute.precision is Precision.bf16 else 4
     piece = c.d_inner / p.tensor_parallel * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)
     pieces = p.context_parallel * sequences * c.n_layer * piece
-    times = 1 if p.recompute is Recompute.none else 2
+    times = 1 if recompute is Recompute.none else 2
     return [
         Payload("context parallel", "context", "all_gather", times * pieces, p.context_parallel),
         Payload("context parallel", "context", "all_reduce", pieces, p.context_parallel),

@@ -1,12 +1,14 @@
 """The engine that a config asks for."""
 
 from model.mamba import FalconMamba
-from train.config import EngineKind, Optim, Parallel
+from train.config import EngineKind, Optim, Parallel, Precision
 from train.distributed import Ranks
 from train.engines.protocol import Engine
 
 
-def build_engine(model: FalconMamba, optim: Optim, parallel: Parallel, ranks: Ranks) -> Engine:
+def build_engine(
+    model: FalconMamba, optim: Optim, parallel: Parallel, precision: Precision, ranks: Ranks
+) -> Engine:
     """The engine that the config asks for; each imports its library only when it is chosen."""
     if parallel.zero_stage == 0:
         from train.engines.reference import PlainEngine
@@ -15,7 +17,7 @@ def build_engine(model: FalconMamba, optim: Optim, parallel: Parallel, ranks: Ra
     if parallel.engine is EngineKind.megatron:
         from train.engines.megatron import MegatronEngine
 
-        return MegatronEngine(model, optim, ranks, parallel.precision, parallel.bucket_elements)
+        return MegatronEngine(model, optim, ranks, precision, parallel.bucket_elements)
     from train.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(model, optim, ranks, parallel.zero_stage, parallel.bucket_elements)

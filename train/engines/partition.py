@@ -53,7 +53,7 @@ def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
         module = name.rpartition(".")[0].replace("lm_head", "")
         sizes[module] += count
         costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
-    events = list(order(config.model.n_layer, config.parallel.recompute))
+    events = list(order(config.model.n_layer, config.compute.recompute))
     # elements of the modules that began before; where a module begins
     passed, begins = (
         [0],
@@ -230,7 +230,7 @@ def wide(config: RunConfig, name: str) -> int:
     """Bytes of an element of a parameter with megatron-core: matrices are in the products' type,
     others in fp32.
     """
-    return 2 if config.parallel.precision is Precision.bf16 and in_products(name) else 4
+    return 2 if config.compute.precision is Precision.bf16 and in_products(name) else 4
 
 
 def to_owners(elements: int, replicas: int, bucket: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from core.files import read_json, read_json_lines, write_text
+from core.old_keys import load_config
 from core.run import MANIFEST, RunFiles, committed
 from train.metrics.records import Record, curve, read_lines, read_scores, short
 from train.resilience.incidents import read_outcome
@@ -147,7 +148,7 @@ def by_source(name: str, records: list[Record]) -> dict[str, list[tuple[int, flo
 def config_of(folder: Path) -> dict[str, Any]:
     """What the run was told, or nothing."""
     path = RunFiles(folder).config
-    found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    found: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
     return dict(found)
 
 

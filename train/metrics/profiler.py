@@ -97,7 +97,7 @@ class Profiler:
     def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks) -> None:
         self.config, self.folder, self.ranks = config, folder, ranks
         # steps of this start, and all is seen
-        self.last = config.after + config.timed_steps + config.steps
+        self.last = config.after_steps + config.timed_steps + config.steps
         self.begun = -1  # steps of this start that are behind it
         self.first = 0  # number of the first step that is timed, or else traced
         self.clock: Clock | None = None
@@ -128,15 +128,15 @@ class Profiler:
         if not self.done:
             logger.warning(
                 f"no profile: this start ended before its {self.last} steps "
-                "(train.profile.after, timed_steps and steps together)"
+                "(train.profile.after_steps, timed_steps and steps together)"
             )
 
     def _begin_step(self, step: int) -> None:
         self.begun += 1
         config = self.config
-        if self.begun == config.after and config.timed_steps:
+        if self.begun == config.after_steps and config.timed_steps:
             self.clock, self.first = Clock(self.ranks.device), step + 1
-        if self.begun == config.after + config.timed_steps:
+        if self.begun == config.after_steps + config.timed_steps:
             self.timed = self._end_clock()
             self.first = self.first or step + 1
             activities = [ProfilerActivity.CPU]

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import ROOT
+from core.old_keys import load_config
 from core.run import Run, RunFiles
 from eval.config import Jobs
 from eval.leaderboard.jobs import LOOK_SECONDS, SuiteJobs
@@ -38,10 +39,10 @@ def collect(folder: Path) -> int:
     files = RunFiles(folder)
     if not files.config.is_file():
         raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
-    config = OmegaConf.load(files.config)
+    config = load_config(files.config)
     run = Run(config.run.name, str(folder), config.run.seed)
     settings: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Jobs), config.eval.jobs)
+        OmegaConf.merge(OmegaConf.structured(Jobs), config.leaderboard.jobs)
     )
     lease, path = Lease(folder), files.metrics
     end = time.monotonic() + PATIENCE

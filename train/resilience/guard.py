@@ -38,7 +38,7 @@ class Guard:
         self.config, self.ranks, self.watch = config, ranks, watch
         self.model, self.engine, self.checkpoints = model, engine, checkpoints
         self.health = Health(config)
-        self.stragglers = Stragglers(config.straggler_steps, config.straggler_factor)
+        self.stragglers = Stragglers(config.straggler_window_steps, config.straggler_factor)
 
     def update(self, state: State, now: Now, loss: float) -> dict[str, Any]:
         """Update the weights, unless the step would do harm; returns the norm, and whether it was
@@ -74,7 +74,7 @@ class Guard:
                 "from an earlier checkpoint"
             )
         rewound = self.health.lasting and self._rewind(state)
-        if state.step % self.config.check_replicas_steps == 0:
+        if state.step % self.config.check_replicas_every_steps == 0:
             self.check_replicas(state.step)
         slow = self.stragglers.add(told.seconds)
         if self.ranks.first:

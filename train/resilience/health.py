@@ -50,7 +50,7 @@ class Health:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; one of an older format has none, and starts a window."""
         vars(self).update({key: value for key, value in state.items() if key in self.state()})
-        self.window = list(self.window)[-self.config.spike_window :]
+        self.window = list(self.window)[-self.config.spike_window_updates :]
 
     def judge(self, loss: float, stage: str) -> str | None:
         """Why the update of a step with this mean loss must not happen, or None.
@@ -61,7 +61,7 @@ class Health:
             self.stage, self.window = stage, []
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        if len(self.window) < self.config.spike_window:
+        if len(self.window) < self.config.spike_window_updates:
             return None
         limit = statistics.fmean(self.window) + self.config.spike_sigmas * statistics.pstdev(
             self.window
@@ -71,10 +71,10 @@ class Health:
     def settle(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
         """Remember a step that began at `tokens`."""
         if updated:
-            self.window = [*self.window, loss][-self.config.spike_window :]
+            self.window = [*self.window, loss][-self.config.spike_window_updates :]
             self.skipped, self.spikes, self.since = 0, 0, None
             self.calm += 1
-            if self.calm >= self.config.spike_window:
+            if self.calm >= self.config.spike_window_updates:
                 self.rewinds = 0
             return
         self.skipped += 1
@@ -85,11 +85,11 @@ class Health:
     @property
     def hopeless(self) -> str | None:
         """Why the run should stop, or None."""
-        if self.skipped > self.config.max_skipped:
+        if self.skipped > self.config.max_skipped_updates:
             return f"{self.skipped} updates in a row were skipped"
-        if self.lasting and self.rewinds >= self.config.max_rewinds:
+        if self.lasting and self.rewinds >= self.config.max_rollbacks:
             return (
-                f"the loss spiked again within {self.config.spike_window} updates of the "
+                f"the loss spiked again within {self.config.spike_window_updates} updates of the "
                 f"{self.rewinds}th rewind"
             )
         return None
@@ -97,7 +97,7 @@ class Health:
     @property
     def lasting(self) -> bool:
         """Whether a spike has lasted so long that skipping updates does not help."""
-        return self.spikes >= self.config.spike_patience
+        return self.spikes >= self.config.spike_patience_updates
 
 
 def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:

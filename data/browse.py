@@ -23,7 +23,7 @@ from data.config import BrowseConfig, BrowseSettings, DataConfig
 from data.pipeline.page import write_page
 from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
-from data.stream.manifests import open_manifests, source_folder, tokenizer_path
+from data.stream.manifests import Manifest, open_manifests, source_folder, tokenizer_path
 from data.stream.mixture import PlannedStage
 
 RULE = "-" * 100
@@ -38,7 +38,7 @@ def shortened(text: str, characters: int) -> str:
     )
 
 
-def show_source(cfg: DataConfig, settings: BrowseSettings) -> None:
+def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: BrowseSettings) -> None:
     """Documents of a source, drawn at random from its train shards; the same ones for the same
     seed.
     """
@@ -46,8 +46,8 @@ def show_source(cfg: DataConfig, settings: BrowseSettings) -> None:
         raise InputError(
             f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}"
         )
-    manifest = open_manifests(cfg)[settings.source]
-    documents = Documents(source_folder(cfg, settings.source), manifest, "train")
+    folder = source_folder(cfg, settings.source)
+    documents = Documents(folder, manifests[settings.source], "train")
     vocabulary = tokenizer.load(tokenizer_path(cfg))
     chosen = np.random.default_rng(cfg.seed).choice(
         documents.count, min(settings.count, documents.count), replace=False
@@ -97,14 +97,14 @@ def shown(vocabulary: Tokenizer, ids: list[int]) -> str:
 
 def browse(cfg: DataConfig, settings: BrowseSettings) -> None:
     """Show what is asked for."""
+    manifests = open_manifests(cfg)
     if settings.source is not None:
-        show_source(cfg, settings)
+        show_source(cfg, manifests, settings)
     if settings.page is not None:
-        write_page(cfg, Path(settings.page), settings.samples)
+        write_page(cfg, manifests, Path(settings.page), settings.samples)
         print(f"wrote {settings.page}")
     if settings.position is None and settings.stage is None:
         return
-    manifests = open_manifests(cfg)
     loader = Loader(compile_plan(cfg, manifests), manifests)
     if settings.position is not None:
         if not 0 <= settings.position < loader.plan.tokens:

@@ -47,12 +47,11 @@ def digest(ids: np.ndarray) -> bytes:
 
 
 def trained_documents(
-    config: DataConfig, settings: ValidationConfig
+    config: DataConfig, manifests: dict[str, Manifest], settings: ValidationConfig
 ) -> Iterator[tuple[str, str, int]]:
     """Held-out documents of validation that a training shard holds too: (source, trained in,
     times).
     """
-    manifests = open_manifests(config)
     # length and sum first: few need a hash
     held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
     for name, manifest in manifests.items():
@@ -85,8 +84,9 @@ def _training_pieces(config: DataConfig, name: str, manifest: Manifest) -> Itera
 
 def prove(config: EvaluationConfig) -> None:
     """Read every training shard once, and name what validation and training share."""
-    files_apart(open_manifests(config.data))
-    shared = list(trained_documents(config.data, config.validation))
+    manifests = open_manifests(config.data)
+    files_apart(manifests)
+    shared = list(trained_documents(config.data, manifests, config.validation))
     if shared:
         lines = "; ".join(f"{times} of {owner} in {name}" for owner, name, times in shared)
         raise InputError(

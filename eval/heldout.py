@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from core.errors import InputError
 from data.config import DataConfig
 from data.stream.loader import document_starts
-from data.stream.manifests import Manifest, open_manifests, source_folder, tokenizer_path
+from data.stream.manifests import Manifest, source_folder, tokenizer_path
 from data.stream.shards import Shards
 from data.tokenizer import byte_lengths
 from data.tokenizer import load as load_tokenizer
@@ -62,14 +62,18 @@ class Score:
 
 
 def evaluate(
-    model: FalconMamba, config: DataConfig, seq_len: int, batch: int, max_tokens: int
+    model: FalconMamba,
+    config: DataConfig,
+    manifests: dict[str, Manifest],
+    seq_len: int,
+    batch: int,
+    max_tokens: int,
 ) -> Iterator[tuple[str, Score]]:
     """Score every source's held-out split, yielding one by one.
 
     Reads at most max_tokens of each, in windows of seq_len whose tokens are all predicted but the
     very first, `batch` windows at once.
     """
-    manifests = open_manifests(config)
     lengths = torch.from_numpy(
         byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
     )
@@ -117,6 +121,7 @@ class Validation:
     def __init__(
         self,
         config: DataConfig,
+        manifests: dict[str, Manifest],
         settings: ValidationConfig,
         *,
         bf16: bool = False,
@@ -129,8 +134,8 @@ class Validation:
 
         Raises InputError when held-out files are trained on.
         """
-        files_apart(open_manifests(config))
-        self.config, self.settings, self.bf16 = config, settings, bf16
+        files_apart(manifests)
+        self.config, self.manifests, self.settings, self.bf16 = config, manifests, settings, bf16
         self.rank, self.ranks, self.group = rank, ranks, group
         self.rows: dict[str, Tensor] = {}
         self.counted: dict[
@@ -142,7 +147,7 @@ class Validation:
         """This rank's rows, at the first validation: a start costs nothing."""
         config, length = self.config, self.settings.seq_len
         lengths = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
-        for name, manifest in open_manifests(config).items():
+        for name, manifest in self.manifests.items():
             ids = fixed_tokens(config, name, manifest, self.settings)
             if len(ids) <= length:
                 continue

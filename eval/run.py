@@ -30,7 +30,7 @@ from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from core.run import RunFiles
 from data.config import DataConfig
-from data.stream.manifests import MANIFEST, source_folder
+from data.stream.manifests import MANIFEST, open_manifests, source_folder
 from eval.config import EvaluationConfig, GenerateConfig
 from eval.heldout import Score, evaluate
 from eval.hf.exported import require_export
@@ -68,7 +68,7 @@ def heldout(config: EvaluationConfig) -> None:
     model = load_model(config, folder, best_device())
     scores: dict[str, Score] = {}
     settings = (config.eval.seq_len, config.eval.batch_sequences, config.eval.max_tokens)
-    for name, score in evaluate(model, config.data, *settings):
+    for name, score in evaluate(model, config.data, open_manifests(config.data), *settings):
         logger.info(
             f"{name}: {score.bits_per_byte:.3f} bits per byte over {score.tokens:,} held-out tokens"
         )

@@ -241,3 +241,14 @@ def raise_everywhere(why: str | None) -> None:
     said = torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
     dist.broadcast(said, src=speakers[0])
     raise InputError(bytes(said.tolist()).decode(errors="replace").strip())
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text, not an empty one, on every rank."""
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    dist.broadcast(size, src=0)
+    if dist.get_rank():
+        content = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, src=0)
+    return content.numpy().tobytes().decode()

@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.command import command
 from core.log import UnfailingStream
-from data.stream.manifests import open_manifests
+from data.stream.manifests import require_data
 from train.config import RunConfig
 from train.costs.memory import check_memory
 from train.metrics.trackers import check_trackers
@@ -43,7 +43,7 @@ def main(config: RunConfig) -> None:
     device = present_device(config.cluster.device)
     check_memory(config, world, local_world, device, available(device))
     check_device(config.cluster.device, device, config.parallel)
-    open_manifests(config.data)  # missing data is said before groups and models are built
+    require_data(config.data)  # missing data is said before groups and models are built
     from train.run_context import start
 
     outcome = start(config, device)

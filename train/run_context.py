@@ -17,6 +17,7 @@ from core.files import ROOT, remove_parts, write_text
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
 from train.metrics.profiler import listening
+from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
 from train.resilience.lease import Lease
 from train.resilience.signals import Leave
@@ -91,8 +92,9 @@ def start(config: RunConfig, device: str) -> Outcome:
 
 def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
+    manifests = open_per_node(config.data)
     # refuses a folder of another run before its record changes
-    trainer = Trainer(config, here, record, watch, leave)
+    trainer = Trainer(config, manifests, here, record, watch, leave)
     if here.first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with listening(config.train.profile, config.run.folder, here, watch):

@@ -17,7 +17,7 @@ import torch
 from core.errors import InputError
 from core.run import Run
 from data.stream.loader import Batch, Loader, compile_plan
-from data.stream.manifests import open_manifests
+from data.stream.manifests import Manifest
 from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
@@ -76,6 +76,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
+        manifests: dict[str, Manifest],
         ranks: Ranks,
         run_config: dict[str, Any],
         watch: Watch,
@@ -85,7 +86,6 @@ class Trainer:
         for the record.
         """
         self.config, self.ranks, self.watch, self.leave = config, ranks, watch, leave
-        manifests = open_manifests(config.data)
         self.datacheck = DataCheck(config.data, manifests, ranks)
         self.datacheck.start(config.health.verify_shards)
         self.plan = compile_plan(config.data, manifests)
@@ -123,6 +123,7 @@ class Trainer:
         self.exchange = Exchange(ranks, len(self.plan.sources))
         self.validation = Validation(
             config.data,
+            manifests,
             config.validation,
             bf16=config.compute.precision is Precision.bf16,
             rank=ranks.replica,  # the group holds context-parallel ranks too

@@ -19,7 +19,7 @@ from data.config import DataConfig
 from data.pipeline.accounting import Step, ranked
 from data.stream.documents import document_ends
 from data.stream.loader import compile_plan
-from data.stream.manifests import Manifest, open_manifests, source_folder
+from data.stream.manifests import Manifest, source_folder
 from data.stream.mixture import Plan
 from data.stream.packing import packing, plan_table, stage_tokens
 
@@ -147,9 +147,8 @@ def top_domains(cfg: DataConfig, samples: int) -> str:
     )
 
 
-def write_page(cfg: DataConfig, path: Path, samples: int) -> None:
+def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samples: int) -> None:
     """Write the page about a prepared data set."""
-    manifests = open_manifests(cfg)
     plan = compile_plan(cfg, manifests)
     report = Path(cfg.folder) / REPORT
     record = json.loads(report.read_text(encoding="utf-8"))["steps"] if report.is_file() else {}

@@ -6,8 +6,11 @@ by eos.
 """
 
 import json
+import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +57,12 @@ class Manifest:
         return [file for split in self.splits.values() for file in split]
 
 
+def parse_manifest(raw: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON object; raises KeyError, TypeError or ValueError for any other."""
+    splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
+    return Manifest(**{**raw, "splits": splits})
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into place."""
     write_json(folder / MANIFEST, asdict(manifest))
@@ -66,15 +75,9 @@ def read_manifest(folder: Path) -> Manifest:
     another size.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            f"no shards at {folder}: build them with `python data/prepare.py` and the same "
-            "overrides"
-        )
+    require_shards(folder)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
-        manifest = Manifest(**{**raw, "splits": splits})
+        manifest = parse_manifest(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is not a manifest ({error}); remove {folder} and prepare the data again"
@@ -87,11 +90,19 @@ def read_manifest(folder: Path) -> Manifest:
 def check_file(folder: Path, file: ShardFile) -> None:
     """Refuse a shard that leaves its folder, is missing or has another length than the manifest
     says.
+
+    Asks the file system once about a regular file directly in the folder, as all of ours are.
     """
-    path = folder / file.name
-    if folder.resolve() not in path.resolve().parents:
-        raise InputError(f"{folder / MANIFEST} names {file.name}, which lies outside its folder")
-    size = path.stat().st_size if path.is_file() else -1
+    path, size = folder / file.name, -1
+    with suppress(OSError):
+        found = path.lstat()
+        size = found.st_size if stat.S_ISREG(found.st_mode) else -1
+    if size < 0 or path.parent != folder:
+        if folder.resolve() not in path.resolve().parents:
+            raise InputError(
+                f"{folder / MANIFEST} names {file.name}, which lies outside its folder"
+            )
+        size = path.stat().st_size if path.is_file() else -1
     if size != file.tokens * DTYPE.itemsize:
         state = (
             "is missing"
@@ -111,16 +122,34 @@ def source_folder(config: DataConfig, source: str) -> Path:
     return Path(config.folder) / "shards" / source
 
 
-def open_manifests(config: DataConfig) -> dict[str, Manifest]:
-    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's
-    file.
-    """
+def require_shards(folder: Path) -> None:
+    """Raise InputError where a source has no manifest."""
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"no shards at {folder}: build them with `python data/prepare.py` and the same "
+            "overrides"
+        )
+
+
+def require_data(config: DataConfig) -> None:
+    """Raise InputError where the tokenizer or a manifest is missing; looks at no shard."""
     path = tokenizer_path(config)
     if not path.is_file():
         raise InputError(
             f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same "
             "overrides"
         )
+    for name in config.sources:
+        require_shards(source_folder(config, name))
+
+
+def open_manifests(config: DataConfig) -> dict[str, Manifest]:
+    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file.
+
+    Asks the file system about every shard: call it once, and hand the manifests down.
+    """
+    require_data(config)
+    path = tokenizer_path(config)
     expected = sha256_of(path)
     manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
     for name, manifest in manifests.items():

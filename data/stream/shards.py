@@ -1,6 +1,6 @@
 """Tokens of a source's shards at any position, by memory map.
 
-Opening costs one memory map per file; nothing in memory grows with the corpus.
+A file is mapped when its first token is read: opening costs nothing, and a rank maps what it reads.
 """
 
 from bisect import bisect_right
@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.stream.manifests import DTYPE, Manifest
 
@@ -17,11 +18,9 @@ class Shards:
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         files = [file for file in manifest.splits[split] if file.tokens]
+        self.folder, self.files = folder, files
         self.starts = list(accumulate((file.tokens for file in files), initial=0))
-        # as plain arrays over the same pages: a slice of a memmap costs microseconds of bookkeeping
-        self.maps = [
-            np.memmap(folder / file.name, dtype=DTYPE, mode="r").view(np.ndarray) for file in files
-        ]
+        self.maps: list[NDArray[np.uint16] | None] = [None] * len(files)
         self.tokens = self.starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -39,7 +38,18 @@ class Shards:
         index = bisect_right(self.starts, start) - 1
         while filled < count:
             offset = start + filled - self.starts[index]
-            piece = self.maps[index][offset : offset + count - filled]
+            tokens = self.maps[index]
+            piece = (self._map(index) if tokens is None else tokens)[
+                offset : offset + count - filled
+            ]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             index += 1
+
+    def _map(self, index: int) -> NDArray[np.uint16]:
+        """Map a file; raises ValueError when it is shorter than its manifest says."""
+        file = self.files[index]
+        tokens = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r", shape=(file.tokens,))
+        # a plain array over the same pages: a slice of a memmap costs microseconds of bookkeeping
+        plain = self.maps[index] = tokens.view(np.ndarray)
+        return plain

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import InputError
 from core.run import Run
-from data.stream.manifests import DTYPE, read_manifest, source_folder, tokenizer_path
+from data.stream.manifests import DTYPE, open_manifests, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
@@ -120,11 +120,12 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
     model: FalconMamba = load_model(config, find_checkpoint(config))
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    scores = dict(evaluate(model, config.data, seq_len=16, batch=3, max_tokens=500))
+    manifests = open_manifests(config.data)
+    scores = dict(evaluate(model, config.data, manifests, seq_len=16, batch=3, max_tokens=500))
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     for name, score in scores.items():
         folder = source_folder(config.data, name)
-        files = read_manifest(folder).splits["heldout"]
+        files = manifests[name].splits["heldout"]
         ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(
             int
         )[1:501]
@@ -143,8 +144,10 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
 def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
     """The score does not depend on how many windows are taken at once."""
     model = load_model(config, find_checkpoint(config))
-    one = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=333))
-    many = dict(evaluate(model, config.data, seq_len=16, batch=7, max_tokens=333))
+    one, many = (
+        dict(evaluate(model, config.data, open_manifests(config.data), 16, batch, max_tokens=333))
+        for batch in (1, 7)
+    )
     assert all(one[name].loss == pytest.approx(many[name].loss, rel=1e-6) for name in one)
     assert unigram_bits(torch.tensor([3, 3, 4, 4])) == pytest.approx(4.0)
 

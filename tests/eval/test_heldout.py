@@ -45,19 +45,24 @@ def test_it_equals_heldout_evaluation(config: EvaluationConfig) -> None:
     them.
     """
     model = model_of(MODEL)
-    results = Validation(config.data, SETTINGS).run(model)
-    scores = dict(evaluate(model, config.data, seq_len=16, batch=1, max_tokens=320))
+    manifests = open_manifests(config.data)
+    results = Validation(config.data, manifests, SETTINGS).run(model)
+    scores = dict(evaluate(model, config.data, manifests, seq_len=16, batch=1, max_tokens=320))
     assert set(results) == set(scores) == {"prose", "sums"}
     for name, score in scores.items():
         assert results[name]["loss"] == pytest.approx(score.loss, rel=1e-6)
         assert results[name]["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-6)
-    shares = [Validation(config.data, SETTINGS, rank=rank, ranks=3).run(model) for rank in range(3)]
+    shares = [
+        Validation(config.data, manifests, SETTINGS, rank=rank, ranks=3).run(model)
+        for rank in range(3)
+    ]
     for name in results:
         assert sum(share[name]["loss"] for share in shares) == pytest.approx(results[name]["loss"])
 
 
 def test_when_it_is_due(config: EvaluationConfig) -> None:
-    validation, model = Validation(config.data, SETTINGS), model_of(MODEL)
+    validation = Validation(config.data, open_manifests(config.data), SETTINGS)
+    model = model_of(MODEL)
     assert validation.after(0, 999, model) is None and validation.after(1000, 1999, model) is None
     assert (
         validation.after(900, 1000, model) is not None
@@ -98,17 +103,18 @@ def test_what_is_held_out_is_not_trained_on(
     insert(data, "prose", "heldout", secret)
     insert(data, "sums", "train", unlike)
     # the made-up corpus has short documents twice
-    by_chance = list(trained_documents(data, SETTINGS))
+    by_chance = list(trained_documents(data, open_manifests(data), SETTINGS))
     assert all(owner == name for owner, name, _ in by_chance)
     insert(data, "sums", "train", secret)
-    assert sorted(trained_documents(data, SETTINGS)) == sorted([*by_chance, ("prose", "sums", 1)])
+    found = trained_documents(data, open_manifests(data), SETTINGS)
+    assert sorted(found) == sorted([*by_chance, ("prose", "sums", 1)])
     with pytest.raises(InputError, match="1 of prose in sums"):
         prove(ready)
     manifest = open_manifests(data)["prose"]
     manifest.splits["train"][0] = manifest.splits["heldout"][0]
     write_manifest(source_folder(data, "prose"), manifest)
     with pytest.raises(InputError, match="is a training file of prose"):
-        Validation(data, SETTINGS)
+        Validation(data, open_manifests(data), SETTINGS)
 
 
 def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data.stream.manifests import open_manifests
 from launch.simulation.collectives import Collectives
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from launch.simulation.dry_run import LEARNING, dry_run, fullest, micro_batches
@@ -111,9 +112,8 @@ def count(root: Path, name: str) -> None:
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        trainer = Trainer(
-            run, here, {}, Watch(run.run.folder, here.rank, here.world_size, 60.0), Leave(None, 0.0)
-        )
+        watch = Watch(run.run.folder, here.rank, here.world_size, 60.0)
+        trainer = Trainer(run, open_manifests(run.data), here, {}, watch, Leave(None, 0.0))
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
             trainer._step(trainer.schedule.at(0), trainer._read(0).result(), 0.0)
         seen = []

@@ -151,7 +151,7 @@ def train_theirs(
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
     for layer in model.backbone.layers:
         layer.mixer.use_mambapy = True
-    schedule, optim = Schedule(config), config.optim
+    schedule, optim = Schedule(config.schedule, config.optim.lr, config.data), config.optim
     ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
     groups = [
         {

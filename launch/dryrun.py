@@ -84,7 +84,7 @@ def steps(run: DryRun) -> list[dict[str, Any]]:
     """The first step of every stage and of the full batch, and how its sequences lie on the
     ranks.
     """
-    schedule = Schedule(run)
+    schedule = Schedule(run.schedule, run.optim.lr, run.data)
     groups = run.ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
     rows = []

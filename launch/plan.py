@@ -187,7 +187,7 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
 
 def stages(run: PlannedRun) -> Table:
     """Where each stage begins, and what its first step does."""
-    schedule = Schedule(run)
+    schedule = Schedule(run.schedule, run.optim.lr, run.data)
     grid = Table("stage", "from token", "context", "batch", "lr")
     begin = 0
     for end, seq_len, name in schedule.edges:

@@ -181,7 +181,7 @@ class Injector:
             time.time = lambda: real() + jumped
         if self.fires("second job"):
             try:
-                Lease(trainer.config.run.folder).take()
+                Lease(trainer.checkpoints.folder.parent).take()
             except InputError:
                 return
             raise AssertionError("a second job took the run's folder")

@@ -97,7 +97,7 @@ def schedule(
 
 def steps_of(run: RunConfig) -> int:
     """Steps that a run takes."""
-    plan, tokens, steps = Schedule(run), 0, 0
+    plan, tokens, steps = Schedule(run.schedule, run.optim.lr, run.data), 0, 0
     while tokens < plan.total:
         tokens, steps = tokens + plan.at(tokens).tokens, steps + 1
     return steps

@@ -51,7 +51,18 @@ DOORS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "train": (
         {"checkpoints", "collect_scores", "pretrain", "report"},
-        {"config", "device", "distributed", "run_context", "schedule", "step_stats", "trainer"},
+        {
+            "batches",
+            "build",
+            "config",
+            "device",
+            "distributed",
+            "phases",
+            "run_context",
+            "schedule",
+            "step_stats",
+            "trainer",
+        },
     ),
     "launch": ({"attempt", "collect", "doctor", "dryrun", "plan", "submit"}, {"config"}),
 }

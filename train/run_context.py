@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
 from core.files import ROOT, remove_parts, write_text
+from train.build import build_trainer
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
-from train.metrics.profiler import listening
+from train.metrics.profiler import profiling
 from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
 from train.resilience.lease import Lease
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch
-from train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
     manifests = open_per_node(config.data)
     # refuses a folder of another run before its record changes
-    trainer = Trainer(config, manifests, here, record, watch, leave)
+    trainer = build_trainer(config, manifests, here, record, watch, leave)
     if here.first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
-    with listening(config.train.profile, config.run.folder, here, watch):
+    with profiling(config.train.profile, config.run.folder, here, trainer.phases):
         outcome = trainer.run()
     if here.first and outcome.code == FINISHED:
         from train.metrics.curves import draw

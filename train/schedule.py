@@ -14,7 +14,8 @@ and (1 + cos(pi r)) / 2 (cosine: SGDR, arXiv 1608.03983).
 import math
 from dataclasses import dataclass
 
-from train.config import DecayShape, RunConfig
+from data.config import DataConfig
+from train.config import DecayShape, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ def decayed(shape: DecayShape, r: float, least: float) -> float:
 class Schedule:
     """The schedule of one run."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self.config, self.peak_lr = run.schedule, run.optim.lr
+    def __init__(self, config: ScheduleConfig, peak_lr: float, data: DataConfig) -> None:
+        self.config, self.peak_lr = config, peak_lr
         self.edges: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
         end = 0
-        for stage in run.data.stages:
-            end += run.data.tokens_of(stage)
+        for stage in data.stages:
+            end += data.tokens_of(stage)
             self.edges.append((end, stage.seq_len, stage.name))
         self.total = end
+
+    @property
+    def stage_ends(self) -> frozenset[int]:
+        """Tokens at which stages end."""
+        return frozenset(end for end, _, _ in self.edges)
 
     def batch(self, tokens: int) -> int:
         """Sequences of a full step that begins at `tokens`: linear from batch_start_sequences to

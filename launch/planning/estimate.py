@@ -104,7 +104,7 @@ def phases(run: RunConfig) -> list[Phase]:
     """The run as steps. Where the batch grows linearly in tokens from a to b, their mean is (b - a)
     / ln(b / a).
     """
-    schedule, found, begin = Schedule(run), [], 0
+    schedule, found, begin = Schedule(run.schedule, run.optim.lr, run.data), [], 0
     for end, seq_len, name in schedule.edges:
         edge = min(max(begin, run.schedule.ramp_tokens), end)
         if edge > begin:

@@ -62,7 +62,7 @@ class Rehearsed:
 
 def fullest(config: RunConfig) -> int:
     """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
-    schedule = Schedule(config)
+    schedule = Schedule(config.schedule, config.optim.lr, config.data)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
     places = [
         *begins,
@@ -102,7 +102,7 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     It is one of the last replica, which holds the padding and most sequences, and the first of its
     tensor-parallel group, which writes what all of the group hold alike.
     """
-    now = Schedule(config).at(fullest(config))
+    now = Schedule(config.schedule, config.optim.lr, config.data).at(fullest(config))
     fake = FakeTensorMode()
     cuda = cuda_on_cpu if config.parallel.engine is EngineKind.megatron else nullcontext
     with fake_world(config, world) as ranks, Collectives() as collectives:

@@ -33,9 +33,9 @@ from eval.subject import find_checkpoint, load_model
 from model.checkpoint import read_state
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
+from train.build import start_from
 from train.metrics.records import read_lines, read_scores
 from train.metrics.scores import collecting
-from train.trainer import start_from
 
 SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch_sequences=3)
 

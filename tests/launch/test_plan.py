@@ -119,7 +119,7 @@ def test_phases_are_the_steps_of_the_schedule() -> None:
     """
     run = typed(PlannedRun, "1b", "schedule.ramp_tokens=30_000_000_000")
     schedule, walked, tokens = (
-        Schedule(run),
+        Schedule(run.schedule, run.optim.lr, run.data),
         dict.fromkeys((phase.name for phase in phases(run)), 0),
         0,
     )

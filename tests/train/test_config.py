@@ -18,12 +18,13 @@ from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
 from tests.compose import run_config
+from train.build import announce
+from train.checkpoint.manager import State
 from train.config import EngineKind
 from train.costs.memory import check_memory, needs
 from train.device import check_device
 from train.distributed import Ranks
 from train.schedule import Schedule
-from train.trainer import Trainer
 
 ROOT = Path(CONFIGS).parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -41,7 +42,7 @@ def test_experiment_builds_on_meta(experiment: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(
         config.model
     )
-    assert Schedule(config).total == config.tokens
+    assert Schedule(config.schedule, config.optim.lr, config.data).total == config.tokens
     assert config.run.name == experiment
 
 
@@ -160,14 +161,12 @@ def test_the_command_says_it_without_a_traceback(command: list[str], says: str) 
 
 
 def test_a_gpu_run_on_slow_kernels_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    """And what to install; a stand-in for the trainer, since no GPU need be here."""
+    """And what to install; no GPU need be here."""
     config = run_config("demo")
     ranks = Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cuda"))
-    plan = SimpleNamespace(epochs=lambda: {"web": 0.5})
-    run: Any = SimpleNamespace(config=config, ranks=ranks, plan=plan, schedule=Schedule(config))
-    run.state = SimpleNamespace(tokens=0)
+    plan: Any = SimpleNamespace(epochs=lambda: {"web": 0.5})
     with mock.patch.object(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"):
-        Trainer._say(run, REFERENCE)
+        announce(config, plan, REFERENCE, ranks, State(0, 0, 0, "", {}))
     lines = capsys.readouterr().out.splitlines()
     assert "warning: the reference kernels are far too slow for a GPU run" in lines
     assert "faster kernels are not used: cuda: no cuda-core: pip install 'cuda-core[cu13]'" in lines

@@ -277,7 +277,7 @@ def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
 )
 def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
     run = clean.run
-    plan = Schedule(run)
+    plan = Schedule(run.schedule, run.optim.lr, run.data)
     edges = {
         run.schedule.ramp_tokens,
         run.schedule.warmup_tokens,

@@ -121,7 +121,7 @@ def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any)
 
 def test_a_run_that_ends_too_soon_says_so_and_others_say_nothing(root: Path, capsys: Any) -> None:
     steps = len(losses(root / "plain"))
-    profile = ProfileConfig(steps=1, after=steps, timed_steps=0, ranks=[0])
+    profile = ProfileConfig(steps=1, after_steps=steps, timed_steps=0, ranks=[0])
     start(replace(config(root, "short"), train=Train(profile)), "cpu")
     assert f"no profile: this start ended before its {steps + 1} steps" in capsys.readouterr().out
     start(replace(config(root, "other"), train=Train(replace(profile, ranks=[1]))), "cpu")

@@ -16,7 +16,7 @@ GT = 10**9
 @pytest.fixture(scope="module")
 def falcon() -> Schedule:
     config = run_config("7b")
-    return Schedule(config)
+    return Schedule(config.schedule, config.optim.lr, config.data)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_shapes_of_the_decay(
     hand.
     """
     config = run_config("7b", f"schedule.decay_shape={shape}")
-    schedule = Schedule(config)
+    schedule = Schedule(config.schedule, config.optim.lr, config.data)
     for left, factor in (
         (600, 1),
         (500, 1),
@@ -145,7 +145,7 @@ def test_steps_tile_every_stage() -> None:
     one.
     """
     config = run_config("demo")
-    schedule = Schedule(config)
+    schedule = Schedule(config.schedule, config.optim.lr, config.data)
     tokens, short, last = 0, [], None
     while tokens < schedule.total:
         now = schedule.at(tokens)
@@ -170,8 +170,10 @@ def test_switches() -> None:
     plain = run_config(
         "7b", "schedule.batch_scaling=false", "schedule.warmup_tokens=0", "schedule.ramp_tokens=0"
     )
-    schedule = Schedule(plain)
+    schedule = Schedule(plain.schedule, plain.optim.lr, plain.data)
     assert schedule.batch(0) == 2048
     assert schedule.lr(1, 128) == pytest.approx(6.4e-4)
     none = run_config("demo", "schedule.decay_tokens=0")
-    assert Schedule(none).lr(none.tokens, 32) == pytest.approx(none.optim.lr)
+    assert Schedule(none.schedule, none.optim.lr, none.data).lr(none.tokens, 32) == pytest.approx(
+        none.optim.lr
+    )

@@ -20,12 +20,12 @@ from data.stream.manifests import DTYPE, SPLITS, ShardFile, read_manifest, write
 from tests.corpus import SOURCES, make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
+from train.build import build_trainer
 from train.config import RunConfig, VerifyShards
 from train.distributed import ranks
 from train.resilience.datacheck import open_per_node
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch
-from train.trainer import Trainer
 
 RANKS, SHARDS, TOKENS = 8, 20_000, 66
 CALLS = {
@@ -59,7 +59,7 @@ def start(run: RunConfig) -> None:
     """Build the trainer as a run does, and take no step."""
     with ranks("cpu", 1) as here, asked(Path(run.data.folder)) as paths:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        Trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+        build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
     shards = sum(path.endswith(".ds") for path in paths)
     counts = {"shards": shards, "others": len(paths) - shards}
     (run.run.folder / f"{here.rank}.json").write_text(json.dumps(counts))

@@ -22,6 +22,7 @@ from tests.compose import laid_out
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
+from train.build import build_trainer
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.traffic import by_kind, payloads
 from train.distributed import ranks
@@ -29,7 +30,6 @@ from train.engines.partition import Bucket, Flat, buckets, elements_of, flats, g
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch
 from train.schedule import Schedule
-from train.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -113,13 +113,13 @@ def count(root: Path, name: str) -> None:
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
         watch = Watch(run.run.folder, here.rank, here.world_size, 60.0)
-        trainer = Trainer(run, open_manifests(run.data), here, {}, watch, Leave(None, 0.0))
+        trainer = build_trainer(run, open_manifests(run.data), here, {}, watch, Leave(None, 0.0))
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
-            trainer._step(trainer.schedule.at(0), trainer._read(0).result(), 0.0)
+            trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
         seen = []
         for token in STEPS:
             token = fullest(run) if token is None else token
-            batches = trainer._read(token).result()
+            batches = trainer.batches.read(token)
             with Collectives() as collectives:
                 trainer._step(trainer.schedule.at(token), batches, 0.0)
             counts = {
@@ -154,7 +154,7 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
     batches = set()
     for rank in (0, 1):
         for step in counted(root, name, rank)["steps"]:
-            now = Schedule(run).at(step["token"])
+            now = Schedule(run.schedule, run.optim.lr, run.data).at(step["token"])
             batches.add(now.batch)
             micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
             sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))

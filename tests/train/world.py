@@ -23,12 +23,12 @@ from tests.corpus import make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.tiny import TINY
+from train.build import build_trainer
 from train.config import EngineKind, RunConfig
 from train.distributed import Ranks, ranks
 from train.resilience.datacheck import open_per_node
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch
-from train.trainer import Trainer
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def train(run: RunConfig) -> None:
     run.run.folder.mkdir(parents=True, exist_ok=True)
     with standing(run) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        Trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0)).run()
+        build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0)).run()
 
 
 def train_from(root: Path, source: str, run: RunConfig) -> None:
@@ -64,7 +64,7 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
         shutil.copytree(newest_one, run.run.files.checkpoints / newest_one.name)
     with standing(run) as here:
         watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        trainer = Trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+        trainer = build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
         trainer.state.step += 1
         trainer.checkpoints.save_and_wait(trainer.state, trainer.engine)
 

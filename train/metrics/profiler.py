@@ -1,11 +1,10 @@
 """A close look at a few steps: a table of their time by phase, and a trace for Perfetto or
 chrome://tracing.
 
-The loop tells the watchdog where it is, and the profiler listens there: a run that is not looked at
-pays a comparison per phase. Some steps are timed by marks on the clock alone, then a few are traced
-by torch.profiler, which slows what it sees; the trace tells which part of a phase is spent in
-collectives that no computation hides, and the table gives that part of the timed steps a row of its
-own.
+The profiler listens to the loop's phases (train/phases.py), so a run without one pays nothing. Some
+steps are only timed, by marks on the clock; then a few are traced by torch.profiler, which slows
+them. The trace tells which part of a phase is spent in collectives that no computation hides, and
+the table gives that part of the timed steps a row of its own.
 """
 
 import gzip
@@ -25,7 +24,7 @@ from core.log import ALL_RANKS
 from core.run import RunFiles
 from train.config import ProfileConfig
 from train.distributed import Ranks
-from train.resilience.watchdog import Watch
+from train.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +47,17 @@ Interval = tuple[float, float]
 
 
 @contextmanager
-def listening(config: ProfileConfig, folder: Path, ranks: Ranks, watch: Watch) -> Iterator[None]:
-    """Look at the chosen steps of the run inside, if this rank is to."""
+def profiling(config: ProfileConfig, folder: Path, ranks: Ranks, phases: Phases) -> Iterator[None]:
+    """Profile the chosen steps of the run inside, if this rank is to."""
     if not config.steps or ranks.rank not in config.ranks:
         yield
         return
     profiler = Profiler(config, RunFiles(folder).profile, ranks)
-    watch.listener = profiler.at
+    phases.listeners.append(profiler.at)
     try:
         yield
     finally:
-        watch.listener = None
+        phases.listeners.remove(profiler.at)
         profiler.close()
 
 
@@ -106,7 +105,7 @@ class Profiler:
         self.range: record_function | None = None
         self.done = False
 
-    def at(self, step: int, phase: str) -> None:
+    def at(self, step: int, phase: str, patience: float = 1.0) -> None:
         """The loop comes to a phase of the step after `step` others."""
         if phase == "read":
             self._begin_step(step)

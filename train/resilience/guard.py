@@ -12,15 +12,13 @@ from train.checkpoint.manager import Checkpoints, State
 from train.config import HealthConfig
 from train.distributed import Ranks
 from train.engines.protocol import Engine
+from train.phases import LONG_PATIENCE, Phases
 from train.resilience.health import Health, Stragglers, drifting
 from train.resilience.watchdog import Watch
 from train.schedule import Now
 from train.step_stats import Told
 
 logger = logging.getLogger(__name__)
-
-# times health.hang_seconds, for what takes long: reading a checkpoint, validation, the last save
-LONG_PATIENCE = 6.0
 
 
 class Guard:
@@ -33,9 +31,10 @@ class Guard:
         model: nn.Module,
         engine: Engine,
         checkpoints: Checkpoints,
+        phases: Phases,
         watch: Watch,
     ) -> None:
-        self.config, self.ranks, self.watch = config, ranks, watch
+        self.config, self.ranks, self.phases, self.watch = config, ranks, phases, watch
         self.model, self.engine, self.checkpoints = model, engine, checkpoints
         self.health = Health(config)
         self.stragglers = Stragglers(config.straggler_window_steps, config.straggler_factor)
@@ -66,7 +65,7 @@ class Guard:
         """Look at the step from token `before` to the state's; raises InputError, on every rank, to
         stop the run.
         """
-        self.watch.at(state.step, "check")
+        self.phases.enter(state.step, "check")
         if self.health.hopeless is not None:
             raise InputError(
                 f"{self.health.hopeless}, up to step {state.step}: lower optim.lr or "
@@ -85,7 +84,7 @@ class Guard:
                 )
                 self.watch.incidents.log("straggler", text, rank=rank, step=state.step)
         if rewound or told.save or self.checkpoints.due(before, state.tokens):
-            self.watch.at(state.step, "save")
+            self.phases.enter(state.step, "save")
             state.health = self.health.state()
             waited = self.checkpoints.save(state, self.engine)
             logger.info(
@@ -94,7 +93,7 @@ class Guard:
 
     def leave(self, state: State) -> None:
         """The last save, which waits until it is on disk."""
-        self.watch.at(state.step, "leave", LONG_PATIENCE)
+        self.phases.enter(state.step, "leave", LONG_PATIENCE)
         state.health = self.health.state()
         self.checkpoints.save_and_wait(state, self.engine)
 
@@ -115,7 +114,7 @@ class Guard:
         """
         since = self.health.since
         assert since is not None
-        self.watch.at(state.step, "save", LONG_PATIENCE)
+        self.phases.enter(state.step, "save", LONG_PATIENCE)
         self.checkpoints.flush()
         folder = self.checkpoints.find(before=since)
         if folder is None:

@@ -22,23 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from core.run import RunFiles
+from train.phases import PHASES
 from train.resilience.incidents import HUNG, Incidents
 from train.resilience.lease import RENEW_SECONDS, Lease, machine, process_start
 
-# in the order of a step
-PHASES = (
-    "start",
-    "read",
-    "forward",
-    "backward",
-    "agree",
-    "update",
-    "validate",
-    "log",
-    "check",
-    "save",
-    "leave",
-)
 SIZE = 512
 
 
@@ -53,8 +40,6 @@ class Watch:
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
         self.lease: Lease | None = None
         self.incidents = Incidents(folder)
-        # hears of every move: train/metrics/profiler.py
-        self.listener: Callable[[int, str], None] | None = None
         self.beats = 0
         self.ended = threading.Event()
         self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
@@ -65,8 +50,6 @@ class Watch:
     def at(self, step: int, phase: str, patience: float = 1.0) -> None:
         """The loop has come this far; the next move may take `patience` times the limit."""
         self.place = (step, phase, time.monotonic() + patience * self.limit)
-        if self.listener is not None:
-            self.listener(step, phase)
 
     def begin(self, lease: Lease | None) -> None:
         """Start to beat; the first rank renews the lease."""

@@ -1,0 +1,227 @@
+"""A trainer from a run's config: every part gets its own section, and the run goes on from the
+newest checkpoint that verifies.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError
+from core.run import Run
+from data.stream.loader import Loader, compile_plan
+from data.stream.manifests import Manifest
+from data.stream.mixture import Plan
+from eval.heldout import Validation
+from eval.leaderboard.jobs import SuiteJobs
+from model.flops import parameter_count, train_flops_per_token
+from model.hf import initialize_from
+from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
+from model.mamba import FalconMamba
+from model.parallel.build import build
+from train.batches import Batches
+from train.checkpoint.manager import Checkpoints, State
+from train.config import Compute, Precision, RunConfig
+from train.device import peak_flops
+from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
+from train.engines.build import build_engine
+from train.engines.protocol import Engine
+from train.metrics.records import read_scores
+from train.metrics.scores import collecting
+from train.metrics.sinks import Metrics
+from train.phases import Phases
+from train.resilience.datacheck import DataCheck
+from train.resilience.guard import Guard
+from train.resilience.incidents import Incidents, Starts
+from train.resilience.signals import Leave
+from train.resilience.watchdog import Watch
+from train.schedule import Schedule
+from train.step_stats import Exchange
+from train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    config: RunConfig,
+    manifests: dict[str, Manifest],
+    ranks: Ranks,
+    record: dict[str, Any],
+    watch: Watch,
+    leave: Leave,
+) -> Trainer:
+    """One rank's trainer; `record` is the config as trackers show it.
+
+    Raises InputError, on every rank, when data, kernels or checkpoints are not those of this run.
+    """
+    datacheck = DataCheck(config.data, manifests, ranks)
+    datacheck.start(config.health.verify_shards)
+    plan = compile_plan(config.data, manifests)
+    schedule = Schedule(config.schedule, config.optim.lr, config.data)
+    phases = Phases(watch.at)
+    kernels = kernels_of(config.compute, ranks.device.type)
+    model = build_model(config, kernels, ranks)
+    context = context_ranks() if ranks.cp_size > 1 else None
+    model.set_context(context)
+    checkpoints = Checkpoints(
+        config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
+    )
+    found = checkpoints.find()
+    if found is None:
+        start_from(model, config.run, ranks.tp_rank, ranks.tp_size)
+    if config.compute.compile:
+        model.compile_blocks()
+    engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
+    fresh = State(0, 0, 0, plan.hash, asdict(config.model))
+    state = fresh if found is None else resume(checkpoints, found, engine, fresh)
+    guard = Guard(config.health, ranks, model, engine, checkpoints, phases, watch)
+    guard.health.load(state.health)
+    if state.tokens < schedule.total:
+        count_start(config, state, ranks, watch.incidents)
+    jobs = leaderboard_jobs(config, schedule)
+    metrics, flops = None, 0.0
+    if ranks.first:
+        announce(config, plan, kernels, ranks, state)
+    if ranks.first and state.tokens < schedule.total:
+        flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
+        where = (config.run.folder, config.run.name, config.metrics, record)
+        metrics = Metrics(*where, tokens=state.tokens, total=schedule.total)
+        jobs.know(read_scores(metrics.file.path))
+    return Trainer(
+        ranks=ranks,
+        schedule=schedule,
+        sources=list(plan.sources),
+        batches=Batches(
+            Loader(plan, manifests),
+            schedule,
+            ranks,
+            config.parallel.micro_batch_tokens,
+            engine.in_step,
+        ),
+        model=model,
+        context=context,
+        engine=engine,
+        z_loss=config.optim.z_loss,
+        bf16=config.compute.precision is Precision.bf16,
+        checkpoints=checkpoints,
+        guard=guard,
+        datacheck=datacheck,
+        exchange=Exchange(ranks, len(plan.sources)),
+        validation=build_validation(config, manifests, ranks),
+        jobs=jobs,
+        metrics=metrics,
+        utilisation_per_rate=train_flops_per_token(config.model) / flops / ranks.world_size
+        if flops
+        else 0.0,
+        phases=phases,
+        leave=leave,
+        state=state,
+    )
+
+
+def kernels_of(config: Compute, device: str) -> Kernels:
+    """The kernels that a run takes; InputError when they are missing, or cannot be compiled
+    around.
+    """
+    try:
+        kernels = load(config.kernels, device)
+    except MissingBackend as error:
+        raise InputError(str(error)) from error
+    if config.compile and kernels is REFERENCE:  # which torch.compile would unroll, token by token
+        raise InputError(
+            "compute.compile=true is for blocks around kernels, and the reference kernels are a "
+            "loop over tokens: set compute.compile=false, or another compute.kernels"
+        )
+    return kernels
+
+
+def build_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:
+    """This rank's part of the network, with random weights that depend only on run.seed."""
+    return build(
+        config.model,
+        kernels,
+        config.run.seed,
+        ranks.device,
+        tp_rank=ranks.tp_rank,
+        tp_size=ranks.tp_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.compute.recompute,
+    )
+
+
+def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
+    """Initial weights out of the folder that run.init_from names, if it names one."""
+    if run.init_from is not None:
+        try:
+            initialize_from(model, Path(run.init_from), tp_rank, tp_size)
+        except InputError as error:
+            raise InputError(f"run.init_from: {error}") from error
+
+
+def resume(checkpoints: Checkpoints, folder: Path, engine: Engine, wanted: State) -> State:
+    """Load a checkpoint into the engine; InputError when it is of another model or data plan than
+    `wanted`.
+    """
+    state = checkpoints.load(folder, engine)
+    hint = "restore the config it was trained with, or choose another run.name"
+    if state.model != wanted.model:
+        raise InputError(f"{folder} holds another model; {hint}")
+    if state.plan != wanted.plan:
+        raise InputError(
+            f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}"
+        )
+    return state
+
+
+def count_start(config: RunConfig, state: State, ranks: Ranks, incidents: Incidents) -> None:
+    """Refuse a start that would only crash again; raises InputError on every rank."""
+    why = None
+    if ranks.first:
+        starts = Starts(config.run.folder, config.health.max_starts)
+        why = starts.count(state.tokens, incidents)
+    raise_everywhere(why)
+
+
+def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: Ranks) -> Validation:
+    """Held-out loss, shared by the replicas."""
+    return Validation(
+        config.data,
+        manifests,
+        config.validation,
+        bf16=config.compute.precision is Precision.bf16,
+        rank=ranks.replica,  # the group holds context-parallel ranks too
+        ranks=ranks.replicas,
+        group=data_parallel_group(),
+    )
+
+
+def leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
+    """Leaderboards, always of the last checkpoint before the decay and of the run's last."""
+    decay = schedule.total - config.schedule.decay_tokens
+    before_decay = max((end for end in schedule.stage_ends if end <= decay), default=decay)
+    return SuiteJobs(
+        config.run,
+        config.leaderboard.jobs,
+        always={before_decay, schedule.total},
+        after=collecting(config.run.folder),
+    )
+
+
+def announce(config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: State) -> None:
+    """Log the run in a few lines, before it starts."""
+    logger.info(
+        f"run {config.run.name}: {parameter_count(config.model):,} parameters, "
+        f"{config.tokens:,} tokens, {ranks.world_size} ranks on {ranks.device.type} "
+        f"(data {ranks.dp_size} x context {ranks.cp_size} x tensor {ranks.tp_size}), "
+        f"kernels {kernels.name}"
+    )
+    epochs = ", ".join(f"{name} {value:.2f}" for name, value in plan.epochs().items())
+    logger.info(f"epochs over the run: {epochs}")
+    if kernels.name == "reference" and ranks.device.type == "cuda":
+        logger.warning("the reference kernels are far too slow for a GPU run")
+    for line in passed_over(kernels, ranks.device.type):
+        logger.info(f"faster kernels are not used: {line}")
+    if state.tokens == config.tokens:
+        logger.info(f"reused: the run is complete at step {state.step}")
+    elif state.tokens:
+        logger.info(f"going on at step {state.step}, {state.tokens:,} tokens")

@@ -22,11 +22,7 @@ from train.resilience.incidents import read_outcome
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
 # what runs are ordered by: the first that was measured
-BEST = (
-    "bits_per_byte",
-    "validation",
-    "loss",
-)
+BEST = ("bits_per_byte", "validation", "loss")
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
   python launch/collect.py runs/sweeps/130m-decay_tokens-lr

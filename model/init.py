@@ -2,14 +2,15 @@
 
 | parameter | initial value | source |
 |---|---|---|
-| embedding, lm_head | N(0, embedding_std) | state-spaces/mamba uses 0.02; TII's own value is not
-published | | norm weights | 1 | usual | | in_proj, x_proj | U(+-1/sqrt(fan_in)) | torch's Linear
-default, as in state-spaces/mamba | | out_proj | U(+-1/sqrt(fan_in)) / sqrt(n_layer) |
-state-spaces/mamba (GPT-2's residual rule, one residual a layer) | | conv weight, bias |
-U(+-1/sqrt(d_conv)) | torch's Conv1d default (depthwise: fan_in = d_conv) | | dt_proj |
-U(+-dt_rank^-0.5) | arXiv 2312.00752, section 3.6; config keys of the released checkpoint | |
-dt_bias | softplus^-1 of exp(U(ln dt_min, ln dt_max)), at least dt_floor | idem | | A_log |
-ln(1..d_state) in every channel (S4D-real) | arXiv 2312.00752, section 3.6 | | D | 1 | idem |
+| embedding, lm_head | N(0, embedding_std) | state-spaces/mamba: 0.02; TII's is not published |
+| norm weights | 1 | usual |
+| in_proj, x_proj | U(+-1/sqrt(fan_in)) | torch's Linear default, as in state-spaces/mamba |
+| out_proj | U(+-1/sqrt(fan_in)) / sqrt(n_layer) | state-spaces/mamba (GPT-2's residual rule) |
+| conv weight, bias | U(+-1/sqrt(d_conv)) | torch's Conv1d default (depthwise: fan_in = d_conv) |
+| dt_proj | U(+-dt_rank^-0.5) | arXiv 2312.00752, section 3.6; config of the released weights |
+| dt_bias | softplus^-1 of exp(U(ln dt_min, ln dt_max)), at least dt_floor | idem |
+| A_log | ln(1..d_state) in every channel (S4D-real) | arXiv 2312.00752, section 3.6 |
+| D | 1 | idem |
 
 Each full parameter is drawn from its own generator, seeded by (seed, name), and then cut: the same
 model comes out for any tensor-parallel size, order of construction or device.

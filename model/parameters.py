@@ -8,15 +8,9 @@ part can say which part of what it is.
 from dataclasses import dataclass
 from functools import cache
 
-# assumed: norms, biases and the SSM's own; sources
-NO_DECAY = (
-    "norm.weight",
-    "A_log",
-    ".D",
-    "dt_bias",
-    "conv_bias",
-)
-# name A_log and D only (state-spaces/mamba), and leave the embedding decayed
+# assumed: no weight decay on norms, biases, A_log, D and dt_bias. state-spaces/mamba exempts only
+# A_log and D; the embedding is decayed there
+NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ def laid_out(run: RunConfig, **changes: Any) -> RunConfig:
     parallel = {name: v for name, v in changes.items() if name in vars(run.parallel)}
     compute = {name: v for name, v in changes.items() if name not in parallel}
     return replace(
-        run,
-        parallel=replace(run.parallel, **parallel),
-        compute=replace(run.compute, **compute),
+        run, parallel=replace(run.parallel, **parallel), compute=replace(run.compute, **compute)
     )
 
 

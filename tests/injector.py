@@ -26,11 +26,7 @@ from train.resilience.lease import Lease
 from train.trainer import Trainer
 
 # change the run's course by design, so a clean run to compare with gets them too
-NUMERIC = (
-    "nan",
-    "inf",
-    "spike",
-)
+NUMERIC = ("nan", "inf", "spike")
 # They end a start. Each has one of its own, in their order, however slow the machine: two at once
 # would be one.
 ENDING = (

@@ -15,12 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
 
 # which import the house, and which nobody in it imports
-OUTSIDE = (
-    "benchmarks",
-    "docs",
-    "examples",
-    "tests",
-)
+OUTSIDE = ("benchmarks", "docs", "examples", "tests")
 
 # Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
 DOORS: dict[str, tuple[set[str], set[str]]] = {

@@ -13,12 +13,7 @@ class Batches:
     """The micro-batches of one rank, one step ahead of the loop."""
 
     def __init__(
-        self,
-        loader: Loader,
-        schedule: Schedule,
-        ranks: Ranks,
-        micro_batch_tokens: int,
-        equal: bool,
+        self, loader: Loader, schedule: Schedule, ranks: Ranks, micro_batch_tokens: int, equal: bool
     ) -> None:
         """`equal` gives every rank as many micro-batches as the one with the most."""
         self.loader, self.schedule, self.ranks = loader, schedule, ranks

@@ -45,7 +45,7 @@ class Optim:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # on matrices; the rule by name is model.init.decays
+    weight_decay: float  # on matrices; the rule by name is model.parameters.decays
     clip_norm: float  # of the global gradient
     # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0 is none
     z_loss: float
@@ -195,12 +195,13 @@ class HealthConfig:
     spike_window_updates: int  # updates whose losses a new one is compared with
     spike_sigmas: float  # standard deviations above their mean that make a spike
     spike_patience_updates: int  # spikes in a row after which the run rolls back to a checkpoint
-    max_rollbacks: int  # without a whole window of updates between
+    # the run stops when a spike lasts again after as many; a whole window of good updates resets it
+    max_rollbacks: int
     check_replicas_every_steps: int
     straggler_window_steps: int
     straggler_factor: float  # times slower than the others
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
-    max_starts: int  # from the same tokens
+    max_starts: int  # from one position, without a new checkpoint
     # leave for a requeue; Slurm's end of the job counts without it
     stop_after_seconds: float | None
     stop_margin_seconds: float  # before Slurm's end of the job

@@ -17,10 +17,7 @@ from train.config import Cluster, Device, EngineKind, Parallel, Precision
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**30
 # a smaller product does not fill a GPU, and would flatter the utilisation
-SIZE = {
-    "cpu": 1024,
-    "cuda": 8192,
-}
+SIZE = {"cpu": 1024, "cuda": 8192}
 REPEATS = 8
 
 

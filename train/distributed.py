@@ -37,10 +37,7 @@ warnings.filterwarnings(
 MESSAGE_BYTES = 2048
 MEETING_SECONDS = 0.02  # between two looks for ranks that have not come
 # of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
-SOCKETS, OTHER_FILES = (
-    8,
-    200,
-)
+SOCKETS, OTHER_FILES = (8, 200)
 # of a collective; long enough for a rank that verifies a large checkpoint
 TIMEOUT = timedelta(minutes=30)
 

@@ -27,14 +27,7 @@ from data.tokenizer import EOS
 RECIPE_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
 # DType of indexed_dataset.py, whole numbers only
-DTYPES = {
-    1: "<u1",
-    2: "<i1",
-    3: "<i2",
-    4: "<i4",
-    5: "<i8",
-    8: "<u2",
-}
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 @dataclass

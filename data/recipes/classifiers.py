@@ -10,10 +10,7 @@ from core.errors import InputError
 
 MIN_LANGUAGE_SCORE = 0.65  # RefinedWeb's, of CCNet's model
 # assumed: the paper names the kind of classifier and no threshold
-MATH_LABEL, MIN_MATH_SCORE = (
-    "math",
-    0.5,
-)
+MATH_LABEL, MIN_MATH_SCORE = ("math", 0.5)
 
 
 @lru_cache(maxsize=4)

@@ -41,12 +41,7 @@ class SuiteJobs:
     """The jobs of one run; only its first rank uses them."""
 
     def __init__(
-        self,
-        run: Run,
-        settings: Jobs,
-        *,
-        always: Collection[int] = (),
-        after: Sequence[str] = (),
+        self, run: Run, settings: Jobs, *, always: Collection[int] = (), after: Sequence[str] = ()
     ) -> None:
         """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the
         command `after`.

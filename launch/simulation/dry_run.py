@@ -140,9 +140,7 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
     from megatron.core import parallel_state
 
     # the import makes the backend known
-    from torch.testing._internal.distributed.fake_pg import (
-        FakeStore,
-    )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group(

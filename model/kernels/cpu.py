@@ -19,12 +19,7 @@ from model.kernels.cpu_library import WIDTHS, instruction_set, library
 from model.kernels.cpu_library import missing as missing
 
 # numbers of states that the loops are built for; others are padded with zeros
-STATES = (
-    4,
-    8,
-    16,
-    32,
-)
+STATES = (4, 8, 16, 32)
 TAPS = 4  # of the C++ side, as SCAN_CHUNK
 
 

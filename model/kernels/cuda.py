@@ -22,12 +22,7 @@ from model.kernels.cuda_library import DTYPES
 from model.kernels.cuda_rows import loss_gradient, loss_statistics, norm_backward, norm_forward
 
 # the rest of the backend stands here
-__all__ = [
-    "loss_gradient",
-    "loss_statistics",
-    "norm_backward",
-    "norm_forward",
-]
+__all__ = ["loss_gradient", "loss_statistics", "norm_backward", "norm_forward"]
 
 # sizes that the sources fix; a test compares them with the text
 CHANNELS, STATES = 128, 16

@@ -58,10 +58,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
     pad = -x.shape[2] % 8  # the public kernel wants multiples of 8 channels
     # not in x's type: they may be fp32
-    weight, bias = (
-        F.pad(weight, (0, 0, 0, pad)),
-        F.pad(bias.to(weight.dtype), (0, pad)),
-    )
+    weight, bias = (F.pad(weight, (0, 0, 0, pad)), F.pad(bias.to(weight.dtype), (0, pad)))
     rows = F.pad(x, (0, pad)) if pad else x
     out = conv(rows.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu").transpose(
         1, 2
@@ -84,11 +81,7 @@ def selective_scan(
     """See model.kernels.reference.selective_scan."""
     places, dtype = None, u.dtype
     # once: two gradients of the bias cancel (_bring_in)
-    A, D, dt_bias = (
-        A.float(),
-        D.float(),
-        dt_bias.float(),
-    )
+    A, D, dt_bias = (A.float(), D.float(), dt_bias.float())
     if state is not None:
         u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
     if starts is not None:

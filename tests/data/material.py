@@ -42,20 +42,7 @@ def write_model(path: Path, texts: dict[str, str]) -> None:
     words = {word: place for place, text in enumerate(texts.values()) for word in text.split()}
     size = len(texts)
     # dim, ..., loss softmax, model supervised, no n-grams
-    settings = (
-        size,
-        5,
-        5,
-        1,
-        5,
-        1,
-        3,
-        3,
-        0,
-        0,
-        0,
-        100,
-    )
+    settings = (size, 5, 5, 1, 5, 1, 3, 3, 0, 0, 0, 100)
     out = struct.pack("<2i12id", 793712314, 12, *settings, 1e-4)
     out += struct.pack("<3i2q", len(words) + size, len(words), size, len(words), -1)
     for word in words:

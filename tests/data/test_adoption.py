@@ -198,10 +198,7 @@ def test_what_nothing_shows_is_left_with_its_shards(
     after = contents(old)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
     # the vocabulary has both texts
-    assert changed == {
-        "clean/right/built.json",
-        "shards/right/manifest.json",
-    }
+    assert changed == {"clean/right/built.json", "shards/right/manifest.json"}
 
 
 def test_a_source_without_shards_does_not_keep_the_others_from_it(

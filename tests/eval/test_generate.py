@@ -16,12 +16,7 @@ def test_streaming_yields_whole_characters(monkeypatch: pytest.MonkeyPatch) -> N
 
     tokenizer = untrained()
     # in the byte-level alphabet: a, e acute, newline
-    bytes_of = {
-        "a": 20,
-        "\u00c3": 21,
-        "\u00a9": 22,
-        "\u010a": 23,
-    }
+    bytes_of = {"a": 20, "\u00c3": 21, "\u00a9": 22, "\u010a": 23}
 
     class Vocabulary:
         def encode(self, text: str, add_special_tokens: bool) -> object:

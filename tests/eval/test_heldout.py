@@ -96,10 +96,7 @@ def test_what_is_held_out_is_not_trained_on(
     ready = replace(config, data=data, validation=SETTINGS)
     monkeypatch.setattr("eval.check_leakage.READ_TOKENS", 100)  # pieces that cut documents
     # equal length and sum, other tokens
-    unlike, secret = (
-        [20, 21, 22, 23, 200],
-        [20, 21, 22, 24, 199],
-    )
+    unlike, secret = ([20, 21, 22, 23, 200], [20, 21, 22, 24, 199])
     insert(data, "prose", "heldout", secret)
     insert(data, "sums", "train", unlike)
     # the made-up corpus has short documents twice

@@ -36,15 +36,7 @@ from tests.tiny import TINY, model_of
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # of the harness's tasks
-HOMES = (
-    "arc",
-    "hellaswag",
-    "mmlu",
-    "winogrande",
-    "truthfulqa",
-    "gsm8k",
-    "leaderboard",
-)
+HOMES = ("arc", "hellaswag", "mmlu", "winogrande", "truthfulqa", "gsm8k", "leaderboard")
 WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
 
 

@@ -56,10 +56,6 @@ def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     with (folder / "collected.csv").open() as file:
         # a has been evaluated
-        assert [row["run"] for row in csv.DictReader(file)] == [
-            "a",
-            "b",
-            "c",
-        ]
+        assert [row["run"] for row in csv.DictReader(file)] == ["a", "b", "c"]
     assert "1.2500" in result.stdout and "running or crashed" in result.stdout
     assert '"name":"b"' in (folder / "collected.html").read_text()

@@ -35,21 +35,9 @@ from train.distributed import context_ranks, ranks
 from train.engines.build import build_engine
 
 # the loss holds most
-WIDE = {
-    "d_model": 48,
-    "n_layer": 6,
-    "d_inner": 96,
-    "dt_rank": 3,
-    "vocab_size": 4096,
-}
+WIDE = {"d_model": 48, "n_layer": 6, "d_inner": 96, "dt_rank": 3, "vocab_size": 4096}
 # one layer does
-DEEP = {
-    "d_model": 256,
-    "n_layer": 3,
-    "d_inner": 512,
-    "dt_rank": 16,
-    "vocab_size": 4096,
-}
+DEEP = {"d_model": 256, "n_layer": 3, "d_inner": 512, "dt_rank": 16, "vocab_size": 4096}
 SHAPES = {"wide": WIDE, "deep": DEEP}
 TOKENS = 2048  # of a rank's micro-batch
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -36,13 +36,7 @@ from train.engines.build import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
 # sequences of each update: not divisible by the ranks, fewer than the ranks
-BATCHES = (
-    5,
-    3,
-    1,
-    9,
-    2,
-)
+BATCHES = (5, 3, 1, 9, 2)
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 16
 # sequences of a micro-batch that takes any batch whole; its activations are computed again

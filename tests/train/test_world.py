@@ -237,11 +237,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
         with ranks("cpu", 1) as here:
             model = build(TINY, REFERENCE, 0, here.device)
             chosen = build_engine(
-                model,
-                Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0),
-                parallel,
-                Precision.fp32,
-                here,
+                model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, here
             )
             for factor in factors:
                 before = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}

@@ -55,10 +55,7 @@ def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
         costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
     events = list(order(config.model.n_layer, config.compute.recompute))
     # elements of the modules that began before; where a module begins
-    passed, begins = (
-        [0],
-        defaultdict(list),
-    )
+    passed, begins = ([0], defaultdict(list))
     for module, starts in events:
         if starts:
             begins[module].append(len(passed) - 1)

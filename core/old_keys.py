@@ -46,7 +46,10 @@ RENAMED = {
     "plan.host_gbytes": "plan.host_gbytes_per_second",
     "world": "dryrun.world_size",
 }
-REMOVED = ("eval.bench",)  # it only sized a benchmark
+REMOVED = (
+    "eval.bench",  # it only sized a benchmark
+    "plan.price_per_gpu_hour",
+)
 CHOICES = {  # of groups that had one choice, or have another name
     "optim=adamw": None,
     "schedule=wsd": None,

@@ -1,8 +1,8 @@
 """What a run needs, before anything is allocated.
 
-Memory of a rank, time and cost at a utilisation, the roofline of several GPUs, communication,
-checkpoints and faults, tokens and epochs per source, and the layouts that fit. Also written to
-RUN/plan.json.
+Memory of a rank, days and GPU hours at a utilisation, the roofline of several GPUs,
+communication, checkpoints and faults, tokens and epochs per source, and the layouts that fit. Also
+written to RUN/plan.json.
 
 examples:
   python launch/plan.py +experiment=7b cluster=h100_32n
@@ -39,7 +39,7 @@ SHOWN = 12  # layouts
 
 
 def plan(run: PlannedRun) -> dict[str, Any]:
-    """Everything of a plan as plain values: seconds, bytes, tokens, days, dollars."""
+    """Everything of a plan as plain values: seconds, bytes, tokens, days."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
     gpu = planned_gpu(run)
     need, traffic = needs(run, ranks), train_traffic(run.model)
@@ -64,7 +64,6 @@ def plan(run: PlannedRun) -> dict[str, Any]:
         "mfu": run.plan.mfu,
         "days": days,
         "gpu_hours": 24 * days["total"] * ranks,
-        "dollars": 24 * days["total"] * ranks * run.plan.price_per_gpu_hour,
         "tokens_per_second": own.tokens_per_second,
         "phases": [
             asdict(phase)
@@ -153,9 +152,6 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
     rows.add_row("sending that may hide behind it", hiding)
     rows.add_row("sending that it waits for", exposed)
     rows.add_row("tokens/s of a rank, by these days", f"{result['tokens_per_second']:,.0f}")
-    rows.add_row(
-        "cost", f"{result['dollars']:,.0f} dollars at {run.plan.price_per_gpu_hour} an hour"
-    )
     sent = ", ".join(
         f"{name} {size / 1e9:.1f}"
         for name, size in result["phases"][-1]["bytes_sent_by_a_rank"].items()

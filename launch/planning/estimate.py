@@ -24,7 +24,6 @@ class PlanConfig:
     """
 
     mfu: float
-    price_per_gpu_hour: float
     node_gbytes_per_second: float
     network_gbytes_per_second: float
     storage_gbytes_per_second: float

@@ -19,7 +19,7 @@ OUTSIDE = ("benchmarks", "docs", "examples", "tests")
 
 # Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
 DOORS: dict[str, tuple[set[str], set[str]]] = {
-    "core": (set(), {"command", "errors", "files", "log", "old_keys", "run"}),
+    "core": (set(), {"command", "errors", "files", "log", "old_keys", "run", "templates"}),
     "model": (
         set(),
         {

@@ -104,7 +104,8 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
     )
     (step,) = newest(folder / "checkpoints")
     card = model_card(folder, step, run.model)
-    assert "14,952 parameters after 816 tokens" in card and "prose" in card
+    assert "14,952 parameters after 816 tokens" in card and "| prose | curated | CC0-1.0 |" in card
+    assert "## Results" not in card and "model-index" not in card  # none were taken
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"
 
 

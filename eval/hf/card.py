@@ -1,24 +1,22 @@
-"""A model card out of a run's own files: config.yaml, metrics.jsonl, eval.json and scores/."""
+"""A model card out of a run's own files: config.yaml, eval.json and scores/."""
 
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import read_json
 from core.old_keys import load_config
 from core.run import RunFiles
+from core.templates import render
 from model.checkpoint import read_state
 from model.config import ModelConfig
 from model.flops import parameter_count
 
-HEAD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [falcon_mamba, mamba, state-space-model, pretrained]
----
-"""
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+TASK = "text-generation"
 
 
 def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
@@ -31,91 +29,38 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     if not files.config.is_file():
         raise InputError(f"{run} holds no config.yaml: it is written by train/pretrain.py")
     config: Any = OmegaConf.to_container(load_config(files.config))
-    state = read_state(step)
-    parts = [
-        HEAD,
-        f"# {config['run']['name']}\n",
-        f"A Falcon Mamba (arXiv 2410.05355) of {parameter_count(shape):,} parameters after "
-        f"{state['tokens']:,} tokens ({step.name}). Load it with "
-        "`AutoModelForCausalLM.from_pretrained`.\n",
-        *_data(config["data"]),
-        *_recipe(config, shape),
-        *_results(run, step),
+    heldout = _of(step, files.evaluation).get("heldout", {})
+    suites = [suite for path in sorted(files.scores.glob("*.json")) if (suite := _of(step, path))]
+    results = [
+        EvalResult(TASK, name, f"{name}, held out", "bits_per_byte", row["bits_per_byte"])
+        for name, row in heldout.items()
     ]
-    if files.curves.is_file():
-        parts += ["## Curves\n", "![loss, rate, batch and context over tokens](curves.png)\n"]
-    return "\n".join(parts)
+    for suite in suites:
+        for label, row in suite["rows"].items():
+            results.append(EvalResult(TASK, label, label, suite["suite"], row["score"]))
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=["falcon_mamba", "mamba", "state-space-model", "pretrained"],
+        model_name=config["run"]["name"] if results else None,  # the key of its results
+        eval_results=results or None,
+    )
+    text = render(
+        TEMPLATE,
+        card_data=data.to_yaml(),
+        config=config,
+        shape=shape,
+        parameters=parameter_count(shape),
+        tokens=read_state(step)["tokens"],
+        step=step.name,
+        heldout=heldout,
+        suites=suites,
+        curves=files.curves.is_file(),
+    )
+    return str(ModelCard(text))
 
 
-def _rows(head: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def _data(data: Any) -> list[str]:
-    sources = [[name, s["recipe"], s["licence"]] for name, s in data["sources"].items()]
-    stages = []
-    for stage in data["stages"]:
-        whole = sum(stage["mixture"].values())
-        shares = ", ".join(
-            f"{name} {100 * share / whole:.0f} %" for name, share in stage["mixture"].items()
-        )
-        stages.append([stage["name"], f"{stage['tokens']:,}", f"{stage['seq_len']:,}", shares])
-    return [
-        "## Data\n",
-        _rows(["source", "recipe", "licence"], sources),
-        _rows(["stage", "tokens", "context", "mixture"], stages),
-        f"State is {'' if data['reset_state'] else 'not '}reset between packed documents.\n",
-    ]
-
-
-def _recipe(config: Any, shape: ModelConfig) -> list[str]:
-    schedule, optim = config["schedule"], config["optim"]
-    rows = [
-        [
-            "layers, width, inner, state",
-            f"{shape.n_layer}, {shape.d_model}, {shape.d_inner}, {shape.d_state}",
-        ],
-        ["peak and final rate", f"{optim['lr']:g}, {schedule['min_lr']:g}"],
-        ["warmup, decay, tokens", f"{schedule['warmup_tokens']:,}, {schedule['decay_tokens']:,}"],
-        [
-            "batch, sequences",
-            f"{schedule['batch_start_sequences']} to {schedule['batch_end_sequences']} in "
-            f"{schedule['ramp_tokens']:,} tokens",
-        ],
-        [
-            "AdamW",
-            f"{optim['beta1']}, {optim['beta2']}, {optim['eps']:g}, weight decay "
-            f"{optim['weight_decay']}",
-        ],
-        ["gradient clipping", optim["clip_norm"]],
-        ["precision", config["compute"]["precision"]],
-        ["seeds of weights and data", f"{config['run']['seed']}, {config['data']['seed']}"],
-    ]
-    return ["## Recipe\n", _rows(["what", "value"], rows)]
-
-
-def _results(run: Path, step: Path) -> list[str]:
-    """Held-out bits per byte and leaderboards of this very checkpoint."""
-    parts: list[str] = []
-    heldout = read_json(RunFiles(run).evaluation)
-    if heldout.get("checkpoint") == step.name:
-        rows = [
-            [name, f"{s['loss']:.3f}", f"{s['bits_per_byte']:.3f}"]
-            for name, s in heldout["heldout"].items()
-        ]
-        parts.append(_rows(["held-out source", "nats per token", "bits per byte"], rows))
-    for path in sorted(RunFiles(run).scores.glob("*.json")):
-        result = read_json(path)
-        if result.get("checkpoint") == step.name:
-            rows = [
-                [label, f"{r['score']:.2f}", _error(r["stderr"])]
-                for label, r in result["rows"].items()
-            ]
-            parts.append(_rows([result["suite"], "score", "standard error"], rows))
-    return ["## Results\n", *parts] if parts else []
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _of(step: Path, path: Path) -> dict[str, Any]:
+    """What a file of results says, if of this very checkpoint."""
+    result = read_json(path)
+    return result if result.get("checkpoint") == step.name else {}

@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from mambapy.mamba import Mamba, MambaConfig
 
 from core.errors import InputError
@@ -131,6 +132,9 @@ def test_push_uploads_the_checked_export_with_a_card(
     )
     heldout = json.loads((config.run.folder / "eval.json").read_text())["heldout"]["all"]
     assert f"{heldout['bits_per_byte']:.3f}" in card and "0.004, 1.5625e-05" in card
+    results = ModelCard(card).data.eval_results  # what the hub shows beside the text
+    assert [row.metric_value for row in results if row.metric_type == "leaderboard_v1"] == [12.345]
+    assert heldout["bits_per_byte"] in [row.metric_value for row in results]
 
 
 def test_a_card_needs_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""Text out of template files."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+
+def render(template: Path, **values: Any) -> str:
+    """Fill in a jinja2 template. A name without a value is an error; in *.html.jinja every value is
+    escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=select_autoescape(["html.jinja"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(values)

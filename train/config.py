@@ -4,7 +4,7 @@ Torch-free.
 The values stand in configs/, each in one place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from core.run import Run
@@ -238,6 +238,7 @@ class MetricsConfig:
     wandb_project: str | None  # None writes no W&B run
     tensorboard: bool  # into the run's folder; needs the package of that name
     console_seconds: float  # a plain console shows a line at most this often
+    trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import InputError
@@ -15,7 +16,7 @@ from train.metrics.console import LiveConsole, Pace, PlainConsole
 from train.metrics.curves import draw
 from train.metrics.records import JsonLines, read_lines, short
 from train.metrics.sinks import Metrics
-from train.metrics.trackers import Wandb, check_trackers, flatten
+from train.metrics.trackers import ACCELERATED, Accelerated, Wandb, check_trackers, flatten
 
 
 def record(step: int, **extra: Any) -> dict[str, Any]:
@@ -179,6 +180,64 @@ def test_a_view_without_its_package_is_refused_before_the_run(
     with pytest.raises(InputError, match=r"pip install .*\[tensorboard\]"):
         check_trackers(MetricsConfig(None, True, 60.0))
     check_trackers(MetricsConfig("project", False, 60.0))
+    with pytest.raises(InputError, match="pip install mlflow"):
+        check_trackers(MetricsConfig(None, False, 60.0, ["mlflow"]))
+    with pytest.raises(InputError, match="takes aim, clearml"):
+        check_trackers(MetricsConfig(None, False, 60.0, ["wandb"]))
+
+
+AIM = """
+import json, os, time
+class Run(dict):
+    def __init__(self, repo):
+        time.sleep(2)
+        self.rows, self.repo = [], repo
+    def track(self, value, name, step):
+        self.rows.append((name, step, value))
+    def close(self):
+        ranks, devices = "LOCAL_RANK" in os.environ, os.environ["CUDA_VISIBLE_DEVICES"]
+        with open(self.repo + "/aim.json", "w") as file:
+            json.dump([self.name, dict(self), self.rows, ranks, devices], file)
+"""
+
+
+def test_accelerates_trackers_are_views_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the package, and accelerate's own code in front of it."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "aim.py").write_text(AIM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("LOCAL_RANK", "0")  # for which accelerate would join a process group
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", 120.0)
+    config = MetricsConfig(None, False, 60.0, ["aim"])
+    metrics = Metrics(tmp_path, "run", config, {"optim": {"lr": 1.0}}, tokens=0, total=6400)
+    begun = time.monotonic()
+    for step in (1, 2):
+        metrics.log(record(step, loss=float("nan") if step == 2 else 5.0), "")
+    assert time.monotonic() - begun < 1.0, "logging waited for the tracker"
+    metrics.log_scores({"step": 1, "tokens": 64, "scores": {"v1": {"ARC": 30.0}}})
+    metrics.close()
+    name, values, rows, ranks, devices = json.loads((tmp_path / "aim.json").read_text())
+    assert (name, values, ranks, devices) == ("run", {"hparams": {"optim/lr": 1.0}}, False, "")
+    assert [row for row in rows if row[0] == "loss/all"] == [["loss/all", 64, 5.0]]
+    assert ["schedule/lr", 128, 1e-3] in rows and ["scores/v1/ARC", 64, 30.0] in rows
+
+
+def test_the_names_are_accelerates() -> None:
+    assert {*ACCELERATED} == LOGGER_TYPE_TO_CLASS.keys() - {"wandb", "tensorboard"}
+
+
+def test_a_failing_tracker_of_accelerates_is_said_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "aim.py").write_text("raise OSError('no space')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", 120.0)
+    sink = Accelerated("aim", "run", tmp_path, {})
+    sink.log(record(1))
+    sink.close()
+    assert "aim is off (" in capsys.readouterr().out
 
 
 def test_a_failing_wandb_is_said_and_survived(

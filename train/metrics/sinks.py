@@ -1,5 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, the console, and W&B and TensorBoard where they are
-wanted.
+"""Where the numbers of a run go: metrics.jsonl, the console, and the trackers that are wanted.
 
 The file is the record; the others are views of it and can neither delay nor stop the run.
 """
@@ -13,7 +12,7 @@ from core.run import RunFiles
 from train.config import MetricsConfig
 from train.metrics.console import LiveConsole, PlainConsole
 from train.metrics.records import JsonLines, Record
-from train.metrics.trackers import TensorBoard, Tracker, Wandb
+from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def trackers(
         chosen.append(Wandb(config.wandb_project, name, folder, run_config))
     if config.tensorboard:
         chosen.append(TensorBoard(folder, run_config, tokens))
-    return chosen
+    return chosen + [Accelerated(other, name, folder, run_config) for other in config.trackers]
 
 
 def say(record: Record) -> None:

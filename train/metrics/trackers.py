@@ -1,5 +1,5 @@
-"""Views of a run's records in W&B and TensorBoard, in threads that can neither delay nor stop
-it.
+"""Views of a run's records in W&B, TensorBoard and other trackers, in threads that can neither
+delay nor stop it.
 """
 
 import hashlib
@@ -8,6 +8,8 @@ import logging
 import os
 import queue
 import re
+import subprocess
+import sys
 import threading
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
@@ -15,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.files import ROOT
 from core.run import RunFiles
 from train.config import MetricsConfig
 from train.metrics.records import Record, finite
 
 logger = logging.getLogger(__name__)
+
+# accelerate's names, which are their packages' too; it has W&B and TensorBoard as well, but no run
+# that goes on offline, no axis of tokens, no lost future
+ACCELERATED = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 
 
 class Tracker(ABC):
@@ -175,16 +182,78 @@ class TensorBoard(Tracker):
         self.writer.add_text("config", text, self.tokens)
 
     def _write(self, record: Record) -> None:
-        for key, value in grouped(record).items():
-            if isinstance(value, int | float) and key != "tokens":
-                self.writer.add_scalar(key, value, record["tokens"])
+        for key, value in numbers(record).items():
+            self.writer.add_scalar(key, value, record["tokens"])
 
     def _finish(self) -> None:
         self.writer.close()
 
 
+class Accelerated(Tracker):
+    """A tracker of accelerate's, in a process of its own, which starts in the run's folder.
+
+    The process knows nothing of ranks: accelerate would join their process group, and Comet and
+    ClearML replace functions of torch. Its axis is tokens.
+    """
+
+    CODE = "import sys; sys.path[0] = {!r}; from train.metrics.trackers import serve; serve()"
+
+    def __init__(self, name: str, project: str, folder: Path, run_config: Record) -> None:
+        self.NAME, self.folder = name, folder
+        self.first = [name, project, str(folder.resolve()), run_config]
+        super().__init__()
+
+    def _open(self) -> None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("LOCAL_RANK", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE.format(str(ROOT))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+            cwd=self.folder,
+            env=environment,
+            start_new_session=True,
+        )
+        self._write(self.first)
+
+    def _write(self, record: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(record) + "\n")
+
+    def _finish(self) -> None:
+        self.process.communicate()
+        if self.process.returncode:
+            raise RuntimeError(f"its process exited with code {self.process.returncode}")
+
+
+def serve() -> None:
+    """The process of an Accelerated: what it is, then records, come as lines of JSON."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # the log lines of accelerate's trackers ask for it
+    name, project, folder, run_config = json.loads(sys.stdin.readline())
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    view = kind(project, *([folder] if kind.requires_logging_directory else []))
+    view.start()
+    view.store_init_configuration(flatten(run_config))
+    for line in sys.stdin:
+        record = json.loads(line)
+        view.log(numbers(record), step=record["tokens"])
+    view.finish()
+
+
 def check_trackers(config: MetricsConfig) -> None:
-    """Raise InputError when a view is asked for whose package is absent."""
+    """Raise InputError when a view is asked for that is not known, or whose package is absent."""
+    for name in config.trackers:
+        if name not in ACCELERATED:
+            raise InputError(f"metrics.trackers has {name!r}; it takes {', '.join(ACCELERATED)}")
+        if find_spec(name) is None:
+            raise InputError(
+                f"metrics.trackers has {name}, but there is no such package: pip install {name}"
+            )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(
             "metrics.tensorboard is true and the tensorboard package is absent: pip install -c "
@@ -210,6 +279,15 @@ SECTIONS = {
 GROUPS = {"loss": "loss/all", "source_loss": "loss", "source_tokens": "mixture"} | {
     key: f"{section}/{key}" for section, keys in SECTIONS.items() for key in keys
 }
+
+
+def numbers(record: Record) -> Record:
+    """The numbers of a record by the keys of their panels, its tokens aside, which are the axis."""
+    return {
+        key: value
+        for key, value in grouped(record).items()
+        if isinstance(value, int | float) and key != "tokens"
+    }
 
 
 def grouped(record: Record) -> Record:

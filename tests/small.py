@@ -15,15 +15,14 @@ from train.config import (
     Cluster,
     DecayShape,
     Device,
-    HealthConfig,
     MetricsConfig,
     Optim,
     ProfileConfig,
     RunConfig,
     ScheduleConfig,
     Train,
-    VerifyShards,
 )
+from train.resilience.config import HealthConfig, VerifyShards
 
 
 def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: int = 1) -> RunConfig:

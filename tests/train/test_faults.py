@@ -20,8 +20,9 @@ from tests.injector import Fault, samples
 from tests.small import config, health
 from tests.soak import Result, differences, log_of, moved, schedule, soak, steps_of
 from tests.supervisor import History, start_once, supervise
-from train.config import RunConfig, VerifyShards
+from train.config import RunConfig
 from train.metrics.records import read_lines
+from train.resilience.config import VerifyShards
 from train.resilience.incidents import read_outcome
 from train.schedule import Schedule
 

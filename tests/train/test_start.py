@@ -21,8 +21,9 @@ from tests.corpus import SOURCES, make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
 from train.build import build_trainer
-from train.config import RunConfig, VerifyShards
+from train.config import RunConfig
 from train.distributed import ranks
+from train.resilience.config import VerifyShards
 from train.resilience.datacheck import open_per_node
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch

@@ -19,8 +19,8 @@ from core.errors import InputError
 from core.files import sha256_of
 from data.config import DataConfig
 from data.stream.manifests import Manifest, open_manifests, parse_manifest, source_folder
-from train.config import VerifyShards
 from train.distributed import Ranks, broadcast_text, raise_everywhere
+from train.resilience.config import VerifyShards
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from core.errors import InputError
 from train.checkpoint.manager import Checkpoints, State
-from train.config import HealthConfig
 from train.distributed import Ranks
 from train.engines.protocol import Engine
 from train.phases import LONG_PATIENCE, Phases
+from train.resilience.config import HealthConfig
 from train.resilience.health import Health, Stragglers, drifting
 from train.resilience.watchdog import Watch
 from train.schedule import Now

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.parameters import cut_of
-from train.config import HealthConfig
 from train.distributed import Ranks, data_parallel_group
 from train.engines.protocol import Engine, Weights
+from train.resilience.config import HealthConfig
 
 MIN_SLOWER_SECONDS = 0.005  # a micro-batch; below that a scheduler's whim looks like a slow machine
 

@@ -1,4 +1,4 @@
-# `make demo` and `make test` set themselves up; `make help` lists the rest.
+# `make demo` and `make test` set themselves up (TORCH=cpu: with a torch without CUDA); `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
 RANKS ?= 2
@@ -6,18 +6,15 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 60
-.PHONY: help install demo test test-rest test-all nightly check format bench docs soak faults matrix
+.PHONY: help install constraints demo test test-rest test-all nightly check format bench docs soak faults matrix
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-install: .venv/installed  ## the virtual environment with everything pinned
+install: .venv/installed  ## the virtual environment with everything pinned; TORCH=cpu for a torch without CUDA
 
-.venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: $(PYTHON) is older than 3.11; set PYTHON=python3.12 or so'; exit 2; }
-	@command -v g++ >/dev/null || { echo 'error: g++ is missing: apt-get install g++'; exit 2; }
-	$(PYTHON) -m venv .venv
-	DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+.venv/installed: pyproject.toml constraints.txt launch/install.sh
+	@PYTHON=$(PYTHON) TORCH=$(TORCH) launch/install.sh
 	@touch $@
 
 demo: install  ## raw text -> trained and exported model -> scores, in minutes on two cores
@@ -41,6 +38,12 @@ check: install  ## style, lint, types
 format: install  ## mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the marker that every line would bear is left out
+constraints: install  ## constraints.txt anew from pyproject.toml and constraints.in; UPGRADE=--upgrade for newer releases
+	$(BIN)/uv pip compile -q pyproject.toml --all-extras -c constraints.in --universal --python-version 3.11 \
+	    --no-annotate --custom-compile-command "make constraints" $(UPGRADE) -o constraints.txt
+	@sed -i "s/ ; python_full_version < '3.14' and sys_platform == 'linux'$$//" constraints.txt
 
 docs: install  ## the documentation as a site in runs/site
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

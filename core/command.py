@@ -10,7 +10,6 @@ import difflib
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -22,14 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core import log
-from core.errors import USER_ERROR, InputError
+from core.entry import as_called
+from core.errors import InputError, end_in_one_line
 from core.files import ROOT
 from core.old_keys import rename_keys, renamed_overrides
 
 CONFIGS = str(ROOT / "configs")
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
-# a launcher ends all ranks when one exits: the others let the first of their machine speak
-SPEAKING_SECONDS = 10.0
 Schema = TypeVar("Schema")
 
 
@@ -37,7 +35,7 @@ def about() -> str:
     """What --help says of a script: its docstring, which ends with examples. Hydra replaces $NAME,
     but not $$NAME.
     """
-    return (sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
+    return as_called(sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 
 OmegaConf.register_new_resolver("about", about)
@@ -128,11 +126,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
                 if show_traceback:
                     raise
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"error: {one_line(error, keys_of(schema))}", file=sys.stderr, flush=True)
-                else:
-                    time.sleep(SPEAKING_SECONDS)
-                sys.exit(USER_ERROR)
+                end_in_one_line(as_called(one_line(error, keys_of(schema))))
 
         return run
 

@@ -1,14 +1,31 @@
 """What a user can mend, and how a process says so."""
 
+import os
 import shlex
 import sys
+import time
+from typing import NoReturn
 
 # exit code of a mistake that the user can mend; launch's torchrun handler knows it too
 USER_ERROR = 2
 
+# a launcher ends all ranks when one exits: the others let the first of their machine speak
+SPEAKING_SECONDS = 10.0
+
 
 class InputError(ValueError):
     """A mistake the user can mend; the message names the fix and is printed without a traceback."""
+
+
+def end_in_one_line(message: str) -> NoReturn:
+    """End this process with the exit code of a user's mistake; the first rank of a machine says
+    why.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKING_SECONDS)
+    sys.exit(USER_ERROR)
 
 
 def moved(command: str) -> None:

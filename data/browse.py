@@ -11,10 +11,13 @@ examples:
 import sys
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
+
 import numpy as np
 from tokenizers import Tokenizer
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from core.command import command
 from core.errors import InputError

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import IO, BinaryIO
 from urllib.request import urlopen
 
-import fsspec
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
+
+import fsspec
 
 from core.command import command
 from core.errors import InputError

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from core.command import command
 from core.errors import InputError

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from tokenizers import Tokenizer
 

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError

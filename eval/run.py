@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from rich.console import Console
 from rich.table import Table

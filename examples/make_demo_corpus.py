@@ -23,6 +23,9 @@ from itertools import islice
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from core.errors import USER_ERROR
 from examples.demo_corpus import arithmetic, standard_library

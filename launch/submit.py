@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core import log
 from core.command import keys_of, one_line
 from core.errors import USER_ERROR, InputError
-from core.files import ROOT, write_json
+from core.files import write_json
 from launch.config import SubmitConfig
 from launch.jobs.local import run_here
 from launch.jobs.sweep import SCRIPTS, SWEEP, Job, Sweep, job, sweep
@@ -117,9 +120,7 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
                 before = f"${stage.upper()}"
             else:
                 each.config.run.folder.mkdir(parents=True, exist_ok=True)
-                result = subprocess.run(
-                    command, input=script, capture_output=True, text=True, cwd=ROOT
-                )
+                result = subprocess.run(command, input=script, capture_output=True, text=True)
                 if result.returncode:
                     raise InputError(
                         f"sbatch refuses {each.config.run.name}: {result.stderr.strip()}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from model.config import ModelConfig
+from model.hf_writer import Entry, json_bytes, plan, write
 from model.sharding import shard
 
 # in the order of transformers' state dict, which decides how tensors fall into files
@@ -215,3 +216,25 @@ def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
         raise InputError(f"{source.folder} holds another network: give {' '.join(unlike)}")
     for name, parameter in model.named_parameters():
         parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))
+
+
+@torch.no_grad()
+def save(model: Any, folder: Path, eos: int) -> None:
+    """Write a whole FalconMamba in fp32 as a Hugging Face folder, which initialize_from reads.
+
+    The tokenizer is not written. eval/export.py exports a run: in pieces, any type, compared.
+    """
+    parameters = {name: to_hf(name, tensor) for name, tensor in model.named_parameters()}
+    entries = (
+        Entry(ours, theirs, torch.float32, tuple(parameters[ours].shape))
+        for ours, theirs in tensor_names(model.config.n_layer)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write(
+        folder,
+        plan(entries),
+        lambda name, start, stop: parameters[name][start:stop].float().cpu(),
+        lambda line: None,
+    )
+    config = hf_config(model.config, eos, "float32")
+    (folder / "config.json").write_bytes(json_bytes(config))

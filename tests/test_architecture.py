@@ -19,7 +19,10 @@ OUTSIDE = ("benchmarks", "docs", "examples", "tests")
 
 # Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
 DOORS: dict[str, tuple[set[str], set[str]]] = {
-    "core": (set(), {"command", "errors", "files", "log", "old_keys", "run", "templates"}),
+    "core": (
+        set(),
+        {"command", "entry", "errors", "files", "log", "old_keys", "run", "templates"},
+    ),
     "model": (
         set(),
         {
@@ -110,6 +113,7 @@ LAUNCH_ROOMS = {
 }
 TORCH_FREE = (
     "core/command.py",
+    "core/entry.py",
     "core/run.py",
     "model/config.py",
     "model/flops.py",

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from train.checkpoint.inspection import checkpoints, diff, pair, show, verify
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 # a script's own folder would hide the packages
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from core.entry import explain_missing_extras
+
+explain_missing_extras()
 
 from core.command import command
 from core.log import UnfailingStream

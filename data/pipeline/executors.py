@@ -198,10 +198,8 @@ class RayTasks:
     """Remote functions on a Ray cluster that sees the same folder."""
 
     def __init__(self, cfg: ExecutorConfig, workers: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError("executor=ray needs ray: `pip install ray`") from error
+        import ray
+
         self.ray = ray
         self.workers = workers
         # no runtime_env: its agent needs ray[default], and every machine has this package installed

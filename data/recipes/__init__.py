@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+from core.entry import fix
 from core.errors import InputError
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,7 +41,7 @@ def require(packages: Iterable[str], who: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{who} needs {package} ({error}): `pip install {package}`") from error
+            raise InputError(f"{who} needs {package} ({error}): {fix(package)}") from error
 
 
 def load(name: str) -> ModuleType:

@@ -130,7 +130,6 @@ class SuiteJobs:
             with log.open("ab") as out:
                 subprocess.Popen(
                     command,
-                    cwd=ROOT,
                     env=environment,
                     stdout=out,
                     stderr=out,

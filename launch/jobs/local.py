@@ -23,7 +23,7 @@ def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
     for number, each in enumerate(jobs, 1):
         logger.info(f"\n== {number} of {len(jobs)}: {each.config.run.name}")
         for stage in stages:
-            command = [*start_of(each, stage), SCRIPTS[stage], *each.overrides]
+            command = [*start_of(each, stage), *each.overrides]
             logger.info(f"== {shlex.join(command)}")
             how = (
                 "done"
@@ -44,12 +44,13 @@ def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
 
 
 def start_of(each: Job, stage: str) -> list[str]:
-    """What starts a script of a stage."""
+    """The command of a stage, up to its overrides."""
     start = [sys.executable]
     if stage == "train":
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        # -P: nothing in the working folder is taken for a package
+        start += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         start += [str(each.config.cluster.ranks_per_node)]
-    return start
+    return [*start, str(ROOT / SCRIPTS[stage])]
 
 
 def through(command: list[str], run: Path | None) -> str:
@@ -78,7 +79,7 @@ def wait(command: list[str]) -> tuple[int, bool]:
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     asked = False
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
                 return process.wait(), asked

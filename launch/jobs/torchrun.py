@@ -12,16 +12,29 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from core.errors import USER_ERROR
+from core.entry import hiding
+from core.errors import USER_ERROR, end_in_one_line
 from train.resilience.incidents import REQUEUE
 
 SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
 
 
+def refuse_hidden(words: list[str]) -> None:
+    """End the process in one line when a file in the working folder hides the command that
+    `torchrun -m` is to start.
+    """
+    package = words[words.index("-m") + 1].split(".")[0] if "-m" in words[:-1] else ""
+    if package in ("data", "eval", "launch", "train") and (file := hiding(package)):
+        end_in_one_line(
+            f"{file} hides our package {package}: rename it, or PYTHONSAFEPATH=1 torchrun ..."
+        )
+
+
 def quiet() -> Callable[..., Any]:
     """Install the hook; what torchrun asked for, a rendezvous handler, is a refusal: none is
-    offered here.
+    offered here. Ends torchrun where `-m` would start a file of the user's in place of ours.
     """
+    refuse_hidden(sys.argv)
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -34,12 +34,11 @@ class Finding:
 
 
 def python(config: RunConfig) -> Finding:
-    """The interpreter, and whether packages are those of constraints.txt."""
-    pinned = dict(
-        re.findall(
-            r"^([\w.\-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M
-        )
-    )
+    """The interpreter, and whether packages are those of a checkout's constraints.txt."""
+    constraints, interpreter = ROOT / "constraints.txt", sys.version.split()[0]
+    if not constraints.is_file():
+        return Finding("ok", f"{interpreter}; a wheel brings no pins to compare packages with")
+    pinned = dict(re.findall(r"^([\w.\-]+)==(\S+)", constraints.read_text(encoding="utf-8"), re.M))
     wrong = []
     for name, version in pinned.items():
         try:
@@ -48,7 +47,7 @@ def python(config: RunConfig) -> Finding:
             continue  # an extra; what is needed and absent fails its own check
         if have.split("+")[0] != version.split("+")[0]:
             wrong.append(f"{name} {have} instead of {version}")
-    text = f"{sys.version.split()[0]}, {len(pinned)} pins"
+    text = f"{interpreter}, {len(pinned)} pins"
     if wrong:
         return Finding(
             "note",

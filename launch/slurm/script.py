@@ -51,6 +51,7 @@ def settings(each: Job, program: str) -> str:
     slurm = each.submit.slurm
     values = {
         "ROOT": str(ROOT),
+        "WORKING_FOLDER": str(Path.cwd()),
         "PYTHON": sys.executable,
         "SCRIPT": program,
         "RUN": str(each.config.run.folder.resolve()),

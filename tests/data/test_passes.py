@@ -215,7 +215,7 @@ def test_ray_is_asked_for_before_anything_is_done(
     base: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="pip install ray"):
+    with pytest.raises(ModuleNotFoundError, match="ray"):
         prepare(
             replace(base, folder=str(tmp_path)),
             ExecutorConfig(Executor.ray, 1, None, "1", 1, 1, 1, 1.0, None),

@@ -203,13 +203,13 @@ def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> tuple[str
     run, fake, script = folder / "run", folder / "python", folder / "job.sh"
     run.mkdir()
     fake.write_text(
-        f'#!/usr/bin/env bash\n[ "$1" = launch/attempt.py ] && exec {sys.executable} '
+        f'#!/usr/bin/env bash\n[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
         f'"$@"\n{ranks}\n'
     )
     fake.chmod(0o755)
-    values = {"ROOT": ROOT, "PYTHON": fake, "RUN": run, "LOGS_OF_STARTS": run / "logs",
-              "BAD_NODES": folder / "bad_nodes.txt", "RANKS": 1,
-              "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
+    values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake,
+              "RUN": run, "LOGS_OF_STARTS": run / "logs", "BAD_NODES": folder / "bad_nodes.txt",
+              "RANKS": 1, "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
     settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
     lines = "\n".join(
         f"#SBATCH --{option}" for option in (f"output={folder}/out", "open-mode=append", *options)

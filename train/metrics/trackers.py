@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from core.entry import fix
 from core.errors import InputError
 from core.files import ROOT
 from core.run import RunFiles
@@ -256,8 +257,8 @@ def check_trackers(config: MetricsConfig) -> None:
             )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(
-            "metrics.tensorboard is true and the tensorboard package is absent: pip install -c "
-            "constraints.txt -e '.[tensorboard]', or metrics.tensorboard=false"
+            "metrics.tensorboard is true and the tensorboard package is absent: "
+            f"{fix('tensorboard')}, or metrics.tensorboard=false"
         )
 
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The virtual environment of a checkout, with everything pinned: `make install` calls this.
+# TORCH=cpu takes torch from PyTorch's index of CPU builds, which spares gigabytes of CUDA.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} log=.venv/install.log
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11; set PYTHON=python3.12 or so" >&2; exit 2; }
+command -v g++ >/dev/null || { echo 'error: g++ is missing: apt-get install g++' >&2; exit 2; }
+
+wanted=(-e '.[all,dev]')
+case ${TORCH:-} in
+    '') ;;
+    cpu) wanted+=("torch==$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu) ;;
+    *) echo "error: TORCH=$TORCH is unknown: cpu, or nothing for PyPI's build with CUDA" >&2; exit 2 ;;
+esac
+
+# a line every ten seconds of the hundreds that pip says
+progress() {
+    local packages=0 said=0 line
+    while IFS= read -r line; do
+        [[ $line == Collecting* ]] && packages=$((packages + 1))
+        if [[ $line =~ ^\ *(Collecting|Downloading|Building|Installing) ]] && ((SECONDS - said >= 10)); then
+            said=$SECONDS
+            printf '  %d s, %d packages found: %.70s\n' "$SECONDS" "$packages" "${line#"${line%%[! ]*}"}"
+        fi
+    done
+}
+
+"$python" -m venv .venv
+echo "installing into .venv; pip's output goes to $log"
+if ! DS_BUILD_OPS=0 .venv/bin/pip install --disable-pip-version-check --progress-bar off -c constraints.txt "${wanted[@]}" 2>&1 | tee "$log" | progress; then
+    tail -n 15 "$log" >&2
+    echo "error: pip failed; $log has all it said" >&2
+    exit 1
+fi
+echo "installed in $SECONDS s"

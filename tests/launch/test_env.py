@@ -43,4 +43,5 @@ def test_the_batch_script_reads_it_where_the_layout_is_known() -> None:
     text = render(
         job(["+experiment=7b", "parallel.tensor_parallel=8"]), "train", "train/pretrain.py"
     )
-    assert text.index("TENSOR_PARALLEL=8") < text.index(". launch/env.sh") < text.index("\nsrun ")
+    source = text.index('. "$ROOT/launch/env.sh"')
+    assert text.index("TENSOR_PARALLEL=8") < source < text.index("\nsrun ")

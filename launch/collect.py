@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
@@ -135,9 +135,11 @@ def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python launch/collect.py", description=__doc__, epilog=EXAMPLES,
+        prog=as_called("python launch/collect.py"),
+        description=__doc__,
+        epilog=as_called(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("folder", type=Path, help="of a sweep")
     folder = parser.parse_args().folder
     rows = rows_of(folder)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core import log
 from core.command import keys_of, one_line
-from core.errors import USER_ERROR, InputError
+from core.errors import InputError, end_in_one_line
 from core.files import write_json
 from launch.config import SubmitConfig
 from launch.jobs.local import run_here
@@ -41,9 +41,11 @@ def main() -> int:
     """Check every run, then show, start or submit all of them."""
     log.set_up()
     parser = argparse.ArgumentParser(
-        prog="python launch/submit.py", description=__doc__, epilog=EXAMPLES,
+        prog=as_called("python launch/submit.py"),
+        description=__doc__,
+        epilog=as_called(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument(
         "-m",
         "--multirun",
@@ -137,5 +139,4 @@ if __name__ == "__main__":
         sys.exit(main())
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
         known = [*keys_of(RunConfig), *keys_of(SubmitConfig)]
-        print(f"error: {one_line(error, known)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        end_in_one_line(as_called(one_line(error, known)))

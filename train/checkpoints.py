@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
@@ -24,7 +24,7 @@ from train.checkpoint.inspection import checkpoints, diff, pair, show, verify
 def main(arguments: list[str]) -> int:
     """`ls DIR`, `verify DIR` or `diff DIR [OTHER]`; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python train/checkpoints.py",
+        prog=as_called("python train/checkpoints.py"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

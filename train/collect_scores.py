@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
@@ -29,9 +29,11 @@ def main() -> None:
     """The command line."""
     log.set_up()
     parser = argparse.ArgumentParser(
-        prog="python train/collect_scores.py", description=__doc__, epilog=EXAMPLES,
+        prog=as_called("python train/collect_scores.py"),
+        description=__doc__,
+        epilog=as_called(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("folder", type=Path, help="of a run")
     try:
         if not collect(parser.parse_args().folder):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
@@ -22,9 +22,11 @@ EXAMPLES = """examples:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python train/report.py", description=__doc__, epilog=EXAMPLES,
+        prog=as_called("python train/report.py"),
+        description=__doc__,
+        epilog=as_called(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")
     parser.add_argument(
         "--output", type=Path, help="of the page; report.html in the first run's folder otherwise"

@@ -7,10 +7,8 @@ python=${PYTHON:-python3} log=.venv/install.log
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11; set PYTHON=python3.12 or so" >&2; exit 2; }
 command -v g++ >/dev/null || { echo 'error: g++ is missing: apt-get install g++' >&2; exit 2; }
 
-wanted=(-e '.[all,dev]')
 case ${TORCH:-} in
-    '') ;;
-    cpu) wanted+=("torch==$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu) ;;
+    '' | cpu) ;;
     *) echo "error: TORCH=$TORCH is unknown: cpu, or nothing for PyPI's build with CUDA" >&2; exit 2 ;;
 esac
 
@@ -26,11 +24,17 @@ progress() {
     done
 }
 
-"$python" -m venv .venv
-echo "installing into .venv; pip's output goes to $log"
-if ! DS_BUILD_OPS=0 .venv/bin/pip install --disable-pip-version-check --progress-bar off -c constraints.txt "${wanted[@]}" 2>&1 | tee "$log" | progress; then
+install() {
+    DS_BUILD_OPS=0 .venv/bin/pip install --disable-pip-version-check --progress-bar off -c constraints.txt "$@" 2>&1 | tee -a "$log" | progress && return
     tail -n 15 "$log" >&2
     echo "error: pip failed; $log has all it said" >&2
     exit 1
-fi
+}
+
+"$python" -m venv .venv
+: >"$log"
+echo "installing into .venv; pip's output goes to $log"
+# torch only, and before the rest: that index has old releases of other packages
+[ -z "${TORCH:-}" ] || install --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)+cpu"
+install -e '.[all,dev]'
 echo "installed in $SECONDS s"

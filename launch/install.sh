@@ -12,14 +12,17 @@ case ${TORCH:-} in
     *) echo "error: TORCH=$TORCH is unknown: cpu, or nothing for PyPI's build with CUDA" >&2; exit 2 ;;
 esac
 
-# a line every ten seconds of the hundreds that pip says
+# a line every ten seconds, of the hundreds that pip says or of its silence
 progress() {
-    local packages=0 said=0 line
-    while IFS= read -r line; do
+    local packages=0 said=$SECONDS line doing='' code=0
+    while ((code == 0 || code > 128)); do  # 129 and more: ten seconds without a line
+        code=0
+        IFS= read -r -t 10 line || code=$?
         [[ $line == Collecting* ]] && packages=$((packages + 1))
-        if [[ $line =~ ^\ *(Collecting|Downloading|Building|Installing) ]] && ((SECONDS - said >= 10)); then
+        [[ $line =~ ^\ *((Collecting|Downloading|Building|Installing).*) ]] && doing=${BASH_REMATCH[1]}
+        if ((SECONDS - said >= 10)); then
             said=$SECONDS
-            printf '  %d s, %d packages found: %.70s\n' "$SECONDS" "$packages" "${line#"${line%%[! ]*}"}"
+            printf '  %d s, %d packages found: %.70s\n' "$SECONDS" "$packages" "$doing"
         fi
     done
 }

@@ -86,6 +86,7 @@ def install(folder: Path, torch: str = "", pip_ends: str = "0") -> subprocess.Co
 def test_installing_says_little_and_logs_all(tmp_path: Path) -> None:
     result = install(tmp_path)
     assert result.returncode == 0 and result.stdout.count("\n") < 10, result.stdout
+    assert result.stdout.startswith("installing into .venv")
     log = (tmp_path / ".venv" / "install.log").read_text().splitlines()
     assert len(log) == 301
     assert log[-1].endswith("-c constraints.txt -e .[all,dev]")

@@ -13,7 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core", "model", "data", "eval", "train", "launch", "configs", "examples")
-TRAVELS = ("*.py", "*.yaml", "*.sbatch", "*.cpp", "*.h", "*.cu", "*.cuh", "py.typed", "env.sh")
+TRAVELS = (
+    "*.py",
+    "*.yaml",
+    "*.jinja",
+    "*.sbatch",
+    "*.cpp",
+    "*.h",
+    "*.cu",
+    "*.cuh",
+    "py.typed",
+    "env.sh",
+)
 # of the extras; tqdm and the like come along with others
 NOT_IN_BASE = (
     "hydra omegaconf megatron deepspeed wandb rich matplotlib plotly psutil datatrove spacy xxhash "

@@ -9,10 +9,10 @@ examples:
   python data/prepare.py +experiment=7b prepare.adopt=true    # keep what an earlier version made
 """
 
-import logging
 import sys
-import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from data.pipeline import accounting, clean, fingerprints, megatron, shard
 from data.pipeline.accounting import Step
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
-from data.pipeline.executors import Tasks, open_executor
+from data.pipeline.executors import Job, Tasks, open_executor
+from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import Clean
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
-from data.recipes.readers import pin_files
 from data.stream.manifests import (
     MANIFEST,
     SPLITS,
@@ -42,300 +42,19 @@ from data.stream.manifests import (
     ShardFile,
     read_manifest,
     source_folder,
+    tokenizer_path,
     write_manifest,
 )
-
-logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 
 
-class Preparation:
-    """One run over a data folder; the three stages are called in order."""
+@dataclass(frozen=True)
+class Input:
+    """What a source is made from, as it was found at the start: the whole build works from it."""
 
-    def __init__(self, cfg: DataConfig, workers: Tasks, rebuild: bool) -> None:
-        self.cfg = cfg
-        self.workers = workers
-        self.folder = Path(cfg.folder)
-        self.started = time.monotonic()
-        self.steps: dict[str, list[Step]] = {}
-        self.cleans: dict[str, Clean] = {}
-        self.manifests: dict[str, Manifest] = {}
-        self.report("prepare", f"{', '.join(cfg.sources)} into {self.folder}, {workers.describe()}")
-        for name, source in cfg.sources.items():
-            recipes.check_known(source.recipe)
-            fingerprints.check_tasks(self.folder, name, source.tasks)
-        self.listings = {
-            name: fingerprints.list_input(source) for name, source in cfg.sources.items()
-        }
-        self.keys = {
-            name: fingerprints.clean_key(cfg, name, self.listings[name]) for name in cfg.sources
-        }
-        if not rebuild:
-            self.check_versions()
-
-    def report(self, stage: str, line: str) -> None:
-        """One line of progress with the seconds since the start."""
-        logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
-
-    def check_versions(self) -> None:
-        """Raise InputError where finished data would be replaced because something has another
-        version.
-
-        Another config is what somebody wants; an upgrade would take weeks of work with it unseen.
-        """
-        found = []
-        for name, source in self.cfg.sources.items():
-            built = read_json(self.folder / "clean" / name / fingerprints.BUILT)
-            manifest = read_json(source_folder(self.cfg, name) / MANIFEST)
-            why = []
-            if built and built.get("key") != self.keys[name]:
-                why.append(
-                    fingerprints.changes(
-                        built.get("versions", {}), fingerprints.versions_of(source)
-                    )
-                )
-            if manifest:
-                why.append(
-                    fingerprints.changes(
-                        manifest.get("versions", {}), fingerprints.shard_versions(source)
-                    )
-                )
-            if named := dict.fromkeys(filter(None, why)):
-                found.append(f"{name} by {', '.join(named)}")
-        if found:
-            raise InputError(
-                f"finished data was made by other versions: {'; '.join(found)}. Add "
-                "prepare.adopt=true to keep it, prepare.rebuild=true to have it replaced"
-            )
-
-    def place(self, name: str) -> Path:
-        """The folder in which a source's clean documents are built."""
-        return fingerprints.construction(self.folder, f"clean/{name}", self.keys[name])
-
-    def clean(self) -> None:
-        """Clean every source whose documents are not there yet, pass by pass."""
-        builds = {}
-        for name, source in self.cfg.sources.items():
-            if source.recipe == recipes.MEGATRON:
-                continue
-            if self.read_clean(name):
-                self.report("clean", f"{name}: reused, {self.cleans[name].documents:,} documents")
-                continue
-            # imports before the fork, and refuses before the first document
-            clean.check_packages(source)
-            builds[name] = Build(
-                source, self.cfg.assets, self.place(name), self.cfg.keep_exclusions
-            )
-        for name, build in builds.items():
-            fingerprints.pin_tasks(self.folder, name, build.source.tasks)
-            kind, files = self.listings[name]
-            pin_files(build.place, kind, list(files))
-            preload = getattr(recipes.load(build.source.recipe), "preload", None)
-            if preload is not None:
-                preload(build.source, self.cfg.assets)
-        chains = {name: clean.passes(build) for name, build in builds.items()}
-        for number in range(max(map(len, chains.values()), default=0)):
-            now = {name: chain[number] for name, chain in chains.items() if number < len(chain)}
-
-            def ended(name: str, results: list[Any], number: int = number) -> None:
-                if number == len(chains[name]) - 1:
-                    self.finish_clean(name, builds[name])
-
-            stage = "/".join(dict.fromkeys(one.name for one in now.values()))
-            self.workers.run(stage, {name: one.jobs() for name, one in now.items()}, ended)
-
-    def read_clean(self, name: str) -> bool:
-        """Take up the finished clean documents of a source, if their files are the ones that were
-        written.
-        """
-        folder = self.folder / "clean" / name
-        built = fingerprints.read_built(folder, self.keys[name])
-        if built is None or built["files"] != fingerprints.sizes(folder):
-            return False
-        self.steps[name] = [Step(**step) for step in built["steps"]]
-        self.cleans[name] = Clean(folder, sorted(built["files"]), self.steps[name][-1].forwarded)
-        return True
-
-    def finish_clean(self, name: str, build: Build) -> None:
-        """Account for the documents and move the folder into place; shards made of older documents
-        go first.
-        """
-        place = build.place
-        steps = clean.count(build)
-        try:
-            accounting.check_yield(name, steps, build.source.min_yield)
-            if not steps[-1].forwarded:
-                raise InputError(
-                    f"source {name}: no document of {steps[0].total} was kept "
-                    f"({accounting.reasons(steps)})"
-                )
-        except (RuntimeError, InputError) as error:
-            # its tasks are marked complete, and a next run would believe them
-            fingerprints.discard(place)
-            raise InputError(str(error)) from error
-        clean.finish(build)
-        made_of = fingerprints.made_of(build.source, self.listings[name])
-        files = fingerprints.sizes(place)
-        fingerprints.write_built(
-            place, self.keys[name], files=files, steps=[asdict(step) for step in steps], **made_of
-        )
-        fingerprints.discard(self.folder / "shards" / name)
-        fingerprints.discard(self.folder / "building" / "shards" / name)
-        fingerprints.install(place, self.folder / "clean" / name)
-        assert self.read_clean(name)
-        dropped = steps[0].total - steps[-1].forwarded
-        self.report(
-            "clean",
-            f"{name}: {steps[0].total:,} in, {dropped:,} dropped, {steps[-1].forwarded:,} out",
-        )
-
-    def vocabulary(self) -> None:
-        """Train the vocabulary, or copy the one that the config names."""
-        settings = self.cfg.tokenizer
-        if settings.path is not None:
-            tokenizer.load(Path(settings.path), settings.sha256)
-        key = fingerprints.tokenizer_key(self.cfg, list(self.keys.values()))
-        folder = self.folder / "tokenizer"
-        built = fingerprints.read_built(folder, key)
-        file = folder / tokenizer.FILE
-        if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
-            self.report("tokenizer", f"reused, {built['sha256'][:12]}")
-            return
-        place = fingerprints.construction(self.folder, "tokenizer", key)
-        if settings.path is not None:
-            tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
-        else:
-            # not as they ended
-            cleans = [self.cleans[name] for name in self.cfg.sources if name in self.cleans]
-            if not cleans:
-                raise InputError(
-                    "no source has text to train a vocabulary on: set data.tokenizer.path"
-                )
-            arguments = (
-                self.cfg.heldout_percent,
-                settings.train_megabytes * 10**6,
-                settings.vocab_size,
-                place,
-            )
-            self.workers.run(
-                "tokenizer",
-                {"train": [(shard.tokenizer_task, cleans, *arguments)]},
-                lambda *_: None,
-            )
-        sha256 = sha256_of(place / tokenizer.FILE)
-        fingerprints.write_built(place, key, sha256=sha256)
-        fingerprints.install(place, folder)
-        size = tokenizer.load(file).get_vocab_size()
-        self.report(
-            "tokenizer",
-            f"{'trained' if settings.path is None else 'copied'}, {size:,} ids, {sha256[:12]}",
-        )
-
-    def shards(self) -> None:
-        """Tokenize every source whose shards are not there yet."""
-        cfg, file = self.cfg, self.folder / "tokenizer" / tokenizer.FILE
-        wanted = {name: self.manifest_of(name, sha256_of(file)) for name in cfg.sources}
-        verifying = {
-            name: [(fingerprints.same_shards, self.folder / "shards" / name, wanted[name])]
-            for name in wanted
-        }
-        self.workers.run("verify", verifying, self.take_up)
-        jobs: dict[str, list[Any]] = {}
-        for name in (name for name in cfg.sources if name not in self.manifests):
-            place = fingerprints.construction(
-                self.folder, f"shards/{name}", fingerprints.shards_key(wanted[name])
-            )
-            if name not in self.cleans:
-                fingerprints.pin_tasks(self.folder, name, cfg.sources[name].tasks)
-            jobs[name] = shard_jobs(cfg, name, self.listings[name], self.cleans.get(name), place)
-
-        def finish(name: str, results: list[list[dict[str, Any]]]) -> None:
-            self.finish_shards(
-                name, wanted[name], [ShardFile(**file) for files in results for file in files]
-            )
-
-        self.workers.run("shards", jobs, finish)
-
-    def manifest_of(self, name: str, tokenizer_sha256: str) -> Manifest:
-        """The manifest that a source's shards must have, without its files."""
-        source = self.cfg.sources[name]
-        size = tokenizer.size_of(tokenizer.load(self.folder / "tokenizer" / tokenizer.FILE))
-        recipe = fingerprints.recipe_sha256(self.cfg, name, self.listings[name])
-        splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
-        versions = fingerprints.shard_versions(source)
-        return Manifest(
-            name,
-            source.licence,
-            source.recipe,
-            recipe,
-            tokenizer_sha256,
-            tokenizer.EOS,
-            size,
-            splits,
-            versions,
-        )
-
-    def take_up(self, name: str, results: list[bool]) -> None:
-        """Keep the manifest of shards that were found complete."""
-        if results[0]:
-            manifest = self.manifests[name] = read_manifest(self.folder / "shards" / name)
-            if self.cfg.sources[name].recipe == recipes.MEGATRON:
-                self.steps[name] = [megatron.step(manifest)]
-            self.report(
-                "shards",
-                f"{name}: reused, {sum(manifest.tokens(split) for split in SPLITS):,} tokens",
-            )
-
-    def finish_shards(self, name: str, wanted: Manifest, results: list[ShardFile]) -> None:
-        """Write the manifest and move the shards into place; every clean document is in exactly one
-        split.
-        """
-        splits = {
-            split: [file for file in results if file.name.startswith(split)] for split in SPLITS
-        }
-        documents = sum(file.documents for file in results)
-        if name in self.cleans:
-            expected = self.cleans[name].documents
-            assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
-        for split in SPLITS:
-            if not splits[split]:
-                raise InputError(
-                    f"source {name}: no document of {documents} fell into the split {split}; "
-                    "give it more documents or set data.heldout_percent, now "
-                    f"{self.cfg.heldout_percent}"
-                )
-        manifest = replace(wanted, splits=splits)
-        place = fingerprints.construction(
-            self.folder, f"shards/{name}", fingerprints.shards_key(wanted)
-        )
-        write_manifest(place, manifest)
-        fingerprints.install(place, self.folder / "shards" / name)
-        self.manifests[name] = manifest
-        if name not in self.cleans:
-            self.steps[name] = [megatron.step(manifest)]
-        self.report(
-            "shards",
-            f"{name}: {manifest.tokens('train'):,} train and {manifest.tokens('heldout'):,} held "
-            "out",
-        )
-
-    def table(self) -> None:
-        """What became of every source's documents, step by step; the same is written to
-        report.json.
-        """
-        steps = {name: self.steps[name] for name in self.cfg.sources}
-        print("\n" + "\n".join(accounting.table(steps)))
-        print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
-        for name in self.cfg.sources:
-            train, heldout = (self.manifests[name].tokens(split) for split in SPLITS)
-            documents = self.steps[name][-1].forwarded
-            print(
-                f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{2 * (train + heldout):>18,}"
-            )
-        record = {name: [asdict(step) for step in found] for name, found in steps.items()}
-        write_json(self.folder / REPORT, {"steps": record})
-        logger.info(f"done in {time.monotonic() - self.started:.1f} s: {self.folder / 'shards'}")
+    listing: Listing
+    key: str  # of the clean documents that follow from it
 
 
 def prepare(
@@ -347,16 +66,263 @@ def prepare(
     Finished data that other versions made is replaced only to `rebuild`. Raises InputError for what
     the user can mend.
     """
-    with exclusive(Path(cfg.folder)):
-        workers = open_executor(executor, cfg.workers, Path(cfg.folder))
-        try:
-            preparation = Preparation(cfg, workers, rebuild)
-            preparation.clean()
-            preparation.vocabulary()
-            preparation.shards()
-            preparation.table()
-        finally:
-            workers.close()
+    folder = Path(cfg.folder)
+    with exclusive(folder), closing(open_executor(executor, cfg.workers, folder)) as workers:
+        workers.say("prepare", f"{', '.join(cfg.sources)} into {folder}, {workers.describe()}")
+        inputs = list_inputs(cfg)
+        if not rebuild:
+            refuse_upgrades(cfg, inputs)
+        cleans = clean_sources(cfg, inputs, workers)
+        vocabulary = build_vocabulary(cfg, inputs, cleans, workers)
+        manifests = build_shards(cfg, inputs, cleans, vocabulary, workers)
+        report(cfg, cleans, manifests)
+        workers.say("done", str(folder / "shards"))
+
+
+def list_inputs(cfg: DataConfig) -> dict[str, Input]:
+    """Files of every source's input and the keys that follow; raises InputError before anything is
+    begun.
+    """
+    for name, source in cfg.sources.items():
+        recipes.check_known(source.recipe)
+        fingerprints.check_tasks(Path(cfg.folder), name, source.tasks)
+    listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
+    return {
+        name: Input(listing, fingerprints.clean_key(cfg, name, listing))
+        for name, listing in listings.items()
+    }
+
+
+def refuse_upgrades(cfg: DataConfig, inputs: dict[str, Input]) -> None:
+    """Raise InputError where finished data would be replaced because something has another version.
+
+    Another config is what somebody wants; an upgrade would take weeks of work with it unseen.
+    """
+    found = []
+    for name, source in cfg.sources.items():
+        built = read_json(Path(cfg.folder) / "clean" / name / fingerprints.BUILT)
+        manifest = read_json(source_folder(cfg, name) / MANIFEST)
+        why = []
+        if built and built.get("key") != inputs[name].key:
+            now = fingerprints.versions_of(source)
+            why.append(fingerprints.changes(built.get("versions", {}), now))
+        if manifest:
+            now = fingerprints.shard_versions(source)
+            why.append(fingerprints.changes(manifest.get("versions", {}), now))
+        if named := dict.fromkeys(filter(None, why)):
+            found.append(f"{name} by {', '.join(named)}")
+    if found:
+        raise InputError(
+            f"finished data was made by other versions: {'; '.join(found)}. Add "
+            "prepare.adopt=true to keep it, prepare.rebuild=true to have it replaced"
+        )
+
+
+def clean_sources(cfg: DataConfig, inputs: dict[str, Input], workers: Tasks) -> dict[str, Clean]:
+    """Clean documents of every source that has raw text, made where they are not there yet."""
+    cleans: dict[str, Clean] = {}
+    builds: dict[str, Build] = {}
+    for name, source in cfg.sources.items():
+        if source.recipe == recipes.MEGATRON:
+            continue
+        if found := read_clean(cfg, name, inputs[name]):
+            cleans[name] = found
+            workers.say("clean", f"{name}: reused, {found.documents:,} documents")
+            continue
+        # imports before the fork, and refuses before the first document
+        clean.check_packages(source)
+        place = fingerprints.construction(Path(cfg.folder), f"clean/{name}", inputs[name].key)
+        builds[name] = Build(source, cfg.assets, place, cfg.keep_exclusions)
+    for name, build in builds.items():
+        fingerprints.pin_tasks(Path(cfg.folder), name, build.source.tasks)
+        clean.begin(build, *inputs[name].listing)
+    for name in run_passes(builds, workers):
+        cleans[name] = finish_clean(cfg, name, inputs[name], builds[name], workers)
+    return {name: cleans[name] for name in cfg.sources if name in cleans}  # not as they ended
+
+
+def read_clean(cfg: DataConfig, name: str, given: Input) -> Clean | None:
+    """The finished clean documents of a source, if their files are the ones that were written."""
+    folder = Path(cfg.folder) / "clean" / name
+    built = fingerprints.read_built(folder, given.key)
+    if built is None or built["files"] != fingerprints.sizes(folder):
+        return None
+    return Clean(folder, sorted(built["files"]), [Step(**step) for step in built["steps"]])
+
+
+def run_passes(builds: dict[str, Build], workers: Tasks) -> Iterator[str]:
+    """Run the passes of all sources, the n-th of all at once; yields a source after its last."""
+    chains = {name: clean.passes(build) for name, build in builds.items()}
+    for number in range(max(map(len, chains.values()), default=0)):
+        now = {name: chain[number] for name, chain in chains.items() if number < len(chain)}
+        stage = "/".join(dict.fromkeys(one.name for one in now.values()))
+        for name, _ in workers.run(stage, {name: one.jobs() for name, one in now.items()}):
+            if number == len(chains[name]) - 1:
+                yield name
+
+
+def finish_clean(cfg: DataConfig, name: str, given: Input, build: Build, workers: Tasks) -> Clean:
+    """Account for the documents and move the folder into place; shards made of older documents go
+    first.
+    """
+    folder, place = Path(cfg.folder), build.place
+    steps = clean.count(build)
+    try:
+        accounting.check_yield(name, steps, build.source.min_yield)
+        if not steps[-1].forwarded:
+            raise InputError(
+                f"source {name}: no document of {steps[0].total} was kept "
+                f"({accounting.reasons(steps)})"
+            )
+    except (RuntimeError, InputError) as error:
+        # its tasks are marked complete, and a next run would believe them
+        fingerprints.discard(place)
+        raise InputError(str(error)) from error
+    clean.finish(build)
+    fingerprints.write_built(
+        place,
+        given.key,
+        files=fingerprints.sizes(place),
+        steps=[asdict(step) for step in steps],
+        **fingerprints.made_of(build.source, given.listing),
+    )
+    fingerprints.discard(folder / "shards" / name)
+    fingerprints.discard(folder / "building" / "shards" / name)
+    fingerprints.install(place, folder / "clean" / name)
+    found = read_clean(cfg, name, given)
+    assert found is not None
+    total, kept = steps[0].total, steps[-1].forwarded
+    workers.say("clean", f"{name}: {total:,} in, {total - kept:,} dropped, {kept:,} out")
+    return found
+
+
+def build_vocabulary(
+    cfg: DataConfig, inputs: dict[str, Input], cleans: dict[str, Clean], workers: Tasks
+) -> Path:
+    """The vocabulary's file: reused, trained, or copied from the one that the config names."""
+    settings, file = cfg.tokenizer, tokenizer_path(cfg)
+    if settings.path is not None:
+        tokenizer.load(Path(settings.path), settings.sha256)
+    key = fingerprints.tokenizer_key(cfg, [given.key for given in inputs.values()])
+    built = fingerprints.read_built(file.parent, key)
+    if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
+        workers.say("tokenizer", f"reused, {built['sha256'][:12]}")
+        return file
+    place = fingerprints.construction(Path(cfg.folder), "tokenizer", key)
+    if settings.path is not None:
+        tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
+    elif not cleans:
+        raise InputError("no source has text to train a vocabulary on: set data.tokenizer.path")
+    else:
+        size = settings.train_megabytes * 10**6
+        train = (shard.tokenizer_task, list(cleans.values()), cfg.heldout_percent, size)
+        list(workers.run("tokenizer", {"train": [(*train, settings.vocab_size, place)]}))
+    sha256 = sha256_of(place / tokenizer.FILE)
+    fingerprints.write_built(place, key, sha256=sha256)
+    fingerprints.install(place, file.parent)
+    how = "trained" if settings.path is None else "copied"
+    ids = tokenizer.load(file).get_vocab_size()
+    workers.say("tokenizer", f"{how}, {ids:,} ids, {sha256[:12]}")
+    return file
+
+
+def build_shards(
+    cfg: DataConfig,
+    inputs: dict[str, Input],
+    cleans: dict[str, Clean],
+    vocabulary: Path,
+    workers: Tasks,
+) -> dict[str, Manifest]:
+    """Manifests of every source's shards, tokenized where they are not there yet."""
+    folder = Path(cfg.folder)
+    wanted = wanted_manifests(cfg, inputs, vocabulary)
+    manifests: dict[str, Manifest] = {}
+    verifying = {
+        name: [(fingerprints.same_shards, source_folder(cfg, name), wanted[name])]
+        for name in wanted
+    }
+    for name, (same,) in workers.run("verify", verifying):
+        if same:
+            manifests[name] = read_manifest(source_folder(cfg, name))
+            tokens = sum(manifests[name].tokens(split) for split in SPLITS)
+            workers.say("shards", f"{name}: reused, {tokens:,} tokens")
+    places: dict[str, Path] = {}
+    jobs: dict[str, list[Job]] = {}
+    for name in (name for name in cfg.sources if name not in manifests):
+        key = fingerprints.shards_key(wanted[name])
+        places[name] = fingerprints.construction(folder, f"shards/{name}", key)
+        if name not in cleans:
+            fingerprints.pin_tasks(folder, name, cfg.sources[name].tasks)
+        jobs[name] = shard_jobs(cfg, name, inputs[name].listing, cleans.get(name), places[name])
+    for name, results in workers.run("shards", jobs):
+        files = [ShardFile(**file) for task in results for file in task]
+        splits = split_files(cfg, name, files, cleans.get(name))
+        manifest = manifests[name] = replace(wanted[name], splits=splits)
+        write_manifest(places[name], manifest)
+        fingerprints.install(places[name], source_folder(cfg, name))
+        train, heldout = (manifest.tokens(split) for split in SPLITS)
+        workers.say("shards", f"{name}: {train:,} train and {heldout:,} held out")
+    return manifests
+
+
+def wanted_manifests(
+    cfg: DataConfig, inputs: dict[str, Input], vocabulary: Path
+) -> dict[str, Manifest]:
+    """The manifests that the shards must have, without their files."""
+    sha256, size = sha256_of(vocabulary), tokenizer.size_of(tokenizer.load(vocabulary))
+    return {
+        name: Manifest(
+            source=name,
+            licence=source.licence,
+            recipe=source.recipe,
+            recipe_sha256=fingerprints.recipe_sha256(cfg, name, inputs[name].listing),
+            tokenizer_sha256=sha256,
+            eos=tokenizer.EOS,
+            vocab_size=size,
+            splits={split: [] for split in SPLITS},
+            versions=fingerprints.shard_versions(source),
+        )
+        for name, source in cfg.sources.items()
+    }
+
+
+def split_files(
+    cfg: DataConfig, name: str, files: list[ShardFile], clean: Clean | None
+) -> dict[str, list[ShardFile]]:
+    """The shards by split; asserts that every clean document is in one, raises InputError for an
+    empty split.
+    """
+    documents = sum(file.documents for file in files)
+    if clean is not None:
+        expected = clean.documents
+        assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
+    splits = {split: [file for file in files if file.name.startswith(split)] for split in SPLITS}
+    for split in SPLITS:
+        if not splits[split]:
+            raise InputError(
+                f"source {name}: no document of {documents} fell into the split {split}; "
+                "give it more documents or set data.heldout_percent, now "
+                f"{cfg.heldout_percent}"
+            )
+    return splits
+
+
+def report(cfg: DataConfig, cleans: dict[str, Clean], manifests: dict[str, Manifest]) -> None:
+    """Print what became of every source's documents, step by step, and write it to report.json."""
+    steps = {
+        name: cleans[name].steps if name in cleans else [megatron.step(manifests[name])]
+        for name in cfg.sources
+    }
+    print("\n" + "\n".join(accounting.table(steps)))
+    print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
+    for name in cfg.sources:
+        train, heldout = (manifests[name].tokens(split) for split in SPLITS)
+        size, documents = 2 * (train + heldout), steps[name][-1].forwarded
+        print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{size:>18,}")
+    record: dict[str, Any] = {
+        name: [asdict(step) for step in found] for name, found in steps.items()
+    }
+    write_json(Path(cfg.folder) / REPORT, {"steps": record})
 
 
 @command(PrepareConfig)

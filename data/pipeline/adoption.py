@@ -10,6 +10,7 @@ trace: the content of input files and assets, and in records before 0.2 the inpu
 """
 
 import logging
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from core.files import read_json, sha256_of
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
 from data.pipeline import fingerprints
-from data.pipeline.executors import open_executor
+from data.pipeline.accounting import Step
+from data.pipeline.executors import Tasks, open_executor
 from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import Clean
 from data.pipeline.shard_jobs import shard_jobs
@@ -72,12 +74,11 @@ class Adoption:
             if source.recipe != recipes.MEGATRON:
                 self.check_clean(name)
         taken = [name for name in self.cfg.sources if name not in self.left]
-        workers = open_executor(self.executor, self.cfg.workers, self.folder)
         try:
-            self.check_hashes(workers)
-            self.make_again(workers, taken)
+            with closing(open_executor(self.executor, self.cfg.workers, self.folder)) as workers:
+                self.check_hashes(workers)
+                self.make_again(workers, taken)
         finally:
-            workers.close()
             fingerprints.discard(self.again)
 
     def check_vocabulary(self) -> None:
@@ -189,27 +190,23 @@ class Adoption:
                 f"{name} was made by {', '.join(sorted(packages))}: taken for the same text"
             )
 
-    def check_hashes(self, workers: Any) -> None:
+    def check_hashes(self, workers: Tasks) -> None:
         """Hash every shard where `prepare` would work."""
         places = {
             name: [source_folder(self.cfg, name) / file.name for file in manifest.files()]
             for name, manifest in self.manifests.items()
         }
         jobs = {name: [(sha256_of, path) for path in places[name]] for name in places}
-
-        def compare(name: str, found: list[str]) -> None:
-            for path, file, sha256 in zip(
-                places[name], self.manifests[name].files(), found, strict=True
-            ):
+        for name, found in workers.run("hash", jobs):
+            files = self.manifests[name].files()
+            for path, file, sha256 in zip(places[name], files, found, strict=True):
                 if sha256 != file.sha256:
                     raise InputError(
                         f"shard {path} does not hash to its manifest's SHA-256: prepare its "
                         "source again"
                     )
 
-        workers.run("hash", jobs, compare)
-
-    def make_again(self, workers: Any, taken: list[str]) -> None:
+    def make_again(self, workers: Tasks, taken: list[str]) -> None:
         """Tokenize the first task of every source once more, beside the folder's shards."""
         fingerprints.discard(self.again)
         jobs = {}
@@ -219,26 +216,22 @@ class Adoption:
             jobs[name] = shard_jobs(
                 self.cfg, name, self.listings[name], self.clean_of(name), place
             )[:1]
-
-        def compare(name: str, made: list[list[dict[str, Any]]]) -> None:
+        for name, (made,) in workers.run("shards", jobs):
             first = [file for file in self.manifests[name].files() if "_00000." in file.name]
-            if made[0] != [asdict(file) for file in first]:
+            if made != [asdict(file) for file in first]:
                 raise InputError(
                     f"shards of {name} are not those that this config makes of its clean "
                     "documents: seed, heldout_percent, or what tokenizes and shuffles is "
                     f"another; {FIX}"
                 )
 
-        workers.run("shards", jobs, compare)
-
     def clean_of(self, name: str) -> Clean | None:
         """The clean documents of a source that has some."""
         if name not in self.built:
             return None
         built = self.built[name]
-        return Clean(
-            self.folder / "clean" / name, sorted(built["files"]), built["steps"][-1]["forwarded"]
-        )
+        steps = [Step(**step) for step in built["steps"]]
+        return Clean(self.folder / "clean" / name, sorted(built["files"]), steps)
 
     def write(self) -> None:
         """Key what was found right, the vocabulary last."""

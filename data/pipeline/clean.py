@@ -10,7 +10,7 @@ documents.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from data.pipeline import minhash, substrings
 from data.pipeline.accounting import Step, read_counts
 from data.pipeline.tasks import exclude_into, run_task, write_documents
 from data.recipes.decontamination import Uncontaminated
-from data.recipes.readers import QUARANTINE
+from data.recipes.readers import QUARANTINE, pin_files
 
 Job = tuple[Any, ...]
 # compressed text per word or mark, from below: it only decides into how many parts the work is cut
@@ -80,6 +80,14 @@ def check_packages(source: Source) -> None:
         recipes.require(minhash.REQUIRES, "near_duplicates")
     if source.exact_substrings:
         recipes.require(substrings.REQUIRES, "exact_substrings")
+
+
+def begin(build: Build, kind: str, files: Iterable[str]) -> None:
+    """Fix the files that are read, and load in this process what all workers share."""
+    pin_files(build.place, kind, list(files))
+    preload = getattr(recipes.load(build.source.recipe), "preload", None)
+    if preload is not None:
+        preload(build.source, build.assets)
 
 
 def passes(build: Build) -> list[Pass]:

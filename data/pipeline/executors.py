@@ -4,48 +4,142 @@ the outputs are the same. A job is (function, *arguments) and gives what JSON ca
 
 import json
 import logging
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from core.errors import InputError
 from core.files import ROOT, write_text
 from data.config import Executor, ExecutorConfig
-from data.pipeline.workers import HEARTBEAT_SECONDS, Job, Workers, say
+from data.pipeline.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_SECONDS = 10.0
 # looks at an empty queue before results count as lost: a shared file system may show them late
 PATIENCE = 3
-Finished = Callable[[str, list[Any]], None]
+Job = tuple[Any, ...]  # function and its arguments
+Split = tuple["set[Future[Any]]", "set[Future[Any]]"]  # those that have ended, and the others
 
 
-class Tasks(Protocol):
-    """What prepare needs of a place to run."""
-
-    def describe(self) -> str:
-        """Where it runs, for the first line of a preparation."""
-
-    def run(self, stage: str, jobs: dict[str, list[Job]], finished: Finished) -> None:
-        """Run the jobs of all names; `finished(name, results)` is called here when a name's are all
-        done.
-        """
-
-    def close(self) -> None:
-        """End what was started."""
-
-
-def open_executor(cfg: ExecutorConfig | None, workers: int, folder: Path) -> Tasks:
+def open_executor(cfg: ExecutorConfig | None, workers: int, folder: Path) -> "Tasks":
     """The place that the config names; processes of this machine without one."""
     count = workers if cfg is None or cfg.workers is None else cfg.workers
     if cfg is None or cfg.kind is Executor.local:
         return Workers(count, folder)
     return SlurmTasks(cfg, count, folder) if cfg.kind is Executor.slurm else RayTasks(cfg, count)
+
+
+class Tasks(ABC):
+    """A place to run, with a line on the terminal at least every ten seconds."""
+
+    building: Path | None = None  # whose size is a sign of life
+    hint = ""  # for whoever reads the traceback of a job's error
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Where it runs, for the first line of a preparation."""
+
+    @abstractmethod
+    def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
+        """Begin jobs, of which there is at least one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what was started."""
+
+    def wait(self, pending: "set[Future[Any]]", seconds: float) -> Split:
+        """Wait for a job to end, about so long."""
+        return wait(pending, seconds, FIRST_COMPLETED)
+
+    def say(self, stage: str, line: str) -> None:
+        """One line of progress with the seconds since the start."""
+        logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
+
+    def run(self, stage: str, jobs: dict[str, list[Job]]) -> Iterator[tuple[str, list[Any]]]:
+        """Run the jobs of all names together; yields each name with its results when all are there.
+
+        The first error cancels what has not begun, and is raised as it was.
+        """
+        flat = [job for group in jobs.values() for job in group]
+        futures = iter(self.submit(stage, flat) if flat else ())
+        groups = {name: [next(futures) for _ in group] for name, group in jobs.items()}
+        pending = {future for group in groups.values() for future in group}
+        spoke = time.monotonic()
+        while groups:
+            silent = time.monotonic() - spoke
+            done, pending = self.wait(pending, max(0.0, HEARTBEAT_SECONDS - silent))
+            self.raise_error(done, pending)
+            for name in [name for name in groups if not pending.intersection(groups[name])]:
+                yield name, [future.result() for future in groups.pop(name)]
+                spoke = time.monotonic()
+            if time.monotonic() >= spoke + HEARTBEAT_SECONDS:
+                self.show(stage, groups)
+                spoke = time.monotonic()
+
+    def raise_error(self, done: "set[Future[Any]]", pending: "set[Future[Any]]") -> None:
+        """Raise the first error of finished jobs, after cancelling what has not begun."""
+        for error in filter(None, (future.exception() for future in done)):
+            for other in pending:
+                other.cancel()
+            if self.hint:
+                error.add_note(self.hint)
+            raise error
+
+    def show(self, stage: str, groups: "dict[str, list[Future[Any]]]") -> None:
+        """One line: tasks done of all per name, and bytes on disk so far."""
+        done = ", ".join(
+            f"{name} {sum(future.done() for future in group)}/{len(group)}"
+            for name, group in groups.items()
+        )
+        size = ""
+        if self.building is not None:
+            files = (
+                Path(root, name) for root, _, names in os.walk(self.building) for name in names
+            )
+            size = f"; {sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB"
+        logger.info(f"  {stage}: {done} tasks{size}; {time.monotonic() - self.started:.0f} s")
+
+
+class Workers(Tasks):
+    """Forked processes: what the parent has imported, which takes seconds, they need not import
+    again.
+    """
+
+    def __init__(self, count: int, folder: Path) -> None:
+        super().__init__()
+        logs = folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.count, self.building = count, folder / "building"
+        self.hint = f"the workers' logs are in {logs}"
+        context = multiprocessing.get_context("fork")
+        self.pool = ProcessPoolExecutor(
+            count, context, initializer=start_worker, initargs=(str(logs),)
+        )
+
+    def describe(self) -> str:
+        """Where it runs."""
+        return f"{self.count} workers"
+
+    def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
+        """Queue the jobs."""
+        return [self.pool.submit(*job) for job in jobs]
+
+    def close(self) -> None:
+        """End the processes; jobs that have not begun are dropped."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Jobs:
@@ -58,9 +152,7 @@ class Jobs:
         self.results = results
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        function, *arguments = self.jobs[rank]
-        result = json.dumps(function(*arguments))
-        write_text(self.results / f"{rank:06d}.json", result)
+        write_text(self.results / f"{rank:06d}.json", json.dumps(run_job(self.jobs[rank])))
 
 
 class SlurmArray(SlurmPipelineExecutor):
@@ -75,18 +167,20 @@ class SlurmArray(SlurmPipelineExecutor):
         """Nothing: jobs are functions."""
 
 
-class SlurmTasks:
+class SlurmTasks(Tasks):
     """One array per stage, watched from here; arrays of a launch that was killed are cancelled
     first.
     """
 
     def __init__(self, cfg: ExecutorConfig, workers: int, folder: Path) -> None:
+        super().__init__()
         if cfg.partition is None:
             raise InputError("executor=slurm needs executor.partition")
         self.cfg = cfg
         self.workers = workers
         self.folder = folder.resolve()
         self.ids: list[str] = []
+        self.left: dict[int, Future[Any]] = {}  # by task of the array
         self.record = self.folder / "slurm" / "jobs.txt"
         self.end_orphans()
 
@@ -106,46 +200,24 @@ class SlurmTasks:
         """Where it runs."""
         return f"Slurm partition {self.cfg.partition}, {self.workers} tasks at a time"
 
-    def run(self, stage: str, jobs: dict[str, list[Job]], finished: Finished) -> None:
-        """Submit what has no result yet and wait for it."""
-        flat = [job for group in jobs.values() for job in group]
-        if not flat:
-            return
-        home = self.folder / "slurm" / stage.replace("/", "-") / f"{time.time_ns()}"
-        results = home / "results"
-        results.mkdir(parents=True)
-        self.submit(stage, flat, home, results)
-        started = spoke = time.monotonic()
-        done: list[str] = []
-        first, past = {}, 0
-        for name, group in jobs.items():
-            first[name], past = past, past + len(group)
-        quiet = 0
-        while len(done) < len(jobs):
-            quiet = 0 if self.running() else quiet + 1
-            here = {int(path.stem) for path in results.glob("*.json")}
-            for name in [name for name in jobs if name not in done]:
-                ranks = range(first[name], first[name] + len(jobs[name]))
-                if here.issuperset(ranks):
-                    finished(
-                        name,
-                        [json.loads((results / f"{rank:06d}.json").read_text()) for rank in ranks],
-                    )
-                    done.append(name)
-            if len(done) < len(jobs) and quiet > PATIENCE:
-                missing = sorted(set(range(len(flat))) - here)
-                raise InputError(
-                    f"{stage}: {len(missing)} of {len(flat)} tasks ended without a result, the "
-                    f"first is {missing[0]}; see {home / 'logs'} and {home / 'slurm_logs'}, then "
-                    "start the same command again"
-                )
-            if time.monotonic() - spoke > HEARTBEAT_SECONDS:
-                spoke = time.monotonic()
-                logger.info(f"  {stage}: {len(here)}/{len(flat)} tasks; {spoke - started:.0f} s")
-            time.sleep(self.cfg.poll_seconds if len(done) < len(jobs) else 0)
-
-    def submit(self, stage: str, flat: list[Job], home: Path, results: Path) -> None:
+    def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
         """Hand the jobs to Slurm as an array."""
+        self.home = self.folder / "slurm" / stage.replace("/", "-") / f"{time.time_ns()}"
+        self.results = self.home / "results"
+        self.results.mkdir(parents=True)
+        self.stage, self.quiet = stage, 0
+        futures: list[Future[Any]] = [Future() for _ in jobs]
+        self.left = dict(enumerate(futures))
+        try:
+            self.array(stage, jobs).run()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise InputError(
+                f"sbatch failed ({error}): run this on a login node of the cluster"
+            ) from error
+        return futures
+
+    def array(self, stage: str, jobs: list[Job]) -> SlurmArray:
+        """The array of a stage, which notes its ids when it is submitted."""
 
         def remember(output: str) -> str:
             self.ids.append(output.split()[-1])
@@ -153,8 +225,8 @@ class SlurmTasks:
             return self.ids[-1]
 
         array = SlurmArray(
-            [Jobs(flat, results)],
-            tasks=len(flat),
+            [Jobs(jobs, self.results)],
+            tasks=len(jobs),
             time=self.cfg.time,
             partition=str(self.cfg.partition),
             mem_per_cpu_gb=self.cfg.memory_gib,
@@ -163,18 +235,34 @@ class SlurmTasks:
             env_command=f"export PYTHONPATH={ROOT} PATH={Path(sys.executable).parent}:$PATH",
             max_array_size=self.cfg.max_array_size,
             tasks_per_job=self.cfg.tasks_per_job,
-            logging_dir=str(home),
+            logging_dir=str(self.home),
             qos=self.cfg.qos,
             sbatch_args={"account": self.cfg.account} if self.cfg.account else None,
             requeue=True,
         )
         array.job_id_retriever = remember
-        try:
-            array.run()
-        except (OSError, subprocess.CalledProcessError) as error:
+        return array
+
+    def wait(self, pending: "set[Future[Any]]", seconds: float) -> Split:
+        """Look for results, and give Slurm its time where there are none."""
+        self.take_results()
+        return super().wait(pending, self.cfg.poll_seconds)
+
+    def take_results(self) -> None:
+        """Complete the futures of jobs that have ended; raises InputError when the array has left
+        the queue without all.
+        """
+        self.quiet = 0 if self.running() else self.quiet + 1
+        here = {int(path.stem) for path in self.results.glob("*.json")}
+        for rank in sorted(here & self.left.keys()):
+            result = json.loads((self.results / f"{rank:06d}.json").read_text(encoding="utf-8"))
+            self.left.pop(rank).set_result(result)
+        if self.left and self.quiet > PATIENCE:
             raise InputError(
-                f"sbatch failed ({error}): run this on a login node of the cluster"
-            ) from error
+                f"{self.stage}: {len(self.left)} of {len(here) + len(self.left)} tasks ended "
+                f"without a result, the first is {min(self.left)}; see {self.home / 'logs'} and "
+                f"{self.home / 'slurm_logs'}, then start the same command again"
+            )
 
     def running(self) -> bool:
         """Whether Slurm still has one of our arrays; an answer of squeue other than a list counts
@@ -194,10 +282,11 @@ class SlurmTasks:
             subprocess.run(["scancel", *self.ids], capture_output=True)
 
 
-class RayTasks:
+class RayTasks(Tasks):
     """Remote functions on a Ray cluster that sees the same folder."""
 
     def __init__(self, cfg: ExecutorConfig, workers: int) -> None:
+        super().__init__()
         import ray
 
         self.ray = ray
@@ -210,28 +299,10 @@ class RayTasks:
         """Where it runs."""
         return f"Ray, {self.workers} tasks at a time"
 
-    def run(self, stage: str, jobs: dict[str, list[Job]], finished: Finished) -> None:
-        """Submit all jobs and hand their results over as each name's are complete."""
+    def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
+        """Queue the jobs; one whose machine dies is tried three times more."""
         run_one = self.ray.remote(max_retries=3)(run_job)
-        started = spoke = time.monotonic()
-        futures = {name: [run_one.remote(job) for job in group] for name, group in jobs.items()}
-        left = list(jobs)
-        while left:
-            pending = [future for name in left for future in futures[name]]
-            done, _ = self.ray.wait(pending, num_returns=len(pending), timeout=1.0)
-            for name in [name for name in left if set(futures[name]) <= set(done)]:
-                try:
-                    results = self.ray.get(futures[name])
-                except self.ray.exceptions.RayTaskError as error:
-                    raise error.as_instanceof_cause() from None
-                finished(name, results)
-                left.remove(name)
-            if time.monotonic() - spoke > HEARTBEAT_SECONDS:
-                spoke = time.monotonic()
-                tasks = {
-                    name: (len(set(futures[name]) & set(done)), len(futures[name])) for name in left
-                }
-                say(stage, tasks, None, spoke - started)
+        return [run_one.remote(job).future() for job in jobs]
 
     def close(self) -> None:
         """Leave the cluster."""

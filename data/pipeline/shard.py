@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from core.files import sha256_of
 from data import tokenizer
+from data.pipeline.accounting import Step
 from data.pipeline.tasks import run_task
 from data.recipes.readers import Jsonl
 from data.stream.manifests import DTYPE, SPLITS, ShardFile
@@ -34,7 +35,12 @@ class Clean:
 
     folder: Path
     files: list[str]  # no other file of the folder is ever read
-    documents: int
+    steps: list[Step]  # what became of every document of the input
+
+    @property
+    def documents(self) -> int:
+        """Number of documents that were kept."""
+        return self.steps[-1].forwarded
 
 
 @dataclass

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from core.files import sha256_of
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.pipeline.shard import split_of
-from data.prepare import Preparation, prepare
+from data.prepare import clean_sources, prepare
 from data.stream.manifests import SPLITS, read_manifest
 from data.stream.shards import Shards
 
@@ -215,15 +216,14 @@ def test_input_that_arrives_meanwhile_waits_for_the_next_launch(
     shutil.copytree(base.sources["left"].input, tmp_path / "raw")
     left = replace(base.sources["left"], input=str(tmp_path / "raw"))
     cfg = replace(base, folder=str(tmp_path / "data"), sources={**base.sources, "left": left})
-    clean = Preparation.clean
 
-    def late(self: Preparation) -> None:
+    def late(*arguments: Any) -> Any:
         rows = [json.dumps(document(1000 + i)) for i in range(40)]
         (tmp_path / "raw" / "+late.jsonl").write_text("\n".join(rows) + "\n")
-        clean(self)
+        return clean_sources(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Preparation, "clean", late)
+        patch.setattr("data.prepare.clean_sources", late)
         prepare(cfg)
     assert outputs(cfg) == outputs(built), "as if it had not been there, recipe hash and all"
     right = outputs(cfg, "right")

@@ -5,10 +5,13 @@ once, in the process that forks the workers, so that these share them. RefinedWe
 the sites that are sources of their own.
 """
 
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 
 from datatrove.data import Document
 from datatrove.pipeline.filters import URLFilter
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from core.errors import InputError
 
@@ -19,8 +22,6 @@ CURATED_SITES = frozenset(
     "askubuntu.com mathoverflow.net reddit.com github.com ycombinator.com nih.gov uspto.gov "
     "gutenberg.org".split()
 )
-INTEGRATED = "integrated"
-_loaded: dict[str, URLFilter] = {}
 
 
 class Blocklist(URLFilter):
@@ -55,24 +56,16 @@ class Blocklist(URLFilter):
         return super().filter(document)
 
 
+@lru_cache
+def loaded(path: str | None) -> Blocklist:
+    """The filter whose lists all others of this process and its children share."""
+    found = Blocklist(path)
+    found.download_data()
+    return found
+
+
 def blocklist(path: str | None) -> Blocklist:
-    """A filter with its lists loaded; the lists are shared by all filters of this process and
-    its children.
-    """
-    key = path or INTEGRATED
-    fresh = Blocklist(path)
-    if key not in _loaded:
-        fresh.download_data()
-        _loaded[key] = fresh
-    shared = _loaded[key]
-    for name in (
-        "block_listed_domains",
-        "block_listed_url",
-        "banned_words",
-        "banned_subwords",
-        "soft_banned_words",
-    ):
-        setattr(fresh, name, getattr(shared, name))
-    fresh.banned_subwords_automaton = shared.banned_subwords_automaton
-    fresh._downloaded = True
+    """A filter with shared lists and counts of its own."""
+    fresh = copy(loaded(path))
+    BaseFilter.__init__(fresh)
     return fresh

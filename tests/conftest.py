@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from core import log
 
+# a busy machine fails no test: neither an example that takes long nor the drawing of examples
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
@@ -26,12 +30,11 @@ GATES = (
     "tests/data/test_passes.py",
     "tests/examples",
     "tests/model/test_cuda.py",
-    "tests/test_readme.py::test_a_second_time_reuses_finished_stages",
+    "tests/test_soak.py",
     "tests/train/test_costs.py",
     "tests/train/test_faults.py::test_a_spike_that_lasts_is_rewound_and_left_out",
     "tests/train/test_faults.py::test_bad_shards_are_named",
     "tests/train/test_faults.py::test_other_zero_stages_under_faults",
-    "tests/train/test_layouts.py",
     "tests/train/test_matrix.py",
     "tests/train/test_torchrun.py",
     "tests/train/test_traffic.py",

@@ -23,6 +23,7 @@ from core.run import newest
 from data.stream.loader import Loader
 from train.resilience.guard import Guard
 from train.resilience.lease import Lease
+from train.resilience.watchdog import Watch
 from train.trainer import Trainer
 
 # change the run's course by design, so a clean run to compare with gets them too
@@ -33,6 +34,7 @@ ENDING = (
     *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
     *("loader dies", "loader hangs", "weights flip"),
 )
+HANGS = ("stop", "loader hangs")
 WRITE_POINTS = 18  # places of one save where a kill can fall: in the first rank, which commits
 PEER_POINTS = 8  # and in another
 
@@ -62,6 +64,9 @@ class Injector:
         self.waiting = [
             f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()
         ]
+        self.hangs = [
+            folder / f.name for f in faults if f.kind in HANGS and not (folder / f.name).exists()
+        ]
         self.folder = folder  # beside the run's, not inside
         self.rank = rank
         folder.mkdir(exist_ok=True)
@@ -69,6 +74,22 @@ class Injector:
         self.full_until = -1
         self.slow_until = -1
         self.patched()
+        self.patient()
+
+    def patient(self) -> None:
+        """Let the watchdog's limit count from a hang on: a slow machine does not end a rank."""
+        at, beat = Watch.at, Watch._beat
+
+        def moved(watch: Watch, step: int, phase: str, patience: float = 1.0) -> None:
+            at(watch, step, phase, 1e6)
+
+        def beating(watch: Watch) -> None:
+            beat(watch)
+            if any(path.exists() for path in self.hangs):
+                step, phase, end = watch.place
+                watch.place = (step, phase, min(end, time.monotonic() + watch.limit))
+
+        Watch.at, Watch._beat = moved, beating  # type: ignore[method-assign]
 
     def patched(self) -> None:
         """Wrap a step, the loader and the points of a save."""
@@ -213,8 +234,10 @@ class Injector:
         forward: Any = model.whole_forward
 
         def wrong(*arguments: Any) -> Any:
-            time.sleep(0.05 if self.now < self.slow_until else 0.0)
+            begun = time.monotonic()
             losses, log_sums = forward(*arguments)
+            if self.now < self.slow_until:  # as many times slower under load as on an idle machine
+                time.sleep(0.05 + 4 * (time.monotonic() - begun))
             return losses * factors[0] if factors else losses, log_sums
 
         model.forward = wrong

@@ -7,8 +7,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 import train.run_context
 import train.trainer
+from tests.compose import demo
 from train.engines.deepspeed import _deepspeed
 
 torch.set_num_threads(1)
 _deepspeed("cpu")
+demo()
 __all__ = ["parallel_state", "tensor_parallel", "train"]

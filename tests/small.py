@@ -7,8 +7,8 @@ from pathlib import Path
 
 from core.run import Run
 from eval.config import EvaluationConfig, ValidationConfig
-from tests.compose import run_config, typed
-from tests.corpus import corpus_config
+from tests.compose import demo, typed
+from tests.corpus import BLOCK, SOURCES, corpus_config
 from tests.tiny import TINY
 from train.config import (
     CheckpointConfig,
@@ -29,6 +29,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
     """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and
     32, clipping.
     """
+    base = demo()
     return RunConfig(
         run=Run(name, str(root / name), 0),
         model=TINY,
@@ -36,7 +37,7 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         optim=Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
         schedule=ScheduleConfig(1e-2 / 256, 200, 600, DecayShape.exponential, 1, 8, 1500, True),
         parallel=replace(
-            run_config("demo").parallel,
+            base.parallel,
             tensor_parallel=tensor_parallel,
             context_parallel=context_parallel,
             micro_batch_tokens=64,
@@ -44,11 +45,11 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
         checkpoint=CheckpointConfig(400, 100, None, True, retry_seconds=0.0, max_failures=3),
         health=health(),
         metrics=MetricsConfig(None, False, 60.0),
-        compute=run_config("demo").compute,
+        compute=base.compute,
         train=Train(ProfileConfig(0, 0, 0, [0])),
         cluster=Cluster(Device.cpu, 1, 1, None, 0.0, 1.0),
         validation=ValidationConfig(1000, 200, 32, 4),
-        leaderboard=run_config("demo").leaderboard,
+        leaderboard=base.leaderboard,
     )
 
 
@@ -56,6 +57,23 @@ def evaluation(run: RunConfig) -> EvaluationConfig:
     """What the commands of eval/ read of a run."""
     demo = typed(EvaluationConfig, "demo")
     return replace(demo, run=run.run, model=run.model, data=run.data)
+
+
+def overrides(tokens: int) -> list[str]:
+    """For commands of the demo: a model of this size, and one stage of the made-up corpus."""
+    curated = "{recipe: curated, input: raw, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
+    stage = f"name: only, tokens: {tokens}, seq_len: 16, mixture: {{prose: 1, sums: 1}}"
+    return [
+        *("model.vocab_size=96", "model.d_model=24", "model.n_layer=2"),
+        *("model.d_inner=48", "model.d_state=6", "model.dt_rank=5"),
+        *(f"~data.sources.{name}" for name in ("web", "code", "technical", "curated", "math")),
+        *(f"+data.sources.{name}={curated}" for name in SOURCES),
+        f"data.stages=[{{{stage}}}]",
+        f"data.block_tokens={BLOCK}",
+        "data.seed=5",
+        "data.tokenizer.vocab_size=96",
+        "data.tokenizer.train_megabytes=1",
+    ]
 
 
 def health() -> HealthConfig:
@@ -69,7 +87,7 @@ def health() -> HealthConfig:
         check_replicas_every_steps=5,
         straggler_window_steps=8,
         straggler_factor=2.0,
-        hang_seconds=60.0,
+        hang_seconds=600.0,
         max_starts=5,
         stop_after_seconds=None,
         stop_margin_seconds=0.0,

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from core import log
 from train.config import RunConfig
 from train.metrics.records import read_lines
@@ -26,7 +28,7 @@ from train.resilience.incidents import read_outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
-GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL for peers of a rank that failed
+GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL for peers of a rank that failed
 
 
 @dataclass
@@ -94,12 +96,12 @@ def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> lis
 
 
 def finish(ranks: list[Any]) -> list[int]:
-    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; returns the exit codes
-    of all.
+    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; those that are stopped
+    by SIGKILL, since they do not hear SIGTERM. Returns the exit codes of all.
     """
     if any(rank.is_alive() for rank in ranks):
         for rank in ranks:
-            rank.terminate()
+            rank.kill() if stopped(rank.pid) else rank.terminate()
         end = time.monotonic() + GRACE_SECONDS
         for rank in ranks:
             rank.join(max(0.0, end - time.monotonic()))
@@ -108,6 +110,13 @@ def finish(ranks: list[Any]) -> list[int]:
     for rank in ranks:
         rank.join()
     return [rank.exitcode or 0 for rank in ranks]
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process has got SIGSTOP."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
 
 
 def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], home: Path) -> None:

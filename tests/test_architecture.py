@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.run import RunFiles
+from tests.commands import PATIENCE, python
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
@@ -231,9 +232,7 @@ def test_the_files_of_a_run_are_named_once() -> None:
 
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_path_answers_with_the_new_one(old: str) -> None:
-    result = subprocess.run(
-        [sys.executable, old, "+experiment=demo"], cwd=ROOT, capture_output=True, text=True
-    )
+    result = python(old, "+experiment=demo")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: this is now: python ") and result.stderr.endswith(
         " +experiment=demo\n"
@@ -256,13 +255,13 @@ def test_configuration_needs_no_torch() -> None:
         f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; "
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 def test_packages_resolve_to_this_checkout() -> None:
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {FOLDERS}])"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=PATIENCE
     )
     assert all(str(ROOT / folder) in result.stdout for folder in FOLDERS), (
         result.stdout + result.stderr

@@ -100,7 +100,9 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
         "which was a word of bd3e05a"
     )
     assert run == replace(
-        wanted, data=replace(wanted.data, folder="corpus", sources=run.data.sources)
+        wanted,
+        data=replace(wanted.data, folder="corpus", sources=run.data.sources),
+        health=replace(wanted.health, hang_seconds=60.0),
     )
     (step,) = newest(folder / "checkpoints")
     card = model_card(folder, step, run.model)

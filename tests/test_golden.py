@@ -2,20 +2,16 @@
 torch is loaded.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import python
 from tests.golden import __main__ as golden
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_golden_losses_are_kept() -> None:
-    command = [sys.executable, "-m", "tests.golden"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = python("-m", "tests.golden")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert (
         "all golden losses are equal to the last digit" in result.stdout

@@ -1,12 +1,8 @@
 """Both benchmarks run from end to end on small sizes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import forked
 
 
 @pytest.mark.parametrize(
@@ -18,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ids=["cpu", "gpu"],
 )
 def test_it_runs(command: list[str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    result = forked("-m", *command)
     assert result.returncode == 0, result.stderr
     assert "times ours" in result.stdout and "scan, forward and backward" in result.stdout
     if "benchmarks.gpu" in command:

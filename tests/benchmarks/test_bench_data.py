@@ -1,15 +1,10 @@
 """The data benchmark runs from end to end on small sizes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import forked
 
 
 def test_it_runs() -> None:
-    command = [sys.executable, "-m", "benchmarks.data", "--small", "--no-record"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = forked("-m", "benchmarks.data", "--small", "--no-record")
     assert result.returncode == 0, result.stderr
     for what in (
         "random sequences",

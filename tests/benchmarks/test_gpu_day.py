@@ -2,6 +2,7 @@
 smoke test runs.
 """
 
+import importlib
 import json
 import re
 import shutil
@@ -15,25 +16,22 @@ import pytest
 from benchmarks import gpu, timing
 from benchmarks.gpu import SECTIONS
 from benchmarks.gpu_day.old_torch import CHANGES, change
+from tests.commands import forked, python
 from tests.compose import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_day" / "gpu_day.sh"
 
 
-def run(*command: str) -> str:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 def test_the_smoke_test_runs_on_a_cpu() -> None:
-    said = run(sys.executable, "-m", "benchmarks.gpu_day.smoke", "--device", "cpu")
+    result = forked("-m", "benchmarks.gpu_day.smoke", "--device", "cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout
     assert said.endswith("all right\n") and said.count("\nok   ") == 5 and "FAIL" not in said
 
 
 def test_the_script_parses_and_names_what_exists() -> None:
-    run("bash", "-n", str(SCRIPT))
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
     text = SCRIPT.read_text()
     for path in re.findall(r"\b(?:tests|train|launch|benchmarks)/[\w/]+\.(?:py|sh)\b", text):
         assert (ROOT / path).is_file(), path
@@ -42,8 +40,8 @@ def test_the_script_parses_and_names_what_exists() -> None:
     for module, names in re.findall(
         r"^from ((?:benchmarks|model|tests)[\w.]*) import (.+)$", text, re.M
     ):
-        code = f"from {module} import {names}"
-        run(sys.executable, "-c", code)
+        missing = set(names.split(", ")) - set(vars(importlib.import_module(module)))
+        assert not missing, f"{module} has no {missing}"
     for line in re.findall(r"--sections ([a-z ]+)", text):
         assert set(line.split()) <= set(SECTIONS), line
 
@@ -64,13 +62,24 @@ def test_each_of_its_benchmarks_has_a_file_of_its_own(
     assert len(list(tmp_path.glob("gpu-*.json"))) == len(benchmarks()) == 3
 
 
+RIVAL = """import array, fcntl, os, signal, termios, time
+print(row, flush=True)
+unread = array.array("i", [1])
+while unread[0]:  # the benchmark has not taken the row from the pipe yet
+    fcntl.ioctl(1, termios.FIONREAD, unread)
+    time.sleep(0.1)
+time.sleep(1)
+for _ in range(2):
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(3600)
+"""
+
+
 def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path: Path) -> None:
     """By SIGTERM as `timeout` sends it, twice, while the rival is at its second batch."""
     row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
     rival = tmp_path / "python"
-    rival.write_text(
-        f"#!/bin/sh\necho '{row}'\nsleep 1\nkill -TERM $PPID\nkill -TERM $PPID\nexec sleep 600\n"
-    )
+    rival.write_text(f"#!{sys.executable}\nrow = {row!r}\n{RIVAL}")
     rival.chmod(0o755)
     (words,) = [words for words in benchmarks() if "--jax-python" in words]
     words[words.index("--jax-python") + 1] = str(rival)
@@ -79,8 +88,7 @@ def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path:
         "pathlib.Path(sys.argv.pop(1));runpy.run_module('benchmarks.gpu', run_name='__main__', "
         "alter_sys=True)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), *words, "--device", "cpu", "--small"]
-    stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    stopped = python("-c", code, tmp_path, *words, "--device", "cpu", "--small")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     (record,) = tmp_path.glob("gpu-*-jax-*.json")
     assert [row["seconds"] for row in json.loads(record.read_text())["rows"]] == [1.0, 3.0]

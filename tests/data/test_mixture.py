@@ -56,7 +56,7 @@ def unpermute(image: int, size: int, key: str) -> int:
             return image
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 2**45), st.data())
 def test_every_block_is_visited_once_at_any_size(size: int, data: st.DataObject) -> None:
     """By way back: an order in which every place has one block, and every block one place."""
@@ -66,7 +66,7 @@ def test_every_block_is_visited_once_at_any_size(size: int, data: st.DataObject)
         assert 0 <= image < size and unpermute(image, size, "7/web/0") == index
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 2**45), st.integers(0, 2**32))
 def test_one_and_many_are_permuted_alike(size: int, seed: int) -> None:
     indices = np.random.default_rng(seed).integers(0, size, 40)

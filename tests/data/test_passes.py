@@ -236,7 +236,7 @@ def naive_cut(texts: list[list[str]], n: int) -> list[list[str]]:
     return kept
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.sampled_from("abc"), max_size=30), min_size=1, max_size=8),
     st.integers(2, 9),
@@ -289,7 +289,7 @@ def test_a_cut_joins_no_words() -> None:
     assert substrings.cut(text, np.array([1]), 3) == "one Three four five. six"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.tuples(*[st.integers(0, 3), st.integers(0, 12)] * 2), max_size=12), max_size=4

@@ -3,7 +3,6 @@ often it was killed.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from data.pipeline.shard import split_of
 from data.prepare import clean_sources, prepare
 from data.stream.manifests import SPLITS, read_manifest
 from data.stream.shards import Shards
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
@@ -300,7 +300,7 @@ def test_two_preparations_do_not_share_a_folder(base: DataConfig, tmp_path: Path
     hold = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
         "from data.pipeline.workers import exclusive\nwith exclusive(Path(sys.argv[2])):\n"
-        "    print('held', flush=True); time.sleep(60)\n"
+        "    print('held', flush=True); time.sleep(3600)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE
@@ -320,12 +320,6 @@ def test_command_ends_with_one_line_on_a_mistake(tmp_path: Path) -> None:
         f"data.folder={tmp_path / 'out'}",
         f"data.sources.web.input={tmp_path / 'none'}",
     ]
-    result = subprocess.run(
-        [sys.executable, "data/prepare.py", *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
+    result = python("data/prepare.py", *overrides)
     assert result.returncode == 2
     assert result.stderr.startswith("error: input folder") and result.stderr.count("\n") == 1

@@ -46,7 +46,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return trained
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ALPHABET, max_size=60).map("".join), st.integers(1, 40))
 def test_pieces_have_the_ids_of_the_whole(vocabulary: Tokenizer, text: str, size: int) -> None:
     pieces = pieces_of(text, size)

@@ -4,7 +4,6 @@ exists.
 
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from core.command import CONFIGS
+from tests.commands import python
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
@@ -79,9 +79,7 @@ def test_every_entry_script_has_examples(path: Path) -> None:
     "script", ["data/mixture_report.py", "launch/attempt.py"]
 )  # by Hydra, and by argparse
 def test_help_shows_them(script: str) -> None:
-    help = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    help = python(script, "--help")
     assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, (
         help.stdout + help.stderr
     )

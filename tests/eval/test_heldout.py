@@ -4,7 +4,6 @@ their own.
 
 import json
 import math
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
 from eval.subject import find_checkpoint, load_model
 from model.checkpoint import read_state
+from tests.commands import until
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
 from train.build import start_from
@@ -165,11 +165,9 @@ def test_suites_run_as_jobs_of_their_own(
     held = config.run.folder / "scores" / "held" / folder.name
     file = next(folder.glob("*.safetensors"))
     assert (held / file.name).stat().st_ino == file.stat().st_ino
-    deadline = time.monotonic() + 240
-    while not (found := read_scores(metrics)):
-        log = config.run.folder / "scores" / f"leaderboard_v1-{folder.name}.log"
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
+    log = config.run.folder / "scores" / f"leaderboard_v1-{folder.name}.log"
+    until(lambda: read_scores(metrics), log.read_text)
+    found = read_scores(metrics)
     rows = found[0]["scores"]["leaderboard_v1"]
     assert (
         found[0]["tokens"] == 250
@@ -201,10 +199,7 @@ def test_slurm_gets_one_job_per_suite(
     )
     SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
     asked = tmp_path / "asked"
-    deadline = time.monotonic() + 20
-    while not asked.is_file() or "--wrap" not in asked.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: asked.is_file() and "--wrap" in asked.read_text(), lambda: "sbatch is not asked")
     words = asked.read_text().splitlines()
     assert (
         "--gpus=1" in words

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,11 @@ from eval.leaderboard.harness import FalconMambaLM
 from eval.leaderboard.suite import run_suite, score, siblings, table
 from eval.run import expand
 from eval.subject import find_checkpoint, load_model, subject_of
+from tests.commands import python
 from tests.compose import run_config
 from tests.eval.test_export_layout import hf_folder
 from tests.tiny import TINY, model_of
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # of the harness's tasks
 HOMES = ("arc", "hellaswag", "mmlu", "winogrande", "truthfulqa", "gsm8k", "leaderboard")
@@ -332,9 +330,9 @@ def test_two_ranks_print_one_table_with_the_same_scores(
         "+leaderboard.suite.published={Rival: [30.0]}",
         "eval.seq_len=64",
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, "eval/run.py", f"checkpoint={folder}", "suite=leaderboard_v1", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Rival") == 1
     two = json.loads((config.run.folder / "scores" / f"two-{folder.name}.json").read_text())[

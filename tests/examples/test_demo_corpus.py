@@ -3,8 +3,6 @@ anybody's.
 """
 
 import re
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -12,30 +10,23 @@ import pytest
 
 from data.config import Source
 from examples.demo_corpus import arithmetic, standard_library
+from tests.commands import python
 from tests.data.test_recipes import run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "raw"
-    command = [sys.executable, "examples/make_demo_corpus.py", str(folder)]
     for said in ("MB of raw text", "reused"):
-        assert (
-            said
-            in subprocess.run(
-                command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
-            ).stdout
-        )
+        result = python("examples/make_demo_corpus.py", folder)
+        assert result.returncode == 0 and said in result.stdout, result.stderr
     return folder
 
 
 def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     (tmp_path / "made.json").write_text('{"version": 0}')
-    command = [sys.executable, "examples/make_demo_corpus.py", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = python("examples/make_demo_corpus.py", tmp_path)
     assert result.returncode == 2 and "holds mine.txt, and would be replaced" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made.json", "mine.txt"]
 

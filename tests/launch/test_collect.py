@@ -4,18 +4,15 @@ so.
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from core.errors import InputError
 from launch.collect import rows_of
+from tests.commands import python
 from tests.train.test_report import write_run
 from train.resilience.incidents import Outcome
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -51,8 +48,7 @@ def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:
     (folder / "a" / "eval.json").write_text(
         json.dumps({"heldout": {"all": {"bits_per_byte": 1.25}}})
     )
-    command = [sys.executable, "launch/collect.py", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = python("launch/collect.py", folder)
     assert result.returncode == 0, result.stderr
     with (folder / "collected.csv").open() as file:
         # a has been evaluated

@@ -1,8 +1,8 @@
 """The dry run by its command: the 7B's width on 256 ranks, and layouts that cannot run."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,20 +10,12 @@ import pytest
 from launch.planning.estimate import planned_gpu
 from launch.planning.layouts import layout_of
 from launch.planning.trial import DryRun
+from tests.commands import Result, forked
 from tests.compose import typed
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "launch/dryrun.py",
-        "+experiment=7b",
-        f"run.dir={folder}",
-        *overrides,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(folder: Path, *overrides: str) -> Result:
+    return forked("launch/dryrun.py", "+experiment=7b", f"run.dir={folder}", *overrides)
 
 
 DEEPSPEED = "parallel.engine=deepspeed"
@@ -57,17 +49,38 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("engine", "tensor", "replicas", "more"), LAYOUTS)
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Path, Future[Result]]]]:
+    """The dry run of each layout, two at a time."""
+    found = []
+    with ThreadPoolExecutor(2) as pool:
+        for engine, tensor, replicas, more in LAYOUTS:
+            folder = tmp_path_factory.mktemp("layout")
+            layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *more)
+            size = ("model.n_layer=4", "parallel.bucket_elements=30_000_000")
+            words = (f"dryrun.world_size={tensor * replicas}", *size, *layout)
+            found.append((folder, pool.submit(run, folder, *words)))
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("number", "engine", "tensor", "replicas", "more"),
+    [(number, *layout) for number, layout in enumerate(LAYOUTS)],
+)
 def test_a_step_at_full_width(
-    tmp_path: Path, engine: str, tensor: int, replicas: int, more: tuple[str, ...]
+    tried: list[tuple[Path, Future[Result]]],
+    number: int,
+    engine: str,
+    tensor: int,
+    replicas: int,
+    more: tuple[str, ...],
 ) -> None:
     """Of four of the 64 layers, so that it takes seconds."""
-    layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *more)
-    size = ("model.n_layer=4", "parallel.bucket_elements=30_000_000")
-    result = run(tmp_path, f"dryrun.world_size={tensor * replicas}", *size, *layout)
+    folder, future = tried[number]
+    result = future.result()
     assert result.returncode == 0, result.stderr
     assert "differs" not in result.stdout and "as by formula" in result.stdout
-    seen = json.loads((tmp_path / "dryrun.json").read_text())
+    seen = json.loads((folder / "dryrun.json").read_text())
     assert seen["replicas"] == replicas and seen["schedule"][0]["groups_without"] == max(
         0, replicas - 128
     )

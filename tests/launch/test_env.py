@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.jobs.sweep import job
 from launch.slurm.script import render
+from tests.commands import PATIENCE
 
 ENV = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
 
@@ -17,7 +18,7 @@ def after(**before: str) -> dict[str, str]:
     command = ["bash", "-euo", "pipefail", "-c", f". {ENV}; env"]
     path = {"PATH": "/usr/bin:/bin"}
     text = subprocess.run(
-        command, env=path | before, capture_output=True, text=True, check=True, timeout=30
+        command, env=path | before, capture_output=True, text=True, check=True, timeout=PATIENCE
     ).stdout
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 

@@ -1,8 +1,6 @@
 """The plan's arithmetic against known numbers, and against what a model really keeps in memory."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,13 +23,13 @@ from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
 from model.parallel.build import build
+from tests.commands import python
 from tests.compose import laid_out, run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision
 from train.costs.memory import GIB, check_memory, kept_by_a_layer, needs
 from train.schedule import Schedule
 
-ROOT = Path(__file__).resolve().parents[2]
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
 
 
@@ -372,14 +370,8 @@ def config_for(run: PlannedRun, config: ModelConfig) -> ModelConfig:
 
 
 def test_the_command_writes_json(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "launch/plan.py",
-        "+experiment=7b",
-        "cluster=h100_32n",
-        f"run.dir={tmp_path}",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    words = ("launch/plan.py", "+experiment=7b", "cluster=h100_32n", f"run.dir={tmp_path}")
+    result = python(*words)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 7_272_665_088 and written["sources"]["web"]["tokens"] > 4e12

@@ -2,7 +2,7 @@
 what would have been.
 
 One run is left alone, one is interrupted in every way; their losses and final checkpoints are
-compared bit for bit.
+compared bit for bit. All other jobs are submitted at the beginning and wait beside them.
 """
 
 import hashlib
@@ -11,42 +11,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import PATIENCE, ROOT, python
 from tests.corpus import BLOCK, make_corpus
 from tests.launch.slurm import Slurm, installed
+from tests.small import overrides
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slurm
-TOKENS = 1000 * BLOCK
-MODEL = [
-    "model.vocab_size=96",
-    "model.d_model=24",
-    "model.n_layer=2",
-    "model.d_inner=48",
-    "model.d_state=6",
-    "model.dt_rank=5",
-]
-SOURCE = "{recipe: curated, input: raw, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
-DATA = [
-    *(f"~data.sources.{name}" for name in ("web", "code", "technical", "curated", "math")),
-    *(f"+data.sources.{name}={SOURCE}" for name in ("prose", "sums")),
-    f"data.stages=[{{name: only, tokens: {TOKENS}, seq_len: 16, mixture: {{prose: 1, sums: 1}}}}]",
-    f"data.block_tokens={BLOCK}",
-    "data.seed=5",
-    "data.tokenizer.vocab_size=96",
-    "data.tokenizer.train_megabytes=1",
-]
+TOKENS = 600 * BLOCK
+SMALL = overrides(TOKENS)
 REST = [
     "schedule.warmup_tokens=1000",
     "schedule.ramp_tokens=8000",
     "schedule.decay_tokens=20000",
     "schedule.batch_start_sequences=2",
     "schedule.batch_end_sequences=4",
-    "checkpoint.every_tokens=6000",
+    "checkpoint.every_tokens=3000",
     "checkpoint.keep_last=3",
     "parallel.micro_batch_tokens=64",
     "cluster.device=cpu",
@@ -55,10 +40,22 @@ REST = [
     "cluster.peak_tflops=1",
     "metrics.wandb_project=null",
     "validation.every_tokens=1_000_000",
-    "slurm.warn_seconds=30",
+    "slurm.warn_seconds=300",
     "slurm.exclusive=true",
     "slurm.time=1:00:00",
 ]
+
+
+@dataclass
+class Job:
+    """A job, or several that follow each other, and the folder of its run."""
+
+    numbers: list[str]
+    run: Path
+
+    @property
+    def number(self) -> str:
+        return self.numbers[-1]
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +75,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def submit(slurm: Slurm, data: Path, run: Path, *more: str) -> str:
-    """The number of the job, as submit.py prints it."""
+def submit(slurm: Slurm, data: Path, run: Path, *more: str) -> list[str]:
+    """The numbers of a run's jobs, as submit.py prints them."""
     words = [
         sys.executable,
         "launch/submit.py",
         "+experiment=demo",
-        *MODEL,
-        *DATA,
+        *SMALL,
         *REST,
         f"data.folder={data}",
     ]
@@ -96,10 +92,11 @@ def submit(slurm: Slurm, data: Path, run: Path, *more: str) -> str:
         *more,
     ]
     result = subprocess.run(
-        words, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=300
+        words, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout.splitlines()[-1].split()[0]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return [words[0] for words in lines if words[1:2] == [run.name]]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -111,70 +108,97 @@ def attempts(run: Path, event: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
 
-def finished(slurm: Slurm, job: str, run: Path) -> None:
-    """Wait for the end of a job, and show its log when it is a bad one."""
-    slurm.until(
-        lambda: slurm.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 400
-    )
+def finished(slurm: Slurm, job: Job) -> Path:
+    """Wait for the end of a job, show its log when it is a bad one, and return its run's folder."""
+    going_on = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+    slurm.until(lambda: slurm.state(job.number) not in going_on)
     logs = "".join(
-        path.read_text() for path in [*run.glob("slurm-*.out"), *run.glob("logs/*/*.log")]
+        path.read_text() for path in [*job.run.glob("slurm-*.out"), *job.run.glob("logs/*/*.log")]
     )
-    assert slurm.state(job) == "COMPLETED", logs[-6000:]
+    assert slurm.state(job.number) == "COMPLETED", logs[-6000:]
+    return job.run
 
 
 @pytest.fixture(scope="module")
-def alone(slurm: Slurm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two nodes that nothing happens to."""
-    run = tmp_path_factory.mktemp("runs") / "alone"
-    finished(slurm, submit(slurm, data, run), run)
-    return run
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
-def test_two_nodes_train(alone: Path) -> None:
-    steps = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
-    assert steps[-1]["tokens"] == TOKENS and steps[0]["loss"] - steps[-1]["loss"] > 0.5
-    assert len({path.stem for path in alone.glob("logs/*/n*.log")}) == 2
-    manifest = json.loads((checkpoints(alone)[-1] / "manifest.json").read_text())
-    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(manifest["files"])
+ARRAYS = (
+    "executor=slurm",
+    "executor.partition=main",
+    "executor.workers=3",
+    "executor.tasks_per_job=1",
+    "executor.memory_gib=1",
+    "executor.time=10:00",
+    "executor.poll_seconds=0.5",
+)
 
 
-def test_what_interrupts_a_run_leaves_no_trace_in_it(slurm: Slurm, data: Path, alone: Path) -> None:
-    run = alone.parent / "interrupted"
-    job = submit(slurm, data, run)
-    slurm.until(lambda: len(checkpoints(run)) > 0, 300)
+@pytest.fixture(scope="module")
+def raw(home: Path) -> list[str]:
+    """Two sources of two files, as overrides that read them."""
+    overrides = ["data.tokenizer.vocab_size=300", "model.vocab_size=300"]
+    for name in ("prose", "sums"):
+        (home / "raw" / name).mkdir(parents=True)
+        for part in range(2):
+            texts = [
+                f"{name}: {part} and {i} make {part + i}, and {part * i} when multiplied. " * 9
+                for i in range(40)
+            ]
+            (home / "raw" / name / f"{part}.jsonl").write_text(
+                "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            )
+        overrides += [
+            f"data.sources.{name}.input={home / 'raw' / name}",
+            f"data.sources.{name}.tasks=2",
+        ]
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Slurm, data: Path, raw: list[str], home: Path) -> dict[str, Job]:
+    """All jobs but the run that is interrupted."""
+    chain = ("--stages", "prepare,train", "data.folder=/dev/null/none")
+    arrays = ("--stages", "prepare", *raw, *ARRAYS)
+    return {
+        "alone": Job(submit(slurm, data, home / "alone"), home / "alone"),
+        "limit": fake_job(slurm, home / "limit", AT_THE_LIMIT, *LIMIT),
+        "strike": fake_job(slurm, home / "strike", CRASHING, "nodes=2", "exclusive", "requeue"),
+        "chain": Job(submit(slurm, data, home / "chain", *chain), home / "chain"),
+        "arrays": Job(submit(slurm, home / "built", home / "arrays", *arrays), home / "arrays"),
+    }
+
+
+def test_what_interrupts_a_run_leaves_no_trace_in_it(
+    slurm: Slurm, data: Path, home: Path, jobs: dict[str, Job]
+) -> None:
+    run = home / "interrupted"
+    job = Job(submit(slurm, data, run), run)
+    slurm.until(lambda: len(checkpoints(run)) > 0)
     # as before the time limit: save, leave, requeue
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.until(lambda: len(attempts(run, "end")) == 1, 120)
+    slurm.run("scancel", "--batch", "--signal=USR1", job.number)
+    slurm.until(lambda: len(attempts(run, "end")) == 1)
     newest = checkpoints(run)[-1]
-    slurm.until(lambda: slurm.state(job) == "RUNNING" and checkpoints(run)[-1] != newest, 300)
+    slurm.until(lambda: slurm.state(job.number) == "RUNNING" and checkpoints(run)[-1] != newest)
 
     lost = attempts(run, "begin")[-1]["nodes"][0]  # where the batch script is
     slurm.lose_node(lost)
     starts = len(attempts(run, "begin"))
-    slurm.until(lambda: len(attempts(run, "begin")) > starts, 200)
+    slurm.until(lambda: len(attempts(run, "begin")) > starts)
     assert lost not in attempts(run, "begin")[-1]["nodes"]
-    assert lost in (run.parent / "bad_nodes.txt").read_text()
+    assert lost in (home / "bad_nodes.txt").read_text()
     slurm.start_node(lost)
     newest = checkpoints(run)[-1]
-    slurm.until(lambda: checkpoints(run)[-1] != newest, 300)
+    slurm.until(lambda: checkpoints(run)[-1] != newest)
 
-    urgent = slurm.run(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "urgent",
-        "-N",
-        "4",
-        "--exclusive",
-        "-o",
-        "/dev/null",
-        "--wrap",
-        "sleep 1",
-    )
-    finished(slurm, urgent.strip(), run)  # it preempts the run, which goes on afterwards
-    finished(slurm, job, run)
-    assert int(slurm.job(job)["Restarts"]) == 3
-    assert_same(run, alone)
+    nodes = ",".join(attempts(run, "begin")[-1]["nodes"])
+    options = ("-p", "urgent", "-w", nodes, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    urgent = slurm.run("sbatch", "--parsable", *options).strip()
+    finished(slurm, Job([urgent], run))  # it preempts the run, which goes on afterwards
+    finished(slurm, job)
+    assert int(slurm.job(job.number)["Restarts"]) == 3
+    assert_same(run, finished(slurm, jobs["alone"]))
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -196,15 +220,26 @@ def assert_same(run: Path, other: Path) -> None:
     assert weights[0] == weights[1] and len(weights[0]) == 2
 
 
-def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> tuple[str, Path]:
-    """The batch script of training with a shell script in torchrun's place; returns the job and its
-    run's folder.
-    """
+def test_two_nodes_train(slurm: Slurm, jobs: dict[str, Job]) -> None:
+    alone = finished(slurm, jobs["alone"])
+    steps = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["tokens"] == TOKENS and steps[0]["loss"] - steps[-1]["loss"] > 0.5
+    assert len({path.stem for path in alone.glob("logs/*/n*.log")}) == 2
+    manifest = json.loads((checkpoints(alone)[-1] / "manifest.json").read_text())
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(manifest["files"])
+
+
+def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> Job:
+    """The batch script of training with a shell script in torchrun's place."""
     run, fake, script = folder / "run", folder / "python", folder / "job.sh"
-    run.mkdir()
+    run.mkdir(parents=True)
     fake.write_text(
-        f'#!/usr/bin/env bash\n[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
-        f'"$@"\n{ranks}\n'
+        f'#!/usr/bin/env bash
+[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
+        f'"$@"
+RUN={run}
+{ranks}
+'
     )
     fake.chmod(0o755)
     values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake,
@@ -216,59 +251,59 @@ def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> tuple[str
     )
     text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
     script.write_text(text.replace("@OPTIONS@", lines).replace("@SETTINGS@", settings))
-    return slurm.run("sbatch", "--parsable", str(script)).strip(), run
+    return Job([slurm.run("sbatch", "--parsable", str(script)).strip()], run)
 
 
-def test_a_requeued_job_is_kept_from_bad_nodes(slurm: Slurm, tmp_path: Path) -> None:
+CRASH = '{"time": "9999", "incident": "crash", "text": "rank 0 on \'"$SLURMD_NODENAME"\': boom"}'
+CRASHING = f"""[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0
+[ "$SLURM_NODEID" = 0 ] || {{ sleep 3600; exit 0; }}
+echo '{CRASH}' >> "$RUN/incidents.jsonl"
+exit 1"""
+
+
+def test_a_requeued_job_is_kept_from_bad_nodes(slurm: Slurm, jobs: dict[str, Job]) -> None:
     """The crash of a rank strikes its node; with as many strikes as the limit the requeued job
     starts elsewhere.
     """
-    crash = (
-        '{"time": "9999", "incident": "crash", "text": "rank 0 on \'"$SLURMD_NODENAME"\': boom"}'
-    )
-    ranks = f"""[ "$SLURM_RESTART_COUNT" = 1 ] && exit 0
-[ "$SLURM_NODEID" = 0 ] || {{ sleep 60; exit 0; }}
-echo '{crash}' >> {tmp_path}/run/incidents.jsonl
-exit 1"""
-    job, run = fake_job(slurm, tmp_path, ranks, "nodes=2", "exclusive", "requeue")
-    finished(slurm, job, run)
+    run = finished(slurm, jobs["strike"])
     first, second = (entry["nodes"] for entry in attempts(run, "begin"))
-    assert first[0] not in second and (tmp_path / "bad_nodes.txt").read_text().startswith(first[0])
-    log = (tmp_path / "out").read_text()
+    assert first[0] not in second
+    assert (run.parent / "bad_nodes.txt").read_text().startswith(first[0])
+    log = (run.parent / "out").read_text()
     assert "requeue crash" in log and f"kept from {first[0]}" in log and "done the ranks" in log
 
 
-def test_the_time_limit_requeues_and_a_cancelled_job_stays_so(slurm: Slurm, tmp_path: Path) -> None:
+LIMIT = ("nodes=1", "requeue", "time=1", "signal=B:USR1@30")
+AT_THE_LIMIT = """trap 'echo "{\\"code\\": 75, \\"reason\\": \\"asked\\"}" \
+    > "$RUN/outcome.json"; exit 1' TERM
+# the second start waits to be cancelled
+[ "$SLURM_RESTART_COUNT" = 1 ] && scontrol update JobId="$SLURM_JOB_ID" TimeLimit=UNLIMITED
+touch "$RUN/started-$SLURM_RESTART_COUNT"
+while :; do sleep 0.2; done"""
+
+
+def test_the_time_limit_requeues_and_a_cancelled_job_stays_so(
+    slurm: Slurm, jobs: dict[str, Job]
+) -> None:
     """Slurm's own warning reaches the ranks, and the next start goes on; scancel means what it
     says.
     """
-    ranks = f"""trap 'echo "{{\\"code\\": 75, \\"reason\\": \\"asked\\"}}" \
-    > {tmp_path}/run/outcome.json; exit 1' TERM
-touch {tmp_path}/run/started-$SLURM_RESTART_COUNT
-while :; do sleep 0.2; done"""
-    job, run = fake_job(slurm, tmp_path, ranks, "nodes=1", "requeue", "time=1", "signal=B:USR1@30")
-    slurm.until(lambda: (run / "started-1").is_file(), 150)
-    assert (
-        attempts(run, "end")[0]["verdict"] == "requeue"
-        and "time limit is near" in (tmp_path / "out").read_text()
-    )
-    slurm.run("scancel", job)
-    slurm.until(lambda: slurm.state(job) == "CANCELLED", 60)
-    assert slurm.job(job)["Restarts"] == "1" and len(attempts(run, "begin")) == 2
+    job = jobs["limit"]
+    slurm.until(lambda: (job.run / "started-1").is_file())
+    assert attempts(job.run, "end")[0]["verdict"] == "requeue"
+    assert "time limit is near" in (job.run.parent / "out").read_text()
+    slurm.run("scancel", job.number)
+    slurm.until(lambda: slurm.state(job.number) == "CANCELLED")
+    assert slurm.job(job.number)["Restarts"] == "1" and len(attempts(job.run, "begin")) == 2
 
 
-def test_a_chain_waits_for_success(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+def test_a_chain_waits_for_success(slurm: Slurm, jobs: dict[str, Job]) -> None:
     """A first job without a place for its data fails, and the one behind it ends instead of waiting
     for ever.
     """
-    submit(
-        slurm, data, tmp_path / "chain", "--stages", "prepare,train", "data.folder=/dev/null/none"
-    )
-    jobs = [line.split() for line in slurm.run("squeue", "-h", "-o", "%i %j").splitlines()]
-    numbers = sorted(number for number, name in jobs if name.startswith("chain-"))
-    assert len(numbers) == 2
-    slurm.until(lambda: slurm.state(numbers[1]) == "CANCELLED", 120)
-    assert slurm.state(numbers[0]) == "FAILED"
+    first, second = jobs["chain"].numbers
+    slurm.until(lambda: slurm.state(second) == "CANCELLED")
+    assert slurm.state(first) == "FAILED"
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -284,44 +319,19 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_data_is_prepared_by_arrays_as_it_is_by_processes(slurm: Slurm, tmp_path: Path) -> None:
+def test_data_is_prepared_by_arrays_as_it_is_by_processes(
+    slurm: Slurm, jobs: dict[str, Job], raw: list[str], home: Path, tmp_path: Path
+) -> None:
     """A job that submits datatrove's arrays and waits for them gives the bytes of a preparation
     without Slurm.
     """
-    data = ["data.tokenizer.vocab_size=300", "model.vocab_size=300"]
-    for name in ("prose", "sums"):
-        raw = tmp_path / name
-        raw.mkdir()
-        for part in range(2):
-            texts = [
-                f"{name}: {part} and {i} make {part + i}, and {part * i} when multiplied. " * 9
-                for i in range(40)
-            ]
-            (raw / f"{part}.jsonl").write_text(
-                "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            )
-        data += [f"data.sources.{name}.input={raw}", f"data.sources.{name}.tasks=2"]
-    arrays = [
-        "executor=slurm",
-        "executor.partition=main",
-        "executor.workers=3",
-        "executor.tasks_per_job=1",
-        "executor.memory_gib=1",
-        "executor.time=10:00",
-        "executor.poll_seconds=0.5",
-    ]
-    run = tmp_path / "run"
-    job = submit(slurm, tmp_path / "arrays", run, "--stages", "prepare", *data, *arrays)
-    finished(slurm, job, run)
+    run, built = finished(slurm, jobs["arrays"]), home / "built"
     log = next(run.glob("slurm-prepare-*.out")).read_text()
     assert "Slurm partition main, 3 tasks at a time" in log
-    numbers = (tmp_path / "arrays" / "slurm" / "jobs.txt").read_text().split()
+    numbers = (built / "slurm" / "jobs.txt").read_text().split()
     assert numbers and all(slurm.state(number) == "COMPLETED" for number in numbers)
-    words = [sys.executable, "data/prepare.py", "+experiment=demo", *MODEL, *DATA, *data]
-    words.append(f"data.folder={tmp_path / 'here'}")
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert hashes(tmp_path / "arrays") == hashes(tmp_path / "here")
-    assert {path.suffix for path in (tmp_path / "arrays" / "shards" / "sums").iterdir()} >= {
-        ".ds",
-        ".json",
-    }
+    words = ["+experiment=demo", *SMALL, *raw]
+    here = python("data/prepare.py", *words, f"data.folder={tmp_path / 'here'}")
+    assert here.returncode == 0, here.stdout + here.stderr
+    assert hashes(built) == hashes(tmp_path / "here")
+    assert {path.suffix for path in (built / "shards" / "sums").iterdir()} >= {".ds", ".json"}

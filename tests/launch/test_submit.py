@@ -17,6 +17,7 @@ from launch import submit
 from launch.jobs import local
 from launch.jobs.sweep import job, sweep
 from launch.slurm.script import render
+from tests.commands import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = [
@@ -203,7 +204,7 @@ def test_ctrl_c_waits_for_the_ranks_to_save(tmp_path: Path) -> None:
     sys.exit(1)
 signal.signal(signal.SIGINT, save)
 (run / 'ready').touch()
-time.sleep(60)"""
+time.sleep(3600)"""
     command = script(tmp_path, ranks)
     through = f"print(local.through({command}, Path({str(tmp_path)!r})))"
     # a job of `&` ignores it
@@ -220,7 +221,7 @@ time.sleep(60)"""
             assert process.poll() is None, process.returncode
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[0] == "left\n" and process.returncode == 0
+        assert process.communicate(timeout=PATIENCE)[0] == "left\n" and process.returncode == 0
     assert (
         starts(tmp_path) == 1 and json.loads((tmp_path / "outcome.json").read_text())["code"] == 75
     )

@@ -28,7 +28,6 @@ from model.kernels import (
 )
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
-from tests.cuda import emulated
 from tests.gpu import DEVICES, GPU, ON_GPU
 from tests.model.cases import (
     CASE,
@@ -45,6 +44,7 @@ from tests.model.cases import (
     norm_results,
     scan_results,
 )
+from tests.model.cuda import emulated
 from tests.model.public import public_kernels
 
 # what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its
@@ -181,9 +181,8 @@ def test_in_bf16(case: Case, kernels: Kernels) -> None:
 
 @settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(CASE)
 def test_on_random_shapes(kernels: Kernels, case: Case) -> None:

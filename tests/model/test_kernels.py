@@ -61,7 +61,7 @@ def test_cpu_in_fp32(case: Case, path: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert_equal(CPU, case, torch.float32, 1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(CASE)
 def test_cpu_on_random_shapes(case: Case) -> None:
     assert_equal(CPU, case, torch.float32, 2e-5)

@@ -17,6 +17,7 @@ from core.errors import InputError
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
+from tests.commands import PATIENCE, forked
 from tests.compose import run_config
 from train.build import announce
 from train.checkpoint.manager import State
@@ -129,7 +130,7 @@ def test_torchrun_leaves_the_line_as_the_last_word() -> None:
         "+experiment=demo",
         "optim.lrr=1",
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     assert (
         result.stderr.count("error: the config has no key optim.lrr; did you mean optim.lr?") == 1
@@ -151,9 +152,7 @@ def test_torchrun_leaves_the_line_as_the_last_word() -> None:
     ],
 )
 def test_the_command_says_it_without_a_traceback(command: list[str], says: str) -> None:
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    result = forked(*command)
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and says in errors[0], result.stderr

@@ -43,17 +43,25 @@ def incidents_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def quick(root: Path) -> RunConfig:
-    """The small run, with a watchdog as impatient as it can be on a busy machine."""
+    """The small run, with a watchdog that counts from a hang on (tests/injector.py)."""
     run = config(root, "run")
-    run.health = replace(health(), hang_seconds=8.0, max_starts=20, spike_window_updates=8)
+    run.health = replace(health(), hang_seconds=2.0, max_starts=20, spike_window_updates=8)
     return run
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    home = tmp_path_factory.mktemp("soak")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus."""
+    home = tmp_path_factory.mktemp("faults")
     make_corpus(home / "data")
-    return soak(quick(home), SHORT, home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def short(home: Path) -> Result:
+    folder = home / "short"
+    folder.mkdir()
+    return soak(quick(home), SHORT, folder)
 
 
 @pytest.mark.fault(
@@ -63,8 +71,7 @@ def test_a_short_soak_ends_bit_for_bit_as_a_clean_run(short: Result, measured: A
     assert short.differences == []
     assert {fault.name for fault in short.faults} == short.fired
     harmless = {"nan", "disk full"}
-    # a machine under load may make the watchdog end a rank that was merely slow
-    assert short.history.starts >= 1 + len({fault.kind for fault in SHORT} - harmless)
+    assert short.history.starts == 1 + len({fault.kind for fault in SHORT} - harmless)
     measured(f"{short.lost} of {short.steps} steps done again, {short.history.starts} starts")
 
 
@@ -102,19 +109,17 @@ def test_no_secret_of_the_environment_is_written(short: Result, measured: Any) -
 @pytest.mark.fault(
     "ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit for bit as a clean run"
 )
-def test_other_zero_stages_under_faults(short: Result, stage: int, measured: Any) -> None:
-    root = short.folder.parent
-    run, home = config(root, "run"), root / f"zero-{stage}"
+def test_other_zero_stages_under_faults(home: Path, stage: int, measured: Any) -> None:
+    run, folder = config(home, "run"), home / f"zero-{stage}"
     run.parallel.zero_stage = stage
-    run.health.hang_seconds = 120.0
-    home.mkdir()
+    folder.mkdir()
     faults = [
         Fault("nan", 1, 8, 1),
         Fault("kill", 1, 13),
         Fault("kill in save", 0, 18, 6),
         Fault("SIGTERM", 0, 30),
     ]
-    result = soak(run, faults, home)
+    result = soak(run, faults, folder)
     assert result.differences == [] and {fault.name for fault in faults} == result.fired
     skipped = [
         line["step"] for line in read_lines(result.folder / "metrics.jsonl") if line["skipped"]
@@ -215,10 +220,7 @@ MATRIX = [
 def test_each_kind_of_fault_leaves_no_trace(
     clean: Clean, kind: str, faults: list[Fault], measured: Any
 ) -> None:
-    run = clean.run
-    if kind not in ("stop", "loader hangs"):
-        run = replace(run, health=replace(run.health, hang_seconds=120.0))
-    result = soak(run, faults, clean.home, clean=clean.history)
+    result = soak(clean.run, faults, clean.home, clean=clean.history)
     assert result.differences == [] and {fault.name for fault in faults} == result.fired
     asked = sum(fault.kind.startswith("SIG") for fault in faults)
     if asked:
@@ -256,8 +258,8 @@ def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
 @pytest.mark.fault("52 faults of 18 kinds in one run", "bit for bit as a clean one")
 def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
-    run = config(tmp_path, "run")
-    run.health = replace(health(), hang_seconds=10.0, max_starts=60, spike_window_updates=8)
+    run = quick(tmp_path)
+    run.health.max_starts = 60
     faults = schedule(0, 52, steps_of(run), 2)
     result = soak(run, faults, tmp_path)
     assert (
@@ -416,12 +418,12 @@ def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
 def test_a_hang_is_found_within_its_limit(clean: Clean, measured: Any) -> None:
     run, log = moved(clean.run, clean.home / "hang"), clean.home / "hang-log"
     log.mkdir()
-    begun = time.monotonic()
-    codes = start_once(run, 2, [Fault("stop", 1, 10)], log)
-    seconds = time.monotonic() - begun
+    stop = Fault("stop", 1, 10)
+    codes = start_once(run, 2, [stop], log)
+    seconds = time.time() - (log / "faults" / stop.name).stat().st_mtime
     assert codes == [76, -9]
     measured(
-        f"{seconds:.1f} s from the start of the ranks to their end, limit "
+        f"{seconds:.1f} s from the stop to the end of the ranks, limit "
         f"{run.health.hang_seconds:.0f} s"
     )
-    assert seconds < 60
+    assert seconds < 30 * run.health.hang_seconds

@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -93,7 +92,6 @@ def test_another_mixture_is_no_spike() -> None:
     )
 
 
-@hypothesis.settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 119), st.sets(st.integers(0, 119), max_size=12))
 def test_a_restart_anywhere_changes_no_decision(seed: int, cut: int, bad: set[int]) -> None:
     chance = random.Random(seed)

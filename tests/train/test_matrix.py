@@ -27,7 +27,7 @@ from model.kernels import REFERENCE
 from model.parallel.build import build
 from model.parameters import cut_of, decays
 from model.sharding import unshard
-from tests.compose import run_config
+from tests.compose import demo
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
 from train.config import EngineKind, Optim, Precision
@@ -213,7 +213,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     # stage 3 lets go of weights after their use, and gathers them again
     kind["bucket_elements"] = 1000 if row.stage == 3 else 5000
     layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
-    parallel = replace(run_config("demo").parallel, **layout, **kind)  # type: ignore[arg-type]
+    parallel = replace(demo().parallel, **layout, **kind)  # type: ignore[arg-type]
     where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
     model = build(TINY, REFERENCE, 0, here.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
     context = context_ranks() if row.cp > 1 else None

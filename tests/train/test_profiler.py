@@ -6,6 +6,8 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from time import thread_time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +95,11 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in read_lines(folder / "metrics.jsonl")]
 
 
-def test_a_run_gives_trace_and_table_and_stays_the_same(root: Path, capsys: Any) -> None:
+def test_a_run_gives_trace_and_table_and_stays_the_same(
+    root: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the loop's processor time, so that shares do not depend on what else the machine does
+    monkeypatch.setattr("train.metrics.profiler.time", SimpleNamespace(perf_counter=thread_time))
     run = replace(
         config(root, "seen"),
         train=Train(ProfileConfig(steps=2, after_steps=1, timed_steps=4, ranks=[0])),

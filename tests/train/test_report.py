@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from matplotlib import image
 
+from tests.commands import PATIENCE
 from train.metrics.page import PANELS, config_of, names, page, plan_line, planned, realised
 from train.metrics.records import POINTS, curve, read_lines
 
@@ -74,7 +75,8 @@ def browse(path: Path, *options: str) -> str:
         f"--user-data-dir={path.parent / 'profile'}",
         *options,
     ]
-    result = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=300)
+    command.append(path.as_uri())
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -17,6 +17,7 @@ import pytest
 from core.errors import InputError
 from core.files import read_json_lines
 from core.log import UnfailingStream
+from tests.commands import PATIENCE
 from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, ranks
@@ -36,7 +37,7 @@ def here() -> Iterator[Ranks]:
 def _hold(folder: Path, ready: Any) -> None:
     Lease(folder).take()
     ready.set()
-    time.sleep(60)
+    time.sleep(PATIENCE)
 
 
 @pytest.mark.fault(
@@ -115,11 +116,12 @@ def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(
             past -= 3600
             os.utime(lock, (past, past))
 
-    threading.Thread(target=renew, daemon=True).start()
+    holder = threading.Thread(target=renew, daemon=True)
+    holder.start()
     with pytest.raises(InputError, match="on node7"):
-        Lease(tmp_path, seconds=5.0).take()
+        Lease(tmp_path, seconds=PATIENCE).take()
     stop.set()
-    time.sleep(0.3)
+    holder.join()
     Lease(tmp_path, seconds=1.0).take()
     assert json.loads(lock.read_text())["pid"] == os.getpid()
 

@@ -16,6 +16,7 @@ from core.run import MANIFEST, Run
 from eval.config import Jobs, Launcher
 from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import STATE
+from tests.commands import PATIENCE
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.test_metrics import record, scalars
@@ -142,7 +143,7 @@ def test_a_run_that_lives_takes_its_scores_itself(
     time.sleep(0.3)
     assert not counts and not read_scores(tmp_path / "metrics.jsonl")
     lease.release()
-    job.join(20)
+    job.join(PATIENCE)
     assert counts == [1]
     monkeypatch.setattr("train.metrics.scores.PATIENCE", 0.1)
     result(tmp_path, "v1", 9, 50.0)

@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from tests.commands import PATIENCE, ROOT, until
 from tests.distributed import free_ports
 from tests.soak import differences
 from train.distributed import own_part
 from train.metrics.records import read_lines
 from train.resilience.incidents import read_outcome
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = (
     "data.stages=[{name: short, tokens: 100000, seq_len: 128, mixture: {code: 50, math: 35, web: "
     "15}},{name: decay, tokens: 60000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, "
@@ -36,7 +36,6 @@ SHORTER = [
     "checkpoint.every_tokens=12000",
     "metrics.wandb_project=null",
 ]
-PATIENCE = 300.0
 
 
 class Job:
@@ -89,11 +88,7 @@ class Job:
 
     def until(self, condition: Callable[[], bool], what: str) -> float:
         """Wait for something; returns the seconds it took."""
-        begun = time.monotonic()
-        while not condition():
-            assert time.monotonic() < begun + PATIENCE, f"{what}:\n{self.log()[-3000:]}"
-            time.sleep(0.1)
-        return time.monotonic() - begun
+        return until(condition, lambda: f"{what}:\n{self.log()[-3000:]}")
 
     def log(self) -> str:
         """What it has printed."""
@@ -118,7 +113,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         STAGES,
     ]
     for command in (corpus, prepare):
-        subprocess.run(command, cwd=ROOT, check=True, timeout=600, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -132,9 +127,8 @@ def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
         for _ in range(3):
             late = [pool.submit(own_part, store, rank, world) for rank in (0, 2)]
             time.sleep(0.1)  # the first rank has answered the dead one
-            parts = [
-                *(future.result(30) for future in [*late, pool.submit(own_part, store, 1, world)])
-            ]
+            late.append(pool.submit(own_part, store, 1, world))
+            parts = [future.result(PATIENCE) for future in late]
             for rank, part in enumerate(parts):
                 assert not part.check(["address"])
                 part.set(f"address/{rank}", str(rank))

@@ -112,7 +112,7 @@ def count(root: Path, name: str) -> None:
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        watch = Watch(run.run.folder, here.rank, here.world_size, 60.0)
+        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
         trainer = build_trainer(run, open_manifests(run.data), here, {}, watch, Leave(None, 0.0))
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)

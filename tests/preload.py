@@ -2,6 +2,8 @@
 from.
 """
 
+import gc
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -13,4 +15,7 @@ from train.engines.deepspeed import _deepspeed
 torch.set_num_threads(1)
 _deepspeed("cpu")
 demo()
+# what is here lives as long as the forks: their collections, which DeepSpeed asks for, pass it over
+gc.collect()
+gc.freeze()
 __all__ = ["parallel_state", "tensor_parallel", "train"]

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> lis
     ]
     try:
         for rank in ranks:
-            rank.start()
+            begin(rank)
         while all(rank.is_alive() for rank in ranks) or (
             any(rank.is_alive() for rank in ranks)
             and all(rank.exitcode in (None, 0, 75) for rank in ranks)
@@ -93,6 +94,17 @@ def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> lis
     finally:
         codes = finish([rank for rank in ranks if rank.pid])
     return codes
+
+
+def begin(rank: Any) -> None:
+    """Start a rank. A pause that is asked for meanwhile comes after it, or nobody would end it."""
+    forkserver.ensure_running()  # outside, since it would hand the mask on to every rank
+    pauses = {signal.SIGALRM, signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, pauses)
+    try:
+        rank.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def finish(ranks: list[Any]) -> list[int]:

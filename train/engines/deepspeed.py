@@ -165,6 +165,8 @@ def _deepspeed(device: str) -> Any:
     import os
 
     os.environ["DS_ACCELERATOR"] = device  # it would guess, and warn that it did
+    # as its own launcher sets; without it, stage 3 on CPUs starts numactl for every reduction
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     import deepspeed
 

@@ -11,10 +11,18 @@ from train.resilience.incidents import REQUEUE
 SHORT = [
     *overrides(60 * BLOCK),
     *("schedule.warmup_tokens=200", "schedule.ramp_tokens=600", "schedule.decay_tokens=1500"),
-    *("schedule.batch_start=2", "schedule.batch_end=4", "parallel.micro_batch_tokens=64"),
+    *(
+        "schedule.batch_start_sequences=2",
+        "schedule.batch_end_sequences=4",
+        "parallel.micro_batch_tokens=64",
+    ),
     *("checkpoint.every_tokens=400", "checkpoint.retry_seconds=0", "checkpoint.keep_last=3"),
-    *("health.hang_seconds=2", "health.spike_window=8", "health.check_replicas_steps=5"),
-    *("metrics.wandb_project=null", "eval.validation.every_tokens=1_000_000"),
+    *(
+        "health.hang_seconds=2",
+        "health.spike_window_updates=8",
+        "health.check_replicas_every_steps=5",
+    ),
+    *("metrics.wandb_project=null", "validation.every_tokens=1_000_000"),
 ]
 
 

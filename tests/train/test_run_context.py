@@ -5,6 +5,7 @@ refuse.
 import errno
 import json
 import os
+import queue
 import subprocess
 import threading
 import time
@@ -22,9 +23,11 @@ from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, ranks
 from train.metrics.records import JsonLines, read_lines
-from train.resilience.incidents import REQUEUE, Incidents, Outcome, Starts, read_outcome
+from train.resilience import watchdog
+from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
 from train.resilience.lease import Lease, process_start
 from train.resilience.signals import Leave
+from train.resilience.watchdog import Watch
 from train.run_context import code_version, session
 
 
@@ -140,6 +143,31 @@ def test_a_lock_that_another_took_is_noticed_and_left_alone(tmp_path: Path) -> N
 def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid()) is not None
     assert process_start(2**22 + 1) is None
+
+
+def test_a_rank_that_does_not_move_says_where_and_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: queue.Queue[int] = queue.Queue()
+    watch = Watch(tmp_path, 0, 1, hang_seconds=0.2)
+    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.end(), left.put(code)))
+    watch.at(7, "forward")
+    watch.begin(None)
+    assert left.get(timeout=PATIENCE) == HUNG
+    (entry,) = read_json_lines(watch.incidents.path)
+    assert entry["incident"] == "hang" and "(step 7, forward); alive but" in entry["text"]
+
+
+def test_a_move_may_take_its_patience_times_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    watch = Watch(tmp_path, 0, 1, hang_seconds=5.0)
+    assert watch.place == (0, "start", 130.0)
+    watch.at(7, "forward")
+    assert watch.place == (7, "forward", 105.0)
+    watch.at(7, "save", patience=6.0)
+    assert watch.place == (7, "save", 130.0)
 
 
 @pytest.mark.fault(

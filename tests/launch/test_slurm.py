@@ -234,12 +234,8 @@ def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> Job:
     run, fake, script = folder / "run", folder / "python", folder / "job.sh"
     run.mkdir(parents=True)
     fake.write_text(
-        f'#!/usr/bin/env bash
-[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
-        f'"$@"
-RUN={run}
-{ranks}
-'
+        f'#!/usr/bin/env bash\n[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
+        f'"$@"\nRUN={run}\n{ranks}\n'
     )
     fake.chmod(0o755)
     values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake,

@@ -56,28 +56,22 @@ def asked(about: Path) -> Iterator[list[str]]:
         yield paths
 
 
-def start(run: RunConfig) -> None:
-    """Build the trainer as a run does, and take no step."""
-    with ranks("cpu", 1) as here, asked(Path(run.data.folder)) as paths:
-        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+def start(run: RunConfig, broken: Path, other: Path) -> None:
+    """Build the trainer as a run does, and take no step; then open data sets that are refused."""
+    with ranks("cpu", 1) as here:
+        with asked(Path(run.data.folder)) as paths:
+            watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+            build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+        with pytest.raises(InputError, match=r"shard .*train_1\.ds is missing"):
+            open_per_node(replace(run.data, folder=str(broken)))
+        second_node = here.rank >= RANKS // 2  # which has another data set in the same place
+        if second_node:
+            os.environ["LOCAL_RANK"] = str(here.rank - RANKS // 2)
+        with pytest.raises(InputError, match="has other manifests in .* than the first node"):
+            open_per_node(replace(run.data, folder=str(other)) if second_node else run.data)
     shards = sum(path.endswith(".ds") for path in paths)
     counts = {"shards": shards, "others": len(paths) - shards}
     (run.run.folder / f"{here.rank}.json").write_text(json.dumps(counts))
-
-
-def refuse(run: RunConfig, says: str) -> None:
-    """Every rank raises what the first rank of a node has found."""
-    with ranks("cpu", 1), pytest.raises(InputError, match=says):
-        open_per_node(run.data)
-
-
-def disagree(run: RunConfig, other: Path) -> None:
-    """Ranks 4 to 7 are a second node, whose folder holds another data set."""
-    if int(os.environ["RANK"]) >= RANKS // 2:
-        os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) - RANKS // 2)
-        run = replace(run, data=replace(run.data, folder=str(other)))
-    refuse(run, "has other manifests in .* than the first node")
 
 
 def many_shards(folder: Path) -> None:
@@ -99,22 +93,18 @@ def many_shards(folder: Path) -> None:
 
 
 def test_a_start_looks_at_every_shard_once_per_node(tmp_path: Path) -> None:
-    """20,000 shards and 8 ranks: one look at a shard by one rank, none by the others."""
+    """20,000 shards and 8 ranks: one look at a shard by one rank, none by the others. What one rank
+    refuses, all refuse.
+    """
     run = config(tmp_path, "run")
     run.health = replace(run.health, verify_shards=VerifyShards.never)
     run.run.folder.mkdir()
-    make_corpus(tmp_path / "other")
-    make_corpus(tmp_path / "data")
+    broken, other = tmp_path / "broken", tmp_path / "other"
+    for folder in (tmp_path / "data", broken, other):
+        make_corpus(folder)
     many_shards(tmp_path / "data")
-    broken = replace(run, data=replace(run.data, folder=str(tmp_path / "broken")))
-    make_corpus(tmp_path / "broken")
-    (tmp_path / "broken" / "shards" / SOURCES[0] / "train_1.ds").unlink()
-    jobs = [
-        (start, (run,)),
-        (refuse, (broken, r"shard .*train_1\.ds is missing")),
-        (disagree, (run, tmp_path / "other")),
-    ]
-    run_ranks(RANKS, jobs)
+    (broken / "shards" / SOURCES[0] / "train_1.ds").unlink()
+    run_ranks(RANKS, [(start, (run, broken, other))])
     first, *others = [
         json.loads((run.run.folder / f"{rank}.json").read_text()) for rank in range(RANKS)
     ]

@@ -11,7 +11,6 @@ from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
-import plotly.graph_objects as go
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -20,7 +19,8 @@ from core.errors import InputError
 from core.files import read_json
 from core.run import RunFiles
 from launch.jobs.sweep import SWEEP
-from train.metrics.records import curve, read_lines, short
+from train.metrics.page import page
+from train.metrics.records import read_lines, short
 from train.resilience.incidents import read_outcome
 
 LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
@@ -88,26 +88,6 @@ def measured(run: Path) -> Row:
     return row
 
 
-def plot(folder: Path, rows: list[Row]) -> Path:
-    """Training loss over tokens of all runs, in spans that the eye needs, on one page without a
-    network.
-    """
-    figure = go.Figure()
-    for row in rows:
-        records = read_lines(RunFiles(folder / row["run"]).metrics)
-        x, y = curve([(record["tokens"], record["loss"]) for record in records], most=200)
-        figure.add_scatter(x=x, y=y, name=row["run"], mode="lines")
-    figure.update_layout(
-        title=folder.name,
-        xaxis_title="tokens",
-        yaxis_title="loss, nats per token",
-        template="simple_white",
-    )
-    path = folder / "collected.html"
-    figure.write_html(path, include_plotlyjs=True)
-    return path
-
-
 def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
     """The table on the console, where what was varied names a run; held-out losses per source are
     in the file alone.
@@ -151,7 +131,9 @@ def main() -> None:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{folder / 'collected.csv'}\n{plot(folder, rows)}")
+    print(folder / "collected.csv")
+    if begun := [folder / row["run"] for row in rows if row["tokens"]]:
+        print(page(begun, folder / "collected.html"))
 
 
 if __name__ == "__main__":

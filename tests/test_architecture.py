@@ -88,7 +88,8 @@ MAY_IMPORT = {
     "eval": {"core", "eval", "model", "data"},
     "train": {"core", "train", "eval", "model", "data"},
 }
-# of what trains, launch sees configuration and arithmetic, and reads the records of runs
+# of what trains, launch sees configuration and arithmetic, and reads and shows the records of
+# runs
 LAUNCH = {
     *(
         "core",
@@ -102,6 +103,7 @@ LAUNCH = {
     *(
         "train.engines.partition",
         "train.schedule",
+        "train.metrics.page",
         "train.metrics.records",
         "train.resilience.incidents",
     ),

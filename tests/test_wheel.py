@@ -27,7 +27,7 @@ TRAVELS = (
 )
 # of the extras; tqdm and the like come along with others
 NOT_IN_BASE = (
-    "hydra omegaconf megatron deepspeed wandb rich matplotlib plotly psutil datatrove spacy xxhash "
+    "hydra omegaconf megatron deepspeed wandb rich matplotlib psutil datatrove spacy xxhash "
     "tldextract fasttext pyarrow orjson loguru warcio tokenizers transformers lm_eval accelerate "
     "huggingface_hub mamba_ssm"
 ).split()

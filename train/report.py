@@ -1,4 +1,4 @@
-"""Runs in pictures: curves.png of each, and with Plotly one page of all that needs no network."""
+"""Runs in pictures: curves.png of each, and one page of all, which needs no network."""
 
 import argparse
 import sys

@@ -13,7 +13,8 @@ import pytest
 from matplotlib import image
 
 from tests.commands import PATIENCE
-from train.metrics.page import PANELS, config_of, names, page, plan_line, planned, realised
+from train.metrics.curves import PANELS, plan_line, realised
+from train.metrics.page import config_of, names, page, planned
 from train.metrics.records import POINTS, curve, read_lines
 
 
@@ -86,13 +87,15 @@ def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
     path = page(runs, tmp_path / "report.html")
     picture = tmp_path / "page.png"
     document = browse(path, f"--screenshot={picture}", "--dump-dom")
-    for name in PANELS:
-        drawn = document.partition(f'<div id="{name}"')[2].partition("</script>")[0]
-        assert drawn.count('class="js-line"') >= 2, name  # a curve of each run
+    panels = [document.index(f'<g id="{name}"') for name in PANELS]
+    ends = [*panels[1:], document.index("</svg>")]
+    for name, begin, end in zip(PANELS, panels, ends, strict=True):
+        for colour in ("#1f77b4", "#ff7f0e"):  # a curve of each run
+            assert f"stroke: {colour}" in document[begin:end], name
     assert document.count("0ffc0de, with changes") == 2
     assert "step-00000060" in document and "1 GiB" in document
     pixels = image.imread(picture)[..., :3]
-    for colour in ((0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)):  # the colours of both runs
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the colours of both runs
         seen = (abs(pixels * 255 - colour).max(axis=2) < 8).sum()
         assert seen > 2000, (colour, seen)
 
@@ -106,8 +109,7 @@ def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
         ("long", "math", "50.00%", "0.00%", "0"),
     ):
         assert "".join(f"<td>{cell}</td>" for cell in row) in text
-    assert "one: math, planned" not in text  # no token of it came: the table says so
-    assert "one: web, planned" in text
+    assert ">web</text>" in text and ">math</text>" not in text  # no token came: the table says so
     records = read_lines(folder / "metrics.jsonl")
     assert realised(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
     plan = planned(config_of(folder))
@@ -139,7 +141,16 @@ def test_runs_of_the_same_name_stay_apart(tmp_path: Path) -> None:
 def test_the_page_needs_no_network_and_runs_no_text(tmp_path: Path) -> None:
     text = page([write_run(tmp_path / "one", 0.0)], tmp_path / "report.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; boom" in text
-    assert 'src="http' not in text
+    assert "<script" not in text and 'src="http' not in text
+
+
+def test_names_are_text_in_pictures(tmp_path: Path) -> None:
+    """Not formulas between dollars, nor elements."""
+    folder = write_run(tmp_path / "one", 0.0)
+    lines = (folder / "metrics.jsonl").read_text().replace('"web"', '"$x_{$ <b>"')
+    (folder / "metrics.jsonl").write_text(lines)
+    text = page([folder], tmp_path / "report.html").read_text()
+    assert ">$x_{$ &lt;b&gt;</text>" in text and "<b>" not in text
 
 
 def test_curves_of_long_runs_are_means_of_spans() -> None:

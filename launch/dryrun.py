@@ -215,7 +215,11 @@ def show(run: DryRun, result: dict[str, Any]) -> None:
     for row in result["collectives"]:
         sent = "" if row["sent_by_a_rank"] is None else f"{row['sent_by_a_rank'] / 1e9:.3f}"
         formula = "" if row["formula"] is None else f"{row['formula']:,.0f}"
-        formula += " differs" if row["formula"] not in (None, row["bytes"]) else ""
+        bound = run.parallel.zero_stage == 3 and row["operation"] == "all_gather"
+        if bound and formula and row["bytes"] <= row["formula"]:
+            formula = f"at most {formula}"
+        elif formula and row["bytes"] != row["formula"]:
+            formula += " differs"
         cells = (
             row["when"],
             row["group"],

@@ -94,7 +94,13 @@ def test_a_step_at_full_width(
         for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if more else tensor > 1]
     }
     assert set(steps) == KINDS[engine] | between | {("world", "all_reduce")}
-    assert all(row["bytes"] == row["formula"] and row["calls"] for row in steps.values())
+    for kind, row in steps.items():
+        least = (
+            row["formula"] / 2
+            if (engine, *kind) == ("zero3", "replicas", "all_gather")
+            else row["formula"]
+        )
+        assert least <= row["bytes"] <= row["formula"] and row["calls"], kind
     assert seen["step"]["micro_batches_of_the_rank"] == 2048 / replicas
     shards = seen["shards"]
     assert (

@@ -196,7 +196,9 @@ def test_peak_memory_is_the_plans_within_five_percent(
         "zero2",
     ):  # of their two buckets, which take turns on a GPU, a CPU has one
         expected -= 4 * min(bucket, parameter_count(run.model))
-    assert peak(run, world, CPU) == pytest.approx(expected, rel=0.05)
+    measured = peak(run, world, CPU)
+    assert measured == pytest.approx(expected, rel=0.05)
+    assert measured < 1.005 * expected or layout != "zero3"  # whose gathered weights are a bound
 
 
 @pytest.mark.parametrize("layout", ["plain", "megatron", "cp2"])

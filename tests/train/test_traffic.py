@@ -1,5 +1,5 @@
-"""What crosses between ranks, counted: the formula's bytes exactly, and what the dry run sees
-without a world.
+"""What crosses between ranks, counted: the formula's bytes exactly (with ZeRO-3 at most), and what
+the dry run sees without a world.
 """
 
 import json
@@ -26,7 +26,7 @@ from train.build import build_trainer
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.traffic import by_kind, payloads
 from train.distributed import ranks
-from train.engines.partition import Bucket, Flat, buckets, elements_of, flats, gathered
+from train.engines.partition import Bucket, Flat, buckets, flats, gathers
 from train.resilience.signals import Leave
 from train.resilience.watchdog import Watch
 from train.schedule import Schedule
@@ -159,7 +159,12 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
             micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
             sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
             expected = {"/".join(key): size for key, size in sizes.items()}
-            assert {key: size for key, (_, size) in step["counts"].items()} == expected, (rank, now)
+            counted_sizes = {key: size for key, (_, size) in step["counts"].items()}
+            if run.parallel.zero_stage == 3:  # a bound: weights may be near their next use
+                gathered = counted_sizes.pop("replicas/all_gather")
+                bound = expected.pop("replicas/all_gather")
+                assert gathered <= bound <= 2 * gathered, (rank, now)
+            assert counted_sizes == expected, (rank, now)
     assert {1, 3, 8} <= batches
 
 
@@ -204,12 +209,15 @@ def test_buckets_by_hand() -> None:
 
 
 def test_gathers_by_hand(root: Path) -> None:
-    """Nothing of what stays whole; once where all is near; else twice, but the head, used last and
-    then first.
+    """For the forward and the backward, and for what is computed again where a layer's end is not
+    near its beginning: ten buckets that hold less than two layers.
     """
-    run = run_of(root, "dp2-zero3")
-    elements = elements_of(run)
-    whole, head = sum(elements.values()), elements["lm_head.weight"]
-    for bucket, expected in ((100_000_000, 0), (20_000, whole), (1, 2 * whole - head)):
-        cut = replace(run, parallel=replace(run.parallel, bucket_elements=bucket))
-        assert gathered(cut, elements, 2) == expected
+    found = {}
+    for recompute in Recompute:
+        for bucket in (20_000, 1):
+            run = run_of(root, "dp2-zero3")
+            parallel = replace(run.parallel, bucket_elements=bucket)
+            compute = replace(run.compute, recompute=recompute)
+            found[recompute, bucket] = gathers(replace(run, parallel=parallel, compute=compute))
+    assert [times for (_, bucket), times in found.items() if bucket > 1] == [2, 2, 2]
+    assert [times for (_, bucket), times in found.items() if bucket == 1] == [2, 3, 3]

@@ -101,7 +101,8 @@ def needs(config: RunConfig, ranks: int) -> Needs:
     whichever is more. Stage 0 copies the gradients when activations are gone; stage 2 has its
     buckets and a micro-batch's own part of them from the loss's backward on, stages 1 and 3 from a
     step's first micro-batch on. Within 5 % of what torch's allocator hands out on a CPU, on one
-    rank and as one of two (tests/train/test_costs.py says what is not seen there).
+    rank and as one of two (tests/train/test_costs.py says what is not seen there). What ZeRO-3
+    gathers counts at its most: what it is told to hold, and the largest weight besides.
     """
     c, tp, stage = config.model, config.parallel.tensor_parallel, config.parallel.zero_stage
     per_rank = parameter_count(c) // tp
@@ -129,14 +130,17 @@ def needs(config: RunConfig, ranks: int) -> Needs:
         activations += (
             2 * layers // (c.n_layer if config.compute.recompute is Recompute.full else 1)
         )
-    bucket = 4 * min(config.parallel.bucket_elements, per_rank)
+    bucket, head = (
+        4 * min(config.parallel.bucket_elements, per_rank),
+        c.vocab_size * c.d_model // tp,
+    )
     buffers = {
         0: max(loss, layer, 4 * per_rank - activations),
         1: 2 * bucket + max(loss, layer),
         2: max(loss, 2 * bucket + 4 * cut + layer),
         3: bucket
         + max(loss, layer)
-        + min(LIVE_BUCKETS * 4 * config.parallel.bucket_elements, 4 * per_rank),
+        + 4 * min(LIVE_BUCKETS * config.parallel.bucket_elements + head, per_rank),
     }
     return Needs(
         parameters=4 * (cut if stage == 3 else per_rank),

@@ -2,8 +2,9 @@
 alone. Torch-free.
 
 Payloads are bytes of the tensor that is reduced, or of the whole that is gathered.
-tests/train/test_traffic.py counts the collectives of real steps and finds these numbers exactly;
-launch/dryrun.py counts them at full size.
+tests/train/test_traffic.py counts the collectives of real steps and finds these numbers exactly,
+except for the weights that ZeRO-3 gathers, of which this is an upper bound; launch/dryrun.py counts
+them at full size.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ from model.config import Recompute
 from train.config import EngineKind, Precision, RunConfig
 from train.engines.partition import (
     buckets,
-    elements_of,
     flats,
-    gathered,
+    gathers,
     persistent,
     to_owners,
     wide,
@@ -64,8 +64,8 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
 
     Stage 0 sums gradients once; DeepSpeed's stages 1 and 2 do, small parts at all ranks and large
     ones at their owner, stage 2 in every micro-batch, and gather the updated weights. Stage 3
-    scatters gradients and gathers weights in every micro-batch (engines/partition.py), small
-    weights after the update alone; a run's first two micro-batches gather more. megatron-core
+    scatters gradients and gathers weights, at most gathers() times, in every micro-batch, small
+    weights only after the update; a run's first two micro-batches gather more. megatron-core
     scatters the gradient once and gathers weights in their own type, bucket by bucket with their
     padding, and sums its norm over all ranks.
     """
@@ -96,9 +96,9 @@ def of_replicas(config: RunConfig, ranks: int, micro_batches: int) -> list[Paylo
     owners = stage > 0 and to_owners(elements, replicas, config.parallel.bucket_elements)
     reduction, weights = "reduce" if owners else "all_reduce", whole if stage else 0
     if stage == 3:
-        kept = sum(flat.part * replicas for flat in groups if persistent(config, flat.elements))
+        kept = sum(4 * flat.part for flat in groups if persistent(config, flat.elements)) * replicas
         reduction, gradients = "reduce_scatter", micro_batches * whole
-        weights = 4 * (micro_batches * gathered(config, elements_of(config), replicas) + kept)
+        weights = micro_batches * gathers(config) * (whole - kept) + kept
     return [
         Payload("gradients", "replicas", reduction, gradients, replicas),
         Payload("norm and overflow", "replicas", "all_reduce", norm(config), replicas),

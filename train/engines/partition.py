@@ -1,17 +1,12 @@
-"""How engines cut parameters over replicas, and which weights ZeRO-3 gathers, from the config
-alone. Torch-free.
+"""How engines cut parameters over replicas, and how often ZeRO-3 gathers weights, from the
+config alone. Torch-free.
 
 The engines take their settings from here, and so do the estimators of memory and traffic.
 
-Stage 3 gathers a module's weights where the module begins and lets go of them where it ends, unless
-their next use is near; small ones stay whole. Modules begin in the model's order, and in the
-backward the other way round, where those that are computed again begin once more.
-tests/train/test_traffic.py counts what real ranks gather.
+Stage 3 gathers a module's weights where the module begins and frees them where it ends, unless
+their next use is near; small ones stay whole.
 """
 
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm, prod
 
@@ -39,92 +34,17 @@ def persistent(config: RunConfig, elements: int) -> bool:
     return elements <= config.parallel.bucket_elements // PERSISTENT_PARTS
 
 
-def gathered(config: RunConfig, elements: dict[str, int], replicas: int) -> int:
-    """Elements gathered in a micro-batch, from a run's third on: in the first two DeepSpeed learns
-    the order.
+def gathers(config: RunConfig) -> int:
+    """The most times that ZeRO-3 gathers a weight in a micro-batch, from a run's third on: in the
+    first two DeepSpeed learns the order.
 
-    `elements` are a tensor-parallel rank's of every parameter, by name; what is gathered is filled
-    up to equal parts.
+    Once for the forward and once for the backward. A layer that is computed again is gathered for
+    that too, unless its backward, at most two layers of weights later, is near. It is once where
+    the backward is near the forward, as it is in the last layers.
     """
-    sizes: dict[str, int] = defaultdict(int)  # of modules
-    costs: dict[str, int] = defaultdict(int)  # when gathered
-    for name, count in elements.items():
-        # the model itself reads the head's weight, in its loss
-        module = name.rpartition(".")[0].replace("lm_head", "")
-        sizes[module] += count
-        costs[module] += 0 if persistent(config, count) else -(-count // replicas) * replicas
-    events = list(order(config.model.n_layer, config.compute.recompute))
-    # elements of the modules that began before; where a module begins
-    passed, begins = ([0], defaultdict(list))
-    for module, starts in events:
-        if starts:
-            begins[module].append(len(passed) - 1)
-            passed.append(passed[-1] + sizes[module])
-    near = REUSE_BUCKETS * config.parallel.bucket_elements
-    whole: set[str] = set()
-    total = at = 0
-    for module, starts in events:
-        if starts:
-            at += 1
-            total += 0 if module in whole else costs[module]
-            whole.add(module)
-            continue
-        later = begins[module][bisect_left(begins[module], at) :]
-        if not later or passed[later[0]] - passed[at] >= near:
-            whole.discard(module)
-    return total
-
-
-def order(layers: int, recompute: Recompute) -> Iterator[tuple[str, bool]]:
-    """Modules as they begin (True) and end through a forward and a backward, by name; the model's
-    is empty.
-    """
-    yield "", True
-    yield from through("embedding")
-    for layer in range(layers):
-        norm, mixer, (first, *between, last) = parts(layer)
-        yield from through(norm)
-        yield mixer, True
-        yield from through(first, *between, last)
-        yield mixer, False
-    yield from through("final_norm")
-    yield from (("", False), ("", True))
-    yield from through("final_norm")
-    for layer in reversed(range(layers)):
-        norm, mixer, (first, *between, last) = parts(layer)
-        yield from ((mixer, True), (last, True))
-        if (
-            recompute is Recompute.full
-        ):  # it stops within the last, as soon as the backward has what it needs
-            yield from through(norm)
-            yield mixer, True
-            yield from through(first, *between)
-            yield last, True
-        yield last, False
-        if recompute is Recompute.selective:
-            yield from through(*between)
-        yield from through(*reversed(between), first)
-        yield mixer, False
-        yield from through(norm)
-    yield from through("embedding")
-    yield "", False
-
-
-def parts(layer: int) -> tuple[str, str, list[str]]:
-    """A layer's norm, its mixer, and the products within, in the forward's order."""
-    mixer = f"layers.{layer}.mixer"
-    return (
-        f"layers.{layer}.norm",
-        mixer,
-        [f"{mixer}.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")],
-    )
-
-
-def through(*modules: str) -> Iterator[tuple[str, bool]]:
-    """One after another, each begins and ends."""
-    for module in modules:
-        yield module, True
-        yield module, False
+    layer = sum(elements_of(config).values()) // config.model.n_layer
+    near = 2 * layer < REUSE_BUCKETS * config.parallel.bucket_elements
+    return 2 if near or config.compute.recompute is Recompute.none else 3
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What a submission to Slurm needs to know, torch-free; the values stand in configs/slurm."""
+"""What a submission to Slurm needs to know, torch-free; the values are section `slurm` of
+configs/config.yaml.
+"""
 
 import re
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """megatron-core's parallel layers with the call signature of torch's, for model/parallel/build.py
 to put in place.
 
-The only module of the model that knows megatron-core. Layers are built without initial values
-(model/init.py owns those). Collectives per block: forward x_proj and out_proj sum, backward
-x_proj's output and in_proj's input sum.
+Of the model only this module and model/parallel/sequence.py import megatron-core. Layers are built
+without initial values (model/init.py owns those). Collectives per block: forward x_proj and
+out_proj sum, backward x_proj's output and in_proj's input sum.
 """
 
 import torch

@@ -89,8 +89,8 @@ class Clock:
 
 
 class Profiler:
-    """One rank's look at one stretch of steps: `after` that pass, `timed_steps`, then `steps` that
-    are traced.
+    """One rank's look at one stretch of steps: `after_steps` that pass, `timed_steps`, then `steps`
+    that are traced.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks) -> None:

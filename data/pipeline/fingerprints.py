@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 
 BUILT = "built.json"
-# distributions whose versions shape text, by what recipes and passes import
+# distributions whose versions shape text, by what recipes and passes import; a module that is not
+# here counts with its own distribution
 SHAPING = {
     "orjson": (),
     "spacy": ("spacy",),
@@ -35,10 +36,8 @@ SHAPING = {
     "fasttext": ("fasttext-numpy2-wheel",),
     "tldextract": ("tldextract",),
     "ahocorasick": ("pyahocorasick",),
-    "warcio": (
-        "warcio",
-        "faust-cchardet",
-    ),  # which guesses the encoding of a page that is not UTF-8
+    # faust-cchardet guesses the encoding of a page that is not UTF-8
+    "warcio": ("warcio", "faust-cchardet"),
     "magic": ("python-magic",),  # which says what is a page where the archive does not
     "pylibmagic": ("pylibmagic",),
     "xxhash": ("xxhash",),
@@ -93,8 +92,15 @@ def versions_of(source: Source) -> dict[str, int | str]:
         imports += substrings.REQUIRES
     if source.decontaminate:
         found["decontaminate"] = decontamination.VERSION
-    packages = {package for name in imports for package in SHAPING[name]}
+    packages = {package for name in imports for package in distributions(name)}
     return found | {package: version(package) for package in sorted(packages | {"datatrove"})}
+
+
+def distributions(module: str) -> tuple[str, ...]:
+    """The distributions whose versions count for a module that a recipe requires."""
+    if module in SHAPING:
+        return SHAPING[module]
+    return tuple(dict.fromkeys(packages_distributions().get(module.split(".")[0], [])))
 
 
 def shard_versions(source: Source) -> dict[str, str | int]:

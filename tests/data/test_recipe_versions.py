@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data import recipes
-from data.pipeline import shard, substrings
+from data.pipeline import fingerprints, shard, substrings
 from data.pipeline.clean import Build
 from data.recipes import classifiers, decontamination, filters, lines, manuals, mathematics, urls
 from tests.data import recipe_outputs
@@ -174,7 +174,6 @@ def test_a_key_does_not_hold_our_source_text(
 ) -> None:
     """Reformatting a module leaves finished data as it is; a raised version does not."""
     from data.config import Assets, Source
-    from data.pipeline import fingerprints
 
     source = Source("curated", str(tmp_path), "CC0-1.0", 1.0, 1)
     before = fingerprints.digest(fingerprints.settings_of("a", source, Assets()))
@@ -183,3 +182,9 @@ def test_a_key_does_not_hold_our_source_text(
     assert fingerprints.digest(fingerprints.settings_of("a", source, Assets())) == before
     monkeypatch.setattr(module, "RECIPE_VERSION", 2)
     assert fingerprints.digest(fingerprints.settings_of("a", source, Assets())) != before
+
+
+def test_a_package_of_a_recipe_of_ones_own_counts_with_its_version() -> None:
+    assert fingerprints.distributions("hypothesis") == ("hypothesis",)
+    assert fingerprints.distributions("trafilatura") == ("trafilatura", "lxml", "justext")
+    assert fingerprints.distributions("no_such_module") == ()  # recipes.load has refused it before

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -84,17 +84,22 @@ def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
         if key not in values or OmegaConf.is_missing(values, key):
             continue
         value = values[key]
-        if dataclasses.is_dataclass(wanted):
-            if not isinstance(value, DictConfig):
-                known = ", ".join(
-                    f"{prefix}{key}.{field.name}" for field in dataclasses.fields(wanted)
-                )
-                raise InputError(
-                    f"{prefix}{key} is a section, not a value: set one of its keys, {known}"
-                )
-            whole_numbers(wanted, value, f"{prefix}{key}.")  # type: ignore[arg-type]
-        elif wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
-            values[key] = int(value)
+        kinds: tuple[Any, ...] = (wanted, *get_args(wanted))
+        inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if inner is None:
+            if wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
+                values[key] = int(value)
+        elif get_origin(wanted) in (list, dict):
+            for entry in value.values() if isinstance(value, DictConfig) else value:
+                if isinstance(entry, DictConfig):
+                    whole_numbers(inner, entry, f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif isinstance(value, DictConfig):
+            whole_numbers(inner, value, f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif inner is wanted:
+            known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(inner))
+            raise InputError(
+                f"{prefix}{key} is a section, not a value: set one of its keys, {known}"
+            )
 
 
 def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:

@@ -154,8 +154,8 @@ def generate(folder: Path, config: GenerateConfig) -> str:
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """The command line with `checkpoint=` in Hydra's terms, and the run that a
-    checkpoint belongs to.
+    """The command line with `checkpoint=` in Hydra's terms, and the run that a checkpoint belongs
+    to.
 
     Hydra would take checkpoint=... as a value for the section of that name.
     """
@@ -167,7 +167,8 @@ def expand(arguments: list[str]) -> list[str]:
         folder = Path(given["checkpoint"]).resolve()
         home = folder.parent.parent
         home = home if folder.parent == RunFiles(home).checkpoints else folder.parent
-        expanded += [f"run.name='{home.name}'", f"run.dir='{home}'"]
+        # in front, for options end the overrides
+        expanded = [f"run.name='{home.name}'", f"run.dir='{home}'", *expanded]
     return expanded
 
 

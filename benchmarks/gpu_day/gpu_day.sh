@@ -135,7 +135,13 @@ P
     LINES_OF=90 log ncu 150 ncu --clock-control none -k 'regex:^(scan|conv|norm)_' --section SpeedOfLight --section Occupancy --section WarpStateStats --section LaunchStats python3 /tmp/one.py
     log memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.gpu_day.smoke --small
     log racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -m benchmarks.gpu_day.smoke --small
-    LINES_OF=20 log generate 150 python3 -m benchmarks.generation +experiment=demo model=130m run.name=gen eval.bench.tokens=4096 eval.bench.rival_tokens=1024 eval.bench.rival_prompt_tokens=8192
+    LINES_OF=20 log generate 150 python3 -c '
+from benchmarks.generation import Extent, bench
+from core.command import compose_config, convert
+from eval.config import EvaluationConfig
+words = ["+experiment=demo", "model=130m", "run.name=gen"]
+bench(convert(EvaluationConfig, compose_config(words)), Extent(4096, 1024, 8192, 8.0))
+'
 }
 
 call5() {  # the public kernels, 6 minutes; on a fresh machine carry .gpu/built (call1's parts), or it builds again

@@ -303,9 +303,18 @@ def test_the_short_words_of_the_command_line() -> None:
         "+experiment=demo",
     ]
     given = expand(["checkpoint=/runs/x/checkpoints/step-00000009"])
-    assert given[0] == "run.checkpoint=/runs/x/checkpoints/step-00000009"
-    assert given[1:] == ["run.name='x'", "run.dir='/runs/x'"]
-    assert expand(["checkpoint=/runs/x/hf"])[1:] == ["run.name='x'", "run.dir='/runs/x'"]
+    assert given == [
+        "run.name='x'",
+        "run.dir='/runs/x'",
+        "run.checkpoint=/runs/x/checkpoints/step-00000009",
+    ]
+    assert expand(["checkpoint=/runs/x/hf", "--cfg", "job"]) == [
+        "run.name='x'",
+        "run.dir='/runs/x'",
+        "run.checkpoint=/runs/x/hf",
+        "--cfg",
+        "job",
+    ]
     assert expand(["checkpoint=/a/b", "+experiment=demo"]) == [
         "run.checkpoint=/a/b",
         "+experiment=demo",

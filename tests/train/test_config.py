@@ -71,6 +71,14 @@ def test_token_counts_may_be_floats_that_are_whole() -> None:
         run_config("demo", "schedule.decay_tokens=1.5")
 
 
+def test_token_counts_may_be_written_with_an_exponent() -> None:
+    stages = "[{name: a, tokens: 1e6, seq_len: 256, mixture: {web: 1}}]"
+    run = run_config("demo", "schedule.warmup_tokens=1e4", f"data.stages={stages}")
+    assert (run.schedule.warmup_tokens, run.data.stages[0].tokens) == (10_000, 1_000_000)
+    web = run_config("demo", "+data.sources.web.expected_tokens=2e9").data.sources["web"]
+    assert web.expected_tokens == 2 * 10**9
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -1,9 +1,9 @@
 """A run at full size without its machines, on a laptop's CPU.
 
 Builds the model, its cut and the engine's partition on tensors without memory in a process group
-that pretends to have `dryrun.world_size` ranks, takes one step, and shows schedule, data plan, what
-each rank holds, and every collective with its bytes beside the formula of train/costs/traffic.py. A
-layout that cannot run is refused with the nearest one that can. Also written to RUN/dryrun.json.
+that pretends to have `dryrun.world_size` ranks, takes one step, and shows what each rank holds,
+and every collective with its bytes beside the formula of train/costs/traffic.py. A layout that
+cannot run is refused with the nearest one that can. Also written to RUN/dryrun.json.
 
 examples:
   python launch/dryrun.py +experiment=7b dryrun.world_size=256
@@ -38,7 +38,6 @@ from train.config import EngineKind
 from train.costs.memory import GIB, needs
 from train.costs.traffic import SENT, by_kind, payloads
 from train.engines.partition import Bucket, Flat, buckets, flats
-from train.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +57,8 @@ def main(run: DryRun) -> None:
         )
         raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
     logger.info("loading torch, DeepSpeed and megatron-core")
-    from launch.simulation.dry_run import data_plan, dry_run
+    from launch.simulation.dry_run import dry_run
 
-    epochs = data_plan(run).epochs()
     seen = dry_run(run, run.ranks)
     result = {
         "run": run.run.name,
@@ -69,8 +67,6 @@ def main(run: DryRun) -> None:
         "context_parallel": run.parallel.context_parallel,
         "replicas": run.ranks // run.parallel.tensor_parallel,
         "memory_gib_of_a_rank": layout.memory_gib,
-        "schedule": steps(run),
-        "epochs": epochs,
         "shards": shards(run, seen),
         "step": {**asdict(seen.now), "sequences_of_the_rank": sum(seen.micro_batches)}
         | {"micro_batches_of_the_rank": len(seen.micro_batches)},
@@ -81,30 +77,6 @@ def main(run: DryRun) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     logger.info(f"written to {path}")
-
-
-def steps(run: DryRun) -> list[dict[str, Any]]:
-    """The first step of every stage and of the full batch, and how its sequences lie on the
-    ranks.
-    """
-    schedule = Schedule(run.schedule, run.optim.lr, run.data)
-    groups = run.ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
-    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
-    rows = []
-    for token in sorted({*begins, min(run.schedule.ramp_tokens, schedule.total - 1)}):
-        now = schedule.at(token)
-        most = -(-now.batch // groups)
-        micro = run.parallel.micro_batch_tokens // now.seq_len
-        rows.append(
-            {"token": token, **asdict(now)}
-            | {
-                "least_sequences": now.batch // groups,
-                "most_sequences": most,
-                "micro_batches": -(-most // micro),
-            }
-            | {"groups_without": max(0, groups - now.batch)}
-        )
-    return rows
 
 
 def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
@@ -165,37 +137,14 @@ def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
 
 
 def show(run: DryRun, result: dict[str, Any]) -> None:
-    """Four tables."""
+    """What a rank holds, and what it sends."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     shape = f"tensor {result['tensor_parallel']} x context {result['context_parallel']}"
     title = f"{result['run']} on {result['ranks']} ranks: {shape} x data "
     title += str(result["ranks"] // result["tensor_parallel"] // result["context_parallel"])
-    grid = Table(
-        "stage",
-        "at token",
-        "batch",
-        "context",
-        "lr",
-        "sequences of a group",
-        "micro-batches",
-        "groups without",
-    )
-    grid.title = title
-    for row in result["schedule"]:
-        share = f"{row['least_sequences']:,} to {row['most_sequences']:,}"
-        cells = (
-            row["stage"],
-            f"{row['token']:,}",
-            f"{row['batch']:,}",
-            f"{row['seq_len']:,}",
-            f"{row['lr']:.3g}",
-        )
-        grid.add_row(*cells, share, f"{row['micro_batches']:,}", f"{row['groups_without']:,}")
-    console.print(grid)
-    console.print(
-        "epochs: " + ", ".join(f"{name} {value:.2f}" for name, value in result["epochs"].items())
-    )
-    console.print(held(result["shards"]))
+    shown = held(result["shards"])
+    shown.title = title
+    console.print(shown)
     grid = Table(
         "when",
         "group",
@@ -233,7 +182,7 @@ def show(run: DryRun, result: dict[str, Any]) -> None:
 
 def held(shards: dict[str, Any]) -> Table:
     """What a rank holds."""
-    grid = Table("a rank holds", "elements", "GiB", title="shards")
+    grid = Table("a rank holds", "elements", "GiB")
     sizes, mine = shards["bytes"], shards["optimizer_of_the_rank"]
     grid.add_row("weights", f"{shards['weights_of_a_rank']:,}", f"{sizes['parameters'] / GIB:.2f}")
     grid.add_row(

@@ -1,7 +1,7 @@
 """What a run needs, before anything is allocated.
 
 Memory of a rank, days and GPU hours at a utilisation, the roofline of several GPUs,
-communication, checkpoints and faults, tokens and epochs per source, and the layouts that fit. Also
+communication, checkpoints and faults, each stage's steps, and the layouts that fit. Also
 written to RUN/plan.json.
 
 examples:
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from core.command import command
 from core.files import write_json
-from launch.planning.devices import GPUS, Gpu
+from launch.planning.devices import GPUS
 from launch.planning.estimate import (
     PlannedRun,
     planned_gpu,
@@ -85,7 +85,7 @@ def plan(run: PlannedRun) -> dict[str, Any]:
         "roofline_tokens_per_second": {
             other.name: 1 / roofline_seconds(run, other) for other in GPUS
         },
-        "sources": sources(run),
+        "stages": stages(run, ranks),
         "layout": asdict(own),
         "layouts": [asdict(layout) for layout in found],
         "layouts_shown": [
@@ -94,19 +94,28 @@ def plan(run: PlannedRun) -> dict[str, Any]:
     }
 
 
-def sources(run: PlannedRun) -> dict[str, dict[str, float | None]]:
-    """Tokens of each source over the run, and its epochs where the config says how many tokens it
-    has.
+def stages(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
+    """The first step of every stage and of the full batch, and how its sequences lie on the groups
+    of ranks that share one.
     """
-    read = dict.fromkeys(run.data.sources, 0.0)
-    for stage in run.data.stages:
-        total = sum(stage.mixture.values())
-        for name, share in stage.mixture.items():
-            read[name] += run.data.tokens_of(stage) * share / total
-    has = {name: source.expected_tokens for name, source in run.data.sources.items()}
-    return {
-        n: {"tokens": read[n], "epochs": read[n] / size if (size := has[n]) else None} for n in read
-    }
+    schedule = Schedule(run.schedule, run.optim.lr, run.data)
+    groups = ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
+    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
+    rows = []
+    for token in sorted({*begins, min(run.schedule.ramp_tokens, schedule.total - 1)}):
+        now = schedule.at(token)
+        most = -(-now.batch // groups)
+        rows.append(
+            asdict(now)
+            | {
+                "token": token,
+                "least_sequences": now.batch // groups,
+                "most_sequences": most,
+                "micro_batches": -(-most // (run.parallel.micro_batch_tokens // now.seq_len)),
+                "groups_without": max(0, groups - now.batch),
+            }
+        )
+    return rows
 
 
 @command(PlannedRun)
@@ -114,9 +123,8 @@ def main(run: PlannedRun) -> None:
     """Print the plan, and write it beside the run."""
     result, console = plan(run), Console(width=None if sys.stdout.isatty() else 120)
     console.print(summary(run, result))
-    console.print(stages(run))
+    console.print(first_steps(result))
     console.print(times(result))
-    console.print(fed(result))
     console.print(machines(run, result))
     console.print(choices(result))
     path = run.run.files.plan
@@ -184,15 +192,20 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
     return rows
 
 
-def stages(run: PlannedRun) -> Table:
-    """Where each stage begins, and what its first step does."""
-    schedule = Schedule(run.schedule, run.optim.lr, run.data)
+def first_steps(result: dict[str, Any]) -> Table:
+    """Where each stage and the full batch begin, and what the first step does."""
     grid = Table("stage", "from token", "context", "batch", "lr")
-    begin = 0
-    for end, seq_len, name in schedule.edges:
-        now = schedule.at(begin)
-        grid.add_row(name, f"{begin:,}", f"{seq_len:,}", f"{now.batch:,}", f"{now.lr:.3g}")
-        begin = end
+    for column in ("sequences", "micro-batches", "idle groups"):
+        grid.add_column(column)
+    grid.title = "first steps, by groups of ranks that share a sequence"
+    for row in result["stages"]:
+        grid.add_row(
+            row["stage"],
+            *(f"{row[key]:,}" for key in ("token", "seq_len", "batch")),
+            f"{row['lr']:.3g}",
+            f"{row['least_sequences']:,} to {row['most_sequences']:,}",
+            *(f"{row[key]:,}" for key in ("micro_batches", "groups_without")),
+        )
     return grid
 
 
@@ -214,15 +227,6 @@ def times(result: dict[str, Any]) -> Table:
     return grid
 
 
-def fed(result: dict[str, Any]) -> Table:
-    """Tokens and epochs of each source."""
-    grid = Table("source", "tokens", "epochs")
-    for name, row in result["sources"].items():
-        epochs = "not known" if row["epochs"] is None else f"{row['epochs']:.2f}"
-        grid.add_row(name, f"{row['tokens']:,.0f}", epochs)
-    return grid
-
-
 def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
     """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet
     rates, nothing sent.
@@ -235,7 +239,8 @@ def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
     )
     for gpu in GPUS:
         rate = result["roofline_tokens_per_second"][gpu.name]
-        days = _days(run, result["ranks"], gpu)
+        flops = result["ranks"] * gpu.flops * run.plan.mfu
+        days = result["flops_per_token"] * result["tokens"] / flops / 86400
         grid.add_row(
             gpu.name,
             f"{rate:,.0f}",
@@ -243,12 +248,6 @@ def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
             f"{days:.1f}",
         )
     return grid
-
-
-def _days(run: PlannedRun, ranks: int, gpu: Gpu) -> float:
-    return (
-        train_flops_per_token(run.model) * run.tokens / (ranks * gpu.flops * run.plan.mfu) / 86400
-    )
 
 
 def choices(result: dict[str, Any]) -> Table:

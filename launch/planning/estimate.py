@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from launch.planning.devices import GPUS, Gpu
 from model.config import Recompute
 from model.flops import matmul_parameters, parameter_count, train_flops_per_token, train_traffic
-from train.config import EngineKind, Precision, RunConfig
+from train.config import EngineKind, RunConfig
 from train.costs.traffic import payloads
+from train.engines.partition import product_bytes
 from train.schedule import Schedule
 
 
@@ -61,18 +62,17 @@ def planned_gpu(run: RunConfig) -> Gpu:
     )
 
 
-def width(config: RunConfig) -> int:
-    """Bytes per element of the type that products are taken in."""
-    return 2 if config.compute.precision is Precision.bf16 else 4
-
-
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     """Least seconds per token and GPU at its datasheet's rates, with what is computed again.
 
     Tensor-parallel ranks each do the whole norms and residual additions, unless the sequence is cut
     over them too.
     """
-    c, p, traffic = config.model, config.parallel, train_traffic(config.model, width(config))
+    c, p, traffic = (
+        config.model,
+        config.parallel,
+        train_traffic(config.model, product_bytes(config)),
+    )
     products = train_flops_per_token(c) / gpu.flops
     scan = max(traffic.scan / gpu.bandwidth, traffic.specials / gpu.specials)
     scan *= 1 if p.context_parallel == 1 else 2  # pieces run once more, from zero

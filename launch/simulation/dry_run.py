@@ -26,8 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from data.stream.loader import split
-from data.stream.manifests import present_or_expected
-from data.stream.mixture import Plan
 from launch.simulation.collectives import Collectives, Count
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.kernels import CPU
@@ -86,14 +84,6 @@ def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int
     """
     apart = int(engine is EngineKind.megatron)
     return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
-
-
-def data_plan(config: RunConfig) -> Plan:
-    """The order of the run's blocks, by the tokens that its sources have or are expected to
-    have.
-    """
-    tokens = present_or_expected(config.data)[0]
-    return Plan(config.data, tokens, dict.fromkeys(tokens, "expected"))
 
 
 def dry_run(config: RunConfig, world: int) -> Rehearsed:

@@ -374,7 +374,9 @@ def test_the_command_writes_json(tmp_path: Path) -> None:
     result = python(*words)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert written["parameters"] == 7_272_665_088 and written["sources"]["web"]["tokens"] > 4e12
+    assert written["parameters"] == 7_272_665_088
+    first, *_, last = written["stages"]  # 128 sequences on 256 ranks, then eight on each
+    assert (first["groups_without"], last["groups_without"], last["most_sequences"]) == (128, 0, 8)
     assert (
         written["layouts"][0]["why_not"] is None and "B200" in written["roofline_tokens_per_second"]
     )

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from core.errors import InputError
 from model.config import SCAN_CHUNK, Recompute, loss_chunk
 from model.flops import parameter_count
-from train.config import EngineKind, Precision, RunConfig
-from train.engines.partition import LIVE_BUCKETS, buckets
+from train.config import EngineKind, RunConfig
+from train.engines.partition import LIVE_BUCKETS, buckets, product_bytes
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def kept_by_a_layer(config: RunConfig) -> tuple[int, int]:
     """
     c, tp = config.model, config.parallel.tensor_parallel
     d_model = c.d_model // tp if config.parallel.sequence_parallel else c.d_model
-    width = 2 if config.compute.precision is Precision.bf16 else 4
+    width = product_bytes(config)
     inner = c.d_inner // tp
     again = config.parallel.context_parallel > 1
     states = 4 * inner * c.d_state // SCAN_CHUNK
@@ -69,7 +69,7 @@ def kept_of_a_sequence(config: RunConfig) -> int:
     c, p = config.model, config.parallel
     if p.context_parallel == 1:
         return 0
-    width = 2 if config.compute.precision is Precision.bf16 else 4
+    width = product_bytes(config)
     states = p.context_parallel * (c.d_state + 1) + c.d_state
     return c.d_inner // p.tensor_parallel * (4 * states + 2 * width * (c.d_conv - 1))
 
@@ -80,7 +80,7 @@ def held_by_the_loss(config: RunConfig, tokens: int) -> int:
     input, output and gradient.
     """
     c, tp = config.model, config.parallel.tensor_parallel
-    width = 2 if config.compute.precision is Precision.bf16 else 4
+    width = product_bytes(config)
     head = (
         4 + width + (width if width == 2 and config.parallel.engine is EngineKind.deepspeed else 0)
     )
@@ -125,7 +125,7 @@ def needs(config: RunConfig, ranks: int) -> Needs:
         return Needs(
             *state_of_megatron(config, ranks), activations=activations, buffers=max(loss, layer)
         )
-    if config.compute.precision is Precision.bf16:
+    if product_bytes(config) == 2:
         layers = per_rank - 2 * c.vocab_size * c.d_model // tp
         activations += (
             2 * layers // (c.n_layer if config.compute.recompute is Recompute.full else 1)

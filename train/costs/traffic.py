@@ -10,12 +10,13 @@ them at full size.
 from dataclasses import dataclass
 
 from model.config import Recompute
-from train.config import EngineKind, Precision, RunConfig
+from train.config import EngineKind, RunConfig
 from train.engines.partition import (
     buckets,
     flats,
     gathers,
     persistent,
+    product_bytes,
     to_owners,
     wide,
 )
@@ -117,7 +118,7 @@ def of_tensor(config: RunConfig, tokens: float, micro_batches: int) -> list[Payl
     micro-batch.
     """
     c, p, recompute = config.model, config.parallel, config.compute.recompute
-    width = 2 if config.compute.precision is Precision.bf16 else 4
+    width = product_bytes(config)
     again = recompute is not Recompute.none
     selected, residual = width * (c.dt_rank + 2 * c.d_state), width * c.d_model
     rows = c.d_model * (wide(config, "embedding.weight") if p.engine is EngineKind.megatron else 4)
@@ -155,7 +156,7 @@ def of_context(config: RunConfig, sequences: float) -> list[Payload]:
     gradients summed.
     """
     c, p, recompute = config.model, config.parallel, config.compute.recompute
-    width = 2 if config.compute.precision is Precision.bf16 else 4
+    width = product_bytes(config)
     piece = c.d_inner / p.tensor_parallel * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)
     pieces = p.context_parallel * sequences * c.n_layer * piece
     times = 1 if recompute is Recompute.none else 2

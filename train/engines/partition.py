@@ -147,7 +147,12 @@ def wide(config: RunConfig, name: str) -> int:
     """Bytes of an element of a parameter with megatron-core: matrices are in the products' type,
     others in fp32.
     """
-    return 2 if config.compute.precision is Precision.bf16 and in_products(name) else 4
+    return product_bytes(config) if in_products(name) else 4
+
+
+def product_bytes(config: RunConfig) -> int:
+    """Bytes of an element of the type that products are taken in."""
+    return 2 if config.compute.precision is Precision.bf16 else 4
 
 
 def to_owners(elements: int, replicas: int, bucket: int) -> bool:

@@ -217,7 +217,12 @@ AIM = """
 import json, os, time
 class Run(dict):
     def __init__(self, repo):
-        time.sleep(2)
+        for _ in range(6000):
+            if os.path.exists(repo + "/logged"):
+                break
+            time.sleep(0.1)
+        else:
+            raise OSError("logging waits for the tracker")
         self.rows, self.repo = [], repo
     def track(self, value, name, step):
         self.rows.append((name, step, value))
@@ -236,13 +241,12 @@ def test_accelerates_trackers_are_views_in_processes_of_their_own(
     (tmp_path / "packages" / "aim.py").write_text(AIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("LOCAL_RANK", "0")  # for which accelerate would join a process group
-    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", 120.0)
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
     config = MetricsConfig(None, False, 60.0, ["aim"])
     metrics = Metrics(tmp_path, "run", config, {"optim": {"lr": 1.0}}, tokens=0, total=6400)
-    begun = time.monotonic()
     for step in (1, 2):
         metrics.log(record(step, loss=float("nan") if step == 2 else 5.0), "")
-    assert time.monotonic() - begun < 1.0, "logging waited for the tracker"
+    (tmp_path / "logged").touch()  # for which the tracker waits
     metrics.log_scores({"step": 1, "tokens": 64, "scores": {"v1": {"ARC": 30.0}}})
     metrics.close()
     name, values, rows, ranks, devices = json.loads((tmp_path / "aim.json").read_text())
@@ -260,7 +264,7 @@ def test_a_failing_tracker_of_accelerates_is_said_and_survived(
 ) -> None:
     (tmp_path / "aim.py").write_text("raise OSError('no space')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", 120.0)
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
     sink = Accelerated("aim", "run", tmp_path, {})
     sink.log(record(1))
     sink.close()

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from importlib.metadata import distributions, requires
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def test_what_is_pinned_by_hand_is_in_the_closure() -> None:
 def test_the_tests_run_with_the_closure() -> None:
     """A local build of a release (torch 2.13.0+cpu) is that release."""
     closure = pins("constraints.txt")
-    have = {canonical(each.metadata["Name"]): each.version for each in distributions()}
+    # not sys.path, to which setuptools adds packages of its own when somebody imports it
+    installed = distributions(path=[sysconfig.get_path("purelib")])
+    have = {canonical(each.metadata["Name"]): each.version for each in installed}
     shared = have.keys() & closure.keys()
     other = {name: have[name] for name in shared if have[name].split("+")[0] != closure[name]}
     assert len(shared) > 100 and other == {}, "make install brings what constraints.txt has"

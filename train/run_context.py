@@ -14,10 +14,12 @@ from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
 from core.files import ROOT, remove_parts, write_text
+from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
 from train.distributed import Ranks, raise_everywhere, ranks
 from train.metrics.profiler import profiling
+from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
 from train.resilience.lease import Lease
@@ -30,17 +32,19 @@ logger = logging.getLogger(__name__)
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
-def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]) -> Outcome:
+def session(
+    run: Run, health: HealthConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]
+) -> Outcome:
     """Run `body` on every rank while this job alone holds the run's folder; returns how it ended,
     on disk too.
 
     Raises InputError, on every rank, when another job holds the folder or it cannot be written.
     """
-    folder = config.run.folder
+    folder = run.folder
     before = read_outcome(folder)
     lease = Lease(folder)
     raise_everywhere(_take(lease) if here.first else None)
-    watch = Watch(folder, here.rank, here.world_size, config.health.hang_seconds)
+    watch = Watch(folder, here.rank, here.world_size, health.hang_seconds)
     try:
         if (
             before is not None
@@ -50,9 +54,9 @@ def session(config: RunConfig, here: Ranks, body: Callable[[Watch, Leave], Outco
             # torchrun restarts whatever does not exit with 0: what asked to leave stays out
             return before
         if here.first:
-            config.run.files.outcome.unlink(missing_ok=True)
+            run.files.outcome.unlink(missing_ok=True)
         watch.begin(lease if here.first else None)
-        leave = Leave(config.health.stop_after_seconds, config.health.stop_margin_seconds)
+        leave = Leave(health.stop_after_seconds, health.stop_margin_seconds)
         leave.install()
         logger.info(f"{here.world_size} ranks have met; building the model")
         outcome = body(watch, leave)
@@ -87,7 +91,9 @@ def start(config: RunConfig, device: str) -> Outcome:
     gets.
     """
     with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
-        return session(config, here, lambda watch, leave: _train(config, here, watch, leave))
+        return session(
+            config.run, config.health, here, lambda watch, leave: _train(config, here, watch, leave)
+        )
 
 
 def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:

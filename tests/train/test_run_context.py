@@ -190,9 +190,9 @@ def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
 def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> None:
     run = config(tmp_path, "run")
     folder = run.run.folder
-    assert session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked")) == Outcome(
-        REQUEUE, "asked"
-    )
+    assert session(
+        run.run, run.health, here, lambda watch, leave: Outcome(REQUEUE, "asked")
+    ) == Outcome(REQUEUE, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
     def mistake(watch: Any, leave: Any) -> Outcome:
@@ -200,7 +200,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
         raise InputError("no such thing; do this")
 
     with pytest.raises(InputError):
-        session(run, here, mistake)
+        session(run.run, run.health, here, mistake)
     assert read_outcome(folder) == Outcome(2, "no such thing; do this")
 
     def crash(watch: Any, leave: Any) -> Outcome:
@@ -209,7 +209,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
     with pytest.raises(
         RuntimeError
     ):  # not an OSError, which the command line would take for a mistake
-        session(run, here, crash)
+        session(run.run, run.health, here, crash)
     assert (
         read_outcome(folder) is None
         and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
@@ -220,11 +220,14 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
     tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
-    session(run, here, lambda watch, leave: Outcome(REQUEUE, "asked"))
+    session(run.run, run.health, here, lambda watch, leave: Outcome(REQUEUE, "asked"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert session(run, here, lambda watch, leave: pytest.fail("it ran")).code == REQUEUE
+    assert (
+        session(run.run, run.health, here, lambda watch, leave: pytest.fail("it ran")).code
+        == REQUEUE
+    )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert session(run, here, lambda watch, leave: Outcome(0, "done")).code == 0
+    assert session(run.run, run.health, here, lambda watch, leave: Outcome(0, "done")).code == 0
 
 
 @pytest.mark.fault(
@@ -234,7 +237,7 @@ def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) 
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
     with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
-        session(run, here, lambda watch, leave: pytest.fail("it ran"))
+        session(run.run, run.health, here, lambda watch, leave: pytest.fail("it ran"))
     measured("refused before the model is built")
 
 

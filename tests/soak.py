@@ -9,7 +9,6 @@ command then goes on.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -26,7 +25,7 @@ from rich.table import Table
 from core.run import Run
 from model.checkpoint import Pieces, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
-from tests.supervisor import History, supervise
+from tests.supervisor import CANARY, History, supervise
 from train.config import RunConfig
 from train.metrics.records import read_lines
 from train.resilience.incidents import REQUEUE
@@ -34,7 +33,6 @@ from train.run_context import code_version, plain
 from train.schedule import Schedule
 
 PLAN = "plan.json"  # of a soak that is not over
-CANARY = "canary-5e1f-not-for-any-file"
 # (kind, share): the ones that wait for the watchdog cost the most time
 KINDS = (
     ("kill", 10),
@@ -107,8 +105,6 @@ def soak(
     run: RunConfig, faults: list[Fault], home: Path, ranks: int = 2, clean: History | None = None
 ) -> Result:
     """A clean run, or the one that is there already, and a run under faults, compared."""
-    os.environ["WANDB_API_KEY"] = os.environ["FALCON_TEST_SECRET"] = CANARY
-    os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
     name = f"faulty-{len(list(home.glob('faulty*-log')))}"
     if clean is None:
         name = "faulty"

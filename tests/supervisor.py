@@ -30,6 +30,13 @@ from train.resilience.incidents import read_outcome
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
 GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL for peers of a rank that failed
+CANARY = "canary-5e1f-not-for-any-file"
+# of every rank; nobody answers at this address
+SECRETS = {
+    "WANDB_API_KEY": CANARY,
+    "FALCON_TEST_SECRET": CANARY,
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+}
 
 
 @dataclass
@@ -133,7 +140,7 @@ def stopped(pid: int) -> bool:
 
 def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], home: Path) -> None:
     """One rank, with the command line's way to leave."""
-    os.environ |= {
+    os.environ |= SECRETS | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core", "model", "data", "eval", "train", "launch", "configs", "examples")
 TRAVELS = (
@@ -43,7 +45,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "sources" / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(folder), str(folder / "sources")], check=True, timeout=300)
+    subprocess.run(
+        [*command, "-w", str(folder), str(folder / "sources")], check=True, timeout=PATIENCE
+    )
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
@@ -78,7 +82,7 @@ def python(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -24,9 +24,10 @@ from core import log
 from core.entry import as_called
 from core.errors import InputError, end_in_one_line
 from core.files import ROOT
-from core.old_keys import rename_keys, renamed_overrides
+from core.old_keys import GROUPS, given_keys, rename_keys, renamed_overrides
 
 CONFIGS = str(ROOT / "configs")
+NO_GROUP = re.compile(r".*Could not override '(\w+)(?:@[^']*)?'\.\s*No match in the defaults", re.S)
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 Schema = TypeVar("Schema")
 
@@ -90,7 +91,8 @@ def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
             if wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)
         elif get_origin(wanted) in (list, dict):
-            for entry in value.values() if isinstance(value, DictConfig) else value:
+            entries = value.values() if isinstance(value, DictConfig) else value
+            for entry in entries if OmegaConf.is_config(value) else ():  # else to_object says it
                 if isinstance(entry, DictConfig):
                     whole_numbers(inner, entry, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif isinstance(value, DictConfig):
@@ -123,7 +125,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             # hydra passes exceptions on; the line below is ours
             os.environ["HYDRA_FULL_ERROR"] = "1"
             sys.argv[1:] = renamed_overrides(sys.argv[1:])
-            given = {word.split("=", 1)[0].lstrip("+") for word in sys.argv[1:]}
+            given = given_keys(sys.argv[1:])
             try:
                 compose_argv()
                 for config in composed:
@@ -169,6 +171,12 @@ def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
     ):  # hydra's own advice, to append it with a +, would be refused next
         near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
         return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
+    if (match := NO_GROUP.match(str(error))) and match[1] in GROUPS:
+        suite = " (a leaderboard: override /suite)" if match[1] == "eval" else ""
+        return (
+            f"{match[1]} is no config group any more but a section of config.yaml: remove "
+            f"'override /{match[1]}'{suite}"
+        )
     key = getattr(error, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [

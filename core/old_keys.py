@@ -1,15 +1,19 @@
 """Keys of earlier versions: accepted on command lines, in configs of one's own and in the
 config.yaml of finished runs, with one warning.
 
-To rename a key, add a line to RENAMED; CHANGELOG.md says since when.
+To rename a key, add a line to RENAMED; CHANGELOG.md says since when. Interpolations of old keys and
+`override /GROUP` of a group that is a section now are refused.
 """
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 logger = logging.getLogger(__name__)
@@ -50,46 +54,104 @@ REMOVED = (
     "eval.bench",  # it only sized a benchmark
     "plan.price_per_gpu_hour",
 )
-CHOICES = {  # of groups that had one choice, or have another name
-    "optim=adamw": None,
-    "schedule=wsd": None,
-    "parallel=zero1": None,
-    "checkpoint=local": None,
-    "eval=default": None,
-    "eval=leaderboard_v1": "suite=leaderboard_v1",
-    "eval=leaderboard_v2": "suite=leaderboard_v2",
-    **{f"{group}=default": None for group in ("browse", "health", "metrics", "plan", "slurm")},
-    **{f"{group}=default": None for group in ("train", "verify")},
+# groups that are sections of config.yaml now, and their only choice
+GROUPS = {
+    "checkpoint": "local",
+    "eval": "default",
+    "optim": "adamw",
+    "parallel": "zero1",
+    "schedule": "wsd",
+    **dict.fromkeys(("browse", "health", "metrics", "plan", "slurm", "train", "verify"), "default"),
 }
+OVERRIDE = re.compile(r"(\+\+|\+|~)?([\w.]+)(?:=(.*))?$", re.DOTALL)
+SUITES = re.compile(r"leaderboard_\w+(,leaderboard_\w+)*")
 _warned: set[str] = set()
 
 
 def renamed_overrides(words: Iterable[str]) -> list[str]:
     """Hydra's overrides with today's keys."""
     found: list[str] = []
-    changes = []
+    changes: list[str] = []
     for word in words:
-        if word in CHOICES:
-            choice = CHOICES[word]
-            changes.append(f"{word} is now {choice or 'the only choice'}")
-            found += [choice] if choice else []
-            continue
-        match = re.match(r"(\+\+|\+|~)?([\w.]+)(.*)$", word, re.DOTALL)
+        match = OVERRIDE.match(word)
         if match is None:
             found.append(word)
             continue
-        prefix, key, rest = match.groups(default="")
-        if key in REMOVED or key.startswith(tuple(f"{old}." for old in REMOVED)):
+        prefix, key, value = match.groups()
+        if value is not None and value == GROUPS.get(key):
+            changes.append(f"{word} is the only choice now")
+        elif key == "eval" and SUITES.fullmatch(value or ""):
+            changes.append(f"{word} is now suite={value}")
+            found.append(f"suite={value}")
+        elif is_removed(key):
             changes.append(f"{key} has no effect any more")
-        elif rest.startswith("={") and any(old.startswith(f"{key}.") for old in RENAMED):
-            found.append(f"++{key}{rest}")  # its old keys are renamed when the config is composed
-        elif (now := new_key(key)) != key:
-            changes.append(f"{key} is now {now}")
-            found.append(f"{prefix}{now}{rest}")
         else:
-            found.append(word)
+            found += _renamed(word, prefix or "", key, value, changes)
     warn("the command line", changes)
     return found
+
+
+def _renamed(
+    word: str, prefix: str, key: str, value: str | None, changes: list[str]
+) -> Iterator[str]:
+    """One override with today's key; a table that holds old keys becomes an override per value."""
+    leaves = list(flat(key, table_of(word))) if value is not None and value[:1] == "{" else []
+    if any(
+        is_removed(old) or new_key(old) != f"{new_key(key)}{old[len(key) :]}" for old, _ in leaves
+    ):
+        for old, leaf in leaves:
+            if is_removed(old):
+                changes.append(f"{old} has no effect any more")
+                continue
+            if (now := new_key(old)) != old:
+                changes.append(f"{old} is now {now}")
+            yield f"{prefix}{now}={written(leaf)}"
+        return
+    if (now := new_key(key)) != key:
+        changes.append(f"{key} is now {now}")
+    yield f"{prefix}{now}" if value is None else f"{prefix}{now}={value}"
+
+
+def given_keys(words: Iterable[str]) -> set[str]:
+    """The keys that a command line gives values to, those inside tables among them."""
+    found = set()
+    for word in words:
+        match = OVERRIDE.match(word)
+        if match is not None and match[3] is not None and match[1] != "~":
+            table = table_of(word) if match[3][:1] == "{" else None
+            found |= {key for key, _ in flat(match[2], table)}
+    return found
+
+
+def table_of(word: str) -> Any:
+    """The value of an override that is a table; None for what Hydra reads as something else."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([word])
+    except HydraException:  # it is said again when the config is composed
+        return None
+    return None if override.is_sweep_override() else override.value()
+
+
+def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The full keys and values below a key; an empty table is a value."""
+    if isinstance(value, dict) and value:
+        for name, entry in value.items():
+            yield from flat(f"{key}.{name}", entry)
+    else:
+        yield key, value
+
+
+def written(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{written(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(written, value)) + "]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def rename_keys(config: DictConfig, where: str, given: Collection[str] = ()) -> None:
@@ -101,15 +163,16 @@ def rename_keys(config: DictConfig, where: str, given: Collection[str] = ()) -> 
             parent: Any = OmegaConf.select(config, section) if section else config
             if not isinstance(parent, DictConfig) or name not in parent:
                 continue
-            value: Any = parent._get_node(name)
+            node: Any = parent._get_node(name)
             del parent[name]
             if old in REMOVED:
                 changes.append(f"{old} has no effect any more")
                 continue
-            now = RENAMED[old]
-            changes.append(f"{old} is now {now}")
-            if now not in given:
-                OmegaConf.update(config, now, value, merge=True)
+            changes.append(f"{old} is now {RENAMED[old]}")
+            value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+            for now, leaf in flat(RENAMED[old], value):
+                if not any(f"{now}.".startswith(f"{key}.") for key in given):
+                    OmegaConf.update(config, now, leaf, force_add=True)
     warn(where, changes)
 
 
@@ -121,8 +184,13 @@ def load_config(path: Path) -> DictConfig:
     return config
 
 
+def is_removed(key: str) -> bool:
+    """Whether a key, or the section above it, has no effect any more."""
+    return f"{key}.".startswith(tuple(f"{old}." for old in REMOVED))
+
+
 def new_key(key: str) -> str:
-    """Today's name of a key, or of the section above it."""
+    """Today's name of a key, by its own old name or that of a section above it."""
     above = key
     while above not in RENAMED:
         above, dot, _ = above.rpartition(".")

@@ -23,7 +23,13 @@ from train.batches import Batches
 from train.checkpoint.manager import Checkpoints, State
 from train.config import Compute, Precision, RunConfig
 from train.device import peak_flops
-from train.distributed import Ranks, context_ranks, data_parallel_group, raise_everywhere
+from train.distributed import (
+    Ranks,
+    context_ranks,
+    data_parallel_group,
+    raise_everywhere,
+    shared_errors,
+)
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 from train.metrics.records import read_scores
@@ -59,7 +65,8 @@ def build_trainer(
     plan = compile_plan(config.data, manifests)
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
     phases = Phases(watch.at)
-    kernels = kernels_of(config.compute, ranks.device.type)
+    with shared_errors():
+        kernels = kernels_of(config.compute, ranks.device.type)
     model = build_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
@@ -67,8 +74,9 @@ def build_trainer(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
     found = checkpoints.find()
-    if found is None:
-        start_from(model, config.run, ranks.tp_rank, ranks.tp_size)
+    with shared_errors():
+        if found is None:
+            start_from(model, config.run, ranks.tp_rank, ranks.tp_size)
     if config.compute.compile:
         model.compile_blocks()
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)

@@ -240,6 +240,17 @@ def raise_everywhere(why: str | None) -> None:
     raise InputError(bytes(said.tolist()).decode(errors="replace").strip())
 
 
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """Raise an InputError of any rank on every rank; for a body without collectives."""
+    why = None
+    try:
+        yield
+    except InputError as error:
+        why = str(error)
+    raise_everywhere(why)
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's text, not an empty one, on every rank."""
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

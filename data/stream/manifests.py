@@ -151,6 +151,11 @@ def open_manifests(config: DataConfig) -> dict[str, Manifest]:
     require_data(config)
     path = tokenizer_path(config)
     expected = sha256_of(path)
+    if config.tokenizer.sha256 not in (None, expected):
+        raise InputError(
+            f"{path} has sha256 {expected}, not data.tokenizer.sha256 {config.tokenizer.sha256}: "
+            "give the overrides that the data was prepared with"
+        )
     manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
     for name, manifest in manifests.items():
         if manifest.tokenizer_sha256 != expected:

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from core.command import checked, compose_config
 from core.errors import InputError
-from core.old_keys import renamed_overrides
+from core.old_keys import given_keys, new_key, renamed_overrides
 from launch.config import SubmitConfig
 from train.config import RunConfig
 
@@ -43,8 +43,10 @@ class Sweep:
 def job(overrides: list[str]) -> Job:
     """Compose and check one run on this machine; InputError and Hydra's errors name the mistake."""
     overrides = renamed_overrides(overrides)
-    composed = compose_config(overrides)
-    return Job(overrides, checked(RunConfig, composed), checked(SubmitConfig, composed))
+    composed, given = compose_config(overrides), given_keys(overrides)
+    return Job(
+        overrides, checked(RunConfig, composed, given), checked(SubmitConfig, composed, given)
+    )
 
 
 def short(value: str) -> str:
@@ -58,6 +60,11 @@ def short(value: str) -> str:
         return value
 
 
+def last_part(key: str) -> str:
+    """A key without its sections."""
+    return key.rsplit(".", 1)[-1]
+
+
 def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     """One job per point, each in a folder of its own; all are checked before any is returned."""
     base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
@@ -68,6 +75,8 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     )
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
     overrides += [f"{key}={value}" for key, value in named.items()]
+    # the folders of a sweep keep the names of the keys as they were given
+    as_given = {new_key(key): key for key in (word.split("=", 1)[0] for word in overrides)}
     parsed = OverridesParser.create().parse_overrides(renamed_overrides(overrides))
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
@@ -77,14 +86,16 @@ def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     name = (
         name
         or choice
-        or "-".join([whole.run.name, *sorted(key.rsplit(".", 1)[-1] for key in swept)])
+        or "-".join([whole.run.name, *sorted(last_part(as_given.get(key, key)) for key in swept)])
     )
     folder = f"{whole.hydra.sweep.dir}/{name}"
     points: dict[str, dict[str, str]] = {}
     jobs = []
     for words in BasicSweeper.split_arguments(parsed, None)[0]:
         values = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in swept)
-        text = "_".join(f"{key.rsplit('.', 1)[-1]}-{short(value)}" for key, value in values.items())
+        text = "_".join(
+            f"{last_part(as_given.get(key, key))}-{short(value)}" for key, value in values.items()
+        )
         label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
         if label in points:
             raise InputError(

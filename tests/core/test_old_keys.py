@@ -4,11 +4,20 @@ import logging
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from core import old_keys
-from core.command import compose_config, convert
-from core.old_keys import CHOICES, REMOVED, RENAMED, load_config, rename_keys, renamed_overrides
+from core.command import compose_config, convert, one_line
+from core.old_keys import (
+    GROUPS,
+    REMOVED,
+    RENAMED,
+    given_keys,
+    load_config,
+    rename_keys,
+    renamed_overrides,
+)
 from eval.config import EvaluationConfig
 from launch.planning.trial import DryRun
 from train.config import RunConfig
@@ -28,9 +37,7 @@ def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
         assert OmegaConf.select(config, new, default=gone) is not gone, new
         assert OmegaConf.select(config, old, default=gone) is gone, old
     assert all(OmegaConf.select(config, old, default=gone) is gone for old in REMOVED)
-    for choice in filter(None, CHOICES.values()):
-        group, name = choice.split("=")
-        assert (CONFIGS / group / f"{name}.yaml").is_file()
+    assert not any((CONFIGS / group).exists() for group in GROUPS)
 
 
 def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
@@ -53,34 +60,69 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert evaluation.generate.prompt == "hi"
     assert evaluation.leaderboard.suite is not None
     assert convert(DryRun, config).ranks == 6
-    assert [record.message.split(" has old keys")[0] for record in caplog.records] == [
-        "the command line",
-        "the config",
-    ]
-    assert "parallel.precision is now compute.precision" in caplog.records[0].message
+    (record,) = caplog.records
+    assert record.message.startswith("the command line has old keys: parallel.precision is now ")
 
 
 def test_todays_command_lines_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     words = ["+experiment=demo", "~data.sources.web", "eval.seq_len=8", "--cfg", "job", "-m"]
     words += ["compute.precision=fp32,bf16", "validation={tokens: 5}", "hydra.run.dir=x=y"]
+    words += ["schedule={batch_end_sequences: 5}", "schedule={min_lr:1},{min_lr:2}", "eval={bad"]
     assert renamed_overrides(words) == words
     assert not caplog.records
 
 
 def test_values_keep_their_text_and_their_prefix() -> None:
-    assert renamed_overrides(["++parallel.recompute=a=b,c", "~eval.suite.published"]) == [
+    given = ["++parallel.recompute=a=b,c", "~eval.suite.published", "eval=leaderboard_v1"]
+    assert renamed_overrides([*given, "eval=leaderboard_v1,leaderboard_v2"]) == [
         "++compute.recompute=a=b,c",
         "~leaderboard.suite.published",
+        "suite=leaderboard_v1",
+        "suite=leaderboard_v1,leaderboard_v2",
     ]
 
 
-def test_a_file_with_old_keys_yields_to_the_command_line() -> None:
-    for given, expected in (set(), 7), ({"eval.batch_sequences"}, 2):
-        config = compose_config(["+experiment=demo", "eval.batch_sequences=2"])
-        OmegaConf.set_struct(config, False)
-        OmegaConf.update(config, "eval.batch", 7)
-        rename_keys(config, "a file", given)
-        assert config.eval.batch_sequences == expected and "batch" not in config.eval
+def test_a_table_of_old_keys_becomes_an_override_for_each() -> None:
+    table = (
+        "eval={batch: 3, prompt: 'a, b', sampling: {seed: 1}, keep_fp32: [D], bench: {tokens: 1}}"
+    )
+    assert renamed_overrides([table, "plan={host_gbytes: null}"]) == [
+        "eval.batch_sequences=3",
+        "generate.prompt='a, b'",
+        "generate.sampling.seed=1",
+        "export.keep_fp32=['D']",
+        "plan.host_gbytes_per_second=null",
+    ]
+
+
+def test_a_group_that_is_a_section_now_is_named() -> None:
+    said = "In 'x': Could not override 'optim'. No match in the defaults list."
+    assert "remove 'override /optim'" in one_line(HydraException(said))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (7, 4096, 100)),
+        (["eval.batch_sequences=2"], (2, 4096, 100)),
+        (["validation.tokens=5"], (7, 5, 100)),
+        (["validation={tokens: 5}"], (7, 5, 100)),
+        (["eval.validation={tokens: 5, batch: 6}"], (7, 5, 6)),
+    ],
+)
+def test_a_file_with_old_keys_yields_to_the_command_line(
+    words: list[str], expected: tuple[int, ...]
+) -> None:
+    words = renamed_overrides(words)
+    config = compose_config(["+experiment=demo", *words])
+    OmegaConf.set_struct(config, False)
+    old = {"eval": {"batch": 7, "validation": {"tokens": 4096, "batch": 100}}}
+    config = OmegaConf.merge(config, old)
+    assert isinstance(config, DictConfig)
+    rename_keys(config, "a file", given_keys(words))
+    found = (config.eval.batch_sequences, config.validation.tokens)
+    assert (*found, config.validation.batch_sequences) == expected
+    assert set(config.eval) == {"seq_len", "batch_sequences", "max_tokens"}
 
 
 def test_a_stored_config_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

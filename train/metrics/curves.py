@@ -74,9 +74,10 @@ def _total(axis: Any, name: str, run: str, records: list[Record], most: int, col
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(LogFormatter())
         axis.yaxis.set_minor_formatter(LogFormatter())
-        skipped = [record for record in records if record["skipped"]]
-        x, y = [r["tokens"] for r in skipped], [r["grad_norm"] for r in skipped]
-        axis.plot(x, y, "x", color=colour)
+        # at the panel's foot: a skipped update has no finite norm
+        x = [record["tokens"] for record in records if record["skipped"]]
+        foot = axis.get_xaxis_transform()
+        axis.plot(x, [0.04] * len(x), "x", color=colour, transform=foot)
 
 
 def _sources(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from core.run import RunFiles
-from train.phases import PHASES
+from train.phases import LONG_PATIENCE, PHASES
 from train.resilience.incidents import HUNG, Incidents
 from train.resilience.lease import RENEW_SECONDS, Lease, machine, process_start
 
@@ -45,7 +45,7 @@ class Watch:
         self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
         self.who["start"] = process_start(os.getpid())
         self.descriptor = -1
-        self.at(0, "start", patience=6.0)
+        self.at(0, "start", LONG_PATIENCE)
 
     def at(self, step: int, phase: str, patience: float = 1.0) -> None:
         """The loop has come this far; the next move may take `patience` times the limit."""

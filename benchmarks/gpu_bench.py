@@ -61,9 +61,8 @@ class Bench:
         """Give back memory that nothing holds."""
         gc.collect()
         if self.device.type == "cuda":
-            with suppress(
-                RuntimeError
-            ):  # after a fault of a kernel nothing works on the GPU, but rows are kept
+            # after a fault of a kernel nothing works on the GPU, but rows are kept
+            with suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
     def time(self, what: str, shape: str, who: str, call: Callable[[], Any]) -> float:

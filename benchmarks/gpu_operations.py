@@ -125,9 +125,8 @@ def jax_scans(bench: Bench, python: str | None) -> None:
     with bench.attempt(who, "scan"), tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
-                for line in (
-                    process.stdout or ()
-                ):  # a batch each, as it comes: it stays when this is stopped
+                # a batch each, as it comes: it stays when this is stopped
+                for line in process.stdout or ():
                     row = json.loads(line)
                     shape = f"B {row['batch']}, L {bench.length}"
                     for what, key in (

@@ -90,9 +90,8 @@ def main() -> None:
         for name, call in (("forward", jax.jit(scan)), ("both", jax.jit(both))):
             jax.block_until_ready(call(*held[0]))
             seconds = []
-            for _ in range(
-                a.runs
-            ):  # several calls between waits, so that the host's part does not count
+            # several calls between waits, so that the host's part does not count
+            for _ in range(a.runs):
                 begun = time.perf_counter()
                 out = [call(*held[turn % len(held)]) for turn in range(a.calls)][-1]
                 jax.block_until_ready(out)

@@ -166,9 +166,8 @@ def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
 
     An unknown key is answered with the nearest of `keys`.
     """
-    if match := UNKNOWN_KEY.match(
-        str(error)
-    ):  # hydra's own advice, to append it with a +, would be refused next
+    # hydra's own advice, to append it with a +, would be refused next
+    if match := UNKNOWN_KEY.match(str(error)):
         near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
         return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
     if (match := NO_GROUP.match(str(error))) and match[1] in GROUPS:

@@ -5,6 +5,7 @@ Neither hydra nor any other package of an extra is imported here.
 
 import os
 import re
+import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +24,11 @@ INSTALLED_AS = {
     "hydra": "hydra-core",
     "megatron": "megatron-core",
 }
+COMMAND_FOLDERS = ("data", "eval", "examples", "launch", "train")
 EXTRA_OF_FOLDER = {"launch": "train", "examples": "data"}  # others are named like their extra
-CALL = re.compile(r"\b(python|torchrun\b[^\n]*?) (data|eval|examples|launch|train)/(\w+)\.py")
+CALL = re.compile(
+    r"\b(python|torchrun\b(?:[^\n]|\\\n)*?) +(data|eval|examples|launch|train)/(\w+)\.py"
+)
 
 
 def explain_missing_extras() -> None:
@@ -40,6 +44,16 @@ def explain_missing_extras() -> None:
         shown(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def run_command() -> None:
+    """`falcon-mamba FOLDER.COMMAND ...`: a command of ours, whatever the working folder holds."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    folder, _, command = name.partition(".")
+    if folder not in COMMAND_FOLDERS or not (ROOT / folder / f"{command}.py").is_file():
+        end_in_one_line("name a command, such as falcon-mamba data.prepare +experiment=demo")
+    del sys.argv[1]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def fix(module: str) -> str:

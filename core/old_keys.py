@@ -50,10 +50,8 @@ RENAMED = {
     "plan.host_gbytes": "plan.host_gbytes_per_second",
     "world": "dryrun.world_size",
 }
-REMOVED = (
-    "eval.bench",  # it only sized a benchmark
-    "plan.price_per_gpu_hour",
-)
+# sizes of a benchmark, and dollars
+REMOVED = ("eval.bench", "plan.price_per_gpu_hour")
 # groups that are sections of config.yaml now, and their only choice
 GROUPS = {
     "checkpoint": "local",
@@ -79,7 +77,7 @@ def renamed_overrides(words: Iterable[str]) -> list[str]:
             continue
         prefix, key, value = match.groups()
         if value is not None and value == GROUPS.get(key):
-            changes.append(f"{word} is the only choice now")
+            changes.append(f"{word} has no effect any more")
         elif key == "eval" and SUITES.fullmatch(value or ""):
             changes.append(f"{word} is now suite={value}")
             found.append(f"suite={value}")

@@ -72,9 +72,8 @@ def download(name: str, url: str, path: Path) -> None:
     def copy(target: BinaryIO) -> None:
         with opened(url) as source:
             shutil.copyfileobj(source, target, PIECE)
-            if missing := getattr(
-                source, "length", 0
-            ):  # http.client's: bytes announced and not sent
+            # http.client's: bytes announced and not sent
+            if missing := getattr(source, "length", 0):
                 raise OSError(f"the connection ended {missing} bytes early")
 
     try:

@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -49,6 +50,8 @@ COMPARE_BYTES = 8  # per parameter: two models in fp32
 
 def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     """Write, reload, compare; the folder takes its place only when the logits agree."""
+    if find_spec("transformers") is None:  # before the weights are written, not after
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
     folder = find_checkpoint(config)
     target = export_folder(config, folder)
     record = RunFiles.export_record(target)

@@ -138,9 +138,8 @@ class Validation:
         self.config, self.manifests, self.settings, self.bf16 = config, manifests, settings, bf16
         self.rank, self.ranks, self.group = rank, ranks, group
         self.rows: dict[str, Tensor] = {}
-        self.counted: dict[
-            str, int
-        ] = {}  # of them; one more may fill up, for all ranks run equally many forwards
+        # of them; one more may fill up, for all ranks run equally many forwards
+        self.counted: dict[str, int] = {}
         self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
 
     def _read(self) -> None:

@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} log=.venv/install.log
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than 3.11; set PYTHON=python3.12 or so" >&2; exit 2; }
+command -v "$python" >/dev/null || { echo "error: no $python: set PYTHON" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+    { echo "error: $python is not 3.11, 3.12 or 3.13: set PYTHON=python3.12 or so" >&2; exit 2; }
 command -v g++ >/dev/null || { echo 'error: g++ is missing: apt-get install g++' >&2; exit 2; }
 
 case ${TORCH:-} in

@@ -63,9 +63,8 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[tuple[str, str], list[tuple[Piece, Path]]] = {}
-        for name in read_manifest(
-            folder
-        ):  # a file that it does not name was not verified and is not read
+        # a file that it does not name was not verified and is not read
+        for name in read_manifest(folder):
             if name.startswith("rank-") and name.endswith(".json"):
                 path = folder / name
                 for raw in json.loads(path.read_text(encoding="utf-8")):

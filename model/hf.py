@@ -4,6 +4,7 @@ fields, used both ways.
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from model.config import ModelConfig
+from model.flops import parameter_count
 from model.hf_writer import Entry, json_bytes, plan, write
 from model.sharding import shard
 
@@ -219,22 +221,37 @@ def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
 
 
 @torch.no_grad()
-def save(model: Any, folder: Path, eos: int) -> None:
+def save(model: Any, folder: Path | str, eos: int) -> None:
     """Write a whole FalconMamba in fp32 as a Hugging Face folder, which initialize_from reads.
 
-    The tokenizer is not written. eval/export.py exports a run: in pieces, any type, compared.
+    Files of an earlier save are replaced; the tokenizer is not written. Raises ValueError for a
+    model that transformers has no config for, an `eos` outside the vocabulary, and a model of which
+    this rank holds a part. eval/export.py exports a run: in pieces, any type, compared.
     """
+    folder = Path(folder)
+    config = hf_config(model.config, eos, "float32")
+    if not 0 <= eos < model.config.vocab_size:
+        raise ValueError(f"eos is {eos}; the vocabulary has ids 0 to {model.config.vocab_size - 1}")
+    if sum(p.numel() for p in model.parameters()) != parameter_count(model.config):
+        raise ValueError("the model is one rank's part: gather it, or use eval/export.py")
     parameters = {name: to_hf(name, tensor) for name, tensor in model.named_parameters()}
     entries = (
         Entry(ours, theirs, torch.float32, tuple(parameters[ours].shape))
         for ours, theirs in tensor_names(model.config.n_layer)
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     write(
-        folder,
+        part,
         plan(entries),
         lambda name, start, stop: parameters[name][start:stop].float().cpu(),
         lambda line: None,
     )
-    config = hf_config(model.config, eos, "float32")
-    (folder / "config.json").write_bytes(json_bytes(config))
+    (part / "config.json").write_bytes(json_bytes(config))
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    for file in part.iterdir():
+        file.replace(folder / file.name)
+    part.rmdir()

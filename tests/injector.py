@@ -98,9 +98,8 @@ class Injector:
         def counted(trainer: Trainer, *arguments: Any) -> Any:
             self.now = trainer.state.step
             if self.rank == 0:
-                with (self.folder / "steps").open(
-                    "a"
-                ) as file:  # every step that is begun, the repeated ones too
+                # every step that is begun, the repeated ones too
+                with (self.folder / "steps").open("a") as file:
                     file.write(f"{self.now}\n")
             rows = [row for batch, counts in arguments[1] if counts for row in batch.tokens]
             with (self.folder / f"samples-{self.rank}").open("a") as file:

@@ -3,6 +3,7 @@ user's.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,8 +164,30 @@ def test_torchrun_names_the_file_that_hides_its_command(site: Path, home: Path) 
     )
 
 
-def test_help_shows_commands_as_a_wheel_has_them(site: Path, home: Path) -> None:
-    result = python(site, home, "-P", "-m", "data.prepare", "--help")
+@pytest.mark.parametrize("module", ["data.prepare", "train.pretrain"])
+def test_help_shows_commands_as_a_wheel_has_them(site: Path, home: Path, module: str) -> None:
+    """Also where a command goes on in a second line."""
+    result = python(site, home, "-P", "-m", module, "--help")
     assert result.returncode == 0, result.stderr
-    assert "python -P -m data.prepare +experiment=demo" in result.stdout
-    assert "prepare.py" not in result.stdout
+    assert f"-m {module} +experiment=" in result.stdout
+    examples = result.stdout.split("examples:")[1].split("A run is chosen")[0]
+    assert not re.search(r"[a-z]/\w+\.py \+", examples), examples
+
+
+def test_one_script_starts_every_command_beside_any_file(site: Path, home: Path) -> None:
+    """By what the wheel installs as `falcon-mamba`, with the working folder first on the path."""
+    shutil.copy(home / "model.py", home / "core.py")
+    script = home / "bin" / "falcon-mamba"  # a script's own folder is first, not the working one
+    script.parent.mkdir()
+    script.write_text("from core.entry import run_command\nrun_command()\n")
+    result = python(site, home, str(script), "data.prepare", "+experiment=demo", "data.sources=3")
+    assert result.returncode == 2 and result.stderr.startswith("error: data.sources"), result.stderr
+    result = python(site, home, str(script), "data.no_such_command")
+    assert result.returncode == 2 and "falcon-mamba data.prepare" in result.stderr
+
+
+def test_a_copy_of_the_example_finds_what_is_installed(site: Path, home: Path) -> None:
+    (home / "mine").mkdir()
+    copy = shutil.copy(ROOT / "examples" / "train_by_hand.py", home / "mine" / "mine.py")
+    result = python(site, home, str(copy))
+    assert result.returncode == 0, result.stderr

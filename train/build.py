@@ -86,26 +86,21 @@ def build_trainer(
     guard.health.load(state.health)
     if state.tokens < schedule.total:
         count_start(config, state, ranks, watch.incidents)
+    loader, micro_batch = Loader(plan, manifests), config.parallel.micro_batch_tokens
+    batches = Batches(loader, schedule, ranks, micro_batch, engine.in_step)
     jobs = leaderboard_jobs(config, schedule)
-    metrics, flops = None, 0.0
     if ranks.first:
         announce(config, plan, kernels, ranks, state)
+    metrics, flops = None, 0.0
     if ranks.first and state.tokens < schedule.total:
         flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
-        where = (config.run.folder, config.run.name, config.metrics, record)
-        metrics = Metrics(*where, tokens=state.tokens, total=schedule.total)
+        metrics = open_metrics(config, record, state)
         jobs.know(read_scores(metrics.file.path))
     return Trainer(
         ranks=ranks,
         schedule=schedule,
         sources=list(plan.sources),
-        batches=Batches(
-            Loader(plan, manifests),
-            schedule,
-            ranks,
-            config.parallel.micro_batch_tokens,
-            engine.in_step,
-        ),
+        batches=batches,
         model=model,
         context=context,
         engine=engine,
@@ -213,6 +208,12 @@ def leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
         always={before_decay, schedule.total},
         after=collecting(config.run.folder),
     )
+
+
+def open_metrics(config: RunConfig, record: dict[str, Any], state: State) -> Metrics:
+    """Where the numbers of the run go on from its state."""
+    where = (config.run.folder, config.run.name, config.metrics, record)
+    return Metrics(*where, tokens=state.tokens, total=config.tokens)
 
 
 def announce(config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: State) -> None:

@@ -9,6 +9,7 @@ from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
+from core import log
 from core.run import RunFiles
 from train.metrics.curves import draw
 from train.metrics.page import page
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """The command line."""
+    log.set_up()
     parser = argparse.ArgumentParser(
         prog=as_called("python train/report.py"),
         description=__doc__,

@@ -72,9 +72,8 @@ def session(
         watch.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank
         )
-        if isinstance(
-            error, OSError
-        ):  # which the command line takes for a mistake; in the middle of a run it is none
+        # which the command line takes for a mistake; in the middle of a run it is none
+        if isinstance(error, OSError):
             raise RuntimeError(text) from error
         raise
     finally:

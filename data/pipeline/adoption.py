@@ -257,9 +257,8 @@ class Adoption:
             write_manifest(source_folder(self.cfg, name), manifest)
             fingerprints.pin_tasks(self.folder, name, source.tasks)
             logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
-        if (
-            self.cfg.tokenizer.path is not None or not self.left
-        ):  # else it was trained on other text
+        # else it was trained on other text
+        if self.cfg.tokenizer.path is not None or not self.left:
             key = fingerprints.tokenizer_key(self.cfg, list(keys.values()))
             fingerprints.write_built(self.file.parent, key, sha256=sha256_of(self.file))
             logger.info("adopted    the vocabulary")

@@ -297,7 +297,7 @@ class RayTasks(Tasks):
 
     def describe(self) -> str:
         """Where it runs."""
-        return f"Ray, {self.workers} tasks at a time"
+        return "Ray, as many tasks at a time as it has processors for"
 
     def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
         """Queue the jobs; one whose machine dies is tried three times more."""

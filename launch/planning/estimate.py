@@ -235,9 +235,8 @@ def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
     rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
     blocking = size / ranks / (run.plan.host_gbytes_per_second * 1e9)
-    if (
-        run.parallel.engine is EngineKind.megatron
-    ):  # its pieces() has the weights gathered before anything is read
+    # its pieces() has the weights gathered before anything is read
+    if run.parallel.engine is EngineKind.megatron:
         seq_len = max(stage.seq_len for stage in run.data.stages)
         sent = traffic_between_ranks(run, ranks, run.schedule.batch_end_sequences, seq_len)
         blocking += sent["weights"] / link(run, ranks)

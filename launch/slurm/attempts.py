@@ -29,9 +29,8 @@ def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> N
             strike(bad_nodes, node, folder, "lost by Slurm under a run")
     ended = read_outcome(folder)
     if ended is not None and ended.code != FINISHED:
-        RunFiles(
-            folder
-        ).outcome.unlink()  # what an earlier start left must not be taken for this one's
+        # what an earlier start left must not be taken for this one's
+        RunFiles(folder).outcome.unlink()
     note(folder, event="begin", nodes=nodes)
 
 

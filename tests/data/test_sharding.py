@@ -38,9 +38,8 @@ ALPHABET = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    texts = [
-        "a river\n\n\n\nriver   12345.\n \n\triver\n\n\n\n"
-    ] * 3  # runs of white space become ids
+    # runs of white space become ids
+    texts = ["a river\n\n\n\nriver   12345.\n \n\triver\n\n\n\n"] * 3
     trained = tokenizer.train(texts, 280, tmp_path_factory.mktemp("v"))
     trained.encode_special_tokens = True
     return trained

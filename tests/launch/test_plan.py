@@ -346,9 +346,8 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if (
-            storage.data_ptr() not in own and x.numel() > config.d_inner * config.d_state
-        ):  # A is not kept per token
+        # A is not kept per token
+        if storage.data_ptr() not in own and x.numel() > config.d_inner * config.d_state:
             held[storage.data_ptr()] = storage
         return x
 

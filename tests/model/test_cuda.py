@@ -312,9 +312,8 @@ def test_on_the_gpu_in_segments(kernels: Kernels) -> None:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         busy = torch.randn(4096, 4096, device="cuda")
-        for _ in range(
-            20
-        ):  # what is launched on the wrong stream would run before this and read what is not there
+        # what is launched on the wrong stream would run before this and read what is not there
+        for _ in range(20):
             busy = busy @ busy * 1e-2
         actual = everything(kernels, torch.bfloat16, case)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))

@@ -2,13 +2,16 @@
 is bit-equal.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from model.config import ModelConfig, Recompute
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
-from model.hf import from_hf, hf_config, model_config, tensor_names, to_hf
+from model.hf import HfFolder, from_hf, hf_config, model_config, save, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build
@@ -193,3 +196,23 @@ def test_gradients_pass_between_pieces() -> None:
     )
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_is_saved_again_and_again_and_whole(tmp_path: Path) -> None:
+    model = model_of(TINY, kernels=REFERENCE)
+    for number in (1.0, 2.0):
+        with torch.no_grad():
+            model.final_norm.weight.fill_(number)
+        save(model, str(tmp_path / "saved"), 0)
+        found = HfFolder(tmp_path / "saved")
+        assert all(torch.equal(found.full(n), p.detach()) for n, p in model.named_parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    with pytest.raises(ValueError, match="eos is 999"):
+        save(model, tmp_path / "other", 999)
+    plain = model_of(replace(TINY, mixer_norms=False), kernels=REFERENCE)
+    with pytest.raises(ValueError):
+        save(plain, tmp_path / "other", 0)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:48])
+    with pytest.raises(ValueError, match="one rank's part"):
+        save(model, tmp_path / "other", 0)
+    assert not (tmp_path / "other").exists()

@@ -191,10 +191,8 @@ def test_peak_memory_is_the_plans_within_five_percent(
         1 if layout in ("plain", "megatron") else 2,
     )
     expected = needs(run, world).total
-    if layout in (
-        "zero1",
-        "zero2",
-    ):  # of their two buckets, which take turns on a GPU, a CPU has one
+    # of their two buckets, which take turns on a GPU, a CPU has one
+    if layout in ("zero1", "zero2"):
         expected -= 4 * min(bucket, parameter_count(run.model))
     measured = peak(run, world, CPU)
     assert measured == pytest.approx(expected, rel=0.05)

@@ -19,9 +19,10 @@ from core.errors import InputError
 from core.files import read_json_lines
 from core.log import UnfailingStream
 from tests.commands import PATIENCE
+from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
-from train.distributed import Ranks, ranks
+from train.distributed import Ranks, ranks, shared_errors
 from train.metrics.records import JsonLines, read_lines
 from train.resilience import watchdog
 from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
@@ -206,9 +207,8 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
     def crash(watch: Any, leave: Any) -> Outcome:
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(
-        RuntimeError
-    ):  # not an OSError, which the command line would take for a mistake
+    # not an OSError, which the command line would take for a mistake
+    with pytest.raises(RuntimeError):
         session(run.run, run.health, here, crash)
     assert (
         read_outcome(folder) is None
@@ -310,3 +310,19 @@ def test_an_incident_reaches_its_file_when_the_console_is_gone(
     assert [(line["incident"], line["step"]) for line in read_json_lines(incidents.path)] == [
         ("skip", 3)
     ]
+
+
+def _one_rank_fails(root: Path) -> None:
+    with ranks("cpu", 1) as here:
+        try:
+            with shared_errors():
+                if here.rank == 1:
+                    raise InputError("run.init_from: not on this node")
+        except InputError as error:
+            (root / f"rank-{here.rank}").write_text(str(error))
+
+
+def test_a_mistake_of_one_rank_is_said_on_all(tmp_path: Path) -> None:
+    run_ranks(2, [(_one_rank_fails, (tmp_path,))])
+    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    assert said == ["run.init_from: not on this node"] * 2

@@ -93,9 +93,8 @@ class Watch:
         self.beats += 1
         step, phase, _ = self.place
         line = json.dumps({"step": step, "phase": phase, "beats": self.beats, **self.who})
-        with suppress(
-            OSError
-        ):  # peers would take this rank for silent, and say so; nothing else depends on it
+        # peers would take this rank for silent, and say so; nothing else depends on it
+        with suppress(OSError):
             os.pwrite(self.descriptor, line.ljust(SIZE).encode(), 0)
 
     def _hang(self) -> None:

@@ -42,6 +42,8 @@ RENAMED = {
     "eval.keep_fp32": "export.keep_fp32",
     "eval.hub": "export.hub",
     "eval.checkpoint": "run.checkpoint",
+    "eval.suite.max_length": "leaderboard.suite.max_length_tokens",
+    "eval.suite.limit": "leaderboard.suite.limit_documents",
     "eval.suite": "leaderboard.suite",
     "eval.jobs": "leaderboard.jobs",
     "plan.node_gbytes": "plan.node_gbytes_per_second",

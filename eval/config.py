@@ -81,15 +81,15 @@ class Suite:
     """A leaderboard and what others reached on it, in the order of its rows."""
 
     name: str
-    max_length: int  # tokens of a prompt and its answer
+    max_length_tokens: int  # tokens of a prompt and its answer
     include: str | None  # folder of further task files
-    limit: int | None  # documents of each task at most, for a trial
+    limit_documents: int | None  # documents of each task at most, for a trial
     rows: list[Row]
     published: dict[str, list[float]]
 
     def __post_init__(self) -> None:
-        if self.max_length < 2 or not self.rows:
-            raise ValueError("leaderboard.suite needs max_length >= 2 and at least one row")
+        if self.max_length_tokens < 2 or not self.rows:
+            raise ValueError("leaderboard.suite needs max_length_tokens >= 2 and at least one row")
         for model, scores in self.published.items():
             if len(scores) != len(self.rows):
                 raise ValueError(

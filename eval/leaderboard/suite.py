@@ -44,8 +44,8 @@ def run_suite(config: EvaluationConfig) -> None:
     made_of = {
         **subject.identity,
         "suite": suite.name,
-        "max_length": suite.max_length,
-        "limit": suite.limit,
+        "max_length": suite.max_length_tokens,
+        "limit": suite.limit_documents,
     }
     stored = read_json(path)
     results: dict[str, Result] = {}
@@ -117,7 +117,7 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
     assert suite is not None
     # it warns at every row that shots were set
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = language_model(subject, suite.max_length, config.leaderboard.batch_tokens)
+    model = language_model(subject, suite.max_length_tokens, config.leaderboard.batch_tokens)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
         # its own tasks too: reading their 14,000 files takes seconds
@@ -132,7 +132,7 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
             model=model,
             tasks=list(tasks.values()),
             num_fewshot=row.shots,
-            limit=suite.limit,
+            limit=suite.limit_documents,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
             task_manager=manager,

@@ -31,7 +31,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
-    config = compose_config(["+experiment=demo"])
+    config = compose_config(["+experiment=demo", "suite=leaderboard_v1"])
     gone = object()
     for old, new in RENAMED.items():
         assert OmegaConf.select(config, new, default=gone) is not gone, new

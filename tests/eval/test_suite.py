@@ -268,7 +268,7 @@ def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
     are its choices'.
     """
     suite = run_config("7b", f"suite=leaderboard_{name}").leaderboard.suite
-    assert suite is not None and suite.max_length == 8192 and len(suite.rows) == wanted
+    assert suite is not None and suite.max_length_tokens == 8192 and len(suite.rows) == wanted
     mean = sum(suite.published["FalconMamba-7B"]) / len(suite.rows)
     assert mean == pytest.approx(best, abs=0.006)
     rows = {row.label: {"score": 50.0, "stderr": 1.0} for row in suite.rows}

@@ -85,12 +85,15 @@ def test_help_shows_them(script: str) -> None:
     )
 
 
+FOLDERS = "core|model|data|train|eval|launch|configs|examples|benchmarks|tests"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_commands_and_links_exist(path: Path) -> None:
     text = path.read_text()
     assert text.isascii()
-    for script in re.findall(r"\b(?:data|train|eval|launch)/\w+\.py", text):
-        assert (ROOT / script).is_file(), script
+    for file in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w/]+\.(?:py|sh|yaml)\b", text):
+        assert (ROOT / file).is_file() or file == "configs/data/mine.yaml", file
     for name in re.findall(r"\+(?:experiment|sweep)=(\w+)", text):
         found = list(ROOT.glob(f"configs/*/{name}.yaml"))
         assert found or name == "NAME", name

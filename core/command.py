@@ -28,6 +28,9 @@ from core.old_keys import GROUPS, given_keys, rename_keys, renamed_overrides
 
 CONFIGS = str(ROOT / "configs")
 NO_GROUP = re.compile(r".*Could not override '(\w+)(?:@[^']*)?'\.\s*No match in the defaults", re.S)
+NO_CHOICE = re.compile(
+    r"Could not find '(\w+)/([^']+)'\s+Available options in [^\n]*:((?:\n\t[^\n]+)+)"
+)
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 Schema = TypeVar("Schema")
 
@@ -170,6 +173,8 @@ def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
     if match := UNKNOWN_KEY.match(str(error)):
         near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
         return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
+    if match := NO_CHOICE.search(str(error)):
+        return f"{match[1]} has no {match[2]}; it has {', '.join(match[3].split())}"
     if (match := NO_GROUP.match(str(error))) and match[1] in GROUPS:
         suite = " (a leaderboard: override /suite)" if match[1] == "eval" else ""
         return (

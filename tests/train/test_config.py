@@ -99,6 +99,7 @@ def test_token_counts_may_be_written_with_an_exponent() -> None:
         (["data.block_tokens=300"], "does not divide data.block_tokens"),
         (["parallel.zero_stage=7"], "zero_stage"),
         (["model.d_model=0"], "at least 1"),
+        (["model=9b"], "model has no 9b; it has 130m, 1b, 7b, demo"),
     ],
 )
 def test_a_mistake_is_named_on_one_line(overrides: list[str], says: str) -> None:

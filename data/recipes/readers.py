@@ -332,8 +332,8 @@ def open_input(source: Source, place: Path, html: bool = False) -> Counted:
     }
     if kinds[pinned["kind"]].holds_html and not html:
         raise InputError(
-            f"input folder {source.input} holds web pages: use recipe web or manuals, which "
-            "extract their text"
+            f"input folder {source.input} holds web pages: use recipe web, manuals or "
+            "mathematics, which extract their text"
         )
     reader: Counted = kinds[pinned["kind"]](source.input, text_key=source.text_key)
     reader.files = pinned["files"]

@@ -195,7 +195,7 @@ def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="put files of one kind there"):
         raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
-    with pytest.raises(InputError, match="use recipe web or manuals"):
+    with pytest.raises(InputError, match="use recipe web, manuals or mathematics"):
         open_input(folder_source("curated", tmp_path), pin(str(tmp_path), tmp_path / "place"))
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):

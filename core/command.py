@@ -36,9 +36,7 @@ Schema = TypeVar("Schema")
 
 
 def about() -> str:
-    """What --help says of a script: its docstring, which ends with examples. Hydra replaces $NAME,
-    but not $$NAME.
-    """
+    """A script's --help: its docstring with examples. $ is doubled, as Hydra replaces $NAME."""
     return as_called(sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 

@@ -18,9 +18,7 @@ class InputError(ValueError):
 
 
 def end_in_one_line(message: str) -> NoReturn:
-    """End this process with the exit code of a user's mistake; the first rank of a machine says
-    why.
-    """
+    """Exit with the code of a user's mistake; the first rank of each machine prints the reason."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
@@ -29,8 +27,6 @@ def end_in_one_line(message: str) -> NoReturn:
 
 
 def moved(command: str) -> None:
-    """End an entry script that has moved with one line: its new command, and the arguments it was
-    given.
-    """
+    """End an entry script that has moved; print its new command with the given arguments."""
     print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -55,9 +55,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside a folder survive a power cut, where its file system can
-    promise that.
-    """
+    """Make renames and removals in a folder survive power loss, if its file system allows it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,9 +75,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A stored JSON object; empty when there is none or it is damaged, for what can be made
-    anew.
-    """
+    """Read a JSON object that can be made anew; empty when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -88,9 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; lines that a kill or a full disk cut short are left
-    out.
-    """
+    """Read the objects of a JSON Lines file; skip lines cut short by a kill or a full disk."""
     found: list[dict[str, Any]] = []
     if not path.is_file():
         return found
@@ -102,8 +96,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Add an object to a file of JSON lines in one write, so that lines of several processes stay
-    whole.
-    """
+    """Append an object to a JSON Lines file in one write: lines of several processes stay whole."""
     with path.open("ab", buffering=0) as file:
         file.write((json.dumps(value) + "\n").encode())

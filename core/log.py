@@ -18,9 +18,7 @@ OURS = ("core", "model", "data", "eval", "train", "launch", "examples", "benchma
 
 
 class RankFilter(logging.Filter):
-    """Passes information of the first rank alone, and whatever is a warning or is marked for all
-    ranks.
-    """
+    """Passes the first rank's information, all warnings, and lines marked for all ranks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is said."""
@@ -29,9 +27,7 @@ class RankFilter(logging.Filter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to standard output as it is now, errors to standard error; a full disk or a closed
-    pipe stops nothing.
-    """
+    """Writes to the current stdout, errors to stderr; ignores a full disk or a closed pipe."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""

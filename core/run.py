@@ -49,9 +49,7 @@ class RunFiles:
 
     @staticmethod
     def export_record(hf: Path) -> Path:
-        """What an export was made of: `export.json` beside `hf`, `export-step-N.json` beside
-        `hf-step-N`.
-        """
+        """Origin of an export: `export.json` by `hf`, `export-step-N.json` by `hf-step-N`."""
         return hf.with_name(f"export{hf.name.removeprefix('hf')}.json")
 
 

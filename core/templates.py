@@ -7,9 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a jinja2 template. A name without a value is an error; in *.html.jinja every value is
-    escaped.
-    """
+    """Render a jinja2 template; a missing value is an error, *.html.jinja escapes every value."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html.jinja"]),

@@ -116,9 +116,7 @@ def page() -> str:
 def entries(
     schema: type, values: Any, prefix: str, yaml: dict[str, str]
 ) -> list[tuple[str, str, str, str]]:
-    """(key, type, value, meaning) of every leaf below a dataclass; of a table of dataclasses, its
-    entries' fields.
-    """
+    """(key, type, value, meaning) of each leaf of a dataclass, or of a table's entries' fields."""
     found = []
     notes = field_comments(schema)
     for name, hint in typing.get_type_hints(schema).items():

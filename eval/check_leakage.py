@@ -34,9 +34,7 @@ READ_TOKENS = 1 << 24  # of a training shard at once
 
 
 def documents(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length and token sum of every document that ids [t] hold whole, its end-of-text
-    included.
-    """
+    """Start, length (with end-of-text) and token sum of each document that is whole in ids [t]."""
     ends = np.flatnonzero(ids == EOS) + 1
     if not len(ends):
         return ends, ends, ends
@@ -52,9 +50,7 @@ def digest(ids: np.ndarray) -> bytes:
 def trained_documents(
     config: DataConfig, manifests: dict[str, Manifest], settings: ValidationConfig
 ) -> Iterator[tuple[str, str, int]]:
-    """Held-out documents of validation that a training shard holds too: (source, trained in,
-    times).
-    """
+    """Held-out documents that a training shard holds too: (source, trained in, times)."""
     # length and sum first: few need a hash
     held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
     for name, manifest in manifests.items():

@@ -48,9 +48,7 @@ class Jobs:
 
 @dataclass
 class Row:
-    """One column of a leaderboard: a task or group of lm-evaluation-harness and how its number is
-    made of it.
-    """
+    """Leaderboard column: a task or group of lm-evaluation-harness and how it is scored."""
 
     label: str
     task: str

@@ -31,9 +31,7 @@ UNFINISHED = "\ufffd"  # what decoding gives for bytes of a character that is no
 def stream(
     model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sampling: Sampling
 ) -> Iterator[str]:
-    """Pieces of text after a prompt, as soon as their characters are complete, up to
-    end-of-text.
-    """
+    """Yield text after a prompt up to end-of-text, in pieces of complete characters."""
     ids: list[int] = []
     shown = ""
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [EOS]

@@ -95,9 +95,7 @@ def evaluate(
 
 
 def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
-    """Rows [b, l + 1] that cover ids, neighbours sharing one token; the tail comes as a row of its
-    own.
-    """
+    """Rows [b, l + 1] that cover ids; neighbours share one token, the tail is its own row."""
     whole = (len(ids) - 1) // seq_len
     rows = ids.unfold(0, seq_len + 1, seq_len) if whole else ids.new_empty(0, 1)
     for start in range(0, whole, batch):
@@ -114,9 +112,7 @@ def unigram_bits(ids: Tensor) -> float:
 
 
 class Validation:
-    """Loss and bits per byte of every source on its first held-out tokens, over data-parallel
-    ranks.
-    """
+    """Loss and bits per byte of each source's first held-out tokens, over data-parallel ranks."""
 
     def __init__(
         self,
@@ -161,9 +157,7 @@ class Validation:
     def after(
         self, before: int, now: int, model: FalconMamba
     ) -> dict[str, dict[str, float]] | None:
-        """Results when a multiple of every_tokens lies in (before, now], else None. Every rank
-        takes part.
-        """
+        """Results if (before, now] has a multiple of every_tokens, else None; call on all ranks."""
         every = self.settings.every_tokens
         return self.run(model) if now // every > before // every else None
 

@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def push(config: EvaluationConfig) -> None:
-    """Check the export, write the card, upload; the repository is private until its owner says
-    otherwise.
-    """
+    """Check the export, write the card and upload; a new repository is private."""
     if config.export.hub is None:
         raise InputError("where to? give export.hub=USER/MODEL")
     folder = find_checkpoint(config)

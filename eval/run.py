@@ -99,9 +99,7 @@ def deciding(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def data_sha256(config: DataConfig) -> str:
-    """What the held-out text is: the manifests of all sources, and whether state is reset between
-    documents.
-    """
+    """SHA-256 of the held-out data: the manifests of all sources and data.reset_state."""
     manifests = [sha256_of(source_folder(config, name) / MANIFEST) for name in config.sources]
     return hashlib.sha256(json.dumps([manifests, config.reset_state]).encode()).hexdigest()
 

@@ -1,6 +1,4 @@
-"""What is evaluated: a run's newest valid checkpoint, one that is named, or a Hugging Face
-folder.
-"""
+"""What is evaluated: a run's newest valid checkpoint, a named one or a Hugging Face folder."""
 
 import logging
 from dataclasses import asdict, dataclass, replace
@@ -57,9 +55,7 @@ def verified_checkpoint(config: EvaluationConfig) -> Path:
 
 
 def export_folder(config: EvaluationConfig, folder: Path) -> Path:
-    """Where the export of a checkpoint lies: `hf` for the newest, `hf-step-N` for one that was
-    asked for.
-    """
+    """Export folder of a checkpoint: `hf` for the newest, `hf-step-N` for a requested one."""
     return (
         config.run.files.hf
         if config.run.checkpoint is None
@@ -114,9 +110,7 @@ class Subject:
 
 
 def subject_of(config: EvaluationConfig) -> Subject:
-    """What run.checkpoint names, else the run's newest; the run's own config.yaml says where its
-    vocabulary lies.
-    """
+    """Resolve run.checkpoint, else the run's newest; its config.yaml locates the vocabulary."""
     named = config.run.checkpoint
     if named is not None and (Path(named) / "config.json").is_file():
         folder = Path(named).resolve()

@@ -34,9 +34,7 @@ Row = dict[str, Any]
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """One row per point of sweep.json: what was varied, how far it got, losses at its end in nats
-    per token.
-    """
+    """One row per point of sweep.json: varied values, progress, final losses in nats per token."""
     points = read_json(folder / SWEEP).get("points")
     if points is None:
         raise InputError(
@@ -89,9 +87,7 @@ def measured(run: Path) -> Row:
 
 
 def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
-    """The table on the console, where what was varied names a run; held-out losses per source are
-    in the file alone.
-    """
+    """Print the table, runs named by what was varied; losses per source are in the file only."""
     table = Table(title=str(folder))
     for key in keys:
         table.add_column(

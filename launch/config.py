@@ -1,6 +1,4 @@
-"""What a submission to Slurm needs to know, torch-free; the values are section `slurm` of
-configs/config.yaml.
-"""
+"""Settings of a Slurm submission, torch-free; values are section `slurm` of configs/config.yaml."""
 
 import re
 from dataclasses import dataclass

@@ -37,9 +37,7 @@ class Line:
 
 
 def examine(config: RunConfig, console: Console | None = None) -> list[Line]:
-    """Every check in turn, named on the console meanwhile; one that cannot even run is a finding
-    too.
-    """
+    """Run every check in turn and show its name; a check that raises is a finding too."""
     lines = []
     for name, check in CHECKS.items():
         try:

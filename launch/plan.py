@@ -95,9 +95,7 @@ def plan(run: PlannedRun) -> dict[str, Any]:
 
 
 def stages(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
-    """The first step of every stage and of the full batch, and how its sequences lie on the groups
-    of ranks that share one.
-    """
+    """First step of each stage and of the full batch, with sequences per group of ranks."""
     schedule = Schedule(run.schedule, run.optim.lr, run.data)
     groups = ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
     begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
@@ -228,9 +226,7 @@ def times(result: dict[str, Any]) -> Table:
 
 
 def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
-    """The roofline on several GPUs, with what is computed again: an upper bound, at datasheet
-    rates, nothing sent.
-    """
+    """Roofline on several GPUs with recompute: an upper bound at datasheet rates, nothing sent."""
     grid = Table(
         "GPU",
         "roofline, tokens/s",
@@ -251,9 +247,7 @@ def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
 
 
 def choices(result: dict[str, Any]) -> Table:
-    """Layouts: the fastest that fit if nothing hides, the run's own, and the first of each kind
-    that falls.
-    """
+    """Layouts: the fastest without overlap, the run's own, the first of each rejected kind."""
     grid = Table(
         "",
         "tensor",

@@ -29,9 +29,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of the flattened part of tensor `name` on tensor-parallel
-    rank tp_rank.
-    """
+    """Elements [start, start + numel) of tensor `name`'s flattened part on rank tp_rank."""
 
     kind: str  # "param", "exp_avg" or "exp_avg_sq"
     name: str
@@ -78,9 +76,7 @@ class Pieces:
         return self.rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
 
     def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the whole tensor, fp32 on the CPU; memory holds little more than
-        them.
-        """
+        """Rows [start, stop) of a full tensor, fp32 on the CPU; takes little more memory."""
         piece = self.where[kind, name][0][0]
         cut, size = cut_of(name), piece.tp_size
         shape = part_shape(name, piece.shape, size)
@@ -110,9 +106,7 @@ class Pieces:
     def range(
         self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
-        """A range of the flattened part that rank tp_rank of tp_size holds, whatever layout wrote
-        the checkpoint.
-        """
+        """Range of the flattened part of rank tp_rank of tp_size, whatever layout was saved."""
         if (kind, name) not in self.where:
             raise KeyError(f"{self.folder} has no {kind} of {name}")
         if self.where[kind, name][0][0].tp_size == tp_size or cut_of(name) is None:
@@ -151,9 +145,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint folder must not be read, or None: every file of its manifest is read and
-    hashed.
-    """
+    """Why a checkpoint must not be read, or None; reads and hashes every file of its manifest."""
     try:
         files = read_manifest(folder)
     except FileNotFoundError:

@@ -8,9 +8,7 @@ LOSS_CHUNK = 1024  # tokens whose logits live at once, or as many as d_model; se
 
 
 class Backend(Enum):
-    """Implementations of the kernels a run can ask for; `auto` takes the fastest that is
-    present.
-    """
+    """Kernel backends that a run can ask for; `auto` takes the fastest available one."""
 
     auto = "auto"
     reference = "reference"
@@ -41,9 +39,7 @@ def loss_chunk(tokens: int, d_model: int) -> int:
 
 @dataclass
 class ModelConfig:
-    """Sizes by the names of the Mamba paper (arXiv 2312.00752) and of Falcon Mamba (arXiv
-    2410.05355, table 1).
-    """
+    """Sizes named as in Mamba (arXiv 2312.00752) and Falcon Mamba (arXiv 2410.05355, table 1)."""
 
     vocab_size: int
     d_model: int
@@ -68,9 +64,7 @@ class ModelConfig:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
 
     def check_cut(self, ranks: int) -> None:
-        """Raise ValueError unless a number of tensor-parallel ranks divides what is cut over
-        them.
-        """
+        """Raise ValueError unless the tensor-parallel ranks divide all sizes cut over them."""
         for name in ("d_inner", "vocab_size"):
             if getattr(self, name) % ranks:
                 raise ValueError(

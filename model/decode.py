@@ -60,9 +60,7 @@ class Decoder:
     def _step(
         self, tokens: Tensor, taps: list[Tensor], scans: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """tokens [b], taps [b, k - 1, d] and scans [b, d, n] of all layers -> scores [b, v] and
-        both after it.
-        """
+        """tokens [b], all taps [b, k - 1, d], scans [b, d, n] -> scores [b, v], both updated."""
         h = self.model.embedding(tokens).float()
         after: tuple[list[Tensor], list[Tensor]] = ([], [])
         for layer, A, tap, scan in zip(self.model.layers, self.A, taps, scans, strict=True):
@@ -77,9 +75,7 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Record one step that updates the state in place; only the warmup runs, which leaves the
-        state alone.
-        """
+        """Capture an in-place step as a CUDA graph; only warmup runs, which changes no state."""
         device, batch = self.taps[0].device, self.taps[0].shape[0]
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         side = torch.cuda.Stream()

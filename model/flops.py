@@ -48,9 +48,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters of the matrix products that every token meets; 6,994,001,920 for Falcon Mamba
-    7B.
-    """
+    """Parameters of every token's matrix products; 6,994,001,920 for Falcon Mamba 7B."""
     c = config
     mixer = c.d_inner * (2 * c.d_model + (c.dt_rank + 2 * c.d_state) + c.dt_rank + c.d_model)
     return c.n_layer * mixer + c.vocab_size * c.d_model
@@ -63,9 +61,7 @@ def train_flops_per_token(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Per token, forward and backward of all layers: bytes of memory and evaluations of special
-    functions.
-    """
+    """Bytes of memory and special functions per token, forward and backward of all layers."""
 
     residual: int  # bytes of norms and residual additions
     convolutions: int  # bytes

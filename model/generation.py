@@ -74,9 +74,7 @@ class Generation:
 
     @torch.no_grad()
     def prefill(self, prompts: Prompts) -> tuple[Tensor, State]:
-        """Read prompts of any lengths. Returns the final states [b, e] behind them and the layers'
-        states.
-        """
+        """Read prompts of any lengths; return final hidden states [b, e] and layers' states."""
         device = self.lm_head.weight.device
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) < 1:

@@ -1,6 +1,4 @@
-"""Ours <-> transformers' FalconMambaForCausalLM: one table of tensor names and one of config
-fields, used both ways.
-"""
+"""Tensor names and config fields, ours <-> transformers' FalconMambaForCausalLM, a table each."""
 
 import json
 import math
@@ -54,9 +52,7 @@ FIELDS = {
 
 
 def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
-    """Pairs (our name, transformers' name) of every tensor, in the order of transformers' state
-    dict.
-    """
+    """Pairs (our name, transformers' name) of all tensors, in transformers' state dict order."""
     yield from TENSORS_BEFORE.items()
     for index in range(n_layer):
         for ours, theirs in TENSORS_OF_LAYER.items():
@@ -65,9 +61,7 @@ def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
 
 
 def to_hf(name: str, tensor: Tensor) -> Tensor:
-    """Our tensor, or rows of it, in transformers' shape: conv weights gain the channel axis of a
-    depthwise Conv1d.
-    """
+    """Our tensor, or rows, in transformers' shape: conv weights gain Conv1d's channel axis."""
     return tensor.unsqueeze(1) if name.endswith("conv_weight") else tensor
 
 
@@ -77,8 +71,9 @@ def from_hf(name: str, tensor: Tensor) -> Tensor:
 
 
 def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
-    """config.json of a model; eos is also bos and pad, since the tokenizer has no bos (released:
-    bos 0 = >>TITLE<<).
+    """config.json of a model; eos is also bos and pad, since the tokenizer has no bos.
+
+    The released config has bos 0 = >>TITLE<<.
     """
     if not config.mixer_norms:
         raise ValueError(
@@ -114,9 +109,7 @@ def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """Our config from a config.json of model type falcon_mamba; raises ValueError for what we do
-    not train.
-    """
+    """Our config from a falcon_mamba config.json; raises ValueError for what we do not train."""
     if raw.get("model_type") != "falcon_mamba":
         raise ValueError(
             f"model_type is {raw.get('model_type')!r}; only falcon_mamba folders can be read"
@@ -145,9 +138,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def differences(folder: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Overrides that would give `wanted` the network of a folder; what shapes initial values only
-    is not compared.
-    """
+    """Overrides that give `wanted` the network of a folder; ignores initial-value settings."""
     initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
     names = [field.name for field in fields(ModelConfig) if field.name not in initial]
     return [

@@ -122,9 +122,7 @@ def write(
     rows: Callable[[str, int, int], Tensor],
     say: Callable[[str], None],
 ) -> None:
-    """Write every file; `rows(name, start, stop)` gives rows of our tensor in fp32, `say` hears of
-    each file.
-    """
+    """Write every file; `rows(name, start, stop)` gives rows in fp32, `say` logs each file."""
     for file in layout.files:
         say(f"{file.name}: {len(file.entries)} tensors, {file.size:,} bytes")
         with (folder / file.name).open("xb") as out:

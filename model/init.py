@@ -28,9 +28,7 @@ from model.flops import parameter_shapes
 
 
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """The full fp32 initial value of a parameter, on the CPU, a pure function of (name, config,
-    seed).
-    """
+    """Full fp32 initial value of a parameter on the CPU, a function of (name, config, seed)."""
     shape = parameter_shapes(config)[name]
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -73,8 +71,6 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
 def initialize(
     model: nn.Module, config: ModelConfig, seed: int, cut: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Fill a materialised model with its initial values; `cut(name, full)` gives the part that this
-    rank holds.
-    """
+    """Set a materialised model's initial values; `cut(name, full)` returns this rank's part."""
     for name, parameter in model.named_parameters():
         parameter.copy_(cut(name, initial_value(name, config, seed)))

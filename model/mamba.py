@@ -28,9 +28,7 @@ COMPILED_VARIANTS = 32
 
 
 class SequenceRanks(Protocol):
-    """What a layer asks of the ranks that hold the other pieces of its sequences
-    (model/parallel/context.py).
-    """
+    """What a layer asks of ranks with its sequences' other pieces (model/parallel/context.py)."""
 
     def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
         """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]."""
@@ -41,9 +39,7 @@ class SequenceRanks(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight, computed in fp32; its result has the type that autocast gives to
-    products.
-    """
+    """RMSNorm with a weight, computed in fp32; returns autocast's type for matrix products."""
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -110,9 +106,7 @@ class Mixer(nn.Module):
         taps: Tensor | None,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolution, selection and gated scan of before and z [b, l, d]: y [b, l, d] and the last
-        state.
-        """
+        """Convolve, select, scan before and z [b, l, d] -> y [b, l, d], last state [b, d, n]."""
         if self.context is not None:
             taps = self.context.taps(before, starts, self.conv_weight.shape[1] - 1)
         u = continued_conv(
@@ -153,9 +147,7 @@ class Block(nn.Module):
 
 
 class FalconMamba(Generation, nn.Module):
-    """The language model. Built empty (also on the meta device); model/init.py or weights fill
-    it.
-    """
+    """Language model. Built empty (also on the meta device); model/init.py or weights fill it."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
@@ -192,9 +184,7 @@ class FalconMamba(Generation, nn.Module):
             )
 
     def set_context(self, context: SequenceRanks | None) -> None:
-        """Take tokens, targets and starts to be this rank's pieces of sequences that several ranks
-        hold.
-        """
+        """Treat tokens, targets and starts as this rank's pieces of sequences split over ranks."""
         self.context = context
         for layer in self.layers:
             layer.mixer.context = context  # type: ignore[union-attr]
@@ -240,9 +230,7 @@ class FalconMamba(Generation, nn.Module):
         return h.to(computing_type(h))
 
     def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Next-token scores [b, l, vocab_size] of tokens [b, l]; under tensor parallelism this
-        rank's columns.
-        """
+        """Next-token scores [b, l, vocab_size] of tokens [b, l]; if cut, this rank's columns."""
         return self.lm_head(self.hidden(tokens, starts))
 
     def forward(

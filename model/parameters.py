@@ -15,9 +15,7 @@ NO_DECAY = ("norm.weight", "A_log", ".D", "dt_bias", "conv_bias")
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter split along `dim`; with parts > 1 each stacked part is split by itself (in_proj:
-    x over z).
-    """
+    """A split along `dim`; with parts > 1 each stacked part is split (in_proj: x over z)."""
 
     dim: int
     parts: int = 1
@@ -50,7 +48,5 @@ def decays(name: str) -> bool:
 
 
 def in_products(name: str) -> bool:
-    """Whether a parameter is a factor of matrix products, or the embedding: all others are fp32 in
-    any precision.
-    """
+    """Whether a parameter is in matrix products or the embedding; others are always fp32."""
     return decays(name) and name.endswith(".weight")

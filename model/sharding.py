@@ -17,9 +17,7 @@ def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
 
 
 def unshard(name: str, shards: list[Tensor]) -> Tensor:
-    """The full parameter from the parts of all tensor-parallel ranks, in rank order; inverse of
-    shard.
-    """
+    """Full parameter from the parts of all tensor-parallel ranks in order; inverse of shard."""
     cut = cut_of(name)
     if cut is None or len(shards) == 1:
         return shards[0]

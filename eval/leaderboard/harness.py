@@ -131,9 +131,7 @@ class FalconMambaLM(TemplateLM):
         return float(chosen), bool((scores.argmax(-1) == targets).all())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text, in batches of one set of settings, longest prompts
-        first.
-        """
+        """Continuations up to a stop text; a batch shares its settings, longest prompts first."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)

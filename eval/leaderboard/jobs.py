@@ -43,9 +43,7 @@ class SuiteJobs:
     def __init__(
         self, run: Run, settings: Jobs, *, always: Collection[int] = (), after: Sequence[str] = ()
     ) -> None:
-        """Checkpoints of `always` tokens are scored whatever every_tokens says; jobs end with the
-        command `after`.
-        """
+        """Score `always` tokens whatever every_tokens says; end each job with command `after`."""
         self.run, self.settings, self.always, self.after = run, settings, always, after
         self.scores = run.files.scores
         self.record = run.files.score_jobs
@@ -96,9 +94,7 @@ class SuiteJobs:
             self._launch(suite, held)
 
     def _launch(self, suite: str, held: Path) -> None:
-        """One job: python eval/run.py on the held checkpoint, then what the run wants to be told
-        by.
-        """
+        """Start a job: python eval/run.py on the held checkpoint, then the command `after`."""
         name = f"{suite}-{held.name}"
         words = [
             sys.executable,
@@ -141,9 +137,7 @@ class SuiteJobs:
             logger.warning(f"{name} could not be started ({error})")
 
     def news(self) -> list[dict[str, Any]]:
-        """Scores of ended jobs that were not reported before; the files they were made of are let
-        go.
-        """
+        """Scores of ended jobs not reported before; releases the checkpoints they held."""
         records = []
         started: dict[str, int] = read_json(self.record).get("started", {})
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
@@ -162,9 +156,7 @@ class SuiteJobs:
         return records
 
     def _ended(self, name: str) -> dict[str, float] | None:
-        """Scores of a job's rows, and their average when none is missing; None while the job goes
-        on.
-        """
+        """Scores of a job's rows, with their average if all exist; None while the job runs."""
         result = read_json(self.scores / f"{name}.json")
         if not result.get("complete") and not result.get("missing"):
             return None

@@ -198,9 +198,7 @@ def average(scores: list[float]) -> float:
 
 
 def siblings(suite: Suite, path: Path) -> dict[str, list[float]]:
-    """Scores of the run's other checkpoints on the whole suite: before the decay and after it, side
-    by side.
-    """
+    """Scores of the run's other checkpoints on the whole suite, such as before and after decay."""
     found = {}
     for other in sorted(path.parent.glob(f"{suite.name}-*.json")):
         stored = read_json(other)
@@ -221,9 +219,7 @@ def table(
     results: dict[str, Result],
     others: dict[str, list[float]] | None = None,
 ) -> Table:
-    """Ours with standard errors, then other checkpoints, then every published model, and how far
-    ours is from each.
-    """
+    """Ours with standard errors; other checkpoints and published models, and ours minus each."""
     grid = Table(title=f"{suite.name}, and below each score how far ours is above it")
     for label in ("model", *(row.label for row in suite.rows), "average"):
         grid.add_column(label, no_wrap=True)

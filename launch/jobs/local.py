@@ -16,9 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
-    """Every stage of every run; one that fails is named at the end and the others go on, Ctrl-C
-    ends them all.
-    """
+    """Run every stage of every run. Go on after a failure, report it last; Ctrl-C ends all runs."""
     failed = []
     for number, each in enumerate(jobs, 1):
         logger.info(f"\n== {number} of {len(jobs)}: {each.config.run.name}")
@@ -74,9 +72,7 @@ def through(command: list[str], run: Path | None) -> str:
 
 
 def wait(command: list[str]) -> tuple[int, bool]:
-    """Exit code of a command, and whether Ctrl-C was pressed: its processes hear that too, and need
-    time to save.
-    """
+    """Exit code and whether Ctrl-C was pressed; the command gets it too and needs time to save."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
     asked = False
     with subprocess.Popen(command, env=environment) as process:

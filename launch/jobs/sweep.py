@@ -1,6 +1,4 @@
-"""The points of a sweep: from Hydra's syntax (`a=1,2 b=range(3)`) or a choice of configs/sweep to
-named runs.
-"""
+"""Points of a sweep as named runs, from Hydra's syntax (`a=1,2 b=range(3)`) or configs/sweep."""
 
 import re
 from dataclasses import dataclass
@@ -50,9 +48,7 @@ def job(overrides: list[str]) -> Job:
 
 
 def short(value: str) -> str:
-    """A value as a folder's name has it: 1e9 instead of Hydra's 1000000000.0, where nothing is
-    lost.
-    """
+    """Short form of a value for folder names: 1e9, not Hydra's 1000000000.0, if it is exact."""
     try:
         brief = f"{float(value):g}"
         return re.sub(r"e\+?(-?)0*", r"e\1", brief) if float(brief) == float(value) else value

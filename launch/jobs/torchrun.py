@@ -20,9 +20,7 @@ SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
 
 
 def refuse_hidden(words: list[str]) -> None:
-    """End the process in one line when a file in the working folder hides the command that
-    `torchrun -m` is to start.
-    """
+    """End in one line if a file in the working folder hides the command of `torchrun -m`."""
     package = words[words.index("-m") + 1].split(".")[0] if "-m" in words[:-1] else ""
     if package in ("data", "eval", "launch", "train") and (file := hiding(package)):
         end_in_one_line(

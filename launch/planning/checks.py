@@ -1,6 +1,4 @@
-"""What launch/doctor.py looks at: each check is a function of the run's config and returns a
-finding.
-"""
+"""Checks of launch/doctor.py: each is a function of the run's config and returns a finding."""
 
 import importlib.metadata
 import os
@@ -91,9 +89,7 @@ def torch_and_driver(config: RunConfig) -> Finding:
 
 
 def kernels(config: RunConfig) -> Finding:
-    """The backend that the run would take, against the reference in float64: values and gradients
-    of a small scan.
-    """
+    """Compare the run's backend with the fp64 reference: values and gradients of a small scan."""
     import torch
 
     from model.kernels import REFERENCE, MissingBackend, load
@@ -227,9 +223,7 @@ def memory(config: RunConfig) -> Finding:
 
 
 def disk(config: RunConfig) -> Finding:
-    """Room for the checkpoints that are kept and one in flight; write, fsync and rename where the
-    run will.
-    """
+    """Check room for the kept checkpoints and one in flight; test write, fsync and rename there."""
     place = config.run.folder
     while not place.exists():
         place = place.parent
@@ -256,9 +250,7 @@ def disk(config: RunConfig) -> Finding:
 
 
 def data(config: RunConfig) -> Finding:
-    """Tokenizer and manifests of every source; python data/verify.py reads the shards
-    themselves.
-    """
+    """Tokenizer and manifest of each source; python data/verify.py reads the shards."""
     from data.stream.manifests import open_manifests
 
     try:

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Limits of one GPU: dense bf16 FLOP/s, memory bytes/s and bytes, special functions/s (SMs x 16
-    x boost clock).
-    """
+    """Dense bf16 FLOP/s, memory bytes/s, GiB, special functions/s (SMs x 16 x boost clock)."""
 
     name: str
     flops: float

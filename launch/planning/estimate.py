@@ -20,9 +20,7 @@ from train.schedule import Schedule
 
 @dataclass
 class PlanConfig:
-    """Assumptions of a plan; units in the names, 1e9 bytes per second and rank where it says
-    gbytes.
-    """
+    """Assumptions of a plan, units in the names; gbytes_per_second is 1e9 bytes/s per rank."""
 
     mfu: float
     node_gbytes_per_second: float
@@ -100,9 +98,7 @@ class Phase:
 
 
 def phases(run: RunConfig) -> list[Phase]:
-    """The run as steps. Where the batch grows linearly in tokens from a to b, their mean is (b - a)
-    / ln(b / a).
-    """
+    """Phases of the run. A batch linear in tokens from a to b has mean (b - a) / ln(b / a)."""
     schedule, found, begin = Schedule(run.schedule, run.optim.lr, run.data), [], 0
     for end, seq_len, name in schedule.edges:
         edge = min(max(begin, run.schedule.ramp_tokens), end)
@@ -120,9 +116,7 @@ def phases(run: RunConfig) -> list[Phase]:
 
 
 def sequences_of_a_group(config: RunConfig, ranks: int, batch: float) -> int:
-    """Sequences of a step that the fullest group of ranks, which all wait for, runs one after
-    another or together.
-    """
+    """Sequences per step, serial or batched, of the fullest group of ranks; all wait for it."""
     return math.ceil(
         batch * config.parallel.tensor_parallel * config.parallel.context_parallel / ranks
     )
@@ -211,9 +205,7 @@ def timed(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[Phase, StepTime]]
 
 @dataclass
 class Reliability:
-    """What saving and failing cost; a share that is lost is of the run's time, starts not
-    counted.
-    """
+    """Cost of saves and failures; lost shares are of the run's time, starts not counted."""
 
     checkpoint_bytes: int
     # a save stops training: megatron-core gathers weights, each part goes to its host
@@ -228,9 +220,7 @@ class Reliability:
 
 
 def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
-    """Of saves every T seconds, what they stop and half of T per fault are lost (J. W. Young, CACM
-    17(9), 1974).
-    """
+    """Saves every T s cost their blocking time and T / 2 per fault (Young, CACM 17(9), 1974)."""
     size = 12 * parameter_count(run.model)
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
     rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second

@@ -1,6 +1,4 @@
-"""The layouts that could run a config: what each needs and gives, or why it cannot run. Pure
-arithmetic.
-"""
+"""Layouts that could run a config: needs and rates, or why one cannot run. Pure arithmetic."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,9 +13,7 @@ from train.costs.memory import GIB, headroom, needs
 
 @dataclass
 class Layout:
-    """One way to lay the run over its ranks; rates are the whole run's, of one rank, 0 where none
-    can be given.
-    """
+    """One layout of the run; rates are per rank, over the whole run, 0 where none can be given."""
 
     tensor_parallel: int
     sequence_parallel: bool
@@ -70,9 +66,7 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None
 def layout_of(
     run: PlannedRun, parallel: Parallel, recompute: Recompute, ranks: int, gpu: Gpu
 ) -> Layout:
-    """What a layout needs and gives, or why it cannot run; one that only lacks memory has its
-    rates.
-    """
+    """Needs and rates of a layout, or why it cannot run; one that only lacks memory has rates."""
     p = parallel
     layout = Layout(
         p.tensor_parallel,

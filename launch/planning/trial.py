@@ -36,9 +36,7 @@ class DryRun(PlannedRun):
         return self.dryrun.world_size or self.cluster.nodes * self.cluster.ranks_per_node
 
     def way_out(self) -> str:
-        """The nearest layout that works, as the end of a refusal; nothing when the layout is not
-        what is wrong.
-        """
+        """Nearest layout that works, to end a refusal; empty if the layout is not at fault."""
         asked = replace(
             self.parallel,
             micro_batch_tokens=max(

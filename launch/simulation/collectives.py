@@ -1,6 +1,4 @@
-"""Counts the collectives that run, whoever asks for them: DeepSpeed, megatron-core, autograd or the
-loop.
-"""
+"""Counts collectives, whoever calls them: DeepSpeed, megatron-core, autograd or our loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,9 +71,7 @@ class Collectives(TorchDispatchMode):
 
 
 def name_of(group: dist.ProcessGroup) -> str:
-    """Who the ranks of a group are to each other; groups that have the same ranks are told
-    apart.
-    """
+    """Name of a group by its ranks' role; groups with the same ranks are told apart."""
     from megatron.core import parallel_state
 
     named = {

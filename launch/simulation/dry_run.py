@@ -70,18 +70,14 @@ def fullest(config: RunConfig) -> int:
 
 
 def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[int]:
-    """Sequences of each micro-batch of a step on data-parallel rank `rank`; one that counts nothing
-    has one.
-    """
+    """Sequences per micro-batch of data-parallel rank `rank`; an empty micro-batch has one."""
     most = config.parallel.micro_batch_tokens // now.seq_len
     cuts = split(now.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
     return [max(1, high - low) for low, high in cuts]
 
 
 def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int]]:
-    """Micro-batches as (size, times): those alike ask for the same, but megatron-core's first,
-    which gathers.
-    """
+    """Micro-batches as (size, times): equal sizes merged, megatron-core's first apart (gathers)."""
     apart = int(engine is EngineKind.megatron)
     return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
 
@@ -152,9 +148,7 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
 
 
 def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
-    """Gather objects, which need bytes; in a world that is not there, every rank says what this one
-    does.
-    """
+    """Gather objects with real bytes; in a simulated world every rank returns this one's."""
 
     def gather_objects(*args: Any, **kwargs: Any) -> None:
         with unset_fake_temporarily():
@@ -224,9 +218,7 @@ def agreement() -> Iterator[None]:
 
 
 class Silence(TorchDispatchMode):
-    """Coalesced collectives pass nothing on; torch answers the others of a fake tensor itself, but
-    not these.
-    """
+    """Skips coalesced collectives of fake tensors; torch itself answers all others."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -252,9 +244,7 @@ class Scalars(TorchDispatchMode):
 
 
 class Pointers(TorchFunctionMode):
-    """A fake tensor lies at address 0: DeepSpeed checks the alignment of its parts. torch.tensor
-    gets their numbers.
-    """
+    """Gives fake tensors address 0 (DeepSpeed checks alignment); torch.tensor gets numbers."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -35,9 +35,7 @@ def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> N
 
 
 def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, str]:
-    """What follows after the ranks of a start are gone with `code`: done, requeue or stop, and
-    why.
-    """
+    """Decide after a start's ranks ended with `code`: done, requeue or stop, and why."""
     start = [
         entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "begin"
     ][-1]
@@ -80,9 +78,7 @@ def crashes_before(folder: Path, checkpoint: str) -> int:
 
 
 def suspects(folder: Path, start: Record) -> set[str]:
-    """Nodes of the start whose ranks crashed or hung by themselves, by the run's
-    incidents.jsonl.
-    """
+    """Nodes of a start whose ranks crashed or hung themselves, from the run's incidents.jsonl."""
     blamed = set()
     for entry in read_json_lines(RunFiles(folder).incidents):
         if (

@@ -1,6 +1,4 @@
-"""One interface to the model's expensive operations, several implementations, chosen once per run
-and said aloud.
-"""
+"""One interface to the expensive operations; each run chooses a backend once and logs it."""
 
 from typing import Any
 
@@ -32,9 +30,7 @@ BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
 
 
 def load(backend: Backend, device: str) -> Kernels:
-    """The kernels of a backend for "cpu" or "cuda"; raises MissingBackend with the fix when it
-    cannot run there.
-    """
+    """Kernels for device "cpu" or "cuda"; raises MissingBackend, with the fix, if unavailable."""
     offered = BACKENDS[device]
     if backend is Backend.auto:
         return next(
@@ -53,9 +49,7 @@ def load(backend: Backend, device: str) -> Kernels:
 
 
 def passed_over(taken: Kernels, device: str) -> list[str]:
-    """A line for each backend of a device that is faster than the one taken: why it is not used,
-    and the fix.
-    """
+    """Faster backends of a device that were not taken, one line each: reason and fix."""
     lines = []
     for name, module, kernels in BACKENDS[device]:
         if kernels is taken:

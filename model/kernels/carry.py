@@ -40,9 +40,7 @@ def continued_conv(
 
 
 def last_taps(x: Tensor, starts: Tensor | None, taps: Tensor | None, behind: int) -> Tensor:
-    """The last `behind` = k - 1 inputs [b, k - 1, d] that a next piece needs after x [b, l, d]; see
-    continued_conv.
-    """
+    """Last `behind` = k - 1 inputs [b, k - 1, d] after x [b, l, d]; see continued_conv."""
     before = x.new_zeros(x.shape[0], behind, x.shape[2]) if taps is None else taps
     rows = (
         torch.cat([before, x[:, max(0, x.shape[1] - behind) :]], 1)[:, -behind:]

@@ -85,16 +85,12 @@ def _flags(starts: Tensor | None) -> Tensor | None:
 
 
 def row_stride(x: Tensor) -> int:
-    """Elements between neighbouring rows of x [b, l, d]; the stride of an axis of length 1 says
-    nothing.
-    """
+    """Stride of the rows of x [b, l, d]; an axis of length 1 has an arbitrary stride."""
     return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """fp32 with neighbouring channels adjacent and one distance between all rows [b, l]; copies
-    only when needed.
-    """
+    """fp32 with contiguous channels and evenly spaced rows [b, l]; copies only when needed."""
     x = x.float()
     regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
     return x if regular else x.clone(memory_format=torch.contiguous_format)
@@ -123,9 +119,7 @@ def kept_like(u: Tensor, A: Tensor) -> Tensor:
 
 
 class Prepared:
-    """Inputs of a scan as the C++ side wants them; its arguments point into tensors that live as
-    long as this does.
-    """
+    """Scan inputs for the C++ library; owns the tensors that `arguments` points to."""
 
     def __init__(
         self, inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None
@@ -169,9 +163,7 @@ class Prepared:
 def scan_forward(
     inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its
-    chunks from.
-    """
+    """y [b, l, d], last state [b, d, n]; fills `kept` with the backward's chunk start states."""
     p = Prepared(inputs, starts, state)
     y, last = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n)
     active().selective_scan_forward(byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
@@ -186,9 +178,7 @@ def scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in
-    this order.
-    """
+    """Gradients in this order: u, dt, A, B, C, D, z, dt_bias, first state (empty without one)."""
     p = Prepared(inputs, starts, state)
     du, ddt, dz = (_new(p.batch, p.length, p.d) for _ in range(3))
     dB, dC = (_new(p.batch, p.length, p.n) for _ in range(2))

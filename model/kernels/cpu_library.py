@@ -73,9 +73,7 @@ def instruction_set() -> str:
 
 @functools.cache
 def library(path: str) -> ctypes.CDLL:
-    """The compiled library of an instruction set; compiles it into the cache when it is not
-    there.
-    """
+    """Load the library of an instruction set; compile it into the cache if it is missing."""
     compiler = _compiler()
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True

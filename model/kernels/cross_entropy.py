@@ -33,9 +33,7 @@ class VocabularyGroup(Protocol):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward computes earlier chunks'
-    logits again.
-    """
+    """Cross entropy, log-sum-exp of hidden @ weight.T; backward recomputes earlier chunks."""
 
     @staticmethod
     def forward(
@@ -47,9 +45,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         group: VocabularyGroup | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [t, e], weight [v, e], labels [t] -> losses and log-sums, both [t], in fp32 (fp64
-        for fp64).
-        """
+        """hidden [t, e], weight [v, e], labels [t] -> loss, log-sum [t], fp32 (fp64 for fp64)."""
         dtype = product_type(hidden)
         statistics = hidden.new_empty(3, len(labels), dtype=computing_type(hidden))
         local = labels if group is None else labels - group.offset(len(weight))

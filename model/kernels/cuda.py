@@ -61,9 +61,7 @@ def processors(device: torch.device) -> int:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [b, l, d] in a type: neighbouring channels adjacent, rows equally apart and aligned for
-    pairs of channels.
-    """
+    """x [b, l, d] in dtype, contiguous channels, evenly spaced rows aligned for channel pairs."""
     x = x.to(dtype)
     regular = x.stride(2) == 1 and (1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1))
     aligned = row_stride(x) % 2 == 0 and x.data_ptr() % (2 * x.element_size()) == 0
@@ -128,9 +126,7 @@ class Prepared:
         return torch.empty(shape, dtype=dtype, device=self.u.device)
 
     def cut(self, channels: int, blocks: int) -> tuple[int, list[Any]]:
-        """Segments that fill the GPU with blocks of some channels, some to an SM; and the kernels'
-        last arguments.
-        """
+        """Segments that fill the GPU, `blocks` of `channels` per SM; the last kernel arguments."""
         room = blocks * processors(self.u.device) // (self.d // channels * self.batch)
         segments = max(1, min(room, self.length // LEAST_SEGMENT))
         segment = -(-self.length // (segments * SCAN_CHUNK)) * SCAN_CHUNK
@@ -160,9 +156,7 @@ def kept_like(u: Tensor, A: Tensor) -> Tensor:
 def scan_forward(
     inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y [b, l, d] and the last state [b, d, n]; into `kept` the states that the backward starts its
-    chunks from.
-    """
+    """y [b, l, d], last state [b, d, n]; fills `kept` with the backward's chunk start states."""
     p = Prepared(inputs, starts)
     y, last = p.new(p.batch, p.length, p.d, dtype=p.dtype), p.new(p.batch, p.d, STATES)
     first = None if state is None else p.state(state)
@@ -196,9 +190,7 @@ def scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and of the first state (empty without one), in
-    this order.
-    """
+    """Gradients in this order: u, dt, A, B, C, D, z, dt_bias, first state (empty without one)."""
     p = Prepared(inputs, starts)
     segments, sizes = p.cut(CHANNELS, BACKWARD_BLOCKS)
     du, ddt, dz = (p.new(p.batch, p.length, p.d, dtype=p.dtype) for _ in range(3))

@@ -17,9 +17,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the sources' BF16
 
 
 def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
-    """The compiled source of an architecture ("sm_90"); ptxas' account of registers and spills goes
-    to `log`.
-    """
+    """Compile a source for an architecture ("sm_90"); `log` gets ptxas' registers and spills."""
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -55,9 +53,7 @@ def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
 
 @functools.cache
 def _stream(handle: int, device: int) -> Any:
-    """A stream of torch's for cuda-core, kept: from_handle builds a class for each, and torch takes
-    its own in turn.
-    """
+    """Cached cuda-core stream: from_handle builds a class per call, torch reuses its streams."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)

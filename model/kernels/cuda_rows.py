@@ -1,6 +1,4 @@
-"""Our CUDA kernels for rows: RMSNorm, and what the cross entropy needs of logits. Part of the
-`cuda` backend.
-"""
+"""Row kernels of the `cuda` backend: RMSNorm and the cross entropy's operations on logits."""
 
 from ctypes import c_float, c_int, c_longlong
 from typing import Any

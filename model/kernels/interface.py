@@ -1,6 +1,4 @@
-"""What a backend offers: the model's expensive operations, all with the meaning that the reference
-gives them.
-"""
+"""Interface of a backend: the expensive operations, with the semantics of the reference."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,9 +47,7 @@ class RmsNorm(Protocol):
 
 
 class LossRows(Protocol):
-    """What the loss needs of a chunk of logits [t, v]; see model.kernels.reference, the
-    specification.
-    """
+    """Loss operations on a chunk of logits [t, v]; specified by model.kernels.reference."""
 
     def loss_statistics(self, logits: Tensor, labels: Tensor) -> Tensor: ...
 

@@ -106,24 +106,18 @@ def selective_scan(
 
 
 class LastState(torch.autograd.Function):
-    """The last state [b, d, n] of a scan with its gradient, which costs nothing until somebody asks
-    for it.
-    """
+    """Last state [b, d, n] of a scan with its gradient, computed only when it is needed."""
 
     @staticmethod
     def forward(ctx: Any, last: Tensor, *inputs: Tensor) -> Tensor:
-        """u, dt [b, d, l], A [d, n], B [b, n, l] and dt's bias [d] are those that the scan was
-        given.
-        """
+        """Save the scan's inputs: u, dt [b, d, l], A [d, n], B [b, n, l] and dt's bias [d]."""
         ctx.save_for_backward(*inputs)
         return last.view_as(last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        """Runs the scan again, in the state's type and with steps behind that show a state each in
-        y, and back.
-        """
+        """Rerun the scan in dlast's type with n more steps whose y is the state; backpropagate."""
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         _, scan = _functions()
         with torch.enable_grad():
@@ -137,9 +131,7 @@ class LastState(torch.autograd.Function):
 
 
 def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
-    """u, dt, B, C and z of the steps after which the state [b, d, n] is what it was; y of them is
-    0.
-    """
+    """u, dt, B, C, z of steps that set the state to [b, d, n]; their y is 0."""
     batch, d, n = state.shape
     dt = (SHORT - dt_bias).detach()
     # depends on the bias, which the input cancels: no gradient reaches it from here
@@ -166,17 +158,13 @@ def _places(starts: Tensor) -> tuple[Tensor, int]:
 
 
 def _empty_steps(starts: Tensor, places: Tensor, length: int) -> Tensor:
-    """dt of the steps that hold no token, [b, length, 1]: FORGET before first tokens, HOLD behind a
-    row's end.
-    """
+    """dt [b, length, 1] of steps without a token: FORGET before first tokens, HOLD after a row."""
     behind = torch.arange(length, device=starts.device) > places[:, -1:]
     return torch.where(behind, HOLD, FORGET).unsqueeze(-1)
 
 
 def _spread(x: Tensor, places: Tensor, length: int, empty: Tensor | None = None) -> Tensor:
-    """x [b, l, c] at its places in [b, length, c]; `empty` (default zeros) is what stands
-    elsewhere.
-    """
+    """Put x [b, l, c] at its places in [b, length, c]; fill the rest with `empty` (zeros)."""
     out = x.new_zeros(x.shape[0], length, x.shape[2])
     if empty is not None:
         out = out + empty.to(x.dtype)

@@ -23,9 +23,7 @@ INPUTS = (
 
 
 def register(backend: Any, name: str, device: str) -> Kernels:
-    """Operators `falcon_<name>::...` over a module with {scan,conv,norm}_{forward,backward} and the
-    loss' two.
-    """
+    """Register `falcon_<name>::...` for a module's {scan,conv,norm}_{forward,backward} and loss."""
     space = Space(name, device)
     scan = _register_scan(backend, space)
 
@@ -71,9 +69,7 @@ class Space:
         return getattr(getattr(torch.ops, self.library.ns), name).default
 
     def differentiate(self, operator: Any, function: type[torch.autograd.Function]) -> None:
-        """Give an operator its gradient: a function whose forward calls the operator below
-        autograd.
-        """
+        """Set an operator's autograd function; its forward calls the operator below autograd."""
 
         def run(*arguments: Any) -> Any:
             return (
@@ -101,9 +97,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _register_scan(backend: Any, space: Space) -> Any:
-    """`keep`: whether the states that the backward starts from are written; without gradients
-    nobody reads them.
-    """
+    """`keep`: write the states that the backward starts from; not needed without gradients."""
 
     def room(u: Tensor, A: Tensor, keep: bool) -> Tensor:
         kept: Tensor = backend.kept_like(u, A) if keep else u.new_empty(0, dtype=torch.float32)

@@ -106,9 +106,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 
 
 class LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t * h_(t-1) + x_t along axis 0, with the adjoint recurrence as its backward: linear
-    in length.
-    """
+    """h_t = a_t * h_(t-1) + x_t on axis 0; the backward is the adjoint, linear in length."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, a: Tensor, x: Tensor, first: Tensor) -> Tensor:
@@ -137,9 +135,7 @@ class LinearRecurrence(torch.autograd.Function):
 def _scan_chunk(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scan of one chunk, time first: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d,
-    n].
-    """
+    """Scan a time-first chunk: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d, n]."""
     decay = torch.exp(dt.unsqueeze(-1) * A)
     if keep is not None:
         decay = decay * keep[:, :, None, None]

@@ -66,9 +66,7 @@ def mark(model: FalconMamba, tp_size: int) -> None:
 
 
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
-    """Replace what the table cuts: linears and embedding by megatron-core's, other parameters by
-    smaller ones.
-    """
+    """Replace cut parameters: linears and embedding by megatron-core's, others by smaller ones."""
     # imported here: megatron-core takes seconds to import and one rank needs none of it
     from model.parallel.tensor import (
         ColumnParallel,

@@ -60,9 +60,7 @@ class ContextRanks:
         return x.chunk(self.size, 1)[self.rank]
 
     def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
-        """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]; a piece must be at
-        least that long.
-        """
+        """The `behind` inputs [b, behind, d] before x [b, l, d]; ValueError if l < behind."""
         if x.shape[1] < behind:
             raise ValueError(
                 f"a rank's {x.shape[1]} tokens are fewer than the {behind} that a convolution "
@@ -100,9 +98,7 @@ def time_of(dt: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def join(A: Tensor, pieces: Tensor, rank: int) -> Tensor:
-    """The state [b, d, n] before piece `rank` of what pieces end with, and in the last column their
-    time.
-    """
+    """State [b, d, n] before piece `rank`; pieces hold last states and times (last column)."""
     state = pieces[0, ..., :-1] * 0.0  # as in taps: every rank is part of the gradient's sum
     for before in range(rank):
         state = torch.exp(A * pieces[before, ..., -1:]) * state + pieces[before, ..., :-1]

@@ -60,9 +60,7 @@ class Split(torch.autograd.Function):
 
 
 class Join(torch.autograd.Function):
-    """Whole sequences on every rank, for something whose gradient is whole on every rank as
-    well.
-    """
+    """Whole sequences on every rank, for a consumer whose gradient is whole on every rank."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -90,9 +88,7 @@ class ScatterSum(torch.autograd.Function):
 
 
 class GatheredProduct(torch.autograd.Function):
-    """Gathered x times a weight; keeps this rank's tokens of x and gathers them again for the
-    weight's gradient.
-    """
+    """Gathered x times a weight; saves this rank's tokens, gathers again for weight gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -120,9 +116,7 @@ class GatheredColumnParallel(ColumnParallel):
 
 
 class ScatteredRowParallel(RowParallel):
-    """out_proj: takes this rank's features of all tokens, gives this rank's tokens of the sum over
-    ranks.
-    """
+    """out_proj: this rank's features of all tokens -> its tokens of the sum over ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l, inputs / size] -> [b, l / size, outputs]."""
@@ -140,9 +134,7 @@ class SplitVocabParallel(VocabParallel):
 
 
 class SequenceNorm(RMSNorm):
-    """RMSNorm of this rank's tokens; its weight's gradient is summed over ranks, once per
-    backward.
-    """
+    """RMSNorm of this rank's tokens; each backward sums the weight's gradient over ranks once."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l / size, e] -> [b, l / size, e]."""

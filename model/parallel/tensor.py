@@ -93,9 +93,7 @@ class VocabParallel(tensor_parallel.VocabParallelEmbedding):
 
 
 class VocabularyRanks:
-    """The tensor-parallel ranks as the loss asks for them
-    (model.kernels.cross_entropy.VocabularyGroup).
-    """
+    """Tensor-parallel ranks for the loss (a model.kernels.cross_entropy.VocabularyGroup)."""
 
     def offset(self, rows: int) -> int:
         """Id of the first token of this rank's rows."""

@@ -42,9 +42,7 @@ def shortened(text: str, characters: int) -> str:
 
 
 def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: BrowseSettings) -> None:
-    """Documents of a source, drawn at random from its train shards; the same ones for the same
-    seed.
-    """
+    """Documents drawn at random from a source's train shards; a seed always draws the same."""
     if settings.source not in cfg.sources:
         raise InputError(
             f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}"
@@ -71,9 +69,7 @@ def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: Brows
 def show_sequences(
     loader: Loader, stage: PlannedStage, first: int, settings: BrowseSettings
 ) -> None:
-    """Sequences of a stage from number `first` on, with the token of the run at which each
-    begins.
-    """
+    """Sequences of a stage from number `first` on, each with the token of the run it begins at."""
     plan = loader.plan
     vocabulary = tokenizer.load(tokenizer_path(plan.config))
     last = min(first + settings.count, stage.tokens // stage.seq_len)

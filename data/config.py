@@ -1,6 +1,4 @@
-"""What a data set is: sources, stages, tokenizer. Types and checks; the values stand in
-configs/data.
-"""
+"""Types and checks of a data set: sources, stages, tokenizer. Values are in configs/data."""
 
 import re
 from dataclasses import dataclass, field
@@ -49,9 +47,7 @@ class Source:
 
 @dataclass
 class Asset:
-    """A file that some recipes read and that no package brings; `python data/download.py` fetches
-    it.
-    """
+    """A file that some recipes read and no package brings; `python data/download.py` fetches it."""
 
     # on this machine; None leaves the step that needs it out where it may be left out
     path: str | None = None

@@ -80,9 +80,7 @@ def prepare(
 
 
 def list_inputs(cfg: DataConfig) -> dict[str, Input]:
-    """Files of every source's input and the keys that follow; raises InputError before anything is
-    begun.
-    """
+    """Files of every source's input and their keys; raises InputError before any work begins."""
     for name, source in cfg.sources.items():
         recipes.check_known(source.recipe)
         fingerprints.check_tasks(Path(cfg.folder), name, source.tasks)
@@ -162,9 +160,7 @@ def run_passes(builds: dict[str, Build], workers: Tasks) -> Iterator[str]:
 
 
 def finish_clean(cfg: DataConfig, name: str, given: Input, build: Build, workers: Tasks) -> Clean:
-    """Account for the documents and move the folder into place; shards made of older documents go
-    first.
-    """
+    """Account for the documents and move their folder into place; remove shards of older ones."""
     folder, place = Path(cfg.folder), build.place
     steps = clean.count(build)
     try:
@@ -289,9 +285,7 @@ def wanted_manifests(
 def split_files(
     cfg: DataConfig, name: str, files: list[ShardFile], clean: Clean | None
 ) -> dict[str, list[ShardFile]]:
-    """The shards by split; asserts that every clean document is in one, raises InputError for an
-    empty split.
-    """
+    """The shards by split; asserts that no document is missing. InputError for an empty split."""
     documents = sum(file.documents for file in files)
     if clean is not None:
         expected = clean.documents

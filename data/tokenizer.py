@@ -160,9 +160,7 @@ def write_transformers_files(out: Path) -> None:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes that each id stands for, int64 [vocab]; 0 for special tokens, so that sums count bytes
-    of text.
-    """
+    """Bytes of text that each id stands for, int64 [vocab]; 0 for special tokens."""
     lengths = np.zeros(size_of(tokenizer), dtype=np.int64)
     special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for token, id in tokenizer.get_vocab().items():

@@ -1,6 +1,4 @@
-"""A trainer from a run's config: every part gets its own section, and the run goes on from the
-newest checkpoint that verifies.
-"""
+"""Build a trainer, each part from its config section; resume the newest verified checkpoint."""
 
 import logging
 from dataclasses import asdict
@@ -123,9 +121,7 @@ def build_trainer(
 
 
 def kernels_of(config: Compute, device: str) -> Kernels:
-    """The kernels that a run takes; InputError when they are missing, or cannot be compiled
-    around.
-    """
+    """The kernels of a run; InputError when they are missing or torch.compile cannot use them."""
     try:
         kernels = load(config.kernels, device)
     except MissingBackend as error:
@@ -162,9 +158,7 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
 
 
 def resume(checkpoints: Checkpoints, folder: Path, engine: Engine, wanted: State) -> State:
-    """Load a checkpoint into the engine; InputError when it is of another model or data plan than
-    `wanted`.
-    """
+    """Load a checkpoint into the engine; InputError if its model or data plan is not `wanted`'s."""
     state = checkpoints.load(folder, engine)
     hint = "restore the config it was trained with, or choose another run.name"
     if state.model != wanted.model:

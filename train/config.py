@@ -30,9 +30,7 @@ class EngineKind(Enum):
 
 
 class Precision(Enum):
-    """Type of matrix products; residual, norms, scan and optimizer are fp32 in both, parameters
-    with DeepSpeed.
-    """
+    """Type of matrix products; residual, norms, scan, optimizer, DeepSpeed's weights stay fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -69,9 +67,7 @@ class Optim:
 
 
 class DecayShape(Enum):
-    """How the rate falls from optim.lr to min_lr in the last decay_tokens; train/schedule.py has
-    the formulas.
-    """
+    """How the rate falls from optim.lr to min_lr in the last decay_tokens (train/schedule.py)."""
 
     exponential = "exponential"
     linear = "linear"
@@ -190,9 +186,7 @@ class MetricsConfig:
 
 @dataclass
 class ProfileConfig:
-    """A close look at a few steps: a table of their time by phase, and a trace for Perfetto or
-    chrome://tracing.
-    """
+    """Profile a few steps: a table of time by phase, a trace for Perfetto or chrome://tracing."""
 
     steps: int  # that are traced; 0 looks at none
     after_steps: int  # steps of this start that come before

@@ -1,6 +1,4 @@
-"""The device of a rank: which it is, what it has, how fast it is, and how a CPU keeps its
-memory.
-"""
+"""The device of a rank: which it is, what it has, its speed, and how a CPU keeps its memory."""
 
 import ctypes
 import os
@@ -27,9 +25,7 @@ def present_device(wanted: Device) -> str:
 
 
 def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
-    """Raise InputError when a GPU is asked for and absent (no run falls back in silence), or the
-    CPU cannot do it.
-    """
+    """Raise InputError if the GPU asked for is absent (no silent fallback) or the CPU is unfit."""
     if present == "cpu" and parallel.engine is EngineKind.megatron:
         device = " cluster.device=cpu" if wanted is Device.cuda else ""
         raise InputError(
@@ -43,9 +39,7 @@ def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
 
 
 def available(device: str) -> int:
-    """Bytes that this machine's device has: of one GPU in all, or free for all ranks of a CPU
-    machine.
-    """
+    """Bytes of device memory: one GPU's total, or a CPU machine's free memory for all ranks."""
     if device == "cuda":
         return int(
             torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
@@ -67,9 +61,7 @@ def keep_freed() -> None:
 
 
 def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float:
-    """FLOP/s of one rank: the config's datasheet value, or else the best of a few square matrix
-    products.
-    """
+    """FLOP/s of one rank: the config's datasheet value, or the best of a few matrix products."""
     if cluster.peak_tflops is not None:
         return cluster.peak_tflops * 1e12
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32

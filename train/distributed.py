@@ -74,9 +74,7 @@ class Ranks:
 
 @contextmanager
 def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Iterator[Ranks]:
-    """Join the world that the launcher's environment names (one rank without a launcher), and leave
-    it at the end.
-    """
+    """Join the world in the launcher's environment (one rank without); leave it at the end."""
     from megatron.core import parallel_state
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -158,9 +156,7 @@ def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
 
 
 def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
-    """Make megatron-core's groups out of the world that this process has joined, and say where it
-    stands in them.
-    """
+    """Build megatron-core's groups in this process's world; returns its place in them."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -226,9 +222,7 @@ def context_ranks() -> ContextRanks:
 
 
 def raise_everywhere(why: str | None) -> None:
-    """Raise the InputError that any rank has found, on every rank: nobody waits for one that has
-    left.
-    """
+    """Raise any rank's InputError on every rank, so that none waits for a rank that has left."""
     message = (why or "").encode()[:MESSAGE_BYTES]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(message)]))

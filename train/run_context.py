@@ -86,9 +86,7 @@ def session(
 
 
 def start(config: RunConfig, device: str) -> Outcome:
-    """Train with the ranks that the launcher started, from the newest checkpoint to wherever it
-    gets.
-    """
+    """Train with the ranks that the launcher started, from the newest checkpoint on."""
     with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
         return session(
             config.run, config.health, here, lambda watch, leave: _train(config, here, watch, leave)
@@ -114,9 +112,7 @@ def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcom
 
 
 def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether its files differ from it; empty where there is no
-    git or repository.
-    """
+    """Commit of the running code, and whether files differ; empty without git or repository."""
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -63,9 +63,7 @@ class Schedule:
         return frozenset(end for end, _, _ in self.edges)
 
     def batch(self, tokens: int) -> int:
-        """Sequences of a full step that begins at `tokens`: linear from batch_start_sequences to
-        batch_end_sequences.
-        """
+        """Sequences of a full step at `tokens`, linear from batch_start_ to batch_end_sequences."""
         c = self.config
         if tokens >= c.ramp_tokens:
             return c.batch_end_sequences

@@ -40,9 +40,7 @@ class Exchange:
         self.sources = sources
 
     def tell(self, sums: Tensor, seconds: float, leave: bool, save: bool, bad_data: bool) -> Told:
-        """Tell all ranks, and hear from them; sums [2, sources] count once per tensor-parallel
-        group.
-        """
+        """Exchange with all ranks; sums [2, sources] count once per tensor-parallel group."""
         losses = (
             sums.flatten()
             if self.ranks.tp_rank == 0
@@ -59,9 +57,7 @@ class Exchange:
 
 
 def count(sums: Tensor, source: Tensor, losses: Tensor) -> None:
-    """Add a micro-batch's losses [b, l] and tokens to the rows of its sources [b]; sums is [2,
-    sources].
-    """
+    """Add a micro-batch's losses [b, l] and tokens to its sources' rows [b]; sums [2, sources]."""
     source = source.cpu()
     sums[0].index_add_(0, source, losses.double().sum(1).cpu())
     sums[1].index_add_(0, source, torch.full(source.shape, losses.shape[1], dtype=torch.float64))

@@ -106,9 +106,7 @@ class Trainer:
         return None
 
     def _step(self, now: Now, batches: MicroBatches, waited: float) -> dict[str, Any]:
-        """Forward, backward and update of one global batch; returns the losses and norms of the
-        step.
-        """
+        """Forward, backward and update of one global batch; returns the step's losses and norms."""
         # nats and tokens of each source
         sums = torch.zeros(2, len(self.sources), dtype=torch.float64)
         # seconds of this rank's own work: reading and forward passes, which wait for no other rank

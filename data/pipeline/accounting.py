@@ -72,9 +72,7 @@ def read_step(raw: dict[str, Any]) -> Step:
 
 
 def check_conservation(steps: list[Step]) -> None:
-    """Assert in = out + dropped in every step, and that a step gets all that the one before passed
-    on.
-    """
+    """Assert in = out + dropped in every step, and that its input is the previous step's output."""
     for step in steps:
         assert step.total == step.forwarded + sum(step.dropped.values()), (
             f"documents lost inside a step: {step}"
@@ -95,9 +93,7 @@ def check_yield(source: str, steps: list[Step], least: float) -> None:
 
 
 def reasons(steps: list[Step]) -> str:
-    """`step: reason n, reason n; step: ...`, most frequent first; empty when nothing was
-    dropped.
-    """
+    """`step: reason n, reason n; step: ...`, most frequent first; empty if nothing was dropped."""
     lines = []
     for step in steps:
         if step.dropped:
@@ -113,9 +109,7 @@ def ranked(dropped: dict[str, int]) -> str:
 
 
 def table(steps: dict[str, list[Step]]) -> list[str]:
-    """For every step of every source: in = out + dropped, by reason; steps that only copy are left
-    out.
-    """
+    """In = out + dropped, by reason, for every step of every source; omits steps that only copy."""
     lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
     for source, found in steps.items():
         for place, step in enumerate(found):

@@ -120,9 +120,7 @@ class Adoption:
         self.check_versions(name, manifest.versions, fingerprints.shard_versions(source))
 
     def check_clean(self, name: str) -> None:
-        """Clean documents are those of the shards, and were made from this input by these passes
-        and versions.
-        """
+        """Check that clean documents are the shards', of this input, these passes and versions."""
         source, folder = self.cfg.sources[name], self.folder / "clean" / name
         if not (folder / fingerprints.BUILT).is_file():
             self.left[name] = (
@@ -169,9 +167,7 @@ class Adoption:
     def check_versions(
         self, name: str, before: dict[str, str | int], now: dict[str, str | int]
     ) -> None:
-        """Other rules made other text; other packages are named, and taken over by whoever asks for
-        it.
-        """
+        """Leave out text made by other rules; for other package versions, only warn."""
         ours = {key for key, value in now.items() if isinstance(value, int)}
         before = before or dict.fromkeys(ours, 1)  # they began at 1, and unrecorded
         if rules := [

@@ -162,9 +162,7 @@ def substring_passes(build: Build, n: int, documents: Path) -> list[Pass]:
 
 
 def count(build: Build) -> list[Step]:
-    """What every step of every pass did with every document; asserts that none was lost in or
-    between passes.
-    """
+    """Counts per step of every pass; asserts that no document was lost in or between passes."""
     steps: list[Step] = []
     for one in passes(build):
         logs = build.place / "logs" / one.name
@@ -179,9 +177,7 @@ def count(build: Build) -> list[Step]:
 
 
 def finish(build: Build) -> None:
-    """Put the last pass's documents into the folder itself and remove what was made on the way; may
-    be called again.
-    """
+    """Move the last pass's documents into the folder, remove other passes'; may be called again."""
     writing = [one for one in passes(build) if one.out is not None]
     for one in passes(build):
         if one.logs.is_dir() and one.logs != build.place / "logs" / one.name:

@@ -114,9 +114,7 @@ class Tasks(ABC):
 
 
 class Workers(Tasks):
-    """Forked processes: what the parent has imported, which takes seconds, they need not import
-    again.
-    """
+    """Forked processes: they inherit the parent's imports, which take seconds."""
 
     def __init__(self, count: int, folder: Path) -> None:
         super().__init__()
@@ -143,9 +141,7 @@ class Workers(Tasks):
 
 
 class Jobs:
-    """A datatrove pipeline of one step: task `rank` runs job `rank` and leaves its result as
-    JSON.
-    """
+    """A one-step datatrove pipeline: task `rank` runs job `rank` and saves its result as JSON."""
 
     def __init__(self, jobs: list[Job], results: Path) -> None:
         self.jobs = jobs
@@ -156,9 +152,7 @@ class Jobs:
 
 
 class SlurmArray(SlurmPipelineExecutor):
-    """datatrove's array jobs, with requeueing; its job that merges statistics is left out, ours are
-    merged here.
-    """
+    """datatrove's array jobs, with requeueing, without its merging of statistics: we merge them."""
 
     def launch_merge_stats(self) -> None:
         """Nothing."""
@@ -168,9 +162,7 @@ class SlurmArray(SlurmPipelineExecutor):
 
 
 class SlurmTasks(Tasks):
-    """One array per stage, watched from here; arrays of a launch that was killed are cancelled
-    first.
-    """
+    """One array per stage, watched from here; cancels the arrays of a killed launch first."""
 
     def __init__(self, cfg: ExecutorConfig, workers: int, folder: Path) -> None:
         super().__init__()
@@ -185,9 +177,7 @@ class SlurmTasks(Tasks):
         self.end_orphans()
 
     def end_orphans(self) -> None:
-        """Cancel the arrays of a launch that was killed: they would write the same files as
-        ours.
-        """
+        """Cancel the arrays of a killed launch, which would write the same files as ours."""
         if self.record.is_file():
             self.ids = self.record.read_text(encoding="utf-8").split()
             self.close()
@@ -249,9 +239,7 @@ class SlurmTasks(Tasks):
         return super().wait(pending, self.cfg.poll_seconds)
 
     def take_results(self) -> None:
-        """Complete the futures of jobs that have ended; raises InputError when the array has left
-        the queue without all.
-        """
+        """Complete futures of ended jobs; raises InputError if the array ended without all."""
         self.quiet = 0 if self.running() else self.quiet + 1
         here = {int(path.stem) for path in self.results.glob("*.json")}
         for rank in sorted(here & self.left.keys()):
@@ -265,9 +253,7 @@ class SlurmTasks(Tasks):
             )
 
     def running(self) -> bool:
-        """Whether Slurm still has one of our arrays; an answer of squeue other than a list counts
-        as yes.
-        """
+        """Whether Slurm still lists one of our arrays; an answer that is no list counts as yes."""
         if not self.ids:
             return False
         command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(self.ids)}"]

@@ -76,9 +76,7 @@ def list_input(source: Source) -> Listing:
 
 
 def versions_of(source: Source) -> dict[str, int | str]:
-    """Versions of all that shapes a source's text: its recipe, the passes that it asks for,
-    packages.
-    """
+    """Versions of all that shapes a source's text: its recipe, its passes, packages."""
     if source.recipe == MEGATRON:
         return {MEGATRON: megatron.RECIPE_VERSION}
     recipe = recipes.load(source.recipe)
@@ -162,18 +160,14 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's clean documents, the times of its input files
-    included.
-    """
+    """Hash of all that decides a source's clean documents, with the times of its input files."""
     source = cfg.sources[name]
     text = [source.input, *listing]
     return digest(settings_of(name, source, cfg.assets), text, cfg.keep_exclusions)
 
 
 def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
-    """Hash of all that decides the vocabulary: the file it is copied from, or the texts and
-    settings of training.
-    """
+    """Hash of all that decides the vocabulary: its file, or the texts and settings of training."""
     settings = cfg.tokenizer
     if settings.path is not None:
         # a smaller size is checked again
@@ -183,9 +177,7 @@ def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
 
 
 def shards_key(manifest: Manifest) -> str:
-    """Hash of all that decides a source's shards, for the name of their folder under
-    construction.
-    """
+    """Hash of all that decides a source's shards; names their folder under construction."""
     return digest(asdict(replace(manifest, splits={})))
 
 
@@ -222,9 +214,7 @@ def read_built(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def construction(folder: Path, stage: str, key: str) -> Path:
-    """The folder `building/<stage>/<key>`, kept from a killed run; those of other keys are
-    removed.
-    """
+    """The folder `building/<stage>/<key>`, kept from a killed run; removes those of other keys."""
     parent = folder / "building" / stage
     place = parent / key[:16]
     for other in parent.iterdir() if parent.is_dir() else ():
@@ -235,9 +225,7 @@ def construction(folder: Path, stage: str, key: str) -> Path:
 
 
 def install(built: Path, place: Path) -> None:
-    """Move a complete folder into place; a kill in between leaves it complete under construction,
-    to be moved next.
-    """
+    """Move a complete folder into place; after a kill in between, the next run moves it."""
     discard(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     built.rename(place)

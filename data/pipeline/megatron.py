@@ -42,9 +42,7 @@ class Corpus:
 
 
 def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
-    """Kind, and [bytes of both, time of change] per `.idx`; raises InputError where one of a pair
-    is missing.
-    """
+    """Kind, and [bytes of both, time of change] per `.idx`; InputError for one without its pair."""
     place = get_datafolder(folder)
     found = place.find("", detail=True) if place.isdir("") else {}
     names = sorted(name for name in found if name.endswith(".idx"))
@@ -117,9 +115,7 @@ def documents_of(job: Corpus, name: str) -> Iterator[NDArray[np.int64]]:
 
 
 def shard_task(job: Corpus, heldout_percent: float, rank: int) -> list[dict[str, Any]]:
-    """Write one task's files as shards; the ShardFile of every split that got documents, as plain
-    values.
-    """
+    """Write one task's files as shards; returns non-empty splits' ShardFiles as plain values."""
     mark = job.folder / f"{rank:05d}.done"
     paths = {split: job.folder / f"{split}_{rank:05d}.ds" for split in SPLITS}
     if not mark.is_file():

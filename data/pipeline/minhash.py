@@ -51,9 +51,7 @@ def buckets(setting: str, work: Path, rank: int) -> None:
 
 
 def pairs_of(path: Path) -> NDArray[np.uint64]:
-    """The pairs of one bucket, [pairs, 2]; a document is its file's number shifted by 32 bits, and
-    its place in it.
-    """
+    """The pairs of one bucket, [pairs, 2]; a document is (its file's number << 32) + its index."""
     halves = np.fromfile(path, dtype="<u4").reshape(-1, 2).astype(np.uint64)
     return (halves[:, 0] << np.uint64(32) | halves[:, 1]).reshape(-1, 2)
 
@@ -77,9 +75,7 @@ def first_of_cluster(nodes: NDArray[np.uint64], files: list[Path]) -> NDArray[np
 
 
 def clusters(work: Path) -> None:
-    """Pass 3, one task: transitive closure, and per file of documents the numbers of those that
-    go.
-    """
+    """Pass 3, one task: transitive closure; per file of documents the numbers of those to drop."""
     out, part = work / "remove", work / "remove.part"
     if out.is_dir():
         return

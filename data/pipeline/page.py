@@ -50,9 +50,7 @@ def lengths(folder: Path, manifest: Manifest) -> dict[int, int]:
 
 
 def domains(folder: Path, samples: int) -> list[tuple[str, int]]:
-    """The most frequent hosts among the first documents of every file of a source, `samples` in
-    all.
-    """
+    """The most frequent hosts in `samples` documents: the first ones of every file of a source."""
     files = sorted(folder.glob("*.jsonl.gz"))
     found: Counter[str] = Counter()
     for path in files:

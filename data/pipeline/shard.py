@@ -1,6 +1,4 @@
-"""From clean documents to the token shards of a source, and to the text that a vocabulary is
-trained on.
-"""
+"""Turn clean documents into a source's token shards, and into the text that trains a vocabulary."""
 
 import hashlib
 import os
@@ -56,9 +54,7 @@ class Sharding:
 
 
 def split_of(group: str, heldout_percent: float) -> str:
-    """ "train" or "heldout"; depends on the group alone, so no new document moves an old one
-    across.
-    """
+    """Split, "train" or "heldout"; depends only on the group, so new documents move no old ones."""
     bucket = int(hashlib.sha256(f"heldout:{group}".encode()).hexdigest(), 16) % HASH_BUCKETS
     return "heldout" if bucket < heldout_percent / 100 * HASH_BUCKETS else "train"
 
@@ -103,9 +99,7 @@ def batches(documents: Iterable[Document], size: int = BATCH_BYTES) -> Iterator[
 
 
 def encode(vocabulary: Tokenizer, texts: list[str]) -> Iterator[NDArray[np.uint16]]:
-    """Ids of every text, with the end token; text that spells <|endoftext|> must not end its
-    document.
-    """
+    """Ids of every text, with the end token; <|endoftext|> in a text does not end its document."""
     pieces = [pieces_of(text) for text in texts]
     flat = [piece for parts in pieces for piece in parts]
     encodings = iter(vocabulary.encode_batch_fast(flat, add_special_tokens=False))
@@ -156,9 +150,7 @@ class TokenWriter(PipelineStep):
 
 
 def shuffle(path: Path, ends: list[int], order: NDArray[np.int64]) -> None:
-    """Write the documents of a `.part` in another order as `.ds` and `.ds.index`; none where it has
-    no document.
-    """
+    """Write a `.part`'s documents in `order` as `.ds` and `.ds.index`; none without documents."""
     if ends:
         tokens = np.memmap(path, dtype=DTYPE, mode="r")
         starts = np.array([0, *ends[:-1]], dtype=np.int64)
@@ -171,9 +163,7 @@ def shuffle(path: Path, ends: list[int], order: NDArray[np.int64]) -> None:
 
 
 def shard_task(job: Sharding, rank: int) -> list[dict[str, Any]]:
-    """Tokenize one task's share; the ShardFile of every split that got documents, as plain
-    values.
-    """
+    """Tokenize one task's share; returns non-empty splits' ShardFiles as plain values."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
     run_task([reader_of(job.clean), TokenWriter(job)], job.folder / "logs", rank, job.tasks)
     paths = [job.folder / f"{split}_{rank:05d}.ds" for split in SPLITS]
@@ -194,9 +184,7 @@ def describe(path: Path) -> ShardFile:
 
 
 def train_texts(cleans: list[Clean], heldout_percent: float, max_bytes: int) -> Iterator[str]:
-    """Training documents of all sources by turns, always of the one least read, up to `max_bytes`
-    of text.
-    """
+    """Training documents up to `max_bytes` of text, always from the source least read so far."""
     streams = {place: reader_of(clean).run() for place, clean in enumerate(cleans)}
     read = dict.fromkeys(streams, 0)
     while streams and sum(read.values()) < max_bytes:

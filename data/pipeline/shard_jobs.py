@@ -14,9 +14,7 @@ from data.stream.manifests import tokenizer_path
 def shard_jobs(
     cfg: DataConfig, name: str, listing: Listing, clean: Clean | None, place: Path
 ) -> list[Any]:
-    """A job per task, into the folder `place`: of clean documents, or where there are none of a
-    tokenized corpus.
-    """
+    """One job per task, writing to `place`: from clean documents, or from a tokenized corpus."""
     source, file = cfg.sources[name], tokenizer_path(cfg)
     if clean is not None:
         job = Sharding(clean, place, file, cfg.seed, cfg.heldout_percent, source.tasks)

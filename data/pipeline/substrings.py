@@ -52,9 +52,7 @@ def piece_hash(piece: str) -> int:
 
 
 def window_hashes(pieces: list[str], n: int) -> Hashes:
-    """Hash of every window of n tokens [len(pieces) - n + 1]: windows double in length, two that
-    overlap give n.
-    """
+    """Hash of every window of n tokens, [len(pieces) - n + 1]; window lengths double up to n."""
     if len(pieces) < n:
         return np.empty(0, dtype=np.uint64)
     out = np.fromiter(map(piece_hash, pieces), dtype=np.uint64, count=len(pieces))
@@ -69,9 +67,7 @@ def window_hashes(pieces: list[str], n: int) -> Hashes:
 
 
 class Windows(PipelineStep):
-    """Writes the windows of one task's documents in sorted runs, with the border of every
-    partition.
-    """
+    """Writes the windows of one task's documents as sorted runs, with every partition's borders."""
 
     name = "Windows"
     type = "Substrings"
@@ -135,9 +131,7 @@ def index_windows(
 
 
 def find_repeats(work: Path, partition: int, tasks: int) -> None:
-    """Pass 2, one task per partition: the places of all windows but the first of their kind, by
-    task.
-    """
+    """Pass 2, one task per partition: places of all windows but the first of each hash, by task."""
     out = work / "repeats"
     out.mkdir(exist_ok=True)
     runs = sorted((work / "windows").glob("*.windows"))

@@ -18,9 +18,7 @@ from data.recipes.readers import Jsonl
 
 
 class OneTask(LocalPipelineExecutor):
-    """A single task in this process: the pool of workers.py takes the place of datatrove's, with
-    its manager.
-    """
+    """A single task in this process; workers.py's pool replaces datatrove's and its manager."""
 
     def run(self) -> PipelineStats:
         """Statistics of the task, empty when it was completed before."""
@@ -89,9 +87,7 @@ def write_excluded(folder: Path, reason: str) -> JsonlWriter:
 
 
 def exclude_into(folder: Path, pipeline: list[PipelineStep]) -> list[PipelineStep]:
-    """The same steps; those that drop documents write them to `folder`/<place in the
-    pipeline>-<name>.
-    """
+    """Make steps write the documents they drop to `folder`/<place in the pipeline>-<name>."""
     for place, step in enumerate(pipeline):
         if hasattr(step, "exclusion_writer"):
             name = "".join(

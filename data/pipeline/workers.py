@@ -33,17 +33,13 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process with its parent, so that no orphan writes into the next run's
-    files.
-    """
+    """Have the kernel end this process with its parent: orphans would write into the next run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_worker(logs: str) -> None:
-    """Send all that datatrove and its libraries print to a file, and bind the lives of children to
-    ours.
-    """
+    """Send the output of datatrove and its libraries to a file; children die with this process."""
     die_with_parent()
     # the extractor's sandbox is forked from here
     os.register_at_fork(after_in_child=die_with_parent)

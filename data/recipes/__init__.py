@@ -45,9 +45,7 @@ def require(packages: Iterable[str], who: str) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a recipe; raises InputError when a package that it requires cannot be
-    imported.
-    """
+    """The module of a recipe; raises InputError when a package it requires cannot be imported."""
     check_known(name)
     module = importlib.import_module(f"data.recipes.{name}")
     require(module.REQUIRES, f"recipe {name}")

@@ -27,9 +27,7 @@ def model_of(path: str) -> Any:
 
 
 class Labelled(BaseFilter):
-    """Keeps documents that the model gives a label with at least a score; the score goes into the
-    metadata.
-    """
+    """Keeps documents that the model labels with at least a score; saves the score as metadata."""
 
     name = "Classifier"
 

@@ -32,9 +32,7 @@ class Plausible(BaseFilter):
 
 
 class Handwritten(BaseFilter):
-    """Drops source files that say in their first lines that a program wrote them: tables teach
-    nothing but digits.
-    """
+    """Drops source files whose first lines say that a program wrote them: often digit tables."""
 
     name = "Handwritten"
     HEAD_LINES = 10
@@ -53,9 +51,7 @@ class Handwritten(BaseFilter):
 
 
 class Permissive(BaseFilter):
-    """Keeps files whose every known licence is permissive, and gives them their repository as
-    group.
-    """
+    """Keeps files whose every known licence is permissive, and sets their repository as group."""
 
     name = "Licence"
     KEYS = (
@@ -95,9 +91,7 @@ class Permissive(BaseFilter):
 
 
 class Lines(BaseFilter):
-    """Drops files whose lines are long on average or hold few letters and digits: data, not
-    code.
-    """
+    """Drops files with long lines on average or few letters and digits: data, not code."""
 
     name = "Lines"
 

@@ -89,9 +89,7 @@ def linearised(messages: Iterable[Message]) -> list[Message]:
 
 
 def written_out(messages: list[Message]) -> str:
-    """The conversation as text: title, then every message that still has text, under its author
-    where one is given.
-    """
+    """The conversation as text: title, then every message with text, under its author if given."""
     title = next((str(message["title"]) for message in messages if message.get("title")), None)
     parts = [] if title is None else [title]
     for message in messages:
@@ -129,9 +127,7 @@ class Conversations(Counted):
                 yield document
 
     def messages(self, filepath: str) -> Iterator[tuple[int, str, Message]]:
-        """(row, conversation, message) in the file's order; what is neither is dropped as
-        corrupt.
-        """
+        """(row, conversation, message) in the file's order; drops other rows as corrupt."""
         for index, row in self.rows(filepath):
             where = f"{filepath}:{index}"
             nested = row.get("messages") if isinstance(row, dict) else None

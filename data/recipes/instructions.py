@@ -34,9 +34,7 @@ PAIRS = (
 
 
 def written_out(row: dict[str, Any]) -> str | None:
-    """One text, every turn under its head, the last one an answer; None for an unknown shape or an
-    empty turn.
-    """
+    """One text, every turn under its head, an answer last; None for unknown shapes, empty turns."""
     turns = row.get("messages") or row.get("conversations")
     if isinstance(turns, list):
         pairs = [

@@ -48,9 +48,7 @@ QUALITY = {
 
 
 class PageName(BaseFilter):
-    """Groups pages by their file's name: of several versions of a manual, one page is on one side
-    of the split.
-    """
+    """Groups pages by file name, so that all versions of a manual's page are in one split."""
 
     name = "Page name"
 

@@ -23,9 +23,7 @@ LATE = 0.5  # a heading of references in the first half is part of the text
 
 
 def tex_body(text: str) -> str:
-    """From the first heading to the bibliography, without comments; empty where there is no
-    heading.
-    """
+    """From the first heading to the bibliography, without comments; empty without a heading."""
     first = FIRST.search(text)
     if first is None:
         return ""

@@ -41,9 +41,7 @@ CHARSET = re.compile(rb"""<meta[^>]+charset=["']?([\w-]+)""", re.IGNORECASE)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error tells of bad bytes, which another attempt will find again, and not of a disk
-    or a network.
-    """
+    """Whether an error means bad bytes, which a retry finds again, not a disk or network."""
     if isinstance(
         error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError | DamagedArchive
     ):
@@ -116,9 +114,7 @@ class Counted(BaseReader):
 
 
 class Jsonl(Counted, JsonlReader):
-    """One JSON object per line; a line that does not parse costs that line, not the rest of the
-    file.
-    """
+    """One JSON object per line; drops only the lines that do not parse."""
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
         """Documents of one file, decompressed by its suffix."""
@@ -201,9 +197,7 @@ class WholeArchive:
         return data
 
     def check_end(self) -> None:
-        """Raise DamagedArchive unless the last record is complete: every record ends with two line
-        breaks.
-        """
+        """Raise DamagedArchive if the last record is cut: each ends with two line breaks."""
         if self.tail != b"\r\n\r\n":
             raise DamagedArchive("the last record has no end")
 
@@ -214,9 +208,7 @@ class Warc(Counted, WarcReader):
     holds_html = True
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
-        """Documents of one archive; records of other types (requests, metadata) are no
-        documents.
-        """
+        """Documents of one archive; skips records of other types (requests, metadata)."""
         from warcio.archiveiterator import ArchiveIterator
 
         with self.data_folder.open(filepath, "rb", compression="infer") as stream:
@@ -304,25 +296,19 @@ def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
 
 
 def changed(info: dict[str, Any]) -> str:
-    """What tells one state of a file from the next: its time of change, S3's ETag, or the hub's
-    blob.
-    """
+    """What identifies a file's state: its time of change, S3's ETag, or the hub's blob."""
     return str(
         next((info[key] for key in ("mtime", "ETag", "blob_id", "created") if info.get(key)), None)
     )
 
 
 def pin_files(place: Path, kind: str, files: list[str]) -> None:
-    """Fix the list of input files of a build: a file that arrives while tasks run belongs to the
-    next build.
-    """
+    """Fix the list of a build's input files: files that arrive later belong to the next build."""
     write_json(place / PINNED, {"kind": kind, "files": files})
 
 
 def open_input(source: Source, place: Path, html: bool = False) -> Counted:
-    """The reader of the files pinned in `place`; web pages only for a recipe that extracts text
-    from `html`.
-    """
+    """The reader of the files pinned in `place`; raises InputError for web pages unless `html`."""
     pinned = json.loads((place / PINNED).read_text(encoding="utf-8"))
     kinds: dict[str, type[Counted]] = {
         "jsonl": Jsonl,

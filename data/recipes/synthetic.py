@@ -34,9 +34,7 @@ class Refusals(BaseFilter):
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`. Copies of one prompt go with
-    near_duplicates.
-    """
+    """Clean documents of `source`; `folder` stays empty. near_duplicates drops prompt copies."""
     return [
         open_input(source, folder),
         Refusals(),

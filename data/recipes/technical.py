@@ -1,6 +1,4 @@
-"""Technical prose: papers (arXiv as TeX or text, PubMed), patents (USPTO), manuals, reference
-pages.
-"""
+"""Technical prose: papers (arXiv TeX or text, PubMed), patents (USPTO), manuals, references."""
 
 from pathlib import Path
 

@@ -10,9 +10,7 @@ from data.stream.manifests import DTYPE, Manifest, ShardFile
 
 
 def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
-    """Ends of a shard's documents in tokens [documents], as a memory map; raises InputError for
-    another index.
-    """
+    """Ends of a shard's documents in tokens [documents], a memory map; InputError if wrong."""
     path = folder / (file.name + ".index")
     ends: NDArray[np.uint64] = (
         np.memmap(path, dtype="<u8", mode="r")

@@ -42,9 +42,7 @@ class Batch:
 
 
 def document_starts(tokens: Tensor) -> Tensor:
-    """True where a document begins: after every eos. tokens [b, l] -> [b, l] bool; the first column
-    is False.
-    """
+    """True where a document begins, after eos. tokens [b, l] -> [b, l] bool; column 0 is False."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == EOS
     return starts
@@ -109,9 +107,7 @@ class Loader:
 def split(
     sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool
 ) -> list[tuple[int, int]]:
-    """First sequence of each of a rank's micro-batches, and the one after its last; (0, 0) fills up
-    (Loader.share).
-    """
+    """First and past-the-last sequence per micro-batch of a rank; (0, 0) pads (Loader.share)."""
     low, high = (sequences * r // ranks for r in (rank, rank + 1))
     cuts = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
     wanted = -(-sequences // (ranks * micro_batch)) if equal else 1

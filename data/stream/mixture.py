@@ -30,9 +30,7 @@ Indices = NDArray[np.int64]
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output
-    bit.
-    """
+    """splitmix64's finaliser (Steele et al. 2014): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -73,9 +71,7 @@ def network(size: int, key: str) -> tuple[int, tuple[int, ...]]:
 
 @lru_cache(maxsize=4096)  # the cuts of a block follow each other
 def permute_one(index: int, size: int, key: str) -> int:
-    """permute for one index, in whole numbers: an array of a few costs more in calls than in
-    arithmetic.
-    """
+    """permute for one index, in Python integers, which are faster than arrays of a few elements."""
     half, keys = network(size, key)
     mask = (1 << half) - 1
     while True:
@@ -130,9 +126,7 @@ def deal(shares: list[float]) -> tuple[NDArray[np.int16], Indices]:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage in whole blocks, its dealing, and where each source's cursor stands when it
-    begins.
-    """
+    """A stage in whole blocks, the order of its sources, and their cursors where it starts."""
 
     name: str
     seq_len: int
@@ -159,9 +153,7 @@ class Plan:
     def __init__(
         self, config: DataConfig, tokens: dict[str, int], fingerprints: dict[str, str]
     ) -> None:
-        """`tokens` are the train tokens of every source, `fingerprints` what its manifest says it
-        is.
-        """
+        """`tokens`: train tokens of every source. `fingerprints`: identities in the manifests."""
         self.config = config
         self.seed = config.seed
         self.sources = list(config.sources)
@@ -214,9 +206,7 @@ class Plan:
                 )
 
     def _hash(self, fingerprints: dict[str, str]) -> str:
-        """What decides the order of tokens, in one SHA-256: a resumed run must find it
-        unchanged.
-        """
+        """SHA-256 of all that decides the order of tokens; a resumed run must have the same."""
         facts = {
             "seed": self.seed,
             "block_tokens": self.block_tokens,
@@ -232,18 +222,14 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def stage_at(self, token: int) -> PlannedStage:
-        """The stage that token number `token` of the run falls into; the last one at and after the
-        end.
-        """
+        """The stage that contains token number `token` of the run; past the end, the last one."""
         for stage in self.stages:
             if token < stage.first_token + stage.tokens:
                 return stage
         return self.stages[-1]
 
     def blocks_of(self, stage: PlannedStage, numbers: Indices) -> tuple[Indices, Indices]:
-        """Source index and block index inside the source, for block numbers of a stage; all arrays
-        [count].
-        """
+        """Source index and block index inside the source, per block number; all arrays [count]."""
         place = numbers % PERIOD
         source = stage.owner[place].astype(np.int64)
         nth = (

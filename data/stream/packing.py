@@ -1,6 +1,4 @@
-"""What a plan reads, in tables: tokens and epochs per source and stage, and how documents lie in
-sequences.
-"""
+"""Tables of what a plan reads: tokens and epochs per source and stage, documents per sequence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,9 +63,7 @@ class Packing:
 def spans(
     folder: Path, manifest: Manifest
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """First and past-the-last token of all train documents in the source's concatenated tokens, in
-    pieces.
-    """
+    """First and past-the-last token of a source's train documents, over all shards, in pieces."""
     offset = 0
     for file in manifest.splits["train"]:
         ends = document_ends(folder, file)
@@ -91,9 +87,7 @@ def packing_of(folder: Path, manifest: Manifest, seq_len: int) -> Packing:
 
 
 def packing(plan: Plan, manifests: dict[str, Manifest]) -> list[str]:
-    """Lines: documents per sequence and share of cut documents per stage, over its mixture, and per
-    source.
-    """
+    """Lines: documents per sequence and share of cut documents, per stage (mixed) and source."""
     lines = [
         f"{'stage':<22}{'context':>9}{'documents per sequence':>25}{'documents cut':>16}  per "
         "source"

@@ -24,9 +24,7 @@ class Shards:
         self.tokens = self.starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as int64 [count], across file borders; the caller stays
-        inside.
-        """
+        """Tokens [start, start + count) as int64 [count], across files; the caller stays inside."""
         out = np.empty(count, dtype=np.int64)
         self.read_into(out, start)
         return out

@@ -105,17 +105,13 @@ class Checkpoints:
         return state
 
     def due(self, before: int, tokens: int) -> bool:
-        """Whether the step from `before` to `tokens` passes a multiple of the interval, or ends a
-        stage.
-        """
+        """Whether `before` to `tokens` passes a multiple of the interval, or ends a stage."""
         every = self.config.every_tokens
         return tokens // every > before // every or tokens in self.edges
 
     @property
     def wants_retry(self) -> bool:
-        """Whether the save in flight failed and its pause is over; asked on the first rank, for all
-        ranks.
-        """
+        """Whether the save failed and its pause is over; the first rank asks, for all ranks."""
         if self.writer.busy or self.writer.thread is None or self.writer.error is None:
             return False
         if self.retry_at is None:
@@ -123,9 +119,7 @@ class Checkpoints:
         return time.monotonic() >= self.retry_at
 
     def standing(self) -> str:
-        """How far back a crash would throw the run: the last committed save and its age, and the
-        one on its way.
-        """
+        """How far back a crash throws the run: the last save and its age, and the one in flight."""
         parts = ["no checkpoint yet"]
         if self.writer.done is not None:
             name, when = self.writer.done
@@ -226,9 +220,7 @@ def age(seconds: float) -> str:
 
 
 def tokens_of(folder: Path) -> int | None:
-    """Tokens behind a checkpoint, or None when it is not readable, which the next start looks
-    into.
-    """
+    """Tokens behind a checkpoint, or None when it is not readable; the next start checks it."""
     try:
         return int(read_state(folder)["tokens"])
     except (OSError, ValueError, KeyError, TypeError):

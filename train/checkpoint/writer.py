@@ -60,9 +60,7 @@ class HostCopy:
 
 
 class Writer:
-    """Commits one host copy at a time in the background; every rank has one and starts it for the
-    same saves.
-    """
+    """Commits one host copy at a time in the background; all ranks start it for the same saves."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder = folder
@@ -81,9 +79,7 @@ class Writer:
         return self.thread is not None and self.thread.is_alive()
 
     def start(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
-        """Write the host copy as folder `name`; the first rank calls `committed` when it is
-        there.
-        """
+        """Write the host copy as folder `name`; the first rank calls `committed` afterwards."""
         assert not self.busy
         # a daemon, so that a process whose peers are gone can leave
         self.thread = threading.Thread(
@@ -92,9 +88,7 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> str | None:
-        """The end of the save in flight; returns why it failed, or None. Raises what a peer's death
-        raised.
-        """
+        """Wait for the save; returns why it failed, or None. Raises RuntimeError if a rank died."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -203,9 +197,7 @@ class Writer:
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """A file's line in a manifest. Hashed in one call, which holds no lock that the loop's thread
-    wants.
-    """
+    """A file's line in a manifest; hashed in one call, which releases the GIL for the loop."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

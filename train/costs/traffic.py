@@ -152,9 +152,7 @@ def norm(config: RunConfig) -> int:
 
 
 def of_context(config: RunConfig, sequences: float) -> list[Payload]:
-    """Taps and states of every layer, gathered in the forward and when it is computed again; their
-    gradients summed.
-    """
+    """Taps and states of every layer: gathered in forward and recompute, gradients summed."""
     c, p, recompute = config.model, config.parallel, config.compute.recompute
     width = product_bytes(config)
     piece = c.d_inner / p.tensor_parallel * ((c.d_state + 1) * 4 + (c.d_conv - 1) * width)

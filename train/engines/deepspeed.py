@@ -60,18 +60,14 @@ class DeepSpeedEngine:
         self._fill_state(updates=0)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """See Engine. DeepSpeed averages over data-parallel ranks; the factor turns that into a
-        sum.
-        """
+        """See Engine. DeepSpeed averages over data-parallel ranks; the factor makes a sum."""
         # its own forward would: it tells apart one backward and the next
         self.zero.clear_backward_seen_flag()
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.ranks.replicas, scale_wrt_gas=False)
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
-        they are.
-        """
+        """See Engine. A norm that is not finite skips the update of weights and moments."""
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -142,9 +138,7 @@ class DeepSpeedEngine:
                     yield Fragment(name, start, link.hp_fragment.data, moments)
 
     def _fragments_of_parameters(self) -> Iterator[Fragment]:
-        """Stage 3 cuts every parameter into equal parts, the last ones padded or nothing but
-        padding.
-        """
+        """Stage 3 cuts every parameter into equal parts; the last are padded or only padding."""
         for group, flat in zip(self.zero.fp16_groups, self._masters(), strict=True):
             state = self.zero.optimizer.state[flat]
             for parameter in group:
@@ -158,9 +152,7 @@ class DeepSpeedEngine:
 
 
 def _deepspeed(device: str) -> Any:
-    """DeepSpeed, quiet, and without the shared-memory collective that it would compile with g++ for
-    minutes.
-    """
+    """DeepSpeed, quiet, and without the shared-memory collective that g++ compiles for minutes."""
     import logging
     import os
 

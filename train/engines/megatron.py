@@ -112,9 +112,7 @@ class MegatronEngine:
             self.ddp.finish_grad_sync()
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
-        they are.
-        """
+        """See Engine. A norm that is not finite skips the update of weights and moments."""
         self.zero.prepare_grads()
         norm = float(self.zero.get_grad_norm())
         finite = norm < float("inf")
@@ -132,9 +130,7 @@ class MegatronEngine:
         self.zero.zero_grad()
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """See Engine. Every rank's weights are gathered after it: the overlapped gather waits for
-        the next forward.
-        """
+        """See Engine. Gathers all weights first: the overlapped gather waits for a forward."""
         self.ddp.start_param_sync(force_sync=True)
         return pieces_of(self._fragments(), self.model, self.ranks)
 
@@ -146,17 +142,13 @@ class MegatronEngine:
         self.ddp.start_param_sync(force_sync=True)
 
     def _wait_for_weights(self, module: Module, _: Any) -> None:
-        """Until those are gathered that the module will read, and with the final norm's the
-        head's.
-        """
+        """Wait for the weights that the module reads; for the final norm, the head's too."""
         head = self.model.lm_head.parameters() if module is self.model.final_norm else ()
         for parameter in (*module.parameters(), *head):
             self.ddp.param_to_bucket_group[parameter].finish_param_sync()
 
     def _fill_state(self, updates: int) -> None:
-        """Of every master by itself: megatron-core's own loading lets them share one count of
-        updates.
-        """
+        """Fill every master's own state: megatron-core's loading shares one update count."""
         for group in self.zero.param_groups:
             for master in group["params"]:
                 fill_state(self.zero.optimizer, master, updates)

@@ -28,9 +28,7 @@ LARGE = 4  # parts of a bucket from which on a sum of its own is worth while
 
 
 def persistent(config: RunConfig, elements: int) -> bool:
-    """Whether a parameter of so many elements stays whole on every rank, and is gathered after an
-    update alone.
-    """
+    """Whether every rank keeps so small a parameter whole, gathered only after an update."""
     return elements <= config.parallel.bucket_elements // PERSISTENT_PARTS
 
 
@@ -57,9 +55,7 @@ class Flat:
 
     @property
     def part(self) -> int:
-        """Elements of a rank's part: all of them, filled up to a multiple of alignment x replicas,
-        over replicas.
-        """
+        """Elements of a rank's part: all, padded to alignment x replicas, divided by replicas."""
         unit = self.alignment * self.replicas
         return -(-self.elements // unit) * self.alignment
 
@@ -95,9 +91,7 @@ def flats(config: RunConfig, ranks: int) -> list[Flat]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Some of megatron-core's parameters of one type, in one part of a buffer, which is cut evenly
-    over replicas.
-    """
+    """One part of megatron-core's buffer for parameters of one type, cut evenly over replicas."""
 
     size: int  # elements, padding too
     width: int  # bytes of a weight
@@ -144,9 +138,7 @@ def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
 
 
 def wide(config: RunConfig, name: str) -> int:
-    """Bytes of an element of a parameter with megatron-core: matrices are in the products' type,
-    others in fp32.
-    """
+    """Bytes per element of a megatron-core parameter: matrices in the products' type, else fp32."""
     return product_bytes(config) if in_products(name) else 4
 
 

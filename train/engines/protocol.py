@@ -39,24 +39,16 @@ class Engine(Protocol):
     in_step: bool  # whether ranks meet in every micro-batch, of which all must have equally many
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`; `last` marks this rank's last micro-batch of the step, on
-        which ranks reduce.
-        """
+        """Add the gradient of `loss`; ranks reduce on the `last` micro-batch of their step."""
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update at rate lr, clear gradients; returns the global norm before clipping, and
-        whether it skipped.
-        """
+        """Clip, update at lr, clear gradients; returns the unclipped global norm and if skipped."""
 
     def discard(self) -> None:
-        """Forget the gradients of the step; weights and moments stay byte for byte. Instead of
-        clip_and_step.
-        """
+        """In place of clip_and_step: drop gradients; weights and moments stay byte for byte."""
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
-        """This rank's part of weights and optimizer state, flat fp32; views, which the next step
-        changes.
-        """
+        """This rank's weights and optimizer state, flat fp32 views; the next step changes them."""
 
     def load(self, pieces: Pieces, updates: int) -> None:
         """Take this rank's part out of a checkpoint made after `updates` updates."""
@@ -71,9 +63,7 @@ class Fragment:
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay where model.parameters.decays says so; its rate is set at every
-    update.
-    """
+    """AdamW with weight decay where model.parameters.decays says so; every update sets its rate."""
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
@@ -83,9 +73,7 @@ def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
 
 
 def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -> None:
-    """Make AdamW's state of a tensor: torch would at the first update, and a checkpoint may come
-    before.
-    """
+    """Create a tensor's AdamW state; torch waits for an update, and a save may come first."""
     moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
     optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
 
@@ -93,9 +81,7 @@ def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -
 def pieces_of(
     fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """Fragments as a checkpoint takes them; a parameter that is not cut is written by
-    tensor-parallel rank 0 alone.
-    """
+    """Fragments for a checkpoint; only tensor-parallel rank 0 writes parameters not cut."""
     shapes = parameter_shapes(model.config)
     for fragment in fragments:
         if cut_of(fragment.name) is None and ranks.tp_rank > 0:

@@ -19,9 +19,7 @@ from train.engines.protocol import MOMENTS, Fragment, Weights, adamw, fill, fill
 
 
 class PlainEngine:
-    """20 bytes per parameter on every rank: fp32 weights, gradients and two moments, and a copy
-    while reducing.
-    """
+    """20 bytes per parameter and rank: fp32 weights, gradients, two moments, a copy to reduce."""
 
     weights = Weights.replicas
     in_step = False
@@ -48,9 +46,7 @@ class PlainEngine:
                 gradient.copy_(total.view_as(gradient))
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update and leaves weights and moments as
-        they are.
-        """
+        """See Engine. A norm that is not finite skips the update of weights and moments."""
         norm = self._norm()
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -81,9 +77,7 @@ class PlainEngine:
         fill(self._fragments(0, 1), pieces, self.ranks)
 
     def _norm(self) -> Tensor:
-        """Of the whole gradient: what is not cut is on every tensor-parallel rank and counts
-        once.
-        """
+        """Norm of the whole gradient; parameters not cut by tensor parallelism count once."""
         squares = torch.zeros((), device=self.ranks.device)
         for parameter in self.named.values():
             assert parameter.grad is not None

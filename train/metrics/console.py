@@ -1,6 +1,4 @@
-"""The last step of a run for whoever looks: a line now and then, or a progress bar where there is a
-terminal.
-"""
+"""Show a run's last step: a line now and then, or a progress bar in a terminal."""
 
 import logging
 import os
@@ -27,9 +25,7 @@ def summary(record: Record) -> str:
 
 
 class Pace:
-    """What single steps do not tell: skipped updates so far, recent waits for data, and the date of
-    the end.
-    """
+    """Totals and means of steps: skipped updates so far, recent waits for data, date of the end."""
 
     STEPS = 50  # that a pace is the mean of: one slow step must not move the date by weeks
 
@@ -46,9 +42,7 @@ class Pace:
         self.recent.append((tokens, record["step_seconds"], record["data_wait_seconds"]))
 
     def line(self, record: Record) -> str:
-        """Tokens of all, pace per rank, waits, skips and the end, in a line that fits 80
-        columns.
-        """
+        """Tokens in all, pace per rank, waits, skips and the end, in a line of 80 columns."""
         tokens, seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
         rate = max(tokens / max(seconds, 1e-9), 1e-9)
         return (

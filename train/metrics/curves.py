@@ -116,9 +116,7 @@ def _stages(axis: Any, records: list[Record]) -> None:
 
 
 def by_source(name: str, records: list[Record]) -> dict[str, Points]:
-    """Points of each source: training losses, held-out ones where they were measured, or shares of
-    the tokens; nothing in other panels.
-    """
+    """Points of each source: training losses, measured held-out losses, or shares; else nothing."""
     if name == "mixture":
         return realised(records)
     found: dict[str, Points] = {}
@@ -132,9 +130,7 @@ def by_source(name: str, records: list[Record]) -> dict[str, Points]:
 
 
 def realised(records: list[Record]) -> dict[str, Points]:
-    """Share of each source in the tokens of its stage up to each step; records of older versions
-    have no tokens.
-    """
+    """Share of each source in its stage's tokens up to each step; older records have no tokens."""
     found: dict[str, Points] = {}
     read: Counter[str] = Counter()
     for before, record in zip([None, *records], records, strict=False):
@@ -149,9 +145,7 @@ def realised(records: list[Record]) -> dict[str, Points]:
 def plan_line(
     records: list[Record], plan: Plan, source: str
 ) -> tuple[list[int], list[float | None]]:
-    """A source's planned share over the stages that the run has come to: flat pieces with gaps
-    between them.
-    """
+    """A source's planned share in the stages begun so far: constant per stage, gaps in between."""
     x: list[int] = []
     y: list[float | None] = []
     for stage, inside in groupby(records, key=lambda record: record["stage"]):

@@ -62,9 +62,7 @@ def profiling(config: ProfileConfig, folder: Path, ranks: Ranks, phases: Phases)
 
 
 class Clock:
-    """Marks on a rank's time line: of its device's stream where there is one, for the host runs
-    ahead of it.
-    """
+    """Marks on a rank's time line: on its GPU's stream, as the host runs ahead, or on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -89,9 +87,7 @@ class Clock:
 
 
 class Profiler:
-    """One rank's look at one stretch of steps: `after_steps` that pass, `timed_steps`, then `steps`
-    that are traced.
-    """
+    """One rank's profile: `after_steps` pass, `timed_steps` are timed, then `steps` are traced."""
 
     def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks) -> None:
         self.config, self.folder, self.ranks = config, folder, ranks
@@ -256,9 +252,7 @@ def minus(pieces: list[Interval], taken: list[Interval]) -> list[Interval]:
 def by_phase(
     timed: list[Span], traced: list[Span], waits: dict[str, float], steps: int
 ) -> dict[str, float]:
-    """Seconds a step of every phase, `reduce` among them: the part of the model's phases that the
-    trace saw waiting.
-    """
+    """Seconds per step of every phase; `reduce` is the model's time that the trace saw waiting."""
     seconds, traced_seconds = (dict.fromkeys(ROWS, 0.0) for _ in range(2))
     for total, spans in ((seconds, timed), (traced_seconds, traced)):
         for phase, begin, end in spans:

@@ -73,9 +73,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The records of steps in a metrics file, or all of another's; a last line that a kill cut
-    short is left out.
-    """
+    """Records of a metrics file's steps, or all of another's; drops a last line cut by a kill."""
     return [record for record in read_json_lines(path) if "scores" not in record]
 
 
@@ -106,9 +104,7 @@ def short(count: float) -> str:
 def curve(
     points: list[tuple[int, float | None]], most: int = POINTS
 ) -> tuple[list[int], list[float | None]]:
-    """At most `most` of them: each the mean of a span, at the span's end; a gap where a value is
-    not finite.
-    """
+    """At most `most` points, each a span's mean, placed at its end; None if no value is finite."""
     span = -(-len(points) // most) if points else 1
     x, y = [], []
     for start in range(0, len(points), span):

@@ -29,9 +29,7 @@ class Metrics:
         tokens: int,
         total: int,
     ) -> None:
-        """`tokens` is where the run goes on: records of a lost future behind it are dropped.
-        `total` ends the run.
-        """
+        """`tokens`: the run goes on here; later records are dropped. `total`: it ends here."""
         self.file = JsonLines(RunFiles(folder).metrics, tokens)
         self.console = (
             LiveConsole(total)
@@ -41,9 +39,7 @@ class Metrics:
         self.trackers = trackers(folder, name, config, run_config, tokens)
 
     def log(self, record: Record, saves: str) -> None:
-        """Write one step's record everywhere; `saves` tells the console how the checkpoints
-        stand.
-        """
+        """Write one step's record everywhere; `saves` tells the console the checkpoints' state."""
         self.file.write(record)
         with suppress(OSError):  # standard output may go to a full disk
             self.console.show(record, saves)

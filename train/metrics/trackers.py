@@ -1,6 +1,4 @@
-"""Views of a run's records in W&B, TensorBoard and other trackers, in threads that can neither
-delay nor stop it.
-"""
+"""Send a run's records to W&B, TensorBoard and others, in threads that cannot delay or stop it."""
 
 import hashlib
 import json
@@ -31,9 +29,7 @@ ACCELERATED = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tr
 
 
 class Tracker(ABC):
-    """A view in a thread of its own behind a queue: whatever it does, the run neither waits nor
-    fails.
-    """
+    """A tracker in its own thread behind a queue: it can neither delay nor fail the run."""
 
     NAME: str
     CLOSE_SECONDS = 15.0
@@ -44,9 +40,7 @@ class Tracker(ABC):
         self.thread.start()
 
     def log(self, record: Record) -> None:
-        """Hand a record over; when the thread is stuck or dead and the queue full, it is in
-        metrics.jsonl still.
-        """
+        """Queue a record; if the thread is dead or the queue full, only metrics.jsonl has it."""
         if self.thread.is_alive() and not self.queue.full():
             self.queue.put_nowait(record)
 
@@ -119,9 +113,7 @@ class Wandb(Tracker):
         self.run.log(grouped(record), **self.at)
 
     def _write_scores(self, record: Record) -> None:
-        """Scores over the tokens of their own checkpoint: W&B's steps only grow, and the run is
-        further by now.
-        """
+        """Log scores over their checkpoint's tokens: W&B's own steps can only grow."""
         values = {**flatten({"scores": record["scores"]}), "scores/tokens": record["tokens"]}
         for key in values.keys() - self.defined - {"scores/tokens"}:
             self.run.define_metric(key, step_metric="scores/tokens")
@@ -292,7 +284,5 @@ def numbers(record: Record) -> Record:
 
 
 def grouped(record: Record) -> Record:
-    """A record with the keys that W&B shows as panels in sections; step and tokens stay, for they
-    are axes.
-    """
+    """A record with keys that W&B shows in sections; step and tokens stay as they are: axes."""
     return flatten({GROUPS.get(key, key): value for key, value in record.items()})

@@ -14,9 +14,7 @@ class VerifyShards(Enum):
 
 @dataclass
 class HealthConfig:
-    """What a run does about steps, ranks and starts that go wrong (train/README.md has the
-    table).
-    """
+    """What a run does about faulty steps, ranks and starts (train/README.md has the table)."""
 
     max_skipped_updates: int  # updates in a row that may be skipped
     spike_window_updates: int  # updates whose losses a new one is compared with

@@ -65,9 +65,7 @@ class DataCheck:
         self.fault: str | None = None
 
     def start(self, mode: VerifyShards) -> None:
-        """Hash now, in the background, or not at all; raises InputError on every rank when a file
-        is bad.
-        """
+        """Hash now, in the background, or never; raises InputError on every rank for a bad file."""
         if mode is VerifyShards.before:
             self._work()
             raise_everywhere(self.fault)

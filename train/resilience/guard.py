@@ -1,6 +1,4 @@
-"""What a step may call for besides its update: a skip, a stop, a rewind, a check of replicas, a
-save.
-"""
+"""What a step may need besides its update: skip, stop, rewind, check of replicas, save."""
 
 import logging
 from typing import Any
@@ -40,9 +38,7 @@ class Guard:
         self.stragglers = Stragglers(config.straggler_window_steps, config.straggler_factor)
 
     def update(self, state: State, now: Now, loss: float) -> dict[str, Any]:
-        """Update the weights, unless the step would do harm; returns the norm, and whether it was
-        skipped.
-        """
+        """Update the weights unless the step does harm; returns the norm, and if it skipped."""
         why = self.health.judge(loss, now.stage)
         if why is None:
             grad_norm, skipped = self.engine.clip_and_step(now.lr)
@@ -62,9 +58,7 @@ class Guard:
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     def after(self, state: State, before: int, told: Told) -> None:
-        """Look at the step from token `before` to the state's; raises InputError, on every rank, to
-        stop the run.
-        """
+        """Check the step from token `before` to now; InputError on every rank stops the run."""
         self.phases.enter(state.step, "check")
         if self.health.hopeless is not None:
             raise InputError(
@@ -98,9 +92,7 @@ class Guard:
         self.checkpoints.save_and_wait(state, self.engine)
 
     def check_replicas(self, step: int) -> None:
-        """Raise RuntimeError, on every rank, when the weights of some have drifted: the next start
-        mends that.
-        """
+        """Raise RuntimeError on every rank when weights drifted; the next start repairs them."""
         if drifted := drifting(self.model, self.engine, self.ranks):
             names = ", ".join(f"rank {rank} on {self.watch.host(rank)}" for rank in drifted)
             text = f"weights of {names} differ from their master copies after step {step}"
@@ -109,9 +101,7 @@ class Guard:
             raise RuntimeError(text)
 
     def _rewind(self, state: State) -> bool:
-        """Weights from before a spike that lasts, and on with the data behind it: what lies between
-        is left out.
-        """
+        """Load a checkpoint from before a lasting spike; leave out the data since then."""
         since = self.health.since
         assert since is not None
         self.phases.enter(state.step, "save", LONG_PATIENCE)

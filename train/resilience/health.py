@@ -132,9 +132,7 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
 
 
 def outvoted(held: Tensor, ranks: Ranks) -> list[int]:
-    """Ranks whose sums `held` are not those of more than half of their replicas; all, where no half
-    agrees.
-    """
+    """Ranks whose sums `held` are not their replicas' majority; all, where there is no majority."""
     gathered = [torch.zeros_like(held) for _ in range(ranks.world_size)]
     dist.all_gather(gathered, held)
     sums = [tuple(pair.tolist()) for pair in gathered]
@@ -153,9 +151,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 class Stragglers:
-    """Finds ranks whose own work, per micro-batch, takes longer than that of the others in two
-    windows on end.
-    """
+    """Finds ranks whose own work per micro-batch is slower than others' in two windows in a row."""
 
     def __init__(self, steps: int, factor: float) -> None:
         self.factor = factor
@@ -163,9 +159,7 @@ class Stragglers:
         self.suspects: set[int] = set()
 
     def add(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """Seconds of every rank in one step; returns slow ranks and how many times slower they
-        are.
-        """
+        """Take every rank's seconds for one step; returns slow ranks and how many times slower."""
         self.rows.append(seconds)
         if len(self.rows) < (self.rows.maxlen or 0):
             return []

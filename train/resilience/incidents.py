@@ -37,9 +37,7 @@ class Outcome:
     reason: str
 
     def write(self, folder: Path) -> None:
-        """Put outcome.json into place at once; a disk that refuses it does not change the exit
-        code.
-        """
+        """Write outcome.json at once; a failed write does not change the exit code."""
         try:
             write_json(
                 RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None
@@ -58,9 +56,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 class Incidents:
-    """The log of everything that was not a plain step: one JSON object per line, each said on the
-    console too.
-    """
+    """The log of all but plain steps: one JSON object per line, also printed on the console."""
 
     def __init__(self, folder: Path) -> None:
         self.path = RunFiles(folder).incidents
@@ -79,9 +75,7 @@ class Incidents:
 
 
 class Starts:
-    """Counts starts from the same place: a run that crashes again and again before its next
-    checkpoint stops.
-    """
+    """Counts starts from the same tokens; stops a run that crashes repeatedly before a save."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.path = RunFiles(folder).starts

@@ -27,9 +27,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks; None when it is gone (a zombie
-    is).
-    """
+    """When a process of this machine started, in kernel ticks; None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -66,9 +64,7 @@ class Lease:
         self.descriptor = os.open(self.path, os.O_RDONLY)
 
     def renew(self) -> bool:
-        """Show that the holder lives, which needs no room on the disk; False when the lock is
-        another's.
-        """
+        """Show that the holder lives, without disk space; False when the lock is another's."""
         try:
             os.utime(self.descriptor)
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))

@@ -17,9 +17,7 @@ class Leave:
     """Whether this process has been asked to leave, and why."""
 
     def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
-        """The time limit is counted from here; Slurm's end of the job less the margin where Slurm
-        gives one.
-        """
+        """Count the time limit from here; under Slurm also the job's end less the margin."""
         self.why: str | None = None
         limits = [] if stop_after_seconds is None else [stop_after_seconds]
         if end := os.environ.get("SLURM_JOB_END_TIME"):
@@ -29,9 +27,7 @@ class Leave:
         self.parent = os.getppid()
 
     def install(self) -> None:
-        """Take over the signals for good: the second and later ones, also on the way out, change
-        nothing.
-        """
+        """Take over the signals for good: later ones, even on the way out, change nothing."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 

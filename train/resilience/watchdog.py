@@ -119,9 +119,7 @@ class Watch:
         self._leave("hang", text, [after[rank] for rank in silent])
 
     def _leave(self, kind: str, text: str, frozen: list[dict[str, Any]]) -> None:
-        """Say it, leave the stacks, end peers of this machine that cannot end themselves, and
-        go.
-        """
+        """Log it, write the stacks, end this machine's peers that cannot end themselves, exit."""
         self.incidents.log(kind, text, rank=self.rank)
         try:
             with (self.heartbeats / f"stacks-{self.rank:05d}.txt").open(

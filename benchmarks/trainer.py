@@ -40,7 +40,7 @@ from model.hf import hf_config, tensor_names, to_hf
 from model.hf_writer import Entry, json_bytes
 from model.kernels import REFERENCE
 from model.parallel.build import build
-from model.parameters import decays
+from model.parameters import has_weight_decay
 from tests.compose import run_config
 from train.config import RunConfig
 from train.schedule import Schedule
@@ -155,7 +155,9 @@ def train_theirs(
     ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
     groups = [
         {
-            "params": [p for name, p in model.named_parameters() if decays(ours[name]) is decayed],
+            "params": [
+                p for name, p in model.named_parameters() if has_weight_decay(ours[name]) is decayed
+            ],
             "weight_decay": decay,
         }
         for decayed, decay in ((True, optim.weight_decay), (False, 0.0))

@@ -21,7 +21,7 @@ from model.hf import HfFolder, initialize_from, save
 from model.kernels import load
 from model.mamba import FalconMamba
 from model.parallel.build import build
-from model.parameters import decays
+from model.parameters import has_weight_decay
 
 EOS = 0
 CONFIG = ModelConfig(
@@ -47,8 +47,8 @@ def train(model: FalconMamba, steps: int) -> list[float]:
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for name, p in named if decays(name)], "weight_decay": 0.1},
-            {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+            {"params": [p for name, p in named if has_weight_decay(name)], "weight_decay": 0.1},
+            {"params": [p for name, p in named if not has_weight_decay(name)], "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.files import sha256_of
 from core.run import MANIFEST, newest
-from model.parameters import cut_of
+from model.parameters import shard_spec
 from model.sharding import shard
 
 STATE = "state.json"
@@ -47,11 +47,11 @@ class Piece:
 
 def part_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
     """Shape of the part of a tensor that one of tp_size ranks holds."""
-    cut = cut_of(name)
-    if cut is None or tp_size == 1:
+    spec = shard_spec(name)
+    if spec is None or tp_size == 1:
         return shape
     return tuple(
-        extent // tp_size if axis == cut.dim else extent for axis, extent in enumerate(shape)
+        extent // tp_size if axis == spec.dim else extent for axis, extent in enumerate(shape)
     )
 
 
@@ -78,18 +78,18 @@ class Pieces:
     def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a full tensor, fp32 on the CPU; takes little more memory."""
         piece = self.where[kind, name][0][0]
-        cut, size = cut_of(name), piece.tp_size
+        spec, size = shard_spec(name), piece.tp_size
         shape = part_shape(name, piece.shape, size)
         width = prod(shape[1:])
-        if cut is None or size == 1 or cut.dim:
-            ranks = range(1 if cut is None else size)
+        if spec is None or size == 1 or spec.dim:
+            ranks = range(1 if spec is None else size)
             parts = [
                 self._flat(kind, name, rank, start * width, (stop - start) * width)
                 for rank in ranks
             ]
             parts = [part.view(stop - start, *shape[1:]) for part in parts]
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        run, out = shape[0] // cut.parts, []  # rows that lie together on one rank
+        run, out = shape[0] // spec.blocks, []  # rows that lie together on one rank
         while start < stop:
             # blocks go over the ranks of the first part, then of the next
             block, inside = divmod(start, run)
@@ -109,8 +109,8 @@ class Pieces:
         """Range of the flattened part of rank tp_rank of tp_size, whatever layout was saved."""
         if (kind, name) not in self.where:
             raise KeyError(f"{self.folder} has no {kind} of {name}")
-        if self.where[kind, name][0][0].tp_size == tp_size or cut_of(name) is None:
-            rank = tp_rank if cut_of(name) is not None else 0
+        if self.where[kind, name][0][0].tp_size == tp_size or shard_spec(name) is None:
+            rank = tp_rank if shard_spec(name) is not None else 0
             return self._flat(kind, name, rank, start, numel)
         return shard(name, self.full(kind, name), tp_rank, tp_size).flatten()[start : start + numel]
 

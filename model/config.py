@@ -63,7 +63,7 @@ class ModelConfig:
         if not 0 < self.dt_floor <= self.dt_min <= self.dt_max:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
 
-    def check_cut(self, ranks: int) -> None:
+    def check_tensor_parallel(self, ranks: int) -> None:
         """Raise ValueError unless the tensor-parallel ranks divide all sizes cut over them."""
         for name in ("d_inner", "vocab_size"):
             if getattr(self, name) % ranks:

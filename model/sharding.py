@@ -3,23 +3,23 @@
 import torch
 from torch import Tensor
 
-from model.parameters import cut_of
+from model.parameters import shard_spec
 
 
 def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
     """The part of a full parameter that tensor-parallel rank `rank` of `size` holds."""
-    cut = cut_of(name)
-    if cut is None or size == 1:
+    spec = shard_spec(name)
+    if spec is None or size == 1:
         return full
     return torch.cat(
-        [part.chunk(size, cut.dim)[rank] for part in full.chunk(cut.parts, cut.dim)], cut.dim
+        [block.chunk(size, spec.dim)[rank] for block in full.chunk(spec.blocks, spec.dim)], spec.dim
     )
 
 
 def unshard(name: str, shards: list[Tensor]) -> Tensor:
     """Full parameter from the parts of all tensor-parallel ranks in order; inverse of shard."""
-    cut = cut_of(name)
-    if cut is None or len(shards) == 1:
+    spec = shard_spec(name)
+    if spec is None or len(shards) == 1:
         return shards[0]
-    by_part = zip(*(piece.chunk(cut.parts, cut.dim) for piece in shards), strict=True)
-    return torch.cat([piece for part in by_part for piece in part], cut.dim)
+    by_part = zip(*(piece.chunk(spec.blocks, spec.dim) for piece in shards), strict=True)
+    return torch.cat([piece for block in by_part for piece in block], spec.dim)

@@ -261,7 +261,7 @@ class RunConfig:
                 f"model.vocab_size {self.model.vocab_size}: some ids would have no embedding"
             )
         self.compute.check_compile(self.parallel)
-        self.model.check_cut(self.parallel.tensor_parallel)
+        self.model.check_tensor_parallel(self.parallel.tensor_parallel)
         for stage in self.data.stages:
             piece, rest = divmod(stage.seq_len, self.parallel.context_parallel)
             if rest or piece < self.model.d_conv - 1:

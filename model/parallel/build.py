@@ -9,7 +9,7 @@ from model.config import ModelConfig, Recompute
 from model.init import initialize
 from model.kernels import Kernels
 from model.mamba import FalconMamba
-from model.parameters import cut_of
+from model.parameters import shard_spec
 from model.sharding import shard
 
 
@@ -44,7 +44,7 @@ def lay_out(
     recompute: Recompute,
 ) -> FalconMamba:
     """A rank's model on the meta device: cut, and with nothing allocated."""
-    config.check_cut(tp_size)
+    config.check_tensor_parallel(tp_size)
     with torch.device("meta"):
         model = FalconMamba(config, kernels)
         if tp_size > 1:
@@ -62,7 +62,7 @@ def mark(model: FalconMamba, tp_size: int) -> None:
     gradient norm.
     """
     for name, parameter in model.named_parameters():
-        parameter.tensor_model_parallel = cut_of(name) is not None and tp_size > 1  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = shard_spec(name) is not None and tp_size > 1  # type: ignore[attr-defined]
 
 
 def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:

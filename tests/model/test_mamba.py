@@ -15,7 +15,7 @@ from model.hf import HfFolder, from_hf, hf_config, model_config, save, tensor_na
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build
-from model.parameters import decays
+from model.parameters import has_weight_decay
 from tests.tiny import TINY, model_of
 
 
@@ -136,7 +136,9 @@ def test_initial_values_follow_the_table() -> None:
 
 
 def test_decay_rule_by_name() -> None:
-    decayed = {name.rsplit("layers.0.", 1)[-1] for name in parameter_shapes(TINY) if decays(name)}
+    decayed = {
+        name.rsplit("layers.0.", 1)[-1] for name in parameter_shapes(TINY) if has_weight_decay(name)
+    }
     expected = {f"mixer.{name}.weight" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
     expected |= {"mixer.conv_weight", "embedding.weight", "lm_head.weight"}
     assert {name for name in decayed if not name.startswith("layers.")} == expected

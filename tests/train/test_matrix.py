@@ -25,7 +25,7 @@ from model.config import Recompute
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
 from model.parallel.build import build
-from model.parameters import cut_of, decays
+from model.parameters import has_weight_decay, shard_spec
 from model.sharding import unshard
 from tests.compose import demo
 from tests.distributed import run_ranks
@@ -172,7 +172,7 @@ def one_rank(precision: Precision) -> dict[str, Any]:
     model = model_of(TINY)
     named = dict(model.named_parameters())
     groups = [
-        {"params": [p], "weight_decay": OPTIM.weight_decay * decays(name)}
+        {"params": [p], "weight_decay": OPTIM.weight_decay * has_weight_decay(name)}
         for name, p in named.items()
     ]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
@@ -269,8 +269,8 @@ def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, st
 
 def shape_of(name: str, shape: list[int], size: int) -> list[int]:
     """Of a tensor-parallel rank's part."""
-    cut = cut_of(name)
-    return [n // size if cut is not None and dim == cut.dim else n for dim, n in enumerate(shape)]
+    spec = shard_spec(name)
+    return [n // size if spec is not None and dim == spec.dim else n for dim, n in enumerate(shape)]
 
 
 def train_all(folder: Path, rows: set[Row], device: str) -> Path:

@@ -26,7 +26,7 @@ from torch.nn import Module
 
 from model.checkpoint import Piece, Pieces
 from model.mamba import FalconMamba
-from model.parameters import decays, in_products
+from model.parameters import has_weight_decay, is_matmul_weight
 from train.config import Optim, Precision
 from train.distributed import Ranks
 from train.engines.protocol import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of
@@ -50,7 +50,7 @@ class MegatronEngine:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         if precision is Precision.bf16:
             for name, parameter in model.named_parameters():
-                if in_products(name):
+                if is_matmul_weight(name):
                     parameter.data = parameter.data.bfloat16()
         # DistributedDataParallel asks for a transformer's config, of which it reads these alone
         shape = TransformerConfig(
@@ -79,7 +79,7 @@ class MegatronEngine:
         # updates elsewhere than torch's, into whose state checkpoints are loaded
         optimizers.USING_PYTORCH_OPTIMIZER = True
         undecayed = ParamWithNamePredicate(
-            name="undecayed", fn=lambda parameter, name: not decays(_own(name))
+            name="undecayed", fn=lambda parameter, name: not has_weight_decay(_own(name))
         )
         chained: Any = get_megatron_optimizer(
             OptimizerConfig(

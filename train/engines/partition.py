@@ -12,7 +12,7 @@ from math import lcm, prod
 
 from model.config import Recompute
 from model.flops import parameter_shapes
-from model.parameters import cut_of, decays, in_products
+from model.parameters import has_weight_decay, is_matmul_weight, shard_spec
 from train.config import Precision, RunConfig
 
 # DeepSpeed's own settings for buckets of 1e8 elements, in proportion to the bucket so that small
@@ -69,7 +69,7 @@ def elements_of(config: RunConfig) -> dict[str, int]:
     tp = config.parallel.tensor_parallel
     shapes = parameter_shapes(config.model)
     return {
-        name: prod(shape) // (tp if cut_of(name) is not None else 1)
+        name: prod(shape) // (tp if shard_spec(name) is not None else 1)
         for name, shape in shapes.items()
     }
 
@@ -85,7 +85,7 @@ def flats(config: RunConfig, ranks: int) -> list[Flat]:
         return [Flat(count, replicas, alignment=1) for count in elements.values()]
     groups = {True: 0, False: 0}
     for name, count in elements.items():
-        groups[decays(name)] += count
+        groups[has_weight_decay(name)] += count
     return [Flat(groups[decayed], replicas) for decayed in (True, False)]
 
 
@@ -139,7 +139,7 @@ def buckets(config: RunConfig, ranks: int) -> list[Bucket]:
 
 def wide(config: RunConfig, name: str) -> int:
     """Bytes per element of a megatron-core parameter: matrices in the products' type, else fp32."""
-    return product_bytes(config) if in_products(name) else 4
+    return product_bytes(config) if is_matmul_weight(name) else 4
 
 
 def product_bytes(config: RunConfig) -> int:

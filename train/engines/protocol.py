@@ -17,7 +17,7 @@ from torch import Tensor
 from model.checkpoint import Piece, Pieces
 from model.flops import parameter_shapes
 from model.mamba import FalconMamba
-from model.parameters import cut_of, decays
+from model.parameters import has_weight_decay, shard_spec
 from train.config import Optim
 from train.distributed import Ranks
 
@@ -66,8 +66,11 @@ def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
     """AdamW with weight decay where model.parameters.decays says so; every update sets its rate."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named if decays(name)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if has_weight_decay(name)],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for name, p in named if not has_weight_decay(name)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
 
@@ -84,7 +87,7 @@ def pieces_of(
     """Fragments for a checkpoint; only tensor-parallel rank 0 writes parameters not cut."""
     shapes = parameter_shapes(model.config)
     for fragment in fragments:
-        if cut_of(fragment.name) is None and ranks.tp_rank > 0:
+        if shard_spec(fragment.name) is None and ranks.tp_rank > 0:
             continue
         for kind, tensor in fragment.tensors.items():
             piece = Piece(

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.parameters import cut_of
+from model.parameters import shard_spec
 from train.distributed import Ranks, data_parallel_group
 from train.engines.protocol import Engine, Weights
 from train.resilience.config import HealthConfig
@@ -117,12 +117,12 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     # cut, whole tensors
     held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))
     for name, weight in weights.items():
-        held[int(cut_of(name) is None)] += bits(weight)
+        held[int(shard_spec(name) is None)] += bits(weight)
     if engine.weights is Weights.replicas:
         return outvoted(held.cpu(), ranks)
     for piece, tensor in pieces:
         if piece.kind == "param":
-            owned[int(cut_of(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
+            owned[int(shard_spec(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
     cut, whole = owned[:1].cpu(), owned[1:].cpu()
     dist.all_reduce(cut, group=data_parallel_group())
     dist.all_reduce(whole)

@@ -21,7 +21,7 @@ from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE
 from model.kernels.cpu_library import instruction_set
 from model.kernels.cross_entropy import linear_cross_entropy
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import run_config
 
 CHANNELS, STATES = 512, 16
@@ -154,7 +154,8 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
     ours = {
-        name: build(config, k, 0, DEVICE) for name, k in (("ours", CPU), ("reference", REFERENCE))
+        name: build_model(config, k, 0, DEVICE)
+        for name, k in (("ours", CPU), ("reference", REFERENCE))
     }
     twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
     names = dict(tensor_names(config.n_layer))

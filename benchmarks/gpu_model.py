@@ -19,7 +19,7 @@ from model.hf import hf_config, tensor_names, to_hf
 from model.init import initialize
 from model.kernels import REFERENCE, Kernels
 from model.mamba import Block, FalconMamba
-from model.parallel.build import lay_out, mark
+from model.parallel.build import build_meta_model, set_tp_attributes
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.memory import GIB, needs
 from train.engines.build import build_engine
@@ -145,10 +145,10 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         else nullcontext
     )
     with fake_world(run, world) as here, on_cpu():
-        model = lay_out(
+        model = build_meta_model(
             run.model, kernels, here.tp_size, p.sequence_parallel, run.compute.recompute
         )
-        mark(_filled(model.to_empty(device=bench.device)), here.tp_size)
+        set_tp_attributes(_filled(model.to_empty(device=bench.device)), here.tp_size)
         engine = build_engine(
             model, run.optim, p, run.compute.precision, replace(here, device=bench.device)
         )

@@ -23,7 +23,7 @@ from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU
 from model.mamba import FalconMamba
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import run_config
 from train.config import Precision, RunConfig
 from train.costs.memory import GIB, needs
@@ -63,7 +63,7 @@ def measure_peak(recompute: Recompute) -> None:
         fake_world(run, 1) as here,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
-        model = build(run.model, CPU, 0, here.device, recompute=recompute)
+        model = build_model(run.model, CPU, 0, here.device, recompute=recompute)
         engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
         for _ in range(2):
             step(model, engine, run.model.vocab_size)
@@ -97,7 +97,7 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
     run = demo(Recompute.none)
     found: dict[Recompute, list[float]] = {choice: [] for choice in Recompute}
     with ranks("cpu", 1) as here:
-        model = build(run.model, CPU, 0, here.device)
+        model = build_model(run.model, CPU, 0, here.device)
         engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
         step(model, engine, run.model.vocab_size)
         for number in range(rounds):

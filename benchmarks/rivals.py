@@ -13,7 +13,7 @@ from model.config import Backend, ModelConfig
 from model.flops import parameter_count
 from model.hf import hf_config
 from model.kernels import load as kernels_of
-from model.parallel.build import build
+from model.parallel.build import build_model
 
 # prompt, count, what is called after each token
 Decoder = Callable[[list[int], int, Callable[[], None]], None]
@@ -21,7 +21,7 @@ Decoder = Callable[[list[int], int, Callable[[], None]], None]
 
 def ours(config: ModelConfig, device: torch.device) -> Decoder:
     """Our recurrent decoding, with initial weights."""
-    model = build(config, kernels_of(Backend.auto, device.type), 0, device).eval()
+    model = build_model(config, kernels_of(Backend.auto, device.type), 0, device).eval()
     if device.type == "cuda":
         model.bfloat16()
 

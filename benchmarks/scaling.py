@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from benchmarks.timing import Row, show, write
 from model.kernels import CPU
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import run_config
 from tests.distributed import run_ranks
 from train.config import RunConfig
@@ -60,7 +60,7 @@ def step_seconds(folder: Path, name: str, sequences: int) -> None:
             "tp_size": here.tp_size,
             "sequence_parallel": p.sequence_parallel,
         }
-        model = build(run.model, CPU, 0, here.device, **cut)
+        model = build_model(run.model, CPU, 0, here.device, **cut)
         if here.cp_size > 1:
             model.set_context(context_ranks())
         engine = build_engine(model, run.optim, p, run.compute.precision, here)

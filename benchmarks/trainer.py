@@ -39,7 +39,7 @@ from model.flops import parameter_count
 from model.hf import hf_config, tensor_names, to_hf
 from model.hf_writer import Entry, json_bytes
 from model.kernels import REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.parameters import has_weight_decay
 from tests.compose import run_config
 from train.config import RunConfig
@@ -129,7 +129,7 @@ def export_initial(config: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
-    model = build(config.model, REFERENCE, config.run.seed, torch.device("cpu"))
+    model = build_model(config.model, REFERENCE, config.run.seed, torch.device("cpu"))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     files = layout.plan(
         Entry(ours, theirs, torch.float32, tuple(to_hf(ours, weights[ours]).shape))

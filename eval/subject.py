@@ -74,7 +74,7 @@ def identity_of(folder: Path) -> dict[str, Any]:
 
 def load_model(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
     """The model of a checkpoint in fp32, ready to evaluate."""
-    return build_model(config.model, folder, torch.device(device))
+    return model_from_folder(config.model, folder, torch.device(device))
 
 
 def best_device() -> str:
@@ -82,7 +82,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_model(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
+def model_from_folder(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
     """The model of a checkpoint folder in fp32 on a device."""
     pieces, kernels = Pieces(folder), kernels_of(Backend.auto, device.type)
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from model.config import Backend, ModelConfig
 from model.hf import HfFolder, initialize_from, save
 from model.kernels import load
 from model.mamba import FalconMamba
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.parameters import has_weight_decay
 
 EOS = 0
@@ -71,7 +71,7 @@ def main() -> None:
     """Train with the fastest kernels that are here and with the reference, then go by disk."""
     for backend in (Backend.auto, Backend.reference):
         kernels = load(backend, "cpu")
-        model = build(CONFIG, kernels, seed=0, device=torch.device("cpu"))
+        model = build_model(CONFIG, kernels, seed=0, device=torch.device("cpu"))
         losses = train(model, 60)
         print(f"{kernels.name} kernels: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     with tempfile.TemporaryDirectory() as folder:

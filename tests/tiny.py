@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.kernels import REFERENCE
 from model.kernels.interface import Kernels
 from model.mamba import FalconMamba
-from model.parallel.build import build
+from model.parallel.build import build_model
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -30,4 +30,4 @@ def model_of(
     config: ModelConfig, seed: int = 0, kernels: Kernels = REFERENCE, device: str = "cpu"
 ) -> FalconMamba:
     """A freshly initialised model."""
-    return build(config, kernels, seed, torch.device(device))
+    return build_model(config, kernels, seed, torch.device(device))

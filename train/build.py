@@ -16,7 +16,7 @@ from model.flops import parameter_count, train_flops_per_token
 from model.hf import initialize_from
 from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
 from model.mamba import FalconMamba
-from model.parallel.build import build
+from model.parallel.build import build_model
 from train.batches import Batches
 from train.checkpoint.manager import Checkpoints, State
 from train.config import Compute, Precision, RunConfig
@@ -65,7 +65,7 @@ def build_trainer(
     phases = Phases(watch.at)
     with shared_errors():
         kernels = kernels_of(config.compute, ranks.device.type)
-    model = build_model(config, kernels, ranks)
+    model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
     checkpoints = Checkpoints(
@@ -134,9 +134,9 @@ def kernels_of(config: Compute, device: str) -> Kernels:
     return kernels
 
 
-def build_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:
+def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:
     """This rank's part of the network, with random weights that depend only on run.seed."""
-    return build(
+    return build_model(
         config.model,
         kernels,
         config.run.seed,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.tokenizer import EOS, EOS_TOKEN
 from data.tokenizer import load as load_tokenizer
-from eval.subject import Subject, best_device, build_model
+from eval.subject import Subject, best_device, model_from_folder
 from model.checkpoint import read_state
 from model.config import ModelConfig, Sampling
 from model.mamba import FalconMamba
@@ -245,5 +245,5 @@ def language_model(subject: Subject, max_length: int, batch_tokens: int) -> Any:
     shape, device = ModelConfig(**read_state(subject.folder)["model"]), device_here()
     vocabulary = load_tokenizer(subject.tokenizer)
     return FalconMambaLM(
-        build_model(shape, subject.folder, device), vocabulary, max_length, batch_tokens
+        model_from_folder(shape, subject.folder, device), vocabulary, max_length, batch_tokens
     )

@@ -30,7 +30,7 @@ from launch.simulation.collectives import Collectives, Count
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.kernels import CPU
 from model.mamba import FalconMamba
-from model.parallel.build import lay_out, mark
+from model.parallel.build import build_meta_model, set_tp_attributes
 from train.config import EngineKind, Precision, RunConfig
 from train.distributed import Ranks, context_ranks, stand
 from train.engines.build import build_engine
@@ -158,7 +158,7 @@ def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
-    model = lay_out(
+    model = build_meta_model(
         config.model,
         CPU,
         ranks.tp_size,
@@ -168,7 +168,7 @@ def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-    mark(model, ranks.tp_size)
+    set_tp_attributes(model, ranks.tp_size)
     if ranks.cp_size > 1:
         model.set_context(context_ranks())
     # where DeepSpeed moves it, which is where it is: torch cannot swap parameters that a fake mode

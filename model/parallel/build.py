@@ -29,14 +29,14 @@ def build(
     With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of
     host memory.
     """
-    model = lay_out(config, kernels, tp_size, sequence_parallel, recompute)
+    model = build_meta_model(config, kernels, tp_size, sequence_parallel, recompute)
     model.to_empty(device=device)
     initialize(model, config, seed, lambda name, full: shard(name, full, tp_rank, tp_size))
-    mark(model, tp_size)
+    set_tp_attributes(model, tp_size)
     return model
 
 
-def lay_out(
+def build_meta_model(
     config: ModelConfig,
     kernels: Kernels,
     tp_size: int,
@@ -55,7 +55,7 @@ def lay_out(
     return model
 
 
-def mark(model: FalconMamba, tp_size: int) -> None:
+def set_tp_attributes(model: FalconMamba, tp_size: int) -> None:
     """Say of every parameter whether tensor-parallel ranks hold different parts of it.
 
     DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the

@@ -14,7 +14,7 @@ from data.stream.manifests import tokenizer_path
 from data.tokenizer import train as train_tokenizer
 from eval.config import EvalConfig, EvaluationConfig
 from model.kernels import REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import run_config, typed
 from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     make_corpus(root / "data", vocab_size=280)
     run = Run("small", str(root / "run"), 0)
     with ranks("cpu", 1) as here:
-        model = build(MODEL, REFERENCE, 0, here.device)
+        model = build_model(MODEL, REFERENCE, 0, here.device)
         engine = build_engine(
             model,
             Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0),

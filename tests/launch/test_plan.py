@@ -22,7 +22,7 @@ from launch.planning.layouts import Layout, layout_of, layouts, worth_showing
 from model.config import ModelConfig, Recompute
 from model.flops import train_traffic
 from model.kernels import CPU
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.commands import python
 from tests.compose import laid_out, run_config, typed
 from tests.tiny import TINY
@@ -340,7 +340,7 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
     """Bytes of all tensors saved for the backward, parameters aside, within 5 % of the formula."""
     shape = {"d_model": 64, "n_layer": 12, "d_inner": 128, "d_state": 16, "dt_rank": 8}
     config: ModelConfig = replace(TINY, **shape)
-    model = build(config, CPU, 0, torch.device("cpu"), recompute=recompute)
+    model = build_model(config, CPU, 0, torch.device("cpu"), recompute=recompute)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 

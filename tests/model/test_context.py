@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from model.config import Recompute
 from model.kernels import CPU, MAMBA_SSM, REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.parallel.context import ContextRanks
 from tests.distributed import run_ranks
 from tests.model.public import public_kernels
@@ -47,7 +47,7 @@ def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]
     """
     kernels, resets, recompute = CASES[index]
     tokens, starts = problem(resets)
-    model = build(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
+    model = build_model(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if context is not None:
         model.set_context(context)
@@ -100,7 +100,7 @@ def test_pieces_on_ranks_equal_one_rank(folder: Path, ranks: int, index: int) ->
 def test_what_comes_before_matters(folder: Path) -> None:
     """The problem would notice a piece that begins from nothing: its loss alone is another."""
     tokens, _ = problem(None)
-    model = build(TINY, REFERENCE, 0, torch.device("cpu"))
+    model = build_model(TINY, REFERENCE, 0, torch.device("cpu"))
     halves = [
         model(tokens[:, a:b], tokens[:, a + 1 : b + 1])[0].sum() for a, b in ((0, 16), (16, 32))
     ]

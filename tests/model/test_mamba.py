@@ -14,7 +14,7 @@ from model.flops import matmul_parameters, parameter_count, parameter_shapes, tr
 from model.hf import HfFolder, from_hf, hf_config, model_config, save, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.parameters import has_weight_decay
 from tests.tiny import TINY, model_of
 
@@ -130,7 +130,7 @@ def test_initial_values_follow_the_table() -> None:
     ):
         assert 0.9 * bound < weight.abs().max() <= bound
     assert abs(model.embedding.weight.std().item() / TINY.embedding_std - 1) < 0.05
-    other = build(TINY, REFERENCE, seed=1, device=torch.device("cpu"))
+    other = build_model(TINY, REFERENCE, seed=1, device=torch.device("cpu"))
     assert not torch.equal(other.lm_head.weight, model.lm_head.weight)
     assert torch.equal(model_of(TINY).lm_head.weight, model.lm_head.weight)
 
@@ -149,7 +149,7 @@ def test_recompute_changes_no_bit(kernels: Kernels) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, 33))
     gradients = []
     for recompute in Recompute:
-        model = build(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
+        model = build_model(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
         model(tokens[:, :-1], tokens[:, 1:])[0].mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(

@@ -27,7 +27,7 @@ from model.flops import parameter_count
 from model.kernels import CPU, cpu
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import laid_out
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.memory import needs, state_of_megatron
@@ -162,7 +162,9 @@ def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
             "tp_size": here.tp_size,
             "sequence_parallel": p.sequence_parallel,
         }
-        model = build(run.model, kernels, 0, here.device, recompute=run.compute.recompute, **where)  # type: ignore[arg-type]
+        model = build_model(
+            run.model, kernels, 0, here.device, recompute=run.compute.recompute, **where
+        )  # type: ignore[arg-type]
         model.set_context(context_ranks() if here.cp_size > 1 else None)
         engine = build_engine(model, run.optim, p, run.compute.precision, here)
         for index in range(4 if p.zero_stage == 3 else 2):
@@ -255,7 +257,7 @@ def test_megatron_keeps_what_the_plan_says() -> None:
     run = planned("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
     with ranks("cpu", 1) as here, cuda_on_cpu():
         built: Any = build_engine(
-            build(run.model, CPU, 0, here.device),
+            build_model(run.model, CPU, 0, here.device),
             run.optim,
             run.parallel,
             run.compute.precision,

@@ -24,7 +24,7 @@ from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.config import Recompute
 from model.flops import parameter_shapes
 from model.kernels import REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.parameters import has_weight_decay, shard_spec
 from model.sharding import unshard
 from tests.compose import demo
@@ -215,7 +215,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
     parallel = replace(demo().parallel, **layout, **kind)  # type: ignore[arg-type]
     where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
-    model = build(TINY, REFERENCE, 0, here.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
+    model = build_model(TINY, REFERENCE, 0, here.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
     piece = torch.clone if context is None else context.piece

@@ -26,7 +26,7 @@ from model.checkpoint import Pieces, fault
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from model.sharding import unshard
 from tests.compose import laid_out, run_config
 from tests.small import config
@@ -109,7 +109,7 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
     weights = []
     for compiled in (False, True):
         with ranks("cpu", 1) as here, cuda_on_cpu():
-            model = build(TINY, CPU, 0, here.device, recompute=Recompute.full)
+            model = build_model(TINY, CPU, 0, here.device, recompute=Recompute.full)
             if compiled:
                 torch._dynamo.reset()
                 torch._dynamo.utils.counters.clear()
@@ -142,7 +142,7 @@ def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
     parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron)
     with ranks("cpu", 1) as here, cuda_on_cpu():
         built: Any = build_engine(
-            build(TINY, CPU, 0, here.device),
+            build_model(TINY, CPU, 0, here.device),
             run_config("demo").optim,
             parallel,
             Precision.fp32,
@@ -235,7 +235,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
     spike = 3.0  # a finite gradient that the loop does not want
     for factors in ([1.0, 1.0], [1.0, float("nan"), spike, float("inf"), 1.0]):
         with ranks("cpu", 1) as here:
-            model = build(TINY, REFERENCE, 0, here.device)
+            model = build_model(TINY, REFERENCE, 0, here.device)
             chosen = build_engine(
                 model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, here
             )

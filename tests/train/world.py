@@ -17,7 +17,7 @@ from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.checkpoint import Pieces
 from model.config import Recompute
 from model.kernels import REFERENCE
-from model.parallel.build import build
+from model.parallel.build import build_model
 from tests.compose import laid_out
 from tests.corpus import make_corpus
 from tests.distributed import run_ranks
@@ -74,7 +74,9 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
     with ranks("cpu", tensor_parallel) as here:
-        model = build(TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size)
+        model = build_model(
+            TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size
+        )
         losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], starts)
         loss = losses.mean() + 1e-2 * log_sums.square().mean()
         loss.backward()

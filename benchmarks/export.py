@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.flops import parameter_shapes
 from model.hf import tensor_names, to_hf
 from model.hf_writer import CHUNK, Entry, File, Layout, plan, write
@@ -34,15 +34,15 @@ def write_checkpoint(folder: Path) -> None:
     """fp32 weights in flat pieces over RANKS data-parallel ranks."""
     files = {}
     for rank in range(RANKS):
-        pieces, entries = [], []
+        shards, entries = [], []
         for name, shape in parameter_shapes(run_config("7b").model).items():
             numel = torch.Size(shape).numel() // RANKS
-            piece = Piece("param", name, shape, 0, 1, rank * numel, numel)
-            pieces.append(asdict(piece))
+            piece = TensorShard("param", name, shape, 0, 1, rank * numel, numel)
+            shards.append(asdict(piece))
             entries.append(Entry(name, piece.key, torch.float32, (numel,)))
         stem = f"rank-{rank:05d}"
         write(folder, Layout([File(f"{stem}.safetensors", entries)]), made_up, print)
-        (folder / f"{stem}.json").write_text(json.dumps(pieces))
+        (folder / f"{stem}.json").write_text(json.dumps(shards))
         files |= {f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
@@ -61,7 +61,7 @@ def main(root: Path) -> None:
         (root / "hf").mkdir()
         write_checkpoint(root / "step")
         before = peak_gib()
-        pieces = Pieces(root / "step")
+        reader = CheckpointReader(root / "step")
         named = (
             (o, t, to_hf(o, torch.empty(shapes[o], device="meta")).shape)
             for o, t in tensor_names(config.n_layer)
@@ -73,7 +73,7 @@ def main(root: Path) -> None:
         write(
             root / "hf",
             layout,
-            lambda n, start, stop: to_hf(n, pieces.rows("param", n, start, stop)),
+            lambda n, start, stop: to_hf(n, reader.read_rows("param", n, start, stop)),
             print,
         )
         seconds = time.perf_counter() - begun

@@ -34,7 +34,7 @@ from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
 from eval.hf.exported import sizes
 from eval.subject import export_folder, find_checkpoint, identity_of, load_model
-from model.checkpoint import Pieces
+from model.checkpoint import CheckpointReader
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
 from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan, write
@@ -78,11 +78,11 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         )
     part.mkdir(parents=True)
     logger.info(f"exporting {folder} as {config.export.dtype}")
-    pieces = Pieces(folder)
+    reader = CheckpointReader(folder)
     write(
         part,
         layout,
-        lambda name, start, stop: to_hf(name, pieces.rows("param", name, start, stop)),
+        lambda name, start, stop: to_hf(name, reader.read_rows("param", name, start, stop)),
         say,
     )
     (part / "config.json").write_bytes(json_bytes(description))
@@ -128,7 +128,7 @@ def verify(config: EvaluationConfig, folder: Path, part: Path) -> None:
             f"  layer by layer: two models take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB "
             "are free"
         )
-        difference = compare_by_layer(part, Pieces(folder), config.model, entries(config))
+        difference = compare_by_layer(part, CheckpointReader(folder), config.model, entries(config))
     if not difference <= TOLERANCE:  # also when it is not a number
         raise InputError(
             f"transformers' logits differ by {difference:.2e} of the largest; {part} is kept to "

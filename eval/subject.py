@@ -13,7 +13,7 @@ from core.old_keys import load_config
 from core.run import MANIFEST
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
-from model.checkpoint import Pieces, fault, newest_valid, read_state
+from model.checkpoint import CheckpointReader, fault, newest_valid, read_state
 from model.config import Backend, ModelConfig
 from model.hf import HfFolder
 from model.kernels import load as kernels_of
@@ -84,13 +84,13 @@ def best_device() -> str:
 
 def model_from_folder(shape: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
     """The model of a checkpoint folder in fp32 on a device."""
-    pieces, kernels = Pieces(folder), kernels_of(Backend.auto, device.type)
+    reader, kernels = CheckpointReader(folder), kernels_of(Backend.auto, device.type)
     with torch.device("meta"):
         model = FalconMamba(shape, kernels)
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(pieces.full("param", name))
+            parameter.copy_(reader.read_full("param", name))
     return model.eval()
 
 

@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """Elements [start, start + numel) of tensor `name`'s flattened part on rank tp_rank."""
 
     kind: str  # "param", "exp_avg" or "exp_avg_sq"
@@ -45,7 +45,7 @@ class Piece:
         return f"{self.kind}/{self.name}/{self.tp_rank}/{self.start}"
 
 
-def part_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
+def shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
     """Shape of the part of a tensor that one of tp_size ranks holds."""
     spec = shard_spec(name)
     if spec is None or tp_size == 1:
@@ -55,31 +55,31 @@ def part_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ..
     )
 
 
-class Pieces:
+class CheckpointReader:
     """The tensors of one checkpoint folder, assembled on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.where: dict[tuple[str, str], list[tuple[Piece, Path]]] = {}
+        self.where: dict[tuple[str, str], list[tuple[TensorShard, Path]]] = {}
         # a file that it does not name was not verified and is not read
         for name in read_manifest(folder):
             if name.startswith("rank-") and name.endswith(".json"):
                 path = folder / name
                 for raw in json.loads(path.read_text(encoding="utf-8")):
-                    piece = Piece(**{**raw, "shape": tuple(raw["shape"])})
-                    self.where.setdefault((piece.kind, piece.name), []).append(
-                        (piece, path.with_suffix(".safetensors"))
+                    entry = TensorShard(**{**raw, "shape": tuple(raw["shape"])})
+                    self.where.setdefault((entry.kind, entry.name), []).append(
+                        (entry, path.with_suffix(".safetensors"))
                     )
 
-    def full(self, kind: str, name: str) -> Tensor:
+    def read_full(self, kind: str, name: str) -> Tensor:
         """The whole tensor, fp32 on the CPU."""
-        return self.rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
+        return self.read_rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
 
-    def rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a full tensor, fp32 on the CPU; takes little more memory."""
-        piece = self.where[kind, name][0][0]
-        spec, size = shard_spec(name), piece.tp_size
-        shape = part_shape(name, piece.shape, size)
+        entry = self.where[kind, name][0][0]
+        spec, size = shard_spec(name), entry.tp_size
+        shape = shard_shape(name, entry.shape, size)
         width = prod(shape[1:])
         if spec is None or size == 1 or spec.dim:
             ranks = range(1 if spec is None else size)
@@ -103,7 +103,7 @@ class Pieces:
             start += count
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def range(
+    def read_range(
         self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
         """Range of the flattened part of rank tp_rank of tp_size, whatever layout was saved."""
@@ -112,20 +112,23 @@ class Pieces:
         if self.where[kind, name][0][0].tp_size == tp_size or shard_spec(name) is None:
             rank = tp_rank if shard_spec(name) is not None else 0
             return self._flat(kind, name, rank, start, numel)
-        return shard(name, self.full(kind, name), tp_rank, tp_size).flatten()[start : start + numel]
+        return shard(name, self.read_full(kind, name), tp_rank, tp_size).flatten()[
+            start : start + numel
+        ]
 
     def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> Tensor:
         out = torch.empty(numel)
         filled = start  # pieces follow each other without gap or overlap
-        for piece, path in sorted(self.where[kind, name], key=lambda entry: entry[0].start):
-            low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if piece.tp_rank != tp_rank or low >= high:
+        for entry, path in sorted(self.where[kind, name], key=lambda pair: pair[0].start):
+            low = max(start, entry.start)
+            high = min(start + numel, entry.start + entry.numel)
+            if entry.tp_rank != tp_rank or low >= high:
                 continue
             if low != filled:
                 break
             with safe_open(path, framework="pt") as file:
-                out[low - start : high - start] = file.get_slice(piece.key)[
-                    low - piece.start : high - piece.start
+                out[low - start : high - start] = file.get_slice(entry.key)[
+                    low - entry.start : high - entry.start
                 ]
             filled = high
         if filled != start + numel:

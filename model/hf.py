@@ -183,11 +183,11 @@ class HfFolder:
             raise ValueError(f"{index} names {odd[0]}, which lies outside its folder")
         return {tensor: self.folder / name for tensor, name in places.items()}
 
-    def full(self, name: str) -> Tensor:
+    def read_full(self, name: str) -> Tensor:
         """The whole tensor of our name, fp32 on the CPU."""
-        return self.rows(name, 0, None)
+        return self.read_rows(name, 0, None)
 
-    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """Rows [start, stop) of the tensor of our name, fp32 on the CPU."""
         theirs = self.names[name]
         with safe_open(self.files[theirs], framework="pt") as file:
@@ -208,7 +208,7 @@ def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
     if unlike := differences(source.config, model.config):
         raise InputError(f"{source.folder} holds another network: give {' '.join(unlike)}")
     for name, parameter in model.named_parameters():
-        parameter.copy_(shard(name, source.full(name), tp_rank, tp_size))
+        parameter.copy_(shard(name, source.read_full(name), tp_rank, tp_size))
 
 
 @torch.no_grad()

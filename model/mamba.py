@@ -215,7 +215,7 @@ class FalconMamba(Generation, nn.Module):
         """As hidden, for a piece of a sequence: from the state after the piece before it (None: the
         beginning).
 
-        Pieces of any lengths, one token included, give what the whole sequence gives. Returns the
+        Chunks of any lengths, one token included, give what the whole sequence gives. Returns the
         states [b, l, e] and the state after the last token, of constant size.
         """
         h, after = self._embed(tokens), []

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.run import Run
-from model.checkpoint import Pieces, newest_valid, read_state
+from model.checkpoint import CheckpointReader, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import CANARY, History, supervise
 from train.config import RunConfig
@@ -146,10 +146,11 @@ def differences(clean: Path, faulty: Path, ranks: int) -> list[str]:
     folders = [newest_valid(run / "checkpoints")[0] for run in (clean, faulty)]
     if None in folders:
         return ["a run has no checkpoint that verifies"]
-    left, right = (Pieces(folder) for folder in folders if folder is not None)
+    left, right = (CheckpointReader(folder) for folder in folders if folder is not None)
     for kind, name in left.where:
         if not torch.equal(
-            left.full(kind, name).view(torch.int32), right.full(kind, name).view(torch.int32)
+            left.read_full(kind, name).view(torch.int32),
+            right.read_full(kind, name).view(torch.int32),
         ):
             found.append(f"{kind} {name}")
     if read_state(left.folder) != read_state(right.folder):

@@ -16,7 +16,7 @@ from core.run import newest
 from eval.export import export
 from eval.hf.card import model_card
 from eval.hf.reference import load as transformers_model
-from model.checkpoint import Pieces, fault, read_state
+from model.checkpoint import CheckpointReader, fault, read_state
 from model.hf import HfFolder
 from tests.distributed import run_ranks
 from tests.small import config, evaluation
@@ -66,10 +66,12 @@ def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
 def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
     (folder,) = newest(FIXTURES / "runs" / name / "checkpoints")
     assert fault(folder) is None and read_state(folder)["step"] == 28
-    pieces = Pieces(folder)
-    assert {kind for kind, _ in pieces.where} == {"param", "exp_avg", "exp_avg_sq"}
-    assert len(pieces.where) == 3 * 23
-    assert all(torch.isfinite(pieces.full(kind, tensor)).all() for kind, tensor in pieces.where)
+    reader = CheckpointReader(folder)
+    assert {kind for kind, _ in reader.where} == {"param", "exp_avg", "exp_avg_sq"}
+    assert len(reader.where) == 3 * 23
+    assert all(
+        torch.isfinite(reader.read_full(kind, tensor)).all() for kind, tensor in reader.where
+    )
 
 
 def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
     ours = HfFolder(folder)
     (step,) = newest(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
     for name in ours.names:
-        assert torch.equal(ours.full(name), Pieces(step).full("param", name))
+        assert torch.equal(ours.read_full(name), CheckpointReader(step).read_full("param", name))
     assert sum(p.numel() for p in transformers_model(folder).parameters()) == 14_952
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.hf.reference import load as transformers_twin
-from model.checkpoint import Pieces
+from model.checkpoint import CheckpointReader
 from model.config import Backend, ModelConfig
 from model.hf import TENSORS_OF_LAYER, HfFolder
 from model.hf_writer import CHUNK, Entry
@@ -39,7 +39,7 @@ def compare(folder: Path, model: FalconMamba, written: Iterable[Entry]) -> float
 
 @torch.no_grad()
 def compare_by_layer(
-    folder: Path, pieces: Pieces, shape: ModelConfig, written: Iterable[Entry]
+    folder: Path, reader: CheckpointReader, shape: ModelConfig, written: Iterable[Entry]
 ) -> float:
     """As compare; memory holds one layer of each model, or a piece of the head."""
     from transformers import FalconMambaConfig
@@ -52,10 +52,10 @@ def compare_by_layer(
     config = FalconMambaConfig.from_pretrained(folder)
     tokens = probe(shape.vocab_size)
     mine = torch.cat(
-        [_ours(pieces, dtypes, "embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
+        [_ours(reader, dtypes, "embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
     )
     theirs = torch.cat(
-        [source.rows("embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
+        [source.read_rows("embedding.weight", int(t), int(t) + 1) for t in tokens.flatten()]
     )
     h, g = (rows.view(*tokens.shape, -1) for rows in (mine, theirs))
     kernels = kernels_of(Backend.auto, "cpu")
@@ -63,21 +63,23 @@ def compare_by_layer(
         block, twin = Block(shape, kernels), FalconMambaBlock(config, index).eval()
         for ours, name in TENSORS_OF_LAYER.items():
             full = f"layers.{index}.{ours}"
-            block.get_parameter(ours).copy_(pieces.full("param", full).to(dtypes[full]).float())
-            twin.get_parameter(name).copy_(source.full(full).view_as(twin.get_parameter(name)))
+            block.get_parameter(ours).copy_(
+                reader.read_full("param", full).to(dtypes[full]).float()
+            )
+            twin.get_parameter(name).copy_(source.read_full(full).view_as(twin.get_parameter(name)))
         h, g = block(h, None), twin(g)
     norm = RMSNorm(shape.d_model, shape.norm_eps, kernels)
     their_norm = FalconMambaRMSNorm(shape.d_model, shape.norm_eps)
-    norm.weight.copy_(_ours(pieces, dtypes, "final_norm.weight", 0, shape.d_model))
-    their_norm.weight.copy_(source.full("final_norm.weight"))
+    norm.weight.copy_(_ours(reader, dtypes, "final_norm.weight", 0, shape.d_model))
+    their_norm.weight.copy_(source.read_full("final_norm.weight"))
     h, g = norm(h), their_norm(g)
     difference = largest = 0.0
     step = max(1, CHUNK // shape.d_model)
     for low in range(0, shape.vocab_size, step):
         high = min(low + step, shape.vocab_size)
         a, b = (
-            h @ _ours(pieces, dtypes, "lm_head.weight", low, high).T,
-            g @ source.rows("lm_head.weight", low, high).T,
+            h @ _ours(reader, dtypes, "lm_head.weight", low, high).T,
+            g @ source.read_rows("lm_head.weight", low, high).T,
         )
         difference = max(difference, _largest(a - b))
         largest = max(largest, _largest(b))
@@ -90,7 +92,7 @@ def _largest(x: Tensor) -> float:
 
 
 def _ours(
-    pieces: Pieces, dtypes: dict[str, torch.dtype], name: str, start: int, stop: int
+    reader: CheckpointReader, dtypes: dict[str, torch.dtype], name: str, start: int, stop: int
 ) -> Tensor:
     """Rows of our tensor, rounded to its exported type."""
-    return pieces.rows("param", name, start, stop).to(dtypes[name]).float()
+    return reader.read_rows("param", name, start, stop).to(dtypes[name]).float()

@@ -115,7 +115,7 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
             engine.clip_and_step(now.lr)
             step, collectives.counts = collectives.counts, {}
             owned = sum(
-                tensor.numel() for piece, tensor in engine.pieces() if piece.kind == "param"
+                tensor.numel() for shard, tensor in engine.state_shards() if shard.kind == "param"
             )
     return Rehearsed(ranks.rank, now, sizes, owned, start, step)
 

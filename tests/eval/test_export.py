@@ -23,7 +23,7 @@ from eval.heldout import evaluate, unigram_bits
 from eval.hf.compare import compare, compare_by_layer
 from eval.run import evaluation, generate, total
 from eval.subject import find_checkpoint, load_model
-from model.checkpoint import Pieces
+from model.checkpoint import CheckpointReader
 from model.hf import hf_config
 from model.mamba import FalconMamba
 from tests.eval.conftest import MODEL
@@ -199,17 +199,17 @@ def test_layer_by_layer_finds_what_whole_models_find(
     monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
     export(here)
     assert "layer by layer" in capsys.readouterr().out
-    pieces = Pieces(find_checkpoint(here))
-    difference = compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here))
+    reader = CheckpointReader(find_checkpoint(here))
+    difference = compare_by_layer(here.run.files.hf, reader, MODEL, entries(here))
     whole = compare(here.run.files.hf, load_model(here, find_checkpoint(here)), entries(here))
     assert difference < 1e-5 and whole < 1e-5
-    wrong = Pieces.rows
+    wrong = CheckpointReader.read_rows
     monkeypatch.setattr(
-        Pieces,
+        CheckpointReader,
         "rows",
         lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1),
     )
-    assert compare_by_layer(here.run.files.hf, pieces, MODEL, entries(here)) > 1e-4
+    assert compare_by_layer(here.run.files.hf, reader, MODEL, entries(here)) > 1e-4
 
 
 def test_a_logit_that_is_not_a_number_is_caught(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.config import ModelConfig
 from model.flops import parameter_shapes
 from model.hf import HfFolder, differences, hf_config, tensor_names, to_hf
@@ -120,7 +120,9 @@ def write_pieces(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
             for name, parameter in model.named_parameters():
                 flat = shard(name, parameter.detach(), tp_rank, tp).flatten()
                 low, high = (len(flat) * (dp_rank + side) // dp for side in (0, 1))
-                piece = Piece("param", name, tuple(parameter.shape), tp_rank, tp, low, high - low)
+                piece = TensorShard(
+                    "param", name, tuple(parameter.shape), tp_rank, tp, low, high - low
+                )
                 pieces.append(asdict(piece))
                 tensors[piece.key] = flat[low:high].clone()
             save_file(tensors, folder / f"{stem}.safetensors")
@@ -139,11 +141,14 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
     monkeypatch.setattr("model.hf_writer.CHUNK", 100)
     model = model_of(TINY, seed=3)
     write_pieces(tmp_path / "step", model, tp, dp)
-    pieces = Pieces(tmp_path / "step")
+    pieces = CheckpointReader(tmp_path / "step")
     layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=30_000)
     for name, rows in (
         ("direct", rows_of(model)),
-        ("ranks", lambda name, start, stop: to_hf(name, pieces.rows("param", name, start, stop))),
+        (
+            "ranks",
+            lambda name, start, stop: to_hf(name, pieces.read_rows("param", name, start, stop)),
+        ),
     ):
         (tmp_path / name).mkdir()
         write(tmp_path / name, layout, rows, SILENT)
@@ -152,7 +157,7 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
             tmp_path / "direct" / file.name
         ).read_bytes()
     name = "layers.0.mixer.in_proj.weight"
-    assert torch.equal(pieces.full("param", name), model.get_parameter(name))
+    assert torch.equal(pieces.read_full("param", name), model.get_parameter(name))
 
 
 def hf_folder(folder: Path, model: FalconMamba, **changes: object) -> Path:
@@ -173,7 +178,7 @@ def test_the_way_back(tmp_path: Path) -> None:
     assert differences(source.config, TINY) == ["model.mixer_norm_eps=1e-05"]
     assert differences(source.config, replace(source.config, embedding_std=3.0)) == []
     for name, parameter in model.named_parameters():
-        assert torch.equal(source.full(name), parameter), name
+        assert torch.equal(source.read_full(name), parameter), name
 
 
 def test_a_folder_of_transformers_own_making_is_read(tmp_path: Path) -> None:
@@ -181,7 +186,7 @@ def test_a_folder_of_transformers_own_making_is_read(tmp_path: Path) -> None:
     twin.save_pretrained(tmp_path)
     source = HfFolder(tmp_path)
     for ours, theirs in tensor_names(TINY.n_layer):
-        assert torch.equal(to_hf(ours, source.full(ours)), twin.state_dict()[theirs].float())
+        assert torch.equal(to_hf(ours, source.read_full(ours)), twin.state_dict()[theirs].float())
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

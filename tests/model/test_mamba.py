@@ -207,7 +207,7 @@ def test_a_model_is_saved_again_and_again_and_whole(tmp_path: Path) -> None:
             model.final_norm.weight.fill_(number)
         save(model, str(tmp_path / "saved"), 0)
         found = HfFolder(tmp_path / "saved")
-        assert all(torch.equal(found.full(n), p.detach()) for n, p in model.named_parameters())
+        assert all(torch.equal(found.read_full(n), p.detach()) for n, p in model.named_parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
     with pytest.raises(ValueError, match="eos is 999"):
         save(model, tmp_path / "other", 999)

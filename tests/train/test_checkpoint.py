@@ -26,7 +26,7 @@ import train.checkpoint.writer as commit
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import newest
-from model.checkpoint import Piece, Pieces, fault, newest_valid, read_manifest
+from model.checkpoint import CheckpointReader, TensorShard, fault, newest_valid, read_manifest
 from tests.commands import python
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
@@ -57,14 +57,14 @@ class Stub:
     def discard(self) -> None:
         raise NotImplementedError
 
-    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
         for name, tensor in self.tensors.items():
-            yield Piece("param", name, tuple(tensor.shape), 0, 1, 0, tensor.numel()), tensor
+            yield TensorShard("param", name, tuple(tensor.shape), 0, 1, 0, tensor.numel()), tensor
 
-    def load(self, pieces: Pieces, updates: int) -> None:
+    def load(self, reader: CheckpointReader, updates: int) -> None:
         self.updates = updates
         for name, tensor in self.tensors.items():
-            tensor.copy_(pieces.range("param", name, 0, 1, 0, tensor.numel()))
+            tensor.copy_(reader.read_range("param", name, 0, 1, 0, tensor.numel()))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +131,9 @@ def test_what_changes_after_the_copy_is_not_saved(
         tensor.add_(1)  # the next update
     updated.set()
     assert checkpoints.flush()
-    pieces = Pieces(next(newest(tmp_path)))
+    reader = CheckpointReader(next(newest(tmp_path)))
     assert all(
-        torch.equal(pieces.range("param", name, 0, 1, 0, 1000), value)
+        torch.equal(reader.read_range("param", name, 0, 1, 0, 1000), value)
         for name, value in before.items()
     )
 
@@ -321,9 +321,9 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
         if best.name.endswith("1"):
             assert process.exitcode in (-signal.SIGKILL, -signal.SIGXFSZ)
         shift = 1 if best.name.endswith("2") else 0
-        pieces = Pieces(best)
+        reader = CheckpointReader(best)
         for name, tensor in expected.tensors.items():
-            assert torch.equal(pieces.range("param", name, 0, 1, 0, 1000), tensor + shift)
+            assert torch.equal(reader.read_range("param", name, 0, 1, 0, 1000), tensor + shift)
     measured(f"{old + new} kills: {old} times the old one, {new} times the new one, never another")
     assert old >= 20 and new >= 1
 

@@ -157,13 +157,13 @@ def loss_of(
     tokens: Tensor,
     starts: Tensor,
     precision: Precision,
-    piece: Callable[[Tensor], Tensor] = torch.clone,
+    shard: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
     """Nats of all tokens, or of the piece of them that a rank holds."""
     with torch.autocast(
         tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False
     ):
-        losses, _ = model(piece(tokens[:, :-1]), piece(tokens[:, 1:]), piece(starts))
+        losses, _ = model(shard(tokens[:, :-1]), shard(tokens[:, 1:]), shard(starts))
     return losses.sum()
 
 
@@ -218,7 +218,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     model = build_model(TINY, REFERENCE, 0, here.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
-    piece = torch.clone if context is None else context.piece
+    shard = torch.clone if context is None else context.shard
     engine = build_engine(model, OPTIM, parallel, row.precision, here)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
@@ -232,7 +232,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
                 tokens[part].to(here.device),
                 starts[part].to(here.device),
                 row.precision,
-                piece,
+                shard,
             )
             loss = loss * ((low < high) / starts.numel())
             engine.backward(loss, last=index == len(cuts) - 1)
@@ -242,8 +242,8 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
         assert not skipped
         result["curve"].append([float(total), norm])
         result[step] = [
-            (piece.kind, piece.name, piece.tp_rank, piece.start, tensor.cpu().clone())
-            for piece, tensor in engine.pieces()
+            (shard.kind, shard.name, shard.tp_rank, shard.start, tensor.cpu().clone())
+            for shard, tensor in engine.state_shards()
         ]
     return result
 
@@ -251,7 +251,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
 def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, str], Tensor]:
     """The tensors that all ranks of a row own together; every element exactly once."""
     parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
-    for kind, name, tp_rank, start, tensor in (piece for result in saved for piece in result[step]):
+    for kind, name, tp_rank, start, tensor in (shard for result in saved for shard in result[step]):
         found = parts.setdefault((kind, name), {})
         assert (tp_rank, start) not in found, f"{name} is owned twice"
         found[tp_rank, start] = tensor

@@ -130,7 +130,9 @@ def count(root: Path, name: str) -> None:
                 {"token": token, "dp_rank": here.dp_rank, "dp_size": here.dp_size, "counts": counts}
             )
         owned = sum(
-            tensor.numel() for piece, tensor in trainer.engine.pieces() if piece.kind == "param"
+            tensor.numel()
+            for shard, tensor in trainer.engine.state_shards()
+            if shard.kind == "param"
         )
         text = json.dumps({"steps": seen, "owned": owned})
         (root / f"{name}-{os.environ['RANK']}.json").write_text(text)

@@ -22,7 +22,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run, newest
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from model.checkpoint import Pieces, fault
+from model.checkpoint import CheckpointReader, fault
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
@@ -42,10 +42,10 @@ def root(world: Path) -> Path:
     return world
 
 
-def assert_same_weights(left: Pieces, right: Pieces, tolerance: float) -> None:
+def assert_same_weights(left: CheckpointReader, right: CheckpointReader, tolerance: float) -> None:
     for name in parameter_shapes(TINY):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
-            a, b = left.full(kind, name), right.full(kind, name)
+            a, b = left.read_full(kind, name), right.read_full(kind, name)
             assert (
                 torch.equal(a, b)
                 if tolerance == 0
@@ -127,7 +127,7 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
             torch.manual_seed(0)
             for _ in range(2):
                 step(model, built, TINY.vocab_size)
-            built.pieces()
+            built.state_shards()
             weights.append([parameter.detach().clone() for parameter in model.parameters()])
     for plain, other in zip(*weights, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-7)
@@ -240,14 +240,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
                 model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, here
             )
             for factor in factors:
-                before = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}
+                before = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}
                 chosen.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
                 norm, skipped = float("inf"), True
                 if factor == spike:
                     chosen.discard()
                 else:
                     norm, skipped = chosen.clip_and_step(1e-3)
-                after = {piece.key: tensor.clone() for piece, tensor in chosen.pieces()}
+                after = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}
                 same = all(torch.equal(before[key], after[key]) for key in before)
                 assert skipped == same == (factor != 1.0)
                 assert (norm < 100) == (factor == 1.0)

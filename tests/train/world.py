@@ -14,7 +14,7 @@ import torch
 
 from core.run import newest
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from model.checkpoint import Pieces
+from model.checkpoint import CheckpointReader
 from model.config import Recompute
 from model.kernels import REFERENCE
 from model.parallel.build import build_model
@@ -156,8 +156,8 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def final(root: Path, name: str) -> Pieces:
-    return Pieces(next(newest(root / name / "checkpoints")))
+def final(root: Path, name: str) -> CheckpointReader:
+    return CheckpointReader(next(newest(root / name / "checkpoints")))
 
 
 def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.run import MANIFEST, RunFiles, newest
-from model.checkpoint import Pieces, newest_valid, read_manifest, read_state
+from model.checkpoint import CheckpointReader, newest_valid, read_manifest, read_state
 from train.checkpoint.manager import why_not
 from train.costs.memory import GIB
 
@@ -84,14 +84,14 @@ def verify(found: list[Path]) -> int:
 
 def diff(left: Path, right: Path) -> int:
     """How far weights and moments lie apart, bit for bit and in size."""
-    pieces = Pieces(left), Pieces(right)
+    pieces = CheckpointReader(left), CheckpointReader(right)
     names = pieces[0].where.keys() | pieces[1].where.keys()
     rows = []
     for kind, name in sorted(names):
         if any((kind, name) not in side.where for side in pieces):
             rows.append((float("inf"), kind, name, "only in one of them"))
             continue
-        a, b = (side.full(kind, name) for side in pieces)
+        a, b = (side.read_full(kind, name) for side in pieces)
         if a.shape != b.shape:
             rows.append((float("inf"), kind, name, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"))
         elif not torch.equal(a.view(torch.int32), b.view(torch.int32)):

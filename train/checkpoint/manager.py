@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from core.errors import InputError
 from core.run import MANIFEST, newest, step_of
-from model.checkpoint import Pieces, fault, read_state
+from model.checkpoint import CheckpointReader, fault, read_state
 from train.checkpoint.writer import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
@@ -92,7 +92,7 @@ class Checkpoints:
             state = State(
                 **{key: value for key, value in read_state(folder).items() if key != "format"}
             )
-            engine.load(Pieces(folder), state.updates)
+            engine.load(CheckpointReader(folder), state.updates)
             self.writer.done = self.writer.done or (
                 folder.name,
                 (folder / MANIFEST).stat().st_mtime,
@@ -138,7 +138,7 @@ class Checkpoints:
         """
         begun = time.monotonic()
         self.flush()
-        self.writer.copy.take(engine.pieces())
+        self.writer.copy.take(engine.state_shards())
         self.saved, self.retry_at = State(**asdict(state)), None
         self.writer.start(f"step-{state.step:08d}", asdict(state), self._retain)
         return time.monotonic() - begun

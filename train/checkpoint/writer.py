@@ -25,7 +25,7 @@ from torch import Tensor
 
 from core.files import sync_folder, write_json
 from core.run import MANIFEST
-from model.checkpoint import FORMAT, STATE, Piece
+from model.checkpoint import FORMAT, STATE, TensorShard
 from train.distributed import Ranks
 
 logger = logging.getLogger(__name__)
@@ -43,18 +43,18 @@ class HostCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pieces: list[Piece] = []
+        self.shards: list[TensorShard] = []
         self.tensors: dict[str, Tensor] = {}
 
-    def take(self, pieces: Iterator[tuple[Piece, Tensor]]) -> None:
+    def take(self, shards: Iterator[tuple[TensorShard, Tensor]]) -> None:
         """Copy; on return the engine may change its state."""
         cuda = self.device.type == "cuda"
-        self.pieces = []
-        for piece, tensor in pieces:
-            if piece.key not in self.tensors:
-                self.tensors[piece.key] = torch.empty(piece.numel, pin_memory=cuda)
-            self.tensors[piece.key].copy_(tensor.detach(), non_blocking=cuda)
-            self.pieces.append(piece)
+        self.shards = []
+        for shard, tensor in shards:
+            if shard.key not in self.tensors:
+                self.tensors[shard.key] = torch.empty(shard.numel, pin_memory=cuda)
+            self.tensors[shard.key].copy_(tensor.detach(), non_blocking=cuda)
+            self.shards.append(shard)
         if cuda:
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -132,10 +132,10 @@ class Writer:
         """This rank's tensors and their index, synced; returns their sizes and SHA-256."""
         stem = f"rank-{self.ranks.rank:05d}"
         tensors, index = part / f"{stem}.safetensors", part / f"{stem}.json"
-        save_file({piece.key: self.copy.tensors[piece.key] for piece in self.copy.pieces}, tensors)
+        save_file({shard.key: self.copy.tensors[shard.key] for shard in self.copy.shards}, tensors)
         with tensors.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(index, [asdict(piece) for piece in self.copy.pieces])
+        write_json(index, [asdict(shard) for shard in self.copy.shards])
         return {path.name: entry(path) for path in (tensors, index)}
 
     def _commit(

@@ -11,12 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.mamba import FalconMamba
 from train.config import Optim
 from train.distributed import Mpu, Ranks
 from train.engines.partition import LIVE_BUCKETS, PERSISTENT_PARTS, REUSE_BUCKETS, to_owners
-from train.engines.protocol import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
+from train.engines.protocol import (
+    MOMENTS,
+    Fragment,
+    Weights,
+    adamw,
+    fill_state,
+    load_tensor_shards,
+    tensor_shards,
+)
 
 
 class DeepSpeedEngine:
@@ -84,14 +92,14 @@ class DeepSpeedEngine:
         self.engine.step()
         assert self.zero.overflow
 
-    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
         """See Engine."""
-        return pieces_of(self._fragments(), self.model, self.ranks)
+        return tensor_shards(self._fragments(), self.model, self.ranks)
 
-    def load(self, pieces: Pieces, updates: int) -> None:
+    def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         self._fill_state(updates)
-        fill(self._fragments(), pieces, self.ranks)
+        load_tensor_shards(self._fragments(), reader, self.ranks)
         if self.stage < 3:
             self.zero.update_lp_params()
             return

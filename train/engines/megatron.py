@@ -24,12 +24,19 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.mamba import FalconMamba
 from model.parameters import has_weight_decay, is_matmul_weight
 from train.config import Optim, Precision
 from train.distributed import Ranks
-from train.engines.protocol import MOMENTS, Fragment, Weights, fill, fill_state, pieces_of
+from train.engines.protocol import (
+    MOMENTS,
+    Fragment,
+    Weights,
+    fill_state,
+    load_tensor_shards,
+    tensor_shards,
+)
 
 
 class MegatronEngine:
@@ -129,15 +136,15 @@ class MegatronEngine:
         self.ddp.zero_grad_buffer()
         self.zero.zero_grad()
 
-    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
         """See Engine. Gathers all weights first: the overlapped gather waits for a forward."""
         self.ddp.start_param_sync(force_sync=True)
-        return pieces_of(self._fragments(), self.model, self.ranks)
+        return tensor_shards(self._fragments(), self.model, self.ranks)
 
-    def load(self, pieces: Pieces, updates: int) -> None:
+    def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         self._fill_state(updates)
-        fill(self._fragments(), pieces, self.ranks)
+        load_tensor_shards(self._fragments(), reader, self.ranks)
         self.zero._copy_main_params_to_model_params()
         self.ddp.start_param_sync(force_sync=True)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.flops import parameter_shapes
 from model.mamba import FalconMamba
 from model.parameters import has_weight_decay, shard_spec
@@ -47,10 +47,10 @@ class Engine(Protocol):
     def discard(self) -> None:
         """In place of clip_and_step: drop gradients; weights and moments stay byte for byte."""
 
-    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
         """This rank's weights and optimizer state, flat fp32 views; the next step changes them."""
 
-    def load(self, pieces: Pieces, updates: int) -> None:
+    def load(self, reader: CheckpointReader, updates: int) -> None:
         """Take this rank's part out of a checkpoint made after `updates` updates."""
 
 
@@ -81,16 +81,16 @@ def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -
     optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
 
 
-def pieces_of(
+def tensor_shards(
     fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks
-) -> Iterator[tuple[Piece, Tensor]]:
+) -> Iterator[tuple[TensorShard, Tensor]]:
     """Fragments for a checkpoint; only tensor-parallel rank 0 writes parameters not cut."""
     shapes = parameter_shapes(model.config)
     for fragment in fragments:
         if shard_spec(fragment.name) is None and ranks.tp_rank > 0:
             continue
         for kind, tensor in fragment.tensors.items():
-            piece = Piece(
+            shard = TensorShard(
                 kind=kind,
                 name=fragment.name,
                 shape=shapes[fragment.name],
@@ -99,13 +99,15 @@ def pieces_of(
                 start=fragment.start,
                 numel=tensor.numel(),
             )
-            yield piece, tensor.detach()
+            yield shard, tensor.detach()
 
 
-def fill(fragments: Iterator[Fragment], pieces: Pieces, ranks: Ranks) -> None:
+def load_tensor_shards(
+    fragments: Iterator[Fragment], reader: CheckpointReader, ranks: Ranks
+) -> None:
     """Copy a checkpoint's values into fragments; inverse of pieces_of."""
     with torch.no_grad():
         for fragment in fragments:
             for kind, tensor in fragment.tensors.items():
                 where = (ranks.tp_rank, ranks.tp_size, fragment.start, tensor.numel())
-                tensor.copy_(pieces.range(kind, fragment.name, *where))
+                tensor.copy_(reader.read_range(kind, fragment.name, *where))

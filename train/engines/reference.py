@@ -11,11 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import Piece, Pieces
+from model.checkpoint import CheckpointReader, TensorShard
 from model.mamba import FalconMamba
 from train.config import Optim
 from train.distributed import Ranks, data_parallel_group, tensor_parallel_group
-from train.engines.protocol import MOMENTS, Fragment, Weights, adamw, fill, fill_state, pieces_of
+from train.engines.protocol import (
+    MOMENTS,
+    Fragment,
+    Weights,
+    adamw,
+    fill_state,
+    load_tensor_shards,
+    tensor_shards,
+)
 
 
 class PlainEngine:
@@ -64,17 +72,17 @@ class PlainEngine:
         """See Engine."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+    def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
         """See Engine. Replicas share the writing: each has an even part of every parameter."""
-        return pieces_of(
+        return tensor_shards(
             self._fragments(self.ranks.replica, self.ranks.replicas), self.model, self.ranks
         )
 
-    def load(self, pieces: Pieces, updates: int) -> None:
+    def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         for parameter in self.named.values():
             fill_state(self.optimizer, parameter, updates)
-        fill(self._fragments(0, 1), pieces, self.ranks)
+        load_tensor_shards(self._fragments(0, 1), reader, self.ranks)
 
     def _norm(self) -> Tensor:
         """Norm of the whole gradient; parameters not cut by tensor parallelism count once."""

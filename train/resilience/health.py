@@ -112,7 +112,7 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     if engine.weights is Weights.parts:
         return []
     # first, for megatron-core gathers weights for the next forward only, or for this
-    pieces = engine.pieces()
+    shards = engine.state_shards()
     weights = dict(model.named_parameters())
     # cut, whole tensors
     held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))
@@ -120,9 +120,9 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
         held[int(shard_spec(name) is None)] += bits(weight)
     if engine.weights is Weights.replicas:
         return outvoted(held.cpu(), ranks)
-    for piece, tensor in pieces:
-        if piece.kind == "param":
-            owned[int(shard_spec(piece.name) is None)] += bits(tensor.to(weights[piece.name].dtype))
+    for shard, tensor in shards:
+        if shard.kind == "param":
+            owned[int(shard_spec(shard.name) is None)] += bits(tensor.to(weights[shard.name].dtype))
     cut, whole = owned[:1].cpu(), owned[1:].cpu()
     dist.all_reduce(cut, group=data_parallel_group())
     dist.all_reduce(whole)

@@ -13,7 +13,7 @@ from core.old_keys import load_config
 from core.run import MANIFEST
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
-from model.checkpoint import CheckpointReader, fault, newest_valid, read_state
+from model.checkpoint import CheckpointReader, newest_valid, read_state, verify_checkpoint
 from model.config import Backend, ModelConfig
 from model.hf import HfFolder
 from model.kernels import load as kernels_of
@@ -39,7 +39,7 @@ def verified_checkpoint(config: EvaluationConfig) -> Path:
     """As find_checkpoint, whatever model it holds."""
     if config.run.checkpoint is not None:
         folder = Path(config.run.checkpoint)
-        if (why := fault(folder)) is not None:
+        if (why := verify_checkpoint(folder)) is not None:
             raise InputError(f"checkpoint {folder} cannot be used: {why}")
     else:
         found, faults = newest_valid(config.run.files.checkpoints)

@@ -49,13 +49,15 @@ if TYPE_CHECKING:
 def main(run: DryRun) -> None:
     """Refuse what cannot run; else try it, print, and write down."""
     layout = layout_of(run, run.parallel, run.compute.recompute, run.ranks, planned_gpu(run))
-    if layout.why_not is not None:
+    if layout.unsupported_reason is not None:
         p = run.parallel
         shape = (
             f"tensor {p.tensor_parallel} x context {p.context_parallel}, recompute "
             f"{run.compute.recompute.value}"
         )
-        raise InputError(f"{shape} on {run.ranks} ranks: {layout.why_not}{run.way_out()}")
+        raise InputError(
+            f"{shape} on {run.ranks} ranks: {layout.unsupported_reason}{run.way_out()}"
+        )
     logger.info("loading torch, DeepSpeed and megatron-core")
     from launch.simulation.dry_run import dry_run
 

@@ -260,7 +260,7 @@ def choices(result: dict[str, Any]) -> Table:
         "at best",
         "",
     )
-    runs = sum(row["why_not"] is None for row in result["layouts"])
+    runs = sum(row["unsupported_reason"] is None for row in result["layouts"])
     grid.title = (
         f"{runs} of {len(result['layouts'])} layouts can run; tokens/s of a rank if nothing "
         "hides, and at best"
@@ -280,7 +280,9 @@ def choices(result: dict[str, Any]) -> Table:
             ),
         )
         own = row == result["layout"]
-        note = "; ".join(text for text in ("this run's" if own else "", row["why_not"]) if text)
+        note = "; ".join(
+            text for text in ("this run's" if own else "", row["unsupported_reason"]) if text
+        )
         grid.add_row(*cells, note, style="bold" if own else None)
     return grid
 

@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-def fault(folder: Path) -> str | None:
+def verify_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint must not be read, or None; reads and hashes every file of its manifest."""
     try:
         files = read_manifest(folder)
@@ -184,7 +184,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and what is wrong with each newer one."""
     faults: dict[Path, str] = {}
     for folder in newest(checkpoints):
-        why = fault(folder)
+        why = verify_checkpoint(folder)
         if why is None:
             return folder, faults
         faults[folder] = why

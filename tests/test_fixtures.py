@@ -16,7 +16,7 @@ from core.run import newest
 from eval.export import export
 from eval.hf.card import model_card
 from eval.hf.reference import load as transformers_model
-from model.checkpoint import CheckpointReader, fault, read_state
+from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
 from model.hf import HfFolder
 from tests.distributed import run_ranks
 from tests.small import config, evaluation
@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
     (folder,) = newest(FIXTURES / "runs" / name / "checkpoints")
-    assert fault(folder) is None and read_state(folder)["step"] == 28
+    assert verify_checkpoint(folder) is None and read_state(folder)["step"] == 28
     reader = CheckpointReader(folder)
     assert {kind for kind, _ in reader.where} == {"param", "exp_avg", "exp_avg_sq"}
     assert len(reader.where) == 3 * 23

@@ -25,7 +25,7 @@ from train.distributed import (
     Ranks,
     context_ranks,
     data_parallel_group,
-    raise_everywhere,
+    raise_on_all_ranks,
     shared_errors,
 )
 from train.engines.build import build_engine
@@ -85,7 +85,7 @@ def build_trainer(
     if state.tokens < schedule.total:
         count_start(config, state, ranks, watch.incidents)
     loader, micro_batch = Loader(plan, manifests), config.parallel.micro_batch_tokens
-    batches = Batches(loader, schedule, ranks, micro_batch, engine.in_step)
+    batches = Batches(loader, schedule, ranks, micro_batch, engine.needs_equal_micro_batches)
     jobs = leaderboard_jobs(config, schedule)
     if ranks.first:
         announce(config, plan, kernels, ranks, state)
@@ -176,7 +176,7 @@ def count_start(config: RunConfig, state: State, ranks: Ranks, incidents: Incide
     if ranks.first:
         starts = Starts(config.run.folder, config.health.max_starts)
         why = starts.count(state.tokens, incidents)
-    raise_everywhere(why)
+    raise_on_all_ranks(why)
 
 
 def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: Ranks) -> Validation:

@@ -221,7 +221,7 @@ def context_ranks() -> ContextRanks:
     return ContextRanks(parallel_state.get_context_parallel_group())
 
 
-def raise_everywhere(why: str | None) -> None:
+def raise_on_all_ranks(why: str | None) -> None:
     """Raise any rank's InputError on every rank, so that none waits for a rank that has left."""
     message = (why or "").encode()[:MESSAGE_BYTES]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
@@ -242,7 +242,7 @@ def shared_errors() -> Iterator[None]:
         yield
     except InputError as error:
         why = str(error)
-    raise_everywhere(why)
+    raise_on_all_ranks(why)
 
 
 def broadcast_text(text: str) -> str:

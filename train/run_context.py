@@ -17,7 +17,7 @@ from core.files import ROOT, remove_parts, write_text
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
-from train.distributed import Ranks, raise_everywhere, ranks
+from train.distributed import Ranks, raise_on_all_ranks, ranks
 from train.metrics.profiler import profiling
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
@@ -43,7 +43,7 @@ def session(
     folder = run.folder
     before = read_outcome(folder)
     lease = Lease(folder)
-    raise_everywhere(_take(lease) if here.first else None)
+    raise_on_all_ranks(_take(lease) if here.first else None)
     watch = Watch(folder, here.rank, here.world_size, health.hang_seconds)
     try:
         if (

@@ -21,7 +21,7 @@ from model.parallel.context import ContextRanks
 from train.batches import Batches, MicroBatches
 from train.checkpoint.manager import Checkpoints, State
 from train.device import memory_gib
-from train.distributed import Ranks, raise_everywhere
+from train.distributed import Ranks, raise_on_all_ranks
 from train.engines.protocol import Engine
 from train.metrics.sinks import Metrics
 from train.phases import LONG_PATIENCE, Phases
@@ -99,7 +99,7 @@ class Trainer:
                 self.metrics.log(record, self.checkpoints.standing())
                 self._score()
             if result["told"].bad_data:
-                raise_everywhere(self.datacheck.fault)
+                raise_on_all_ranks(self.datacheck.error)
             self.guard.after(self.state, before, result["told"])
             if result["told"].leave:
                 return self.leave.why or "another rank was asked to leave"
@@ -128,7 +128,7 @@ class Trainer:
             own / len(batches),
             leave=self.leave.asked() is not None,
             save=self.ranks.first and self.checkpoints.wants_retry,
-            bad_data=self.datacheck.fault is not None,
+            bad_data=self.datacheck.error is not None,
         )
         self.phases.enter(self.state.step, "update")
         return {"told": told, **self.guard.update(self.state, now, told.loss)}

@@ -25,7 +25,7 @@ class Layout:
     tokens_per_second: float = 0.0  # if no communication hides
     tokens_per_second_hidden: float = 0.0  # if all does that may (launch/planning/estimate.py)
     lacks: str | None = None  # ranks, sequences, a cut or memory
-    why_not: str | None = None
+    unsupported_reason: str | None = None
 
 
 def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None) -> list[Layout]:
@@ -56,7 +56,7 @@ def layouts(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel | None = None
     return sorted(
         found,
         key=lambda layout: (
-            layout.why_not is not None,
+            layout.unsupported_reason is not None,
             -layout.tokens_per_second,
             layout.memory_gib,
         ),
@@ -78,7 +78,7 @@ def layout_of(
     )
     if ranks % (p.tensor_parallel * p.context_parallel):
         why = f"{p.tensor_parallel} x {p.context_parallel} does not divide {ranks} ranks"
-        return replace(layout, lacks="ranks", why_not=why)
+        return replace(layout, lacks="ranks", unsupported_reason=why)
     if run.schedule.batch_end_sequences < (
         groups := ranks // (p.tensor_parallel * p.context_parallel)
     ):
@@ -86,12 +86,12 @@ def layout_of(
             f"the full batch of {run.schedule.batch_end_sequences} sequences leaves some of "
             f"{groups} groups without one"
         )
-        return replace(layout, lacks="sequences", why_not=why)
+        return replace(layout, lacks="sequences", unsupported_reason=why)
     try:
         compute = replace(run.compute, recompute=recompute)
         other = replace(run, parallel=parallel, compute=compute)
     except ValueError as error:
-        return replace(layout, lacks="a cut", why_not=str(error))
+        return replace(layout, lacks="a cut", unsupported_reason=str(error))
     seconds = timed(other, ranks, gpu)
     total = sum(phase.steps * time.total for phase, time in seconds)
     hidden = total - sum(phase.steps * time.may_hide for phase, time in seconds)
@@ -110,7 +110,7 @@ def layout_of(
         why = f"needs {memory:.1f} of {whole:g} GiB" + (
             f" less {kept:g} of headroom" if kept else ""
         )
-        return replace(layout, lacks="memory", why_not=why)
+        return replace(layout, lacks="memory", unsupported_reason=why)
     return layout
 
 
@@ -122,7 +122,7 @@ def worth_showing(
 
     Lack of memory is one kind for each kind of recompute, the fastest of which comes first.
     """
-    runs = [layout for layout in found if layout.why_not is None]
+    runs = [layout for layout in found if layout.unsupported_reason is None]
     rows: list[tuple[int | None, Layout]] = list(enumerate(runs[:fastest], 1))
     failing: dict[tuple[str, str], Layout] = {}
     for layout in [own, *found]:
@@ -130,7 +130,7 @@ def worth_showing(
             failing.setdefault(
                 (layout.lacks, layout.recompute if layout.lacks == "memory" else ""), layout
             )
-    if own.why_not is None and own not in runs[:fastest]:
+    if own.unsupported_reason is None and own not in runs[:fastest]:
         faster = sum(layout.tokens_per_second > own.tokens_per_second for layout in runs)
         rows.append((faster + 1, own))
     return rows + [(None, layout) for layout in failing.values()]
@@ -148,5 +148,7 @@ def nearest(run: PlannedRun, ranks: int, gpu: Gpu, asked: Parallel) -> Layout | 
         ) / len(kinds)
         return steps, -layout.tokens_per_second
 
-    works = [layout for layout in layouts(run, ranks, gpu, asked) if layout.why_not is None]
+    works = [
+        layout for layout in layouts(run, ranks, gpu, asked) if layout.unsupported_reason is None
+    ]
     return min(works, key=distance, default=None)

@@ -377,7 +377,8 @@ def test_the_command_writes_json(tmp_path: Path) -> None:
     first, *_, last = written["stages"]  # 128 sequences on 256 ranks, then eight on each
     assert (first["groups_without"], last["groups_without"], last["most_sequences"]) == (128, 0, 8)
     assert (
-        written["layouts"][0]["why_not"] is None and "B200" in written["roofline_tokens_per_second"]
+        written["layouts"][0]["unsupported_reason"] is None
+        and "B200" in written["roofline_tokens_per_second"]
     )
     assert result.stdout.count("this run's") == 1 and "of headroom" in result.stdout
     assert (

@@ -26,7 +26,13 @@ import train.checkpoint.writer as commit
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import newest
-from model.checkpoint import CheckpointReader, TensorShard, fault, newest_valid, read_manifest
+from model.checkpoint import (
+    CheckpointReader,
+    TensorShard,
+    newest_valid,
+    read_manifest,
+    verify_checkpoint,
+)
 from tests.commands import python
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
@@ -54,7 +60,7 @@ class Stub:
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
         raise NotImplementedError
 
-    def discard(self) -> None:
+    def skip_step(self) -> None:
         raise NotImplementedError
 
     def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
@@ -182,7 +188,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
     while checkpoints.writer.busy:
         time.sleep(0.01)
     assert checkpoints.wants_retry
-    assert names(folder) == [1] and fault(folder / "step-00000001") is None
+    assert names(folder) == [1] and verify_checkpoint(folder / "step-00000001") is None
     assert shutil.disk_usage(small_disk).free == free and not list(folder.glob("*.part"))
     measured("free space as before, old checkpoint verifies")
     with pytest.raises(
@@ -269,7 +275,7 @@ def _unseen(folder: Path) -> str | None:
     A manifest may change in a place that means nothing, such as white space; then all it protects
     is still verified.
     """
-    if fault(folder) is not None:
+    if verify_checkpoint(folder) is not None:
         return None
     whole = {
         path.name: sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"

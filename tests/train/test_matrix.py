@@ -224,7 +224,13 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     for step, rate in enumerate(RATES):
         tokens, starts = batch_of(step)
         total = torch.zeros((), device=here.device)
-        cuts = split(len(tokens), here.dp_rank, here.dp_size, row.micro_batch, engine.in_step)
+        cuts = split(
+            len(tokens),
+            here.dp_rank,
+            here.dp_size,
+            row.micro_batch,
+            engine.needs_equal_micro_batches,
+        )
         for index, (low, high) in enumerate(cuts):
             part = slice(low, high) if low < high else slice(0, 1)
             loss = loss_of(

@@ -22,7 +22,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.run import Run, newest
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from model.checkpoint import CheckpointReader, fault
+from model.checkpoint import CheckpointReader, verify_checkpoint
 from model.config import Backend, Recompute
 from model.flops import parameter_shapes
 from model.kernels import CPU, REFERENCE
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
                 chosen.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
                 norm, skipped = float("inf"), True
                 if factor == spike:
-                    chosen.discard()
+                    chosen.skip_step()
                 else:
                     norm, skipped = chosen.clip_and_step(1e-3)
                 after = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}
@@ -267,7 +267,7 @@ def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> Non
     )
     train(run)
     left = list(newest(tmp_path / "kept" / "checkpoints"))
-    assert len(left) == 1 and fault(left[0]) is None and left[0].name > second.name
+    assert len(left) == 1 and verify_checkpoint(left[0]) is None and left[0].name > second.name
 
 
 def test_a_finished_run_stays_as_it_is(root: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_run_of_another_config_is_refused(root: Path) -> None:
 
 def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
     for folder in newest(root / "tp2" / "checkpoints"):
-        assert fault(folder) is None
+        assert verify_checkpoint(folder) is None
         assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     assert not list((root / "tp2" / "checkpoints").glob("*.part"))
 

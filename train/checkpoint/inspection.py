@@ -9,7 +9,7 @@ from rich.table import Table
 
 from core.run import MANIFEST, RunFiles, newest
 from model.checkpoint import CheckpointReader, newest_valid, read_manifest, read_state
-from train.checkpoint.manager import why_not
+from train.checkpoint.manager import invalid_reason
 from train.costs.memory import GIB
 
 ROWS = 12  # tensors that diff lists at most, worst first
@@ -44,7 +44,7 @@ def one(folder: Path) -> Path:
     """The checkpoint that a path means, or the newest of several that verifies."""
     found = checkpoints(folder)
     best = found[0] if found[0] == folder else newest_valid(found[0].parent)[0]
-    if best is None or why_not(best) is not None:
+    if best is None or invalid_reason(best) is not None:
         raise ValueError(f"{folder} has no checkpoint that verifies")
     return best
 
@@ -76,7 +76,7 @@ def verify(found: list[Path]) -> int:
     """Hash everything; one line per checkpoint, as it comes."""
     bad = 0
     for folder in found:
-        why = why_not(folder)
+        why = invalid_reason(folder)
         bad += why is not None
         print(f"{folder.name}: {why or 'every file is what its manifest says'}", flush=True)
     return 1 if bad else 0

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from core.errors import InputError
 from core.run import MANIFEST, newest, step_of
-from model.checkpoint import CheckpointReader, fault, read_state
+from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
 from train.checkpoint.writer import Writer, remove, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
@@ -69,7 +69,7 @@ class Checkpoints:
         step = torch.full((1,), -1, dtype=torch.int64)
         if self.ranks.first:
             for folder in newest(self.folder):
-                why = why_not(folder)
+                why = invalid_reason(folder)
                 if why is not None:
                     # out of the way: retention counts good ones, and the step will be saved anew
                     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
@@ -199,10 +199,10 @@ class Checkpoints:
         return keep
 
 
-def why_not(folder: Path) -> str | None:
+def invalid_reason(folder: Path) -> str | None:
     """Why a checkpoint must not be loaded, or None: every file is read and hashed."""
     try:
-        return fault(folder)
+        return verify_checkpoint(folder)
     except (
         OSError,
         ValueError,

@@ -38,8 +38,8 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = _deepspeed(ranks.device.type)
         self.ranks, self.model, self.stage = ranks, model, stage
-        self.weights = Weights.copies if stage < 3 else Weights.parts
-        self.in_step = stage > 1
+        self.weights = Weights.SHADOWED if stage < 3 else Weights.SHARDED
+        self.needs_equal_micro_batches = stage > 1
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         optimizer = adamw(model, config)
         elements = sum(parameter.numel() for parameter in model.parameters())
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
             self.engine.get_global_grad_norm()
         ), self.zero.overflow
 
-    def discard(self) -> None:
+    def skip_step(self) -> None:
         """See Engine. Gradients made infinite take DeepSpeed's own way of skipping an update."""
         for gradients in self.zero.averaged_gradients.values():
             for gradient in gradients or ():

@@ -47,8 +47,8 @@ class MegatronEngine:
     done here.
     """
 
-    weights = Weights.copies
-    in_step = False
+    weights = Weights.SHADOWED
+    needs_equal_micro_batches = False
 
     def __init__(
         self, model: FalconMamba, config: Optim, ranks: Ranks, precision: Precision, bucket: int
@@ -128,10 +128,10 @@ class MegatronEngine:
                 group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
             clip_grad_by_total_norm_fp32(self.zero.get_parameters(), self.config.clip_norm, norm)
             self.zero.step_with_ready_grads()
-        self.discard()
+        self.skip_step()
         return norm if finite else float("inf"), not finite
 
-    def discard(self) -> None:
+    def skip_step(self) -> None:
         """See Engine."""
         self.ddp.zero_grad_buffer()
         self.zero.zero_grad()

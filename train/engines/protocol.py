@@ -25,18 +25,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Weights(Enum):
-    """What the weights of a data-parallel rank are."""
+    """How the weights of data-parallel ranks relate to each other."""
 
-    replicas = "replicas"  # the ones that it updates itself, as every other rank does
-    copies = "copies"  # of masters, each of which one rank owns
-    parts = "parts"  # its own part alone
+    REPLICATED = "replicated"  # every rank updates a whole copy itself
+    SHADOWED = "shadowed"  # every rank has a whole copy of master weights that are sharded
+    SHARDED = "sharded"  # every rank has its own shard only
 
 
 class Engine(Protocol):
     """What the training loop asks of an engine."""
 
     weights: Weights
-    in_step: bool  # whether ranks meet in every micro-batch, of which all must have equally many
+    # whether every micro-batch has collectives, so that all ranks need equally many of them
+    needs_equal_micro_batches: bool
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of `loss`; ranks reduce on the `last` micro-batch of their step."""
@@ -44,7 +45,7 @@ class Engine(Protocol):
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
         """Clip, update at lr, clear gradients; returns the unclipped global norm and if skipped."""
 
-    def discard(self) -> None:
+    def skip_step(self) -> None:
         """In place of clip_and_step: drop gradients; weights and moments stay byte for byte."""
 
     def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:

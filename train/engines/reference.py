@@ -30,7 +30,7 @@ class PlainEngine:
     """20 bytes per parameter and rank: fp32 weights, gradients, two moments, a copy to reduce."""
 
     weights = Weights.replicas
-    in_step = False
+    needs_equal_micro_batches = False
 
     def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks) -> None:
         self.model, self.ranks, self.clip_norm = model, ranks, config.clip_norm
@@ -65,10 +65,10 @@ class PlainEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.discard()
+        self.skip_step()
         return float(norm) if finite else float("inf"), not finite
 
-    def discard(self) -> None:
+    def skip_step(self) -> None:
         """See Engine."""
         self.optimizer.zero_grad(set_to_none=True)
 

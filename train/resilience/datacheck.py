@@ -19,7 +19,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from data.config import DataConfig
 from data.stream.manifests import Manifest, open_manifests, parse_manifest, source_folder
-from train.distributed import Ranks, broadcast_text, raise_everywhere
+from train.distributed import Ranks, broadcast_text, raise_on_all_ranks
 from train.resilience.config import VerifyShards
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ def open_per_node(config: DataConfig) -> dict[str, Manifest]:
             opened = open_manifests(config)
         except (InputError, OSError) as error:
             why = str(error)
-    raise_everywhere(why)
+    raise_on_all_ranks(why)
     text = json.dumps({name: asdict(manifest) for name, manifest in (opened or {}).items()})
     shared = {name: parse_manifest(raw) for name, raw in json.loads(broadcast_text(text)).items()}
-    raise_everywhere(
+    raise_on_all_ranks(
         None
         if opened is None or opened == shared
         else f"{os.uname().nodename} has other manifests in {Path(config.folder).resolve()} than "
@@ -62,13 +62,13 @@ class DataCheck:
         ]
         self.files = files[ranks.rank :: ranks.world_size]
         self.first = ranks.first
-        self.fault: str | None = None
+        self.error: str | None = None
 
     def start(self, mode: VerifyShards) -> None:
         """Hash now, in the background, or never; raises InputError on every rank for a bad file."""
         if mode is VerifyShards.before:
             self._work()
-            raise_everywhere(self.fault)
+            raise_on_all_ranks(self.error)
         elif mode is VerifyShards.background:
             threading.Thread(target=self._work, name="datacheck", daemon=True).start()
 
@@ -83,7 +83,7 @@ class DataCheck:
             except OSError as error:
                 good, why = False, f"is not readable ({error})"
             if not good:
-                self.fault = (
+                self.error = (
                     f"shard {path} {why}: restore it, or remove {folder} and prepare the data again"
                 )
                 return

@@ -45,7 +45,7 @@ class Guard:
             why = "its gradient is not finite" if skipped else None
             spiked = False
         else:
-            self.engine.discard()
+            self.engine.skip_step()
             grad_norm, skipped, spiked = float("nan"), True, "spike" in why
         self.health.settle(loss, state.tokens, not skipped, spiked)
         state.updates += not skipped

@@ -109,7 +109,7 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of bit patterns: one
     pass over the weights, and a few bytes exchanged.
     """
-    if engine.weights is Weights.parts:
+    if engine.weights is Weights.SHARDED:
         return []
     # first, for megatron-core gathers weights for the next forward only, or for this
     shards = engine.state_shards()
@@ -118,7 +118,7 @@ def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
     held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))
     for name, weight in weights.items():
         held[int(shard_spec(name) is None)] += bits(weight)
-    if engine.weights is Weights.replicas:
+    if engine.weights is Weights.REPLICATED:
         return outvoted(held.cpu(), ranks)
     for shard, tensor in shards:
         if shard.kind == "param":

@@ -6,7 +6,7 @@ from data.stream.loader import Batch, Loader
 from train.distributed import Ranks
 from train.schedule import Schedule
 
-MicroBatches = list[tuple[Batch, bool]]  # each with whether it counts
+MicroBatches = list[tuple[Batch, bool]]  # each with is_padding
 
 
 class Batches:
@@ -36,7 +36,7 @@ class Batches:
 
     def _submit(self, token: int) -> "Future[MicroBatches]":
         step = self.schedule.at(token)
-        share = self.loader.share(
+        batches = self.loader.micro_batches(
             token,
             step.batch,
             self.ranks.dp_rank,
@@ -44,4 +44,4 @@ class Batches:
             self.micro_batch_tokens // step.seq_len,
             self.equal,
         )
-        return self.reader.submit(lambda: list(share))
+        return self.reader.submit(lambda: list(batches))

@@ -111,17 +111,18 @@ class Trainer:
         sums = torch.zeros(2, len(self.sources), dtype=torch.float64)
         # seconds of this rank's own work: reading and forward passes, which wait for no other rank
         own = waited
-        for index, (batch, counts) in enumerate(batches):
+        for index, (batch, is_padding) in enumerate(batches):
             self.phases.enter(self.state.step, "forward")
             begun = time.perf_counter()
             losses, total = self._forward(batch)
-            if counts:
+            if not is_padding:
                 # waits for the device, so that the time is the work's
                 count(sums, batch.source, losses.detach())
             own += time.perf_counter() - begun
             self.phases.enter(self.state.step, "backward")
             # the mean over the tokens of the global batch, whoever holds them
-            self.engine.backward(total * (counts / now.tokens), last=index == len(batches) - 1)
+            weight = 0.0 if is_padding else 1 / now.tokens
+            self.engine.backward(total * weight, last=index == len(batches) - 1)
         self.phases.enter(self.state.step, "agree")
         told = self.exchange.tell(
             sums,
@@ -137,7 +138,7 @@ class Trainer:
         """Losses [b, l] of a micro-batch in nats, and the sum that the backward starts from."""
         batch = batch.to(self.ranks.device)
         if self.context is not None:
-            batch = batch.pieces(self.context.piece)
+            batch = batch.map_tokens(self.context.local_chunk)
         # without its cache, which would hold a bf16 copy of every weight until the forward ends
         with torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False

@@ -1,7 +1,7 @@
-"""From a position in the run's token stream to a batch; the position is the loader's whole state.
+"""Read batches by position in the token stream; the position is the loader's only state.
 
-A sequence is one cut of a block. Its number inside the stage, not the rank that reads it, decides
-what it holds, so any number of ranks, workers and micro-batches see the same samples.
+A sequence is a slice of a block. Its number inside the stage, not the rank that reads it, decides
+what it holds: any number of ranks, workers and micro-batches sees the same samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,10 +35,10 @@ class Batch:
         ]
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
 
-    def pieces(self, piece: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same sequences, of each the part that `piece` takes of a tensor [b, l]."""
-        starts = None if self.starts is None else piece(self.starts)
-        return Batch(piece(self.tokens), piece(self.targets), starts, self.source)
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply `function` to every tensor of shape [b, l], e.g. to take a chunk of each sequence."""
+        starts = None if self.starts is None else function(self.starts)
+        return Batch(function(self.tokens), function(self.targets), starts, self.source)
 
 
 def document_starts(tokens: Tensor) -> Tensor:
@@ -70,9 +70,9 @@ class Loader:
 
     def read(self, stage: PlannedStage, numbers: Indices) -> Batch:
         """The sequences with the given numbers inside a stage, as one micro-batch."""
-        cuts = self.plan.block_tokens // stage.seq_len
-        source, block = self.plan.blocks_of(stage, numbers // cuts)
-        offset = block * self.plan.block_tokens + numbers % cuts * stage.seq_len
+        per_block = self.plan.block_tokens // stage.seq_len
+        source, block = self.plan.blocks_of(stage, numbers // per_block)
+        offset = block * self.plan.block_tokens + numbers % per_block * stage.seq_len
         rows = np.empty((len(numbers), stage.seq_len + 1), dtype=np.int64)
         for row, s, start in zip(rows, source.tolist(), offset.tolist(), strict=True):
             self.shards[s].read_into(row, start)
@@ -81,7 +81,7 @@ class Loader:
         starts = document_starts(tokens) if self.reset_state else None
         return Batch(tokens, targets, starts, torch.from_numpy(source))
 
-    def share(
+    def micro_batches(
         self,
         token: int,
         sequences: int,
@@ -90,25 +90,25 @@ class Loader:
         micro_batch: int,
         equal: bool = False,
     ) -> Iterator[tuple[Batch, bool]]:
-        """This rank's micro-batches of the global batch of `sequences` at position `token`, and
-        whether each counts.
+        """Yield this rank's micro-batches of the global batch at `token`, each with is_padding.
 
-        Ranks may hold unequal numbers. A rank without a sequence gets one that does not count, so
-        that it takes part in the collectives of the step; with `equal` all ranks get as many
-        micro-batches as the one with the most.
+        The batch has `sequences` sequences; ranks may hold unequal numbers. A rank without data
+        gets a padding sequence, of weight zero, so that every rank enters the same collectives.
+        With `equal` all ranks get as many micro-batches as the rank with the most.
         """
         stage = self.plan.stage_at(token)
         first = (token - stage.first_token) // stage.seq_len
-        for low, high in split(sequences, rank, ranks, micro_batch, equal):
+        for low, high in split_batch(sequences, rank, ranks, micro_batch, equal):
             numbers = np.arange(low, high) if low < high else np.zeros(1, dtype=np.int64)
-            yield self.read(stage, first + numbers), low < high
+            yield self.read(stage, first + numbers), low == high
 
 
-def split(
+def split_batch(
     sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool
 ) -> list[tuple[int, int]]:
-    """First and past-the-last sequence per micro-batch of a rank; (0, 0) pads (Loader.share)."""
-    low, high = (sequences * r // ranks for r in (rank, rank + 1))
-    cuts = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
-    wanted = -(-sequences // (ranks * micro_batch)) if equal else 1
-    return cuts + [(0, 0)] * (wanted - len(cuts))
+    """Return [first, last) sequence of each micro-batch of a rank; (0, 0) is padding."""
+    low = sequences * rank // ranks
+    high = sequences * (rank + 1) // ranks
+    spans = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
+    min_count = -(-sequences // (ranks * micro_batch)) if equal else 1
+    return spans + [(0, 0)] * (min_count - len(spans))

@@ -50,7 +50,7 @@ class ContextRanks:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
 
-    def piece(self, x: Tensor) -> Tensor:
+    def local_chunk(self, x: Tensor) -> Tensor:
         """This rank's tokens of x [b, l, ...]; raises ValueError when the ranks do not divide l."""
         if x.shape[1] % self.size:
             raise ValueError(

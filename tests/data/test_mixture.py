@@ -176,15 +176,17 @@ def test_every_world_size_reads_the_same_samples(loader: Loader) -> None:
     """The global batch at any position, over ranks that may hold none, one or many sequences."""
     stage = loader.plan.stages[1]
     for token, sequences in ((0, 5), (stage.first_token, 3), (stage.first_token + 64, 7)):
-        expected = next(loader.share(token, sequences, 0, 1, 1000))[0]
+        expected = next(loader.micro_batches(token, sequences, 0, 1, 1000))[0]
         for ranks in (2, 3, 4, 8, 256):
             for micro_batch in (1, 2):
                 batches = [
-                    list(loader.share(token, sequences, rank, ranks, micro_batch))
+                    list(loader.micro_batches(token, sequences, rank, ranks, micro_batch))
                     for rank in range(ranks)
                 ]
                 assert all(batches)  # a rank without a sequence takes part all the same
-                counted = [batch for rank in batches for batch, counts in rank if counts]
+                counted = [
+                    batch for rank in batches for batch, is_padding in rank if not is_padding
+                ]
                 assert torch.equal(torch.cat([batch.tokens for batch in counted]), expected.tokens)
                 assert torch.equal(torch.cat([batch.source for batch in counted]), expected.source)
 

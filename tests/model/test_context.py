@@ -51,8 +51,8 @@ def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if context is not None:
         model.set_context(context)
-        inputs, targets = context.piece(inputs), context.piece(targets)
-        starts = None if starts is None else context.piece(starts)
+        inputs, targets = context.local_chunk(inputs), context.local_chunk(targets)
+        starts = None if starts is None else context.local_chunk(starts)
     with public_kernels():
         losses, log_sums = model(inputs, targets, starts)
         loss = (losses + 1e-2 * log_sums.square()).sum()

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.stream.loader import split
+from data.stream.loader import split_batch
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.config import Recompute
 from model.flops import parameter_shapes
@@ -224,14 +224,14 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     for step, rate in enumerate(RATES):
         tokens, starts = batch_of(step)
         total = torch.zeros((), device=here.device)
-        cuts = split(
+        chunks = split_batch(
             len(tokens),
             here.dp_rank,
             here.dp_size,
             row.micro_batch,
             engine.needs_equal_micro_batches,
         )
-        for index, (low, high) in enumerate(cuts):
+        for index, (low, high) in enumerate(chunks):
             part = slice(low, high) if low < high else slice(0, 1)
             loss = loss_of(
                 model,
@@ -241,7 +241,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
                 shard,
             )
             loss = loss * ((low < high) / starts.numel())
-            engine.backward(loss, last=index == len(cuts) - 1)
+            engine.backward(loss, last=index == len(chunks) - 1)
             total += loss.detach()
         torch.distributed.all_reduce(total, group=data_parallel_group())
         norm, skipped = engine.clip_and_step(rate)

@@ -29,7 +29,7 @@ from train.engines.protocol import (
 class PlainEngine:
     """20 bytes per parameter and rank: fp32 weights, gradients, two moments, a copy to reduce."""
 
-    weights = Weights.replicas
+    weights = Weights.REPLICATED
     needs_equal_micro_batches = False
 
     def __init__(self, model: FalconMamba, config: Optim, ranks: Ranks) -> None:

@@ -70,7 +70,7 @@ def main(run: DryRun) -> None:
         "replicas": run.ranks // run.parallel.tensor_parallel,
         "memory_gib_of_a_rank": layout.memory_gib,
         "shards": shards(run, seen),
-        "step": {**asdict(seen.now), "sequences_of_the_rank": sum(seen.micro_batches)}
+        "step": {**asdict(seen.step_schedule), "sequences_of_the_rank": sum(seen.micro_batches)}
         | {"micro_batches_of_the_rank": len(seen.micro_batches)},
         "collectives": collectives(run, seen),
     }
@@ -112,7 +112,7 @@ def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
 def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
     """Each kind of collective as counted, beside the formula."""
     expected = payloads(
-        run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.now.seq_len
+        run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.step_schedule.seq_len
     )
     sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
     rows = []

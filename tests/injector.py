@@ -21,9 +21,9 @@ import train.checkpoint.writer as commit
 from core.errors import InputError
 from core.run import newest
 from data.stream.loader import Loader
-from train.resilience.guard import Guard
-from train.resilience.lease import Lease
-from train.resilience.watchdog import Watch
+from train.resilience.failure_policy import FailurePolicy
+from train.resilience.run_lock import RunLock
+from train.resilience.watchdog import Watchdog
 from train.trainer import Trainer
 
 # change the run's course by design, so a clean run to compare with gets them too
@@ -78,18 +78,18 @@ class Injector:
 
     def patient(self) -> None:
         """Let the watchdog's limit count from a hang on: a slow machine does not end a rank."""
-        at, beat = Watch.at, Watch._beat
+        at, beat = Watchdog.at, Watchdog._beat
 
-        def moved(watch: Watch, step: int, phase: str, patience: float = 1.0) -> None:
-            at(watch, step, phase, 1e6)
+        def moved(watchdog: Watchdog, step: int, phase: str, patience: float = 1.0) -> None:
+            at(watchdog, step, phase, 1e6)
 
-        def beating(watch: Watch) -> None:
-            beat(watch)
+        def beating(watchdog: Watchdog) -> None:
+            beat(watchdog)
             if any(path.exists() for path in self.hangs):
-                step, phase, end = watch.place
-                watch.place = (step, phase, min(end, time.monotonic() + watch.limit))
+                step, phase, end = watchdog.place
+                watchdog.place = (step, phase, min(end, time.monotonic() + watchdog.limit))
 
-        Watch.at, Watch._beat = moved, beating  # type: ignore[method-assign]
+        Watchdog.at, Watchdog._beat = moved, beating  # type: ignore[method-assign]
 
     def patched(self) -> None:
         """Wrap a step, the loader and the points of a save."""
@@ -115,16 +115,16 @@ class Injector:
                 time.sleep(3600)
             return read(loader, *arguments)
 
-        check = Guard.check_replicas
+        check = FailurePolicy.check_replicas
 
-        def checked(guard: Guard, step: int) -> None:
+        def checked(failure_policy: FailurePolicy, step: int) -> None:
             if self.fires("weights flip"):  # before the next update would write the copy anew
-                weight = next(guard.model.parameters())
+                weight = next(failure_policy.model.parameters())
                 weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
-            check(guard, step)
+            check(failure_policy, step)
 
         self.now = -1
-        Guard.check_replicas = checked  # type: ignore[method-assign]
+        FailurePolicy.check_replicas = checked  # type: ignore[method-assign]
         Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
         for name in ("save_file", "write_json", "sync_folder", "entry", "remove"):
             setattr(commit, name, self.around(getattr(commit, name)))
@@ -197,7 +197,7 @@ class Injector:
             time.time = lambda: real() + jumped
         if self.fires("second job"):
             try:
-                Lease(trainer.checkpoints.folder.parent).take()
+                RunLock(trainer.checkpoints.folder.parent).acquire()
             except InputError:
                 return
             raise AssertionError("a second job took the run's folder")

@@ -35,12 +35,11 @@ from train.metrics.scores import collecting
 from train.metrics.sinks import Metrics
 from train.phases import Phases
 from train.resilience.datacheck import DataCheck
-from train.resilience.guard import Guard
+from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import Incidents, Starts
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
 from train.schedule import Schedule
-from train.step_stats import Exchange
 from train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ def build_trainer(
     manifests: dict[str, Manifest],
     ranks: Ranks,
     record: dict[str, Any],
-    watch: Watch,
-    leave: Leave,
+    watchdog: Watchdog,
+    stop_request: StopRequest,
 ) -> Trainer:
     """One rank's trainer; `record` is the config as trackers show it.
 
@@ -62,7 +61,7 @@ def build_trainer(
     datacheck.start(config.health.verify_shards)
     plan = compile_plan(config.data, manifests)
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    phases = Phases(watch.at)
+    phases = Phases(watchdog.at)
     with shared_errors():
         kernels = kernels_of(config.compute, ranks.device.type)
     model = build_rank_model(config, kernels, ranks)
@@ -80,10 +79,12 @@ def build_trainer(
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
     fresh = State(0, 0, 0, plan.hash, asdict(config.model))
     state = fresh if found is None else resume(checkpoints, found, engine, fresh)
-    guard = Guard(config.health, ranks, model, engine, checkpoints, phases, watch)
-    guard.health.load(state.health)
+    failure_policy = FailurePolicy(
+        config.health, ranks, model, engine, checkpoints, phases, watchdog
+    )
+    failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:
-        count_start(config, state, ranks, watch.incidents)
+        count_start(config, state, ranks, watchdog.incidents)
     loader, micro_batch = Loader(plan, manifests), config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch, engine.needs_equal_micro_batches)
     jobs = leaderboard_jobs(config, schedule)
@@ -93,7 +94,7 @@ def build_trainer(
     if ranks.first and state.tokens < schedule.total:
         flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
         metrics = open_metrics(config, record, state)
-        jobs.know(read_scores(metrics.file.path))
+        jobs.mark_reported(read_scores(metrics.file.path))
     return Trainer(
         ranks=ranks,
         schedule=schedule,
@@ -105,9 +106,8 @@ def build_trainer(
         z_loss=config.optim.z_loss,
         bf16=config.compute.precision is Precision.bf16,
         checkpoints=checkpoints,
-        guard=guard,
+        failure_policy=failure_policy,
         datacheck=datacheck,
-        exchange=Exchange(ranks, len(plan.sources)),
         validation=build_validation(config, manifests, ranks),
         jobs=jobs,
         metrics=metrics,
@@ -115,7 +115,7 @@ def build_trainer(
         if flops
         else 0.0,
         phases=phases,
-        leave=leave,
+        stop_request=stop_request,
         state=state,
     )
 

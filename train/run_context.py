@@ -22,9 +22,9 @@ from train.metrics.profiler import profiling
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
-from train.resilience.lease import Lease
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
+from train.resilience.run_lock import RunLock
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
-def session(
-    run: Run, health: HealthConfig, here: Ranks, body: Callable[[Watch, Leave], Outcome]
+def run_context(
+    run: Run, health: HealthConfig, here: Ranks, body: Callable[[Watchdog, StopRequest], Outcome]
 ) -> Outcome:
     """Run `body` on every rank while this job alone holds the run's folder; returns how it ended,
     on disk too.
@@ -42,9 +42,9 @@ def session(
     """
     folder = run.folder
     before = read_outcome(folder)
-    lease = Lease(folder)
-    raise_on_all_ranks(_take(lease) if here.first else None)
-    watch = Watch(folder, here.rank, here.world_size, health.hang_seconds)
+    run_lock = RunLock(folder)
+    raise_on_all_ranks(_take(run_lock) if here.first else None)
+    watchdog = Watchdog(folder, here.rank, here.world_size, health.hang_seconds)
     try:
         if (
             before is not None
@@ -55,11 +55,11 @@ def session(
             return before
         if here.first:
             run.files.outcome.unlink(missing_ok=True)
-        watch.begin(lease if here.first else None)
-        leave = Leave(health.stop_after_seconds, health.stop_margin_seconds)
-        leave.install()
+        watchdog.begin(run_lock if here.first else None)
+        stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
+        stop_request.install()
         logger.info(f"{here.world_size} ranks have met; building the model")
-        outcome = body(watch, leave)
+        outcome = body(watchdog, stop_request)
         if here.first:
             outcome.write(folder)
         return outcome
@@ -68,8 +68,8 @@ def session(
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        text = f"rank {here.rank} on {watch.who['host']}: {type(error).__name__}: {error}"
-        watch.incidents.log(
+        text = f"rank {here.rank} on {watchdog.who['host']}: {type(error).__name__}: {error}"
+        watchdog.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank
         )
         # which the command line takes for a mistake; in the middle of a run it is none
@@ -79,25 +79,30 @@ def session(
     finally:
         # after a crash it goes on watching, for leaving a broken process group may hang; but never
         # for another job
-        watch.lease = None
-        lease.release()
+        watchdog.run_lock = None
+        run_lock.release()
         if sys.exc_info()[0] is None:
-            watch.end()
+            watchdog.end()
 
 
 def start(config: RunConfig, device: str) -> Outcome:
     """Train with the ranks that the launcher started, from the newest checkpoint on."""
     with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
-        return session(
-            config.run, config.health, here, lambda watch, leave: _train(config, here, watch, leave)
+        return run_context(
+            config.run,
+            config.health,
+            here,
+            lambda watchdog, stop_request: _train(config, here, watchdog, stop_request),
         )
 
 
-def _train(config: RunConfig, here: Ranks, watch: Watch, leave: Leave) -> Outcome:
+def _train(
+    config: RunConfig, here: Ranks, watchdog: Watchdog, stop_request: StopRequest
+) -> Outcome:
     record = {"code": code_version() if here.first else None, **plain(asdict(config))}
     manifests = open_per_node(config.data)
     # refuses a folder of another run before its record changes
-    trainer = build_trainer(config, manifests, here, record, watch, leave)
+    trainer = build_trainer(config, manifests, here, record, watchdog, stop_request)
     if here.first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with profiling(config.train.profile, config.run.folder, here, trainer.phases):
@@ -137,16 +142,17 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _take(lease: Lease) -> str | None:
+def _take(run_lock: RunLock) -> str | None:
     """Why the folder cannot be had, or None."""
     try:
-        lease.path.parent.mkdir(parents=True, exist_ok=True)
-        lease.take()
-        remove_parts(lease.path.parent)
+        run_lock.path.parent.mkdir(parents=True, exist_ok=True)
+        run_lock.acquire()
+        remove_parts(run_lock.path.parent)
     except InputError as error:
         return str(error)
     except OSError as error:
+        folder = run_lock.path.parent
         return (
-            f"run.dir {lease.path.parent} cannot be written ({error}): choose another, or mend it"
+            f"run.dir {folder} cannot be written ({error}): choose another, or fix its permissions"
         )
     return None

@@ -19,7 +19,7 @@ from train.config import DecayShape, ScheduleConfig
 
 
 @dataclass(frozen=True)
-class Now:
+class StepSchedule:
     """What the step that begins at a token count does."""
 
     lr: float
@@ -85,7 +85,7 @@ class Schedule:
             lr *= decayed(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / self.peak_lr)
         return lr
 
-    def at(self, tokens: int) -> Now:
+    def at(self, tokens: int) -> StepSchedule:
         """The step that begins at `tokens`, which lies in [0, total).
 
         A step never crosses a stage's edge: the last one before it is as short as it must be. The
@@ -96,4 +96,4 @@ class Schedule:
         edge, seq_len, stage = next(entry for entry in self.edges if tokens < entry[0])
         full = self.batch(tokens)
         batch = min(full, (edge - tokens) // seq_len)
-        return Now(self.lr(tokens + batch * seq_len, full), batch, seq_len, stage)
+        return StepSchedule(self.lr(tokens + batch * seq_len, full), batch, seq_len, stage)

@@ -1,7 +1,7 @@
-"""One sum over all ranks per step: losses, wishes, and how long each rank's own work took.
+"""One all-reduce per step: losses, flags and compute time of every rank.
 
-Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles; it is the loop's only collective beside
-the engine's.
+Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles. It is the training loop's only
+collective besides the engine's.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from train.distributed import Ranks
 
-WISHES = 3
+NUM_FLAGS = 3
 
 
 @dataclass(frozen=True)
-class Told:
-    """What all ranks know of a step."""
+class StepStats:
+    """Statistics of one step over all ranks."""
 
-    sums: list[list[float]]  # nats and tokens of each source
-    leave: bool  # some rank has been asked to leave
-    save: bool  # the first rank wants the save that failed to be tried again
-    bad_data: bool  # some rank has found a shard that is not what its manifest says
-    seconds: list[float]  # own work of each rank, per micro-batch
+    sums: list[list[float]]  # [2, sources]: loss in nats, tokens
+    stop: bool  # some rank has a stop request
+    save: bool  # rank 0 wants to retry a failed save
+    bad_data: bool  # some rank found a shard that contradicts its manifest
+    compute_seconds: list[float]  # of each rank, per micro-batch
 
     @property
     def loss(self) -> float:
@@ -32,32 +32,23 @@ class Told:
         return sum(nats) / sum(tokens)
 
 
-class Exchange:
-    """The collective of one run."""
-
-    def __init__(self, ranks: Ranks, sources: int) -> None:
-        self.ranks = ranks
-        self.sources = sources
-
-    def tell(self, sums: Tensor, seconds: float, leave: bool, save: bool, bad_data: bool) -> Told:
-        """Exchange with all ranks; sums [2, sources] count once per tensor-parallel group."""
-        losses = (
-            sums.flatten()
-            if self.ranks.tp_rank == 0
-            else torch.zeros(2 * self.sources, dtype=torch.float64)
-        )
-        wishes = torch.tensor([leave, save, bad_data], dtype=torch.float64)
-        times = torch.zeros(self.ranks.world_size, dtype=torch.float64)
-        times[self.ranks.rank] = seconds
-        everything = torch.cat([losses, wishes, times])
-        dist.all_reduce(everything)
-        losses, wishes, times = everything.split([2 * self.sources, WISHES, self.ranks.world_size])
-        leave, save, bad_data = (wishes > 0).tolist()
-        return Told(losses.view(2, -1).tolist(), leave, save, bad_data, times.tolist())
+def reduce_step_stats(
+    ranks: Ranks, sums: Tensor, compute_seconds: float, stop: bool, save: bool, bad_data: bool
+) -> StepStats:
+    """All-reduce a step's statistics; sums [2, sources] count once per tensor-parallel group."""
+    losses = sums.flatten() if ranks.tp_rank == 0 else torch.zeros_like(sums.flatten())
+    flags = torch.tensor([stop, save, bad_data], dtype=torch.float64)
+    seconds = torch.zeros(ranks.world_size, dtype=torch.float64)
+    seconds[ranks.rank] = compute_seconds
+    buffer = torch.cat([losses, flags, seconds])
+    dist.all_reduce(buffer)
+    losses, flags, seconds = buffer.split([losses.numel(), NUM_FLAGS, ranks.world_size])
+    stop, save, bad_data = (flags > 0).tolist()
+    return StepStats(losses.view(2, -1).tolist(), stop, save, bad_data, seconds.tolist())
 
 
-def count(sums: Tensor, source: Tensor, losses: Tensor) -> None:
-    """Add a micro-batch's losses [b, l] and tokens to its sources' rows [b]; sums [2, sources]."""
+def add_losses(sums: Tensor, source: Tensor, losses: Tensor) -> None:
+    """Add a micro-batch's losses [b, l] and tokens to sums [2, sources] by its sources [b]."""
     source = source.cpu()
     sums[0].index_add_(0, source, losses.double().sum(1).cpu())
     sums[1].index_add_(0, source, torch.full(source.shape, losses.shape[1], dtype=torch.float64))

@@ -1,8 +1,8 @@
 """The training loop, from one token position to the next. train/build.py makes its parts.
 
 A step is a function of its position: the schedule gives batch, context and rate, the data plan the
-tokens, the engine the update. train/resilience/guard.py decides what follows when a step goes
-wrong, from values that all ranks share.
+tokens, the engine the update. train/resilience/failure_policy.py decides what follows when a step
+goes wrong, from values that all ranks share.
 """
 
 import time
@@ -26,11 +26,11 @@ from train.engines.protocol import Engine
 from train.metrics.sinks import Metrics
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.datacheck import DataCheck
-from train.resilience.guard import Guard
+from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import FINISHED, REQUEUE, Outcome
-from train.resilience.signals import Leave
-from train.schedule import Now, Schedule
-from train.step_stats import Exchange, Told, count
+from train.resilience.stop_request import StopRequest
+from train.schedule import Schedule, StepSchedule
+from train.step_stats import StepStats, add_losses, reduce_step_stats
 
 
 @dataclass
@@ -47,15 +47,14 @@ class Trainer:
     z_loss: float
     bf16: bool
     checkpoints: Checkpoints
-    guard: Guard
+    failure_policy: FailurePolicy
     datacheck: DataCheck
-    exchange: Exchange
     validation: Validation
     jobs: SuiteJobs
     metrics: Metrics | None  # of the first rank, unless the run is complete
     utilisation_per_rate: float  # model FLOP utilisation at one token per second
     phases: Phases
-    leave: Leave
+    stop_request: StopRequest
     state: State
 
     def run(self) -> Outcome:
@@ -64,7 +63,7 @@ class Trainer:
         try:
             why = self._steps()
             if self.state.step > loaded_step:
-                self.guard.leave(self.state)
+                self.failure_policy.final_save(self.state)
             self._score(now=True)
         except InputError:  # raised on every rank alike, so that a save in flight can end
             self.checkpoints.writer.wait()
@@ -81,12 +80,12 @@ class Trainer:
         """Step until the end, or until any rank has been asked to leave; returns why."""
         while self.state.tokens < self.schedule.total:
             begun = time.perf_counter()
-            now = self.schedule.at(self.state.tokens)
+            step_schedule = self.schedule.at(self.state.tokens)
             self.phases.enter(self.state.step, "read")
             batches = self.batches.read(self.state.tokens)
             waited = time.perf_counter() - begun
-            result = self._step(now, batches, waited)
-            before, self.state.tokens = self.state.tokens, self.state.tokens + now.tokens
+            result = self._step(step_schedule, batches, waited)
+            before, self.state.tokens = self.state.tokens, self.state.tokens + step_schedule.tokens
             self.state.step += 1
             seconds = time.perf_counter() - begun
             self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
@@ -94,18 +93,20 @@ class Trainer:
                 validation = self.validation.after(before, self.state.tokens, self.model)
             self.phases.enter(self.state.step, "log")
             if self.metrics is not None:
-                record = self._record(now, result, seconds, waited)
+                record = self._record(step_schedule, result, seconds, waited)
                 record |= {} if validation is None else {"validation": validation}
                 self.metrics.log(record, self.checkpoints.standing())
                 self._score()
-            if result["told"].bad_data:
+            if result["stats"].bad_data:
                 raise_on_all_ranks(self.datacheck.error)
-            self.guard.after(self.state, before, result["told"])
-            if result["told"].leave:
-                return self.leave.why or "another rank was asked to leave"
+            self.failure_policy.after(self.state, before, result["stats"])
+            if result["stats"].stop:
+                return self.stop_request.why or "another rank was asked to leave"
         return None
 
-    def _step(self, now: Now, batches: MicroBatches, waited: float) -> dict[str, Any]:
+    def _step(
+        self, step_schedule: StepSchedule, batches: MicroBatches, waited: float
+    ) -> dict[str, Any]:
         """Forward, backward and update of one global batch; returns the step's losses and norms."""
         # nats and tokens of each source
         sums = torch.zeros(2, len(self.sources), dtype=torch.float64)
@@ -117,22 +118,23 @@ class Trainer:
             losses, total = self._forward(batch)
             if not is_padding:
                 # waits for the device, so that the time is the work's
-                count(sums, batch.source, losses.detach())
+                add_losses(sums, batch.source, losses.detach())
             own += time.perf_counter() - begun
             self.phases.enter(self.state.step, "backward")
             # the mean over the tokens of the global batch, whoever holds them
-            weight = 0.0 if is_padding else 1 / now.tokens
+            weight = 0.0 if is_padding else 1 / step_schedule.tokens
             self.engine.backward(total * weight, last=index == len(batches) - 1)
         self.phases.enter(self.state.step, "agree")
-        told = self.exchange.tell(
+        stats = reduce_step_stats(
+            self.ranks,
             sums,
             own / len(batches),
-            leave=self.leave.asked() is not None,
+            stop=self.stop_request.reason() is not None,
             save=self.ranks.first and self.checkpoints.wants_retry,
             bad_data=self.datacheck.error is not None,
         )
         self.phases.enter(self.state.step, "update")
-        return {"told": told, **self.guard.update(self.state, now, told.loss)}
+        return {"stats": stats, **self.failure_policy.update(self.state, step_schedule, stats.loss)}
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses [b, l] of a micro-batch in nats, and the sum that the backward starts from."""
@@ -152,29 +154,29 @@ class Trainer:
     def _score(self, *, now: bool = False) -> None:
         """Start the suites that are due, and record what others have found."""
         if self.metrics is not None:
-            for record in self.jobs.look(now=now):
+            for record in self.jobs.poll(now=now):
                 self.metrics.log_scores(record)
 
     def _record(
-        self, now: Now, result: dict[str, Any], seconds: float, waited: float
+        self, step_schedule: StepSchedule, result: dict[str, Any], seconds: float, waited: float
     ) -> dict[str, Any]:
         """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""
-        rate = now.tokens / seconds
-        told: Told = result["told"]
-        nats, tokens = told.sums
+        rate = step_schedule.tokens / seconds
+        stats: StepStats = result["stats"]
+        nats, tokens = stats.sums
         seen = [row for row in zip(self.sources, nats, tokens, strict=True) if row[2]]
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            "loss": told.loss,
+            "loss": stats.loss,
             "source_loss": {name: n / t for name, n, t in seen},
             "source_tokens": {name: int(t) for name, _, t in seen},
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
-            "lr": now.lr,
-            "batch": now.batch,
-            "seq_len": now.seq_len,
-            "stage": now.stage,
+            "lr": step_schedule.lr,
+            "batch": step_schedule.batch,
+            "seq_len": step_schedule.seq_len,
+            "stage": step_schedule.stage,
             "tokens_per_second": rate,
             "mfu": rate * self.utilisation_per_rate,
             "memory_gib": memory_gib(self.ranks.device),

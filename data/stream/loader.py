@@ -36,7 +36,7 @@ class Batch:
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply `function` to every tensor of shape [b, l], e.g. to take a chunk of each sequence."""
+        """Apply `function` to every tensor [b, l], e.g. to take a chunk of each sequence."""
         starts = None if self.starts is None else function(self.starts)
         return Batch(function(self.tokens), function(self.targets), starts, self.source)
 

@@ -50,13 +50,13 @@ class SuiteJobs:
         self.reported: set[tuple[int, str]] = set()  # step, suite
         self.next_look = 0.0
 
-    def know(self, records: Sequence[dict[str, Any]]) -> None:
+    def mark_reported(self, records: Sequence[dict[str, Any]]) -> None:
         """Take these records of scores for reported."""
         self.reported |= {
             (record["step"], suite) for record in records for suite in record["scores"]
         }
 
-    def look(self, *, now: bool = False) -> list[dict[str, Any]]:
+    def poll(self, *, now: bool = False) -> list[dict[str, Any]]:
         """Start what is due, at most once in LOOK_SECONDS or now; returns scores that have come in
         since.
 
@@ -72,7 +72,7 @@ class SuiteJobs:
             started[folder.name] = tokens
             write_json(self.record, {"started": started})
             self._hold_and_launch(folder)
-        return self.news()
+        return self.collect()
 
     def _due(self, started: dict[str, int]) -> list[tuple[Path, int]]:
         """Checkpoints that no job was started for and that are due, oldest first."""
@@ -136,7 +136,7 @@ class SuiteJobs:
         except OSError as error:  # no sbatch here: the run does not stop for it
             logger.warning(f"{name} could not be started ({error})")
 
-    def news(self) -> list[dict[str, Any]]:
+    def collect(self) -> list[dict[str, Any]]:
         """Scores of ended jobs not reported before; releases the checkpoints they held."""
         records = []
         started: dict[str, int] = read_json(self.record).get("started", {})
@@ -152,7 +152,7 @@ class SuiteJobs:
                 records.append({"step": step, "tokens": tokens, "scores": new})
             if None not in ended.values():
                 shutil.rmtree(self.run.files.held / name, ignore_errors=True)
-        self.know(records)
+        self.mark_reported(records)
         return records
 
     def _ended(self, name: str) -> dict[str, float] | None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from data.stream.loader import split
+from data.stream.loader import split_batch
 from launch.simulation.collectives import Collectives, Count
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.kernels import CPU
@@ -35,8 +35,8 @@ from train.config import EngineKind, Precision, RunConfig
 from train.distributed import Ranks, context_ranks, stand
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
-from train.schedule import Now, Schedule
-from train.step_stats import Exchange
+from train.schedule import Schedule, StepSchedule
+from train.step_stats import reduce_step_stats
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Rehearsed:
     """What one rank held and asked for."""
 
     rank: int
-    now: Now  # the step
+    step_schedule: StepSchedule  # the step
     micro_batches: list[int]  # sequences of each
     owned: int  # elements of master weights that this rank updates, padding aside
     # collectives by (group, operation): of the start, with what is learned in it,
@@ -69,10 +69,12 @@ def fullest(config: RunConfig) -> int:
     return max(places, key=lambda place: schedule.at(place).tokens)
 
 
-def micro_batches(config: RunConfig, now: Now, rank: int, ranks: int) -> list[int]:
+def micro_batches(
+    config: RunConfig, step_schedule: StepSchedule, rank: int, ranks: int
+) -> list[int]:
     """Sequences per micro-batch of data-parallel rank `rank`; an empty micro-batch has one."""
-    most = config.parallel.micro_batch_tokens // now.seq_len
-    cuts = split(now.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
+    most = config.parallel.micro_batch_tokens // step_schedule.seq_len
+    cuts = split_batch(step_schedule.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
     return [max(1, high - low) for low, high in cuts]
 
 
@@ -88,11 +90,11 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     It is one of the last replica, which holds the padding and most sequences, and the first of its
     tensor-parallel group, which writes what all of the group hold alike.
     """
-    now = Schedule(config.schedule, config.optim.lr, config.data).at(fullest(config))
+    step_schedule = Schedule(config.schedule, config.optim.lr, config.data).at(fullest(config))
     fake = FakeTensorMode()
     cuda = cuda_on_cpu if config.parallel.engine is EngineKind.megatron else nullcontext
     with fake_world(config, world) as ranks, Collectives() as collectives:
-        sizes = micro_batches(config, now, ranks.dp_rank, ranks.dp_size)
+        sizes = micro_batches(config, step_schedule, ranks.dp_rank, ranks.dp_size)
         with fake, Scalars(), Pointers(), cuda():
             model = _fake_model(config, ranks)
             engine = build_engine(
@@ -100,24 +102,24 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
             )
             with agreement() if config.parallel.zero_stage == 3 else nullcontext():
                 for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
-                    _micro_batch(config, model, engine, now, sizes[0], last=False)
+                    _micro_batch(config, model, engine, step_schedule, sizes[0], last=False)
             start, collectives.counts = collectives.counts, {}
             for size, times in before_the_last(sizes, config.parallel.engine):
                 collectives.times = times
-                _micro_batch(config, model, engine, now, size, last=False)
+                _micro_batch(config, model, engine, step_schedule, size, last=False)
             collectives.times = 1
-            _micro_batch(config, model, engine, now, sizes[-1], last=True)
+            _micro_batch(config, model, engine, step_schedule, sizes[-1], last=True)
         sources = len(config.data.sources)
-        Exchange(ranks, sources).tell(
-            torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False
+        reduce_step_stats(
+            ranks, torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False
         )
         with fake, Scalars(), Pointers(), cuda():
-            engine.clip_and_step(now.lr)
+            engine.clip_and_step(step_schedule.lr)
             step, collectives.counts = collectives.counts, {}
             owned = sum(
                 tensor.numel() for shard, tensor in engine.state_shards() if shard.kind == "param"
             )
-    return Rehearsed(ranks.rank, now, sizes, owned, start, step)
+    return Rehearsed(ranks.rank, step_schedule, sizes, owned, start, step)
 
 
 @contextmanager
@@ -178,9 +180,16 @@ def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
 
 
 def _micro_batch(
-    config: RunConfig, model: FalconMamba, engine: Engine, now: Now, size: int, last: bool
+    config: RunConfig,
+    model: FalconMamba,
+    engine: Engine,
+    step_schedule: StepSchedule,
+    size: int,
+    last: bool,
 ) -> None:
-    ids = torch.empty(size, now.seq_len // config.parallel.context_parallel, dtype=torch.int64)
+    ids = torch.empty(
+        size, step_schedule.seq_len // config.parallel.context_parallel, dtype=torch.int64
+    )
     starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
     begun = time.perf_counter()
     # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
@@ -191,7 +200,7 @@ def _micro_batch(
         cache_enabled=False,
     ):
         losses, _ = model(ids, ids, starts)
-        engine.backward(losses.sum() / now.tokens, last)
+        engine.backward(losses.sum() / step_schedule.tokens, last)
     logger.info(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s")
 
 

@@ -13,7 +13,7 @@ from model.parameters import shard_spec
 from model.sharding import shard
 
 
-def build(
+def build_model(
     config: ModelConfig,
     kernels: Kernels,
     seed: int,

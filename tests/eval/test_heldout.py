@@ -161,7 +161,7 @@ def test_suites_run_as_jobs_of_their_own(
     }  # fmt: skip
     (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
     jobs = SuiteJobs(config.run, settings, after=collecting(config.run.folder))
-    assert jobs.look() == []
+    assert jobs.poll() == []
     held = config.run.folder / "scores" / "held" / folder.name
     file = next(folder.glob("*.safetensors"))
     assert (held / file.name).stat().st_ino == file.stat().st_ino
@@ -179,8 +179,8 @@ def test_suites_run_as_jobs_of_their_own(
     ] == [3]
     assert not held.exists()
     again = SuiteJobs(config.run, settings)  # as a resumed run would
-    again.know(found)
-    assert again.look() == [] and again.look() == []
+    again.mark_reported(found)
+    assert again.poll() == [] and again.poll() == []
 
 
 def test_slurm_gets_one_job_per_suite(
@@ -197,7 +197,7 @@ def test_slurm_gets_one_job_per_suite(
     monkeypatch.setattr(
         "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
     )
-    SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).look()
+    SuiteJobs(run, Jobs(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).poll()
     asked = tmp_path / "asked"
     until(lambda: asked.is_file() and "--wrap" in asked.read_text(), lambda: "sbatch is not asked")
     words = asked.read_text().splitlines()

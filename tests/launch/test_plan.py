@@ -122,9 +122,9 @@ def test_phases_are_the_steps_of_the_schedule() -> None:
         0,
     )
     while tokens < schedule.total:
-        now = schedule.at(tokens)
-        walked[now.stage + ", ramp" * (tokens < run.schedule.ramp_tokens)] += 1
-        tokens += now.tokens
+        step_schedule = schedule.at(tokens)
+        walked[step_schedule.stage + ", ramp" * (tokens < run.schedule.ramp_tokens)] += 1
+        tokens += step_schedule.tokens
     assert sum(phase.tokens for phase in phases(run)) == schedule.total
     assert (
         sum(name.endswith("ramp") for name in walked) == 2
@@ -211,8 +211,8 @@ def test_the_pause_of_the_7b_is_near_the_best(megatron: PlannedRun) -> None:
     def saved(tokens: int) -> PlannedRun:
         return replace(megatron, checkpoint=replace(megatron.checkpoint, every_tokens=tokens))
 
-    now = reliability(megatron, 256, days=46)
-    assert now.best_lost < now.lost < 1.2 * now.best_lost and now.lost < 0.002
+    current = reliability(megatron, 256, days=46)
+    assert current.best_lost < current.lost < 1.2 * current.best_lost and current.lost < 0.002
     seldom, often = (
         reliability(saved(tokens), 256, days=46) for tokens in (30_000_000_000, 30_000_000)
     )
@@ -223,7 +223,7 @@ def test_the_pause_of_the_7b_is_near_the_best(megatron: PlannedRun) -> None:
     assert often.lost == pytest.approx(
         often.blocking_seconds / (often.interval_minutes * 60), rel=1e-2
     )
-    assert min(seldom.lost, often.lost) > 5 * now.lost
+    assert min(seldom.lost, often.lost) > 5 * current.lost
 
 
 SELECTIVE = {"tensor_parallel": 1, "context_parallel": 1, "zero_stage": 1, "recompute": "selective"}

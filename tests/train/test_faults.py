@@ -334,7 +334,7 @@ def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: An
     run = moved(quick(tmp_path), tmp_path / "rewound")
     spike = Fault("spike", 0, 28, run.health.spike_patience_updates)
     assert supervise(run, 1, [spike], tmp_path / "rewound-log").codes == [[0]]
-    found = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rewind"]
+    found = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rollback"]
     lines = read_lines(run.run.folder / "metrics.jsonl")
     assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
     assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]

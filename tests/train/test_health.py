@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import health as settings
-from train.resilience.health import Health, Stragglers, bits
+from train.resilience.health import SpikeDetector, Stragglers, bits
 
 CONFIG = replace(
     settings(),
@@ -27,68 +27,68 @@ def normal(seed: int, count: int) -> list[float]:
     return [3.0 + chance.gauss(0, 0.05) for _ in range(count)]
 
 
-def step(health: Health, loss: float, tokens: int, stage: str = "a") -> bool:
+def step(detector: SpikeDetector, loss: float, tokens: int, stage: str = "a") -> bool:
     """One step; whether it was skipped."""
-    why = health.judge(loss, stage)
-    health.settle(loss, tokens, why is None, why is not None and "spike" in why)
+    why = detector.check(loss, stage)
+    detector.update(loss, tokens, why is None, why is not None and "spike" in why)
     return why is not None
 
 
 @pytest.mark.fault("a loss that is not finite", "that one update is skipped, and no later one")
 def test_one_bad_loss_skips_one_update(measured: Any) -> None:
     """OLMo-core 2.x lets the value into its window and skips the next 128 too."""
-    health = Health(CONFIG)
+    detector = SpikeDetector(CONFIG)
     losses = normal(0, 30) + [float("nan")] + normal(1, 20) + [float("inf")] + normal(2, 200)
-    skipped = [number for number, loss in enumerate(losses) if step(health, loss, number)]
+    skipped = [number for number, loss in enumerate(losses) if step(detector, loss, number)]
     assert skipped == [30, 51]
     measured("2 of 2 skipped, 0 of 250 others")
 
 
 @pytest.mark.fault("a loss spike", "that one update is skipped")
 def test_one_spike_skips_one_update(measured: Any) -> None:
-    health = Health(CONFIG)
+    detector = SpikeDetector(CONFIG)
     losses = [*normal(0, 40), 4.0, *normal(1, 1000)]
-    assert [number for number, loss in enumerate(losses) if step(health, loss, number)] == [40]
-    assert not health.lasting and health.spikes == 0
+    assert [number for number, loss in enumerate(losses) if step(detector, loss, number)] == [40]
+    assert not detector.should_roll_back and detector.spikes == 0
     measured("1 of 1 skipped, 0 of 1,000 others")
 
 
 def test_a_spike_that_lasts_calls_for_a_rewind_and_too_many_for_a_stop() -> None:
-    health = Health(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for number, loss in enumerate(normal(0, 20)):
-        step(health, loss, number)
+        step(detector, loss, number)
     for number in range(20, 23):
-        assert not health.lasting
-        assert step(health, 9.0, number)
-    assert health.lasting and health.since == 20 and health.hopeless is None
-    health.rewinds = CONFIG.max_rollbacks
-    assert "spiked again" in str(health.hopeless)
+        assert not detector.should_roll_back
+        assert step(detector, 9.0, number)
+    assert detector.should_roll_back and detector.since == 20 and detector.should_abort is None
+    detector.rollbacks = CONFIG.max_rollbacks
+    assert "spiked again" in str(detector.should_abort)
 
 
 def test_rewinds_are_forgiven_after_a_whole_window_of_updates() -> None:
-    health = Health(CONFIG)
-    health.rewinds, health.calm = 1, 0
+    detector = SpikeDetector(CONFIG)
+    detector.rollbacks, detector.updates_since_rollback = 1, 0
     for number, loss in enumerate(normal(0, CONFIG.spike_window_updates)):
-        assert health.rewinds == 1
-        step(health, loss, number)
-    assert health.rewinds == 0
+        assert detector.rollbacks == 1
+        step(detector, loss, number)
+    assert detector.rollbacks == 0
 
 
 def test_too_many_skipped_updates_stop_the_run() -> None:
-    health = Health(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for number in range(CONFIG.max_skipped_updates):
-        step(health, float("nan"), number)
-        assert health.hopeless is None
-    step(health, float("nan"), 99)
-    assert "7 updates in a row" in str(health.hopeless)
+        step(detector, float("nan"), number)
+        assert detector.should_abort is None
+    step(detector, float("nan"), 99)
+    assert "7 updates in a row" in str(detector.should_abort)
 
 
 def test_another_mixture_is_no_spike() -> None:
-    health = Health(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for number, loss in enumerate(normal(0, 40)):
-        step(health, loss, number, "a")
+        step(detector, loss, number, "a")
     assert not any(
-        step(health, loss + 2.0, number, "b") for number, loss in enumerate(normal(1, 40))
+        step(detector, loss + 2.0, number, "b") for number, loss in enumerate(normal(1, 40))
     )
 
 
@@ -100,10 +100,10 @@ def test_a_restart_anywhere_changes_no_decision(seed: int, cut: int, bad: set[in
         chance.choice(values) if number in bad else loss
         for number, loss in enumerate(normal(seed, 120))
     ]
-    whole, first = Health(CONFIG), Health(CONFIG)
+    whole, first = SpikeDetector(CONFIG), SpikeDetector(CONFIG)
     expected = [step(whole, loss, number) for number, loss in enumerate(losses)]
     decisions = [step(first, loss, number) for number, loss in enumerate(losses[:cut])]
-    second = Health(CONFIG)
+    second = SpikeDetector(CONFIG)
     second.load(json.loads(json.dumps(first.state())))
     decisions += [step(second, loss, number) for number, loss in enumerate(losses[cut:], cut)]
     assert decisions == expected and second.state() == whole.state()

@@ -26,10 +26,10 @@ from train.distributed import Ranks, ranks, shared_errors
 from train.metrics.records import JsonLines, read_lines
 from train.resilience import watchdog
 from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
-from train.resilience.lease import Lease, process_start
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
-from train.run_context import code_version, session
+from train.resilience.run_lock import RunLock, process_start
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
+from train.run_context import code_version, run_context
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def here() -> Iterator[Ranks]:
 
 
 def _hold(folder: Path, ready: Any) -> None:
-    Lease(folder).take()
+    RunLock(folder).acquire()
     ready.set()
     time.sleep(PATIENCE)
 
@@ -55,15 +55,15 @@ def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: 
     ready.wait()
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(InputError, match=f"in use by process {first.pid} on"):
-        Lease(tmp_path).take()
+        RunLock(tmp_path).acquire()
     assert sorted(path.name for path in tmp_path.iterdir()) == before == ["run.lock"]
     first.kill()
     first.join()
     begun = time.monotonic()
-    lease = Lease(tmp_path)
-    lease.take()
+    run_lock = RunLock(tmp_path)
+    run_lock.acquire()
     measured(f"taken over {time.monotonic() - begun:.2f} s after kill -9")
-    lease.release()
+    run_lock.release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,22 +123,22 @@ def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(
     holder = threading.Thread(target=renew, daemon=True)
     holder.start()
     with pytest.raises(InputError, match="on node7"):
-        Lease(tmp_path, seconds=PATIENCE).take()
+        RunLock(tmp_path, seconds=PATIENCE).acquire()
     stop.set()
     holder.join()
-    Lease(tmp_path, seconds=1.0).take()
+    RunLock(tmp_path, seconds=1.0).acquire()
     assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_that_another_took_is_noticed_and_left_alone(tmp_path: Path) -> None:
-    lease = Lease(tmp_path)
-    lease.take()
-    assert lease.renew()
-    lease.path.unlink()
+    run_lock = RunLock(tmp_path)
+    run_lock.acquire()
+    assert run_lock.renew()
+    run_lock.path.unlink()
     elsewhere(tmp_path)
-    assert not lease.renew()
-    lease.release()
-    assert "node7" in lease.path.read_text()
+    assert not run_lock.renew()
+    run_lock.release()
+    assert "node7" in run_lock.path.read_text()
 
 
 def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
@@ -150,7 +150,7 @@ def test_a_rank_that_does_not_move_says_where_and_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: queue.Queue[int] = queue.Queue()
-    watch = Watch(tmp_path, 0, 1, hang_seconds=0.2)
+    watch = Watchdog(tmp_path, 0, 1, hang_seconds=0.2)
     monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.end(), left.put(code)))
     watch.at(7, "forward")
     watch.begin(None)
@@ -163,7 +163,7 @@ def test_a_move_may_take_its_patience_times_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    watch = Watch(tmp_path, 0, 1, hang_seconds=5.0)
+    watch = Watchdog(tmp_path, 0, 1, hang_seconds=5.0)
     assert watch.place == (0, "start", 130.0)
     watch.at(7, "forward")
     assert watch.place == (7, "forward", 105.0)
@@ -191,25 +191,25 @@ def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
 def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> None:
     run = config(tmp_path, "run")
     folder = run.run.folder
-    assert session(
-        run.run, run.health, here, lambda watch, leave: Outcome(REQUEUE, "asked")
+    assert run_context(
+        run.run, run.health, here, lambda watch, stop_request: Outcome(REQUEUE, "asked")
     ) == Outcome(REQUEUE, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
-    def mistake(watch: Any, leave: Any) -> Outcome:
+    def mistake(watch: Any, stop_request: Any) -> Outcome:
         assert read_outcome(folder) is None and (folder / "run.lock").exists()
         raise InputError("no such thing; do this")
 
     with pytest.raises(InputError):
-        session(run.run, run.health, here, mistake)
+        run_context(run.run, run.health, here, mistake)
     assert read_outcome(folder) == Outcome(2, "no such thing; do this")
 
-    def crash(watch: Any, leave: Any) -> Outcome:
+    def crash(watch: Any, stop_request: Any) -> Outcome:
         raise OSError(errno.EIO, "Input/output error")
 
     # not an OSError, which the command line would take for a mistake
     with pytest.raises(RuntimeError):
-        session(run.run, run.health, here, crash)
+        run_context(run.run, run.health, here, crash)
     assert (
         read_outcome(folder) is None
         and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
@@ -220,14 +220,19 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
     tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
-    session(run.run, run.health, here, lambda watch, leave: Outcome(REQUEUE, "asked"))
+    run_context(run.run, run.health, here, lambda watch, stop_request: Outcome(REQUEUE, "asked"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert (
-        session(run.run, run.health, here, lambda watch, leave: pytest.fail("it ran")).code
+        run_context(
+            run.run, run.health, here, lambda watch, stop_request: pytest.fail("it ran")
+        ).code
         == REQUEUE
     )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert session(run.run, run.health, here, lambda watch, leave: Outcome(0, "done")).code == 0
+    assert (
+        run_context(run.run, run.health, here, lambda watch, stop_request: Outcome(0, "done")).code
+        == 0
+    )
 
 
 @pytest.mark.fault(
@@ -237,7 +242,7 @@ def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) 
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
     with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
-        session(run.run, run.health, here, lambda watch, leave: pytest.fail("it ran"))
+        run_context(run.run, run.health, here, lambda watch, stop_request: pytest.fail("it ran"))
     measured("refused before the model is built")
 
 
@@ -288,12 +293,12 @@ def test_the_time_limit_does_not_follow_the_wall_clock(
     monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
-    leave = Leave(None, margin_seconds=100.0)
+    stop_request = StopRequest(None, margin_seconds=100.0)
     monkeypatch.setattr(time, "time", lambda: 4e9)
-    assert leave.asked() is None
+    assert stop_request.reason() is None
     real = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: real + 901)
-    assert leave.asked() == "the time limit is near"
+    assert stop_request.reason() == "the time limit is near"
     measured("0 effect of +70 years")
 
 

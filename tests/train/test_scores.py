@@ -27,7 +27,7 @@ from train.metrics.records import read_lines, read_scores
 from train.metrics.scores import collect
 from train.metrics.sinks import Metrics
 from train.metrics.trackers import Wandb
-from train.resilience.lease import Lease
+from train.resilience.run_lock import RunLock
 
 SUITES = ["v1", "v2"]
 
@@ -78,13 +78,13 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
         checkpoint(tmp_path, step, tokens)
-    assert jobs.look() == [] and launched == [2]
+    assert jobs.poll() == [] and launched == [2]
     for step, tokens in ((4, 1600), (5, 1700), (6, 1900)):  # all within one look
         checkpoint(tmp_path, step, tokens)
-    assert jobs.look() == [] and launched == [2], "it has just looked"
-    assert jobs.look(now=True) == [] and launched == [2, 4, 6]
+    assert jobs.poll() == [] and launched == [2], "it has just looked"
+    assert jobs.poll(now=True) == [] and launched == [2, 4, 6]
     again = SuiteJobs(jobs.run, jobs.settings, always=jobs.always)
-    assert again.look() == [] and launched == [2, 4, 6]
+    assert again.poll() == [] and launched == [2, 4, 6]
 
 
 def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
@@ -135,21 +135,21 @@ def test_a_run_that_lives_takes_its_scores_itself(
     monkeypatch.setattr("train.metrics.scores.AGAIN_SECONDS", 0.05)
     finished(tmp_path)
     result(tmp_path, "v1", 4, 30.0)
-    lease = Lease(tmp_path)
-    lease.take()
+    run_lock = RunLock(tmp_path)
+    run_lock.acquire()
     counts: list[int] = []
     job = threading.Thread(target=lambda: counts.append(collect(tmp_path)))
     job.start()
     time.sleep(0.3)
     assert not counts and not read_scores(tmp_path / "metrics.jsonl")
-    lease.release()
+    run_lock.release()
     job.join(PATIENCE)
     assert counts == [1]
     monkeypatch.setattr("train.metrics.scores.PATIENCE", 0.1)
     result(tmp_path, "v1", 9, 50.0)
-    lease.take()
+    run_lock.acquire()
     assert collect(tmp_path) == 0
-    lease.release()
+    run_lock.release()
 
 
 def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_again(

@@ -25,8 +25,8 @@ from train.config import RunConfig
 from train.distributed import ranks
 from train.resilience.config import VerifyShards
 from train.resilience.datacheck import open_per_node
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
 
 RANKS, SHARDS, TOKENS = 8, 20_000, 66
 CALLS = {
@@ -60,8 +60,8 @@ def start(run: RunConfig, broken: Path, other: Path) -> None:
     """Build the trainer as a run does, and take no step; then open data sets that are refused."""
     with ranks("cpu", 1) as here:
         with asked(Path(run.data.folder)) as paths:
-            watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-            build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+            watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+            build_trainer(run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0))
         with pytest.raises(InputError, match=r"shard .*train_1\.ds is missing"):
             open_per_node(replace(run.data, folder=str(broken)))
         second_node = here.rank >= RANKS // 2  # which has another data set in the same place

@@ -27,8 +27,8 @@ from train.config import EngineKind, Precision, RunConfig
 from train.costs.traffic import by_kind, payloads
 from train.distributed import ranks
 from train.engines.partition import Bucket, Flat, buckets, flats, gathers
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
 from train.schedule import Schedule
 
 CASES: dict[str, dict[str, Any]] = {
@@ -112,8 +112,10 @@ def count(root: Path, name: str) -> None:
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        trainer = build_trainer(run, open_manifests(run.data), here, {}, watch, Leave(None, 0.0))
+        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        trainer = build_trainer(
+            run, open_manifests(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+        )
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
         seen = []

@@ -27,8 +27,8 @@ from train.build import build_trainer
 from train.config import EngineKind, RunConfig
 from train.distributed import Ranks, ranks
 from train.resilience.datacheck import open_per_node
-from train.resilience.signals import Leave
-from train.resilience.watchdog import Watch
+from train.resilience.stop_request import StopRequest
+from train.resilience.watchdog import Watchdog
 
 
 @contextmanager
@@ -43,8 +43,10 @@ def train(run: RunConfig) -> None:
     """A whole run, or the rest of it."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
     with standing(run) as here:
-        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0)).run()
+        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        build_trainer(
+            run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+        ).run()
 
 
 def train_from(root: Path, source: str, run: RunConfig) -> None:
@@ -63,8 +65,10 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
         newest_one = next(newest(root / source / "checkpoints"))
         shutil.copytree(newest_one, run.run.files.checkpoints / newest_one.name)
     with standing(run) as here:
-        watch = Watch(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-        trainer = build_trainer(run, open_per_node(run.data), here, {}, watch, Leave(None, 0.0))
+        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+        trainer = build_trainer(
+            run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+        )
         trainer.state.step += 1
         trainer.checkpoints.save_and_wait(trainer.state, trainer.engine)
 

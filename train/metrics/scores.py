@@ -17,7 +17,7 @@ from eval.leaderboard.jobs import LOOK_SECONDS, SuiteJobs
 from train.config import MetricsConfig
 from train.metrics.records import JsonLines, read_lines, read_scores
 from train.metrics.sinks import say, trackers
-from train.resilience.lease import Lease
+from train.resilience.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 AGAIN_SECONDS = 5.0
@@ -44,16 +44,16 @@ def collect(folder: Path) -> int:
     settings: Any = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(Jobs), config.leaderboard.jobs)
     )
-    lease, path = Lease(folder), files.metrics
+    run_lock, path = RunLock(folder), files.metrics
     end = time.monotonic() + PATIENCE
     while True:
         jobs = SuiteJobs(run, settings)
-        jobs.know(read_scores(path))
-        records = jobs.news()
+        jobs.mark_reported(read_scores(path))
+        records = jobs.collect()
         if not records:
             return 0
         try:
-            lease.take()
+            run_lock.acquire()
         except InputError as error:  # the run itself, or another job at its end
             if time.monotonic() > end:
                 logger.info(f"scores are left to the run: {error}")
@@ -62,10 +62,10 @@ def collect(folder: Path) -> int:
             continue
         try:
             jobs = SuiteJobs(run, settings)  # somebody may have taken them in the meantime
-            jobs.know(read_scores(path))
-            return _write(folder, config, jobs.news())
+            jobs.mark_reported(read_scores(path))
+            return _write(folder, config, jobs.collect())
         finally:
-            lease.release()
+            run_lock.release()
 
 
 def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:

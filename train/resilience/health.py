@@ -28,34 +28,48 @@ from train.resilience.config import HealthConfig
 MIN_SLOWER_SECONDS = 0.005  # a micro-batch; below that a scheduler's whim looks like a slow machine
 
 
-class Health:
-    """The memory of past losses, and what to do about the present one."""
+class SpikeDetector:
+    """Decide from past losses whether to skip a step's update, roll back or abort."""
+
+    # attribute -> name in a checkpoint's state.json, which older runs have
+    SAVED_AS = {
+        "window": "window",
+        "stage": "stage",
+        "skipped": "skipped",
+        "spikes": "spikes",
+        "since": "since",
+        "rollbacks": "rewinds",
+        "updates_since_rollback": "calm",
+    }
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
-        self.window: list[float] = []  # losses of the last updates of the stage
+        self.window: list[float] = []  # losses of the stage's last updates
         self.stage = ""
-        self.skipped = 0  # steps in a row whose update did not happen
-        self.spikes = 0  # of them, in a row, with a finite loss
-        self.since: int | None = None  # tokens behind the run where these spikes began
-        self.rewinds = 0  # until a whole window of updates came after the last one
-        self.calm = 0  # updates since the last rewind
+        self.skipped = 0  # consecutive steps without an update
+        self.spikes = 0  # those of them, consecutive, that had a finite loss
+        self.since: int | None = None  # token position at which these spikes began
+        self.rollbacks = 0  # reset after a whole window of updates without another
+        self.updates_since_rollback = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {key: value for key, value in vars(self).items() if key != "config"} | {
-            "window": list(self.window)
+        """Return the state for a checkpoint."""
+        return {
+            saved: list(value) if isinstance(value := getattr(self, name), list) else value
+            for name, saved in self.SAVED_AS.items()
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; one of an older format has none, and starts a window."""
-        vars(self).update({key: value for key, value in state.items() if key in self.state()})
+        """Restore a checkpoint's state. The oldest checkpoints have none: the window is empty."""
+        for name, saved in self.SAVED_AS.items():
+            if saved in state:
+                setattr(self, name, state[saved])
         self.window = list(self.window)[-self.config.spike_window_updates :]
 
-    def judge(self, loss: float, stage: str) -> str | None:
-        """Why the update of a step with this mean loss must not happen, or None.
+    def check(self, loss: float, stage: str) -> str | None:
+        """Return why the update of a step with this mean loss must be skipped, or None.
 
-        The window starts anew with a stage, whose mixture has another loss.
+        Each stage has a new mixture and so a new loss level: its window starts empty.
         """
         if stage != self.stage:
             self.stage, self.window = stage, []
@@ -68,35 +82,45 @@ class Health:
         )
         return f"its loss {loss:.4f} is a spike above {limit:.4f}" if loss > limit else None
 
-    def settle(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
-        """Remember a step that began at `tokens`."""
+    def update(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
+        """Record a step that started at token position `tokens`."""
         if updated:
             self.window = [*self.window, loss][-self.config.spike_window_updates :]
-            self.skipped, self.spikes, self.since = 0, 0, None
-            self.calm += 1
-            if self.calm >= self.config.spike_window_updates:
-                self.rewinds = 0
+            self.skipped = 0
+            self.spikes = 0
+            self.since = None
+            self.updates_since_rollback += 1
+            if self.updates_since_rollback >= self.config.spike_window_updates:
+                self.rollbacks = 0
             return
         self.skipped += 1
         if spiked:
             self.since = tokens if self.since is None else self.since
             self.spikes += 1
 
+    def start_after_rollback(self, rollbacks: int) -> None:
+        """Forget the spike that this rollback, the `rollbacks`-th in a row, has undone."""
+        self.rollbacks = rollbacks
+        self.updates_since_rollback = 0
+        self.skipped = 0
+        self.spikes = 0
+        self.since = None
+
     @property
-    def hopeless(self) -> str | None:
-        """Why the run should stop, or None."""
+    def should_abort(self) -> str | None:
+        """Why the run must stop, or None."""
         if self.skipped > self.config.max_skipped_updates:
             return f"{self.skipped} updates in a row were skipped"
-        if self.lasting and self.rewinds >= self.config.max_rollbacks:
+        if self.should_roll_back and self.rollbacks >= self.config.max_rollbacks:
             return (
                 f"the loss spiked again within {self.config.spike_window_updates} updates of the "
-                f"{self.rewinds}th rewind"
+                f"{self.rollbacks}th rollback"
             )
         return None
 
     @property
-    def lasting(self) -> bool:
-        """Whether a spike has lasted so long that skipping updates does not help."""
+    def should_roll_back(self) -> bool:
+        """Whether a spike has lasted for spike_patience_updates: skipping does not help."""
         return self.spikes >= self.config.spike_patience_updates
 
 

@@ -24,12 +24,12 @@ from typing import Any
 from core.run import RunFiles
 from train.phases import LONG_PATIENCE, PHASES
 from train.resilience.incidents import HUNG, Incidents
-from train.resilience.lease import RENEW_SECONDS, Lease, machine, process_start
+from train.resilience.run_lock import RENEW_SECONDS, RunLock, machine, process_start
 
 SIZE = 512
 
 
-class Watch:
+class Watchdog:
     """The watchdog of one rank."""
 
     def __init__(self, folder: Path, rank: int, world_size: int, hang_seconds: float) -> None:
@@ -38,7 +38,7 @@ class Watch:
         self.world_size = world_size
         self.limit = hang_seconds
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
-        self.lease: Lease | None = None
+        self.run_lock: RunLock | None = None
         self.incidents = Incidents(folder)
         self.beats = 0
         self.ended = threading.Event()
@@ -51,9 +51,9 @@ class Watch:
         """The loop has come this far; the next move may take `patience` times the limit."""
         self.place = (step, phase, time.monotonic() + patience * self.limit)
 
-    def begin(self, lease: Lease | None) -> None:
+    def begin(self, run_lock: RunLock | None) -> None:
         """Start to beat; the first rank renews the lease."""
-        self.lease = lease
+        self.run_lock = run_lock
         self.heartbeats.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self._path(self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
         self._beat()
@@ -83,8 +83,8 @@ class Watch:
     def _work(self) -> None:
         while not self.ended.wait(self.period):
             self._beat()
-            if self.lease is not None and not self.lease.renew():
-                self._leave("lost lease", "another job took over this run's folder", [])
+            if self.run_lock is not None and not self.run_lock.renew():
+                self._exit("lost run lock", "another job took over this run's folder", [])
             if time.monotonic() > self.place[2]:
                 self._hang()
 
@@ -116,9 +116,9 @@ class Watch:
             f"rank {self.rank} has not moved for {self.limit:.0f} s (step {step}, {phase}); "
             f"{state} {names}"
         )
-        self._leave("hang", text, [after[rank] for rank in silent])
+        self._exit("hang", text, [after[rank] for rank in silent])
 
-    def _leave(self, kind: str, text: str, frozen: list[dict[str, Any]]) -> None:
+    def _exit(self, kind: str, text: str, frozen: list[dict[str, Any]]) -> None:
         """Log it, write the stacks, end this machine's peers that cannot end themselves, exit."""
         self.incidents.log(kind, text, rank=self.rank)
         try:

@@ -1,9 +1,8 @@
-"""One job at a time in a run's folder: a lock file that is renewed, and that nobody's clock can
-make stale.
+"""Lock a run's folder for one job, with a lock file that the holder renews.
 
-A second job refuses when the holder lives. Whether it lives is known at once on the same machine
-(its process), and elsewhere by watching for LEASE_SECONDS whether the file's time still changes:
-only changes count, so clocks that differ or jump do not matter.
+A second job refuses to start while the holder lives. On the same machine it checks the holder's
+process. Elsewhere it watches for LOCK_TIMEOUT_SECONDS whether the file's time changes: only changes
+count, so clocks that differ or jump do not matter.
 """
 
 import json
@@ -16,7 +15,7 @@ from core.errors import InputError
 from core.files import PART
 from core.run import RunFiles
 
-LEASE_SECONDS = 60.0  # longer than a network file system keeps attributes cached
+LOCK_TIMEOUT_SECONDS = 60.0  # longer than a network file system keeps attributes cached
 RENEW_SECONDS = 10.0
 
 
@@ -35,15 +34,15 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-class Lease:
+class RunLock:
     """The lock of one run folder, held by its first rank."""
 
-    def __init__(self, folder: Path, seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, folder: Path, seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
         self.path = RunFiles(folder).lock
         self.seconds = seconds
         self.descriptor = -1
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Hold the lock; raises InputError while another job does, and then has written nothing.
 
         Takes over from a job that is gone, after a moment on the same machine and after `seconds`

@@ -13,7 +13,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Leave:
+class StopRequest:
     """Whether this process has been asked to leave, and why."""
 
     def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
@@ -31,7 +31,7 @@ class Leave:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
-    def asked(self) -> str | None:
+    def reason(self) -> str | None:
         """Why this process should leave, or None."""
         if self.why is None and self.end is not None and time.monotonic() >= self.end:
             self.why = "the time limit is near"

@@ -69,7 +69,7 @@ def falcon_layer(bench: Bench) -> Any:
     )
     block, layer = ours.layers[0].to(bench.device), theirs.backbone.layers[0].to(bench.device)
 
-    def call(x: Tensor, starts: None) -> Tensor:
+    def call(x: Tensor, doc_starts: None) -> Tensor:
         out = layer(x)
         return out[0] if isinstance(out, tuple) else out
 
@@ -95,7 +95,7 @@ def llama_layer(bench: Bench) -> tuple[Any, int]:
     config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
     model = LlamaModel(config).to(bench.device)
     size = sum(parameter.numel() for parameter in model.layers.parameters())
-    return lambda x, starts: model(inputs_embeds=x, use_cache=False).last_hidden_state, size
+    return lambda x, doc_starts: model(inputs_embeds=x, use_cache=False).last_hidden_state, size
 
 
 def embedding(bench: Bench) -> None:

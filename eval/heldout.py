@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from core.errors import InputError
 from data.config import DataConfig
-from data.stream.loader import document_starts
+from data.stream.loader import find_doc_starts
 from data.stream.manifests import Manifest, source_folder, tokenizer_path
 from data.stream.shards import Shards
 from data.tokenizer import byte_lengths
@@ -42,9 +42,9 @@ def sum_of_losses(
     for rows, counted in batches:
         rows = rows.to(device)
         tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        starts = document_starts(tokens) if reset_state else None
+        doc_starts = find_doc_starts(tokens) if reset_state else None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            losses, _ = model(tokens, targets, starts)
+            losses, _ = model(tokens, targets, doc_starts)
         nats += losses[:counted].double().sum()
     return nats
 

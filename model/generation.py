@@ -27,7 +27,7 @@ class Generation:
 
     embedding: nn.Module
     lm_head: nn.Linear
-    extend: Callable[..., tuple[Tensor, State]]
+    forward_chunk: Callable[..., tuple[Tensor, State]]
 
     @torch.no_grad()
     def generate(
@@ -86,8 +86,8 @@ class Generation:
             high = min(low + step, longest)
             rows = [_window(prompt, longest, low, high) for prompt in prompts]
             padded = any(longest - len(prompt) >= max(low, 1) for prompt in prompts)
-            starts = torch.arange(low, high, device=device) == first if padded else None
-            hidden, state = self.extend(torch.tensor(rows, device=device), state, starts)
+            doc_starts = torch.arange(low, high, device=device) == first if padded else None
+            hidden, state = self.forward_chunk(torch.tensor(rows, device=device), state, doc_starts)
         assert state is not None
         return hidden[:, -1], state
 

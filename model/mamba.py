@@ -19,7 +19,7 @@ from model.config import ModelConfig, Recompute
 from model.decode import LayerState, State
 from model.generation import Generation
 from model.kernels import REFERENCE, Kernels
-from model.kernels.carry import continued_conv, last_taps
+from model.kernels.carry import conv_from_state, final_conv_state
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
 from model.kernels.reference import computing_type, product_type
 
@@ -30,7 +30,7 @@ COMPILED_VARIANTS = 32
 class SequenceRanks(Protocol):
     """What a layer asks of ranks with its sequences' other pieces (model/parallel/context.py)."""
 
-    def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
+    def conv_state(self, x: Tensor, doc_starts: Tensor | None, behind: int) -> Tensor:
         """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]."""
 
     @property
@@ -75,42 +75,51 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(c.d_inner))
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, doc_starts: Tensor | None) -> Tensor:
         """x [b, l, e], starts [b, l] bool or None -> [b, l, e]."""
-        return self._mix(x, starts, None, None)[0]
+        return self._mix(x, doc_starts, None, None)[0]
 
-    def extend(
-        self, x: Tensor, starts: Tensor | None, state: LayerState | None
+    def forward_chunk(
+        self, x: Tensor, doc_starts: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, LayerState]:
         """As forward, from a state to the state after the last token."""
-        taps, scan = state if state is not None else (None, None)
-        y, u, last = self._mix(x, starts, taps, scan)
-        return y, LayerState(last_taps(u, starts, taps, self.conv_weight.shape[1] - 1), last)
+        conv_state, scan = state if state is not None else (None, None)
+        y, u, last = self._mix(x, doc_starts, conv_state, scan)
+        return y, LayerState(
+            final_conv_state(u, doc_starts, conv_state, self.conv_weight.shape[1] - 1), last
+        )
 
     def _mix(
-        self, x: Tensor, starts: Tensor | None, taps: Tensor | None, state: Tensor | None
+        self, x: Tensor, doc_starts: Tensor | None, conv_state: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mixer's output, the convolution's input [b, l, d] and the scan's last state."""
         before, z = self.in_proj(x).chunk(2, dim=-1)
         if self.recompute and torch.is_grad_enabled():
-            y, last = checkpoint(self._select, before, z, starts, taps, state, use_reentrant=False)
+            y, last = checkpoint(
+                self._select, before, z, doc_starts, conv_state, state, use_reentrant=False
+            )
         else:
-            y, last = self._select(before, z, starts, taps, state)
+            y, last = self._select(before, z, doc_starts, conv_state, state)
         return self.out_proj(y), before, last
 
     def _select(
         self,
         before: Tensor,
         z: Tensor,
-        starts: Tensor | None,
-        taps: Tensor | None,
+        doc_starts: Tensor | None,
+        conv_state: Tensor | None,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve, select, scan before and z [b, l, d] -> y [b, l, d], last state [b, d, n]."""
         if self.context is not None:
-            taps = self.context.taps(before, starts, self.conv_weight.shape[1] - 1)
-        u = continued_conv(
-            self.kernels.causal_conv1d, before, self.conv_weight, self.conv_bias, starts, taps
+            conv_state = self.context.conv_state(before, doc_starts, self.conv_weight.shape[1] - 1)
+        u = conv_from_state(
+            self.kernels.causal_conv1d,
+            before,
+            self.conv_weight,
+            self.conv_bias,
+            doc_starts,
+            conv_state,
         )
         selected = self.x_proj(u)
         if self.norms:
@@ -119,7 +128,7 @@ class Mixer(nn.Module):
         A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
         scan, inputs = (
             self.kernels.selective_scan,
-            (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, starts),
+            (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, doc_starts),
         )
         if self.context is not None:
             state = self.context.state(scan, *inputs)
@@ -134,15 +143,15 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.mixer = Mixer(config, kernels)
 
-    def forward(self, h: Tensor, starts: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, doc_starts: Tensor | None) -> Tensor:
         """h [b, l, e] -> [b, l, e]."""
-        return h + self.mixer(self.norm(h), starts)
+        return h + self.mixer(self.norm(h), doc_starts)
 
-    def extend(
-        self, h: Tensor, starts: Tensor | None, state: LayerState | None
+    def forward_chunk(
+        self, h: Tensor, doc_starts: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, LayerState]:
         """As forward, from a state to the state after the last token."""
-        y, state = self.mixer.extend(self.norm(h), starts, state)
+        y, state = self.mixer.forward_chunk(self.norm(h), doc_starts, state)
         return h + y, state
 
 
@@ -199,18 +208,18 @@ class FalconMamba(Generation, nn.Module):
         finally:
             self.set_context(context)
 
-    def hidden(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, doc_starts: Tensor | None = None) -> Tensor:
         """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""
         h = self._embed(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, starts, use_reentrant=False)
+                h = checkpoint(layer, h, doc_starts, use_reentrant=False)
             else:
-                h = layer(h, starts)
+                h = layer(h, doc_starts)
         return self.final_norm(h)
 
-    def extend(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+    def forward_chunk(
+        self, tokens: Tensor, state: State | None = None, doc_starts: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """As hidden, for a piece of a sequence: from the state after the piece before it (None: the
         beginning).
@@ -221,7 +230,7 @@ class FalconMamba(Generation, nn.Module):
         h, after = self._embed(tokens), []
         before = [None] * len(self.layers) if state is None else state
         for layer, layer_state in zip(self.layers, before, strict=True):
-            h, layer_state = layer.extend(h, starts, layer_state)  # type: ignore[operator]
+            h, layer_state = layer.forward_chunk(h, doc_starts, layer_state)  # type: ignore[operator]
             after.append(layer_state)
         return self.final_norm(h), after
 
@@ -229,12 +238,12 @@ class FalconMamba(Generation, nn.Module):
         h = self.embedding(tokens)
         return h.to(computing_type(h))
 
-    def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, doc_starts: Tensor | None = None) -> Tensor:
         """Next-token scores [b, l, vocab_size] of tokens [b, l]; if cut, this rank's columns."""
-        return self.lm_head(self.hidden(tokens, starts))
+        return self.lm_head(self.hidden(tokens, doc_starts))
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets
         [b, l].
@@ -242,7 +251,7 @@ class FalconMamba(Generation, nn.Module):
         The second result is what a z-loss penalises (its square); it costs nothing while nobody
         asks its gradient.
         """
-        hidden, labels = self.hidden(tokens, starts).flatten(0, 1), targets.flatten()
+        hidden, labels = self.hidden(tokens, doc_starts).flatten(0, 1), targets.flatten()
         losses, log_sums = linear_cross_entropy(
             hidden, self.lm_head.weight, labels, self.kernels.loss_rows, self.vocabulary_group
         )

@@ -145,7 +145,7 @@ class Trainer:
         with torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
         ):
-            losses, log_sums = self.model(batch.tokens, batch.targets, batch.starts)
+            losses, log_sums = self.model(batch.tokens, batch.targets, batch.doc_starts)
         total = losses.sum()
         if self.z_loss > 0:
             total = total + self.z_loss * log_sums.square().sum()

@@ -135,14 +135,14 @@ class Smoke:
         """
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, 96, (3, 301), generator=generator).to(self.device)
-        starts = (torch.rand(3, 300, generator=generator) < 0.02).to(self.device)
+        doc_starts = (torch.rand(3, 300, generator=generator) < 0.02).to(self.device)
         found = []
         for kernels in (self.kernels, REFERENCE):
             model = model_of(TINY, kernels=kernels, device=self.device.type)
             if kernels is self.kernels:
                 model.set_recompute(Recompute.full)
             with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-                loss = model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean()
+                loss = model(tokens[:, :-1], tokens[:, 1:], doc_starts)[0].mean()
             loss.backward()
             found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
         worst = max(relative(x, y) for x, y in zip(*found, strict=True))

@@ -24,28 +24,30 @@ class Batch:
 
     tokens: Tensor  # [b, l] int64
     targets: Tensor  # [b, l] int64: tokens one place on
-    starts: Tensor | None  # [b, l] bool, first tokens of documents; None when state is not reset
+    doc_starts: (
+        Tensor | None
+    )  # [b, l] bool, first tokens of documents; None when state is not reset
     source: Tensor  # [b] int64, index into Plan.sources
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         move = [
             None if x is None else x.to(device, non_blocking=True)
-            for x in (self.tokens, self.targets, self.starts)
+            for x in (self.tokens, self.targets, self.doc_starts)
         ]
         return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply `function` to every tensor [b, l], e.g. to take a chunk of each sequence."""
-        starts = None if self.starts is None else function(self.starts)
-        return Batch(function(self.tokens), function(self.targets), starts, self.source)
+        doc_starts = None if self.doc_starts is None else function(self.doc_starts)
+        return Batch(function(self.tokens), function(self.targets), doc_starts, self.source)
 
 
-def document_starts(tokens: Tensor) -> Tensor:
+def find_doc_starts(tokens: Tensor) -> Tensor:
     """True where a document begins, after eos. tokens [b, l] -> [b, l] bool; column 0 is False."""
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 1:] = tokens[:, :-1] == EOS
-    return starts
+    doc_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    doc_starts[:, 1:] = tokens[:, :-1] == EOS
+    return doc_starts
 
 
 def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
@@ -78,8 +80,8 @@ class Loader:
             self.shards[s].read_into(row, start)
         ids = torch.from_numpy(rows)
         tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        starts = document_starts(tokens) if self.reset_state else None
-        return Batch(tokens, targets, starts, torch.from_numpy(source))
+        doc_starts = find_doc_starts(tokens) if self.reset_state else None
+        return Batch(tokens, targets, doc_starts, torch.from_numpy(source))
 
     def micro_batches(
         self,

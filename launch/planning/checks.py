@@ -115,14 +115,14 @@ def kernels(config: RunConfig) -> Finding:
         "A": -torch.rand(d, n, generator=generator) - 0.1,
         "dt_bias": torch.randn(d, generator=generator),
     }
-    starts = (torch.rand(b, l, generator=generator) < 0.1).to(device)
+    doc_starts = (torch.rand(b, l, generator=generator) < 0.1).to(device)
     results = []
     for kernel, dtype in ((chosen, torch.float32), (REFERENCE, torch.float64)):
         inputs = {
             name: value.to(device, dtype, copy=True).requires_grad_()
             for name, value in drawn.items()
         }
-        y, _ = kernel.selective_scan(*[*inputs.values(), starts])
+        y, _ = kernel.selective_scan(*[*inputs.values(), doc_starts])
         y.square().sum().backward()
         results.append(
             [

@@ -190,7 +190,7 @@ def _micro_batch(
     ids = torch.empty(
         size, step_schedule.seq_len // config.parallel.context_parallel, dtype=torch.int64
     )
-    starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
+    doc_starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
     begun = time.perf_counter()
     # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
     with torch.autocast(
@@ -199,7 +199,7 @@ def _micro_batch(
         enabled=config.compute.precision is Precision.bf16,
         cache_enabled=False,
     ):
-        losses, _ = model(ids, ids, starts)
+        losses, _ = model(ids, ids, doc_starts)
         engine.backward(losses.sum() / step_schedule.tokens, last)
     logger.info(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s")
 

@@ -30,7 +30,7 @@ class ScanArguments(Structure):
         *((name, c_int64) for name in ("batch", "length", "channels", "states")),
         *((name, c_void_p) for name in ("u", "dt", "z", "A", "B", "C", "D", "bias")),
         *((name, c_int64) for name in ("u_row", "dt_row", "z_row", "B_row", "C_row", "threads")),
-        *((name, c_void_p) for name in ("starts", "first")),
+        *((name, c_void_p) for name in ("doc_starts", "state")),
     ]
 
 
@@ -47,7 +47,7 @@ class ConvArguments(Structure):
         *((name, c_int64) for name in ("batch", "length", "channels")),
         *((name, c_void_p) for name in ("x", "weight", "bias")),
         *((name, c_int64) for name in ("x_row", "threads")),
-        ("starts", c_void_p),
+        ("doc_starts", c_void_p),
     ]
 
 
@@ -79,9 +79,9 @@ def _pointer(x: Tensor | None) -> c_void_p:
     return c_void_p(_address(x))
 
 
-def _flags(starts: Tensor | None) -> Tensor | None:
-    """starts as bytes."""
-    return None if starts is None else starts.contiguous().view(torch.uint8)
+def _flags(doc_starts: Tensor | None) -> Tensor | None:
+    """doc_starts as bytes."""
+    return None if doc_starts is None else doc_starts.contiguous().view(torch.uint8)
 
 
 def row_stride(x: Tensor) -> int:
@@ -122,7 +122,7 @@ class Prepared:
     """Scan inputs for the C++ library; owns the tensors that `arguments` points to."""
 
     def __init__(
-        self, inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None
+        self, inputs: Sequence[Tensor], doc_starts: Tensor | None, state: Tensor | None
     ) -> None:
         u, dt, A, B, C, D, z, dt_bias = inputs
         self.pad_d, self.pad_n = _padding(u, A)
@@ -133,7 +133,7 @@ class Prepared:
         self.batch, self.length, self.d, self.n = *u.shape, A.shape[1]
         wide = [_rows(x) for x in (u, dt, z, B, C)]
         whole = [x.float().contiguous() for x in (A, D, dt_bias)]
-        first, flags = None if state is None else state.float().contiguous(), _flags(starts)
+        first, flags = None if state is None else state.float().contiguous(), _flags(doc_starts)
         self.held = [*wide, *whole, first, flags]
         pointers = [x.data_ptr() for x in (*wide[:3], whole[0], *wide[3:], *whole[1:])]
         self.arguments = ScanArguments(
@@ -161,10 +161,10 @@ class Prepared:
 
 
 def scan_forward(
-    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
+    inputs: Sequence[Tensor], doc_starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [b, l, d], last state [b, d, n]; fills `kept` with the backward's chunk start states."""
-    p = Prepared(inputs, starts, state)
+    p = Prepared(inputs, doc_starts, state)
     y, last = _new(p.batch, p.length, p.d), _new(p.batch, p.d, p.n)
     active().selective_scan_forward(byref(p.arguments), _pointer(y), _pointer(last), _pointer(kept))
     return p.channels(y, inputs[0].dtype), p.outer(last)
@@ -172,14 +172,14 @@ def scan_forward(
 
 def scan_backward(
     inputs: Sequence[Tensor],
-    starts: Tensor | None,
+    doc_starts: Tensor | None,
     state: Tensor | None,
     kept: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
     """Gradients in this order: u, dt, A, B, C, D, z, dt_bias, first state (empty without one)."""
-    p = Prepared(inputs, starts, state)
+    p = Prepared(inputs, doc_starts, state)
     du, ddt, dz = (_new(p.batch, p.length, p.d) for _ in range(3))
     dB, dC = (_new(p.batch, p.length, p.n) for _ in range(2))
     dA, dD, dbias = _new(p.d, p.n), _new(p.d), _new(p.d)
@@ -210,7 +210,7 @@ def scan_backward(
 class PreparedConv:
     """Inputs of a convolution as the C++ side wants them."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None) -> None:
         self.pad_d, self.pad_k = -x.shape[2] % WIDTHS[instruction_set()], TAPS - weight.shape[1]
         if self.pad_k < 0:
             raise ValueError(
@@ -225,7 +225,7 @@ class PreparedConv:
             _rows(x),
             weight.float().contiguous(),
             bias.float().contiguous(),
-            _flags(starts),
+            _flags(doc_starts),
         )
         self.held = [x, weight, bias, flags]
         pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr())
@@ -238,19 +238,19 @@ class PreparedConv:
         return (x[..., : self.shape[2] - self.pad_d].contiguous() if self.pad_d else x).to(dtype)
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None) -> Tensor:
     """SiLU of the causal convolution, [b, l, d]."""
-    p = PreparedConv(x, weight, bias, starts)
+    p = PreparedConv(x, weight, bias, doc_starts)
     out = _new(*p.shape)
     active().causal_conv_forward(byref(p.arguments), _pointer(out))
     return p.channels(out, x.dtype)
 
 
 def conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None, dout: Tensor
 ) -> list[Tensor]:
     """Gradients of x, weight and bias."""
-    p = PreparedConv(x, weight, bias, starts)
+    p = PreparedConv(x, weight, bias, doc_starts)
     dout = (F.pad(dout, (0, p.pad_d)) if p.pad_d else dout).float().contiguous()
     dx, dweight, dbias = _new(*p.shape), _new(p.shape[2], TAPS), _new(p.shape[2])
     active().causal_conv_backward(

@@ -72,14 +72,14 @@ def _computing(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in DTYPES else torch.float32
 
 
-def _flags(starts: Tensor | None) -> Tensor | None:
-    return None if starts is None else starts.contiguous().view(torch.uint8)
+def _flags(doc_starts: Tensor | None) -> Tensor | None:
+    return None if doc_starts is None else doc_starts.contiguous().view(torch.uint8)
 
 
 class Prepared:
     """Inputs of a scan as the kernels want them."""
 
-    def __init__(self, inputs: Sequence[Tensor], starts: Tensor | None) -> None:
+    def __init__(self, inputs: Sequence[Tensor], doc_starts: Tensor | None) -> None:
         u, dt, A, B, C, D, z, dt_bias = inputs
         self.batch, self.length, self.channels, self.states = *u.shape, A.shape[1]
         if self.states > STATES:
@@ -107,7 +107,7 @@ class Prepared:
             self.C,
             self.D,
             self.bias,
-            _flags(starts),
+            _flags(doc_starts),
         ]
 
     def wide(self, x: Tensor) -> Tensor:
@@ -154,10 +154,10 @@ def kept_like(u: Tensor, A: Tensor) -> Tensor:
 
 
 def scan_forward(
-    inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, kept: Tensor | None
+    inputs: Sequence[Tensor], doc_starts: Tensor | None, state: Tensor | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [b, l, d], last state [b, d, n]; fills `kept` with the backward's chunk start states."""
-    p = Prepared(inputs, starts)
+    p = Prepared(inputs, doc_starts)
     y, last = p.new(p.batch, p.length, p.d, dtype=p.dtype), p.new(p.batch, p.d, STATES)
     first = None if state is None else p.state(state)
     segments, sizes = p.cut(FORWARD_CHANNELS, 1)
@@ -184,14 +184,14 @@ def scan_forward(
 
 def scan_backward(
     inputs: Sequence[Tensor],
-    starts: Tensor | None,
+    doc_starts: Tensor | None,
     state: Tensor | None,
     kept: Tensor,
     dy: Tensor,
     dlast: Tensor | None,
 ) -> list[Tensor]:
     """Gradients in this order: u, dt, A, B, C, D, z, dt_bias, first state (empty without one)."""
-    p = Prepared(inputs, starts)
+    p = Prepared(inputs, doc_starts)
     segments, sizes = p.cut(CHANNELS, BACKWARD_BLOCKS)
     du, ddt, dz = (p.new(p.batch, p.length, p.d, dtype=p.dtype) for _ in range(3))
     dA, dfirst = p.new(segments, p.batch, p.d, STATES), p.new(p.batch, p.d, STATES)
@@ -246,7 +246,7 @@ def scan_backward(
 class PreparedConv:
     """Inputs of a convolution as the kernels want them."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None) -> None:
         self.batch, self.length, self.channels = x.shape
         self.taps = weight.shape[1]
         if self.taps > TAPS:
@@ -260,30 +260,30 @@ class PreparedConv:
             x, bias = F.pad(x, (0, self.pad)), F.pad(bias, (0, self.pad))
             weight = F.pad(weight, (TAPS - self.taps, 0, 0, self.pad))
         self.x, self.weight = _rows(x, self.dtype), weight.float().t().contiguous()
-        self.bias, self.starts = bias.float().contiguous(), _flags(starts)
+        self.bias, self.doc_starts = bias.float().contiguous(), _flags(doc_starts)
         self.segments = -(-self.length // CONV_SEGMENT)
         self.grid = (-(-self.d // (2 * CONV_THREADS)), self.segments, self.batch)
         self.tail = [c_int(self.length), c_int(self.d), c_int(row_stride(self.x))]
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
+def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None) -> Tensor:
     """SiLU of the causal convolution, [b, l, d]."""
-    p = PreparedConv(x, weight, bias, starts)
+    p = PreparedConv(x, weight, bias, doc_starts)
     out = torch.empty(p.batch, p.length, p.d, dtype=p.dtype, device=x.device)
-    arguments = [p.x, p.weight, p.bias, p.starts, out, *p.tail]
+    arguments = [p.x, p.weight, p.bias, p.doc_starts, out, *p.tail]
     cuda_library.launch("conv.cu", "conv_forward", p.dtype, p.grid, CONV_THREADS, 0, arguments)
     return out[..., : p.channels].to(x.dtype).contiguous()
 
 
 def conv_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, dout: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None, dout: Tensor
 ) -> list[Tensor]:
     """Gradients of x, weight and bias."""
-    p = PreparedConv(x, weight, bias, starts)
+    p = PreparedConv(x, weight, bias, doc_starts)
     dx = torch.empty(p.batch, p.length, p.d, dtype=p.dtype, device=x.device)
     sums = torch.empty(p.batch, p.segments, TAPS + 1, p.d, dtype=torch.float32, device=x.device)
     dout = _rows(F.pad(dout, (0, p.pad)) if p.pad else dout, p.dtype).contiguous()
-    arguments = [p.x, p.weight, p.bias, p.starts, dout, dx, sums, *p.tail]
+    arguments = [p.x, p.weight, p.bias, p.doc_starts, dout, dx, sums, *p.tail]
     cuda_library.launch("conv.cu", "conv_backward", p.dtype, p.grid, CONV_THREADS, 0, arguments)
     dweight = sums[:, :, TAPS - p.taps : TAPS, : p.channels].sum((0, 1)).t()
     gradients = [dx[..., : p.channels], dweight, sums[:, :, TAPS, : p.channels].sum((0, 1))]

@@ -11,7 +11,7 @@ class CausalConv1d(Protocol):
     """See model.kernels.reference.causal_conv1d, the specification."""
 
     def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
     ) -> Tensor: ...
 
 
@@ -28,7 +28,7 @@ class SelectiveScan(Protocol):
         D: Tensor,
         z: Tensor,
         dt_bias: Tensor,
-        starts: Tensor | None = None,
+        doc_starts: Tensor | None = None,
         state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 

@@ -52,10 +52,12 @@ def _functions() -> tuple[Any, Any]:
     return causal_conv1d_fn, selective_scan_fn
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
+) -> Tensor:
     """See model.kernels.reference.causal_conv1d."""
     conv, _ = _functions()
-    documents = None if starts is None else starts.cumsum(1, dtype=torch.int32)
+    documents = None if doc_starts is None else doc_starts.cumsum(1, dtype=torch.int32)
     pad = -x.shape[2] % 8  # the public kernel wants multiples of 8 channels
     # not in x's type: they may be fp32
     weight, bias = (F.pad(weight, (0, 0, 0, pad)), F.pad(bias.to(weight.dtype), (0, pad)))
@@ -75,7 +77,7 @@ def selective_scan(
     D: Tensor,
     z: Tensor,
     dt_bias: Tensor,
-    starts: Tensor | None = None,
+    doc_starts: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See model.kernels.reference.selective_scan."""
@@ -84,10 +86,10 @@ def selective_scan(
     A, D, dt_bias = (A.float(), D.float(), dt_bias.float())
     if state is not None:
         u, dt, B, C, z = (x.float() for x in (u, dt, B, C, z))
-    if starts is not None:
-        places, length = _places(starts)
+    if doc_starts is not None:
+        places, length = _places(doc_starts)
         u, B, C, z = (_spread(x, places, length) for x in (u, B, C, z))
-        dt = _spread(dt, places, length, empty=_empty_steps(starts, places, length))
+        dt = _spread(dt, places, length, empty=_empty_steps(doc_starts, places, length))
     if state is not None:
         before = _bring_in(state.float(), dt_bias)
         u, dt, B, C, z = (torch.cat(pair, 1) for pair in zip(before, (u, dt, B, C, z), strict=True))
@@ -142,24 +144,28 @@ def _bring_in(state: Tensor, dt_bias: Tensor) -> list[Tensor]:
     return [u, dt.expand(batch, n, d), B, zeros, state.new_zeros(batch, n, d)]
 
 
-def _places(starts: Tensor) -> tuple[Tensor, int]:
+def _places(doc_starts: Tensor) -> tuple[Tensor, int]:
     """Where each token goes when every first token has a separating step before it: [b, l], and the
     new length.
 
     The length waits for the device: all layers of a step, which have the same `starts`, take one
     answer.
     """
-    known = KNOWN.get(starts)
-    if known is None or known[0] != starts._version:
-        shift = starts.cumsum(1)
-        places = torch.arange(starts.shape[1], device=starts.device) + shift
-        known = KNOWN[starts] = (starts._version, places, starts.shape[1] + int(shift[:, -1].max()))
+    known = KNOWN.get(doc_starts)
+    if known is None or known[0] != doc_starts._version:
+        shift = doc_starts.cumsum(1)
+        places = torch.arange(doc_starts.shape[1], device=doc_starts.device) + shift
+        known = KNOWN[doc_starts] = (
+            doc_starts._version,
+            places,
+            doc_starts.shape[1] + int(shift[:, -1].max()),
+        )
     return known[1:]
 
 
-def _empty_steps(starts: Tensor, places: Tensor, length: int) -> Tensor:
+def _empty_steps(doc_starts: Tensor, places: Tensor, length: int) -> Tensor:
     """dt [b, length, 1] of steps without a token: FORGET before first tokens, HOLD after a row."""
-    behind = torch.arange(length, device=starts.device) > places[:, -1:]
+    behind = torch.arange(length, device=doc_starts.device) > places[:, -1:]
     return torch.where(behind, HOLD, FORGET).unsqueeze(-1)
 
 

@@ -18,7 +18,7 @@ from model.kernels.interface import Kernels, LossRows, RmsNorm
 LIBRARIES: list[torch.library.Library] = []  # operators live as long as these do
 INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor dt_bias, "
-    "Tensor? starts, Tensor? state"
+    "Tensor? doc_starts, Tensor? state"
 )
 
 
@@ -36,11 +36,11 @@ def register(backend: Any, name: str, device: str) -> Kernels:
         D: Tensor,
         z: Tensor,
         dt_bias: Tensor,
-        starts: Tensor | None = None,
+        doc_starts: Tensor | None = None,
         state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         _refuse_empty(u)
-        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, starts, state, torch.is_grad_enabled())
+        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, doc_starts, state, torch.is_grad_enabled())
         return y, last
 
     return Kernels(
@@ -104,9 +104,9 @@ def _register_scan(backend: Any, space: Space) -> Any:
         return kept
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, starts, state, keep = arguments
+        *inputs, doc_starts, state, keep = arguments
         kept = room(inputs[0], inputs[2], keep)
-        y, last = backend.scan_forward(inputs, starts, state, kept if keep else None)
+        y, last = backend.scan_forward(inputs, doc_starts, state, kept if keep else None)
         return y, last, kept
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +152,7 @@ def _register_scan(backend: Any, space: Space) -> Any:
 
 
 def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
-    arguments = "Tensor x, Tensor weight, Tensor bias, Tensor? starts"
+    arguments = "Tensor x, Tensor weight, Tensor bias, Tensor? doc_starts"
     forward = space.define(
         f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _like(x)
     )
@@ -177,10 +177,10 @@ def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
     space.differentiate(forward, Conv)
 
     def causal_conv1d(
-        x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None
+        x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
     ) -> Tensor:
         _refuse_empty(x)
-        result: Tensor = forward(x, weight, bias, starts)
+        result: Tensor = forward(x, weight, bias, doc_starts)
         return result
 
     return causal_conv1d

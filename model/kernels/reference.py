@@ -82,7 +82,9 @@ def loss_gradient(
     return grad.to(logits.dtype)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
+) -> Tensor:
     """Depthwise causal convolution followed by SiLU.
 
     x [b, l, d], weight [d, k] with the newest tap last, bias [d]. starts [b, l] bool marks the
@@ -95,10 +97,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
     visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     for back in range(1, min(taps, length)):
         past = F.pad(x[:, :-back], (0, 0, back, 0))
-        if starts is not None:
+        if doc_starts is not None:
             # a tap `back` tokens behind is visible while none of the tokens from here back to it
             # opens a document
-            opened = F.pad(starts[:, : length - back + 1], (back - 1, 0))
+            opened = F.pad(doc_starts[:, : length - back + 1], (back - 1, 0))
             visible = visible & ~opened
             past = past * visible.unsqueeze(-1)
         out = out + weight[:, -1 - back] * past
@@ -152,7 +154,7 @@ def selective_scan(
     D: Tensor,
     z: Tensor,
     dt_bias: Tensor,
-    starts: Tensor | None = None,
+    doc_starts: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective state space with gate (arXiv 2312.00752, section 3; Euler for B, zero-order hold
@@ -168,7 +170,7 @@ def selective_scan(
         wide = computing_type(u)
         u_, dt_, A, B, C, D, dt_bias = (x.to(wide) for x in (u, dt, A, B, C, D, dt_bias))
         dt_ = F.softplus(dt_ + dt_bias)
-        keep = None if starts is None else (~starts).to(wide)
+        keep = None if doc_starts is None else (~doc_starts).to(wide)
         if state is None:
             state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
         chunk = max(1, CHUNK_ELEMENTS // state.numel())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.kernels.carry import last_taps
+from model.kernels.carry import final_conv_state
 from model.kernels.interface import SelectiveScan
 
 FOREVER = 1e30  # time that passes in a piece in which a document opens: exp(A FOREVER) is 0
@@ -59,14 +59,14 @@ class ContextRanks:
             )
         return x.chunk(self.size, 1)[self.rank]
 
-    def taps(self, x: Tensor, starts: Tensor | None, behind: int) -> Tensor:
+    def conv_state(self, x: Tensor, doc_starts: Tensor | None, behind: int) -> Tensor:
         """The `behind` inputs [b, behind, d] before x [b, l, d]; ValueError if l < behind."""
         if x.shape[1] < behind:
             raise ValueError(
                 f"a rank's {x.shape[1]} tokens are fewer than the {behind} that a convolution "
                 "looks back"
             )
-        gathered = Gather.apply(last_taps(x, starts, None, behind), self.group)
+        gathered = Gather.apply(final_conv_state(x, doc_starts, None, behind), self.group)
         # the first rank has nothing before it; it takes part in the gradient's sum all the same
         return gathered[self.rank - 1] if self.rank else gathered[0] * 0.0
 
@@ -81,13 +81,13 @@ class ContextRanks:
         D: Tensor,
         z: Tensor,
         dt_bias: Tensor,
-        starts: Tensor | None,
+        doc_starts: Tensor | None,
     ) -> Tensor:
         """The scan's state [b, d, n] before this rank's piece; arguments as of the scan."""
-        _, end = scan(u, dt, A, B, C, D, z, dt_bias, starts)
+        _, end = scan(u, dt, A, B, C, D, z, dt_bias, doc_starts)
         time = checkpoint(time_of, dt, dt_bias, end.dtype, use_reentrant=False)
-        if starts is not None:
-            time = time.masked_fill(starts.any(1)[:, None], FOREVER)
+        if doc_starts is not None:
+            time = time.masked_fill(doc_starts.any(1)[:, None], FOREVER)
         pieces = Gather.apply(torch.cat([end, time.unsqueeze(-1)], -1), self.group)
         return checkpoint(join, A, pieces, self.rank, use_reentrant=False)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from core.errors import InputError
 from data.config import DataConfig
-from data.stream.loader import Loader, compile_plan, document_starts
+from data.stream.loader import Loader, compile_plan, find_doc_starts
 from data.stream.manifests import open_manifests
 from data.stream.mixture import PERIOD, Plan, deal, mix, network, permute, permute_one
 from data.tokenizer import EOS
@@ -223,4 +223,4 @@ def test_targets_are_the_next_tokens(loader: Loader) -> None:
 
 def test_document_starts() -> None:
     tokens = torch.tensor([[EOS, 5, EOS, EOS, 7], [3, 4, 5, 6, EOS]])
-    assert document_starts(tokens).tolist() == [[False, True, False, True, True], [False] * 5]
+    assert find_doc_starts(tokens).tolist() == [[False, True, False, True, True], [False] * 5]

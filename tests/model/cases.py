@@ -12,14 +12,14 @@ from model.kernels import reference
 from model.kernels.interface import Kernels
 
 
-def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[Tensor, Tensor]:
+def naive_scan(u, dt, A, B, C, D, z, dt_bias, doc_starts=None, state=None) -> tuple[Tensor, Tensor]:
     """The formula, one token at a time, left to autograd."""
     dt = F.softplus(dt + dt_bias)
     h = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=u.dtype) if state is None else state
     outputs = []
     for t in range(u.shape[1]):
-        if starts is not None:
-            h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
+        if doc_starts is not None:
+            h = torch.where(doc_starts[:, t, None, None], torch.zeros_like(h), h)
         h = (
             torch.exp(dt[:, t, :, None] * A) * h
             + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
@@ -28,7 +28,7 @@ def naive_scan(u, dt, A, B, C, D, z, dt_bias, starts=None, state=None) -> tuple[
     return torch.stack(outputs, 1) * F.silu(z), h
 
 
-def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
+def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None) -> Tensor:
     """Every tap of every token, one at a time."""
     rows = []
     for b in range(x.shape[0]):
@@ -39,7 +39,7 @@ def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = 
                 if (
                     back + 1 >= weight.shape[1]
                     or back >= t
-                    or (starts is not None and bool(starts[b, t - back]))
+                    or (doc_starts is not None and bool(doc_starts[b, t - back]))
                 ):
                     break
                 back += 1
@@ -72,7 +72,7 @@ class Case:
         tensors[2] = -tensors[2].exp()
         return [x.to(rounded or dtype).to(dtype).requires_grad_() for x in tensors]
 
-    def starts(self) -> Tensor | None:
+    def doc_starts(self) -> Tensor | None:
         if self.resets == 0:
             return None
         return (
@@ -108,7 +108,7 @@ def scan_results(
 ) -> list[Tensor]:
     """y, last state and all gradients, detached."""
     inputs, state = case.inputs(dtype, rounded), case.state(dtype, rounded)
-    y, last = scan(*inputs, starts=case.starts(), state=state)
+    y, last = scan(*inputs, doc_starts=case.doc_starts(), state=state)
     weight = torch.cos(torch.arange(last.numel(), dtype=torch.float64)).view_as(last)
     loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (
         last.double() * weight
@@ -122,7 +122,7 @@ def conv_results(
 ) -> list[Tensor]:
     """Output and all gradients, detached."""
     inputs = [case.inputs(dtype, rounded)[0], *case.weights(dtype, rounded)]
-    out = conv(*inputs, case.starts())
+    out = conv(*inputs, case.doc_starts())
     loss = (out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum()
     return [out.detach(), *torch.autograd.grad(loss, inputs)]
 
@@ -225,11 +225,13 @@ def assert_documents_are_isolated(
     limits = {"rtol": tolerance, "atol": tolerance}
     u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
     weight, bias = (x.detach() for x in Case(2, 40, 16, 4).weights(torch.float32))
-    starts = torch.zeros(2, 40, dtype=torch.bool)
-    starts[:, cuts] = True
-    conv = kernels.causal_conv1d(u, weight, bias, starts)
+    doc_starts = torch.zeros(2, 40, dtype=torch.bool)
+    doc_starts[:, cuts] = True
+    conv = kernels.causal_conv1d(u, weight, bias, doc_starts)
     state = torch.ones(2, 16, 4) if 0 in cuts else None
-    scan, _ = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias, starts=starts, state=state)
+    scan, _ = kernels.selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, doc_starts=doc_starts, state=state
+    )
     edges = sorted({0, *cuts, 40})
     for low, high in zip(edges, edges[1:], strict=False):
         p = slice(low, high)

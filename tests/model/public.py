@@ -69,13 +69,13 @@ def public_conv(x, weight, bias, seq_idx, activation):
     """causal_conv1d_fn 1.7: channels before time, documents by number."""
     assert activation == "silu" and x.stride(1) == 1 and weight.dtype == bias.dtype
     assert all(size % 8 == 0 for size in (x.shape[1], x.stride(0), x.stride(2)))
-    starts = None
+    doc_starts = None
     if seq_idx is not None:
         assert seq_idx.dtype == torch.int32
-        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        doc_starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        naive_conv(x.transpose(1, 2).to(wide), weight.to(wide), bias.to(wide), starts)
+        naive_conv(x.transpose(1, 2).to(wide), weight.to(wide), bias.to(wide), doc_starts)
         .transpose(1, 2)
         .to(x.dtype)
     )

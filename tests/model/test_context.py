@@ -34,11 +34,11 @@ def problem(resets: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     )
     if resets is None:
         return tokens, None
-    starts = torch.zeros(3, LENGTH, dtype=torch.bool)
+    doc_starts = torch.zeros(3, LENGTH, dtype=torch.bool)
     places = {"few": ([5], [20, 21], []), "edges": ([8, 15, 16], [7, 17, 24], [0, 31])}[resets]
     for row, where in enumerate(places):
-        starts[row, where] = True
-    return tokens, starts
+        doc_starts[row, where] = True
+    return tokens, doc_starts
 
 
 def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]:
@@ -46,15 +46,15 @@ def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]
     rank's piece.
     """
     kernels, resets, recompute = CASES[index]
-    tokens, starts = problem(resets)
+    tokens, doc_starts = problem(resets)
     model = build_model(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if context is not None:
         model.set_context(context)
         inputs, targets = context.local_chunk(inputs), context.local_chunk(targets)
-        starts = None if starts is None else context.local_chunk(starts)
+        doc_starts = None if doc_starts is None else context.local_chunk(doc_starts)
     with public_kernels():
-        losses, log_sums = model(inputs, targets, starts)
+        losses, log_sums = model(inputs, targets, doc_starts)
         loss = (losses + 1e-2 * log_sums.square()).sum()
         loss.backward()
     return {

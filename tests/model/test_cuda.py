@@ -327,14 +327,14 @@ def test_public_kernels_isolate_documents(cuts: list[int]) -> None:
 
 
 def test_layers_of_a_step_share_their_places() -> None:
-    starts = torch.tensor([[True, False, True, False]])
-    places, length = mamba_ssm._places(starts)
-    assert mamba_ssm._places(starts)[0] is places and (places.tolist(), length) == (
+    doc_starts = torch.tensor([[True, False, True, False]])
+    places, length = mamba_ssm._places(doc_starts)
+    assert mamba_ssm._places(doc_starts)[0] is places and (places.tolist(), length) == (
         [[1, 2, 4, 5]],
         6,
     )
-    starts[0, 1] = True
-    assert mamba_ssm._places(starts)[0].tolist() == [[1, 3, 5, 6]]
+    doc_starts[0, 1] = True
+    assert mamba_ssm._places(doc_starts)[0].tolist() == [[1, 3, 5, 6]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -387,14 +387,14 @@ def test_operators_are_what_their_fakes_say(device: str, request: pytest.Fixture
     case, check = Case(2, 9, 12, 4, resets=0.2), ("test_schema", "test_faketensor")
     inputs = [x.detach().to(device) for x in case.inputs(torch.bfloat16)]
     weight, bias = (x.detach().to(device) for x in case.weights(torch.float32))
-    starts = case.starts().to(device)
-    y, last, kept = ops.selective_scan(*inputs, starts, None, True)
+    doc_starts = case.doc_starts().to(device)
+    y, last, kept = ops.selective_scan(*inputs, doc_starts, None, True)
     for operator, arguments in (
-        (ops.selective_scan, (*inputs, starts, last, True)),
-        (ops.selective_scan, (*inputs, starts, last, False)),
-        (ops.selective_scan_backward, (*inputs, starts, last, kept, y, last)),
-        (ops.causal_conv1d, (inputs[0], weight, bias, starts)),
-        (ops.causal_conv1d_backward, (inputs[0], weight, bias, starts, y)),
+        (ops.selective_scan, (*inputs, doc_starts, last, True)),
+        (ops.selective_scan, (*inputs, doc_starts, last, False)),
+        (ops.selective_scan_backward, (*inputs, doc_starts, last, kept, y, last)),
+        (ops.causal_conv1d, (inputs[0], weight, bias, doc_starts)),
+        (ops.causal_conv1d_backward, (inputs[0], weight, bias, doc_starts, y)),
         (ops.rms_norm, (inputs[0], bias, 1e-5, [12], torch.float32)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=check)

@@ -42,11 +42,15 @@ def test_prompts_of_any_length_in_chunks(
     hidden, state = model.prefill(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         with torch.no_grad():
-            alone, layers = model.extend(torch.tensor([prompt], device=hidden.device))
+            alone, layers = model.forward_chunk(torch.tensor([prompt], device=hidden.device))
         torch.testing.assert_close(hidden[row], alone[0, -1], rtol=1e-5, atol=1e-6)
         for batched, single in zip(state, layers, strict=True):
-            torch.testing.assert_close(batched.scan[row], single.scan[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(batched.taps[row], single.taps[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                batched.ssm_state[row], single.ssm_state[0], rtol=1e-5, atol=1e-6
+            )
+            torch.testing.assert_close(
+                batched.conv_state[row], single.conv_state[0], rtol=1e-5, atol=1e-6
+            )
 
 
 def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -> None:
@@ -61,7 +65,7 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_sequence(kernels: Kernels) -
 
 @pytest.mark.parametrize("norms", [True, False])
 def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
-    """Scores and states of many single steps against extend; plain Mamba too."""
+    """Scores and states of many single steps against forward_chunk; plain Mamba too."""
     model = tiny(kernels, 1, norms)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,12 +78,12 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
     for step in range(12):
         tokens = torch.tensor([13 + step, 20, 90 - step], device=model.lm_head.weight.device)
         with torch.no_grad():
-            hidden, state = model.extend(tokens.unsqueeze(1), state)
+            hidden, state = model.forward_chunk(tokens.unsqueeze(1), state)
             expected = model.lm_head(hidden[:, 0])
         torch.testing.assert_close(decoder(tokens), expected, rtol=1e-5, atol=1e-5)
-    for taps, scan, theirs in zip(decoder.taps, decoder.scans, state, strict=True):
-        torch.testing.assert_close(scan, theirs.scan, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(taps, theirs.taps, rtol=1e-5, atol=1e-6)
+    for conv_state, scan, theirs in zip(decoder.conv_state, decoder.ssm_states, state, strict=True):
+        torch.testing.assert_close(scan, theirs.ssm_state, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(conv_state, theirs.conv_state, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
@@ -96,8 +100,10 @@ def test_the_padding_is_forgotten_only_by_its_mark(monkeypatch: pytest.MonkeyPat
     """Without the mark of the first token the padding would show: the test above can fail."""
     model = model_of(TINY)
     expected, _ = model.prefill(PROMPTS)
-    extend = model.extend
-    monkeypatch.setattr(model, "extend", lambda tokens, state, starts: extend(tokens, state, None))
+    forward_chunk = model.forward_chunk
+    monkeypatch.setattr(
+        model, "forward_chunk", lambda tokens, state, doc_starts: forward_chunk(tokens, state, None)
+    )
     unmarked, _ = model.prefill(PROMPTS)
     assert (unmarked[1] - expected[1]).abs().max() > 1e-3
     torch.testing.assert_close(unmarked[2], expected[2])

@@ -148,7 +148,7 @@ def test_operators_obey_torch(case: Case, path: str, monkeypatch: pytest.MonkeyP
     ops = torch.ops.falcon_cpu
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        ops.selective_scan.default, (*inputs, case.starts(), state, True), test_utils=checks
+        ops.selective_scan.default, (*inputs, case.doc_starts(), state, True), test_utils=checks
     )
     torch.library.opcheck(
         ops.causal_conv1d.default,
@@ -168,15 +168,15 @@ def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
     inputs, (weight, bias) = (
         [x.detach() for x in t] for t in (case.inputs(dtype), case.weights(dtype))
     )
-    y, last, kept = ops.selective_scan(*inputs, case.starts(), None, True)
+    y, last, kept = ops.selective_scan(*inputs, case.doc_starts(), None, True)
     out, scales = ops.rms_norm(inputs[0], bias, 1e-5, [12], torch.float32)
     logits, labels = inputs[0].flatten(0, 1), torch.arange(18) % 12
     sums = torch.ones(18)
     for operator, arguments in (
-        (ops.selective_scan, (*inputs, case.starts(), None, False)),
-        (ops.selective_scan_backward, (*inputs, case.starts(), None, kept, y, None)),
-        (ops.selective_scan_backward, (*inputs, case.starts(), last, kept, y, last)),
-        (ops.causal_conv1d_backward, (inputs[0], weight, bias, case.starts(), inputs[1])),
+        (ops.selective_scan, (*inputs, case.doc_starts(), None, False)),
+        (ops.selective_scan_backward, (*inputs, case.doc_starts(), None, kept, y, None)),
+        (ops.selective_scan_backward, (*inputs, case.doc_starts(), last, kept, y, last)),
+        (ops.causal_conv1d_backward, (inputs[0], weight, bias, case.doc_starts(), inputs[1])),
         (ops.rms_norm, (inputs[0], None, 1e-5, [4, 8], dtype)),
         (ops.rms_norm_backward, (inputs[0], bias, [12], scales, out)),
         (ops.rms_norm_backward, (inputs[0], None, [12], scales, out)),
@@ -246,9 +246,10 @@ def test_compiled_blocks_are_the_same_model(device: str) -> None:
         tokens = torch.randint(0, TINY.vocab_size, (batch, length + 1), generator=generator).to(
             device
         )
-        starts = (torch.rand(batch, length, generator=generator) < 0.1).to(device)
+        doc_starts = (torch.rand(batch, length, generator=generator) < 0.1).to(device)
         expected, losses = (
-            model(tokens[:, :-1], tokens[:, 1:], starts)[0].mean() for model in (plain, compiled)
+            model(tokens[:, :-1], tokens[:, 1:], doc_starts)[0].mean()
+            for model in (plain, compiled)
         )
         torch.testing.assert_close(losses, expected, rtol=limits[0], atol=limits[1])
         (expected + losses).backward()

@@ -165,23 +165,25 @@ def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> N
     """
     model = model_of(TINY, kernels=kernels)
     tokens = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
-    starts = None
+    doc_starts = None
     if resets:
-        starts = torch.zeros(2, 40, dtype=torch.bool)
-        starts[0, [0, 9, 11]] = starts[1, [10, 12, 38]] = True
+        doc_starts = torch.zeros(2, 40, dtype=torch.bool)
+        doc_starts[0, [0, 9, 11]] = doc_starts[1, [10, 12, 38]] = True
     with torch.no_grad():
-        whole = model.hidden(tokens, starts)
+        whole = model.hidden(tokens, doc_starts)
         for sizes in ([40], [10, 1, 2, 27], [1] * 40, [3, 37]):
             state, parts, at = None, [], 0
             for size in sizes:
                 piece = slice(at, at + size)
-                h, state = model.extend(
-                    tokens[:, piece], state, None if starts is None else starts[:, piece]
+                h, state = model.forward_chunk(
+                    tokens[:, piece], state, None if doc_starts is None else doc_starts[:, piece]
                 )
                 parts.append(h)
                 at += size
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
-    assert {tuple(layer.taps.shape) for layer in state} == {(2, TINY.d_conv - 1, TINY.d_inner)}
+    assert {tuple(layer.conv_state.shape) for layer in state} == {
+        (2, TINY.d_conv - 1, TINY.d_inner)
+    }
 
 
 def test_gradients_pass_between_pieces() -> None:
@@ -191,8 +193,8 @@ def test_gradients_pass_between_pieces() -> None:
     expected = torch.autograd.grad(
         (model.hidden(tokens) * weight).sum(), list(model.parameters())[:-1]
     )
-    first, state = model.extend(tokens[:, :5])
-    second, _ = model.extend(tokens[:, 5:], state)
+    first, state = model.forward_chunk(tokens[:, :5])
+    second, _ = model.forward_chunk(tokens[:, 5:], state)
     actual = torch.autograd.grad(
         (torch.cat([first, second], 1) * weight).sum(), list(model.parameters())[:-1]
     )

@@ -88,7 +88,7 @@ class Bare:
 
     @staticmethod
     def scan_backward(
-        inputs: Sequence[Tensor], starts: Tensor | None, state: Tensor | None, *_: Any
+        inputs: Sequence[Tensor], doc_starts: Tensor | None, state: Tensor | None, *_: Any
     ) -> list[Tensor]:
         return [*(zeros(x) for x in inputs), torch.empty(0) if state is None else zeros(state)]
 

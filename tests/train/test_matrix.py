@@ -155,7 +155,7 @@ def batch_of(step: int) -> tuple[Tensor, Tensor]:
 def loss_of(
     model: Any,
     tokens: Tensor,
-    starts: Tensor,
+    doc_starts: Tensor,
     precision: Precision,
     shard: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
@@ -163,7 +163,7 @@ def loss_of(
     with torch.autocast(
         tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False
     ):
-        losses, _ = model(shard(tokens[:, :-1]), shard(tokens[:, 1:]), shard(starts))
+        losses, _ = model(shard(tokens[:, :-1]), shard(tokens[:, 1:]), shard(doc_starts))
     return losses.sum()
 
 
@@ -178,9 +178,9 @@ def one_rank(precision: Precision) -> dict[str, Any]:
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
-        tokens, starts = batch_of(step)
+        tokens, doc_starts = batch_of(step)
         adamw.zero_grad()
-        loss = loss_of(model, tokens, starts, precision) / starts.numel()
+        loss = loss_of(model, tokens, doc_starts, precision) / doc_starts.numel()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
         for group in adamw.param_groups:
@@ -222,7 +222,7 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     engine = build_engine(model, OPTIM, parallel, row.precision, here)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
-        tokens, starts = batch_of(step)
+        tokens, doc_starts = batch_of(step)
         total = torch.zeros((), device=here.device)
         chunks = split_batch(
             len(tokens),
@@ -236,11 +236,11 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
             loss = loss_of(
                 model,
                 tokens[part].to(here.device),
-                starts[part].to(here.device),
+                doc_starts[part].to(here.device),
                 row.precision,
                 shard,
             )
-            loss = loss * ((low < high) / starts.numel())
+            loss = loss * ((low < high) / doc_starts.numel())
             engine.backward(loss, last=index == len(chunks) - 1)
             total += loss.detach()
         torch.distributed.all_reduce(total, group=data_parallel_group())

@@ -76,12 +76,12 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
 def gradients(root: Path, tensor_parallel: int, name: str) -> None:
     """One backward pass without an engine; every rank saves the gradients it holds."""
     tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
-    starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
+    doc_starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
     with ranks("cpu", tensor_parallel) as here:
         model = build_model(
             TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size
         )
-        losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], starts)
+        losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], doc_starts)
         loss = losses.mean() + 1e-2 * log_sums.square().mean()
         loss.backward()
         held = {key: parameter.grad for key, parameter in model.named_parameters()}

@@ -49,7 +49,7 @@ docs: install  ## the documentation as a site in runs/site
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
-bench: install  ## CPU kernels beside their rivals; on a GPU: .venv/bin/python -m benchmarks.gpu
+bench: install  ## CPU kernels beside their baselines; on a GPU: .venv/bin/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.cpu
 
 soak: install  ## the demo under FAULTS seeded faults of all kinds, bit for bit as a clean run; Ctrl-C pauses it

@@ -1,5 +1,5 @@
 """CPU benchmark: `make bench`. Ceilings first, then scan, convolution and a whole training step
-beside their rivals.
+beside their baselines.
 
 Rivals, in the same process on one thread: transformers' loop and mambapy's parallel scan (both
 through transformers' own mamba_selective_scan), our reference, and transformers'
@@ -157,9 +157,9 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
         name: build_model(config, k, 0, DEVICE)
         for name, k in (("ours", CPU), ("reference", REFERENCE))
     }
-    twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
+    hf_model = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
     names = dict(tensor_names(config.n_layer))
-    twin.load_state_dict(
+    hf_model.load_state_dict(
         {names[name]: to_hf(name, p.detach()) for name, p in ours["ours"].named_parameters()}
     )
     rows = []
@@ -170,7 +170,7 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
         inputs, targets = ids[:, :-1], ids[:, 1:]
 
         def theirs(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            logits = twin(inputs, use_cache=False).logits
+            logits = hf_model(inputs, use_cache=False).logits
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
         losses = {

@@ -1,4 +1,4 @@
-"""Data beside its rivals in one process: `python -m benchmarks.data`.
+"""Data beside its baselines in one process: `python -m benchmarks.data`.
 
 Sequences from page cache, eight consecutive ones as a rank reads them and eight random ones, beside
 plain np.memmap, Megatron-core's IndexedDataset and datatrove's folder dataset (and MosaicML
@@ -75,7 +75,7 @@ def as_batch(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def rivals(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np.ndarray], Any]]:
+def baselines(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np.ndarray], Any]]:
     """The same batches in file order by others."""
     path = source_folder(cfg, "web") / "train_00000.ds"
     ids = np.memmap(path, dtype=DTYPE, mode="r")
@@ -140,7 +140,7 @@ def reading(tokens: int, budget: float) -> tuple[list[Row], dict[str, float]]:
         cfg = corpus(Path(name), tokens)
         for seq_len in (2048, 8192):
             random = np.random.default_rng(1)
-            calls = {"ours": ours(cfg, tokens, seq_len), **rivals(cfg, tokens, seq_len)}
+            calls = {"ours": ours(cfg, tokens, seq_len), **baselines(cfg, tokens, seq_len)}
             draws: dict[str, Callable[[], np.ndarray]] = {
                 "a rank's step": lambda random=random: (
                     random.integers(0, 10**6) * BATCH + np.arange(BATCH)

@@ -6,7 +6,7 @@ transformer of the same size (arXiv 2410.05355, section 4). Without +experiment 
 shape on a CPU and 7b's on a GPU. Writes bench_generate.json, .png into the run's folder. Memory
 counts above the weights: peak resident memory of the process on a CPU, torch's on a GPU. Time is
 the processor's on a CPU; what the bars compare is measured there in turns, block by block:
-lockstep.py.
+interleaved.py.
 
 examples:
   python -m benchmarks.generation
@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.lockstep import BLOCK, relative_speeds
-from benchmarks.rivals import Decoder, falcon, llama, ours
+from benchmarks.baselines import Decoder, falcon, llama, ours
+from benchmarks.interleaved import BLOCK, relative_speeds
 from core.command import command
 from core.files import write_json
 from eval.config import EvaluationConfig

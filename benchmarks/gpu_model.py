@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines import llama_config
 from benchmarks.gpu_bench import Bench, agree
-from benchmarks.rivals import llama_config
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from launch.simulation.dry_run import fake_world
 from model.flops import train_flops_per_token

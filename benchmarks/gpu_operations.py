@@ -1,5 +1,5 @@
 """The GPU benchmark's operations: ceilings, scan, convolution, norms, head and loss, beside their
-rivals.
+baselines.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
 from tests.model.cases import Case, assert_equal, elsewhere
 
-CHECKED = 256  # tokens of the problems that rivals are checked on
+CHECKED = 256  # tokens of the problems that baselines are checked on
 
 
 def ceilings(bench: Bench, size: int, copied: int) -> None:

@@ -38,7 +38,7 @@ from data.stream.manifests import MANIFEST, open_manifests, source_folder
 from eval.config import EvaluationConfig, GenerateConfig
 from eval.heldout import Score, evaluate
 from eval.hf.exported import require_export
-from eval.hf.reference import load as transformers_twin
+from eval.hf.transformers_model import load_transformers_model
 from eval.leaderboard.suite import run_suite
 from eval.subject import best_device, export_folder, find_checkpoint, identity_of, load_model
 
@@ -137,7 +137,7 @@ def generate(folder: Path, config: GenerateConfig) -> str:
     from transformers import AutoTokenizer, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = transformers_twin(folder)
+    model = load_transformers_model(folder)
     set_seed(config.sampling.seed)
     inputs = tokenizer(config.prompt, return_tensors="pt")
     chosen = config.sampling

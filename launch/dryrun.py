@@ -42,7 +42,7 @@ from train.engines.partition import Bucket, Flat, buckets, flats
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from launch.simulation.dry_run import Rehearsed
+    from launch.simulation.dry_run import DryRunResult
 
 
 @command(DryRun)
@@ -81,7 +81,7 @@ def main(run: DryRun) -> None:
     logger.info(f"written to {path}")
 
 
-def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
+def shards(run: DryRun, seen: "DryRunResult") -> dict[str, Any]:
     """Elements that ranks hold: of the optimizer a part, from stage 2 on of gradients too, in stage
     3 of weights.
 
@@ -109,7 +109,7 @@ def shards(run: DryRun, seen: "Rehearsed") -> dict[str, Any]:
     }
 
 
-def collectives(run: DryRun, seen: "Rehearsed") -> list[dict[str, Any]]:
+def collectives(run: DryRun, seen: "DryRunResult") -> list[dict[str, Any]]:
     """Each kind of collective as counted, beside the formula."""
     expected = payloads(
         run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.step_schedule.seq_len

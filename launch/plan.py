@@ -98,7 +98,7 @@ def stages(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
     """First step of each stage and of the full batch, with sequences per group of ranks."""
     schedule = Schedule(run.schedule, run.optim.lr, run.data)
     groups = ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
-    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
+    begins = [0, *(end for end, _, _ in schedule.stages[:-1])]
     rows = []
     for token in sorted({*begins, min(run.schedule.ramp_tokens, schedule.total - 1)}):
         now = schedule.at(token)

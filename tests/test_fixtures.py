@@ -15,7 +15,7 @@ from core.old_keys import load_config
 from core.run import newest
 from eval.export import export
 from eval.hf.card import model_card
-from eval.hf.reference import load as transformers_model
+from eval.hf.transformers_model import load_transformers_model
 from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
 from model.hf import HfFolder
 from tests.distributed import run_ranks
@@ -89,7 +89,7 @@ def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
     (step,) = newest(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
     for name in ours.names:
         assert torch.equal(ours.read_full(name), CheckpointReader(step).read_full("param", name))
-    assert sum(p.numel() for p in transformers_model(folder).parameters()) == 14_952
+    assert sum(p.numel() for p in load_transformers_model(folder).parameters()) == 14_952
 
 
 def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:

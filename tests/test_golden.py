@@ -26,7 +26,7 @@ def test_on_another_machine_figures_are_near_and_nan_is_not(
     (tmp_path / "run.txt").write_text("# a machine torch 1\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0001 2.9999"]) == []
     assert (
-        golden.agreement(["run"])
+        golden.report(["run"])
         == "all golden losses are within 0.0002 of those of a machine torch 1"
     )
     for line in ("1 2.001 3.0", "1 nan 3.0", "1 2.0 inf"):
@@ -41,7 +41,7 @@ def test_on_the_same_machine_every_digit_counts(
     monkeypatch.setattr(golden, "HERE", tmp_path)
     (tmp_path / "run.txt").write_text(f"{golden.machine()}\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0 3.0"]) == []
-    assert golden.agreement(["run"]) == "all golden losses are equal to the last digit"
+    assert golden.report(["run"]) == "all golden losses are equal to the last digit"
     assert golden.differences("run", ["1 2.0 3.0000001"]) == [
         "run: 1 2.0 3.0000001 instead of 1 2.0 3.0"
     ]

@@ -14,7 +14,7 @@ from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
 from model.hf import initialize_from
-from model.kernels import REFERENCE, Kernels, MissingBackend, load, passed_over
+from model.kernels import REFERENCE, Kernels, MissingBackend, load, skipped_kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
 from train.batches import Batches
@@ -88,10 +88,10 @@ def build_trainer(
     loader, micro_batch = Loader(plan, manifests), config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch, engine.needs_equal_micro_batches)
     jobs = leaderboard_jobs(config, schedule)
-    if ranks.first:
+    if ranks.is_first:
         announce(config, plan, kernels, ranks, state)
     metrics, flops = None, 0.0
-    if ranks.first and state.tokens < schedule.total:
+    if ranks.is_first and state.tokens < schedule.total:
         flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
         metrics = open_metrics(config, record, state)
         jobs.mark_reported(read_scores(metrics.file.path))
@@ -173,7 +173,7 @@ def resume(checkpoints: Checkpoints, folder: Path, engine: Engine, wanted: State
 def count_start(config: RunConfig, state: State, ranks: Ranks, incidents: Incidents) -> None:
     """Refuse a start that would only crash again; raises InputError on every rank."""
     why = None
-    if ranks.first:
+    if ranks.is_first:
         starts = Starts(config.run.folder, config.health.max_starts)
         why = starts.count(state.tokens, incidents)
     raise_on_all_ranks(why)
@@ -222,7 +222,7 @@ def announce(config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, stat
     logger.info(f"epochs over the run: {epochs}")
     if kernels.name == "reference" and ranks.device.type == "cuda":
         logger.warning("the reference kernels are far too slow for a GPU run")
-    for line in passed_over(kernels, ranks.device.type):
+    for line in skipped_kernels(kernels, ranks.device.type):
         logger.info(f"faster kernels are not used: {line}")
     if state.tokens == config.tokens:
         logger.info(f"reused: the run is complete at step {state.step}")

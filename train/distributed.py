@@ -35,7 +35,7 @@ warnings.filterwarnings(
 )
 
 MESSAGE_BYTES = 2048
-MEETING_SECONDS = 0.02  # between two looks for ranks that have not come
+POLL_SECONDS = 0.02  # between two looks for ranks that have not come
 # of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
 SOCKETS, OTHER_FILES = (8, 200)
 # of a collective; long enough for a rank that verifies a large checkpoint
@@ -67,7 +67,7 @@ class Ranks:
         return self.dp_rank * self.cp_size + self.cp_rank
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.rank == 0
 
@@ -94,7 +94,7 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
             backend,
-            store=own_part(store, rank, world),
+            store=attempt_store(store, rank, world),
             rank=rank,
             world_size=world,
             timeout=TIMEOUT,
@@ -102,7 +102,7 @@ def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Itera
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield stand(
+        yield init_model_parallel(
             torch.device(device, local) if device == "cuda" else torch.device("cpu"),
             tensor_parallel,
             context_parallel,
@@ -131,7 +131,7 @@ def allow_sockets(world: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+def attempt_store(store: dist.Store, rank: int, world: int) -> dist.Store:
     """The part of a launcher's store that this start alone reads and writes.
 
     torchrun's agent keeps one store over its restarts, and since torch 2.5 workers get no prefix
@@ -150,12 +150,12 @@ def own_part(store: dist.Store, rank: int, world: int) -> dist.Store:
     while missing:
         for other in missing:
             store.set(f"told/{store.get(f'asks/{other}').decode()}", name)
-        time.sleep(MEETING_SECONDS)
+        time.sleep(POLL_SECONDS)
         missing = [other for other in missing if not store.check([f"met/{name}/{other}"])]
     return dist.PrefixStore(name, store)
 
 
-def stand(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
+def init_model_parallel(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
     """Build megatron-core's groups in this process's world; returns its place in them."""
     from megatron.core import parallel_state
 

@@ -43,7 +43,7 @@ def run_context(
     folder = run.folder
     before = read_outcome(folder)
     run_lock = RunLock(folder)
-    raise_on_all_ranks(_take(run_lock) if here.first else None)
+    raise_on_all_ranks(_take(run_lock) if here.is_first else None)
     watchdog = Watchdog(folder, here.rank, here.world_size, health.hang_seconds)
     try:
         if (
@@ -53,18 +53,18 @@ def run_context(
         ):
             # torchrun restarts whatever does not exit with 0: what asked to leave stays out
             return before
-        if here.first:
+        if here.is_first:
             run.files.outcome.unlink(missing_ok=True)
-        watchdog.begin(run_lock if here.first else None)
+        watchdog.begin(run_lock if here.is_first else None)
         stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
         stop_request.install()
         logger.info(f"{here.world_size} ranks have met; building the model")
         outcome = body(watchdog, stop_request)
-        if here.first:
+        if here.is_first:
             outcome.write(folder)
         return outcome
     except InputError as error:
-        if here.first:
+        if here.is_first:
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
@@ -99,15 +99,15 @@ def start(config: RunConfig, device: str) -> Outcome:
 def _train(
     config: RunConfig, here: Ranks, watchdog: Watchdog, stop_request: StopRequest
 ) -> Outcome:
-    record = {"code": code_version() if here.first else None, **plain(asdict(config))}
+    record = {"code": code_version() if here.is_first else None, **plain(asdict(config))}
     manifests = open_per_node(config.data)
     # refuses a folder of another run before its record changes
     trainer = build_trainer(config, manifests, here, record, watchdog, stop_request)
-    if here.first:
+    if here.is_first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
     with profiling(config.train.profile, config.run.folder, here, trainer.phases):
         outcome = trainer.run()
-    if here.first and outcome.code == FINISHED:
+    if here.is_first and outcome.code == FINISHED:
         from train.metrics.curves import draw
 
         logger.info(

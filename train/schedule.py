@@ -50,17 +50,17 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig, peak_lr: float, data: DataConfig) -> None:
         self.config, self.peak_lr = config, peak_lr
-        self.edges: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
+        self.stages: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
         end = 0
         for stage in data.stages:
             end += data.tokens_of(stage)
-            self.edges.append((end, stage.seq_len, stage.name))
+            self.stages.append((end, stage.seq_len, stage.name))
         self.total = end
 
     @property
     def stage_ends(self) -> frozenset[int]:
         """Tokens at which stages end."""
-        return frozenset(end for end, _, _ in self.edges)
+        return frozenset(end for end, _, _ in self.stages)
 
     def batch(self, tokens: int) -> int:
         """Sequences of a full step at `tokens`, linear from batch_start_ to batch_end_sequences."""
@@ -93,7 +93,7 @@ class Schedule:
         taken where the step ends, so that the first step learns and the last one reaches min_lr.
         """
         assert 0 <= tokens < self.total, tokens
-        edge, seq_len, stage = next(entry for entry in self.edges if tokens < entry[0])
+        edge, seq_len, stage = next(entry for entry in self.stages if tokens < entry[0])
         full = self.batch(tokens)
         batch = min(full, (edge - tokens) // seq_len)
         return StepSchedule(self.lr(tokens + batch * seq_len, full), batch, seq_len, stage)

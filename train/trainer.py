@@ -95,7 +95,7 @@ class Trainer:
             if self.metrics is not None:
                 record = self._record(step_schedule, result, seconds, waited)
                 record |= {} if validation is None else {"validation": validation}
-                self.metrics.log(record, self.checkpoints.standing())
+                self.metrics.log(record, self.checkpoints.status())
                 self._score()
             if result["stats"].bad_data:
                 raise_on_all_ranks(self.datacheck.error)
@@ -130,7 +130,7 @@ class Trainer:
             sums,
             own / len(batches),
             stop=self.stop_request.reason() is not None,
-            save=self.ranks.first and self.checkpoints.wants_retry,
+            save=self.ranks.is_first and self.checkpoints.wants_retry,
             bad_data=self.datacheck.error is not None,
         )
         self.phases.enter(self.state.step, "update")

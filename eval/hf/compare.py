@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.hf.reference import load as transformers_twin
+from eval.hf.transformers_model import load_transformers_model
 from model.checkpoint import CheckpointReader
 from model.config import Backend, ModelConfig
 from model.hf import TENSORS_OF_LAYER, HfFolder
@@ -28,12 +28,12 @@ def probe(vocab_size: int) -> Tensor:
 @torch.no_grad()
 def compare(folder: Path, model: FalconMamba, written: Iterable[Entry]) -> float:
     """Largest difference of logits, relative to the largest logit; both models are in memory."""
-    twin = transformers_twin(folder)
+    hf_model = load_transformers_model(folder)
     parameters = dict(model.named_parameters())
     for entry in written:
         parameters[entry.ours].copy_(parameters[entry.ours].to(entry.dtype))
     tokens = probe(model.config.vocab_size)
-    ours, theirs = model.logits(tokens), twin(tokens, use_cache=False).logits
+    ours, theirs = model.logits(tokens), hf_model(tokens, use_cache=False).logits
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
@@ -60,14 +60,16 @@ def compare_by_layer(
     h, g = (rows.view(*tokens.shape, -1) for rows in (mine, theirs))
     kernels = kernels_of(Backend.auto, "cpu")
     for index in range(shape.n_layer):
-        block, twin = Block(shape, kernels), FalconMambaBlock(config, index).eval()
+        block, hf_model = Block(shape, kernels), FalconMambaBlock(config, index).eval()
         for ours, name in TENSORS_OF_LAYER.items():
             full = f"layers.{index}.{ours}"
             block.get_parameter(ours).copy_(
                 reader.read_full("param", full).to(dtypes[full]).float()
             )
-            twin.get_parameter(name).copy_(source.read_full(full).view_as(twin.get_parameter(name)))
-        h, g = block(h, None), twin(g)
+            hf_model.get_parameter(name).copy_(
+                source.read_full(full).view_as(hf_model.get_parameter(name))
+            )
+        h, g = block(h, None), hf_model(g)
     norm = RMSNorm(shape.d_model, shape.norm_eps, kernels)
     their_norm = FalconMambaRMSNorm(shape.d_model, shape.norm_eps)
     norm.weight.copy_(_ours(reader, dtypes, "final_norm.weight", 0, shape.d_model))

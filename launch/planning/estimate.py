@@ -100,7 +100,7 @@ class Phase:
 def phases(run: RunConfig) -> list[Phase]:
     """Phases of the run. A batch linear in tokens from a to b has mean (b - a) / ln(b / a)."""
     schedule, found, begin = Schedule(run.schedule, run.optim.lr, run.data), [], 0
-    for end, seq_len, name in schedule.edges:
+    for end, seq_len, name in schedule.stages:
         edge = min(max(begin, run.schedule.ramp_tokens), end)
         if edge > begin:
             first, last = schedule.batch(begin), schedule.batch(edge)

@@ -32,7 +32,7 @@ from model.kernels import CPU
 from model.mamba import FalconMamba
 from model.parallel.build import build_meta_model, set_tp_attributes
 from train.config import EngineKind, Precision, RunConfig
-from train.distributed import Ranks, context_ranks, stand
+from train.distributed import Ranks, context_ranks, init_model_parallel
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 from train.schedule import Schedule, StepSchedule
@@ -46,7 +46,7 @@ LEARNING = 2
 
 
 @dataclass
-class Rehearsed:
+class DryRunResult:
     """What one rank held and asked for."""
 
     rank: int
@@ -61,7 +61,7 @@ class Rehearsed:
 def fullest(config: RunConfig) -> int:
     """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    begins = [0, *(end for end, _, _ in schedule.edges[:-1])]
+    begins = [0, *(end for end, _, _ in schedule.stages[:-1])]
     places = [
         *begins,
         *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins),
@@ -84,7 +84,7 @@ def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int
     return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
 
 
-def dry_run(config: RunConfig, world: int) -> Rehearsed:
+def dry_run(config: RunConfig, world: int) -> DryRunResult:
     """Build the run on a rank of `world`, and take a step.
 
     It is one of the last replica, which holds the padding and most sequences, and the first of its
@@ -95,12 +95,12 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
     cuda = cuda_on_cpu if config.parallel.engine is EngineKind.megatron else nullcontext
     with fake_world(config, world) as ranks, Collectives() as collectives:
         sizes = micro_batches(config, step_schedule, ranks.dp_rank, ranks.dp_size)
-        with fake, Scalars(), Pointers(), cuda():
+        with fake, FakeScalars(), FakeDataPtr(), cuda():
             model = _fake_model(config, ranks)
             engine = build_engine(
                 model, config.optim, config.parallel, config.compute.precision, ranks
             )
-            with agreement() if config.parallel.zero_stage == 3 else nullcontext():
+            with skip_order_check() if config.parallel.zero_stage == 3 else nullcontext():
                 for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
                     _micro_batch(config, model, engine, step_schedule, sizes[0], last=False)
             start, collectives.counts = collectives.counts, {}
@@ -113,13 +113,13 @@ def dry_run(config: RunConfig, world: int) -> Rehearsed:
         reduce_step_stats(
             ranks, torch.zeros(2, sources, dtype=torch.float64), 0.0, False, False, False
         )
-        with fake, Scalars(), Pointers(), cuda():
+        with fake, FakeScalars(), FakeDataPtr(), cuda():
             engine.clip_and_step(step_schedule.lr)
             step, collectives.counts = collectives.counts, {}
             owned = sum(
                 tensor.numel() for shard, tensor in engine.state_shards() if shard.kind == "param"
             )
-    return Rehearsed(ranks.rank, step_schedule, sizes, owned, start, step)
+    return DryRunResult(ranks.rank, step_schedule, sizes, owned, start, step)
 
 
 @contextmanager
@@ -136,10 +136,10 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
     )
     try:
         with (
-            Silence(),
-            patch("torch.distributed.all_gather_object", by_real_tensors(dist.all_gather_object)),
+            NoOpCoalesced(),
+            patch("torch.distributed.all_gather_object", without_fake_mode(dist.all_gather_object)),
         ):
-            yield stand(
+            yield init_model_parallel(
                 torch.device("cpu"),
                 config.parallel.tensor_parallel,
                 config.parallel.context_parallel,
@@ -149,7 +149,7 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def by_real_tensors(gather: Callable[..., None]) -> Callable[..., None]:
+def without_fake_mode(gather: Callable[..., None]) -> Callable[..., None]:
     """Gather objects with real bytes; in a simulated world every rank returns this one's."""
 
     def gather_objects(*args: Any, **kwargs: Any) -> None:
@@ -205,7 +205,7 @@ def _micro_batch(
 
 
 @contextmanager
-def agreement() -> Iterator[None]:
+def skip_order_check() -> Iterator[None]:
     """Within it the lists of numbers that DeepSpeed's stage 3 compares between ranks are equal.
 
     They are the orders of modules and parameters, and every rank runs the same ones. Rank 0 would
@@ -226,7 +226,7 @@ def agreement() -> Iterator[None]:
         coordinator.assert_ints_same_as_other_ranks = compare
 
 
-class Silence(TorchDispatchMode):
+class NoOpCoalesced(TorchDispatchMode):
     """Skips coalesced collectives of fake tensors; torch itself answers all others."""
 
     def __torch_dispatch__(
@@ -238,7 +238,7 @@ class Silence(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Scalars(TorchDispatchMode):
+class FakeScalars(TorchDispatchMode):
     """A value that is read from a fake tensor is 1, or false."""
 
     def __torch_dispatch__(
@@ -252,7 +252,7 @@ class Scalars(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Pointers(TorchFunctionMode):
+class FakeDataPtr(TorchFunctionMode):
     """Gives fake tensors address 0 (DeepSpeed checks alignment); torch.tensor gets numbers."""
 
     def __torch_function__(

@@ -48,7 +48,7 @@ def load(backend: Backend, device: str) -> Kernels:
     )
 
 
-def passed_over(taken: Kernels, device: str) -> list[str]:
+def skipped_kernels(taken: Kernels, device: str) -> list[str]:
     """Faster backends of a device that were not taken, one line each: reason and fix."""
     lines = []
     for name, module, kernels in BACKENDS[device]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.baselines import Decoder, falcon, llama, llama_config, ours
 from benchmarks.generation import Extent, Meter, bars, bench, longest_prompt, marks, speed
-from benchmarks.lockstep import BLOCK, relative_speeds
-from benchmarks.rivals import Decoder, falcon, llama, llama_config, ours
+from benchmarks.interleaved import BLOCK, relative_speeds
 from eval.config import EvaluationConfig
 from model.flops import parameter_count
 from tests.compose import run_config

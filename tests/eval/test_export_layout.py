@@ -79,9 +79,9 @@ def test_files_are_what_safetensors_writes(tmp_path: Path, kept: tuple[str, ...]
 
 
 def test_transformers_cuts_and_names_the_same(tmp_path: Path) -> None:
-    twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(TINY, 11, "float32")))
-    twin.save_pretrained(tmp_path / "theirs", max_shard_size=20_000)
-    state = twin.state_dict()
+    hf_model = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(TINY, 11, "float32")))
+    hf_model.save_pretrained(tmp_path / "theirs", max_shard_size=20_000)
+    state = hf_model.state_dict()
     ours = dict(tensor_names(TINY.n_layer))
     layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=20_000)
     (tmp_path / "ours").mkdir()
@@ -182,11 +182,15 @@ def test_the_way_back(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_transformers_own_making_is_read(tmp_path: Path) -> None:
-    twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(TINY, 11, "float32"))).bfloat16()
-    twin.save_pretrained(tmp_path)
+    hf_model = FalconMambaForCausalLM(
+        FalconMambaConfig(**hf_config(TINY, 11, "float32"))
+    ).bfloat16()
+    hf_model.save_pretrained(tmp_path)
     source = HfFolder(tmp_path)
     for ours, theirs in tensor_names(TINY.n_layer):
-        assert torch.equal(to_hf(ours, source.read_full(ours)), twin.state_dict()[theirs].float())
+        assert torch.equal(
+            to_hf(ours, source.read_full(ours)), hf_model.state_dict()[theirs].float()
+        )
 
 
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def near(old: float, new: float) -> bool:
     return abs(old - new) <= RELATIVE * abs(old)
 
 
-def agreement(names: Iterable[str]) -> str:
+def report(names: Iterable[str]) -> str:
     """How golden losses were found to agree, which depends on the machine that wrote them."""
     heads = sorted({read(name)[0] for name in names})
     found = [
@@ -125,7 +125,7 @@ def main(write: bool) -> int:
             else:
                 wrong += differences(name, lines)
             print(f"{name}: {len(lines)} steps", flush=True)
-    print("\n".join(wrong) if wrong else "written" if write else agreement(wanted), flush=True)
+    print("\n".join(wrong) if wrong else "written" if write else report(wanted), flush=True)
     return 1 if wrong else 0
 
 

@@ -20,8 +20,8 @@ from model.kernels import (
     cpu_library,
     cuda,
     load,
-    passed_over,
     reference,
+    skipped_kernels,
 )
 from model.kernels.interface import Kernels
 from tests.gpu import DEVICES
@@ -286,12 +286,14 @@ def test_backends_are_chosen_by_name_and_presence(monkeypatch: pytest.MonkeyPatc
 
 def test_faster_backends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'")
-    lines = passed_over(REFERENCE, "cuda")
+    lines = skipped_kernels(REFERENCE, "cuda")
     assert lines[0] == "cuda: no cuda-core: pip install 'cuda-core[cu13]'"
     assert len(lines) == 2 and lines[1].startswith("mamba_ssm: no ")
-    assert passed_over(MAMBA_SSM, "cuda") == lines[:1] and passed_over(CUDA, "cuda") == []
+    assert skipped_kernels(MAMBA_SSM, "cuda") == lines[:1] and skipped_kernels(CUDA, "cuda") == []
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    assert passed_over(REFERENCE, "cuda")[0] == "cuda: it is here, compute.kernels=cuda takes it"
+    assert (
+        skipped_kernels(REFERENCE, "cuda")[0] == "cuda: it is here, compute.kernels=cuda takes it"
+    )
 
 
 def test_backward_cost_grows_linearly() -> None:

@@ -19,23 +19,25 @@ from model.parameters import has_weight_decay
 from tests.tiny import TINY, model_of
 
 
-def hf_twin(config: ModelConfig) -> FalconMambaForCausalLM:
+def hf_reference(config: ModelConfig) -> FalconMambaForCausalLM:
     """A random transformers model of the same shape, with weights of the size of a trained
     one's.
     """
     torch.manual_seed(7)
-    twin = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, eos=11, dtype="float32")))
+    hf_model = FalconMambaForCausalLM(
+        FalconMambaConfig(**hf_config(config, eos=11, dtype="float32"))
+    )
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in hf_model.parameters():
             parameter.copy_(
                 torch.randn_like(parameter)
                 * (0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
             )
-    return twin.train()
+    return hf_model.train()
 
 
-def import_from(twin: FalconMambaForCausalLM, config: ModelConfig) -> FalconMamba:
-    theirs = twin.state_dict()
+def import_from(hf_model: FalconMambaForCausalLM, config: ModelConfig) -> FalconMamba:
+    theirs = hf_model.state_dict()
     model = FalconMamba(config, REFERENCE)
     model.load_state_dict(
         {ours: from_hf(ours, theirs[name]) for ours, name in tensor_names(config.n_layer)}
@@ -45,11 +47,11 @@ def import_from(twin: FalconMambaForCausalLM, config: ModelConfig) -> FalconMamb
 
 @pytest.mark.parametrize("length", [1, 7, 300])
 def test_equals_transformers(length: int) -> None:
-    twin = hf_twin(TINY)
-    model = import_from(twin, TINY)
+    hf_model = hf_reference(TINY)
+    model = import_from(hf_model, TINY)
     tokens = torch.randint(0, TINY.vocab_size, (2, length + 1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = twin(inputs, use_cache=False).logits
+    logits = hf_model(inputs, use_cache=False).logits
     torch.testing.assert_close(
         model.logits(inputs), logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item()
     )
@@ -58,7 +60,7 @@ def test_equals_transformers(length: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     theirs.backward()
     ours.backward()
-    gradients = dict(twin.named_parameters())
+    gradients = dict(hf_model.named_parameters())
     for name, hf_name in tensor_names(TINY.n_layer):
         expected = from_hf(name, gradients[hf_name].grad)
         actual = model.get_parameter(name).grad
@@ -67,9 +69,9 @@ def test_equals_transformers(length: int) -> None:
 
 
 def test_round_trip_is_bit_equal() -> None:
-    twin = hf_twin(TINY)
-    model = import_from(twin, TINY)
-    theirs = twin.state_dict()
+    hf_model = hf_reference(TINY)
+    model = import_from(hf_model, TINY)
+    theirs = hf_model.state_dict()
     back = {
         name: to_hf(ours, model.get_parameter(ours).detach())
         for ours, name in tensor_names(TINY.n_layer)

@@ -84,11 +84,11 @@ def saved(
     here: Ranks,
     steps: int = 1,
     config: CheckpointConfig = KEEP,
-    edges: tuple[int, ...] = (),
+    stage_ends: tuple[int, ...] = (),
 ) -> Stub:
     """Checkpoints of steps 1, 2, ... with 100 tokens each."""
     engine = Stub()
-    checkpoints = Checkpoints(folder, config, here, frozenset(edges))
+    checkpoints = Checkpoints(folder, config, here, frozenset(stage_ends))
     for step in range(1, steps + 1):
         checkpoints.save_and_wait(replace(STATE, step=step, tokens=100 * step), engine)
     return engine
@@ -148,7 +148,7 @@ def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
     tmp_path: Path, here: Ranks
 ) -> None:
     config = CheckpointConfig(100, 2, 400, True, 0.0, 3)
-    saved(tmp_path, here, steps=14, config=config, edges=(700, 1400))
+    saved(tmp_path, here, steps=14, config=config, stage_ends=(700, 1400))
     # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are
     # the last
     assert names(tmp_path) == [14, 13, 12, 8, 7, 4]

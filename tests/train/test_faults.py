@@ -286,7 +286,7 @@ def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
         run.schedule.warmup_tokens,
         plan.total - run.schedule.decay_tokens,
     }
-    edges |= {end for end, _, _ in plan.edges[:-1]}
+    edges |= {end for end, _, _ in plan.stages[:-1]}
     at = {step for edge in edges for step in (steps_until(plan, edge) - 1, steps_until(plan, edge))}
     faults = [Fault("kill", step % 2, step) for step in sorted(at)]
     result = soak(run, faults, clean.home, clean=clean.history)

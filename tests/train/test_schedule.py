@@ -162,7 +162,7 @@ def test_steps_tile_every_stage() -> None:
         tokens += now.tokens
         last = now
     assert tokens == schedule.total == config.tokens
-    assert set(short) <= {end for end, _, _ in schedule.edges}
+    assert set(short) <= {end for end, _, _ in schedule.stages}
     assert last is not None and last.lr == pytest.approx(config.schedule.min_lr)
 
 

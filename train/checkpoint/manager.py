@@ -48,13 +48,13 @@ class Checkpoints:
     """The checkpoint folder of one run, shared by its ranks."""
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, ranks: Ranks, edges: frozenset[int]
+        self, folder: Path, config: CheckpointConfig, ranks: Ranks, stage_ends: frozenset[int]
     ) -> None:
         """`edges` are the tokens at which stages end."""
         self.folder = folder
         self.config = config
         self.ranks = ranks
-        self.edges = edges
+        self.stage_ends = stage_ends
         self.writer = Writer(folder, ranks)
         self.failures = 0  # saves in a row that did not come to be; the same on every rank
         self.saved: State | None = None  # what the save in flight, or the last one, holds
@@ -67,7 +67,7 @@ class Checkpoints:
         `before` leaves out those that have more tokens behind them.
         """
         step = torch.full((1,), -1, dtype=torch.int64)
-        if self.ranks.first:
+        if self.ranks.is_first:
             for folder in newest(self.folder):
                 why = invalid_reason(folder)
                 if why is not None:
@@ -107,7 +107,7 @@ class Checkpoints:
     def due(self, before: int, tokens: int) -> bool:
         """Whether `before` to `tokens` passes a multiple of the interval, or ends a stage."""
         every = self.config.every_tokens
-        return tokens // every > before // every or tokens in self.edges
+        return tokens // every > before // every or tokens in self.stage_ends
 
     @property
     def wants_retry(self) -> bool:
@@ -118,7 +118,7 @@ class Checkpoints:
             self.retry_at = time.monotonic() + self.config.retry_seconds * 2**self.failures
         return time.monotonic() >= self.retry_at
 
-    def standing(self) -> str:
+    def status(self) -> str:
         """How far back a crash throws the run: the last save and its age, and the one in flight."""
         parts = ["no checkpoint yet"]
         if self.writer.done is not None:
@@ -154,7 +154,7 @@ class Checkpoints:
                 f"{self.failures} checkpoints in a row could not be written to {self.folder}: "
                 f"{why}; make room there, or choose another run.dir, and start again"
             )
-        if why is not None and self.ranks.first:
+        if why is not None and self.ranks.is_first:
             logger.warning(f"a checkpoint was not written: {why}; older ones are untouched")
         return why is None
 
@@ -190,7 +190,7 @@ class Checkpoints:
         multiples: set[int] = set()
         every = self.config.keep_every_tokens
         for folder, tokens in reversed(found.items()):
-            if tokens is None or (self.config.keep_stage_ends and tokens in self.edges):
+            if tokens is None or (self.config.keep_stage_ends and tokens in self.stage_ends):
                 keep.add(folder)
             if tokens is not None and every is not None and tokens // every not in multiples:
                 multiples.add(tokens // every)

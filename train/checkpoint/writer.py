@@ -107,7 +107,7 @@ class Writer:
     def _save(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> str | None:
         """Every collective below is reached by every rank, whatever fails on one of them."""
         part = self.folder / f"{name}.part"
-        if why := self._agree(self._try(lambda: self._begin(part)) if self.ranks.first else 0):
+        if why := self._agree(self._try(lambda: self._begin(part)) if self.ranks.is_first else 0):
             return why
         files: Files = {}
         code = self._try(lambda: files.update(self._write(part)))
@@ -115,11 +115,11 @@ class Writer:
         if not (why := self._agree(code)):
             code = (
                 self._try(lambda: self._commit(part, state, everyone, committed))
-                if self.ranks.first
+                if self.ranks.is_first
                 else 0
             )
             why = self._agree(code)
-        if why and self.ranks.first:
+        if why and self.ranks.is_first:
             shutil.rmtree(part, ignore_errors=True)  # what a full disk needs most
         return why
 

@@ -193,7 +193,7 @@ class Accelerated(Tracker):
 
     def __init__(self, name: str, project: str, folder: Path, run_config: Record) -> None:
         self.NAME, self.folder = name, folder
-        self.first = [name, project, str(folder.resolve()), run_config]
+        self.opening = [name, project, str(folder.resolve()), run_config]
         super().__init__()
 
     def _open(self) -> None:
@@ -209,7 +209,7 @@ class Accelerated(Tracker):
             env=environment,
             start_new_session=True,
         )
-        self._write(self.first)
+        self._write(self.opening)
 
     def _write(self, record: Any) -> None:
         assert self.process.stdin is not None

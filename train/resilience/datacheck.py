@@ -61,7 +61,7 @@ class DataCheck:
             for file in manifest.splits["train"]
         ]
         self.files = files[ranks.rank :: ranks.world_size]
-        self.first = ranks.first
+        self.is_first = ranks.is_first
         self.error: str | None = None
 
     def start(self, mode: VerifyShards) -> None:
@@ -88,6 +88,6 @@ class DataCheck:
                 )
                 return
             done += file.tokens
-            if self.first and time.monotonic() > said + SAY_SECONDS:
+            if self.is_first and time.monotonic() > said + SAY_SECONDS:
                 said = time.monotonic()
                 logger.info(f"shards: {done / total:.0%} of this rank's share verified")

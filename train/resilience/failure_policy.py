@@ -49,7 +49,7 @@ class FailurePolicy:
             grad_norm, skipped, spiked = float("nan"), True, "spike" in why
         self.spike_detector.update(loss, state.tokens, not skipped, spiked)
         state.updates += not skipped
-        if why is not None and self.ranks.first:
+        if why is not None and self.ranks.is_first:
             end = state.tokens + step_schedule.tokens
             text = f"step {state.step + 1} (tokens {state.tokens:,} to {end:,}): {why}"
             self.watchdog.incidents.log(
@@ -70,7 +70,7 @@ class FailurePolicy:
         if state.step % self.config.check_replicas_every_steps == 0:
             self.check_replicas(state.step)
         slow = self.stragglers.add(stats.compute_seconds)
-        if self.ranks.first:
+        if self.ranks.is_first:
             for rank, times in slow:
                 text = (
                     f"rank {rank} on {self.watchdog.host(rank)} is {times:.1f} times slower than "
@@ -96,7 +96,7 @@ class FailurePolicy:
         if drifted := drifting(self.model, self.engine, self.ranks):
             names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in drifted)
             text = f"weights of {names} differ from their master copies after step {step}"
-            if self.ranks.first:
+            if self.ranks.is_first:
                 self.watchdog.incidents.log("drift", text, ranks=drifted, step=step)
             raise RuntimeError(text)
 
@@ -114,7 +114,7 @@ class FailurePolicy:
         self.spike_detector.load(old.health)
         self.spike_detector.start_after_rollback(rollbacks)
         state.updates = old.updates
-        if self.ranks.first:
+        if self.ranks.is_first:
             text = (
                 f"the loss has spiked since token {since:,}: weights of {folder.name}, and "
                 f"tokens {old.tokens:,} to {state.tokens:,} are left out"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def load(folder: Path) -> Any:
+def load_transformers_model(folder: Path) -> Any:
     """FalconMambaForCausalLM of a folder, in fp32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.rivals import Decoder
+from benchmarks.baselines import Decoder
 
 BLOCK = 64  # tokens that are timed together
 
 
-class Turns:
+class InterleavedRunner:
     """A decoder that waits after each block for its next turn; it works in a thread of its own."""
 
     def __init__(self, decode: Decoder, first: int, rounds: int) -> None:
@@ -70,18 +70,20 @@ def relative_speeds(decoders: dict[str, tuple[Decoder, int]], rounds: int) -> di
     Each comes with the tokens that it generates before it is timed. On a CPU only: time is each
     thread's own.
     """
-    turns = {name: Turns(decode, first, rounds) for name, (decode, first) in decoders.items()}
-    for each in turns.values():
+    runners = {
+        name: InterleavedRunner(decode, first, rounds) for name, (decode, first) in decoders.items()
+    }
+    for each in runners.values():
         each.turn()  # the tokens before
-    times = list(_rounds(turns, rounds))
-    base = next(iter(turns))
-    return {name: statistics.median(row[base] / row[name] for row in times) for name in turns}
+    times = list(_rounds(runners, rounds))
+    base = next(iter(runners))
+    return {name: statistics.median(row[base] / row[name] for row in times) for name in runners}
 
 
-def _rounds(turns: dict[str, Turns], rounds: int) -> Iterator[dict[str, float]]:
+def _rounds(runners: dict[str, InterleavedRunner], rounds: int) -> Iterator[dict[str, float]]:
     """Times of a block of each, round by round; every other round goes backwards, so that no order
     is an advantage.
     """
     for number in range(rounds):
-        order = list(turns)[:: 1 if number % 2 else -1]
-        yield {name: turns[name].turn() for name in order}
+        order = list(runners)[:: 1 if number % 2 else -1]
+        yield {name: runners[name].turn() for name in order}

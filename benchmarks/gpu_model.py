@@ -144,13 +144,13 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         if (bench.device.type, p.engine) == ("cpu", EngineKind.megatron)
         else nullcontext
     )
-    with fake_world(run, world) as here, on_cpu():
+    with fake_world(run, world) as ranks, on_cpu():
         model = build_meta_model(
-            run.model, kernels, here.tp_size, p.sequence_parallel, run.compute.recompute
+            run.model, kernels, ranks.tp_size, p.sequence_parallel, run.compute.recompute
         )
-        set_tp_attributes(_filled(model.to_empty(device=bench.device)), here.tp_size)
+        set_tp_attributes(_filled(model.to_empty(device=bench.device)), ranks.tp_size)
         engine = build_engine(
-            model, run.optim, p, run.compute.precision, replace(here, device=bench.device)
+            model, run.optim, p, run.compute.precision, replace(ranks, device=bench.device)
         )
         step = _step(bench, run, model, engine)
         step()

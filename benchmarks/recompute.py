@@ -27,7 +27,7 @@ from model.parallel.build import build_model
 from tests.compose import run_config
 from train.config import Precision, RunConfig
 from train.costs.memory import GIB, needs
-from train.distributed import ranks
+from train.distributed import init_distributed
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 
@@ -60,11 +60,11 @@ def measure_peak(recompute: Recompute) -> None:
     run = demo(recompute)
     # in a world that is not there: what gloo's threads free, the profiler does not see
     with (
-        fake_world(run, 1) as here,
+        fake_world(run, 1) as ranks,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
-        model = build_model(run.model, CPU, 0, here.device, recompute=recompute)
-        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
+        model = build_model(run.model, CPU, 0, ranks.device, recompute=recompute)
+        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, ranks)
         for _ in range(2):
             step(model, engine, run.model.vocab_size)
     print(largest_sum(recorded))
@@ -96,9 +96,9 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
     """Processor seconds of a step, round by round."""
     run = demo(Recompute.none)
     found: dict[Recompute, list[float]] = {choice: [] for choice in Recompute}
-    with ranks("cpu", 1) as here:
-        model = build_model(run.model, CPU, 0, here.device)
-        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, here)
+    with init_distributed("cpu", 1) as ranks:
+        model = build_model(run.model, CPU, 0, ranks.device)
+        engine = build_engine(model, run.optim, run.parallel, run.compute.precision, ranks)
         step(model, engine, run.model.vocab_size)
         for number in range(rounds):
             for choice in list(Recompute)[:: 1 if number % 2 else -1]:

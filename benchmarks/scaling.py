@@ -27,7 +27,7 @@ from tests.compose import run_config
 from tests.distributed import run_ranks
 from train.config import RunConfig
 from train.costs.traffic import payloads
-from train.distributed import context_ranks, ranks
+from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
 SEQ_LEN, MICRO_BATCH = 256, 8
@@ -54,19 +54,19 @@ def step_seconds(folder: Path, name: str, sequences: int) -> None:
     """Time steps of a global batch, and write this rank's wall and processor seconds per step."""
     run = layout(name)
     p = run.parallel
-    with ranks("cpu", p.tensor_parallel, p.context_parallel) as here:
+    with init_distributed("cpu", p.tensor_parallel, p.context_parallel) as ranks:
         cut = {
-            "tp_rank": here.tp_rank,
-            "tp_size": here.tp_size,
+            "tp_rank": ranks.tp_rank,
+            "tp_size": ranks.tp_size,
             "sequence_parallel": p.sequence_parallel,
         }
-        model = build_model(run.model, CPU, 0, here.device, **cut)
-        if here.cp_size > 1:
+        model = build_model(run.model, CPU, 0, ranks.device, **cut)
+        if ranks.cp_size > 1:
             model.set_context(context_ranks())
-        engine = build_engine(model, run.optim, p, run.compute.precision, here)
-        micro_batches = sequences // here.dp_size // MICRO_BATCH
-        generator = torch.Generator().manual_seed(here.dp_rank)
-        shape = (MICRO_BATCH, SEQ_LEN // here.cp_size + 1)
+        engine = build_engine(model, run.optim, p, run.compute.precision, ranks)
+        micro_batches = sequences // ranks.dp_size // MICRO_BATCH
+        generator = torch.Generator().manual_seed(ranks.dp_rank)
+        shape = (MICRO_BATCH, SEQ_LEN // ranks.cp_size + 1)
         wall, processor = [], []
         for _ in range(1 + STEPS):
             ids = torch.randint(run.model.vocab_size, shape, generator=generator)

@@ -73,7 +73,9 @@ class Ranks:
 
 
 @contextmanager
-def ranks(device: str, tensor_parallel: int, context_parallel: int = 1) -> Iterator[Ranks]:
+def init_distributed(
+    device: str, tensor_parallel: int, context_parallel: int = 1
+) -> Iterator[Ranks]:
     """Join the world in the launcher's environment (one rank without); leave it at the end."""
     from megatron.core import parallel_state
 

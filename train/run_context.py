@@ -17,7 +17,7 @@ from core.files import ROOT, remove_parts, write_text
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
-from train.distributed import Ranks, raise_on_all_ranks, ranks
+from train.distributed import Ranks, init_distributed, raise_on_all_ranks
 from train.metrics.profiler import profiling
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
@@ -33,7 +33,7 @@ LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
 def run_context(
-    run: Run, health: HealthConfig, here: Ranks, body: Callable[[Watchdog, StopRequest], Outcome]
+    run: Run, health: HealthConfig, ranks: Ranks, body: Callable[[Watchdog, StopRequest], Outcome]
 ) -> Outcome:
     """Run `body` on every rank while this job alone holds the run's folder; returns how it ended,
     on disk too.
@@ -43,8 +43,8 @@ def run_context(
     folder = run.folder
     before = read_outcome(folder)
     run_lock = RunLock(folder)
-    raise_on_all_ranks(_take(run_lock) if here.is_first else None)
-    watchdog = Watchdog(folder, here.rank, here.world_size, health.hang_seconds)
+    raise_on_all_ranks(_take(run_lock) if ranks.is_first else None)
+    watchdog = Watchdog(folder, ranks.rank, ranks.world_size, health.hang_seconds)
     try:
         if (
             before is not None
@@ -53,24 +53,24 @@ def run_context(
         ):
             # torchrun restarts whatever does not exit with 0: what asked to leave stays out
             return before
-        if here.is_first:
+        if ranks.is_first:
             run.files.outcome.unlink(missing_ok=True)
-        watchdog.begin(run_lock if here.is_first else None)
+        watchdog.begin(run_lock if ranks.is_first else None)
         stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
         stop_request.install()
-        logger.info(f"{here.world_size} ranks have met; building the model")
+        logger.info(f"{ranks.world_size} ranks have met; building the model")
         outcome = body(watchdog, stop_request)
-        if here.is_first:
+        if ranks.is_first:
             outcome.write(folder)
         return outcome
     except InputError as error:
-        if here.is_first:
+        if ranks.is_first:
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        text = f"rank {here.rank} on {watchdog.who['host']}: {type(error).__name__}: {error}"
+        text = f"rank {ranks.rank} on {watchdog.who['host']}: {type(error).__name__}: {error}"
         watchdog.incidents.log(
-            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=here.rank
+            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=ranks.rank
         )
         # which the command line takes for a mistake; in the middle of a run it is none
         if isinstance(error, OSError):
@@ -87,27 +87,29 @@ def run_context(
 
 def start(config: RunConfig, device: str) -> Outcome:
     """Train with the ranks that the launcher started, from the newest checkpoint on."""
-    with ranks(device, config.parallel.tensor_parallel, config.parallel.context_parallel) as here:
+    with init_distributed(
+        device, config.parallel.tensor_parallel, config.parallel.context_parallel
+    ) as ranks:
         return run_context(
             config.run,
             config.health,
-            here,
-            lambda watchdog, stop_request: _train(config, here, watchdog, stop_request),
+            ranks,
+            lambda watchdog, stop_request: _train(config, ranks, watchdog, stop_request),
         )
 
 
 def _train(
-    config: RunConfig, here: Ranks, watchdog: Watchdog, stop_request: StopRequest
+    config: RunConfig, ranks: Ranks, watchdog: Watchdog, stop_request: StopRequest
 ) -> Outcome:
-    record = {"code": code_version() if here.is_first else None, **plain(asdict(config))}
+    record = {"code": code_version() if ranks.is_first else None, **plain(asdict(config))}
     manifests = open_per_node(config.data)
     # refuses a folder of another run before its record changes
-    trainer = build_trainer(config, manifests, here, record, watchdog, stop_request)
-    if here.is_first:
+    trainer = build_trainer(config, manifests, ranks, record, watchdog, stop_request)
+    if ranks.is_first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
-    with profiling(config.train.profile, config.run.folder, here, trainer.phases):
+    with profiling(config.train.profile, config.run.folder, ranks, trainer.phases):
         outcome = trainer.run()
-    if here.is_first and outcome.code == FINISHED:
+    if ranks.is_first and outcome.code == FINISHED:
         from train.metrics.curves import draw
 
         logger.info(

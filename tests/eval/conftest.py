@@ -20,7 +20,7 @@ from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY
 from train.checkpoint.manager import Checkpoints, State
 from train.config import CheckpointConfig, Optim, Precision
-from train.distributed import ranks
+from train.distributed import init_distributed
 from train.engines.build import build_engine
 
 MODEL = replace(TINY, vocab_size=288)
@@ -38,18 +38,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
     train_tokenizer(iter(text), 288, tokenizer_path(data).parent)
     make_corpus(root / "data", vocab_size=280)
     run = Run("small", str(root / "run"), 0)
-    with ranks("cpu", 1) as here:
-        model = build_model(MODEL, REFERENCE, 0, here.device)
+    with init_distributed("cpu", 1) as ranks:
+        model = build_model(MODEL, REFERENCE, 0, ranks.device)
         engine = build_engine(
             model,
             Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0),
             run_config("demo").parallel,
             Precision.fp32,
-            here,
+            ranks,
         )
         state = State(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
-        Checkpoints(run.files.checkpoints, keep, here, frozenset()).save_and_wait(state, engine)
+        Checkpoints(run.files.checkpoints, keep, ranks, frozenset()).save_and_wait(state, engine)
     demo = typed(EvaluationConfig, "demo")
     return replace(
         demo,

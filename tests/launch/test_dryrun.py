@@ -165,7 +165,7 @@ def test_a_wrong_layout_is_refused_with_one_that_works(
     assert (
         layout_of(
             mended, mended.parallel, mended.compute.recompute, 256, planned_gpu(mended)
-        ).why_not
+        ).unsupported_reason
         is None
     )
 

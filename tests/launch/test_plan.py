@@ -235,7 +235,7 @@ def found(run: PlannedRun) -> list[Layout]:
 
 
 def test_layouts_say_why_they_fall(run: PlannedRun, found: list[Layout]) -> None:
-    runs = [layout for layout in found if layout.why_not is None]
+    runs = [layout for layout in found if layout.unsupported_reason is None]
     assert found[: len(runs)] == runs and len(found) == 7 * 4 * 3 * (2 + 2 * 3)
     assert [layout.tokens_per_second for layout in runs] == sorted(
         (x.tokens_per_second for x in runs), reverse=True
@@ -244,10 +244,13 @@ def test_layouts_say_why_they_fall(run: PlannedRun, found: list[Layout]) -> None
     alone = next(x for x in found if asdict(x) | SELECTIVE == asdict(x))
     assert (
         alone.lacks == "memory"
-        and alone.why_not == f"needs {alone.memory_gib:.1f} of 79 GiB less 5 of headroom"
+        and alone.unsupported_reason == f"needs {alone.memory_gib:.1f} of 79 GiB less 5 of headroom"
     )
     three = layouts(run, 3, H100)
-    assert any(x.lacks == "ranks" and x.why_not == "2 x 1 does not divide 3 ranks" for x in three)
+    assert any(
+        x.lacks == "ranks" and x.unsupported_reason == "2 x 1 does not divide 3 ranks"
+        for x in three
+    )
 
 
 def test_what_7b_says_of_the_fastest(megatron: PlannedRun) -> None:

@@ -40,7 +40,7 @@ from train.checkpoint.manager import Checkpoints, State
 from train.checkpoint.writer import Writer
 from train.checkpoints import main as inspect
 from train.config import CheckpointConfig
-from train.distributed import Ranks, ranks
+from train.distributed import Ranks, init_distributed
 
 KEEP = CheckpointConfig(100, 2, None, False, retry_seconds=0.0, max_failures=3)
 STATE = State(100, 1, 1, "plan", {"d_model": 4})
@@ -74,21 +74,21 @@ class Stub:
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Ranks]:
-    with ranks("cpu", 1) as alone:
+def ranks() -> Iterator[Ranks]:
+    with init_distributed("cpu", 1) as alone:
         yield alone
 
 
 def saved(
     folder: Path,
-    here: Ranks,
+    ranks: Ranks,
     steps: int = 1,
     config: CheckpointConfig = KEEP,
     stage_ends: tuple[int, ...] = (),
 ) -> Stub:
     """Checkpoints of steps 1, 2, ... with 100 tokens each."""
     engine = Stub()
-    checkpoints = Checkpoints(folder, config, here, frozenset(stage_ends))
+    checkpoints = Checkpoints(folder, config, ranks, frozenset(stage_ends))
     for step in range(1, steps + 1):
         checkpoints.save_and_wait(replace(STATE, step=step, tokens=100 * step), engine)
     return engine
@@ -101,14 +101,14 @@ def names(folder: Path) -> list[int]:
 
 @pytest.mark.fault("the cost of a save", "the loop waits for the copy to host memory alone")
 def test_the_loop_waits_for_the_copy_only(
-    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch, measured: Any
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
     """The loop goes on before a byte is written, and its share of a save's processor time is the
     copy's.
     """
     engine, gate, write = Stub(count=24, size=2_000_000), Event(), Writer._write
     monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
-    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
     shares, waits = [], []
     for step in range(1, 5):
         gate.clear()
@@ -125,13 +125,13 @@ def test_the_loop_waits_for_the_copy_only(
 
 
 def test_what_changes_after_the_copy_is_not_saved(
-    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Stub()
     before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
     real, updated = commit.save_file, Event()
     monkeypatch.setattr(commit, "save_file", lambda *a: (updated.wait(), real(*a)))
-    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
     checkpoints.save(STATE, engine)
     for tensor in engine.tensors.values():
         tensor.add_(1)  # the next update
@@ -145,17 +145,17 @@ def test_what_changes_after_the_copy_is_not_saved(
 
 
 def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
-    tmp_path: Path, here: Ranks
+    tmp_path: Path, ranks: Ranks
 ) -> None:
     config = CheckpointConfig(100, 2, 400, True, 0.0, 3)
-    saved(tmp_path, here, steps=14, config=config, stage_ends=(700, 1400))
+    saved(tmp_path, ranks, steps=14, config=config, stage_ends=(700, 1400))
     # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are
     # the last
     assert names(tmp_path) == [14, 13, 12, 8, 7, 4]
 
 
-def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, here: Ranks) -> None:
-    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset({250}))
+def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, ranks: Ranks) -> None:
+    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset({250}))
     due = [tokens for tokens in range(10, 400, 10) if checkpoints.due(tokens - 10, tokens)]
     assert due == [100, 200, 250, 300]
 
@@ -177,11 +177,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "disk full while saving", "the partial write is removed, the run goes on and tries again"
 )
 def test_a_full_disk_costs_a_save_and_nothing_else(
-    small_disk: Path, here: Ranks, capsys: Any, measured: Any
+    small_disk: Path, ranks: Ranks, capsys: Any, measured: Any
 ) -> None:
     folder = small_disk / "checkpoints"
     engine = Stub(count=10, size=16_000)  # 640 kB: two do not fit
-    checkpoints = Checkpoints(folder, KEEP, here, frozenset())
+    checkpoints = Checkpoints(folder, KEEP, ranks, frozenset())
     checkpoints.save_and_wait(STATE, engine)
     free = shutil.disk_usage(small_disk).free
     checkpoints.save(replace(STATE, step=2), engine)
@@ -197,14 +197,14 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
         checkpoints.save_and_wait(replace(STATE, step=2), engine)
     assert "No space left on device; older ones are untouched" in capsys.readouterr().out
     shutil.rmtree(folder)  # somebody makes room
-    again = Checkpoints(folder, KEEP, here, frozenset())
+    again = Checkpoints(folder, KEEP, ranks, frozenset())
     again.save_and_wait(replace(STATE, step=2), engine)
     assert names(folder) == [2]
 
 
-def test_how_the_saves_stand(tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
-    checkpoints = Checkpoints(tmp_path, KEEP, here, frozenset())
+    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
     assert checkpoints.standing() == "no checkpoint yet"
     engine, gate, write = Stub(), Event(), Writer._write
     monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
@@ -222,20 +222,20 @@ def test_how_the_saves_stand(tmp_path: Path, here: Ranks, monkeypatch: pytest.Mo
     assert not checkpoints.flush()
     said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
     assert re.fullmatch(said, checkpoints.standing())
-    again = Checkpoints(tmp_path, KEEP, here, frozenset())
+    again = Checkpoints(tmp_path, KEEP, ranks, frozenset())
     os.utime(tmp_path / "step-00000001" / "manifest.json", (time.time() - 7300,) * 2)
     again.load(tmp_path / "step-00000001", engine)
     assert again.standing() == "saved step-00000001 2 h ago"
 
 
 def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
-    tmp_path: Path, here: Ranks, monkeypatch: Any
+    tmp_path: Path, ranks: Ranks, monkeypatch: Any
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(commit, "save_file", _io_error)
     checkpoints = Checkpoints(
-        tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), here, frozenset()
+        tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), ranks, frozenset()
     )
     for pause in (10, 20, 40):
         checkpoints.save(STATE, Stub())
@@ -252,8 +252,8 @@ def _io_error(*arguments: Any) -> None:
 
 
 @pytest.mark.fault("bit rot in a checkpoint", "named, put aside, and the one before is taken")
-def test_every_flipped_bit_is_seen(tmp_path: Path, here: Ranks, measured: Any) -> None:
-    saved(tmp_path, here, steps=2)
+def test_every_flipped_bit_is_seen(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
+    saved(tmp_path, ranks, steps=2)
     best = next(newest(tmp_path))
     chance, flips = random.Random(0), 0
     for path in sorted(best.iterdir()):
@@ -286,7 +286,7 @@ def _unseen(folder: Path) -> str | None:
 
 def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
     """A second save, killed at its n-th point or when its file reaches a size."""
-    with ranks("cpu", 1) as here:
+    with init_distributed("cpu", 1) as ranks:
         injector = Injector(
             [] if point is None else [Fault("kill in save", 0, 0, point)], folder / "faults", 0
         )
@@ -299,7 +299,7 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
         engine = Stub(count=4)
         for tensor in engine.tensors.values():
             tensor.add_(1)
-        Checkpoints(folder / "checkpoints", KEEP, here, frozenset()).save_and_wait(
+        Checkpoints(folder / "checkpoints", KEEP, ranks, frozenset()).save_and_wait(
             replace(STATE, step=2), engine
         )
 
@@ -309,14 +309,14 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
     "kill -9 while a checkpoint is written", "the old one stays, or the new one is whole"
 )
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
-    tmp_path: Path, here: Ranks, measured: Any
+    tmp_path: Path, ranks: Ranks, measured: Any
 ) -> None:
     points = [(point, None) for point in range(1, 19)]
     offsets = [(None, offset) for offset in range(0, 16_000, 777)]
     old = new = 0
     for number, (point, offset) in enumerate(points + offsets):
         home = tmp_path / str(number)
-        saved(home / "checkpoints", here)
+        saved(home / "checkpoints", ranks)
         process = CONTEXT.Process(target=_save_and_die, args=(home, point, offset))
         process.start()
         process.join()
@@ -349,9 +349,9 @@ class Bomb:
     "name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"]
 )
 def test_a_pickle_in_place_of_any_file_does_nothing(
-    tmp_path: Path, here: Ranks, name: str, measured: Any
+    tmp_path: Path, ranks: Ranks, name: str, measured: Any
 ) -> None:
-    saved(tmp_path / "c", here)
+    saved(tmp_path / "c", ranks)
     folder, canary = next(newest(tmp_path / "c")), tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
     if name != "manifest.json":  # whoever writes the file writes its hash too
@@ -361,7 +361,7 @@ def test_a_pickle_in_place_of_any_file_does_nothing(
             if path.name != "manifest.json"
         }
         commit.write_json(folder / "manifest.json", {"files": files})
-    checkpoints = Checkpoints(tmp_path / "c", KEEP, here, frozenset())
+    checkpoints = Checkpoints(tmp_path / "c", KEEP, ranks, frozenset())
     try:
         found = checkpoints.find()
         if found is not None:
@@ -377,8 +377,8 @@ def test_a_pickle_would_have_had_an_effect(tmp_path: Path) -> None:
     assert (tmp_path / "canary").exists()
 
 
-def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, here: Ranks, capsys: Any) -> None:
-    engine = saved(tmp_path / "run" / "checkpoints", here, steps=2)
+def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, ranks: Ranks, capsys: Any) -> None:
+    engine = saved(tmp_path / "run" / "checkpoints", ranks, steps=2)
     run = str(tmp_path / "run")
     assert inspect(["ls", run]) == 0
     assert "step-00000002" in capsys.readouterr().out
@@ -388,7 +388,7 @@ def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, here: Ranks, caps
     assert "3 of 3 tensors are equal bit for bit" in out and "state differs in step, tokens" in out
     assert inspect(["diff", run, run]) == 0
     engine.tensors["layer.1"][5] += 0.25
-    other = Checkpoints(tmp_path / "other", KEEP, here, frozenset())
+    other = Checkpoints(tmp_path / "other", KEEP, ranks, frozenset())
     other.save_and_wait(replace(STATE, step=2, tokens=200), engine)
     capsys.readouterr()
     assert inspect(["diff", run, str(tmp_path / "other")]) == 1
@@ -400,8 +400,8 @@ def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, here: Ranks, caps
     assert inspect(["ls", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_command_line_reaches_it(tmp_path: Path, here: Ranks) -> None:
-    saved(tmp_path, here)
+def test_the_command_line_reaches_it(tmp_path: Path, ranks: Ranks) -> None:
+    saved(tmp_path, ranks)
     done = python("train/checkpoints.py", "verify", tmp_path)
     assert (
         done.returncode == 0

@@ -31,7 +31,7 @@ from model.parallel.build import build_model
 from tests.compose import laid_out
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.memory import needs, state_of_megatron
-from train.distributed import context_ranks, ranks
+from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
 # the loss holds most
@@ -156,17 +156,17 @@ def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
     shape = (p.micro_batch_tokens // length, length // p.context_parallel)
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     products = BareProducts if kernels is BARE else nullcontext
-    with fake_world(run, world) as here, shim(), agree(), products(), recording as recorded:
+    with fake_world(run, world) as ranks, shim(), agree(), products(), recording as recorded:
         where = {
-            "tp_rank": here.tp_rank,
-            "tp_size": here.tp_size,
+            "tp_rank": ranks.tp_rank,
+            "tp_size": ranks.tp_size,
             "sequence_parallel": p.sequence_parallel,
         }
         model = build_model(
-            run.model, kernels, 0, here.device, recompute=run.compute.recompute, **where
+            run.model, kernels, 0, ranks.device, recompute=run.compute.recompute, **where
         )  # type: ignore[arg-type]
-        model.set_context(context_ranks() if here.cp_size > 1 else None)
-        engine = build_engine(model, run.optim, p, run.compute.precision, here)
+        model.set_context(context_ranks() if ranks.cp_size > 1 else None)
+        engine = build_engine(model, run.optim, p, run.compute.precision, ranks)
         for index in range(4 if p.zero_stage == 3 else 2):
             ids = torch.randint(run.model.vocab_size, shape)
             narrow = run.compute.precision is Precision.bf16
@@ -219,10 +219,10 @@ def test_peak_memory_in_bf16_is_the_plans_within_five_percent(
 FAULTS_OF_TWENTY = """
 import resource
 import torch
-from train.distributed import context_ranks, ranks
+from train.distributed import context_ranks, init_distributed
 from launch.simulation.dry_run import agreement, fake_world
 
-with ranks("cpu", 1):
+with init_distributed("cpu", 1):
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
@@ -255,13 +255,13 @@ def test_megatron_keeps_what_the_plan_says() -> None:
     is never held.
     """
     run = planned("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
-    with ranks("cpu", 1) as here, cuda_on_cpu():
+    with init_distributed("cpu", 1) as ranks, cuda_on_cpu():
         built: Any = build_engine(
-            build_model(run.model, CPU, 0, here.device),
+            build_model(run.model, CPU, 0, ranks.device),
             run.optim,
             run.parallel,
             run.compute.precision,
-            here,
+            ranks,
         )
         buffers = built.ddp.buffers
         held = sum(

@@ -31,7 +31,7 @@ from tests.compose import demo
 from tests.distributed import run_ranks
 from tests.tiny import TINY, model_of
 from train.config import EngineKind, Optim, Precision
-from train.distributed import Ranks, context_ranks, data_parallel_group, ranks
+from train.distributed import Ranks, context_ranks, data_parallel_group, init_distributed
 from train.engines.build import build_engine
 
 OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
@@ -199,13 +199,13 @@ def one_rank(precision: Precision) -> dict[str, Any]:
 def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
     """One rank of all rows of a layout, whose process groups cost more than the updates."""
     shim = cuda_on_cpu if device == "cpu" else nullcontext
-    with ranks(device, rows[0].tp, rows[0].cp) as here:
+    with init_distributed(device, rows[0].tp, rows[0].cp) as ranks:
         for row in rows:
             with shim() if row.engine is EngineKind.megatron else nullcontext():
-                torch.save(train_row(row, here), root / f"{row}-{here.rank}.pt")
+                torch.save(train_row(row, ranks), root / f"{row}-{ranks.rank}.pt")
 
 
-def train_row(row: Row, here: Ranks) -> dict[str, Any]:
+def train_row(row: Row, ranks: Ranks) -> dict[str, Any]:
     """One rank of a row: five updates as the training loop does them; the curve, and what this rank
     owns.
     """
@@ -214,20 +214,20 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
     kind["bucket_elements"] = 1000 if row.stage == 3 else 5000
     layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
     parallel = replace(demo().parallel, **layout, **kind)  # type: ignore[arg-type]
-    where = {"tp_rank": here.tp_rank, "tp_size": here.tp_size, "sequence_parallel": row.sequence}
-    model = build_model(TINY, REFERENCE, 0, here.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
+    where = {"tp_rank": ranks.tp_rank, "tp_size": ranks.tp_size, "sequence_parallel": row.sequence}
+    model = build_model(TINY, REFERENCE, 0, ranks.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
     shard = torch.clone if context is None else context.shard
-    engine = build_engine(model, OPTIM, parallel, row.precision, here)
+    engine = build_engine(model, OPTIM, parallel, row.precision, ranks)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
         tokens, doc_starts = batch_of(step)
-        total = torch.zeros((), device=here.device)
+        total = torch.zeros((), device=ranks.device)
         chunks = split_batch(
             len(tokens),
-            here.dp_rank,
-            here.dp_size,
+            ranks.dp_rank,
+            ranks.dp_size,
             row.micro_batch,
             engine.needs_equal_micro_batches,
         )
@@ -235,8 +235,8 @@ def train_row(row: Row, here: Ranks) -> dict[str, Any]:
             part = slice(low, high) if low < high else slice(0, 1)
             loss = loss_of(
                 model,
-                tokens[part].to(here.device),
-                doc_starts[part].to(here.device),
+                tokens[part].to(ranks.device),
+                doc_starts[part].to(ranks.device),
                 row.precision,
                 shard,
             )
@@ -282,9 +282,9 @@ def shape_of(name: str, shape: list[int], size: int) -> list[int]:
 def train_all(folder: Path, rows: set[Row], device: str) -> Path:
     """What each rank of each row saves, whose tests then only compare; the folder of it."""
     for world in sorted({row.world for row in rows}):
-        here = [row for row in rows_of(world) if row in rows]
-        layouts = sorted({(row.tp, row.cp) for row in here})
-        parts = [[row for row in here if (row.tp, row.cp) == layout] for layout in layouts]
+        ranks = [row for row in rows_of(world) if row in rows]
+        layouts = sorted({(row.tp, row.cp) for row in ranks})
+        parts = [[row for row in ranks if (row.tp, row.cp) == layout] for layout in layouts]
         run_ranks(world, [(train_rows, (folder, part, device)) for part in parts], device)
     return folder
 

@@ -22,7 +22,7 @@ from tests.commands import PATIENCE
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
-from train.distributed import Ranks, ranks, shared_errors
+from train.distributed import Ranks, init_distributed, shared_errors
 from train.metrics.records import JsonLines, read_lines
 from train.resilience import watchdog
 from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
@@ -33,8 +33,8 @@ from train.run_context import code_version, run_context
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Ranks]:
-    with ranks("cpu", 1) as alone:
+def ranks() -> Iterator[Ranks]:
+    with init_distributed("cpu", 1) as alone:
         yield alone
 
 
@@ -188,11 +188,11 @@ def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
     measured("stopped at start 6 of 5")
 
 
-def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> None:
+def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, ranks: Ranks) -> None:
     run = config(tmp_path, "run")
     folder = run.run.folder
     assert run_context(
-        run.run, run.health, here, lambda watch, stop_request: Outcome(REQUEUE, "asked")
+        run.run, run.health, ranks, lambda watch, stop_request: Outcome(REQUEUE, "asked")
     ) == Outcome(REQUEUE, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
@@ -201,7 +201,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
         raise InputError("no such thing; do this")
 
     with pytest.raises(InputError):
-        run_context(run.run, run.health, here, mistake)
+        run_context(run.run, run.health, ranks, mistake)
     assert read_outcome(folder) == Outcome(2, "no such thing; do this")
 
     def crash(watch: Any, stop_request: Any) -> Outcome:
@@ -209,7 +209,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
 
     # not an OSError, which the command line would take for a mistake
     with pytest.raises(RuntimeError):
-        run_context(run.run, run.health, here, crash)
+        run_context(run.run, run.health, ranks, crash)
     assert (
         read_outcome(folder) is None
         and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
@@ -217,20 +217,20 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, here: Ranks) -> No
 
 
 def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
-    tmp_path: Path, here: Ranks, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
-    run_context(run.run, run.health, here, lambda watch, stop_request: Outcome(REQUEUE, "asked"))
+    run_context(run.run, run.health, ranks, lambda watch, stop_request: Outcome(REQUEUE, "asked"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert (
         run_context(
-            run.run, run.health, here, lambda watch, stop_request: pytest.fail("it ran")
+            run.run, run.health, ranks, lambda watch, stop_request: pytest.fail("it ran")
         ).code
         == REQUEUE
     )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert (
-        run_context(run.run, run.health, here, lambda watch, stop_request: Outcome(0, "done")).code
+        run_context(run.run, run.health, ranks, lambda watch, stop_request: Outcome(0, "done")).code
         == 0
     )
 
@@ -238,11 +238,11 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
 @pytest.mark.fault(
     "a run folder that cannot be written", "one line with the reason before anything is trained"
 )
-def test_a_read_only_folder_is_said(tmp_path: Path, here: Ranks, measured: Any) -> None:
+def test_a_read_only_folder_is_said(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
     with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
-        run_context(run.run, run.health, here, lambda watch, stop_request: pytest.fail("it ran"))
+        run_context(run.run, run.health, ranks, lambda watch, stop_request: pytest.fail("it ran"))
     measured("refused before the model is built")
 
 
@@ -318,13 +318,13 @@ def test_an_incident_reaches_its_file_when_the_console_is_gone(
 
 
 def _one_rank_fails(root: Path) -> None:
-    with ranks("cpu", 1) as here:
+    with init_distributed("cpu", 1) as ranks:
         try:
             with shared_errors():
-                if here.rank == 1:
+                if ranks.rank == 1:
                     raise InputError("run.init_from: not on this node")
         except InputError as error:
-            (root / f"rank-{here.rank}").write_text(str(error))
+            (root / f"rank-{ranks.rank}").write_text(str(error))
 
 
 def test_a_mistake_of_one_rank_is_said_on_all(tmp_path: Path) -> None:

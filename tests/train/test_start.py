@@ -22,7 +22,7 @@ from tests.distributed import run_ranks
 from tests.small import config
 from train.build import build_trainer
 from train.config import RunConfig
-from train.distributed import ranks
+from train.distributed import init_distributed
 from train.resilience.config import VerifyShards
 from train.resilience.datacheck import open_per_node
 from train.resilience.stop_request import StopRequest
@@ -58,20 +58,22 @@ def asked(about: Path) -> Iterator[list[str]]:
 
 def start(run: RunConfig, broken: Path, other: Path) -> None:
     """Build the trainer as a run does, and take no step; then open data sets that are refused."""
-    with ranks("cpu", 1) as here:
+    with init_distributed("cpu", 1) as ranks:
         with asked(Path(run.data.folder)) as paths:
-            watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
-            build_trainer(run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0))
+            watchdog = Watchdog(
+                run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds
+            )
+            build_trainer(run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0))
         with pytest.raises(InputError, match=r"shard .*train_1\.ds is missing"):
             open_per_node(replace(run.data, folder=str(broken)))
-        second_node = here.rank >= RANKS // 2  # which has another data set in the same place
+        second_node = ranks.rank >= RANKS // 2  # which has another data set in the same place
         if second_node:
-            os.environ["LOCAL_RANK"] = str(here.rank - RANKS // 2)
+            os.environ["LOCAL_RANK"] = str(ranks.rank - RANKS // 2)
         with pytest.raises(InputError, match="has other manifests in .* than the first node"):
             open_per_node(replace(run.data, folder=str(other)) if second_node else run.data)
     shards = sum(path.endswith(".ds") for path in paths)
     counts = {"shards": shards, "others": len(paths) - shards}
-    (run.run.folder / f"{here.rank}.json").write_text(json.dumps(counts))
+    (run.run.folder / f"{ranks.rank}.json").write_text(json.dumps(counts))
 
 
 def many_shards(folder: Path) -> None:

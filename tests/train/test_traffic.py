@@ -25,7 +25,7 @@ from tests.small import config
 from train.build import build_trainer
 from train.config import EngineKind, Precision, RunConfig
 from train.costs.traffic import by_kind, payloads
-from train.distributed import ranks
+from train.distributed import init_distributed
 from train.engines.partition import Bucket, Flat, buckets, flats, gathers
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -111,10 +111,15 @@ def count(root: Path, name: str) -> None:
     run = run_of(root, name)
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
-    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+    with (
+        init_distributed(
+            "cpu", run.parallel.tensor_parallel, run.parallel.context_parallel
+        ) as ranks,
+        shim(),
+    ):
+        watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
         trainer = build_trainer(
-            run, open_manifests(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+            run, open_manifests(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         )
         for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
@@ -129,7 +134,12 @@ def count(root: Path, name: str) -> None:
                 for key, count in collectives.counts.items()
             }
             seen.append(
-                {"token": token, "dp_rank": here.dp_rank, "dp_size": here.dp_size, "counts": counts}
+                {
+                    "token": token,
+                    "dp_rank": ranks.dp_rank,
+                    "dp_size": ranks.dp_size,
+                    "counts": counts,
+                }
             )
         owned = sum(
             tensor.numel()

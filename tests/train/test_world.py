@@ -33,7 +33,7 @@ from tests.small import config
 from tests.tiny import TINY
 from tests.train.world import curve, engine, final, records, train
 from train.config import CheckpointConfig, EngineKind, Optim, Precision
-from train.distributed import ranks
+from train.distributed import init_distributed
 from train.engines.build import build_engine
 
 
@@ -108,8 +108,8 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
     """
     weights = []
     for compiled in (False, True):
-        with ranks("cpu", 1) as here, cuda_on_cpu():
-            model = build_model(TINY, CPU, 0, here.device, recompute=Recompute.full)
+        with init_distributed("cpu", 1) as ranks, cuda_on_cpu():
+            model = build_model(TINY, CPU, 0, ranks.device, recompute=Recompute.full)
             if compiled:
                 torch._dynamo.reset()
                 torch._dynamo.utils.counters.clear()
@@ -122,7 +122,7 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
                 Optim(1e-2, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0),
                 parallel,
                 Precision.fp32,
-                here,
+                ranks,
             )
             torch.manual_seed(0)
             for _ in range(2):
@@ -140,13 +140,13 @@ def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
     monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(optimizers, "Adam", None)
     parallel = replace(run_config("demo").parallel, engine=EngineKind.megatron)
-    with ranks("cpu", 1) as here, cuda_on_cpu():
+    with init_distributed("cpu", 1) as ranks, cuda_on_cpu():
         built: Any = build_engine(
-            build_model(TINY, CPU, 0, here.device),
+            build_model(TINY, CPU, 0, ranks.device),
             run_config("demo").optim,
             parallel,
             Precision.fp32,
-            here,
+            ranks,
         )
     assert type(built.zero.optimizer) is torch.optim.AdamW
 
@@ -161,7 +161,7 @@ def test_a_rank_may_open_sockets_to_all_others(
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with (
         nullcontext() if fits else pytest.raises(InputError, match="8,392 open files"),
-        ranks("cpu", 1),
+        init_distributed("cpu", 1),
     ):
         assert limits[resource.RLIMIT_NOFILE] == (4096, 4096)
     assert limits[resource.RLIMIT_NOFILE][0] == (4096 if fits else 1024)
@@ -234,10 +234,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
     results = []
     spike = 3.0  # a finite gradient that the loop does not want
     for factors in ([1.0, 1.0], [1.0, float("nan"), spike, float("inf"), 1.0]):
-        with ranks("cpu", 1) as here:
-            model = build_model(TINY, REFERENCE, 0, here.device)
+        with init_distributed("cpu", 1) as ranks:
+            model = build_model(TINY, REFERENCE, 0, ranks.device)
             chosen = build_engine(
-                model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, here
+                model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, ranks
             )
             for factor in factors:
                 before = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}

@@ -25,7 +25,7 @@ from tests.small import config
 from tests.tiny import TINY
 from train.build import build_trainer
 from train.config import EngineKind, RunConfig
-from train.distributed import Ranks, ranks
+from train.distributed import Ranks, init_distributed
 from train.resilience.datacheck import open_per_node
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -35,17 +35,22 @@ from train.resilience.watchdog import Watchdog
 def standing(run: RunConfig) -> Iterator[Ranks]:
     """A rank of a run's layout; megatron-core's optimizer takes it for one with a GPU."""
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
-    with ranks("cpu", run.parallel.tensor_parallel, run.parallel.context_parallel) as here, shim():
-        yield here
+    with (
+        init_distributed(
+            "cpu", run.parallel.tensor_parallel, run.parallel.context_parallel
+        ) as ranks,
+        shim(),
+    ):
+        yield ranks
 
 
 def train(run: RunConfig) -> None:
     """A whole run, or the rest of it."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    with standing(run) as here:
-        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+    with standing(run) as ranks:
+        watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
         build_trainer(
-            run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+            run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         ).run()
 
 
@@ -64,10 +69,10 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         newest_one = next(newest(root / source / "checkpoints"))
         shutil.copytree(newest_one, run.run.files.checkpoints / newest_one.name)
-    with standing(run) as here:
-        watchdog = Watchdog(run.run.folder, here.rank, here.world_size, run.health.hang_seconds)
+    with standing(run) as ranks:
+        watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
         trainer = build_trainer(
-            run, open_per_node(run.data), here, {}, watchdog, StopRequest(None, 0.0)
+            run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         )
         trainer.state.step += 1
         trainer.checkpoints.save_and_wait(trainer.state, trainer.engine)
@@ -77,15 +82,15 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
     """One backward pass without an engine; every rank saves the gradients it holds."""
     tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     doc_starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
-    with ranks("cpu", tensor_parallel) as here:
+    with init_distributed("cpu", tensor_parallel) as ranks:
         model = build_model(
-            TINY, REFERENCE, 0, here.device, tp_rank=here.tp_rank, tp_size=here.tp_size
+            TINY, REFERENCE, 0, ranks.device, tp_rank=ranks.tp_rank, tp_size=ranks.tp_size
         )
         losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], doc_starts)
         loss = losses.mean() + 1e-2 * log_sums.square().mean()
         loss.backward()
         held = {key: parameter.grad for key, parameter in model.named_parameters()}
-        torch.save({"loss": loss.detach(), **held}, root / f"{name}-{here.tp_rank}.pt")
+        torch.save({"loss": loss.detach(), **held}, root / f"{name}-{ranks.tp_rank}.pt")
 
 
 def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:

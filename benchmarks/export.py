@@ -19,7 +19,7 @@ from torch import Tensor
 from model.checkpoint import CheckpointReader, TensorShard
 from model.flops import parameter_shapes
 from model.hf import tensor_names, to_hf
-from model.hf_writer import CHUNK, Entry, File, Layout, plan, write
+from model.hf_writer import CHUNK, Entry, File, Layout, plan_files, write_files
 from tests.compose import run_config
 
 RANKS = 2
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path) -> None:
             shards.append(asdict(piece))
             entries.append(Entry(name, piece.key, torch.float32, (numel,)))
         stem = f"rank-{rank:05d}"
-        write(folder, Layout([File(f"{stem}.safetensors", entries)]), made_up, print)
+        write_files(folder, Layout([File(f"{stem}.safetensors", entries)]), made_up, print)
         (folder / f"{stem}.json").write_text(json.dumps(shards))
         files |= {f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
@@ -66,11 +66,11 @@ def main(root: Path) -> None:
             (o, t, to_hf(o, torch.empty(shapes[o], device="meta")).shape)
             for o, t in tensor_names(config.n_layer)
         )
-        layout = plan(
+        layout = plan_files(
             Entry(ours, theirs, torch.bfloat16, tuple(shape)) for ours, theirs, shape in named
         )
         begun = time.perf_counter()
-        write(
+        write_files(
             root / "hf",
             layout,
             lambda n, start, stop: to_hf(n, reader.read_rows("param", n, start, stop)),

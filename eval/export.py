@@ -37,7 +37,7 @@ from eval.subject import export_folder, find_checkpoint, identity_of, load_model
 from model.checkpoint import CheckpointReader
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
-from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan, write
+from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan_files, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         raise InputError(str(error)) from error
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    layout = plan(entries(config), max_bytes)
+    layout = plan_files(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
         raise InputError(
             f"the export takes {layout.size / 1e9:.2f} GB, {config.run.folder} has "
@@ -79,7 +79,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     part.mkdir(parents=True)
     logger.info(f"exporting {folder} as {config.export.dtype}")
     reader = CheckpointReader(folder)
-    write(
+    write_files(
         part,
         layout,
         lambda name, start, stop: to_hf(name, reader.read_rows("param", name, start, stop)),

@@ -17,7 +17,7 @@ if (CHECKOUT / "model" / "mamba.py").is_file():  # not where this file is copied
 import torch
 
 from model.config import Backend, ModelConfig
-from model.hf import HfFolder, initialize_from, save
+from model.hf import HfFolder, load_hf_weights, save_hf
 from model.kernels import load
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
@@ -75,10 +75,10 @@ def main() -> None:
         losses = train(model, 60)
         print(f"{kernels.name} kernels: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder), EOS)
+        save_hf(model, Path(folder), EOS)
         # AutoModelForCausalLM.from_pretrained(folder) reads it too
         again = FalconMamba(HfFolder(Path(folder)).config, load(Backend.auto, "cpu"))
-        initialize_from(again, Path(folder))
+        load_hf_weights(again, Path(folder))
     print("after 5 6 7:", *again.generate([[5, 6, 7]], count=8)[0].tolist())
 
 

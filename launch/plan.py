@@ -34,7 +34,7 @@ from launch.planning.estimate import (
     traffic_between_ranks,
 )
 from launch.planning.layouts import layout_of, layouts, worth_showing
-from model.flops import parameter_count, train_flops_per_token, train_traffic
+from model.flops import parameter_count, train_flops_per_token, train_memory_traffic
 from train.costs.memory import GIB, headroom, needs
 from train.schedule import Schedule
 
@@ -45,7 +45,7 @@ def plan(run: PlannedRun) -> dict[str, Any]:
     """Everything of a plan as plain values: seconds, bytes, tokens, days."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
     gpu = planned_gpu(run)
-    need, traffic = needs(run, ranks), train_traffic(run.model)
+    need, traffic = needs(run, ranks), train_memory_traffic(run.model)
     seconds = timed(run, ranks, gpu)
     days = {
         part: sum(phase.steps * getattr(time, part) for phase, time in seconds) / 86400

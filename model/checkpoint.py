@@ -1,11 +1,10 @@
-"""Tensors on disk without pickle: checkpoints as pieces by name and slice, and folders of
-safetensors files.
+"""The checkpoint format on disk: tensor shards by name and slice, without pickle.
 
-A checkpoint folder holds `rank-NNNNN.safetensors` (flat fp32 pieces), `rank-NNNNN.json` (what each
-piece is), `state.json` (the run's place in its token stream) and `manifest.json` (size and SHA-256
-of every other file, written last). A piece is a range of the flattened part of a tensor that one
-tensor-parallel rank holds, so any layout of ranks can read any other's. Reading costs the bytes
-asked for; indices grow with tensors x ranks, not with parameters.
+A checkpoint folder holds `rank-NNNNN.safetensors` (flat fp32 tensor shards), `rank-NNNNN.json` (a
+TensorShard each), `state.json` (position in the token stream and other state) and `manifest.json`
+(size and SHA-256 of every other file, written last). A TensorShard is a range of the flattened
+shard of one tensor-parallel rank, so any layout of ranks can read the checkpoint of any other. A
+read costs the bytes it returns; the index grows with tensors x ranks, not with parameters.
 """
 
 import json
@@ -29,7 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TensorShard:
-    """Elements [start, start + numel) of tensor `name`'s flattened part on rank tp_rank."""
+    """Elements [start, start + numel) of the flattened shard of tensor `name` on rank tp_rank."""
 
     kind: str  # "param", "exp_avg" or "exp_avg_sq"
     name: str
@@ -41,12 +40,12 @@ class TensorShard:
 
     @property
     def key(self) -> str:
-        """Name of the piece inside its safetensors file."""
+        """Name of the tensor in its safetensors file."""
         return f"{self.kind}/{self.name}/{self.tp_rank}/{self.start}"
 
 
 def shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
-    """Shape of the part of a tensor that one of tp_size ranks holds."""
+    """Return the shape of one of tp_size ranks' shard of a tensor."""
     spec = shard_spec(name)
     if spec is None or tp_size == 1:
         return shape
@@ -56,12 +55,12 @@ def shard_shape(name: str, shape: tuple[int, ...], tp_size: int) -> tuple[int, .
 
 
 class CheckpointReader:
-    """The tensors of one checkpoint folder, assembled on demand."""
+    """Reads full tensors, rows and ranges from the shards of a checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.where: dict[tuple[str, str], list[tuple[TensorShard, Path]]] = {}
-        # a file that it does not name was not verified and is not read
+        # files that the manifest does not list were not verified and are not read
         for name in read_manifest(folder):
             if name.startswith("rank-") and name.endswith(".json"):
                 path = folder / name
@@ -72,31 +71,32 @@ class CheckpointReader:
                     )
 
     def read_full(self, kind: str, name: str) -> Tensor:
-        """The whole tensor, fp32 on the CPU."""
+        """Return a full tensor, fp32 on the CPU."""
         return self.read_rows(kind, name, 0, self.where[kind, name][0][0].shape[0])
 
     def read_rows(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a full tensor, fp32 on the CPU; takes little more memory."""
+        """Return rows [start, stop) of a full tensor, fp32 on the CPU; reads only those."""
         entry = self.where[kind, name][0][0]
         spec, size = shard_spec(name), entry.tp_size
         shape = shard_shape(name, entry.shape, size)
         width = prod(shape[1:])
         if spec is None or size == 1 or spec.dim:
             ranks = range(1 if spec is None else size)
-            parts = [
+            slices = [
                 self._flat(kind, name, rank, start * width, (stop - start) * width)
                 for rank in ranks
             ]
-            parts = [part.view(stop - start, *shape[1:]) for part in parts]
-            return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        run, out = shape[0] // spec.blocks, []  # rows that lie together on one rank
+            slices = [x.view(stop - start, *shape[1:]) for x in slices]
+            return torch.cat(slices, 1) if len(slices) > 1 else slices[0]
+        rows_per_run = shape[0] // spec.blocks  # consecutive rows that one rank holds
+        out = []
         while start < stop:
-            # blocks go over the ranks of the first part, then of the next
-            block, inside = divmod(start, run)
-            count = min(run - inside, stop - start)
-            local = block // size * run + inside
+            # runs are dealt to ranks 0 to size - 1 within the first block, then the next
+            run, offset = divmod(start, rows_per_run)
+            count = min(rows_per_run - offset, stop - start)
+            local = run // size * rows_per_run + offset
             out.append(
-                self._flat(kind, name, block % size, local * width, count * width).view(
+                self._flat(kind, name, run % size, local * width, count * width).view(
                     count, *shape[1:]
                 )
             )
@@ -106,7 +106,7 @@ class CheckpointReader:
     def read_range(
         self, kind: str, name: str, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
-        """Range of the flattened part of rank tp_rank of tp_size, whatever layout was saved."""
+        """Return a range of the flattened shard of rank tp_rank of tp_size."""
         if (kind, name) not in self.where:
             raise KeyError(f"{self.folder} has no {kind} of {name}")
         if self.where[kind, name][0][0].tp_size == tp_size or shard_spec(name) is None:
@@ -118,7 +118,7 @@ class CheckpointReader:
 
     def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> Tensor:
         out = torch.empty(numel)
-        filled = start  # pieces follow each other without gap or overlap
+        filled = start  # shards must follow each other without gap or overlap
         for entry, path in sorted(self.where[kind, name], key=lambda pair: pair[0].start):
             low = max(start, entry.start)
             high = min(start + numel, entry.start + entry.numel)
@@ -139,7 +139,7 @@ class CheckpointReader:
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """File name -> (size in bytes, SHA-256) of a checkpoint's manifest."""
+    """Read a checkpoint's manifest: file name -> (size in bytes, SHA-256)."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {
         str(name): (int(entry["bytes"]), str(entry["sha256"]))
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Why a checkpoint must not be read, or None; reads and hashes every file of its manifest."""
+    """Return why a checkpoint is invalid, or None; reads and hashes every file of its manifest."""
     try:
         files = read_manifest(folder)
     except FileNotFoundError:
@@ -158,10 +158,12 @@ def verify_checkpoint(folder: Path) -> str | None:
     ranks = sorted(
         name.removesuffix(".json") for name in files if name.endswith(".json") and name != STATE
     )
-    wanted = {STATE} | {f"{rank}{suffix}" for rank in ranks for suffix in (".json", ".safetensors")}
+    expected = {STATE} | {
+        f"{rank}{suffix}" for rank in ranks for suffix in (".json", ".safetensors")
+    }
     if (
         not ranks
-        or set(files) != wanted
+        or set(files) != expected
         or ranks != [f"rank-{number:05d}" for number in range(len(ranks))]
     ):
         return f"{MANIFEST} does not list {STATE} and two files of every rank"
@@ -174,24 +176,24 @@ def verify_checkpoint(folder: Path) -> str | None:
         if sha256_of(path) != sha256:
             return f"{name} does not hash to its manifest's SHA-256"
     try:
-        found = read_state(folder).get("format")
+        version = read_state(folder).get("format")
     except (ValueError, AttributeError):
         return f"{STATE} is not a JSON object"
-    return None if found == FORMAT else f"its format is {found}, this code reads {FORMAT}"
+    return None if version == FORMAT else f"its format is {version}, this code reads {FORMAT}"
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that verifies, and what is wrong with each newer one."""
-    faults: dict[Path, str] = {}
+    """Return the newest valid checkpoint, and why each newer one is invalid."""
+    errors: dict[Path, str] = {}
     for folder in newest(checkpoints):
         why = verify_checkpoint(folder)
         if why is None:
-            return folder, faults
-        faults[folder] = why
-    return None, faults
+            return folder, errors
+        errors[folder] = why
+    return None, errors
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+    """Read state.json of a checkpoint."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return state

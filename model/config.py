@@ -1,14 +1,14 @@
-"""Shape of the network and of its initial values, torch-free; the values stand in configs/model."""
+"""Model configuration, torch-free; values are in configs/model."""
 
 from dataclasses import dataclass
 from enum import Enum
 
-SCAN_CHUNK = 16  # tokens between the states that a fused scan keeps for its backward
-LOSS_CHUNK = 1024  # tokens whose logits live at once, or as many as d_model; see loss_chunk
+SCAN_CHUNK = 16  # a fused scan saves its state every SCAN_CHUNK tokens for the backward
+LOSS_CHUNK = 1024  # minimum number of tokens per chunk of logits; see loss_chunk
 
 
 class Backend(Enum):
-    """Kernel backends that a run can ask for; `auto` takes the fastest available one."""
+    """Kernel backends; `auto` takes the fastest available one."""
 
     auto = "auto"
     reference = "reference"
@@ -18,20 +18,19 @@ class Backend(Enum):
 
 
 class Recompute(Enum):
-    """What the backward computes again instead of keeping it."""
+    """What the backward recomputes instead of saving."""
 
     none = "none"
     # from in_proj's output to out_proj's input: convolution, x_proj, dt_proj and scan
     selective = "selective"
-    full = "full"  # whole blocks: the residual stream alone is kept
+    full = "full"  # whole blocks; only the residual stream is saved
 
 
 def loss_chunk(tokens: int, d_model: int) -> int:
-    """Tokens whose logits live at once: equal parts of all tokens, none above LOSS_CHUNK and
-    d_model both.
+    """Number of tokens per chunk of logits: equal chunks of at most max(LOSS_CHUNK, d_model).
 
-    Each chunk adds to the head's gradient [v, d_model] in memory; with d_model tokens its logits
-    are as large.
+    Every chunk also accumulates into lm_head's gradient [v, d_model]: chunks of d_model tokens have
+    logits of the same size.
     """
     chunks = max(1, -(-tokens // max(LOSS_CHUNK, d_model)))
     return max(1, -(-tokens // chunks))
@@ -49,7 +48,7 @@ class ModelConfig:
     d_conv: int
     dt_rank: int
     norm_eps: float  # block and final RMSNorm
-    mixer_norm_eps: float  # weightless RMSNorm of dt, B and C
+    mixer_norm_eps: float  # of the weightless RMSNorms of dt, B and C
     mixer_norms: bool  # False is plain Mamba-1
     embedding_std: float
     dt_min: float  # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
@@ -64,7 +63,7 @@ class ModelConfig:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
 
     def check_tensor_parallel(self, ranks: int) -> None:
-        """Raise ValueError unless the tensor-parallel ranks divide all sizes cut over them."""
+        """Raise ValueError unless `ranks` divides every sharded dimension."""
         for name in ("d_inner", "vocab_size"):
             if getattr(self, name) % ranks:
                 raise ValueError(
@@ -75,11 +74,11 @@ class ModelConfig:
 
 @dataclass
 class Sampling:
-    """How a token is chosen of its probabilities."""
+    """How the next token is sampled."""
 
-    temperature: float  # 0 takes the most likely one
-    top_k: int  # 0 keeps all
-    top_p: float  # 1 keeps all
+    temperature: float  # 0: greedy
+    top_k: int  # 0: all
+    top_p: float  # 1: all
     seed: int
 
     def __post_init__(self) -> None:

@@ -1,8 +1,7 @@
-"""One token through the whole model: what decoding repeats, without what a sequence needs.
+"""Decode one token at a time: the formulas of model/mamba.py at sequence length one.
 
-The same formula as model/mamba.py at a length of one, with A and the convolution's transposed
-weights prepared once: no kernel is launched for a single step. Equal to FalconMamba.forward_chunk
-(tests/model/test_generation.py).
+Plain torch operations, since a fused kernel's launch does not pay for one token; A is precomputed.
+tests/model/test_generation.py checks equality with FalconMamba.forward_chunk.
 """
 
 from collections.abc import Callable
@@ -12,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WARMUP = 3  # steps before a CUDA graph is captured, so that libraries have allocated what they need
+WARMUP_STEPS = 3  # before a CUDA graph is captured, so that libraries have allocated their buffers
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of all tokens so far; its size does not depend on their number."""
+    """Recurrent state of a layer; its size does not depend on the number of tokens."""
 
-    conv_state: Tensor  # the convolution's last inputs [b, k - 1, d]
+    conv_state: Tensor  # the conv's last inputs [b, k - 1, d]
     ssm_state: Tensor  # [b, d, n] fp32
 
 
@@ -26,77 +25,78 @@ State = list[LayerState]
 
 
 class Decoder:
-    """Next-token scores of a FalconMamba from one token and the state, which it keeps.
+    """Computes next-token logits of a FalconMamba token by token and keeps the state.
 
-    compiled: torch.compile makes the step several times faster on a CPU and takes half a minute at
-    first. On a GPU the step is a CUDA graph, captured here: one launch per token.
+    On a GPU the step is a CUDA graph, captured here: one launch per token. On a CPU, `compiled`
+    uses torch.compile: steps are several times faster after half a minute of compilation.
     """
 
     def __init__(self, model: Any, state: State, *, compiled: bool = False) -> None:
         self.model = model
         self.A = [-torch.exp(mixer.A_log.detach().float()) for mixer in self._mixers()]
-        self.conv_state = [layer.conv_state.clone() for layer in state]
+        self.conv_states = [layer.conv_state.clone() for layer in state]
         self.ssm_states = [layer.ssm_state.clone() for layer in state]
         self.step: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = self._step
         self.graph: torch.cuda.CUDAGraph | None = None
-        if self.conv_state[0].is_cuda:
+        if self.conv_states[0].is_cuda:
             self._capture()
         elif compiled:
             self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Scores [b, v] of what follows tokens [b]; the state moves on."""
+        """Return the logits [b, v] that follow tokens [b], and update the state."""
         if self.graph is not None:
             self.tokens.copy_(tokens)
             self.graph.replay()
-            return self.scores
-        scores, self.conv_state, self.ssm_states = self.step(
-            tokens, self.conv_state, self.ssm_states
+            return self.logits
+        logits, self.conv_states, self.ssm_states = self.step(
+            tokens, self.conv_states, self.ssm_states
         )
-        return scores
+        return logits
 
     def _mixers(self) -> list[Any]:
         return [layer.mixer for layer in self.model.layers]
 
     def _step(
-        self, tokens: Tensor, conv_state: list[Tensor], ssm_states: list[Tensor]
+        self, tokens: Tensor, conv_states: list[Tensor], ssm_states: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """tokens [b], all taps [b, k - 1, d], scans [b, d, n] -> scores [b, v], both updated."""
+        """Return logits [b, v] and all layers' new states, [b, k - 1, d] and [b, d, n]."""
         h = self.model.embedding(tokens).float()
-        after: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for layer, A, tap, ssm_state in zip(
-            self.model.layers, self.A, conv_state, ssm_states, strict=True
+        new_conv_states: list[Tensor] = []
+        new_ssm_states: list[Tensor] = []
+        for layer, A, conv_state, ssm_state in zip(
+            self.model.layers, self.A, conv_states, ssm_states, strict=True
         ):
-            x = _norm(h, layer.norm.weight, layer.norm.eps).to(tap.dtype)
-            y, tap, ssm_state = _mix(layer.mixer, x, A, tap, ssm_state)
+            x = _norm(h, layer.norm.weight, layer.norm.eps).to(conv_state.dtype)
+            y, conv_state, ssm_state = _mixer_step(layer.mixer, x, A, conv_state, ssm_state)
             h = h + y
-            after[0].append(tap)
-            after[1].append(ssm_state)
-        final = self.model.final_norm
-        head = self.model.lm_head.weight
-        return F.linear(_norm(h, final.weight, final.eps).to(head.dtype), head), *after
+            new_conv_states.append(conv_state)
+            new_ssm_states.append(ssm_state)
+        final_norm = self.model.final_norm
+        lm_head = self.model.lm_head.weight
+        logits = F.linear(_norm(h, final_norm.weight, final_norm.eps).to(lm_head.dtype), lm_head)
+        return logits, new_conv_states, new_ssm_states
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """Capture an in-place step as a CUDA graph; only warmup runs, which changes no state."""
-        device, batch = self.conv_state[0].device, self.conv_state[0].shape[0]
+        """Capture an in-place step as a CUDA graph; the warmup steps leave the state unchanged."""
+        device, batch = self.conv_states[0].device, self.conv_states[0].shape[0]
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                self._step(self.tokens, self.conv_state, self.ssm_states)
-        torch.cuda.current_stream().wait_stream(side)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_STEPS):
+                self._step(self.tokens, self.conv_states, self.ssm_states)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.scores, conv_state, ssm_states = self._step(
-                self.tokens, self.conv_state, self.ssm_states
+            self.logits, conv_states, ssm_states = self._step(
+                self.tokens, self.conv_states, self.ssm_states
             )
-            for mine, new in zip(
-                (*self.conv_state, *self.ssm_states), (*conv_state, *ssm_states), strict=True
-            ):
-                mine.copy_(new)
+            states = (*self.conv_states, *self.ssm_states)
+            for state, new_state in zip(states, (*conv_states, *ssm_states), strict=True):
+                state.copy_(new_state)
         self.graph = graph
 
 
@@ -106,16 +106,16 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x * weight
 
 
-def _mix(
+def _mixer_step(
     mixer: Any, x: Tensor, A: Tensor, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mixer at one step: x [b, e] -> [b, e], with the taps and the scan's state after it."""
+    """Run the mixer on x [b, e]; returns y [b, e] and both new states."""
     u, z = F.linear(x, mixer.in_proj.weight).chunk(2, dim=-1)
     window = torch.cat([conv_state, u.unsqueeze(1)], 1)
     u = F.silu((window * mixer.conv_weight.t()).sum(1) + mixer.conv_bias)
     dt, B, C = F.linear(u, mixer.x_proj.weight).split(mixer.split, dim=-1)
     if mixer.norms:
-        dt, B, C = (_norm(part, None, mixer.norm_eps).to(u.dtype) for part in (dt, B, C))
+        dt, B, C = (_norm(x, None, mixer.norm_eps).to(u.dtype) for x in (dt, B, C))
     delta = F.softplus((F.linear(dt, mixer.dt_proj.weight) + mixer.dt_bias).float())
     ssm_state = torch.exp(delta.unsqueeze(-1) * A) * ssm_state + (delta * u).unsqueeze(
         -1

@@ -1,13 +1,13 @@
-"""Parameters and FLOPs of a model, from its shape alone.
+"""Parameter count, FLOPs and memory traffic of a model, from its config.
 
-Training FLOPs per token count matrix products only, 2 per multiply-add, and twice the forward for
-the backward: 6 per matrix parameter that a token meets. The input embedding is a lookup and meets
-none. The scan adds about 7 FLOP per state element forward (0.4 % at 7B) and is left out, so that
-MFU compares with the usual transformer figures.
+Training FLOPs per token count matrix products only: 2 per multiply-add, and the backward costs
+twice the forward, so 6 per matrix parameter. The input embedding is a lookup and counts as zero.
+The scan, about 7 FLOPs per state element in the forward (0.4 % at 7B), is left out: MFU compares
+with the usual transformer figures.
 
-What is not a matrix product runs at the speed of memory, or, in the scan, of exponentials. Bytes
-count every tensor that a fused kernel must read or write once; products' own inputs and outputs are
-left out, since they hide behind them.
+Everything else is bound by memory bandwidth or, in the scan, by exponentials. Its bytes count every
+tensor that a fused kernel must read or write once. Inputs and outputs of matrix products are left
+out, since those are compute-bound.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from model.config import SCAN_CHUNK, ModelConfig
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and full shape of every parameter, in the order of the model's named_parameters."""
+    """Return full shapes by parameter name, in the order of named_parameters()."""
     c = config
     layer = {
         "norm.weight": (c.d_model,),
@@ -48,7 +48,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters of every token's matrix products; 6,994,001,920 for Falcon Mamba 7B."""
+    """Number of parameters in matrix products; 6,994,001,920 for Falcon Mamba 7B."""
     c = config
     mixer = c.d_inner * (2 * c.d_model + (c.dt_rank + 2 * c.d_state) + c.dt_rank + c.d_model)
     return c.n_layer * mixer + c.vocab_size * c.d_model
@@ -60,17 +60,17 @@ def train_flops_per_token(config: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes of memory and special functions per token, forward and backward of all layers."""
+class MemoryTraffic:
+    """Memory traffic and special functions per token, forward and backward of all layers."""
 
     residual: int  # bytes of norms and residual additions
     convolutions: int  # bytes
-    scan: int  # bytes of the scan
-    specials: int  # exponentials, logarithms and reciprocals of the scan
+    scan: int  # bytes
+    special_functions: int  # of the scan: exponentials, logarithms and reciprocals
 
 
-def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
-    """What a token moves outside matrix products; `width` bytes per element of the products' type.
+def train_memory_traffic(config: ModelConfig, dtype_bytes: int = 2) -> MemoryTraffic:
+    """Return a token's memory traffic outside matrix products, of `dtype_bytes` per element.
 
     Convolution: x in, y out; x, dy in, dx out. Scan: u, dt, z in, y out, a state every SCAN_CHUNK
     tokens; back, u, dt, z, dy in, du, ddt, dz out and the states in. Norm and addition: h and y in,
@@ -80,10 +80,13 @@ def train_traffic(config: ModelConfig, width: int = 2) -> Traffic:
     """
     c = config
     states = 4 * c.d_inner * c.d_state // SCAN_CHUNK
-    residual = c.d_model * (12 + 2 * width) + c.d_model * (16 + width)
-    convolutions = 5 * c.d_inner * width
-    scan = 11 * c.d_inner * width + 2 * states
-    specials = 3 * c.d_inner * c.d_state + 10 * c.d_inner
-    return Traffic(
-        c.n_layer * residual, c.n_layer * convolutions, c.n_layer * scan, c.n_layer * specials
+    residual = c.d_model * (12 + 2 * dtype_bytes) + c.d_model * (16 + dtype_bytes)
+    convolutions = 5 * c.d_inner * dtype_bytes
+    scan = 11 * c.d_inner * dtype_bytes + 2 * states
+    special_functions = 3 * c.d_inner * c.d_state + 10 * c.d_inner
+    return MemoryTraffic(
+        c.n_layer * residual,
+        c.n_layer * convolutions,
+        c.n_layer * scan,
+        c.n_layer * special_functions,
     )

@@ -1,9 +1,7 @@
-"""Generation: from prompts to tokens, recurrently; text is eval's.
+"""Generate token ids from prompts, recurrently: each token costs constant time and memory.
 
-A token costs the same time and memory whatever came before it. A prompt is read in chunks with the
-state carried, so that any length fits. Prompts of a batch are aligned on the right; where one
-begins, convolution and scan forget the padding before it, so that a row's result is the one it gets
-alone.
+Prompts are read in chunks that carry the state, so any length fits. A batch is padded on the left;
+the state is reset where each prompt starts, so a row's result does not depend on other rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +13,14 @@ from core.errors import InputError
 from model.config import Sampling
 from model.decode import Decoder, State
 
-# of a chunk, all rows together: its activations are the memory of a prompt of any length
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096  # per chunk over all rows; bounds the activation memory of a prompt
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
-PADDING = 0  # an id before a prompt that is shorter than others; any would do, for it is forgotten
+PAD_ID = 0  # left padding; any id works, since the state is reset after it
 Prompts = Sequence[Sequence[int]]
 
 
-class Generation:
-    """The part of FalconMamba that generates."""
+class GenerationMixin:
+    """Methods of FalconMamba that generate."""
 
     embedding: nn.Module
     lm_head: nn.Linear
@@ -38,10 +35,9 @@ class Generation:
         *,
         stop: int | None = None,
     ) -> Tensor:
-        """The next `count` ids [b, count] of prompts, which may differ in length; fewer where all
-        rows reached `stop`.
+        """Return the next `count` ids [b, count] of prompts of any lengths.
 
-        In the row of a prompt that ended before, `stop` fills what is left.
+        A row that reached the id `stop` is filled up with it; fewer ids if all rows reached it.
         """
         columns: list[Tensor] = []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.lm_head.weight.device)
@@ -58,23 +54,22 @@ class Generation:
     def stream(
         self, prompts: Prompts, count: int, sampling: Sampling = GREEDY, *, compiled: bool = False
     ) -> Iterator[Tensor]:
-        """Yield `count` times the next token [b] of every prompt; the caller stops when it has
-        enough.
+        """Yield the next token [b] of every prompt, `count` times.
 
-        compiled is for long texts on a CPU: see Decoder.
+        `compiled` speeds up long texts on a CPU; see Decoder.
         """
         hidden, state = self.prefill(prompts)
         generator = torch.Generator(hidden.device).manual_seed(sampling.seed)
-        tokens = choose(self.lm_head(hidden.to(self.lm_head.weight.dtype)), sampling, generator)
+        tokens = sample(self.lm_head(hidden.to(self.lm_head.weight.dtype)), sampling, generator)
         yield tokens
         decoder = Decoder(self, state, compiled=compiled)
         for _ in range(count - 1):
-            tokens = choose(decoder(tokens), sampling, generator)
+            tokens = sample(decoder(tokens), sampling, generator)
             yield tokens
 
     @torch.no_grad()
     def prefill(self, prompts: Prompts) -> tuple[Tensor, State]:
-        """Read prompts of any lengths; return final hidden states [b, e] and layers' states."""
+        """Read prompts of any lengths; return last hidden states [b, e] and layers' states."""
         device = self.lm_head.weight.device
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) < 1:
@@ -93,18 +88,18 @@ class Generation:
 
 
 def _window(prompt: Sequence[int], longest: int, low: int, high: int) -> list[int]:
-    """Places [low, high) of a prompt that ends at `longest`, with padding before it."""
+    """Return ids [low, high) of a prompt that is left-padded to length `longest`."""
     pad = longest - len(prompt)
-    return [PADDING] * max(0, min(high, pad) - low) + list(
+    return [PAD_ID] * max(0, min(high, pad) - low) + list(
         prompt[max(0, low - pad) : max(0, high - pad)]
     )
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next tokens [b] of logits [b, v]: the most likely one at temperature 0, else drawn.
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Sample next tokens [b] from logits [b, v]; temperature 0 takes the most likely one.
 
-    top_k keeps the k most likely (0: all), top_p the fewest whose probability reaches p (arXiv
-    1904.09751).
+    top_k keeps the k most likely (0: all), top_p the fewest whose probability reaches p (nucleus
+    sampling, arXiv 1904.09751).
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -114,6 +109,6 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     if sampling.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        behind = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.masked_fill(behind.scatter(1, order, behind), -torch.inf)
+        excluded = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -1,4 +1,4 @@
-"""Tensor names and config fields, ours <-> transformers' FalconMambaForCausalLM, a table each."""
+"""Map tensor names and config fields to transformers' FalconMambaForCausalLM, and back."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from torch import Tensor
 from core.errors import InputError
 from model.config import ModelConfig
 from model.flops import parameter_count
-from model.hf_writer import Entry, json_bytes, plan, write
+from model.hf_writer import Entry, json_bytes, plan_files, write_files
 from model.sharding import shard
 
-# in the order of transformers' state dict, which decides how tensors fall into files
+# in the order of transformers' state dict, which decides which tensor goes into which file
 TENSORS_BEFORE = {"embedding.weight": "backbone.embeddings.weight"}
 TENSORS_OF_LAYER = {
     "norm.weight": "norm.weight",
@@ -52,7 +52,7 @@ FIELDS = {
 
 
 def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
-    """Pairs (our name, transformers' name) of all tensors, in transformers' state dict order."""
+    """Yield (our name, transformers' name) of all tensors in transformers' state dict order."""
     yield from TENSORS_BEFORE.items()
     for index in range(n_layer):
         for ours, theirs in TENSORS_OF_LAYER.items():
@@ -61,19 +61,20 @@ def tensor_names(n_layer: int) -> Iterator[tuple[str, str]]:
 
 
 def to_hf(name: str, tensor: Tensor) -> Tensor:
-    """Our tensor, or rows, in transformers' shape: conv weights gain Conv1d's channel axis."""
+    """Convert our tensor, or rows of it: conv weights gain Conv1d's channel axis."""
     return tensor.unsqueeze(1) if name.endswith("conv_weight") else tensor
 
 
 def from_hf(name: str, tensor: Tensor) -> Tensor:
-    """transformers' tensor in our shape; `name` is ours. Inverse of to_hf."""
+    """Convert transformers' tensor; `name` is ours. Inverse of to_hf."""
     return tensor.squeeze(1) if name.endswith("conv_weight") else tensor
 
 
 def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
-    """config.json of a model; eos is also bos and pad, since the tokenizer has no bos.
+    """Return a model's config.json. Raises ValueError if transformers cannot express the model.
 
-    The released config has bos 0 = >>TITLE<<.
+    eos is also bos and pad, since the tokenizer has no bos; the released config has bos 0, which is
+    the token >>TITLE<<.
     """
     if not config.mixer_norms:
         raise ValueError(
@@ -108,8 +109,8 @@ def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """Our config from a falcon_mamba config.json; raises ValueError for what we do not train."""
+def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """Convert a falcon_mamba config.json. Raises ValueError for options that we do not train."""
     if raw.get("model_type") != "falcon_mamba":
         raise ValueError(
             f"model_type is {raw.get('model_type')!r}; only falcon_mamba folders can be read"
@@ -137,112 +138,112 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(mixer_norms=True, **values)
 
 
-def differences(folder: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Overrides that give `wanted` the network of a folder; ignores initial-value settings."""
+def config_differences(folder: ModelConfig, config: ModelConfig) -> list[str]:
+    """Return the overrides that turn `config` into a folder's; initial values are ignored."""
     initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
     names = [field.name for field in fields(ModelConfig) if field.name not in initial]
     return [
         f"model.{name}={getattr(folder, name)}"
         for name in names
-        if getattr(folder, name) != getattr(wanted, name)
+        if getattr(folder, name) != getattr(config, name)
     ]
 
 
 class HfFolder:
-    """The weights of a Hugging Face FalconMamba folder under our names, read tensor by tensor.
+    """Reads the weights of a Hugging Face FalconMamba folder tensor by tensor, by our names.
 
-    Raises ValueError for a folder that is none, or whose tensors are not those of its config.
+    Raises ValueError for a folder of another kind, or whose tensors do not match its config.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            self.config = model_config(raw)
+            self.config = config_from_hf(raw)
             self.files = self._files()
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{folder} is no folder of transformers' layout with safetensors weights: {error}"
+                f"{folder} is not a transformers folder with safetensors weights: {error}"
             ) from error
         self.names = dict(tensor_names(self.config.n_layer))
         if self.files.keys() != set(self.names.values()):
-            odd = sorted(self.files.keys() ^ set(self.names.values()))
+            unexpected = sorted(self.files.keys() ^ set(self.names.values()))
             raise ValueError(
-                f"{folder}: {len(odd)} tensors missing or unknown to its config, such as {odd[0]}"
+                f"{folder}: {len(unexpected)} tensors are missing or not in its config, such as "
+                f"{unexpected[0]}"
             )
 
     def _files(self) -> dict[str, Path]:
-        """Tensor name -> file that holds it."""
+        """Return the file of each tensor."""
         index = self.folder / "model.safetensors.index.json"
         if not index.is_file():
             single = self.folder / "model.safetensors"
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if odd := sorted(name for name in places.values() if Path(name).name != name):
-            raise ValueError(f"{index} names {odd[0]}, which lies outside its folder")
-        return {tensor: self.folder / name for tensor, name in places.items()}
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if outside := sorted(name for name in weight_map.values() if Path(name).name != name):
+            raise ValueError(f"{index} names {outside[0]}, which is outside its folder")
+        return {tensor: self.folder / name for tensor, name in weight_map.items()}
 
     def read_full(self, name: str) -> Tensor:
-        """The whole tensor of our name, fp32 on the CPU."""
+        """Return a full tensor by our name, fp32 on the CPU."""
         return self.read_rows(name, 0, None)
 
     def read_rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """Rows [start, stop) of the tensor of our name, fp32 on the CPU."""
-        theirs = self.names[name]
-        with safe_open(self.files[theirs], framework="pt") as file:
-            return from_hf(name, file.get_slice(theirs)[start:stop]).float()
+        """Return rows [start, stop) of a tensor by our name, fp32 on the CPU."""
+        hf_name = self.names[name]
+        with safe_open(self.files[hf_name], framework="pt") as file:
+            return from_hf(name, file.get_slice(hf_name)[start:stop]).float()
 
 
 @torch.no_grad()
-def initialize_from(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Fill a FalconMamba, or the part of it that a tensor-parallel rank holds, out of a Hugging
-    Face folder.
+def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Load a Hugging Face folder into a FalconMamba or a tensor-parallel rank's shard of it.
 
-    Raises InputError when the folder holds no FalconMamba, or another network than `model`.
+    Raises InputError if the folder holds no FalconMamba or one of another shape.
     """
     try:
         source = HfFolder(folder)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if unlike := differences(source.config, model.config):
-        raise InputError(f"{source.folder} holds another network: give {' '.join(unlike)}")
+    if overrides := config_differences(source.config, model.config):
+        raise InputError(f"{source.folder} has another shape: give {' '.join(overrides)}")
     for name, parameter in model.named_parameters():
         parameter.copy_(shard(name, source.read_full(name), tp_rank, tp_size))
 
 
 @torch.no_grad()
-def save(model: Any, folder: Path | str, eos: int) -> None:
-    """Write a whole FalconMamba in fp32 as a Hugging Face folder, which initialize_from reads.
+def save_hf(model: Any, folder: Path | str, eos: int) -> None:
+    """Write a whole FalconMamba in fp32 as a Hugging Face folder, which load_hf_weights reads.
 
-    Files of an earlier save are replaced; the tokenizer is not written. Raises ValueError for a
-    model that transformers has no config for, an `eos` outside the vocabulary, and a model of which
-    this rank holds a part. eval/export.py exports a run: in pieces, any type, compared.
+    Replaces the files of an earlier save; does not write the tokenizer. Raises ValueError for a
+    model that transformers cannot express, an `eos` outside the vocabulary, and a tensor-parallel
+    rank's shard. eval/export.py exports a run: in chunks, in any dtype, and compares the result.
     """
     folder = Path(folder)
     config = hf_config(model.config, eos, "float32")
     if not 0 <= eos < model.config.vocab_size:
         raise ValueError(f"eos is {eos}; the vocabulary has ids 0 to {model.config.vocab_size - 1}")
     if sum(p.numel() for p in model.parameters()) != parameter_count(model.config):
-        raise ValueError("the model is one rank's part: gather it, or use eval/export.py")
+        raise ValueError("the model is a tensor-parallel shard: use eval/export.py on a checkpoint")
     parameters = {name: to_hf(name, tensor) for name, tensor in model.named_parameters()}
     entries = (
-        Entry(ours, theirs, torch.float32, tuple(parameters[ours].shape))
-        for ours, theirs in tensor_names(model.config.n_layer)
+        Entry(name, hf_name, torch.float32, tuple(parameters[name].shape))
+        for name, hf_name in tensor_names(model.config.n_layer)
     )
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(
-        part,
-        plan(entries),
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_files(
+        temporary,
+        plan_files(entries),
         lambda name, start, stop: parameters[name][start:stop].float().cpu(),
         lambda line: None,
     )
-    (part / "config.json").write_bytes(json_bytes(config))
+    (temporary / "config.json").write_bytes(json_bytes(config))
     folder.mkdir(exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    for file in part.iterdir():
+    for file in temporary.iterdir():
         file.replace(folder / file.name)
-    part.rmdir()
+    temporary.rmdir()

@@ -1,10 +1,9 @@
-"""Safetensors files computed from shapes alone, then written in pieces: no tensor is ever whole in
-memory.
+"""Write safetensors files in transformers' layout, a few rows at a time.
 
-The layout is transformers' own (`save_pretrained`): tensors fill files in the order of its state
-dict, a file is closed before it would hold more than max_bytes of tensors; inside a file tensors
-stand by size of their type, widest first, then by name, behind a header of JSON padded to 8 bytes.
-Verified against the sizes of tiiuae/falcon-mamba-7b.
+File layout as in `save_pretrained`: tensors fill files in the order of the state dict, and a file
+is closed before it would exceed max_bytes of tensors. Within a file, tensors are sorted by element
+size, largest first, then by name, after a JSON header padded to 8 bytes. Sizes equal those of
+tiiuae/falcon-mamba-7b.
 """
 
 import json
@@ -20,38 +19,38 @@ from torch import Tensor
 MAX_FILE_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-CHUNK = 1 << 24  # elements that are read and converted at once: 64 MiB of fp32
+CHUNK = 1 << 24  # elements read and converted at a time: 64 MiB of fp32
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: our name and theirs, type and shape on disk."""
+    """One tensor of a file: our name, transformers' name, dtype and shape on disk."""
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Size on disk."""
+        """Bytes on disk."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class File:
-    """One safetensors file: its name and its tensors in the order they are written."""
+    """One safetensors file: its name, and its tensors in their order on disk."""
 
     name: str
     entries: list[Entry]
 
     @property
     def header(self) -> bytes:
-        """Length, JSON and padding that precede the tensors."""
+        """Header length, JSON and padding."""
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in self.entries:
-            table[entry.theirs] = {
+            table[entry.hf_name] = {
                 "dtype": TYPES[entry.dtype],
                 "shape": list(entry.shape),
                 "data_offsets": [offset, offset + entry.size],
@@ -63,46 +62,46 @@ class File:
 
     @property
     def size(self) -> int:
-        """Size of the whole file."""
+        """Bytes of the file."""
         return len(self.header) + sum(entry.size for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All weight files of a model, and its index when there are several."""
+    """All weight files of a model, and an index if there are several."""
 
     files: list[File]
 
     @property
     def size(self) -> int:
-        """Size of everything that is written."""
+        """Bytes of all files."""
         return sum(file.size for file in self.files) + len(self.index or b"")
 
     @property
     def index(self) -> bytes | None:
-        """The file that says which tensor lies where; None for a single file."""
+        """Content of the index file; None for a single weight file."""
         if len(self.files) == 1:
             return None
         total = sum(entry.size for file in self.files for entry in file.entries)
-        places = {entry.theirs: file.name for file in self.files for entry in file.entries}
-        return json_bytes({"metadata": {"total_size": total}, "weight_map": places})
+        weight_map = {entry.hf_name: file.name for file in self.files for entry in file.entries}
+        return json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """JSON as transformers writes it: two spaces, sorted keys, a newline at the end."""
+    """Serialise as transformers does: indented by two, sorted keys, final newline."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def plan(entries: Iterator[Entry], max_bytes: int = MAX_FILE_BYTES) -> Layout:
-    """Which tensor goes into which file; entries come in the order of transformers' state dict."""
+def plan_files(entries: Iterator[Entry], max_bytes: int = MAX_FILE_BYTES) -> Layout:
+    """Assign tensors to files; `entries` are in the order of transformers' state dict."""
     groups: list[list[Entry]] = [[]]
-    held = 0
+    group_bytes = 0
     for entry in entries:
-        if groups[-1] and held + entry.size > max_bytes:
+        if groups[-1] and group_bytes + entry.size > max_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(entry)
-        held += entry.size
+        group_bytes += entry.size
     if len(groups) == 1:
         names = ["model.safetensors"]
     else:
@@ -111,35 +110,33 @@ def plan(entries: Iterator[Entry], max_bytes: int = MAX_FILE_BYTES) -> Layout:
             for number in range(len(groups))
         ]
     ordered = [
-        sorted(group, key=lambda entry: (-entry.dtype.itemsize, entry.theirs)) for group in groups
+        sorted(group, key=lambda entry: (-entry.dtype.itemsize, entry.hf_name)) for group in groups
     ]
     return Layout([File(name, group) for name, group in zip(names, ordered, strict=True)])
 
 
-def write(
+def write_files(
     folder: Path,
     layout: Layout,
-    rows: Callable[[str, int, int], Tensor],
-    say: Callable[[str], None],
+    read_rows: Callable[[str, int, int], Tensor],
+    log: Callable[[str], None],
 ) -> None:
-    """Write every file; `rows(name, start, stop)` gives rows in fp32, `say` logs each file."""
+    """Write all files; `read_rows(name, start, stop)` returns fp32 rows, `log` takes a line."""
     for file in layout.files:
-        say(f"{file.name}: {len(file.entries)} tensors, {file.size:,} bytes")
+        log(f"{file.name}: {len(file.entries)} tensors, {file.size:,} bytes")
         with (folder / file.name).open("xb") as out:
             out.write(file.header)
             for entry in file.entries:
-                for part in _parts(entry, rows):
-                    out.write(part)
+                for data in _tensor_bytes(entry, read_rows):
+                    out.write(data)
         assert (folder / file.name).stat().st_size == file.size, file.name
     if layout.index is not None:
         (folder / INDEX).write_bytes(layout.index)
 
 
-def _parts(entry: Entry, rows: Callable[[str, int, int], Tensor]) -> Iterator[Any]:
-    """The bytes of a tensor, a few rows at a time."""
+def _tensor_bytes(entry: Entry, read_rows: Callable[[str, int, int], Tensor]) -> Iterator[Any]:
+    """Yield a tensor's bytes, a few rows at a time."""
     step = max(1, CHUNK // prod(entry.shape[1:]))
     for start in range(0, entry.shape[0], step):
-        part = (
-            rows(entry.ours, start, min(start + step, entry.shape[0])).to(entry.dtype).contiguous()
-        )
-        yield part.flatten().view(torch.uint8).numpy()
+        rows = read_rows(entry.name, start, min(start + step, entry.shape[0]))
+        yield rows.to(entry.dtype).contiguous().flatten().view(torch.uint8).numpy()

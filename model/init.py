@@ -1,4 +1,4 @@
-"""Every initial value, by parameter name.
+"""Initial values by parameter name.
 
 | parameter | initial value | source |
 |---|---|---|
@@ -12,8 +12,8 @@
 | A_log | ln(1..d_state) in every channel (S4D-real) | arXiv 2312.00752, section 3.6 |
 | D | 1 | idem |
 
-Each full parameter is drawn from its own generator, seeded by (seed, name), and then cut: the same
-model comes out for any tensor-parallel size, order of construction or device.
+Each full parameter is drawn from its own generator, seeded by (seed, name), and then sharded: the
+initial model is the same for any tensor-parallel size, order of construction and device.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from model.flops import parameter_shapes
 
 
 def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """Full fp32 initial value of a parameter on the CPU, a function of (name, config, seed)."""
+    """Return a full parameter's initial value, fp32 on the CPU: a function of the arguments."""
     shape = parameter_shapes(config)[name]
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -69,8 +69,8 @@ def initial_value(name: str, config: ModelConfig, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(
-    model: nn.Module, config: ModelConfig, seed: int, cut: Callable[[str, Tensor], Tensor]
+    model: nn.Module, config: ModelConfig, seed: int, shard: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Set a materialised model's initial values; `cut(name, full)` returns this rank's part."""
+    """Set a model's initial values; `shard(name, full)` returns this rank's shard."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(cut(name, initial_value(name, config, seed)))
+        parameter.copy_(shard(name, initial_value(name, config, seed)))

@@ -1,10 +1,9 @@
-"""Falcon Mamba: 64 times RMSNorm, Mamba-1 mixer, residual add; no attention, no MLP (arXiv
-2410.05355).
+"""Falcon Mamba (arXiv 2410.05355): blocks of RMSNorm, Mamba-1 mixer and residual addition.
 
-Read top-down: FalconMamba, Block, Mixer. Axes: b batch, l sequence, e d_model, d d_inner, n
-d_state, r dt_rank, k d_conv. What is unlike plain Mamba-1: weightless RMSNorms on dt (over r,
-before dt_proj), B and C (over n). The modules hold mathematics alone; model/parallel/build.py puts
-sharded linears in their place.
+There is no attention and no MLP. Read from the bottom up: FalconMamba, Block, Mixer. Axes: b batch,
+l sequence, e d_model, d d_inner, n d_state, r dt_rank, k d_conv. Unlike plain Mamba-1 it has
+weightless RMSNorms on dt (over r, before dt_proj), B and C (over n). These modules know nothing of
+ranks: model/parallel/build.py replaces their linears by sharded ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,29 +16,29 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, Recompute
 from model.decode import LayerState, State
-from model.generation import Generation
+from model.generation import GenerationMixin
 from model.kernels import REFERENCE, Kernels
 from model.kernels.carry import conv_from_state, final_conv_state
 from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
 from model.kernels.reference import computing_type, product_type
 
-# of torch.compile: gradients or not, batch of one or more, a piece of a chunk or more
+# compiled variants per block: with or without gradients, batch of one or more, sequence length
 COMPILED_VARIANTS = 32
 
 
-class SequenceRanks(Protocol):
-    """What a layer asks of ranks with its sequences' other pieces (model/parallel/context.py)."""
+class ContextGroup(Protocol):
+    """What a mixer needs of its context-parallel ranks (model/parallel/context.py)."""
 
-    def conv_state(self, x: Tensor, doc_starts: Tensor | None, behind: int) -> Tensor:
-        """The `behind` inputs [b, behind, d] before this rank's x [b, l, d]."""
+    def previous_conv_state(self, x: Tensor, doc_starts: Tensor | None, width: int) -> Tensor:
+        """Return the `width` inputs [b, width, d] that precede this rank's x [b, l, d]."""
 
     @property
-    def state(self) -> Callable[..., Tensor]:
-        """The scan's state [b, d, n] before this rank's piece, of a scan and its arguments."""
+    def initial_ssm_state(self) -> Callable[..., Tensor]:
+        """Function of a scan and its arguments: the state [b, d, n] before this rank's chunk."""
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a weight, computed in fp32; returns autocast's type for matrix products."""
+    """RMSNorm with a weight, computed in fp32; the result has autocast's dtype."""
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -53,15 +52,15 @@ class RMSNorm(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Mamba-1 mixer with Falcon's norms: project, convolve, select, scan, gate, project."""
+    """Mamba-1 mixer with Falcon's norms: in_proj, conv, x_proj, norms, dt_proj, scan, out_proj."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         c = config
         self.kernels = kernels
-        self.recompute = False  # what lies between in_proj and out_proj, in the backward
-        # of the ranks that hold the other pieces of the sequence
-        self.context: SequenceRanks | None = None
+        self.recompute = False  # recompute everything between in_proj and out_proj in the backward
+        # set if context-parallel ranks hold the other chunks of each sequence
+        self.context: ContextGroup | None = None
         self.norms = c.mixer_norms
         self.norm_eps = c.mixer_norm_eps
         self.split = [c.dt_rank, c.d_state, c.d_state]
@@ -76,67 +75,69 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
 
     def forward(self, x: Tensor, doc_starts: Tensor | None) -> Tensor:
-        """x [b, l, e], starts [b, l] bool or None -> [b, l, e]."""
-        return self._mix(x, doc_starts, None, None)[0]
+        """x [b, l, e], doc_starts [b, l] bool or None -> [b, l, e]."""
+        return self._run(x, doc_starts, None, None)[0]
 
     def forward_chunk(
         self, x: Tensor, doc_starts: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, LayerState]:
-        """As forward, from a state to the state after the last token."""
-        conv_state, scan = state if state is not None else (None, None)
-        y, u, last = self._mix(x, doc_starts, conv_state, scan)
-        return y, LayerState(
-            final_conv_state(u, doc_starts, conv_state, self.conv_weight.shape[1] - 1), last
-        )
+        """Run forward from `state` (None: zeros); also return the state after the last token."""
+        conv_state, ssm_state = state if state is not None else (None, None)
+        y, conv_input, ssm_state = self._run(x, doc_starts, conv_state, ssm_state)
+        width = self.conv_weight.shape[1] - 1
+        conv_state = final_conv_state(conv_input, doc_starts, conv_state, width)
+        return y, LayerState(conv_state, ssm_state)
 
-    def _mix(
-        self, x: Tensor, doc_starts: Tensor | None, conv_state: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixer's output, the convolution's input [b, l, d] and the scan's last state."""
-        before, z = self.in_proj(x).chunk(2, dim=-1)
-        if self.recompute and torch.is_grad_enabled():
-            y, last = checkpoint(
-                self._select, before, z, doc_starts, conv_state, state, use_reentrant=False
-            )
-        else:
-            y, last = self._select(before, z, doc_starts, conv_state, state)
-        return self.out_proj(y), before, last
-
-    def _select(
+    def _run(
         self,
-        before: Tensor,
+        x: Tensor,
+        doc_starts: Tensor | None,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output [b, l, e], the conv's input [b, l, d] and the last state [b, d, n]."""
+        conv_input, z = self.in_proj(x).chunk(2, dim=-1)
+        inputs = (conv_input, z, doc_starts, conv_state, ssm_state)
+        if self.recompute and torch.is_grad_enabled():
+            y, ssm_state = checkpoint(self._conv_and_scan, *inputs, use_reentrant=False)
+        else:
+            y, ssm_state = self._conv_and_scan(*inputs)
+        return self.out_proj(y), conv_input, ssm_state
+
+    def _conv_and_scan(
+        self,
+        conv_input: Tensor,
         z: Tensor,
         doc_starts: Tensor | None,
         conv_state: Tensor | None,
-        state: Tensor | None,
+        ssm_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolve, select, scan before and z [b, l, d] -> y [b, l, d], last state [b, d, n]."""
+        """conv_input, z [b, l, d] -> gated scan output y [b, l, d], last state [b, d, n]."""
         if self.context is not None:
-            conv_state = self.context.conv_state(before, doc_starts, self.conv_weight.shape[1] - 1)
+            width = self.conv_weight.shape[1] - 1
+            conv_state = self.context.previous_conv_state(conv_input, doc_starts, width)
         u = conv_from_state(
             self.kernels.causal_conv1d,
-            before,
+            conv_input,
             self.conv_weight,
             self.conv_bias,
             doc_starts,
             conv_state,
         )
-        selected = self.x_proj(u)
+        projected = self.x_proj(u)
         if self.norms:
-            selected = self.kernels.rms_norm(selected, None, self.norm_eps, self.split)
-        dt, B, C = selected.split(self.split, dim=-1)
+            projected = self.kernels.rms_norm(projected, None, self.norm_eps, self.split)
+        dt, B, C = projected.split(self.split, dim=-1)
         A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
-        scan, inputs = (
-            self.kernels.selective_scan,
-            (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, doc_starts),
-        )
+        scan = self.kernels.selective_scan
+        inputs = (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, doc_starts)
         if self.context is not None:
-            state = self.context.state(scan, *inputs)
-        return scan(*inputs, state)
+            ssm_state = self.context.initial_ssm_state(scan, *inputs)
+        return scan(*inputs, ssm_state)
 
 
 class Block(nn.Module):
-    """One layer: h + mixer(norm(h)); the residual stream h keeps its own (wide) type."""
+    """One layer: h + mixer(norm(h)). The residual stream h stays in fp32."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -150,57 +151,55 @@ class Block(nn.Module):
     def forward_chunk(
         self, h: Tensor, doc_starts: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, LayerState]:
-        """As forward, from a state to the state after the last token."""
+        """Run forward from `state` (None: zeros); also return the state after the last token."""
         y, state = self.mixer.forward_chunk(self.norm(h), doc_starts, state)
         return h + y, state
 
 
-class FalconMamba(Generation, nn.Module):
-    """Language model. Built empty (also on the meta device); model/init.py or weights fill it."""
+class FalconMamba(GenerationMixin, nn.Module):
+    """Language model with uninitialised parameters; model/init.py or a checkpoint fills them."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        # blocks keep only their input for the backward and run their forward again
-        self.recompute = False
-        # of the ranks that hold the other pieces of the sequences
-        self.context: SequenceRanks | None = None
-        # of the ranks that the head is cut over
+        self.recompute = False  # blocks save only their input and recompute the rest
+        # set if context-parallel ranks hold the other chunks of each sequence
+        self.context: ContextGroup | None = None
+        # set if lm_head is sharded over tensor-parallel ranks
         self.vocabulary_group: VocabularyGroup | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def set_recompute(self, what: Recompute) -> None:
-        """Choose what the backward computes again; gradients stay the same to the last bit."""
-        self.recompute = what is Recompute.full
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what the backward recomputes; gradients stay bit-identical."""
+        self.recompute = recompute is Recompute.full
         for layer in self.layers:
-            layer.mixer.recompute = what is Recompute.selective  # type: ignore[union-attr]
+            layer.mixer.recompute = recompute is Recompute.selective  # type: ignore[union-attr]
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make one piece of code for all blocks at the first call, or raise.
+        """Compile the blocks' forward with torch.compile; graph breaks raise at the first call.
 
-        For all shapes too (dynamic): a block that is computed again must find the code that it
-        found before. With or without gradients, and a batch or sequence of one, need their own.
-        Forward alone, for hooks stay outside.
+        All blocks share one compiled graph with dynamic shapes: a recomputed block must run the
+        code of its first run. Only forward is compiled, so that hooks stay outside.
         """
         for layer in self.layers:
-            # torch's own types do not know the limit
+            # torch's type stubs lack recompile_limit
             layer.forward = torch.compile(  # type: ignore[call-overload]
                 layer.forward, dynamic=True, fullgraph=True, recompile_limit=COMPILED_VARIANTS
             )
 
-    def set_context(self, context: SequenceRanks | None) -> None:
-        """Treat tokens, targets and starts as this rank's pieces of sequences split over ranks."""
+    def set_context(self, context: ContextGroup | None) -> None:
+        """Treat tokens, targets and doc_starts as this rank's chunk of each sequence."""
         self.context = context
         for layer in self.layers:
             layer.mixer.context = context  # type: ignore[union-attr]
 
     @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
-        """Within it, every rank's sequences are whole."""
+    def without_context_parallel(self) -> Iterator[None]:
+        """Treat every rank's sequences as whole ones within the block, e.g. for validation."""
         context = self.context
         self.set_context(None)
         try:
@@ -209,7 +208,7 @@ class FalconMamba(Generation, nn.Module):
             self.set_context(context)
 
     def hidden(self, tokens: Tensor, doc_starts: Tensor | None = None) -> Tensor:
-        """Normed final states. tokens [b, l] ids, starts [b, l] bool -> [b, l, e]."""
+        """Final normed hidden states: tokens [b, l], doc_starts [b, l] bool -> [b, l, e]."""
         h = self._embed(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -221,37 +220,36 @@ class FalconMamba(Generation, nn.Module):
     def forward_chunk(
         self, tokens: Tensor, state: State | None = None, doc_starts: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """As hidden, for a piece of a sequence: from the state after the piece before it (None: the
-        beginning).
+        """Hidden states [b, l, e] of a chunk that continues from `state` (None: sequence start).
 
-        Chunks of any lengths, one token included, give what the whole sequence gives. Returns the
-        states [b, l, e] and the state after the last token, of constant size.
+        Also returns the state after the last token, whose size does not depend on l. Chunks of any
+        lengths, down to one token, give what the whole sequence gives.
         """
-        h, after = self._embed(tokens), []
-        before = [None] * len(self.layers) if state is None else state
-        for layer, layer_state in zip(self.layers, before, strict=True):
+        h = self._embed(tokens)
+        states = [None] * len(self.layers) if state is None else state
+        new_state = []
+        for layer, layer_state in zip(self.layers, states, strict=True):
             h, layer_state = layer.forward_chunk(h, doc_starts, layer_state)  # type: ignore[operator]
-            after.append(layer_state)
-        return self.final_norm(h), after
+            new_state.append(layer_state)
+        return self.final_norm(h), new_state
 
     def _embed(self, tokens: Tensor) -> Tensor:
         h = self.embedding(tokens)
         return h.to(computing_type(h))
 
     def logits(self, tokens: Tensor, doc_starts: Tensor | None = None) -> Tensor:
-        """Next-token scores [b, l, vocab_size] of tokens [b, l]; if cut, this rank's columns."""
+        """Logits [b, l, vocab_size] of tokens [b, l]; this rank's columns if lm_head is sharded."""
         return self.lm_head(self.hidden(tokens, doc_starts))
 
     def forward(
         self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy per token in nats and log of the softmax's sum, both [b, l], for targets
-        [b, l].
+        """Cross entropy in nats and log-sum-exp of the logits, both [b, l], for targets [b, l].
 
-        The second result is what a z-loss penalises (its square); it costs nothing while nobody
-        asks its gradient.
+        A z-loss penalises the square of the second; its gradient costs nothing unless used.
         """
-        hidden, labels = self.hidden(tokens, doc_starts).flatten(0, 1), targets.flatten()
+        hidden = self.hidden(tokens, doc_starts).flatten(0, 1)
+        labels = targets.flatten()
         losses, log_sums = linear_cross_entropy(
             hidden, self.lm_head.weight, labels, self.kernels.loss_rows, self.vocabulary_group
         )

@@ -1,4 +1,4 @@
-"""The parts of parameters that tensor-parallel ranks hold."""
+"""Shard parameters over tensor-parallel ranks, and back."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from model.parameters import shard_spec
 
 
 def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
-    """The part of a full parameter that tensor-parallel rank `rank` of `size` holds."""
+    """Return the shard of a full parameter that rank `rank` of `size` holds."""
     spec = shard_spec(name)
     if spec is None or size == 1:
         return full
@@ -17,9 +17,9 @@ def shard(name: str, full: Tensor, rank: int, size: int) -> Tensor:
 
 
 def unshard(name: str, shards: list[Tensor]) -> Tensor:
-    """Full parameter from the parts of all tensor-parallel ranks in order; inverse of shard."""
+    """Return the full parameter from all ranks' shards in order; inverse of shard."""
     spec = shard_spec(name)
     if spec is None or len(shards) == 1:
         return shards[0]
-    by_part = zip(*(piece.chunk(spec.blocks, spec.dim) for piece in shards), strict=True)
-    return torch.cat([piece for block in by_part for piece in block], spec.dim)
+    blocks = zip(*(part.chunk(spec.blocks, spec.dim) for part in shards), strict=True)
+    return torch.cat([part for block in blocks for part in block], spec.dim)

@@ -13,7 +13,7 @@ from data.stream.mixture import Plan
 from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
-from model.hf import initialize_from
+from model.hf import load_hf_weights
 from model.kernels import REFERENCE, Kernels, MissingBackend, load, skipped_kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
@@ -152,7 +152,7 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
     """Initial weights out of the folder that run.init_from names, if it names one."""
     if run.init_from is not None:
         try:
-            initialize_from(model, Path(run.init_from), tp_rank, tp_size)
+            load_hf_weights(model, Path(run.init_from), tp_rank, tp_size)
         except InputError as error:
             raise InputError(f"run.init_from: {error}") from error
 

@@ -89,7 +89,7 @@ class Trainer:
             self.state.step += 1
             seconds = time.perf_counter() - begun
             self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
-            with self.model.whole_sequences():
+            with self.model.without_context_parallel():
                 validation = self.validation.after(before, self.state.tokens, self.model)
             self.phases.enter(self.state.step, "log")
             if self.metrics is not None:

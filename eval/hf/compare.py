@@ -31,7 +31,7 @@ def compare(folder: Path, model: FalconMamba, written: Iterable[Entry]) -> float
     hf_model = load_transformers_model(folder)
     parameters = dict(model.named_parameters())
     for entry in written:
-        parameters[entry.ours].copy_(parameters[entry.ours].to(entry.dtype))
+        parameters[entry.name].copy_(parameters[entry.name].to(entry.dtype))
     tokens = probe(model.config.vocab_size)
     ours, theirs = model.logits(tokens), hf_model(tokens, use_cache=False).logits
     return float((ours - theirs).abs().max() / theirs.abs().max())
@@ -48,7 +48,7 @@ def compare_by_layer(
         FalconMambaRMSNorm,
     )
 
-    source, dtypes = HfFolder(folder), {entry.ours: entry.dtype for entry in written}
+    source, dtypes = HfFolder(folder), {entry.name: entry.dtype for entry in written}
     config = FalconMambaConfig.from_pretrained(folder)
     tokens = probe(shape.vocab_size)
     mine = torch.cat(

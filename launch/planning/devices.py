@@ -11,7 +11,7 @@ class Gpu:
     flops: float
     bandwidth: float
     memory_gib: float
-    specials: float
+    special_functions: float
 
 
 GPUS = (

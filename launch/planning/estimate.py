@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 
 from launch.planning.devices import GPUS, Gpu
 from model.config import Recompute
-from model.flops import matmul_parameters, parameter_count, train_flops_per_token, train_traffic
+from model.flops import (
+    matmul_parameters,
+    parameter_count,
+    train_flops_per_token,
+    train_memory_traffic,
+)
 from train.config import EngineKind, RunConfig
 from train.costs.traffic import payloads
 from train.engines.partition import product_bytes
@@ -69,10 +74,10 @@ def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     c, p, traffic = (
         config.model,
         config.parallel,
-        train_traffic(config.model, product_bytes(config)),
+        train_memory_traffic(config.model, product_bytes(config)),
     )
     products = train_flops_per_token(c) / gpu.flops
-    scan = max(traffic.scan / gpu.bandwidth, traffic.specials / gpu.specials)
+    scan = max(traffic.scan / gpu.bandwidth, traffic.special_functions / gpu.special_functions)
     scan *= 1 if p.context_parallel == 1 else 2  # pieces run once more, from zero
     whole = 1 if p.sequence_parallel else p.tensor_parallel
     rows = (traffic.convolutions + whole * traffic.residual) / gpu.bandwidth

@@ -1,4 +1,4 @@
-"""The one function that builds a rank's model."""
+"""Build a rank's model: meta device, sharded layers, allocation, initial values, TP attributes."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ def build_model(
     sequence_parallel: bool = False,
     recompute: Recompute = Recompute.none,
 ) -> FalconMamba:
-    """A rank's model in fp32: empty on meta, cut, allocated, filled, marked, in this order.
+    """Build and initialise a rank's model in fp32.
 
-    With tp_size > 1 megatron-core's process groups must be initialised. Costs one full parameter of
-    host memory.
+    With tp_size > 1, megatron-core's process groups must be initialised. Peak host memory exceeds
+    the rank's shard by one full parameter.
     """
     model = build_meta_model(config, kernels, tp_size, sequence_parallel, recompute)
     model.to_empty(device=device)
@@ -43,47 +43,47 @@ def build_meta_model(
     sequence_parallel: bool,
     recompute: Recompute,
 ) -> FalconMamba:
-    """A rank's model on the meta device: cut, and with nothing allocated."""
+    """Build a rank's model with sharded layers on the meta device; nothing is allocated."""
     config.check_tensor_parallel(tp_size)
     with torch.device("meta"):
         model = FalconMamba(config, kernels)
         if tp_size > 1:
-            _put_parallel_layers(model, config, tp_size)
+            _replace_with_tensor_parallel_layers(model, config, tp_size)
             if sequence_parallel:
-                _put_sequence_parallel_layers(model, config)
+                _replace_with_sequence_parallel_layers(model, config)
     model.set_recompute(recompute)
     return model
 
 
 def set_tp_attributes(model: FalconMamba, tp_size: int) -> None:
-    """Say of every parameter whether tensor-parallel ranks hold different parts of it.
+    """Set `tensor_model_parallel` on every parameter: True if it is sharded over TP ranks.
 
-    DeepSpeed counts a parameter without this mark on tensor-parallel rank 0 only when it takes the
-    gradient norm.
+    In the gradient norm DeepSpeed counts parameters without it on tensor-parallel rank 0 only.
     """
     for name, parameter in model.named_parameters():
         parameter.tensor_model_parallel = shard_spec(name) is not None and tp_size > 1  # type: ignore[attr-defined]
 
 
-def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> None:
-    """Replace cut parameters: linears and embedding by megatron-core's, others by smaller ones."""
-    # imported here: megatron-core takes seconds to import and one rank needs none of it
+def _replace_with_tensor_parallel_layers(
+    model: FalconMamba, config: ModelConfig, size: int
+) -> None:
+    """Replace linears and embedding by megatron-core's, other sharded parameters by local ones."""
+    # imported here: megatron-core takes seconds to import, and a single rank does not need it
     from model.parallel.tensor import (
+        AllReduceRowParallel,
         ColumnParallel,
         RowParallel,
-        SummedRowParallel,
-        VocabParallel,
+        VocabParallelEmbedding,
         VocabularyRanks,
     )
 
     c = config
-    model.embedding = VocabParallel(c.vocab_size, c.d_model)
+    model.embedding = VocabParallelEmbedding(c.vocab_size, c.d_model)
     for layer in model.layers:
         mixer: Any = layer.mixer
         mixer.in_proj = ColumnParallel(c.d_model, 2 * c.d_inner)
-        mixer.x_proj = SummedRowParallel(c.d_inner, c.dt_rank + 2 * c.d_state)
-        # its input's gradient is summed over ranks by x_proj's output, together with those of B and
-        # C
+        mixer.x_proj = AllReduceRowParallel(c.d_inner, c.dt_rank + 2 * c.d_state)
+        # x_proj's output sums the gradient of dt over ranks, together with those of B and C
         mixer.dt_proj = ColumnParallel(c.dt_rank, c.d_inner, sum_input_gradient=False)
         mixer.out_proj = RowParallel(c.d_inner, c.d_model)
         for name, parameter in list(mixer.named_parameters(recurse=False)):
@@ -96,21 +96,21 @@ def _put_parallel_layers(model: FalconMamba, config: ModelConfig, size: int) -> 
     model.vocabulary_group = VocabularyRanks()
 
 
-def _put_sequence_parallel_layers(model: FalconMamba, config: ModelConfig) -> None:
-    """Replace what touches the residual stream by what holds this rank's tokens of it alone."""
+def _replace_with_sequence_parallel_layers(model: FalconMamba, config: ModelConfig) -> None:
+    """Replace the layers next to the residual stream: each rank holds only its tokens of it."""
     from model.parallel.sequence import (
-        GatheredColumnParallel,
-        JoinedNorm,
-        ScatteredRowParallel,
-        SequenceNorm,
-        SplitVocabParallel,
+        AllGatherColumnParallel,
+        GatheredFinalNorm,
+        ReduceScatterRowParallel,
+        SequenceParallelEmbedding,
+        SequenceParallelNorm,
     )
 
     c = config
-    model.embedding = SplitVocabParallel(c.vocab_size, c.d_model)
+    model.embedding = SequenceParallelEmbedding(c.vocab_size, c.d_model)
     for layer in model.layers:
         block: Any = layer
-        block.norm = SequenceNorm(c.d_model, c.norm_eps, model.kernels)
-        block.mixer.in_proj = GatheredColumnParallel(c.d_model, 2 * c.d_inner)
-        block.mixer.out_proj = ScatteredRowParallel(c.d_inner, c.d_model)
-    model.final_norm = JoinedNorm(c.d_model, c.norm_eps, model.kernels)
+        block.norm = SequenceParallelNorm(c.d_model, c.norm_eps, model.kernels)
+        block.mixer.in_proj = AllGatherColumnParallel(c.d_model, 2 * c.d_inner)
+        block.mixer.out_proj = ReduceScatterRowParallel(c.d_inner, c.d_model)
+    model.final_norm = GatheredFinalNorm(c.d_model, c.norm_eps, model.kernels)

@@ -1,9 +1,8 @@
-"""megatron-core's parallel layers with the call signature of torch's, for model/parallel/build.py
-to put in place.
+"""megatron-core's tensor-parallel layers with torch's call signature.
 
-Of the model only this module and model/parallel/sequence.py import megatron-core. Layers are built
-without initial values (model/init.py owns those). Collectives per block: forward x_proj and
-out_proj sum, backward x_proj's output and in_proj's input sum.
+Only this module and model/parallel/sequence.py import megatron-core within model/. The layers are
+uninitialised; model/init.py sets the values. All-reduces per block: after x_proj and out_proj in
+the forward; of the gradients of x_proj's output and in_proj's input in the backward.
 """
 
 import torch
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 
 
 def _config() -> ModelParallelConfig:
-    # use_cpu_initialization makes the layers allocate on the current default device (meta) and not
-    # on CUDA; fused gradient accumulation needs apex
+    # use_cpu_initialization allocates on the current default device (meta) instead of CUDA; fused
+    # gradient accumulation would need Apex
     return ModelParallelConfig(
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -28,7 +27,7 @@ def _config() -> ModelParallelConfig:
 
 
 class ColumnParallel(tensor_parallel.ColumnParallelLinear):
-    """Linear whose output features are split; each rank returns its own."""
+    """Linear with sharded output features; each rank returns its shard."""
 
     def __init__(self, inputs: int, outputs: int, sum_input_gradient: bool = True) -> None:
         super().__init__(
@@ -43,16 +42,16 @@ class ColumnParallel(tensor_parallel.ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs], the same on every rank -> [..., outputs / size]."""
-        if x.is_cuda:  # megatron-core's function sums x's gradient while it computes the weight's
+        if x.is_cuda:  # megatron-core overlaps the all-reduce of x's gradient with the weight's
             return super().forward(x)[0]
-        # it takes autocast on CUDA alone
+        # megatron-core's function supports autocast on CUDA only
         return F.linear(
             copy_to_tensor_model_parallel_region(x) if self.sum_input_gradient else x, self.weight
         )
 
 
 class RowParallel(tensor_parallel.RowParallelLinear):
-    """Linear whose input features are split; the partial outputs are summed over ranks."""
+    """Linear with sharded input features; partial outputs are all-reduced."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(
@@ -72,12 +71,12 @@ class RowParallel(tensor_parallel.RowParallelLinear):
         return reduce_from_tensor_model_parallel_region(F.linear(x, self.weight))
 
 
-class SummedRowParallel(RowParallel):
-    """RowParallel whose output feeds split computation: its gradient is partial on every rank and
-    is summed too.
+class AllReduceRowParallel(RowParallel):
+    """RowParallel whose output gradient is all-reduced too.
 
-    Mamba-1's x_proj: dt, B and C come from all channels and act on all channels. Without the
-    backward sum the loss is equal and the gradient is silently wrong.
+    For Mamba-1's x_proj: dt, B and C depend on all channels and act on all channels, so each rank
+    has only a partial gradient of them. Without the all-reduce in the backward the loss is equal
+    and the gradients are silently wrong.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,8 +84,8 @@ class SummedRowParallel(RowParallel):
         return copy_to_tensor_model_parallel_region(super().forward(x))
 
 
-class VocabParallel(tensor_parallel.VocabParallelEmbedding):
-    """Embedding whose rows are split; the lookups are summed over ranks."""
+class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """Embedding with sharded rows; lookups are all-reduced."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__(rows, width, init_method=nn.init.zeros_, config=_config())
@@ -96,15 +95,15 @@ class VocabularyRanks:
     """Tensor-parallel ranks for the loss (a model.kernels.cross_entropy.VocabularyGroup)."""
 
     def offset(self, rows: int) -> int:
-        """Id of the first token of this rank's rows."""
+        """Return the first token id of this rank's rows."""
         return parallel_state.get_tensor_model_parallel_rank() * rows
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Elementwise over ranks."""
+        """Elementwise maximum over ranks."""
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Elementwise over ranks."""
+        """Elementwise sum over ranks."""
         return self._reduce(x, dist.ReduceOp.SUM)
 
     @staticmethod

@@ -17,8 +17,8 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM
 from model.checkpoint import CheckpointReader, TensorShard
 from model.config import ModelConfig
 from model.flops import parameter_shapes
-from model.hf import HfFolder, differences, hf_config, tensor_names, to_hf
-from model.hf_writer import INDEX, Entry, File, Layout, plan, write
+from model.hf import HfFolder, config_differences, hf_config, tensor_names, to_hf
+from model.hf_writer import INDEX, Entry, File, Layout, plan_files, write_files
 from model.mamba import FalconMamba
 from model.sharding import shard
 from tests.compose import run_config
@@ -43,7 +43,7 @@ def test_the_released_7b_to_the_byte() -> None:
     of 2024.
     """
     config = run_config("7b").model
-    layout = plan(iter(entries(config)))
+    layout = plan_files(iter(entries(config)))
     assert [file.size for file in layout.files] == [4_956_184_024, 4_987_536_920, 4_601_680_888]
     assert [len(file.entries) for file in layout.files] == [216, 234, 193]
     assert layout.index is not None and len(layout.index) == 50_922
@@ -57,19 +57,19 @@ def test_the_released_7b_to_the_byte() -> None:
         places["backbone.layers.44.mixer.dt_proj.bias"]
         != places["backbone.layers.44.mixer.out_proj.weight"]
     )
-    assert plan(iter(entries(config, kept=("A_log",)))).files[0].size == 4_961_951_048
+    assert plan_files(iter(entries(config, kept=("A_log",)))).files[0].size == 4_961_951_048
 
 
 @pytest.mark.parametrize("kept", [(), ("A_log", "D")])
 def test_files_are_what_safetensors_writes(tmp_path: Path, kept: tuple[str, ...]) -> None:
     model = model_of(TINY)
-    layout = plan(iter(entries(TINY, kept)), max_bytes=10_000)
+    layout = plan_files(iter(entries(TINY, kept)), max_bytes=10_000)
     assert len(layout.files) > 2
     (tmp_path / "ours").mkdir()
-    write(tmp_path / "ours", layout, rows_of(model), SILENT)
+    write_files(tmp_path / "ours", layout, rows_of(model), SILENT)
     for file in layout.files:
         tensors = {
-            e.theirs: to_hf(e.ours, model.get_parameter(e.ours).detach()).to(e.dtype)
+            e.hf_name: to_hf(e.name, model.get_parameter(e.name).detach()).to(e.dtype)
             for e in file.entries
         }
         save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
@@ -83,9 +83,9 @@ def test_transformers_cuts_and_names_the_same(tmp_path: Path) -> None:
     hf_model.save_pretrained(tmp_path / "theirs", max_shard_size=20_000)
     state = hf_model.state_dict()
     ours = dict(tensor_names(TINY.n_layer))
-    layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=20_000)
+    layout = plan_files(iter(entries(TINY, dtype=torch.float32)), max_bytes=20_000)
     (tmp_path / "ours").mkdir()
-    write(
+    write_files(
         tmp_path / "ours", layout, lambda name, start, stop: state[ours[name]][start:stop], SILENT
     )
     names = sorted(path.name for path in (tmp_path / "ours").iterdir())
@@ -142,7 +142,7 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
     model = model_of(TINY, seed=3)
     write_pieces(tmp_path / "step", model, tp, dp)
     pieces = CheckpointReader(tmp_path / "step")
-    layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=30_000)
+    layout = plan_files(iter(entries(TINY, dtype=torch.float32)), max_bytes=30_000)
     for name, rows in (
         ("direct", rows_of(model)),
         (
@@ -151,7 +151,7 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
         ),
     ):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, layout, rows, SILENT)
+        write_files(tmp_path / name, layout, rows, SILENT)
     for file in layout.files:
         assert (tmp_path / "ranks" / file.name).read_bytes() == (
             tmp_path / "direct" / file.name
@@ -162,8 +162,8 @@ def test_every_layout_of_ranks_exports_the_same_bytes(
 
 def hf_folder(folder: Path, model: FalconMamba, **changes: object) -> Path:
     folder.mkdir()
-    layout = plan(iter(entries(TINY, dtype=torch.float32)), max_bytes=30_000)
-    write(folder, layout, rows_of(model), SILENT)
+    layout = plan_files(iter(entries(TINY, dtype=torch.float32)), max_bytes=30_000)
+    write_files(folder, layout, rows_of(model), SILENT)
     (folder / "config.json").write_text(json.dumps({**hf_config(TINY, 11, "float32"), **changes}))
     return folder
 
@@ -175,8 +175,8 @@ def test_the_way_back(tmp_path: Path) -> None:
         hf_folder(tmp_path / "hf", model, mixer_rms_eps=1e-5, eos_token_id=0, pad_token_id=0)
     )
     assert source.config.mixer_norm_eps == 1e-5 and source.config.d_inner == 48
-    assert differences(source.config, TINY) == ["model.mixer_norm_eps=1e-05"]
-    assert differences(source.config, replace(source.config, embedding_std=3.0)) == []
+    assert config_differences(source.config, TINY) == ["model.mixer_norm_eps=1e-05"]
+    assert config_differences(source.config, replace(source.config, embedding_std=3.0)) == []
     for name, parameter in model.named_parameters():
         assert torch.equal(source.read_full(name), parameter), name
 
@@ -212,7 +212,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 def test_a_header_is_padded_to_eight_bytes(tmp_path: Path) -> None:
     for length in range(1, 9):
         file = File("one.safetensors", [Entry("D", "x" * length, torch.float32, (2,))])
-        write(
+        write_files(
             tmp_path / str(length) if (tmp_path / str(length)).mkdir() is None else tmp_path,
             Layout([file]),
             lambda name, start, stop: torch.arange(start, stop).float(),

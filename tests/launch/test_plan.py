@@ -20,7 +20,7 @@ from launch.planning.estimate import (
 )
 from launch.planning.layouts import Layout, layout_of, layouts, worth_showing
 from model.config import ModelConfig, Recompute
-from model.flops import train_traffic
+from model.flops import train_memory_traffic
 from model.kernels import CPU
 from model.parallel.build import build_model
 from tests.commands import python
@@ -45,10 +45,10 @@ def megatron() -> PlannedRun:
 
 def test_traffic_by_hand(run: PlannedRun) -> None:
     """Per layer of the 7B in bf16: convolution 80 KiB, scan 176 KiB and 64 KiB of its states."""
-    traffic = train_traffic(run.model)
+    traffic = train_memory_traffic(run.model)
     assert traffic.scan == 64 * (176 + 64) * 1024
     assert traffic.convolutions == 64 * 80 * 1024 and traffic.residual == 64 * 4096 * (16 + 18)
-    assert traffic.specials == 64 * 8192 * (3 * 16 + 10)
+    assert traffic.special_functions == 64 * 8192 * (3 * 16 + 10)
 
 
 def test_roofline_is_the_sum_of_its_limits(run: PlannedRun) -> None:

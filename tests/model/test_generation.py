@@ -9,7 +9,7 @@ import torch
 
 from model.config import Backend, Sampling
 from model.decode import Decoder
-from model.generation import GREEDY, choose
+from model.generation import GREEDY, sample
 from model.kernels import CUDA, REFERENCE, load
 from model.kernels.interface import Kernels
 from model.mamba import FalconMamba
@@ -81,8 +81,10 @@ def test_the_step_is_the_models_own(kernels: Kernels, norms: bool) -> None:
             hidden, state = model.forward_chunk(tokens.unsqueeze(1), state)
             expected = model.lm_head(hidden[:, 0])
         torch.testing.assert_close(decoder(tokens), expected, rtol=1e-5, atol=1e-5)
-    for conv_state, scan, theirs in zip(decoder.conv_state, decoder.ssm_states, state, strict=True):
-        torch.testing.assert_close(scan, theirs.ssm_state, rtol=1e-5, atol=1e-6)
+    for conv_state, ssm_state, theirs in zip(
+        decoder.conv_states, decoder.ssm_states, state, strict=True
+    ):
+        torch.testing.assert_close(ssm_state, theirs.ssm_state, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(conv_state, theirs.conv_state, rtol=1e-5, atol=1e-6)
 
 
@@ -114,7 +116,7 @@ def test_sampling() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def frequencies(sampling: Sampling) -> torch.Tensor:
-        return torch.bincount(choose(logits, sampling, generator), minlength=4) / len(logits)
+        return torch.bincount(sample(logits, sampling, generator), minlength=4) / len(logits)
 
     assert torch.equal(frequencies(GREEDY), torch.tensor([0.0, 0, 0, 1]))
     expected = (logits[0] / 2).softmax(-1)

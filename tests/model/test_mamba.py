@@ -11,7 +11,7 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from model.config import ModelConfig, Recompute
 from model.flops import matmul_parameters, parameter_count, parameter_shapes, train_flops_per_token
-from model.hf import HfFolder, from_hf, hf_config, model_config, save, tensor_names, to_hf
+from model.hf import HfFolder, config_from_hf, from_hf, hf_config, save_hf, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE, Kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
@@ -78,7 +78,7 @@ def test_round_trip_is_bit_equal() -> None:
     }
     assert list(back) == list(theirs)  # also the order, which decides how tensors fall into files
     assert all(torch.equal(back[name], theirs[name]) for name in back)
-    assert model_config(hf_config(TINY, eos=11, dtype="float32")) == TINY
+    assert config_from_hf(hf_config(TINY, eos=11, dtype="float32")) == TINY
 
 
 def test_released_config_is_read() -> None:
@@ -101,11 +101,11 @@ def test_released_config_is_read() -> None:
         "use_conv_bias": True,
         "initializer_range": 0.1,
     }
-    assert parameter_count(model_config(released)) == 7_272_665_088
-    assert matmul_parameters(model_config(released)) == 6_994_001_920
-    assert train_flops_per_token(model_config(released)) == 6 * 6_994_001_920
+    assert parameter_count(config_from_hf(released)) == 7_272_665_088
+    assert matmul_parameters(config_from_hf(released)) == 6_994_001_920
+    assert train_flops_per_token(config_from_hf(released)) == 6 * 6_994_001_920
     with pytest.raises(ValueError, match="falcon_mamba"):
-        model_config({"model_type": "llama"})
+        config_from_hf({"model_type": "llama"})
 
 
 def test_shapes_table_is_the_model() -> None:
@@ -209,16 +209,16 @@ def test_a_model_is_saved_again_and_again_and_whole(tmp_path: Path) -> None:
     for number in (1.0, 2.0):
         with torch.no_grad():
             model.final_norm.weight.fill_(number)
-        save(model, str(tmp_path / "saved"), 0)
+        save_hf(model, str(tmp_path / "saved"), 0)
         found = HfFolder(tmp_path / "saved")
         assert all(torch.equal(found.read_full(n), p.detach()) for n, p in model.named_parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
     with pytest.raises(ValueError, match="eos is 999"):
-        save(model, tmp_path / "other", 999)
+        save_hf(model, tmp_path / "other", 999)
     plain = model_of(replace(TINY, mixer_norms=False), kernels=REFERENCE)
     with pytest.raises(ValueError):
-        save(plain, tmp_path / "other", 0)
+        save_hf(plain, tmp_path / "other", 0)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:48])
-    with pytest.raises(ValueError, match="one rank's part"):
-        save(model, tmp_path / "other", 0)
+    with pytest.raises(ValueError, match="tensor-parallel shard"):
+        save_hf(model, tmp_path / "other", 0)
     assert not (tmp_path / "other").exists()

@@ -88,11 +88,11 @@ bool add(const char *name, void (*kernel)(P...)) {
 
 inline void __syncthreads() { emulator::wait(); }
 // Copies to shared memory: what was there is lost at once, what comes is there when the thread has waited.
-template <class P> inline void depart(P *to, const void *from) {
+template <class P> inline void async_copy(P *to, const void *from) {
     memset(to, 0xff, sizeof(P));  // not a number
     emulator::copies[emulator::current].push_back([=] { memcpy(to, from, sizeof(P)); });
 }
-inline void arrive() {
+inline void async_wait() {
     for (auto &copy : emulator::copies[emulator::current]) copy();
     emulator::copies[emulator::current].clear();
 }
@@ -105,13 +105,13 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 }
 
 extern "C" int emulate(const char *name, int gx, int gy, int gz, int threads, int falling, void **arguments) {
-    auto found = emulator::kernels().find(name);
-    if (found == emulator::kernels().end()) return 1;
+    auto kernel = emulator::kernels().find(name);
+    if (kernel == emulator::kernels().end()) return 1;
     gridDim = {gx, gy, gz}, blockDim = {threads, 1, 1};
     for (blockIdx.z = 0; blockIdx.z < gz; blockIdx.z++)
         for (blockIdx.y = 0; blockIdx.y < gy; blockIdx.y++)
             for (blockIdx.x = 0; blockIdx.x < gx; blockIdx.x++) {
-                emulator::body = [&] { found->second(arguments); };
+                emulator::body = [&] { kernel->second(arguments); };
                 emulator::run_block(threads, falling);
             }
     return 0;

@@ -140,9 +140,9 @@ def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
         }
         for name, k in (("ours", CPU), ("reference", REFERENCE)):
             norms[name] = lambda k=k, x=x, w=norm_weight: k.rms_norm(x, w, 1e-5).sum()
-            losses[name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(
-                x, h, y, k.loss_rows
-            )[0].mean()
+            losses[name] = lambda k=k, x=x, h=head, y=labels: linear_cross_entropy(x, h, y, k.loss)[
+                0
+            ].mean()
         for what, calls in (("norm", norms), ("head and loss", losses)):
             both = {who: (lambda call=call: call().backward()) for who, call in calls.items()}
             rows += in_turn(f"{what}, forward and backward", f"L {length}", both)

@@ -40,7 +40,7 @@ class Bench:
         self.memory: list[dict[str, Any]] = []  # of a rank's step, beside the plan's
         self.backends: dict[str, Kernels] = {}
         for name, module, kernels in BACKENDS[device.type]:
-            if (why := module.missing()) is None:
+            if (why := module.unavailable_reason()) is None:
                 self.backends[name.value] = kernels
             else:
                 self.missing[name.value] = why

@@ -17,7 +17,7 @@ from benchmarks.timing import CALLS, Row
 from model.kernels import REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
-from tests.model.cases import Case, assert_equal, elsewhere
+from tests.model.cases import Case, assert_equal, on_device
 
 CHECKED = 256  # tokens of the problems that baselines are checked on
 
@@ -45,7 +45,7 @@ def check(bench: Bench) -> None:
     """
     n = bench.config.d_state
     for name, kernels in list(bench.backends.items()):
-        there = elsewhere(kernels, bench.device)
+        there = on_device(kernels, bench.device)
         right = False
         with bench.attempt(name, "all, wrong or failing"):
             assert_equal(there, Case(2, 100, 64, n), torch.float32, 1e-3)
@@ -233,7 +233,7 @@ def loss(bench: Bench) -> None:
         return nn.functional.cross_entropy((hidden @ head.t()).float(), labels)
 
     calls: dict[str, Any] = {
-        name: lambda h, l, k=kernels: linear_cross_entropy(h, head, l, k.loss_rows)[0].mean()
+        name: lambda h, l, k=kernels: linear_cross_entropy(h, head, l, k.loss)[0].mean()
         for name, kernels in bench.backends.items()
     }
     calls["torch, all logits"] = plain

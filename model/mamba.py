@@ -19,8 +19,8 @@ from model.decode import LayerState, State
 from model.generation import GenerationMixin
 from model.kernels import REFERENCE, Kernels
 from model.kernels.carry import conv_from_state, final_conv_state
-from model.kernels.cross_entropy import VocabularyGroup, linear_cross_entropy
-from model.kernels.reference import computing_type, product_type
+from model.kernels.cross_entropy import VocabParallelGroup, linear_cross_entropy
+from model.kernels.reference import compute_dtype, matmul_dtype
 
 # compiled variants per block: with or without gradients, batch of one or more, sequence length
 COMPILED_VARIANTS = 32
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
-        return self.kernels.rms_norm(x, self.weight, self.eps, dtype=product_type(x))
+        return self.kernels.rms_norm(x, self.weight, self.eps, dtype=matmul_dtype(x))
 
 
 class Mixer(nn.Module):
@@ -128,7 +128,7 @@ class Mixer(nn.Module):
         if self.norms:
             projected = self.kernels.rms_norm(projected, None, self.norm_eps, self.split)
         dt, B, C = projected.split(self.split, dim=-1)
-        A = -torch.exp(self.A_log.to(computing_type(self.A_log)))
+        A = -torch.exp(self.A_log.to(compute_dtype(self.A_log)))
         scan = self.kernels.selective_scan
         inputs = (u, self.dt_proj(dt), A, B, C, self.D, z, self.dt_bias, doc_starts)
         if self.context is not None:
@@ -167,7 +167,7 @@ class FalconMamba(GenerationMixin, nn.Module):
         # set if context-parallel ranks hold the other chunks of each sequence
         self.context: ContextGroup | None = None
         # set if lm_head is sharded over tensor-parallel ranks
-        self.vocabulary_group: VocabularyGroup | None = None
+        self.vocabulary_group: VocabParallelGroup | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
@@ -235,7 +235,7 @@ class FalconMamba(GenerationMixin, nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         h = self.embedding(tokens)
-        return h.to(computing_type(h))
+        return h.to(compute_dtype(h))
 
     def logits(self, tokens: Tensor, doc_starts: Tensor | None = None) -> Tensor:
         """Logits [b, l, vocab_size] of tokens [b, l]; this rank's columns if lm_head is sharded."""
@@ -251,6 +251,6 @@ class FalconMamba(GenerationMixin, nn.Module):
         hidden = self.hidden(tokens, doc_starts).flatten(0, 1)
         labels = targets.flatten()
         losses, log_sums = linear_cross_entropy(
-            hidden, self.lm_head.weight, labels, self.kernels.loss_rows, self.vocabulary_group
+            hidden, self.lm_head.weight, labels, self.kernels.loss, self.vocabulary_group
         )
         return losses.view_as(targets), log_sums.view_as(targets)

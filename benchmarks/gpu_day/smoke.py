@@ -26,7 +26,7 @@ from torch import Tensor
 
 from model.config import Recompute
 from model.kernels import CPU, CUDA, REFERENCE, cuda, cuda_library
-from tests.model.cases import CASES, Case, assert_equal, elsewhere
+from tests.model.cases import CASES, Case, assert_equal, on_device
 from tests.tiny import TINY, model_of
 
 PACKAGES = (
@@ -87,7 +87,7 @@ class Smoke:
                 "capability": torch.cuda.get_device_capability(),
                 "processors": properties.multi_processor_count,
                 "shared memory": properties.shared_memory_per_block_optin,
-                "missing": cuda.missing(),
+                "missing": cuda.unavailable_reason(),
                 "nccl": torch.cuda.nccl.version(),
             }
         return have
@@ -97,13 +97,13 @@ class Smoke:
         found = []
         for source in SOURCES:
             begun = time.monotonic()
-            cuda_library._compiled(source, 1, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+            cuda_library._compile_cached(source, 1, "sm_{}{}".format(*torch.cuda.get_device_capability()))
             found.append(f"{source} {time.monotonic() - begun:.1f}s")
         return found
 
     def cases(self) -> None:
         """The cases of the kernels' tests, in fp32 and bf16."""
-        there = elsewhere(self.kernels, self.device)
+        there = on_device(self.kernels, self.device)
         for case in CASES[:4] if self.small else CASES:
             assert_equal(there, case, torch.float32, 1e-4)
             assert_equal(there, case, torch.bfloat16, 8e-3)
@@ -111,7 +111,7 @@ class Smoke:
     def segments(self) -> None:
         """A sequence that several blocks share."""
         case = Case(1, 600 if self.small else 800, 64, 16, resets=0.01, first=True)
-        assert_equal(elsewhere(self.kernels, self.device), case, torch.float32, 1e-4)
+        assert_equal(on_device(self.kernels, self.device), case, torch.float32, 1e-4)
 
     def thread(self) -> None:
         """A forward and a backward in a thread that is not the first."""
@@ -119,7 +119,7 @@ class Smoke:
 
         def run() -> None:
             try:
-                assert_equal(elsewhere(self.kernels, self.device), CASES[1], torch.float32, 1e-4)
+                assert_equal(on_device(self.kernels, self.device), CASES[1], torch.float32, 1e-4)
             except Exception as error:
                 errors.append(error)
 
@@ -197,11 +197,9 @@ class Smoke:
             make(rows, vocabulary),
             torch.randint(0, vocabulary, (rows,), device=self.device),
         )
-        statistics = k.loss_rows.loss_statistics(logits, labels)
+        statistics = k.loss.loss_statistics(logits, labels)
         errors.append(
-            relative(
-                statistics[:, -9:], REFERENCE.loss_rows.loss_statistics(logits[-9:], labels[-9:])
-            )
+            relative(statistics[:, -9:], REFERENCE.loss.loss_statistics(logits[-9:], labels[-9:]))
         )
         assert max(errors) < 2e-2, errors
         return [f"{error:.1e}" for error in errors]

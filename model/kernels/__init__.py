@@ -1,4 +1,4 @@
-"""One interface to the expensive operations; each run chooses a backend once and logs it."""
+"""Kernel backends behind one interface; each run chooses a backend once and logs it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from model.kernels.ops import register
 
 
 class MissingBackend(ValueError):
-    """A backend was asked for that cannot run here; the message says how to get it."""
+    """The chosen backend cannot run here; the message says how to install it."""
 
 
 REFERENCE = Kernels(
@@ -21,8 +21,7 @@ MAMBA_SSM = Kernels(
     "mamba_ssm", mamba_ssm.causal_conv1d, mamba_ssm.selective_scan, reference.rms_norm, reference
 )
 
-# per device, fastest first; the order on GPUs is by design (docs/design/kernels.md: not measured
-# yet)
+# per device, fastest first; the order on GPUs is estimated, not measured (docs/design/kernels.md)
 BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
     "cpu": [(Backend.cpu, cpu, CPU)],
     "cuda": [(Backend.cuda, cuda, CUDA), (Backend.mamba_ssm, mamba_ssm, MAMBA_SSM)],
@@ -31,32 +30,32 @@ BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
 
 def load(backend: Backend, device: str) -> Kernels:
     """Kernels for device "cpu" or "cuda"; raises MissingBackend, with the fix, if unavailable."""
-    offered = BACKENDS[device]
+    backends = BACKENDS[device]
     if backend is Backend.auto:
         return next(
-            (kernels for _, module, kernels in offered if module.missing() is None), REFERENCE
+            (kernels for _, module, kernels in backends if module.unavailable_reason() is None),
+            REFERENCE,
         )
     if backend is Backend.reference:
         return REFERENCE
-    for name, module, kernels in offered:
+    for name, module, kernels in backends:
         if name is backend:
-            if (why := module.missing()) is not None:
-                raise MissingBackend(f"compute.kernels is {backend.value}, but there is {why}")
+            if (reason := module.unavailable_reason()) is not None:
+                raise MissingBackend(f"compute.kernels={backend.value} is unavailable: {reason}")
             return kernels
     raise MissingBackend(
-        f"compute.kernels is {backend.value}, but the run's device is {device}: choose auto"
+        f"compute.kernels={backend.value} does not run on {device}: set compute.kernels=auto"
     )
 
 
-def skipped_kernels(taken: Kernels, device: str) -> list[str]:
-    """Faster backends of a device that were not taken, one line each: reason and fix."""
+def skipped_kernels(chosen: Kernels, device: str) -> list[str]:
+    """Backends faster than the chosen one, one line each: why it was skipped and the fix."""
     lines = []
     for name, module, kernels in BACKENDS[device]:
-        if kernels is taken:
+        if kernels is chosen:
             break
-        why = module.missing()
-        lines.append(
-            f"{name.value}: "
-            + (f"it is here, compute.kernels={name.value} takes it" if why is None else why)
-        )
+        reason = module.unavailable_reason()
+        if reason is None:
+            reason = f"it is available: set compute.kernels={name.value}"
+        lines.append(f"{name.value}: {reason}")
     return lines

@@ -1,7 +1,7 @@
-"""State of the causal convolution between pieces of a sequence, for any backend's convolution.
+"""Convolution state that one chunk of a sequence passes to the next, for every backend.
 
-The inputs of the last k - 1 tokens are all of it. Where a document began among them, what precedes
-it is zero: an input of zero adds nothing, so the next piece sees exactly the taps that it may.
+The state is the inputs of the last k - 1 tokens. Inputs that precede a document boundary among them
+are zero: a zero input adds nothing, so the next chunk sees only taps of its own document.
 """
 
 import torch
@@ -19,42 +19,36 @@ def conv_from_state(
     doc_starts: Tensor | None,
     conv_state: Tensor | None,
 ) -> Tensor:
-    """conv(x [b, l, d]) as it is after a piece whose last inputs are taps [b, k - 1, d]; None at
-    the beginning.
+    """conv(x [b, l, d]) that continues from conv_state [b, k - 1, d]; None at the beginning.
 
-    The first k - 1 outputs, which taps reach, are computed apart: taps joined to x would be kept
-    for the backward.
+    The first k - 1 outputs, which read the state, come from a separate call: concatenating the
+    state with all of x would save a copy of x for the backward.
     """
     if conv_state is None or conv_state.shape[1] == 0:
         return conv(x, weight, bias, doc_starts)
-    behind = conv_state.shape[1]
-    rows = torch.cat([conv_state, x[:, :behind]], 1)
-    first = conv(
-        rows,
-        weight,
-        bias,
-        None if doc_starts is None else F.pad(doc_starts[:, :behind], (behind, 0)),
-    )[:, behind:]
-    return (
-        first
-        if x.shape[1] <= behind
-        else torch.cat([first, conv(x, weight, bias, doc_starts)[:, behind:]], 1)
+    state_length = conv_state.shape[1]
+    prefix = torch.cat([conv_state, x[:, :state_length]], 1)
+    prefix_starts = (
+        None if doc_starts is None else F.pad(doc_starts[:, :state_length], (state_length, 0))
     )
+    first = conv(prefix, weight, bias, prefix_starts)[:, state_length:]
+    if x.shape[1] <= state_length:
+        return first
+    return torch.cat([first, conv(x, weight, bias, doc_starts)[:, state_length:]], 1)
 
 
 def final_conv_state(
-    x: Tensor, doc_starts: Tensor | None, conv_state: Tensor | None, behind: int
+    x: Tensor, doc_starts: Tensor | None, conv_state: Tensor | None, state_length: int
 ) -> Tensor:
-    """Last `behind` = k - 1 inputs [b, k - 1, d] after x [b, l, d]; see continued_conv."""
-    before = x.new_zeros(x.shape[0], behind, x.shape[2]) if conv_state is None else conv_state
-    rows = (
-        torch.cat([before, x[:, max(0, x.shape[1] - behind) :]], 1)[:, -behind:]
-        if behind
-        else x[:, :0]
-    )
-    if doc_starts is None or behind == 0:
-        return rows
-    # an input is hidden when any later token opens a document
-    opens = F.pad(doc_starts[:, -behind:], (max(0, behind - doc_starts.shape[1]), 0))
-    later = F.pad(opens[:, 1:].flip(1).cumsum(1).flip(1), (0, 1))
-    return rows.masked_fill((later > 0).unsqueeze(-1), 0.0)
+    """Convolution state [b, state_length = k - 1, d] after x [b, l, d]; see conv_from_state."""
+    if state_length == 0:
+        return x[:, :0]
+    if conv_state is None:
+        conv_state = x.new_zeros(x.shape[0], state_length, x.shape[2])
+    inputs = torch.cat([conv_state, x[:, -state_length:]], 1)[:, -state_length:]
+    if doc_starts is None:
+        return inputs
+    # an input is hidden when any later token starts a document
+    starts = F.pad(doc_starts[:, -state_length:], (max(0, state_length - doc_starts.shape[1]), 0))
+    later_starts = F.pad(starts[:, 1:].flip(1).cumsum(1).flip(1), (0, 1))
+    return inputs.masked_fill((later_starts > 0).unsqueeze(-1), 0.0)

@@ -1,11 +1,11 @@
-"""Head and loss in one, so that all logits never exist: a chunk of tokens at a time, and again in
-the backward.
+"""LM head and cross entropy in one function, so that the logits of all tokens never exist at once.
 
-The backward starts with the last chunk, whose logits are kept: they are the peak of memory in any
-case.
+The forward computes logits one chunk of tokens at a time; the backward recomputes them. The forward
+saves the logits of the last chunk, where the backward starts: memory holds one chunk's logits in
+any case.
 
-The vocabulary may be cut over tensor-parallel ranks: each takes statistics of its own rows of the
-head, and one maximum and one sum over ranks, of all tokens at once, join them.
+The vocabulary may be sharded over tensor-parallel ranks. Each rank computes statistics of its own
+vocabulary shard; one all-reduce of maxima and one of sums, over all tokens at once, combine them.
 """
 
 from typing import Any, Protocol
@@ -15,25 +15,23 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from model.config import loss_chunk
-from model.kernels.interface import LossRows
-from model.kernels.reference import computing_type, product_type
+from model.kernels.interface import LossKernels
+from model.kernels.reference import compute_dtype, matmul_dtype
 
 
-class VocabularyGroup(Protocol):
-    """The ranks that a vocabulary is cut over."""
+class VocabParallelGroup(Protocol):
+    """The ranks that a vocabulary is sharded over."""
 
-    def offset(self, rows: int) -> int:
-        """Id of the first of this rank's `rows` tokens."""
+    def vocab_start_index(self, local_size: int) -> int:
+        """Token id of the first row of this rank's shard of `local_size` rows."""
 
-    def maximum(self, x: Tensor) -> Tensor:
-        """Elementwise over ranks."""
+    def all_reduce_max(self, x: Tensor) -> Tensor: ...
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Elementwise over ranks."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor: ...
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy, log-sum-exp of hidden @ weight.T; backward recomputes earlier chunks."""
+    """Cross entropy and log-sum-exp of hidden @ weight.T; the backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -41,76 +39,80 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        rows: LossRows,
-        group: VocabularyGroup | None,
-        chunk: int,
+        kernels: LossKernels,
+        group: VocabParallelGroup | None,
+        chunk_length: int,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [t, e], weight [v, e], labels [t] -> loss, log-sum [t], fp32 (fp64 for fp64)."""
-        dtype = product_type(hidden)
-        statistics = hidden.new_empty(3, len(labels), dtype=computing_type(hidden))
-        local = labels if group is None else labels - group.offset(len(weight))
+        """hidden [t, e], weight [v, e], labels [t] -> loss, log-sum [t] in compute_dtype."""
+        dtype = matmul_dtype(hidden)
+        statistics = hidden.new_empty(3, len(labels), dtype=compute_dtype(hidden))
+        if group is not None:
+            labels = labels - group.vocab_start_index(len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
             head, logits = weight.to(dtype), None
-            for part in _chunks(len(labels), chunk):
-                logits = None  # one chunk's at a time
-                logits = hidden[part].to(dtype) @ head.t()
-                statistics[:, part] = rows.loss_statistics(logits, local[part])
-        own, top, sums = statistics
+            for chunk in _chunks(len(labels), chunk_length):
+                logits = None  # free the previous chunk's logits first
+                logits = hidden[chunk].to(dtype) @ head.t()
+                statistics[:, chunk] = kernels.loss_statistics(logits, labels[chunk])
+        label_logits, max_logits, sum_exp = statistics
         if group is not None:
-            here, top = top, group.maximum(top)
-            own, sums = group.sum(torch.stack([own, sums * (here - top).exp()]))
-        log_sums = top + sums.log()
-        ctx.save_for_backward(hidden, weight, local, log_sums)
-        ctx.run = dtype, rows, group, chunk  # type: ignore[attr-defined]
-        ctx.logits = logits  # type: ignore[attr-defined]
-        return log_sums - own, log_sums
+            local_max = max_logits
+            max_logits = group.all_reduce_max(local_max)
+            sum_exp = sum_exp * (local_max - max_logits).exp()
+            label_logits, sum_exp = group.all_reduce_sum(torch.stack([label_logits, sum_exp]))
+        log_sums = max_logits + sum_exp.log()
+        ctx.save_for_backward(hidden, weight, labels, log_sums)
+        ctx.options = dtype, kernels, group, chunk_length  # type: ignore[attr-defined]
+        ctx.last_logits = logits  # type: ignore[attr-defined]
+        return log_sums - label_logits, log_sums
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor, grad_log_sum: Tensor) -> tuple[Any, ...]:
         """Products in the forward's type; the weight's gradient is summed over chunks in fp32."""
         hidden, weight, labels, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
-        dtype, rows, group, chunk = ctx.run  # type: ignore[attr-defined]
-        grad_hidden, grad_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(weight, dtype=log_sums.dtype),
-        )
+        dtype, kernels, group, chunk_length = ctx.options  # type: ignore[attr-defined]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=log_sums.dtype)
         head = weight.to(dtype)
-        kept, ctx.logits = ctx.logits, None  # type: ignore[attr-defined]  # they become their gradient: only once
-        for part in reversed(_chunks(len(labels), chunk)):
-            states = hidden[part].to(dtype)
-            logits, kept = states @ head.t() if kept is None else kept, None
-            grad = rows.loss_gradient(
-                logits, labels[part], log_sums[part], grad_loss[part], grad_log_sum[part]
+        # loss_gradient may overwrite the saved logits: a second backward must recompute them
+        logits, ctx.last_logits = ctx.last_logits, None  # type: ignore[attr-defined]
+        for chunk in reversed(_chunks(len(labels), chunk_length)):
+            hidden_chunk = hidden[chunk].to(dtype)
+            if logits is None:
+                logits = hidden_chunk @ head.t()
+            grad = kernels.loss_gradient(
+                logits, labels[chunk], log_sums[chunk], grad_loss[chunk], grad_log_sum[chunk]
             )
-            grad_hidden[part] = (grad @ head).to(hidden.dtype)
-            grad_weight += grad.t() @ states
-            del logits, grad  # before the next chunk's
+            grad_hidden[chunk] = (grad @ head).to(hidden.dtype)
+            grad_weight += grad.t() @ hidden_chunk
+            del grad  # free both before the next chunk's logits
+            logits = None
         if group is not None:
-            grad_hidden = group.sum(grad_hidden)
+            grad_hidden = group.all_reduce_sum(grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _chunks(length: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, length, chunk)]
+def _chunks(length: int, chunk_length: int) -> list[slice]:
+    return [slice(start, start + chunk_length) for start in range(0, length, chunk_length)]
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    rows: LossRows,
-    group: VocabularyGroup | None = None,
+    kernels: LossKernels,
+    group: VocabParallelGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy per token in nats and log of the softmax's sum: hidden [t, e], weight [v, e],
-    labels [t] -> [t].
+    """Cross entropy in nats and log-sum-exp of the logits, per token.
 
-    Peak memory is one chunk's logits (model.config.loss_chunk); the cost is one more forward of the
-    head for all chunks but one. With a group, v is this rank's part of the vocabulary: 3 values per
-    token cross ranks forward, and one sum of hidden's gradient backward. Labels are ids of the
-    vocabulary; they are not checked, since that would wait for the device.
+    hidden [t, e], weight [v, e], labels [t] -> two [t]. With a group, v is the size of this rank's
+    vocabulary shard. Peak memory is one chunk's logits (model.config.loss_chunk); the cost is one
+    more forward of the head for all chunks but one. With a group the forward reduces 3 values per
+    token over ranks, the backward the gradient of hidden. Labels are token ids; they are not
+    checked, since a check would wait for the device.
     """
-    chunk = loss_chunk(*hidden.shape)
+    chunk_length = loss_chunk(*hidden.shape)
     result: tuple[Tensor, Tensor] = LinearCrossEntropy.apply(
-        hidden, weight, labels.long(), rows, group, chunk
+        hidden, weight, labels.long(), kernels, group, chunk_length
     )
     return result

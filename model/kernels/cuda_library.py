@@ -1,7 +1,7 @@
-"""Compiling the CUDA kernels with NVRTC at first use, and launching them on tensors' memory.
+"""Compiles the CUDA kernels with NVRTC at first use and launches them on tensors' memory.
 
-The sources need `cuda-core` (NVIDIA's own package, with NVRTC as a wheel) and no nvcc; compiling
-takes about a second a source and process.
+This needs `cuda-core` (NVIDIA's package, with NVRTC as a wheel), not nvcc; compiling takes about a
+second per source and process.
 """
 
 import functools
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the sources' BF16
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # element type -> the macro BF16 of the sources
 
 
 def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
-    """Compile a source for an architecture ("sm_90"); `log` gets ptxas' registers and spills."""
+    """Compile a source for an architecture ("sm_90").
+
+    ptxas writes the use of registers and spills to `log`.
+    """
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
@@ -32,28 +35,28 @@ def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
     )
 
 
-_compiled = functools.cache(compile_source)  # once for all kernels of a source
+_compile_cached = functools.cache(compile_source)
 
 
 @functools.cache
 def _kernel(source: str, name: str, bf16: int, device: int, shared: int) -> Any:
-    """A kernel loaded on a device, allowed its shared memory."""
+    """Load a kernel on a device and raise its limit of dynamic shared memory."""
     from cuda.bindings import driver
     from cuda.core import Device
 
     Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = _compiled(source, bf16, f"sm_{major}{minor}").get_kernel(name)
+    kernel = _compile_cached(source, bf16, f"sm_{major}{minor}").get_kernel(name)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(attribute, shared, int(kernel.handle), device)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name} needs {shared} bytes of shared memory a block: {status}")
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory per block: {status}")
     return kernel
 
 
 @functools.cache
 def _stream(handle: int, device: int) -> Any:
-    """Cached cuda-core stream: from_handle builds a class per call, torch reuses its streams."""
+    """cuda-core stream of a handle; cached, since from_handle builds a class per call."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
@@ -77,7 +80,7 @@ def launch(
 
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     with torch.cuda.device(device):
-        Device(device.index).set_current()  # a thread of autograd's may have no context yet
+        Device(device.index).set_current()  # an autograd thread may have no context yet
         kernel = _kernel(source, name, DTYPES[dtype], device.index, shared)
         stream = _stream(torch.cuda.current_stream(device).cuda_stream, device.index)
         enqueue(
@@ -89,10 +92,10 @@ def launch(
 
 
 def parameters(arguments: Arguments) -> list[Any]:
-    """Arguments as cuda-core takes them: pointers as plain integers, sizes as ctypes."""
+    """Arguments as cuda-core takes them: addresses as integers, sizes as ctypes."""
     return [address(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
 
 
 def address(x: Tensor | None) -> int:
-    """Where a tensor lies; 0 for None."""
+    """Address of a tensor's memory; 0 for None."""
     return 0 if x is None else x.data_ptr()

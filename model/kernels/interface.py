@@ -1,4 +1,4 @@
-"""Interface of a backend: the expensive operations, with the semantics of the reference."""
+"""Interface of a kernel backend; model.kernels.reference specifies every operation."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class CausalConv1d(Protocol):
-    """See model.kernels.reference.causal_conv1d, the specification."""
+    """See model.kernels.reference.causal_conv1d."""
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
@@ -16,7 +16,7 @@ class CausalConv1d(Protocol):
 
 
 class SelectiveScan(Protocol):
-    """See model.kernels.reference.selective_scan, the specification."""
+    """See model.kernels.reference.selective_scan."""
 
     def __call__(
         self,
@@ -34,20 +34,20 @@ class SelectiveScan(Protocol):
 
 
 class RmsNorm(Protocol):
-    """See model.kernels.reference.rms_norm, the specification."""
+    """See model.kernels.reference.rms_norm."""
 
     def __call__(
         self,
         x: Tensor,
         weight: Tensor | None,
         eps: float,
-        parts: list[int] | None = None,
+        split_sizes: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor: ...
 
 
-class LossRows(Protocol):
-    """Loss operations on a chunk of logits [t, v]; specified by model.kernels.reference."""
+class LossKernels(Protocol):
+    """Cross entropy on a chunk of logits [t, v]; see model.kernels.reference."""
 
     def loss_statistics(self, logits: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -69,4 +69,4 @@ class Kernels:
     causal_conv1d: CausalConv1d
     selective_scan: SelectiveScan
     rms_norm: RmsNorm
-    loss_rows: LossRows
+    loss: LossKernels

@@ -1,9 +1,9 @@
-"""A backend's raw functions as torch operators with fake and autograd rules.
+"""Registers a backend's functions as torch operators with fake and autograd rules.
 
 torch.compile, the meta device and activation recompute then see opaque operators with known shapes.
-The specification of each is model/kernels/reference.py; gradients are computed by the backend, not
-by autograd. Registered by hand, since torch.library.custom_op adds some 0.2 ms to each forward and
-backward of the scan.
+model/kernels/reference.py specifies each operator; the backend computes the gradients. They are not
+registered with torch.library.custom_op, which adds some 0.2 ms to each forward and backward of the
+scan.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.interface import Kernels, LossRows, RmsNorm
+from model.kernels.interface import Kernels, LossKernels, RmsNorm
 
-LIBRARIES: list[torch.library.Library] = []  # operators live as long as these do
+LIBRARIES: list[torch.library.Library] = []  # operators exist as long as their library
 INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor dt_bias, "
     "Tensor? doc_starts, Tensor? state"
@@ -23,9 +23,9 @@ INPUTS = (
 
 
 def register(backend: Any, name: str, device: str) -> Kernels:
-    """Register `falcon_<name>::...` for a module's {scan,conv,norm}_{forward,backward} and loss."""
-    space = Space(name, device)
-    scan = _register_scan(backend, space)
+    """Register the functions of a backend module as operators `falcon_<name>::...`."""
+    library = OperatorLibrary(name, device)
+    scan = _register_scan(backend, library)
 
     def selective_scan(
         u: Tensor,
@@ -39,21 +39,22 @@ def register(backend: Any, name: str, device: str) -> Kernels:
         doc_starts: Tensor | None = None,
         state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _refuse_empty(u)
-        y, last, _ = scan(u, dt, A, B, C, D, z, dt_bias, doc_starts, state, torch.is_grad_enabled())
-        return y, last
+        _check_not_empty(u)
+        save_states = torch.is_grad_enabled()
+        y, last_state, _ = scan(u, dt, A, B, C, D, z, dt_bias, doc_starts, state, save_states)
+        return y, last_state
 
     return Kernels(
         name,
-        _register_conv(backend, space),
+        _register_conv(backend, library),
         selective_scan,
-        _register_norm(backend, space),
-        _register_loss(backend, space),
+        _register_norm(backend, library),
+        _register_loss(backend, library),
     )
 
 
-class Space:
-    """The operators of one backend."""
+class OperatorLibrary:
+    """Torch operators of one backend."""
 
     def __init__(self, name: str, device: str) -> None:
         self.library = torch.library.Library(f"falcon_{name}", "DEF")
@@ -61,7 +62,7 @@ class Space:
         LIBRARIES.append(self.library)
 
     def define(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-        """An operator that runs on the device, and on fake tensors."""
+        """Define an operator with its implementation on the device and on fake tensors."""
         name = schema.split("(")[0]
         self.library.define(schema)
         self.library.impl(name, run, self.device)
@@ -75,56 +76,61 @@ class Space:
             return (
                 function.apply(*arguments)
                 if torch.is_grad_enabled()
-                else below(operator, *arguments)
+                else call_below_autograd(operator, *arguments)
             )
 
         self.library.impl(operator._schema.name.split("::")[1], run, "Autograd")
 
 
-def below(operator: Any, *arguments: Any) -> Any:
-    """The operator itself, without its gradient rule."""
+def call_below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Call an operator without its autograd rule."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
-def _refuse_empty(x: Tensor) -> None:
+def _check_not_empty(x: Tensor) -> None:
     if x.numel() == 0:
-        raise ValueError(f"a batch of shape {tuple(x.shape)} has no tokens: leave it out")
+        raise ValueError(f"a batch of shape {tuple(x.shape)} has no tokens: skip it")
 
 
-def _like(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _register_scan(backend: Any, space: Space) -> Any:
-    """`keep`: write the states that the backward starts from; not needed without gradients."""
+def _register_scan(backend: Any, library: OperatorLibrary) -> Any:
+    """Register the scan; save_states=False skips the chunk states, which only a backward reads."""
 
-    def room(u: Tensor, A: Tensor, keep: bool) -> Tensor:
-        kept: Tensor = backend.kept_like(u, A) if keep else u.new_empty(0, dtype=torch.float32)
-        return kept
+    def new_chunk_states(u: Tensor, A: Tensor, save_states: bool) -> Tensor:
+        if not save_states:
+            return u.new_empty(0, dtype=torch.float32)
+        chunk_states: Tensor = backend.empty_chunk_states(u, A)
+        return chunk_states
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, doc_starts, state, keep = arguments
-        kept = room(inputs[0], inputs[2], keep)
-        y, last = backend.scan_forward(inputs, doc_starts, state, kept if keep else None)
-        return y, last, kept
+        *inputs, doc_starts, state, save_states = arguments
+        chunk_states = new_chunk_states(inputs[0], inputs[2], save_states)
+        y, last_state = backend.scan_forward(
+            inputs, doc_starts, state, chunk_states if save_states else None
+        )
+        return y, last_state, chunk_states
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        u, A = arguments[0], arguments[2]
-        last = u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
-        return _like(u), last, room(u, A, arguments[10])
+        u, A, save_states = arguments[0], arguments[2], arguments[10]
+        last_state = u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
+        return _empty_like(u), last_state, new_chunk_states(u, A, save_states)
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
         inputs, state = arguments[:8], arguments[9]
-        return [_like(x) for x in inputs] + [
-            inputs[0].new_empty(0, dtype=torch.float32) if state is None else _like(state)
-        ]
+        if state is None:
+            state = inputs[0].new_empty(0, dtype=torch.float32)
+        return [_empty_like(x) for x in (*inputs, state)]
 
-    forward = space.define(
-        f"selective_scan({INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", run, fake
+    forward = library.define(
+        f"selective_scan({INPUTS}, bool save_states) -> (Tensor, Tensor, Tensor)", run, fake
     )
-    backward = space.define(
-        f"selective_scan_backward({INPUTS}, Tensor kept, Tensor dy, Tensor? dlast) -> Tensor[]",
+    backward = library.define(
+        f"selective_scan_backward({INPUTS}, Tensor chunk_states, Tensor dy, Tensor? dlast_state) "
+        "-> Tensor[]",
         lambda *x: backend.scan_backward(x[:8], *x[8:]),
         fake_backward,
     )
@@ -132,41 +138,43 @@ def _register_scan(backend: Any, space: Space) -> Any:
     class Scan(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-            y, last, kept = below(forward, *arguments)
-            ctx.save_for_backward(*arguments[:10], kept)
-            ctx.mark_non_differentiable(kept)
+            y, last_state, chunk_states = call_below_autograd(forward, *arguments)
+            ctx.save_for_backward(*arguments[:10], chunk_states)
+            ctx.mark_non_differentiable(chunk_states)
             ctx.set_materialize_grads(False)
-            return y, last, kept
+            return y, last_state, chunk_states
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            saved, (dy, dlast, _) = ctx.saved_tensors, grads
-            *gradients, first = backward(
-                *saved, torch.zeros_like(saved[0]) if dy is None else dy, dlast
-            )
-            return *gradients, None, None if saved[9] is None else first, None
+            dy, dlast_state, _ = grads
+            saved = ctx.saved_tensors  # read once: recompute unpacks each saved tensor only once
+            u, state = saved[0], saved[9]
+            if dy is None:
+                dy = torch.zeros_like(u)
+            *gradients, dstate = backward(*saved, dy, dlast_state)
+            return *gradients, None, None if state is None else dstate, None
 
-    space.differentiate(forward, Scan)
+    library.differentiate(forward, Scan)
     return forward
 
 
-def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
+def _register_conv(backend: Any, library: OperatorLibrary) -> Callable[..., Tensor]:
     arguments = "Tensor x, Tensor weight, Tensor bias, Tensor? doc_starts"
-    forward = space.define(
-        f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _like(x)
+    forward = library.define(
+        f"causal_conv1d({arguments}) -> Tensor", backend.conv_forward, lambda x, *_: _empty_like(x)
     )
-    backward = space.define(
+    backward = library.define(
         f"causal_conv1d_backward({arguments}, Tensor dout) -> Tensor[]",
         backend.conv_backward,
-        lambda x, weight, bias, *_: [_like(t) for t in (x, weight, bias)],
+        lambda x, weight, bias, *_: [_empty_like(t) for t in (x, weight, bias)],
     )
 
     class Conv(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Tensor:
             ctx.save_for_backward(*arguments)
-            out: Tensor = below(forward, *arguments)
+            out: Tensor = call_below_autograd(forward, *arguments)
             return out
 
         @staticmethod
@@ -174,43 +182,43 @@ def _register_conv(backend: Any, space: Space) -> Callable[..., Tensor]:
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             return *backward(*ctx.saved_tensors, *grads), None
 
-    space.differentiate(forward, Conv)
+    library.differentiate(forward, Conv)
 
     def causal_conv1d(
         x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None
     ) -> Tensor:
-        _refuse_empty(x)
+        _check_not_empty(x)
         result: Tensor = forward(x, weight, bias, doc_starts)
         return result
 
     return causal_conv1d
 
 
-def _register_norm(backend: Any, space: Space) -> RmsNorm:
-    forward = space.define(
-        "rms_norm(Tensor x, Tensor? weight, float eps, int[] parts, ScalarType dtype) -> "
-        "(Tensor, Tensor)",
+def _register_norm(backend: Any, library: OperatorLibrary) -> RmsNorm:
+    forward = library.define(
+        "rms_norm(Tensor x, Tensor? weight, float eps, int[] split_sizes, ScalarType dtype) "
+        "-> (Tensor, Tensor)",
         backend.norm_forward,
-        lambda x, weight, eps, parts, dtype: (
+        lambda x, weight, eps, split_sizes, dtype: (
             x.new_empty(x.shape, dtype=dtype),
-            x.new_empty(*x.shape[:-1], len(parts), dtype=torch.float32),
+            x.new_empty(*x.shape[:-1], len(split_sizes), dtype=torch.float32),
         ),
     )
-    backward = space.define(
-        "rms_norm_backward(Tensor x, Tensor? weight, int[] parts, Tensor scales, Tensor dout) -> "
-        "(Tensor, Tensor)",
+    backward = library.define(
+        "rms_norm_backward(Tensor x, Tensor? weight, int[] split_sizes, Tensor scales, "
+        "Tensor dout) -> (Tensor, Tensor)",
         backend.norm_backward,
         lambda x, weight, *_: (
-            _like(x),
-            x.new_empty(0, dtype=torch.float32) if weight is None else _like(weight),
+            _empty_like(x),
+            x.new_empty(0, dtype=torch.float32) if weight is None else _empty_like(weight),
         ),
     )
 
     class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-            x, weight, _, ctx.parts, _ = arguments
-            out, scales = below(forward, *arguments)
+            x, weight, _, ctx.split_sizes, _ = arguments
+            out, scales = call_below_autograd(forward, *arguments)
             ctx.save_for_backward(x, weight, scales)
             ctx.mark_non_differentiable(scales)
             return out, scales
@@ -219,45 +227,44 @@ def _register_norm(backend: Any, space: Space) -> RmsNorm:
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             x, weight, scales = ctx.saved_tensors
-            dx, dweight = backward(x, weight, ctx.parts, scales, grads[0])
+            dx, dweight = backward(x, weight, ctx.split_sizes, scales, grads[0])
             return dx, None if weight is None else dweight, None, None, None
 
-    space.differentiate(forward, Norm)
+    library.differentiate(forward, Norm)
 
     def rms_norm(
         x: Tensor,
         weight: Tensor | None,
         eps: float,
-        parts: list[int] | None = None,
+        split_sizes: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        parts = parts or [x.shape[-1]]
-        if sum(parts) != x.shape[-1] or (weight is not None and len(parts) > 1):
-            raise ValueError(
-                f"parts {parts} must add up to the {x.shape[-1]} features of a row, and have no "
-                "weight when several"
-            )
-        _refuse_empty(x)
-        result: Tensor = forward(x, weight, eps, parts, dtype or x.dtype)[0]
+        split_sizes = split_sizes or [x.shape[-1]]
+        if sum(split_sizes) != x.shape[-1]:
+            raise ValueError(f"split_sizes {split_sizes} must add up to {x.shape[-1]} features")
+        if weight is not None and len(split_sizes) > 1:
+            raise ValueError("a norm of several splits takes no weight")
+        _check_not_empty(x)
+        result: Tensor = forward(x, weight, eps, split_sizes, dtype or x.dtype)[0]
         return result
 
     return rms_norm
 
 
-def _register_loss(backend: Any, space: Space) -> LossRows:
-    statistics = space.define(
+def _register_loss(backend: Any, library: OperatorLibrary) -> LossKernels:
+    statistics = library.define(
         "loss_statistics(Tensor logits, Tensor labels) -> Tensor",
         backend.loss_statistics,
         lambda logits, labels: logits.new_empty(3, logits.shape[0], dtype=torch.float32),
     )
-    gradient = space.define(
+    gradient = library.define(
         "loss_gradient(Tensor(a!) logits, Tensor labels, Tensor log_sums, Tensor dloss, Tensor "
         "dlog_sum) -> ()",
         backend.loss_gradient,
         lambda *_: None,
     )
 
-    class Rows:
+    class Loss:
         @staticmethod
         def loss_statistics(logits: Tensor, labels: Tensor) -> Tensor:
             result: Tensor = statistics(logits, labels)
@@ -274,4 +281,4 @@ def _register_loss(backend: Any, space: Space) -> LossRows:
             gradient(logits, labels, log_sums, grad_loss, grad_log_sum)
             return logits
 
-    return Rows()
+    return Loss()

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.kernels.reference import product_type
+from model.kernels.reference import matmul_dtype
 from model.mamba import RMSNorm
 from model.parallel.tensor import ColumnParallel, RowParallel, VocabParallelEmbedding
 
@@ -108,7 +108,7 @@ class AllGatherColumnParallel(ColumnParallel):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l / size, inputs] -> [b, l, outputs / size]."""
-        dtype = product_type(x)
+        dtype = matmul_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = AllGatherMatmul.apply(x.to(dtype), self.weight.to(dtype))
         return y
@@ -138,7 +138,7 @@ class SequenceParallelNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, l / size, e] -> [b, l / size, e]."""
         weight = copy_to_tensor_model_parallel_region(self.weight)
-        return self.kernels.rms_norm(x, weight, self.eps, dtype=product_type(x))
+        return self.kernels.rms_norm(x, weight, self.eps, dtype=matmul_dtype(x))
 
 
 class GatheredFinalNorm(SequenceParallelNorm):

@@ -92,18 +92,16 @@ class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
 
 
 class VocabularyRanks:
-    """Tensor-parallel ranks for the loss (a model.kernels.cross_entropy.VocabularyGroup)."""
+    """Tensor-parallel ranks for the loss (a model.kernels.cross_entropy.VocabParallelGroup)."""
 
-    def offset(self, rows: int) -> int:
-        """Return the first token id of this rank's rows."""
-        return parallel_state.get_tensor_model_parallel_rank() * rows
+    def vocab_start_index(self, local_size: int) -> int:
+        """Token id of the first row of this rank's shard of `local_size` rows."""
+        return parallel_state.get_tensor_model_parallel_rank() * local_size
 
-    def maximum(self, x: Tensor) -> Tensor:
-        """Elementwise maximum over ranks."""
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.MAX)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Elementwise sum over ranks."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 
     @staticmethod

@@ -173,7 +173,7 @@ def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: fl
         (scan_results, kernels.selective_scan, naive_scan),
         (conv_results, kernels.causal_conv1d, naive_conv),
         (norm_results, kernels.rms_norm, naive_norm),
-        (loss_results, kernels.loss_rows, reference),
+        (loss_results, kernels.loss, reference),
     ):
         pairs = zip(
             results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True
@@ -183,7 +183,7 @@ def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: fl
             assert error <= tolerance, (kernels.name, results.__name__, case, index, float(error))
 
 
-class Elsewhere:
+class OnDevice:
     """Functions of tensors on another device, called with tensors of this one."""
 
     def __init__(self, functions: Any, device: torch.device) -> None:
@@ -204,17 +204,17 @@ class Elsewhere:
         return call
 
 
-def elsewhere(kernels: Kernels, device: torch.device) -> Kernels:
+def on_device(kernels: Kernels, device: torch.device) -> Kernels:
     """A backend of another device that takes and gives CPU tensors, for tests that compare
     there.
     """
-    there = Elsewhere(kernels, device)
+    there = OnDevice(kernels, device)
     return Kernels(
         kernels.name,
         there.causal_conv1d,
         there.selective_scan,
         there.rms_norm,
-        Elsewhere(kernels.loss_rows, device),
+        OnDevice(kernels.loss, device),
     )
 
 
@@ -244,7 +244,7 @@ def assert_documents_are_isolated(
         torch.testing.assert_close(scan[:, p], alone, **limits)
 
 
-def assert_halves_are_the_whole(kernels: Kernels) -> None:
+def assert_state_carries_over(kernels: Kernels) -> None:
     """A sequence in two pieces, with the state handed over."""
     u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 45, 16, 4).inputs(torch.float32))
     whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
@@ -269,7 +269,7 @@ CASES = [
     Case(2, 33, 48, 16, dt=-6.5),  # time steps as at the beginning of training, 0.0002 to 0.02
 ]
 
-CUTS = [[4], [0, 1, 2, 3], [7, 9]]  # where documents begin
+DOC_START_POSITIONS = [[4], [0, 1, 2, 3], [7, 9]]  # where documents begin
 
 # any of them, for hypothesis
 CASE = st.builds(
@@ -285,12 +285,12 @@ CASE = st.builds(
 )
 
 
-def assert_kept_for_gradients_alone(kernels: Kernels, backend: Any, monkeypatch: Any) -> None:
+def assert_states_saved_only_for_backward(kernels: Kernels, backend: Any, monkeypatch: Any) -> None:
     """Without gradients the scan makes no room for the states that a backward starts from, and
     gives the same.
     """
-    inputs, made, room = Case(2, 40, 16, 4).inputs(torch.float32), [], backend.kept_like
-    monkeypatch.setattr(backend, "kept_like", lambda *x: made.append(room(*x)) or made[-1])
+    inputs, made, room = Case(2, 40, 16, 4).inputs(torch.float32), [], backend.empty_chunk_states
+    monkeypatch.setattr(backend, "empty_chunk_states", lambda *x: made.append(room(*x)) or made[-1])
     y, last = kernels.selective_scan(*inputs)
     assert len(made) == 1
     with torch.no_grad():

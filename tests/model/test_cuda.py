@@ -32,20 +32,20 @@ from tests.gpu import DEVICES, GPU, ON_GPU
 from tests.model.cases import (
     CASE,
     CASES,
-    CUTS,
+    DOC_START_POSITIONS,
     Case,
     assert_documents_are_isolated,
     assert_equal,
-    assert_halves_are_the_whole,
-    assert_kept_for_gradients_alone,
+    assert_state_carries_over,
+    assert_states_saved_only_for_backward,
     conv_results,
-    elsewhere,
     loss_results,
     norm_results,
+    on_device,
     scan_results,
 )
 from tests.model.cuda import emulated
-from tests.model.public import public_kernels
+from tests.model.fake_mamba_ssm import fake_mamba_ssm
 
 # what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its
 # backward two of 128, as its shared memory allows; four in its adjoint; of 128 seven in the
@@ -76,7 +76,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     GPU.
     """
     monkeypatch.setattr(cuda_library, "launch", emulated.launch)
-    monkeypatch.setattr(cuda, "processors", lambda device: 132)
+    monkeypatch.setattr(cuda, "sm_count", lambda device: 132)
     return EMULATED
 
 
@@ -84,7 +84,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """The cuda backend on the emulator, and on a GPU: the same list of tests."""
     on_gpu = request.param == "cuda"
-    return elsewhere(CUDA, torch.device("cuda")) if on_gpu else request.getfixturevalue("emulation")
+    return on_device(CUDA, torch.device("cuda")) if on_gpu else request.getfixturevalue("emulation")
 
 
 def limit(kernels: Kernels, tolerance: float) -> float:
@@ -121,7 +121,7 @@ def test_host_and_kernels_agree_on_sizes() -> None:
         ("conv.cu", "THREADS", cuda.CONV_THREADS),
         ("rows.cu", "WARPS", cuda_rows.WARPS),
         ("rows.cu", "ROWS", cuda_rows.ROWS),
-        ("rows.cu", "PARTS", cuda_rows.PARTS),
+        ("rows.cu", "MAX_SPLITS", cuda_rows.MAX_SPLITS),
         ("rows.cu", "THREADS", cuda_rows.THREADS),
     ):
         text = (cuda_library.FOLDER / source).read_text()
@@ -156,7 +156,7 @@ def test_emulated_in_segments(
     """Several segments, the last one short; states and adjoints cross them unless a document opens
     between.
     """
-    monkeypatch.setattr(cuda, "LEAST_SEGMENT", 16)
+    monkeypatch.setattr(cuda, "MIN_SEGMENT", 16)
     seen = []
 
     def launch(
@@ -249,25 +249,25 @@ def test_no_thread_depends_on_another_without_a_barrier(
 
 def test_models_that_do_not_fit_are_refused(kernels: Kernels) -> None:
     inputs = Case(1, 4, 8, 17).inputs(torch.float32)
-    with pytest.raises(ValueError, match="d_state 17 exceeds"):
+    with pytest.raises(ValueError, match="d_state=17 exceeds"):
         kernels.selective_scan(*inputs)
-    with pytest.raises(ValueError, match="d_conv 5 exceeds"):
+    with pytest.raises(ValueError, match="d_conv=5 exceeds"):
         kernels.causal_conv1d(inputs[0], torch.ones(8, 5), torch.ones(8))
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
 def test_documents_are_isolated(cuts: list[int], kernels: Kernels) -> None:
     assert_documents_are_isolated(kernels, cuts)
 
 
 def test_halves_are_the_whole(kernels: Kernels) -> None:
-    assert_halves_are_the_whole(kernels)
+    assert_state_carries_over(kernels)
 
 
 def test_emulated_keeps_nothing_without_gradients(
     emulation: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_kept_for_gradients_alone(emulation, cuda, monkeypatch)
+    assert_states_saved_only_for_backward(emulation, cuda, monkeypatch)
 
 
 def test_mixed_types_are_not_rounded(kernels: Kernels) -> None:
@@ -288,7 +288,7 @@ def everything(kernels: Kernels, dtype: torch.dtype, case: Case) -> list[torch.T
         *scan_results(kernels.selective_scan, case, dtype),
         *conv_results(kernels.causal_conv1d, case, dtype),
         *norm_results(kernels.rms_norm, case, dtype),
-        *loss_results(kernels.loss_rows, case, dtype),
+        *loss_results(kernels.loss, case, dtype),
     ]
 
 
@@ -319,22 +319,22 @@ def test_on_the_gpu_in_segments(kernels: Kernels) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
 def test_public_kernels_isolate_documents(cuts: list[int]) -> None:
-    with public_kernels():
+    with fake_mamba_ssm():
         assert_documents_are_isolated(MAMBA_SSM, cuts)
-        assert_halves_are_the_whole(MAMBA_SSM)
+        assert_state_carries_over(MAMBA_SSM)
 
 
 def test_layers_of_a_step_share_their_places() -> None:
     doc_starts = torch.tensor([[True, False, True, False]])
-    places, length = mamba_ssm._places(doc_starts)
-    assert mamba_ssm._places(doc_starts)[0] is places and (places.tolist(), length) == (
+    places, length = mamba_ssm._padded_positions(doc_starts)
+    assert mamba_ssm._padded_positions(doc_starts)[0] is places and (places.tolist(), length) == (
         [[1, 2, 4, 5]],
         6,
     )
     doc_starts[0, 1] = True
-    assert mamba_ssm._places(doc_starts)[0].tolist() == [[1, 3, 5, 6]]
+    assert mamba_ssm._padded_positions(doc_starts)[0].tolist() == [[1, 3, 5, 6]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -342,7 +342,7 @@ def test_public_kernels_are_composed_correctly(case: Case) -> None:
     """With stand-ins for the two public functions: layouts, resets and first states by steps, and
     all gradients.
     """
-    with public_kernels():
+    with fake_mamba_ssm():
         # the composition hands A over in fp32, and all of it where a state comes in
         assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.first else 1e-6)
         assert_equal(MAMBA_SSM, case, torch.bfloat16, 8e-3)
@@ -359,7 +359,9 @@ def test_a_missing_gpu_or_package_is_named() -> None:
 
 PUBLIC = [
     *ON_GPU,
-    pytest.mark.skipif(mamba_ssm.missing() is not None, reason="needs mamba-ssm and causal-conv1d"),
+    pytest.mark.skipif(
+        mamba_ssm.unavailable_reason() is not None, reason="needs mamba-ssm and causal-conv1d"
+    ),
 ]
 
 
@@ -367,15 +369,15 @@ PUBLIC = [
 @pytest.mark.parametrize("case", [*CASES, Case(2, 2100, 64, 16, resets=0.01, first=True)], ids=str)
 def test_public_kernels_on_the_gpu(case: Case, where: str) -> None:
     """The longest one is of more than one of their chunks of 2,048 steps."""
-    there = elsewhere(MAMBA_SSM, torch.device(where))
+    there = on_device(MAMBA_SSM, torch.device(where))
     assert_equal(there, case, torch.float32, 1e-3)
     assert_equal(there, case, torch.bfloat16, 1.6e-2)  # they round y before the gate too
 
 
 @pytest.mark.parametrize("where", [pytest.param("cuda", marks=PUBLIC)])
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
 def test_public_kernels_isolate_documents_on_the_gpu(cuts: list[int], where: str) -> None:
-    assert_documents_are_isolated(elsewhere(MAMBA_SSM, torch.device(where)), cuts, 1e-5)
+    assert_documents_are_isolated(on_device(MAMBA_SSM, torch.device(where)), cuts, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

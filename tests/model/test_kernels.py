@@ -28,12 +28,12 @@ from tests.gpu import DEVICES
 from tests.model.cases import (
     CASE,
     CASES,
-    CUTS,
+    DOC_START_POSITIONS,
     Case,
     assert_documents_are_isolated,
     assert_equal,
-    assert_halves_are_the_whole,
-    assert_kept_for_gradients_alone,
+    assert_state_carries_over,
+    assert_states_saved_only_for_backward,
     conv_results,
     scan_results,
 )
@@ -50,7 +50,7 @@ def test_reference_in_fp64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # several chunks, the last one short
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * one_step)
     # and the longer cases compute them again
-    monkeypatch.setattr(reference, "KEPT_ELEMENTS", 20 * one_step)
+    monkeypatch.setattr(reference, "MAX_SAVED_ELEMENTS", 20 * one_step)
     assert_equal(REFERENCE, case, torch.float64, 1e-11)
 
 
@@ -87,7 +87,7 @@ def test_rows_of_wider_tensors_are_read_in_place() -> None:
     expected, _ = CPU.selective_scan(u, dt, A, B, C, D, z, dt_bias)
     actual, _ = CPU.selective_scan(halves[0], dt, A, *parts, D, halves[1], dt_bias)
     assert torch.equal(actual, expected)
-    assert cpu._rows(halves[0]).data_ptr() == xz.data_ptr()
+    assert cpu._with_token_stride(halves[0]).data_ptr() == xz.data_ptr()
 
 
 def test_cpu_is_deterministic_for_any_number_of_threads() -> None:
@@ -108,14 +108,14 @@ def test_cpu_is_deterministic_for_any_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
 def test_resets_isolate_documents(cuts: list[int], kernels: Kernels) -> None:
     assert_documents_are_isolated(kernels, cuts)
 
 
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
 def test_a_sequence_in_two_halves_is_the_whole(kernels: Kernels) -> None:
-    assert_halves_are_the_whole(kernels)
+    assert_state_carries_over(kernels)
 
 
 def test_defaults_of_the_process_change_nothing() -> None:
@@ -187,7 +187,7 @@ def test_operators_are_what_their_fakes_say(dtype: torch.dtype) -> None:
 
 
 def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_kept_for_gradients_alone(CPU, cpu, monkeypatch)
+    assert_states_saved_only_for_backward(CPU, cpu, monkeypatch)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -218,15 +218,15 @@ def test_strides_of_axes_of_length_one_say_nothing(shape: tuple[int, int, int]) 
 
 
 def test_too_many_states_are_refused() -> None:
-    with pytest.raises(ValueError, match="d_state 33 exceeds"):
+    with pytest.raises(ValueError, match="d_state=33 exceeds"):
         CPU.selective_scan(*Case(1, 3, 16, 33).inputs(torch.float32))
 
 
 def test_sizes_agree_with_the_source() -> None:
-    lib = cpu.active()
+    lib = cpu.active_library()
     assert (
         lib.chunk_steps() == SCAN_CHUNK
-        and lib.vector_width() == cpu_library.WIDTHS[cpu.instruction_set()]
+        and lib.vector_width() == cpu_library.VECTOR_WIDTHS[cpu.instruction_set()]
     )
 
 
@@ -280,20 +280,21 @@ def test_backends_are_chosen_by_name_and_presence(monkeypatch: pytest.MonkeyPatc
     assert load(Backend.auto, "cpu") is REFERENCE
     with pytest.raises(MissingBackend, match=r"apt-get install g\+\+"):
         load(Backend.cpu, "cpu")
-    with pytest.raises(MissingBackend, match="choose auto"):
+    with pytest.raises(MissingBackend, match="set compute.kernels=auto"):
         load(Backend.cpu, "cuda")
 
 
 def test_faster_backends_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'")
+    monkeypatch.setattr(
+        cuda, "unavailable_reason", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"
+    )
     lines = skipped_kernels(REFERENCE, "cuda")
     assert lines[0] == "cuda: no cuda-core: pip install 'cuda-core[cu13]'"
     assert len(lines) == 2 and lines[1].startswith("mamba_ssm: no ")
     assert skipped_kernels(MAMBA_SSM, "cuda") == lines[:1] and skipped_kernels(CUDA, "cuda") == []
-    monkeypatch.setattr(cuda, "missing", lambda: None)
-    assert (
-        skipped_kernels(REFERENCE, "cuda")[0] == "cuda: it is here, compute.kernels=cuda takes it"
-    )
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    expected = "cuda: it is available: set compute.kernels=cuda"
+    assert skipped_kernels(REFERENCE, "cuda")[0] == expected
 
 
 def test_backward_cost_grows_linearly() -> None:

@@ -56,7 +56,7 @@ def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     hidden, weight = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     losses, _ = cross_entropy.linear_cross_entropy(
-        hidden, weight, torch.randint(0, 50, (20,)), CPU.loss_rows
+        hidden, weight, torch.randint(0, 50, (20,)), CPU.loss
     )
     first, second = (
         torch.autograd.grad(losses.mean(), [hidden, weight], retain_graph=True) for _ in range(2)

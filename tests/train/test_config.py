@@ -173,7 +173,9 @@ def test_a_gpu_run_on_slow_kernels_says_why(capsys: pytest.CaptureFixture[str]) 
     config = run_config("demo")
     ranks = Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cuda"))
     plan: Any = SimpleNamespace(epochs=lambda: {"web": 0.5})
-    with mock.patch.object(cuda, "missing", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"):
+    with mock.patch.object(
+        cuda, "unavailable_reason", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"
+    ):
         announce(config, plan, REFERENCE, ranks, State(0, 0, 0, "", {}))
     lines = capsys.readouterr().out.splitlines()
     assert "warning: the reference kernels are far too slow for a GPU run" in lines

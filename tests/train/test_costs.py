@@ -79,7 +79,7 @@ def planned(
 class Bare:
     """Kernels that allocate their results alone, of zeros."""
 
-    kept_like = staticmethod(cpu.kept_like)
+    empty_chunk_states = staticmethod(cpu.empty_chunk_states)
 
     @staticmethod
     def scan_forward(inputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ from tests.model.cases import naive_conv, naive_scan
 
 
 @contextmanager
-def public_kernels() -> Iterator[None]:
+def fake_mamba_ssm() -> Iterator[None]:
     """The backend `mamba_ssm` on the stand-ins."""
-    with mock.patch.object(mamba_ssm, "_functions", lambda: (public_conv, public_scan)):
+    with mock.patch.object(mamba_ssm, "_public_functions", lambda: (public_conv, public_scan)):
         yield
 
 

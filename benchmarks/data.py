@@ -235,7 +235,7 @@ def planning() -> tuple[list[Row], dict[str, float]]:
     def seek() -> None:
         token = int(random.integers(0, plan.tokens))
         stage = plan.stage_at(token)
-        plan.blocks_of(stage, np.array([(token - stage.first_token) // plan.block_tokens]))
+        plan.find_blocks(stage, np.array([(token - stage.first_token) // plan.block_tokens]))
 
     seek()
     memory = tracemalloc.get_traced_memory()[1] / 1e6

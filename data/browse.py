@@ -51,12 +51,12 @@ def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: Brows
     documents = Documents(folder, manifests[settings.source], "train")
     vocabulary = tokenizer.load(tokenizer_path(cfg))
     chosen = np.random.default_rng(cfg.seed).choice(
-        documents.count, min(settings.count, documents.count), replace=False
+        len(documents), min(settings.count, len(documents)), replace=False
     )
     for number in sorted(chosen.tolist()):
         ids = documents.ids(number)
         print(
-            f"{RULE}\n{settings.source}, document {number:,} of {documents.count:,}, "
+            f"{RULE}\n{settings.source}, document {number:,} of {len(documents):,}, "
             f"{len(ids):,} tokens\n{RULE}"
         )
         print(
@@ -75,7 +75,7 @@ def show_sequences(
     last = min(first + settings.count, stage.tokens // stage.seq_len)
     for number in range(first, last):
         batch = loader.read(stage, np.array([number]))
-        source, block = plan.blocks_of(
+        source, block = plan.find_blocks(
             stage, np.array([number]) // (plan.block_tokens // stage.seq_len)
         )
         token = stage.first_token + number * stage.seq_len

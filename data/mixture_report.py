@@ -20,7 +20,7 @@ explain_missing_extras()
 
 from core.command import command
 from data.config import DataConfig
-from data.stream.manifests import present_or_expected
+from data.stream.manifests import actual_or_expected_tokens
 from data.stream.mixture import Plan
 from data.stream.packing import plan_table
 
@@ -35,7 +35,7 @@ class MixtureConfig:
 @command(MixtureConfig)
 def main(cfg: MixtureConfig) -> None:
     """Print the plan of a composed config."""
-    tokens, expected = present_or_expected(cfg.data)
+    tokens, expected = actual_or_expected_tokens(cfg.data)
     begun = time.perf_counter()
     plan = Plan(cfg.data, tokens, dict.fromkeys(tokens, "expected"))
     seconds = time.perf_counter() - begun

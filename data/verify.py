@@ -29,7 +29,7 @@ from data.stream.documents import Documents
 from data.stream.loader import compile_plan
 from data.stream.manifests import SPLITS, Manifest, open_manifests, source_folder, tokenizer_path
 from data.stream.mixture import Plan
-from data.stream.packing import packing, plan_table
+from data.stream.packing import packing_table, plan_table
 
 
 def verify_source(
@@ -55,7 +55,7 @@ def verify_source(
         random = np.random.default_rng([cfg.seed, len(split)])
         other = 0
         chosen = random.choice(
-            documents.count, min(settings.samples, documents.count), replace=False
+            len(documents), min(settings.samples, len(documents)), replace=False
         ).tolist()
         for number in chosen:
             ids = documents.ids(number)
@@ -69,7 +69,7 @@ def verify_source(
         if other and manifest.recipe != MEGATRON:
             faults.append(f"{name}: {other} documents of {split} do not encode to their ids again")
         print(
-            f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{documents.count:>12,} "
+            f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{len(documents):>12,} "
             f"documents{manifest.tokens(split):>18,} tokens  "
             f"{'hashed' if settings.hashes else 'sizes only'}, {len(chosen)} documents "
             f"decoded{f', {other} encode otherwise' if other else ''}",
@@ -90,7 +90,7 @@ def verify(cfg: DataConfig, settings: VerifySettings) -> None:
         )
     plan: Plan = compile_plan(cfg, manifests)
     print("\n" + "\n".join(plan_table(plan)))
-    print("\n" + "\n".join(packing(plan, manifests)))
+    print("\n" + "\n".join(packing_table(plan, manifests)))
     print(f"\nplan {plan.hash[:16]}: all is what the manifests say")
 
 

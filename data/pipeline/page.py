@@ -20,7 +20,7 @@ from data.pipeline.accounting import Step, ranked
 from data.stream.documents import document_ends
 from data.stream.loader import compile_plan
 from data.stream.manifests import Manifest, source_folder
-from data.stream.packing import packing, plan_table, stage_tokens
+from data.stream.packing import packing_table, plan_table, stage_tokens
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 REPORT = "report.json"
@@ -78,7 +78,7 @@ def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samp
         plan=plan,
         stage_tokens=stage_tokens,
         colours={name: COLOURS[n % len(COLOURS)] for n, name in enumerate(plan.sources)},
-        tables="\n".join([*plan_table(plan), "", *packing(plan, manifests)]),
+        tables="\n".join([*plan_table(plan), "", *packing_table(plan, manifests)]),
         steps={name: [Step(**step) for step in found] for name, found in record.items()},
         ranked=ranked,
         lengths=each,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from core.files import write_with
 from data.pipeline.tasks import Documents, exclude_into, run_task, write_documents
-from data.stream.mixture import mix
+from data.stream.mixture import splitmix64
 
 REQUIRES = ("xxhash",)
 VERSION = 1  # raised with what it cuts
@@ -58,11 +58,11 @@ def window_hashes(pieces: list[str], n: int) -> Hashes:
     out = np.fromiter(map(piece_hash, pieces), dtype=np.uint64, count=len(pieces))
     length = 1
     while length * 2 <= n:
-        out = mix(out[:-length] * ODD + out[length:])
+        out = splitmix64(out[:-length] * ODD + out[length:])
         length *= 2
     if length < n:
         rest = n - length
-        out = mix(out[:-rest] * ODD + out[rest:])
+        out = splitmix64(out[:-rest] * ODD + out[rest:])
     return out
 
 

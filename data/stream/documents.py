@@ -1,4 +1,4 @@
-"""Single documents of a source's shards, by number: for looking at data, not for training."""
+"""Documents of a source's shards by index: for looking at data, not for training."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from data.stream.manifests import DTYPE, Manifest, ShardFile
 
 
 def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
-    """Ends of a shard's documents in tokens [documents], a memory map; InputError if wrong."""
+    """Memory-map the end of every document of a shard, in tokens [documents].
+
+    Raises InputError if the index is missing or does not match the shard.
+    """
     path = folder / (file.name + ".index")
     ends: NDArray[np.uint64] = (
         np.memmap(path, dtype="<u8", mode="r")
@@ -23,20 +26,24 @@ def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
 
 
 class Documents:
-    """The documents of one split in the order of its files."""
+    """The documents of one split, in the order of its files."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.folder = folder
         self.files = [file for file in manifest.splits[split] if file.documents]
-        self.firsts = np.cumsum([0] + [file.documents for file in self.files])
-        self.count = int(self.firsts[-1])
+        # index of each file's first document, and the total
+        self.offsets = np.cumsum([0] + [file.documents for file in self.files])
 
-    def ids(self, number: int) -> NDArray[np.int64]:
-        """Ids of a document, its end token last."""
-        assert 0 <= number < self.count, (number, self.count)
-        place = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        file, inside = self.files[place], number - int(self.firsts[place])
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def ids(self, index: int) -> NDArray[np.int64]:
+        """Token ids of a document, including its end token."""
+        assert 0 <= index < len(self), (index, len(self))
+        file_index = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        file = self.files[file_index]
+        index_in_file = index - int(self.offsets[file_index])
         ends = document_ends(self.folder, file)
-        start = int(ends[inside - 1]) if inside else 0
+        start = int(ends[index_in_file - 1]) if index_in_file else 0
         tokens = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r")
-        return np.asarray(tokens[start : int(ends[inside])], dtype=np.int64)
+        return np.asarray(tokens[start : int(ends[index_in_file])], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Read batches by position in the token stream; the position is the loader's only state.
+"""Reads batches by position in the token stream; the position is the loader's only state.
 
-A sequence is a slice of a block. Its number inside the stage, not the rank that reads it, decides
-what it holds: any number of ranks, workers and micro-batches sees the same samples.
+A sequence is a slice of a block. Its index in the stage decides its tokens, so the samples do not
+depend on the number of ranks, on workers or on the micro-batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,19 +23,20 @@ class Batch:
     """A micro-batch of b sequences of l tokens."""
 
     tokens: Tensor  # [b, l] int64
-    targets: Tensor  # [b, l] int64: tokens one place on
-    doc_starts: (
-        Tensor | None
-    )  # [b, l] bool, first tokens of documents; None when state is not reset
+    targets: Tensor  # [b, l] int64: tokens shifted left by one
+    # [b, l] bool, True at the first token of a document; None if documents do not reset the state
+    doc_starts: Tensor | None
     source: Tensor  # [b] int64, index into Plan.sources
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        move = [
-            None if x is None else x.to(device, non_blocking=True)
-            for x in (self.tokens, self.targets, self.doc_starts)
-        ]
-        return Batch(move[0], move[1], move[2], self.source.to(device))  # type: ignore[arg-type]
+        """Copy the batch to a device."""
+        doc_starts = self.doc_starts
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            None if doc_starts is None else doc_starts.to(device, non_blocking=True),
+            self.source.to(device),
+        )
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply `function` to every tensor [b, l], e.g. to take a chunk of each sequence."""
@@ -44,19 +45,20 @@ class Batch:
 
 
 def find_doc_starts(tokens: Tensor) -> Tensor:
-    """True where a document begins, after eos. tokens [b, l] -> [b, l] bool; column 0 is False."""
+    """True at the token after eos. tokens [b, l] -> [b, l] bool; column 0 is False."""
     doc_starts = torch.zeros_like(tokens, dtype=torch.bool)
     doc_starts[:, 1:] = tokens[:, :-1] == EOS
     return doc_starts
 
 
 def compile_plan(config: DataConfig, manifests: dict[str, Manifest]) -> Plan:
-    """The order of all blocks of the run, from its config and its manifests."""
+    """Compile the order of all blocks of the run from its config and its manifests."""
     tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
-    files = {
-        name: ",".join(file.sha256 for file in m.splits["train"]) for name, m in manifests.items()
+    fingerprints = {
+        name: ",".join(file.sha256 for file in manifest.splits["train"])
+        for name, manifest in manifests.items()
     }
-    return Plan(config, tokens, files)
+    return Plan(config, tokens, fingerprints)
 
 
 class Loader:
@@ -70,16 +72,17 @@ class Loader:
             Shards(source_folder(config, name), manifests[name], "train") for name in plan.sources
         ]
 
-    def read(self, stage: PlannedStage, numbers: Indices) -> Batch:
-        """The sequences with the given numbers inside a stage, as one micro-batch."""
-        per_block = self.plan.block_tokens // stage.seq_len
-        source, block = self.plan.blocks_of(stage, numbers // per_block)
-        offset = block * self.plan.block_tokens + numbers % per_block * stage.seq_len
-        rows = np.empty((len(numbers), stage.seq_len + 1), dtype=np.int64)
-        for row, s, start in zip(rows, source.tolist(), offset.tolist(), strict=True):
-            self.shards[s].read_into(row, start)
+    def read(self, stage: PlannedStage, indices: Indices) -> Batch:
+        """Read the sequences with these indices in a stage as one micro-batch."""
+        seqs_per_block = self.plan.block_tokens // stage.seq_len
+        source, block = self.plan.find_blocks(stage, indices // seqs_per_block)
+        offset = block * self.plan.block_tokens + indices % seqs_per_block * stage.seq_len
+        rows = np.empty((len(indices), stage.seq_len + 1), dtype=np.int64)
+        for row, source_index, start in zip(rows, source.tolist(), offset.tolist(), strict=True):
+            self.shards[source_index].read_into(row, start)
         ids = torch.from_numpy(rows)
-        tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        tokens = ids[:, :-1].contiguous()
+        targets = ids[:, 1:].contiguous()
         doc_starts = find_doc_starts(tokens) if self.reset_state else None
         return Batch(tokens, targets, doc_starts, torch.from_numpy(source))
 
@@ -94,23 +97,23 @@ class Loader:
     ) -> Iterator[tuple[Batch, bool]]:
         """Yield this rank's micro-batches of the global batch at `token`, each with is_padding.
 
-        The batch has `sequences` sequences; ranks may hold unequal numbers. A rank without data
-        gets a padding sequence, of weight zero, so that every rank enters the same collectives.
+        The batch has `sequences` sequences; ranks may get unequal numbers. A rank without data
+        gets a padding sequence of weight zero, so that every rank enters the same collectives.
         With `equal` all ranks get as many micro-batches as the rank with the most.
         """
         stage = self.plan.stage_at(token)
         first = (token - stage.first_token) // stage.seq_len
-        for low, high in split_batch(sequences, rank, ranks, micro_batch, equal):
-            numbers = np.arange(low, high) if low < high else np.zeros(1, dtype=np.int64)
-            yield self.read(stage, first + numbers), low == high
+        for start, end in split_batch(sequences, rank, ranks, micro_batch, equal):
+            indices = np.arange(start, end) if start < end else np.zeros(1, dtype=np.int64)
+            yield self.read(stage, first + indices), start == end
 
 
 def split_batch(
     sequences: int, rank: int, ranks: int, micro_batch: int, equal: bool
 ) -> list[tuple[int, int]]:
-    """Return [first, last) sequence of each micro-batch of a rank; (0, 0) is padding."""
-    low = sequences * rank // ranks
-    high = sequences * (rank + 1) // ranks
-    spans = [(start, min(start + micro_batch, high)) for start in range(low, high, micro_batch)]
+    """Return [start, end) of the sequences of each micro-batch of a rank; (0, 0) is padding."""
+    first = sequences * rank // ranks
+    end = sequences * (rank + 1) // ranks
+    spans = [(start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)]
     min_count = -(-sequences // (ranks * micro_batch)) if equal else 1
     return spans + [(0, 0)] * (min_count - len(spans))

@@ -1,4 +1,4 @@
-"""What the shards of a source are: the manifest that pins them, written and checked.
+"""Manifests: which shards a source has, with their sizes and hashes; written, read and checked.
 
 A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train",
 "heldout"), datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended
@@ -20,7 +20,7 @@ from data.config import DataConfig
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
-DTYPE = np.dtype("<u2")  # of a token id
+DTYPE = np.dtype("<u2")  # of token ids in shards
 
 
 @dataclass
@@ -35,17 +35,17 @@ class ShardFile:
 
 @dataclass
 class Manifest:
-    """What a source's shards are and where they come from."""
+    """The shards of a source, and the recipe and tokenizer that made them."""
 
     source: str
     licence: str
     recipe: str
-    recipe_sha256: str  # of its version and settings, so that a changed recipe is seen
+    recipe_sha256: str  # of the recipe's version and settings, to detect a changed recipe
     tokenizer_sha256: str
     eos: int
-    vocab_size: int  # rows that an embedding needs: the highest id of the vocabulary and one
+    vocab_size: int  # highest token id + 1
     splits: dict[str, list[ShardFile]]
-    # of what tokenized and split; none before 0.2
+    # versions of tokenizer and sharding code; empty in manifests written before 0.2
     versions: dict[str, str | int] = field(default_factory=dict)
 
     def tokens(self, split: str) -> int:
@@ -58,21 +58,21 @@ class Manifest:
 
 
 def parse_manifest(raw: dict[str, Any]) -> Manifest:
-    """A manifest from its JSON object; raises KeyError, TypeError or ValueError for any other."""
+    """Build a manifest from JSON; raises KeyError, TypeError or ValueError if it is malformed."""
     splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
     return Manifest(**{**raw, "splits": splits})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into place."""
+    """Write `manifest.json` atomically."""
     write_json(folder / MANIFEST, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one source.
 
-    Raises InputError when it is absent, when a file lies outside the folder, is missing or has
-    another size.
+    Raises InputError if the manifest is absent, or if a shard is missing, is outside the folder or
+    has another size.
     """
     path = folder / MANIFEST
     require_shards(folder)
@@ -88,93 +88,87 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_file(folder: Path, file: ShardFile) -> None:
-    """Refuse a shard that leaves its folder, is missing or has another length than the manifest
-    says.
+    """Raise InputError if a shard is missing, is outside its folder or has another size.
 
-    Asks the file system once about a regular file directly in the folder, as all of ours are.
+    A regular file directly in the folder, the usual case, costs one request to the file system.
     """
-    path, size = folder / file.name, -1
+    path = folder / file.name
+    size = -1
     with suppress(OSError):
-        found = path.lstat()
-        size = found.st_size if stat.S_ISREG(found.st_mode) else -1
+        status = path.lstat()
+        size = status.st_size if stat.S_ISREG(status.st_mode) else -1
     if size < 0 or path.parent != folder:
         if folder.resolve() not in path.resolve().parents:
-            raise InputError(
-                f"{folder / MANIFEST} names {file.name}, which lies outside its folder"
-            )
+            raise InputError(f"{folder / MANIFEST} names {file.name}, which is outside its folder")
         size = path.stat().st_size if path.is_file() else -1
-    if size != file.tokens * DTYPE.itemsize:
-        state = (
-            "is missing"
-            if size < 0
-            else f"has {size} bytes instead of {file.tokens * DTYPE.itemsize}"
-        )
-        raise InputError(f"shard {path} {state}; remove {folder} and prepare the data again")
+    expected = file.tokens * DTYPE.itemsize
+    if size != expected:
+        problem = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"
+        raise InputError(f"shard {path} {problem}; remove {folder} and prepare the data again")
 
 
 def tokenizer_path(config: DataConfig) -> Path:
-    """Where the vocabulary of the shards lies."""
+    """Path of the tokenizer that made the shards."""
     return Path(config.folder) / "tokenizer" / "tokenizer.json"
 
 
 def source_folder(config: DataConfig, source: str) -> Path:
-    """Where the shards of a source lie."""
+    """Folder of a source's shards."""
     return Path(config.folder) / "shards" / source
 
 
 def require_shards(folder: Path) -> None:
-    """Raise InputError where a source has no manifest."""
+    """Raise InputError if a source has no manifest."""
     if not (folder / MANIFEST).is_file():
         raise InputError(
-            f"no shards at {folder}: build them with `python data/prepare.py` and the same "
-            "overrides"
+            f"no shards in {folder}: run `python data/prepare.py` with the same overrides"
         )
 
 
 def require_data(config: DataConfig) -> None:
-    """Raise InputError where the tokenizer or a manifest is missing; looks at no shard."""
+    """Raise InputError if the tokenizer or a manifest is missing; does not check the shards."""
     path = tokenizer_path(config)
     if not path.is_file():
         raise InputError(
-            f"no tokenizer at {path}: build the data with `python data/prepare.py` and the same "
-            "overrides"
+            f"no tokenizer at {path}: run `python data/prepare.py` with the same overrides"
         )
     for name in config.sources:
         require_shards(source_folder(config, name))
 
 
 def open_manifests(config: DataConfig) -> dict[str, Manifest]:
-    """Manifests of all sources, checked against each other's vocabulary and the tokenizer's file.
+    """Read the manifests of all sources and check that the tokenizer made their shards.
 
-    Asks the file system about every shard: call it once, and hand the manifests down.
+    Asks the file system about every shard: call it once and pass the manifests on.
     """
     require_data(config)
     path = tokenizer_path(config)
     expected = sha256_of(path)
     if config.tokenizer.sha256 not in (None, expected):
         raise InputError(
-            f"{path} has sha256 {expected}, not data.tokenizer.sha256 {config.tokenizer.sha256}: "
-            "give the overrides that the data was prepared with"
+            f"{path} has sha256 {expected}, but data.tokenizer.sha256 is "
+            f"{config.tokenizer.sha256}: use the overrides of data/prepare.py"
         )
     manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
     for name, manifest in manifests.items():
         if manifest.tokenizer_sha256 != expected:
             raise InputError(
-                f"shards of {name} were made with another tokenizer than {path}; run `python "
-                "data/prepare.py` again"
+                f"the shards of {name} were made with another tokenizer than {path}: run "
+                "`python data/prepare.py` again"
             )
         if manifest.vocab_size > config.tokenizer.vocab_size:
             raise InputError(
-                f"shards of {name} hold ids up to {manifest.vocab_size - 1}, "
-                f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}: give the overrides "
-                "that the data was prepared with"
+                f"the shards of {name} have token ids up to {manifest.vocab_size - 1}, but "
+                f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}: use the overrides of "
+                "data/prepare.py"
             )
     return manifests
 
 
-def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
-    """Train tokens of every source, and the names of those that are only expected."""
-    tokens, expected = {}, []
+def actual_or_expected_tokens(config: DataConfig) -> tuple[dict[str, int], list[str]]:
+    """Train tokens of every source, and the sources for which they are only expected."""
+    tokens = {}
+    expected = []
     for name, source in config.sources.items():
         folder = source_folder(config, name)
         if (folder / MANIFEST).is_file():
@@ -184,7 +178,7 @@ def present_or_expected(config: DataConfig) -> tuple[dict[str, int], list[str]]:
             expected.append(name)
         else:
             raise InputError(
-                f"source {name} has no shards in {folder} and no expected_tokens: prepare it, or "
-                "say how many it has"
+                f"source {name} has no shards in {folder}: prepare it, or set "
+                f"data.sources.{name}.expected_tokens"
             )
     return tokens, expected

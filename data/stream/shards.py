@@ -1,6 +1,7 @@
-"""Tokens of a source's shards at any position, by memory map.
+"""Random access to the tokens of a source's shards through memory maps.
 
-A file is mapped when its first token is read: opening costs nothing, and a rank maps what it reads.
+A file is mapped when its first token is read, so opening is free and a rank maps only what it
+reads.
 """
 
 from bisect import bisect_right
@@ -17,37 +18,38 @@ class Shards:
     """The concatenated tokens of one split of a source, readable at any position."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        files = [file for file in manifest.splits[split] if file.tokens]
-        self.folder, self.files = folder, files
-        self.starts = list(accumulate((file.tokens for file in files), initial=0))
-        self.maps: list[NDArray[np.uint16] | None] = [None] * len(files)
+        self.folder = folder
+        self.files = [file for file in manifest.splits[split] if file.tokens]
+        self.starts = list(accumulate((file.tokens for file in self.files), initial=0))
+        self.maps: list[NDArray[np.uint16] | None] = [None] * len(self.files)
         self.tokens = self.starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as int64 [count], across files; the caller stays inside."""
+        """Return tokens [start, start + count) as int64 [count]; the range must be in bounds."""
         out = np.empty(count, dtype=np.int64)
         self.read_into(out, start)
         return out
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fill an int64 [count] with the tokens [start, start + count)."""
-        count, filled = len(out), 0
+        """Fill `out`, int64 [count], with the tokens [start, start + count)."""
+        count = len(out)
         assert start >= 0 and start + count <= self.tokens, (start, count, self.tokens)
-        index = bisect_right(self.starts, start) - 1
+        file_index = bisect_right(self.starts, start) - 1
+        filled = 0
         while filled < count:
-            offset = start + filled - self.starts[index]
-            tokens = self.maps[index]
-            piece = (self._map(index) if tokens is None else tokens)[
-                offset : offset + count - filled
-            ]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            index += 1
+            offset = start + filled - self.starts[file_index]
+            tokens = self.maps[file_index]
+            if tokens is None:
+                tokens = self._map(file_index)
+            values = tokens[offset : offset + count - filled]
+            out[filled : filled + len(values)] = values
+            filled += len(values)
+            file_index += 1
 
-    def _map(self, index: int) -> NDArray[np.uint16]:
-        """Map a file; raises ValueError when it is shorter than its manifest says."""
-        file = self.files[index]
-        tokens = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r", shape=(file.tokens,))
-        # a plain array over the same pages: a slice of a memmap costs microseconds of bookkeeping
-        plain = self.maps[index] = tokens.view(np.ndarray)
-        return plain
+    def _map(self, file_index: int) -> NDArray[np.uint16]:
+        """Map a file; raises ValueError if it is shorter than its manifest says."""
+        file = self.files[file_index]
+        memmap = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r", shape=(file.tokens,))
+        # A plain array over the same pages: slicing a memmap costs microseconds of bookkeeping.
+        tokens = self.maps[file_index] = memmap.view(np.ndarray)
+        return tokens

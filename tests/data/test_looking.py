@@ -30,7 +30,7 @@ from data.prepare import prepare
 from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import Manifest, ShardFile, open_manifests
-from data.stream.packing import packing_of
+from data.stream.packing import measure_packing
 from data.verify import verify
 
 NOTHING = BrowseSettings(None, None, None, 2, 400, "unused", 50)
@@ -138,26 +138,31 @@ def test_verify_sees_one_flipped_bit(
 def test_documents_come_whole_by_number(built: DataConfig) -> None:
     manifest = open_manifests(built)["web"]
     documents = Documents(Path(built.folder) / "shards" / "web", manifest, "train")
-    found = [documents.ids(number) for number in range(documents.count)]
+    found = [documents.ids(number) for number in range(len(documents))]
     assert all((ids == tokenizer.EOS).sum() == 1 and ids[-1] == tokenizer.EOS for ids in found)
     assert sum(map(len, found)) == manifest.tokens("train")
 
 
-def test_packing_counts_what_a_loop_counts(tmp_path: Path) -> None:
+def test_packing_stats_equal_a_count_by_loop(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    sizes, files = [random.integers(1, 40, 50), random.integers(1, 90, 30)], []
-    for place, each in enumerate(sizes):
-        np.cumsum(each).astype("<u8").tofile(tmp_path / f"{place}.ds.index")
-        files.append(ShardFile(f"{place}.ds", int(each.sum()), len(each), ""))
+    lengths_by_file = [random.integers(1, 40, 50), random.integers(1, 90, 30)]
+    files = []
+    for index, lengths in enumerate(lengths_by_file):
+        np.cumsum(lengths).astype("<u8").tofile(tmp_path / f"{index}.ds.index")
+        files.append(ShardFile(f"{index}.ds", int(lengths.sum()), len(lengths), ""))
     manifest = Manifest("x", "", "", "", "", 11, 20, {"train": files, "heldout": []})
-    found = packing_of(tmp_path, manifest, 32)
-    owner = np.repeat(np.arange(80), np.concatenate(sizes))
-    windows = [owner[start : start + 32] for start in range(0, len(owner), 32)]
-    assert found.pieces == sum(len(set(window.tolist())) for window in windows)
-    seen = [
-        window for document in range(80) if len(window := np.flatnonzero(owner == document) // 32)
+    stats = measure_packing(tmp_path, manifest, 32)
+    document_of_token = np.repeat(np.arange(80), np.concatenate(lengths_by_file))
+    sequences = [
+        document_of_token[start : start + 32] for start in range(0, len(document_of_token), 32)
     ]
-    assert found.cut == sum(window[0] != window[-1] for window in seen) and found.documents == 80
+    assert stats.fragments == sum(len(set(sequence.tolist())) for sequence in sequences)
+    sequence_of_token = np.arange(len(document_of_token)) // 32
+    split = 0
+    for document in range(80):
+        indices = sequence_of_token[document_of_token == document]
+        split += indices[0] != indices[-1]
+    assert stats.split_documents == split and stats.documents == 80
 
 
 def test_prefetch_fetches_once_and_knows_another_file(

@@ -60,8 +60,8 @@ def test_every_document_arrives(
     found = []
     for split in SPLITS:
         documents = Documents(source_folder(cfg, "web"), manifest, split)
-        assert documents.count > 5
-        found += [documents.ids(number).tolist() for number in range(documents.count)]
+        assert len(documents) > 5
+        found += [documents.ids(number).tolist() for number in range(len(documents))]
     assert sorted(found) == sorted([*text, EOS] for text in texts)
     assert "web           Megatron index" in capsys.readouterr().out
     prepare(cfg)

@@ -1,4 +1,4 @@
-"""Shards: reading across files, and every way a manifest can be wrong is one clear error."""
+"""Shards: reads across files; a wrong manifest or shard is refused with one clear error."""
 
 import json
 from collections.abc import Callable
@@ -27,48 +27,48 @@ def config(tmp_path: Path) -> DataConfig:
     return make_corpus(tmp_path)
 
 
-def test_reads_across_files(config: DataConfig) -> None:
+def test_reads_cross_file_boundaries(config: DataConfig) -> None:
     folder = source_folder(config, "prose")
     manifest = read_manifest(folder)
     shards = Shards(folder, manifest, "train")
-    whole = np.concatenate(
+    tokens = np.concatenate(
         [np.fromfile(folder / file.name, dtype=DTYPE) for file in manifest.splits["train"]]
     )
-    assert shards.tokens == len(whole) == manifest.tokens("train")
-    border = manifest.splits["train"][0].tokens
+    assert shards.tokens == len(tokens) == manifest.tokens("train")
+    boundary = manifest.splits["train"][0].tokens
     for start, count in (
         (0, 5),
-        (border - 3, 7),
-        (border, 4),
-        (len(whole) - 2, 2),
-        (0, len(whole)),
+        (boundary - 3, 7),
+        (boundary, 4),
+        (len(tokens) - 2, 2),
+        (0, len(tokens)),
     ):
-        assert np.array_equal(shards.read(start, count), whole[start : start + count])
+        assert np.array_equal(shards.read(start, count), tokens[start : start + count])
 
 
-def change(raw: dict[str, Any], key: str, value: object) -> None:
+def set_in_first_shard(raw: dict[str, Any], key: str, value: object) -> None:
     raw["splits"]["train"][0][key] = value
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("corrupt", "message"),
     [
-        (lambda raw: change(raw, "name", "../../../secret.ds"), "outside its folder"),
-        (lambda raw: change(raw, "name", "/etc/passwd"), "outside its folder"),
-        (lambda raw: change(raw, "name", "gone.ds"), "is missing"),
-        (lambda raw: change(raw, "tokens", 3), "instead of 6"),
+        (lambda raw: set_in_first_shard(raw, "name", "../../../secret.ds"), "outside its folder"),
+        (lambda raw: set_in_first_shard(raw, "name", "/etc/passwd"), "outside its folder"),
+        (lambda raw: set_in_first_shard(raw, "name", "gone.ds"), "is missing"),
+        (lambda raw: set_in_first_shard(raw, "tokens", 3), "instead of 6"),
         (lambda raw: raw.pop("splits"), "not a manifest"),
-        (lambda raw: change(raw, "extra", 1), "not a manifest"),
+        (lambda raw: set_in_first_shard(raw, "extra", 1), "not a manifest"),
     ],
 )
 def test_a_wrong_manifest_is_refused(
-    config: DataConfig, spoil: Callable[[dict[str, Any]], None], says: str
+    config: DataConfig, corrupt: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     path = source_folder(config, "prose") / MANIFEST
     raw = json.loads(path.read_text())
-    spoil(raw)
+    corrupt(raw)
     path.write_text(json.dumps(raw))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         open_manifests(config)
 
 
@@ -87,7 +87,7 @@ def test_another_tokenizer_is_refused(config: DataConfig) -> None:
 
 def test_ids_beyond_the_vocabulary_are_refused(config: DataConfig) -> None:
     config.tokenizer.vocab_size = 50
-    with pytest.raises(InputError, match="ids up to 95, data.tokenizer.vocab_size is 50"):
+    with pytest.raises(InputError, match="ids up to 95, but data.tokenizer.vocab_size is 50"):
         open_manifests(config)
 
 

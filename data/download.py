@@ -104,7 +104,7 @@ def download_all(cfg: DataConfig) -> None:
     if cfg.assets.url_blocklist.path is None and any(
         source.recipe == "web" for source in cfg.sources.values()
     ):
-        domains = len(urls.blocklist(None).block_listed_domains)
+        domains = len(urls.load_blocklist(None).block_listed_domains)
         print(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
 
 

@@ -1,6 +1,4 @@
-"""Token shards made up in a second, with structure to learn: for tests of everything behind the
-tokenizer.
-"""
+"""Synthetic token shards with structure to learn, for tests that need no tokenizer training."""
 
 from pathlib import Path
 
@@ -25,9 +23,7 @@ BLOCK = 64
 
 
 def corpus_config(folder: Path, vocab_size: int = 96) -> DataConfig:
-    """Three short stages over two sources: contexts 16 and 32, and a decay stage with another
-    mixture.
-    """
+    """Config of three short stages over two sources, with contexts 16 and 32 and two mixtures."""
     return DataConfig(
         folder=str(folder),
         seed=5,
@@ -46,57 +42,52 @@ def corpus_config(folder: Path, vocab_size: int = 96) -> DataConfig:
 
 
 def make_corpus(folder: Path, vocab_size: int = 96, tokens: int = 60 * BLOCK + 6) -> DataConfig:
-    """Write shards, manifests and, where there is no tokenizer, a stand-in; returns the config that
-    reads them.
-    """
+    """Write shards, manifests and, if missing, a tokenizer; returns the config that reads them."""
     config = corpus_config(folder, vocab_size)
     if not tokenizer_path(config).is_file():
         tokenizer_path(config).parent.mkdir(parents=True)
         words = [
             *SPECIAL_TOKENS,
-            *(f"word{number}" for number in range(len(SPECIAL_TOKENS), vocab_size)),
+            *(f"word{index}" for index in range(len(SPECIAL_TOKENS), vocab_size)),
         ]
-        stand_in = Tokenizer(
-            models.WordLevel({word: number for number, word in enumerate(words)}, EOS_TOKEN)
+        tokenizer = Tokenizer(
+            models.WordLevel({word: index for index, word in enumerate(words)}, EOS_TOKEN)
         )
-        stand_in.add_special_tokens(list(SPECIAL_TOKENS))
-        stand_in.save(str(tokenizer_path(config)))
-    for number, name in enumerate(SOURCES):
-        home = source_folder(config, name)
-        home.mkdir(parents=True)
-        splits = {}
-        for place, split in enumerate(SPLITS):
-            splits[split] = [
-                _shard(
-                    home, f"{split}_{part}.ds", number, part + 2 * place, tokens // 2, vocab_size
-                )
-                for part in (0, 1)
-            ]
+        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        tokenizer.save(str(tokenizer_path(config)))
+    for source_index, name in enumerate(SOURCES):
+        folder = source_folder(config, name)
+        folder.mkdir(parents=True)
+        splits: dict[str, list[ShardFile]] = {split: [] for split in SPLITS}
+        for shard_index in range(2 * len(SPLITS)):
+            split = SPLITS[shard_index // 2]
+            path = folder / f"{split}_{shard_index % 2}.ds"
+            shard = _write_shard(path, source_index, shard_index, tokens // 2, vocab_size)
+            splits[split].append(shard)
         manifest = Manifest(
-            name,
-            "CC0-1.0",
-            "curated",
-            "0" * 64,
-            sha256_of(tokenizer_path(config)),
-            EOS,
-            vocab_size,
-            splits,
+            source=name,
+            licence="CC0-1.0",
+            recipe="curated",
+            recipe_sha256="0" * 64,
+            tokenizer_sha256=sha256_of(tokenizer_path(config)),
+            eos=EOS,
+            vocab_size=vocab_size,
+            splits=splits,
         )
-        write_manifest(home, manifest)
+        write_manifest(folder, manifest)
     return config
 
 
-def _shard(
-    home: Path, name: str, source: int, part: int, tokens: int, vocab_size: int
+def _write_shard(
+    path: Path, source_index: int, shard_index: int, tokens: int, vocab_size: int
 ) -> ShardFile:
-    """Documents that count upwards by a step of their source's, each ended by eos."""
-    random = np.random.default_rng([source, part, tokens])
+    """Write documents that count upwards by `source_index` + 1, each ended by eos."""
+    random = np.random.default_rng([source_index, shard_index, tokens])
     ids: list[int] = []
     while len(ids) < tokens:
-        start, length = random.integers(12, vocab_size), random.integers(3, 30)
-        ids += [int(12 + (start + (source + 1) * i) % (vocab_size - 12)) for i in range(length)] + [
-            EOS
-        ]
+        start = random.integers(12, vocab_size)
+        steps = np.arange(random.integers(3, 30)) * (source_index + 1)
+        ids += (12 + (start + steps) % (vocab_size - 12)).tolist() + [EOS]
     ids = ids[: tokens - 1] + [EOS]
-    (home / name).write_bytes(np.array(ids, dtype=DTYPE).tobytes())
-    return ShardFile(name, tokens, ids.count(EOS), sha256_of(home / name))
+    path.write_bytes(np.array(ids, dtype=DTYPE).tobytes())
+    return ShardFile(path.name, tokens, ids.count(EOS), sha256_of(path))

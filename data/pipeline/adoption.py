@@ -26,7 +26,7 @@ from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import Clean
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import exclusive
-from data.recipes.readers import PINNED
+from data.recipes.readers import INPUT_LIST
 from data.stream.documents import document_ends
 from data.stream.manifests import (
     MANIFEST,
@@ -127,7 +127,7 @@ class Adoption:
                 "its clean documents are not there, and nothing else shows how they were made"
             )
             return
-        built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / PINNED)
+        built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / INPUT_LIST)
         try:
             files, documents = built["files"], built["steps"][-1]["forwarded"]
             names = {step["name"] for step in built["steps"]}
@@ -136,7 +136,7 @@ class Adoption:
             sizes = built.get("input", [None, None])[1]
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(
-                f"{folder} has a damaged {fingerprints.BUILT} or {PINNED}: remove {folder}"
+                f"{folder} has a damaged {fingerprints.BUILT} or {INPUT_LIST}: remove {folder}"
             ) from error
         if files != fingerprints.sizes(folder):
             raise InputError(f"{folder} holds other files than were written there: remove it")

@@ -23,7 +23,7 @@ from data.config import Assets, Source
 from data.pipeline import minhash, substrings
 from data.pipeline.accounting import Step, read_counts
 from data.pipeline.tasks import exclude_into, run_task, write_documents
-from data.recipes.decontamination import Uncontaminated
+from data.recipes.decontamination import DecontaminationFilter
 from data.recipes.readers import QUARANTINE, pin_files
 
 Job = tuple[Any, ...]
@@ -64,7 +64,7 @@ def clean_task(build: Build, rank: int) -> None:
     if source.replace_pii:
         steps.append(PIIFormatter())
     if source.decontaminate:
-        steps.append(Uncontaminated(str(build.assets.evaluations.path)))
+        steps.append(DecontaminationFilter(str(build.assets.evaluations.path)))
     if (excluded := build.excluded("clean")) is not None:
         exclude_into(excluded, steps)
     documents = build.place / "documents" / "clean"

@@ -21,7 +21,7 @@ from data import recipes, tokenizer
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
 from data.recipes import MEGATRON, decontamination
-from data.recipes.readers import raw_files
+from data.recipes.readers import list_raw_files
 from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 
@@ -67,7 +67,7 @@ def list_input(source: Source) -> Listing:
         return (
             megatron.raw_files(source.input)
             if source.recipe == MEGATRON
-            else raw_files(source.input)
+            else list_raw_files(source.input)
         )
     except InputError as error:
         if source.obtained_by is None:

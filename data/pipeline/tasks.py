@@ -49,7 +49,7 @@ class Documents(Jsonl):
         """Documents of `folder`/<rank>.jsonl.gz; none where the task kept none."""
         name = f"{rank:05d}.jsonl.gz"
         self.files = [name] if (self.folder / name).is_file() else []
-        self.set_aside = None
+        self.quarantine_file = None
         for name in self.files:
             # damage of our own files is an error, not a drop
             yield from self.read_files_shard([name])

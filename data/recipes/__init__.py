@@ -1,12 +1,14 @@
-"""Recipes: one module per kind of source, each with `RECIPE_VERSION`, `REQUIRES`, `ASSETS` and
-`steps`.
+"""Recipes that clean raw documents: one module per kind of source.
 
-`steps(source, folder, assets)` gives the short list of datatrove steps that ends in clean
-documents. `REQUIRES` names the packages that they import only at the first document, which would be
-too late, `ASSETS` the files that no package brings. A recipe with lists that all workers share has
-`preload(source, assets)`. `RECIPE_VERSION` keys finished data: raise it with any change that makes
-other text of the same input (tests/data/test_recipe_versions.py sees many), and leave it with any
-other change.
+Each module defines:
+
+- `steps(source, folder, assets)`: the datatrove steps that read and clean the documents. `folder`
+  has the pinned list of input files; what the reader cannot parse goes to its `quarantine/`.
+- `REQUIRES`: packages that the steps import only at the first document; they are checked earlier.
+- `ASSETS`: required files that no package provides.
+- `RECIPE_VERSION`: part of the key of finished data. Raise it with every change that makes other
+  text of the same input (tests/data/test_recipe_versions.py detects many), and with no other.
+- `preload(source, assets)`, optional: loads lists that all workers share.
 """
 
 import importlib
@@ -17,35 +19,35 @@ from types import ModuleType
 from core.entry import fix
 from core.errors import InputError
 
-FOLDER = Path(__file__).resolve().parent
+RECIPES_DIR = Path(__file__).resolve().parent
 MEGATRON = "megatron"
 
 
 def check_known(name: str) -> None:
-    """Raises InputError where no recipe has this name."""
+    """Raise InputError if no recipe has this name."""
     known = [
         path.stem
-        for path in sorted(FOLDER.glob("*.py"))
+        for path in sorted(RECIPES_DIR.glob("*.py"))
         if "\ndef steps(" in path.read_text(encoding="utf-8")
     ]
-    known.append(MEGATRON)  # tokenized already: no steps
+    known.append(MEGATRON)  # has no steps, since its input is tokenized
     if name not in known:
         raise InputError(
-            f"recipe {name} is unknown: data.sources.<name>.recipe is one of {', '.join(known)}"
+            f"unknown recipe {name}: set data.sources.<name>.recipe to one of {', '.join(known)}"
         )
 
 
-def require(packages: Iterable[str], who: str) -> None:
-    """Import packages; raises InputError with what to install."""
+def require(packages: Iterable[str], user: str) -> None:
+    """Import packages that `user` needs; raises InputError with the command that installs one."""
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{who} needs {package} ({error}): {fix(package)}") from error
+            raise InputError(f"{user} needs {package} ({error}): {fix(package)}") from error
 
 
 def load(name: str) -> ModuleType:
-    """The module of a recipe; raises InputError when a package it requires cannot be imported."""
+    """Import a recipe's module; raises InputError if a package it requires is missing."""
     check_known(name)
     module = importlib.import_module(f"data.recipes.{name}")
     require(module.REQUIRES, f"recipe {name}")

@@ -1,4 +1,4 @@
-"""Books: whole ones, without what the library that scanned or typed them put around them."""
+"""Books: full texts without licence texts, page numbers and hyphenation of the edition."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
-from data.recipes.filters import Plausible
+from data.recipes.filters import BasicQualityFilter
 from data.recipes.readers import open_input
 
 REQUIRES = ("orjson", "spacy")
@@ -23,12 +23,12 @@ HYPHENATION = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
 
 
 class BookBody(BaseFilter):
-    """Cuts licence texts before and after, page numbers, and hyphens at the end of lines."""
+    """Removes licence texts at both ends, page numbers, and hyphens at the end of lines."""
 
     name = "Book"
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """True with the text mended in place, or (False, reason)."""
+        """Clean the text in place; True, or (False, reason)."""
         text = doc.text
         if (start := START.search(text)) is not None:
             text = text[start.end() :]
@@ -39,8 +39,12 @@ class BookBody(BaseFilter):
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`."""
-    # a paragraph may be one line, and verse has short ones: only the repetition rules of n-grams
-    # are for prose
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
+    # No rules on repeated lines: a paragraph may be one line, and verse has short lines.
     repetition = GopherRepetitionFilter(dup_line_frac=None, dup_line_char_frac=None)
-    return [open_input(source, folder), BookBody(), Plausible(1000, 0.5, 1_000_000), repetition]
+    return [
+        open_input(source, folder),
+        BookBody(),
+        BasicQualityFilter(1000, 0.5, 1_000_000),
+        repetition,
+    ]

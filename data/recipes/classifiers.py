@@ -1,4 +1,4 @@
-"""Filters that ask a fastText model: the language of a page, and whether it is mathematics."""
+"""Filters by fastText models: the language of a page, and whether it is mathematics."""
 
 from functools import lru_cache
 from typing import Any
@@ -8,50 +8,51 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from core.errors import InputError
 
-MIN_LANGUAGE_SCORE = 0.65  # RefinedWeb's, of CCNet's model
-# assumed: the paper names the kind of classifier and no threshold
-MATH_LABEL, MIN_MATH_SCORE = ("math", 0.5)
+MIN_LANGUAGE_SCORE = 0.65  # RefinedWeb's threshold for CCNet's model
+MATH_LABEL = "math"
+MIN_MATH_SCORE = 0.5  # assumed: the paper names the kind of classifier and no threshold
 
 
 @lru_cache(maxsize=4)
-def model_of(path: str) -> Any:
-    """A fastText model, loaded once a process; raises InputError when the file is none."""
-    from fasttext.FastText import _FastText  # load_model prints a warning
+def load_model(path: str) -> Any:
+    """Load a fastText model once per process; raises InputError if the file is not a model."""
+    from fasttext.FastText import _FastText  # fasttext.load_model prints a warning
 
     try:
         return _FastText(path)
     except ValueError as error:
         raise InputError(
-            f"{path} is no fastText model ({error}): fetch it again (python data/download.py)"
+            f"{path} is not a fastText model ({error}): remove it and run data/download.py again"
         ) from error
 
 
-class Labelled(BaseFilter):
-    """Keeps documents that the model labels with at least a score; saves the score as metadata."""
+class FastTextFilter(BaseFilter):
+    """Keeps documents whose score for a label is at least `min_score`; saves it as metadata."""
 
     name = "Classifier"
 
-    def __init__(self, path: str, label: str, least: float, reason: str) -> None:
+    def __init__(self, path: str, label: str, min_score: float, reason: str) -> None:
         super().__init__()
         self.path = path
         self.label = label
-        self.least = least
+        self.min_score = min_score
         self.reason = reason
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
-        # the inner predict: the wrapper converts with numpy's copy=False, which numpy 2 refuses in
-        # older wheels
-        found = model_of(self.path).f.predict(doc.text.replace("\n", " ") + "\n", -1, 0.0, "strict")
+        # The inner predict: older wheels' wrapper converts with numpy's copy=False, which numpy 2
+        # refuses.
+        line = doc.text.replace("\n", " ") + "\n"
+        scores = load_model(self.path).f.predict(line, -1, 0.0, "strict")
         score = next(
-            (float(score) for score, name in found if name == f"__label__{self.label}"), 0.0
+            (float(score) for score, name in scores if name == f"__label__{self.label}"), 0.0
         )
         doc.metadata[f"{self.label}_score"] = round(score, 4)
-        return True if score >= self.least else (False, self.reason)
+        return True if score >= self.min_score else (False, self.reason)
 
 
-class English(Labelled):
-    """CCNet's language identification, as RefinedWeb used it."""
+class EnglishFilter(FastTextFilter):
+    """Keeps English pages by CCNet's language identification, as RefinedWeb does."""
 
     name = "Language"
 
@@ -59,8 +60,8 @@ class English(Labelled):
         super().__init__(path, "en", MIN_LANGUAGE_SCORE, "not_english")
 
 
-class Mathematical(Labelled):
-    """Proof-Pile-like pages out of a crawl."""
+class MathFilter(FastTextFilter):
+    """Keeps pages of a crawl that are like Proof-Pile."""
 
     name = "Mathematical"
 

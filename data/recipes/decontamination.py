@@ -1,9 +1,7 @@
-"""Leaving out what the evaluations ask: documents that share 13 words in a row with one of their
-texts.
+"""Decontamination: drops documents that share a 13-gram of words with the evaluations.
 
-The rule of GPT-3 (Brown et al. 2020, appendix C) with whole documents dropped. The evaluations'
-n-grams stay in memory: 8 bytes and a set's overhead each, about 100 MB per million; they grow with
-the evaluations, not with the corpus.
+The rule of GPT-3 (Brown et al. 2020, appendix C), but the whole document is dropped. Memory grows
+with the evaluations, not with the corpus: about 100 MB per million n-grams.
 """
 
 import json
@@ -18,51 +16,51 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from core.errors import InputError
 
-VERSION = 1  # raised with what it drops
-N = 13
+VERSION = 1  # raise it when other documents are dropped
+NGRAM_WORDS = 13
 WORD = re.compile(r"\w+")
 
 
-def grams(text: str) -> Iterator[int]:
-    """A 64-bit hash of every run of N words, without case and punctuation."""
+def ngram_hashes(text: str) -> Iterator[int]:
+    """Yield a 64-bit hash of every n-gram of words, ignoring case and punctuation."""
     words = WORD.findall(text.lower())
-    for start in range(len(words) - N + 1):
-        run = " ".join(words[start : start + N])
-        yield int.from_bytes(blake2b(run.encode(), digest_size=8).digest(), "little")
+    for start in range(len(words) - NGRAM_WORDS + 1):
+        ngram = " ".join(words[start : start + NGRAM_WORDS])
+        yield int.from_bytes(blake2b(ngram.encode(), digest_size=8).digest(), "little")
 
 
-def strings(value: object) -> Iterator[str]:
-    """All text inside a JSON value."""
+def iter_strings(value: object) -> Iterator[str]:
+    """Yield every string inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from strings(part)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from iter_strings(item)
 
 
 @lru_cache(maxsize=2)
-def forbidden(path: str) -> frozenset[int]:
-    """N-grams of a jsonl file: of every string in every row, whatever its key."""
-    found: set[int] = set()
+def evaluation_ngrams(path: str) -> frozenset[int]:
+    """N-gram hashes of every string in every row of a jsonl file."""
+    ngrams: set[int] = set()
     with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        for line_number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise InputError(
-                    f"{path}:{number} is no JSON ({error}): mend data.assets.evaluations"
+                    f"{path}:{line_number} is not JSON ({error}): fix data.assets.evaluations"
                 ) from error
-            for text in strings(row):
-                found.update(grams(text))
-    if not found:
+            for text in iter_strings(row):
+                ngrams.update(ngram_hashes(text))
+    if not ngrams:
         raise InputError(
-            f"{path} has no text of {N} words: set data.assets.evaluations.path to the "
+            f"{path} has no text of {NGRAM_WORDS} words: set data.assets.evaluations.path to the "
             "evaluations' texts"
         )
-    return frozenset(found)
+    return frozenset(ngrams)
 
 
-class Uncontaminated(BaseFilter):
+class DecontaminationFilter(BaseFilter):
     """Drops a document that shares an n-gram with the evaluations."""
 
     name = "Decontamination"
@@ -73,7 +71,5 @@ class Uncontaminated(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
-        known = forbidden(self.path)
-        return (
-            (False, "evaluation_text") if any(gram in known for gram in grams(doc.text)) else True
-        )
+        contaminated = not evaluation_ngrams(self.path).isdisjoint(ngram_hashes(doc.text))
+        return (False, "evaluation_text") if contaminated else True

@@ -1,4 +1,4 @@
-"""From a page's HTML to its main text, with every page accounted for."""
+"""Extracts the main text of HTML pages; counts and reports every page that is dropped."""
 
 from collections.abc import Callable
 
@@ -7,31 +7,29 @@ from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
-# What is dropped must not depend on how busy the machine is; datatrove's second per page would make
-# it so.
+# Long enough that a busy machine drops no page; with datatrove's default of 1 s it would.
 TIMEOUT_SECONDS = 60
 
 
-class MainText(Trafilatura):
-    """Trafilatura in a child process that a broken page may kill.
+class MainTextExtractor(Trafilatura):
+    """Runs Trafilatura in a child process that a broken page may kill.
 
-    datatrove counts a page that failed under names of its own and never writes it out; here it is
-    dropped like any other document, for `timeout`, `crash`, `error` or `no_text`.
+    datatrove counts a failed page under other names and never writes it out. This class drops it
+    like any other document, with the reason `timeout`, `crash`, `error` or `no_text`.
     """
 
     def __init__(self) -> None:
-        # deduplicate keeps a memory across pages, so a page's text would depend on the pages before
-        # it.
+        # With deduplicate a page's text would depend on the pages before it.
         super().__init__(favour_precision=True, timeout=TIMEOUT_SECONDS, deduplicate=False)
         self.exclusion_writer: DiskWriter | None = None
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Documents whose text is the page's main text."""
+        """Yield documents with the page's main text as text."""
         with ExtractorSandbox(timeout=self.timeout, warmup_text="") as sandbox:
             for document in data:
                 self.stat_update("total")
                 with self.track_time():
-                    text, reason = attempt(sandbox, document.text, self.extract)
+                    text, reason = try_extract(sandbox, document.text, self.extract)
                 if text:
                     document.text = text
                     self.stat_update("forwarded")
@@ -43,22 +41,22 @@ class MainText(Trafilatura):
             self.exclusion_writer.close()
 
     def exclude(self, document: Document, reason: str, rank: int) -> None:
-        """Count a page without text and write it out where that is wanted."""
+        """Count a page without text, and write it out if there is an exclusion writer."""
         self.stat_update("dropped", f"dropped_{reason}")
         if self.exclusion_writer is not None:
             document.metadata["filter_reason"] = reason
             self.exclusion_writer.write(document, rank)
 
 
-def attempt(
+def try_extract(
     sandbox: ExtractorSandbox, page: str, extract: Callable[[str], str]
 ) -> tuple[str | None, str]:
-    """(text, "") or (None, reason)."""
+    """Return the page's text, if any, and the reason to drop a page without text."""
     try:
         return sandbox.process_document(page, extract), "no_text"
     except TimeoutError:
         return None, "timeout"
     except EOFError:
         return None, "crash"
-    except Exception:  # whatever the parser raises at bad markup
+    except Exception:  # any error of the parser at bad markup
         return None, "error"

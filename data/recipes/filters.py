@@ -4,11 +4,10 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 
-class Plausible(BaseFilter):
-    """Keeps documents that look written by people, by three counts that need no word splitting.
+class BasicQualityFilter(BaseFilter):
+    """Keeps documents by length, share of letters and longest line; needs no word splitter.
 
-    Gopher's quality rules count words and punctuation as in web prose and drop nearly all code and
-    reference text.
+    For code and reference text, nearly all of which Gopher's rules for web prose drop.
     """
 
     name = "Plausible"
@@ -16,7 +15,7 @@ class Plausible(BaseFilter):
     def __init__(self, min_chars: int, min_letters: float, max_line: int) -> None:
         super().__init__()
         self.min_chars = min_chars
-        self.min_letters = min_letters  # share of the characters that are not white space
+        self.min_letters = min_letters  # fraction of the characters that are not white space
         self.max_line = max_line  # characters
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -31,12 +30,12 @@ class Plausible(BaseFilter):
         return True
 
 
-class Handwritten(BaseFilter):
-    """Drops source files whose first lines say that a program wrote them: often digit tables."""
+class GeneratedCodeFilter(BaseFilter):
+    """Drops source files whose first lines say that a program generated them."""
 
     name = "Handwritten"
     HEAD_LINES = 10
-    MARKS = (
+    MARKERS = (
         "generated from",
         "automatically generated",
         "auto-generated",
@@ -47,14 +46,14 @@ class Handwritten(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
         head = "\n".join(doc.text.split("\n", self.HEAD_LINES)[: self.HEAD_LINES]).lower()
-        return (False, "generated") if any(mark in head for mark in self.MARKS) else True
+        return (False, "generated") if any(marker in head for marker in self.MARKERS) else True
 
 
-class Permissive(BaseFilter):
-    """Keeps files whose every known licence is permissive, and sets their repository as group."""
+class LicenceFilter(BaseFilter):
+    """Keeps files whose licences are all permissive, and sets their repository as group."""
 
     name = "Licence"
-    KEYS = (
+    LICENCE_KEYS = (
         "license",
         "licenses",
         "licence",
@@ -62,9 +61,9 @@ class Permissive(BaseFilter):
         "max_stars_repo_licenses",
         "gha_license_id",
     )
-    REPOSITORY = ("repo_name", "repository_name", "max_stars_repo_name", "repo_path")
-    # SPDX identifiers without copyleft: the Blue Oak Council's list, as far as it is common
-    ALLOWED = frozenset(
+    REPOSITORY_KEYS = ("repo_name", "repository_name", "max_stars_repo_name", "repo_path")
+    # common SPDX identifiers of the Blue Oak Council's list
+    PERMISSIVE = frozenset(
         "mit mit-0 apache-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear 0bsd isc zlib "
         "unlicense cc0-1.0 psf-2.0 python-2.0 bsl-1.0 artistic-2.0 ncsa x11 postgresql upl-1.0 "
         "blueoak-1.0.0 curl ms-pl".split()
@@ -72,7 +71,7 @@ class Permissive(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
-        values = [doc.metadata[key] for key in self.KEYS if doc.metadata.get(key)]
+        values = [doc.metadata[key] for key in self.LICENCE_KEYS if doc.metadata.get(key)]
         names = [
             str(name).lower()
             for value in values
@@ -80,25 +79,25 @@ class Permissive(BaseFilter):
         ]
         if not names:
             return False, "licence_unknown"
-        if not set(names) <= self.ALLOWED:
+        if not set(names) <= self.PERMISSIVE:
             return False, "licence_not_permissive"
         repository = next(
-            (doc.metadata[key] for key in self.REPOSITORY if doc.metadata.get(key)), None
+            (doc.metadata[key] for key in self.REPOSITORY_KEYS if doc.metadata.get(key)), None
         )
         if repository is not None:
             doc.metadata.setdefault("group", str(repository))
         return True
 
 
-class Lines(BaseFilter):
-    """Drops files with long lines on average or few letters and digits: data, not code."""
+class CodeLineFilter(BaseFilter):
+    """Drops data files: lines long on average, or few letters and digits."""
 
     name = "Lines"
 
     def __init__(self, max_mean: float, min_alphanumeric: float) -> None:
         super().__init__()
         self.max_mean = max_mean  # characters
-        self.min_alphanumeric = min_alphanumeric  # share of all characters
+        self.min_alphanumeric = min_alphanumeric  # fraction of all characters
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""

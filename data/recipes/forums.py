@@ -1,11 +1,9 @@
-"""Forums (Reddit, StackExchange, Hacker News): conversation trees written out in causal order, each
-used once.
+"""Forums (Reddit, StackExchange, Hacker News): one document per conversation, in causal order.
 
-A message comes after the one it answers, and answers to one message in the order of time; every
-message stands in exactly one document. Input: a row per conversation with `messages`, or a row per
-message with `thread` (Reddit's link_id), the rows of one conversation one after another. A message
-has id, parent (or parent_id), text (or body) and, where known, author, created (or created_utc) and
-title.
+A message comes after its parent, and siblings come in order of time; every message is in exactly
+one document. Input: one row per conversation with `messages`, or one row per message with `thread`
+(Reddit's link_id), with consecutive rows for each conversation. A message has id, parent (or
+parent_id), text (or body) and, if known, author, created (or created_utc) and title.
 """
 
 import heapq
@@ -18,146 +16,147 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import Plausible
-from data.recipes.readers import Counted, Jsonl, Parquet, open_input
+from data.recipes.filters import BasicQualityFilter
+from data.recipes.readers import CountingReader, Jsonl, Parquet, open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1
-GONE = ("[deleted]", "[removed]", "")
+DELETED = ("[deleted]", "[removed]", "")
 Message = dict[str, Any]
 
 
-def first_of(row: Message, *keys: str) -> Any:
-    """The first value that is there."""
+def first_value(row: Message, *keys: str) -> Any:
+    """Return the value of the first key that is present and not None, else None."""
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def number(message: Message) -> str:
-    """Identifier without Reddit's prefix of its kind."""
-    name = str(first_of(message, "id", "name"))
+def message_id(message: Message) -> str:
+    """Message id without Reddit's type prefix."""
+    name = str(first_value(message, "id", "name"))
     return name[3:] if name[:3] in ("t1_", "t3_") else name
 
 
-def parent_of(message: Message) -> str | None:
-    """Identifier of the message it answers."""
-    name = first_of(message, "parent", "parent_id")
-    return None if name is None else number({"id": name})
+def parent_id(message: Message) -> str | None:
+    """Id of the message that this one answers."""
+    name = first_value(message, "parent", "parent_id")
+    return None if name is None else message_id({"id": name})
 
 
-def when(message: Message) -> tuple[bool, Any, str]:
-    """Sorts by time, messages without one last, then by identifier."""
-    time = first_of(message, "created", "created_utc", "time", "creation_date")
+def sort_key(message: Message) -> tuple[bool, Any, str]:
+    """Key that sorts by time, then by id; messages without a time come last."""
+    time = first_value(message, "created", "created_utc", "time", "creation_date")
     return (
         time is None,
         str(time) if isinstance(time, str) else f"{float(time or 0):020.3f}",
-        number(message),
+        message_id(message),
     )
 
 
-def linearised(messages: Iterable[Message]) -> list[Message]:
-    """Every message once, after its parent, siblings by time; roots and those whose parent is
-    unknown by time.
+def linearize(messages: Iterable[Message]) -> list[Message]:
+    """Order messages depth first: each once, after its parent, siblings and roots by time.
 
-    A circle of parents, which no forum makes but a broken dump may hold, is opened at its earliest
-    message.
+    A message with an unknown parent is a root. A cycle of parents, which a broken dump may have,
+    starts at its earliest message.
     """
     by_id: dict[str, Message] = {}
     for message in messages:
-        by_id.setdefault(number(message), message)
+        by_id.setdefault(message_id(message), message)
     children: dict[str | None, list[Message]] = {}
     for message in by_id.values():
-        parent = parent_of(message)
-        known = parent in by_id and parent != number(message)
-        children.setdefault(parent if known else None, []).append(message)
-    order: list[Message] = []
-    seen: set[str] = set()
-    pending = sorted(children.get(None, []), key=when)
-    left = [(when(message), key) for key, message in by_id.items()]
-    heapq.heapify(left)
-    while len(seen) < len(by_id):
-        if not pending:  # what remains is circles
-            pending = [by_id[heapq.heappop(left)[1]]]
-        stack = pending[::-1]
-        pending = []
+        parent = parent_id(message)
+        is_known = parent in by_id and parent != message_id(message)
+        children.setdefault(parent if is_known else None, []).append(message)
+    ordered: list[Message] = []
+    visited: set[str] = set()
+    roots = sorted(children.get(None, []), key=sort_key)
+    earliest = [(sort_key(message), key) for key, message in by_id.items()]
+    heapq.heapify(earliest)
+    while len(visited) < len(by_id):
+        if not roots:  # only cycles remain
+            roots = [by_id[heapq.heappop(earliest)[1]]]
+        stack = roots[::-1]
+        roots = []
         while stack:
             message = stack.pop()
-            if number(message) not in seen:
-                seen.add(number(message))
-                order.append(message)
-                stack += sorted(children.get(number(message), []), key=when, reverse=True)
-    return order
+            key = message_id(message)
+            if key not in visited:
+                visited.add(key)
+                ordered.append(message)
+                stack += sorted(children.get(key, []), key=sort_key, reverse=True)
+    return ordered
 
 
-def written_out(messages: list[Message]) -> str:
-    """The conversation as text: title, then every message with text, under its author if given."""
+def render_conversation(messages: list[Message]) -> str:
+    """Title, then every message that has text, with its author if known."""
     title = next((str(message["title"]) for message in messages if message.get("title")), None)
-    parts = [] if title is None else [title]
+    paragraphs = [] if title is None else [title]
     for message in messages:
-        text = first_of(message, "text", "body", "selftext", "content")
-        if isinstance(text, str) and text.strip() not in GONE:
+        text = first_value(message, "text", "body", "selftext", "content")
+        if isinstance(text, str) and text.strip() not in DELETED:
             author = message.get("author")
-            named = author is not None and author not in GONE
-            parts.append(f"{author}: {text.strip()}" if named else text.strip())
-    return "\n\n".join(parts)
+            has_author = author is not None and author not in DELETED
+            paragraphs.append(f"{author}: {text.strip()}" if has_author else text.strip())
+    return "\n\n".join(paragraphs)
 
 
-class Conversations(Counted):
-    """Mixin: rows become conversations, one document each; a conversation that comes back later is
-    dropped whole.
+class ConversationReader(CountingReader):
+    """Mixin: reads one document per conversation; drops rows of a thread that appears again later.
 
-    Its memory is one conversation, and 8 bytes per conversation of the file that is read.
+    Memory: one conversation, and 8 bytes per conversation of the current file.
     """
 
     name = "Conversations"
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
-        """Documents of one file."""
-        plain = super().get_document_from_dict
-        used: set[int] = set()
-        for thread, rows in groupby(self.messages(filepath), key=lambda row: row[1]):
-            found = list(rows)
-            where = f"{filepath}:{found[0][0]}"
-            if hash(thread) in used:
-                self.drop("scattered", where, [message for _, _, message in found])
+        """Yield the documents of one file."""
+        make_document = super().get_document_from_dict
+        finished: set[int] = set()  # hashes of thread ids
+        for thread, group in groupby(self.read_messages(filepath), key=lambda row: row[1]):
+            rows = list(group)
+            messages = [message for _, _, message in rows]
+            first_row = rows[0][0]
+            if hash(thread) in finished:
+                self.drop("scattered", f"{filepath}:{first_row}", messages)
                 continue
-            used.add(hash(thread))
-            text = written_out(linearised(message for _, _, message in found))
-            document = plain({"text": text, "id": thread, "group": thread}, filepath, found[0][0])
+            finished.add(hash(thread))
+            text = render_conversation(linearize(messages))
+            row = {"text": text, "id": thread, "group": thread}
+            document = make_document(row, filepath, first_row)
             if document is not None:
                 yield document
 
-    def messages(self, filepath: str) -> Iterator[tuple[int, str, Message]]:
-        """(row, conversation, message) in the file's order; drops other rows as corrupt."""
+    def read_messages(self, filepath: str) -> Iterator[tuple[int, str, Message]]:
+        """Yield (row index, thread, message) in file order; other rows are dropped as corrupt."""
         for index, row in self.rows(filepath):
             where = f"{filepath}:{index}"
             nested = row.get("messages") if isinstance(row, dict) else None
             if isinstance(nested, list) and all(
-                isinstance(m, dict) and first_of(m, "id", "name") for m in nested
+                isinstance(m, dict) and first_value(m, "id", "name") for m in nested
             ):
-                thread = str(first_of(row, "id", "thread") or where)
+                thread = str(first_value(row, "id", "thread") or where)
                 head = {"title": row["title"]} if row.get("title") and nested else {}
                 yield from ((index, thread, {**head, **m} if m is nested[0] else m) for m in nested)
                 if not nested:
                     self.drop("empty", where, row)
             elif (
                 isinstance(row, dict)
-                and first_of(row, "thread", "link_id")
-                and first_of(row, "id", "name")
+                and first_value(row, "thread", "link_id")
+                and first_value(row, "id", "name")
             ):
-                yield index, str(first_of(row, "thread", "link_id")), row
+                yield index, str(first_value(row, "thread", "link_id")), row
             else:
                 self.drop("corrupt", where, row)
 
 
-class JsonlConversations(Conversations, Jsonl):
-    """From jsonl."""
+class JsonlConversationReader(ConversationReader, Jsonl):
+    """Reads conversations from jsonl."""
 
 
-class ParquetConversations(Conversations, Parquet):
-    """From parquet."""
+class ParquetConversationReader(ConversationReader, Parquet):
+    """Reads conversations from parquet."""
 
     def rows(self, filepath: str) -> Iterator[tuple[int, Any]]:
-        """(row number, row) of one file."""
+        """Yield (row index, row)."""
         import pyarrow.parquet
 
         with (
@@ -172,10 +171,13 @@ class ParquetConversations(Conversations, Parquet):
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`."""
-    plain = open_input(source, folder)
-    reader: Counted = (JsonlConversations if isinstance(plain, Jsonl) else ParquetConversations)(
-        source.input
-    )
-    reader.files, reader.quarantine = plain.files, plain.quarantine
-    return [reader, Plausible(min_chars=100, min_letters=0.4, max_line=100_000)]
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
+    pinned = open_input(source, folder)
+    reader: CountingReader
+    if isinstance(pinned, Jsonl):
+        reader = JsonlConversationReader(source.input)
+    else:
+        reader = ParquetConversationReader(source.input)
+    reader.files = pinned.files
+    reader.quarantine = pinned.quarantine
+    return [reader, BasicQualityFilter(min_chars=100, min_letters=0.4, max_line=100_000)]

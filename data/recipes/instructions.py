@@ -1,8 +1,8 @@
-"""Instruction data: prompts and answers written out as one plain text each.
+"""Instruction data: prompts and answers rendered as plain text.
 
-Known shapes of a row: messages or conversations (lists of turns), instruction/input/output,
-prompt/response and question/answer, inputs/targets. assumed: turns are headed User: and Assistant:,
-since no source tells the template.
+Known row formats: messages or conversations (lists of turns), instruction/input/output,
+prompt/response, question/answer and inputs/targets. assumed: turns begin with User: and Assistant:,
+since no source gives the template.
 """
 
 from pathlib import Path
@@ -12,19 +12,19 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import Plausible
-from data.recipes.readers import Counted, open_input
+from data.recipes.filters import BasicQualityFilter
+from data.recipes.readers import CountingReader, open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1
-HEADS = {
+ROLE_NAMES = {
     "system": "System",
     "user": "User",
     "human": "User",
     "assistant": "Assistant",
     "gpt": "Assistant",
 }
-PAIRS = (
+PROMPT_AND_ANSWER_KEYS = (
     ("prompt", "response"),
     ("prompt", "completion"),
     ("question", "answer"),
@@ -33,54 +33,61 @@ PAIRS = (
 )
 
 
-def written_out(row: dict[str, Any]) -> str | None:
-    """One text, every turn under its head, an answer last; None for unknown shapes, empty turns."""
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, list):
-        pairs = [
-            (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-            for turn in turns
+def render_turns(row: dict[str, Any]) -> str | None:
+    """Render a row as text; None if its format is unknown, a turn is empty or no answer is last."""
+    messages = row.get("messages") or row.get("conversations")
+    if isinstance(messages, list):
+        turns = [
+            (message.get("role", message.get("from")), message.get("content", message.get("value")))
+            for message in messages
         ]
     elif isinstance(row.get("instruction"), str):
-        prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        pairs = [("user", prompt), ("assistant", row.get("output", row.get("response")))]
+        prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+        turns = [("user", prompt), ("assistant", row.get("output", row.get("response")))]
     else:
         keys = next(
-            (pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), None
+            (
+                keys
+                for keys in PROMPT_AND_ANSWER_KEYS
+                if all(isinstance(row.get(key), str) for key in keys)
+            ),
+            None,
         )
         if keys is None:
             return None
-        pairs = [("user", row[keys[0]]), ("assistant", row[keys[1]])]
-    usable = all(role in HEADS and isinstance(text, str) and text.strip() for role, text in pairs)
-    if not usable or not pairs or HEADS[pairs[-1][0]] != "Assistant":
+        turns = [("user", row[keys[0]]), ("assistant", row[keys[1]])]
+    is_valid = all(
+        role in ROLE_NAMES and isinstance(text, str) and text.strip() for role, text in turns
+    )
+    if not is_valid or not turns or ROLE_NAMES[turns[-1][0]] != "Assistant":
         return None
-    return "\n\n".join(f"{HEADS[role]}: {text.strip()}" for role, text in pairs) + "\n"
+    return "\n\n".join(f"{ROLE_NAMES[role]}: {text.strip()}" for role, text in turns) + "\n"
 
 
-def as_documents(reader: Counted) -> Counted:
-    """The same reader, which makes rows into texts before it asks whether they have one."""
-    plain = reader.get_document_from_dict
+def render_rows(reader: CountingReader) -> CountingReader:
+    """Make a reader render rows as text before it checks that they have any."""
+    make_document = reader.get_document_from_dict
 
     def convert(data: Any, source_file: str, id_in_file: int | str) -> Document | None:
         if isinstance(data, dict) and not data.get(reader.text_key):
             try:
-                text = written_out(data)
-            except AttributeError:  # a turn that is no object
+                text = render_turns(data)
+            except AttributeError:  # a turn that is not an object
                 text = None
             if text is None:
                 reader.drop("unknown_shape", f"{source_file}:{id_in_file}", data)
                 return None
-            kept = {key: data[key] for key in ("id", "group", "url") if data.get(key)}
-            data = {**kept, reader.text_key: text}
-        return plain(data, source_file, id_in_file)
+            metadata = {key: data[key] for key in ("id", "group", "url") if data.get(key)}
+            data = {**metadata, reader.text_key: text}
+        return make_document(data, source_file, id_in_file)
 
     reader.get_document_from_dict = convert  # type: ignore[method-assign]
     return reader
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`."""
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
     return [
-        as_documents(open_input(source, folder)),
-        Plausible(min_chars=20, min_letters=0.2, max_line=1_000_000),
+        render_rows(open_input(source, folder)),
+        BasicQualityFilter(min_chars=20, min_letters=0.2, max_line=1_000_000),
     ]

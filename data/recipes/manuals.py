@@ -1,9 +1,8 @@
-"""Manuals and references of programs: HTML files or web archives, kept where prose explains terms
-and signatures.
+"""Software manuals and references, from HTML files or web archives.
 
-Gopher's published values (datatrove's defaults, recipe web) hold for crawls. Pages of documentation
-repeat signatures and list terms, and the word splitter counts every bracket as a word without
-letters: those values, in brackets below, drop nearly all of them.
+Gopher's published thresholds (datatrove's defaults, recipe web) are for crawls. They drop nearly
+all documentation, since it repeats signatures, lists terms, and the word splitter counts every
+bracket as a word without letters. The published values are in brackets below.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
-from data.recipes.extraction import MainText
+from data.recipes.extraction import MainTextExtractor
 from data.recipes.readers import open_input
 
 REQUIRES = (
@@ -42,25 +41,28 @@ REPETITION = {
     ),  # [0.15 ... 0.10]
 }
 QUALITY = {
-    "max_non_alpha_words_ratio": 0.4,  # the least share of words with a letter [0.8]
+    # despite the name, the minimum fraction of words with a letter
+    "max_non_alpha_words_ratio": 0.4,  # [0.8]
     "min_stop_words": 1,  # [2]
 }
 
 
-class PageName(BaseFilter):
-    """Groups pages by file name, so that all versions of a manual's page are in one split."""
+class PageNameGrouper(BaseFilter):
+    """Groups pages by file name, so that all versions of a manual page are in one split."""
 
     name = "Page name"
 
     def filter(self, doc: Document) -> bool:
-        """True, with the group set."""
+        """Set the document's group; always True."""
         path = urlsplit(doc.metadata.get("url") or doc.id).path
         doc.metadata.setdefault("group", path.rsplit("/", 1)[-1].removesuffix(".html"))
         return True
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`."""
-    reader = open_input(source, folder, html=True)
-    text: list[PipelineStep] = [MainText(), PageName()] if reader.holds_html else []
-    return [reader, *text, GopherRepetitionFilter(**REPETITION), GopherQualityFilter(**QUALITY)]
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
+    reader = open_input(source, folder, allow_html=True)
+    pipeline: list[PipelineStep] = [reader]
+    if reader.is_html:
+        pipeline += [MainTextExtractor(), PageNameGrouper()]
+    return [*pipeline, GopherRepetitionFilter(**REPETITION), GopherQualityFilter(**QUALITY)]

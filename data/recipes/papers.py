@@ -1,5 +1,4 @@
-"""The body of a paper: TeX without preamble, comments and bibliography, text without its list of
-references.
+"""Body of a paper: TeX without preamble, comments and bibliography, or text without references.
 
 For TeX these are RedPajama's rules for arXiv (github.com/togethercomputer/RedPajama-Data, v1).
 """
@@ -10,8 +9,8 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 TEX = re.compile(r"\\documentclass|\\begin\{document\}|\\section\*?\{")
-FIRST = re.compile(r"\\(?:begin\{abstract\}|chapter\*?\{|section\*?\{)")
-LAST = re.compile(
+FIRST_HEADING = re.compile(r"\\(?:begin\{abstract\}|chapter\*?\{|section\*?\{)")
+BACK_MATTER = re.compile(
     r"\\(?:appendix\b|begin\{references\}|begin\{thebibliography\}|bibliography\{|printbibliography)"
 )
 COMMENT_LINE = re.compile(r"^[ \t]*%.*\n?", re.MULTILINE)
@@ -19,33 +18,36 @@ COMMENT = re.compile(r"(?<!\\)%.*")
 REFERENCES = re.compile(
     r"\n[ \t#*]*(?:\d+\.?\s+)?(?:references|bibliography|literature cited)[ \t:*]*\n", re.IGNORECASE
 )
-LATE = 0.5  # a heading of references in the first half is part of the text
+MIN_REFERENCES_POSITION = 0.5  # a heading in the first half of the text belongs to it
 
 
 def tex_body(text: str) -> str:
-    """From the first heading to the bibliography, without comments; empty without a heading."""
-    first = FIRST.search(text)
-    if first is None:
+    """Text from the first heading to the bibliography, without comments; "" without a heading."""
+    heading = FIRST_HEADING.search(text)
+    if heading is None:
         return ""
-    body = text[first.start() :]
-    last = LAST.search(body)
-    body = body if last is None else body[: last.start()]
+    body = text[heading.start() :]
+    back_matter = BACK_MATTER.search(body)
+    if back_matter is not None:
+        body = body[: back_matter.start()]
     return COMMENT.sub("", COMMENT_LINE.sub("", body)).strip()
 
 
 def plain_body(text: str) -> str:
-    """Text up to the last heading of references in its second half."""
+    """Text up to the last references heading, if that is in the second half."""
     headings = [match.start() for match in REFERENCES.finditer(text)]
-    return text[: headings[-1]] if headings and headings[-1] > LATE * len(text) else text
+    if headings and headings[-1] > MIN_REFERENCES_POSITION * len(text):
+        return text[: headings[-1]]
+    return text
 
 
 class PaperBody(BaseFilter):
-    """Keeps the body only; a TeX file without any heading is no paper."""
+    """Keeps only the body; drops TeX files without a heading."""
 
     name = "Paper"
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """True with the text cut in place, or (False, reason)."""
+        """Replace the text by its body; True, or (False, reason)."""
         body = tex_body(doc.text) if TEX.search(doc.text) else plain_body(doc.text)
         if not body.strip():
             return False, "no_heading"

@@ -1,7 +1,7 @@
-"""Source code: whole files under permissive licences, kept if a person wrote them.
+"""Source code: files under permissive licences, without generated code and data.
 
-File and line rules of The Stack's and StarCoder's cleaning (arXiv 2305.06161, section 3.1); near
-duplicates go in the passes that follow (near_duplicates).
+File and line rules of The Stack and StarCoder (arXiv 2305.06161, section 3.1). The pass
+near_duplicates removes near duplicates.
 """
 
 from pathlib import Path
@@ -9,7 +9,12 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import Handwritten, Lines, Permissive, Plausible
+from data.recipes.filters import (
+    BasicQualityFilter,
+    CodeLineFilter,
+    GeneratedCodeFilter,
+    LicenceFilter,
+)
 from data.recipes.readers import open_input
 
 REQUIRES = ("orjson",)
@@ -18,17 +23,18 @@ PERMISSIVE = "permissive"
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`.
+    """Return the steps that clean `source`; `folder` has its pinned input list.
 
-    A source with the licence "permissive" is judged file by file; any other holds for all of its
-    files.
+    If the source's licence is "permissive", each file's own licence is checked; any other licence
+    applies to all files.
     """
-    # Lines above 1,000 characters and few letters mean data or minified code.
-    rules = [Handwritten(), Plausible(min_chars=100, min_letters=0.4, max_line=1000)]
-    licences = [Permissive()] if source.licence == PERMISSIVE else []
+    pipeline: list[PipelineStep] = [open_input(source, folder)]
+    if source.licence == PERMISSIVE:
+        pipeline.append(LicenceFilter())
     return [
-        open_input(source, folder),
-        *licences,
-        *rules,
-        Lines(max_mean=100, min_alphanumeric=0.25),
+        *pipeline,
+        GeneratedCodeFilter(),
+        # lines above 1,000 characters and few letters mean data or minified code
+        BasicQualityFilter(min_chars=100, min_letters=0.4, max_line=1000),
+        CodeLineFilter(max_mean=100, min_alphanumeric=0.25),
     ]

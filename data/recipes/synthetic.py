@@ -1,4 +1,4 @@
-"""Text that a model wrote (Cosmopedia): kept unless it talks about itself or repeats."""
+"""Synthetic text (Cosmopedia), without refusals and repetitive documents."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
-from data.recipes.filters import Plausible
+from data.recipes.filters import BasicQualityFilter
 from data.recipes.readers import open_input
 
 REQUIRES = ("orjson", "spacy")
 RECIPE_VERSION = 1
 
 
-class Refusals(BaseFilter):
-    """Drops answers in which the model speaks of itself in place of the subject."""
+class RefusalFilter(BaseFilter):
+    """Drops answers in which the model speaks of itself."""
 
     name = "Refusals"
-    MARKS = (
+    MARKERS = (
         "as an ai language model",
         "as a language model",
         "i cannot fulfill",
@@ -30,14 +30,15 @@ class Refusals(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
         lowered = doc.text.lower()
-        return (False, "refusal") if any(mark in lowered for mark in self.MARKS) else True
+        return (False, "refusal") if any(marker in lowered for marker in self.MARKERS) else True
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; `folder` stays empty. near_duplicates drops prompt copies."""
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
+    # The pass near_duplicates removes texts of repeated prompts.
     return [
         open_input(source, folder),
-        Refusals(),
-        Plausible(200, 0.4, 100_000),
+        RefusalFilter(),
+        BasicQualityFilter(200, 0.4, 100_000),
         GopherRepetitionFilter(),
     ]

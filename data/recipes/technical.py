@@ -5,7 +5,7 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import Plausible
+from data.recipes.filters import BasicQualityFilter
 from data.recipes.papers import PaperBody
 from data.recipes.readers import open_input
 
@@ -14,10 +14,10 @@ RECIPE_VERSION = 1
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`."""
-    # a paragraph of a paper or a patent may be one line
+    """Return the steps that clean `source`; `folder` has its pinned input list."""
+    # max_line: a paragraph of a paper or a patent may be one line
     return [
         open_input(source, folder),
         PaperBody(),
-        Plausible(min_chars=200, min_letters=0.4, max_line=100_000),
+        BasicQualityFilter(min_chars=200, min_letters=0.4, max_line=100_000),
     ]

@@ -1,8 +1,7 @@
-"""Which pages are not read at all: RefinedWeb's block lists and scored words.
+"""URL filter for web pages: RefinedWeb's block lists, scored words and curated sites.
 
-The lists that datatrove carries hold 4.6 million domains and take about 0.8 GB; they are loaded
-once, in the process that forks the workers, so that these share them. RefinedWeb also leaves out
-the sites that are sources of their own.
+datatrove's block lists have 4.6 million domains and take about 0.8 GB. They are loaded once, in the
+process that forks the workers, so that all workers share them.
 """
 
 from copy import copy
@@ -15,7 +14,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from core.errors import InputError
 
-# RefinedWeb (arXiv 2306.01116, appendix G.1) keeps these for curated sources.
+# RefinedWeb (arXiv 2306.01116, appendix G.1) excludes sites that are separate curated sources.
 CURATED_SITES = frozenset(
     "wikipedia.org wikibooks.org wikiquote.org wikisource.org wiktionary.org wikinews.org "
     "wikiversity.org arxiv.org stackexchange.com stackoverflow.com superuser.com serverfault.com "
@@ -24,19 +23,19 @@ CURATED_SITES = frozenset(
 )
 
 
-class Blocklist(URLFilter):
-    """datatrove's filter, without its look at the network, and with the curated sites."""
+class BlocklistFilter(URLFilter):
+    """datatrove's URL filter, without network access and with the curated sites."""
 
     name = "URL"
 
     def __init__(self, path: str | None) -> None:
-        """`path` holds one domain a line in place of the lists that datatrove carries."""
+        """`path`: file of one domain per line that replaces datatrove's lists."""
         from tldextract import TLDExtract
 
         if path is not None and not Path(path).is_file():
             raise InputError(
-                f"no block list at {path}: set data.assets.url_blocklist.path, or to null for "
-                "datatrove's"
+                f"no block list at {path}: set data.assets.url_blocklist.path to a file, or to "
+                "null for datatrove's lists"
             )
         domains = (
             None
@@ -44,7 +43,7 @@ class Blocklist(URLFilter):
             else [line for line in Path(path).read_text().splitlines() if line.strip()]
         )
         super().__init__(extra_domains=domains, use_integrated_lists=path is None)
-        self.tldextractor = TLDExtract(suffix_list_urls=())  # the list that the package carries
+        self.tldextractor = TLDExtract(suffix_list_urls=())  # use the packaged list
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
         """True, or (False, reason)."""
@@ -57,15 +56,15 @@ class Blocklist(URLFilter):
 
 
 @lru_cache
-def loaded(path: str | None) -> Blocklist:
-    """The filter whose lists all others of this process and its children share."""
-    found = Blocklist(path)
-    found.download_data()
-    return found
+def load_blocklist(path: str | None) -> BlocklistFilter:
+    """Load the lists that all filters of this process and its children share."""
+    blocklist = BlocklistFilter(path)
+    blocklist.download_data()
+    return blocklist
 
 
-def blocklist(path: str | None) -> Blocklist:
-    """A filter with shared lists and counts of its own."""
-    fresh = copy(loaded(path))
-    BaseFilter.__init__(fresh)
-    return fresh
+def make_blocklist_filter(path: str | None) -> BlocklistFilter:
+    """Return a filter with shared lists and its own statistics."""
+    filter_step = copy(load_blocklist(path))
+    BaseFilter.__init__(filter_step)
+    return filter_step

@@ -1,8 +1,7 @@
-"""Web pages as RefinedWeb: address, main text, language, repetition, quality, line-wise
-corrections.
+"""Web pages as in RefinedWeb: URL, main text, language, repetition, quality, line corrections.
 
-Near duplicates (near_duplicates: 14x8 or, as RefinedWeb, 93x15) and exact substrings
-(exact_substrings: 50) follow as passes over all documents, where the source asks for them.
+Near duplicates (near_duplicates: 14x8, or 93x15 as in RefinedWeb) and exact substrings
+(exact_substrings: 50) are separate passes over all documents, if the source sets them.
 """
 
 from pathlib import Path
@@ -11,15 +10,15 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
 from data.config import Assets, Source
-from data.recipes.classifiers import English
-from data.recipes.extraction import MainText
-from data.recipes.lines import LineCorrections
+from data.recipes.classifiers import EnglishFilter
+from data.recipes.extraction import MainTextExtractor
+from data.recipes.lines import LineCorrectionFilter
 from data.recipes.readers import Warc, open_input
-from data.recipes.urls import blocklist
+from data.recipes.urls import load_blocklist, make_blocklist_filter
 
-# Checked in the parent before the first document. Without lxml_html_clean, or without spacy's word
-# splitter, datatrove counts every page as a timeout or fails in the middle, and reports success.
-# pylibmagic comes before magic: it brings the system library that magic looks for.
+# Checked before the first document: without lxml_html_clean or spacy's word splitter, datatrove
+# counts every page as a timeout or fails midway, and reports success. pylibmagic comes before
+# magic, since it provides the system library that magic loads.
 REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy",
             "fasttext", "tldextract", "ahocorasick", "xxhash")  # fmt: skip
 RECIPE_VERSION = 1
@@ -28,24 +27,25 @@ ASSETS = ("language_model",)
 
 def preload(source: Source, assets: Assets) -> None:
     """Load the block lists in the process that forks the workers."""
-    blocklist(assets.url_blocklist.path)
+    load_blocklist(assets.url_blocklist.path)
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
-    """Clean documents of `source`; nothing is written to `folder`.
+    """Return the steps that clean `source`; `folder` has its pinned input list.
 
-    Only pages of archives have addresses to judge; text that is extracted already (jsonl, parquet)
-    meets all rules but the address's.
+    Only pages of web archives have a URL to filter by; extracted text (jsonl, parquet) skips the
+    URL filter.
     """
-    reader = open_input(source, folder, html=True)
+    reader = open_input(source, folder, allow_html=True)
     pipeline: list[PipelineStep] = [reader]
     if isinstance(reader, Warc):
-        pipeline.append(blocklist(assets.url_blocklist.path))
-    if reader.holds_html:
-        pipeline.append(MainText())
+        pipeline.append(make_blocklist_filter(assets.url_blocklist.path))
+    if reader.is_html:
+        pipeline.append(MainTextExtractor())
     pipeline += [
-        English(str(assets.language_model.path)),
+        EnglishFilter(str(assets.language_model.path)),
         GopherRepetitionFilter(),
         GopherQualityFilter(),
+        LineCorrectionFilter(),
     ]
-    return [*pipeline, LineCorrections()]
+    return pipeline

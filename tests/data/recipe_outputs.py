@@ -1,11 +1,9 @@
-"""Hashes of what recipes, passes and sharding put out for a fixed input, and of their rules, beside
-their versions.
+"""Record of recipe outputs: hashes of the outputs for a fixed input, of the rules, and versions.
 
-python -m tests.data.recipe_outputs    # write recipe_outputs.json anew, after a version was raised
+python -m tests.data.recipe_outputs    # rewrite recipe_outputs.json, after raising a version
 
-A fixed input shows only rules that it meets at their border, so the rules are hashed too: see
-rules_of. Where the input itself has changed, other text says nothing about a recipe: change it in a
-commit of its own.
+A fixed input tests a rule only near its threshold, so the rules are hashed too (hash_rules). Change
+the input in a separate commit: with another input, another output says nothing about a recipe.
 """
 
 import dis
@@ -31,14 +29,14 @@ from data.config import Source
 from data.pipeline import clean, fingerprints, megatron, shard
 from data.pipeline.clean import Build
 from data.pipeline.shard import Clean, Sharding
-from data.recipes.readers import pin_files, raw_files
+from data.recipes.readers import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
-from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
+from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
-NO_RULES = {"RECIPE_VERSION", "VERSION", "TRAINING_VERSION", "REQUIRES", "ASSETS"}
-HERE = Path(__file__).resolve().parent
-RECORD = HERE / "recipe_outputs.json"
-VOCABULARY = HERE.parent / "fixtures" / "prepared" / "tokenizer" / "tokenizer.json"
+IGNORED_CONSTANTS = {"RECIPE_VERSION", "VERSION", "TRAINING_VERSION", "REQUIRES", "ASSETS"}
+FOLDER = Path(__file__).resolve().parent
+RECORD = FOLDER / "recipe_outputs.json"
+TOKENIZER = FOLDER.parent / "fixtures" / "prepared" / "tokenizer" / "tokenizer.json"
 CODE = "def area(width, height):\n    return width * height  # of a rectangle\n" * 4
 LONG_LINE = 5 * CODE + 'names = "{}"\n'  # short on average
 TEX = f"\\documentclass{{a}}\n\\section{{Rivers}}\n{PROSE}% note\n5\\% of it.\n\\bibliography{{b}}"
@@ -218,21 +216,21 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def sources(home: Path) -> dict[str, Source]:
-    """A source for every recipe, by its name, and one that asks for every pass."""
-    found = {}
+def make_sources(folder: Path) -> dict[str, Source]:
+    """Make a source for every recipe, and "passes", a source with every pass."""
+    sources = {}
     for name, rows in ROWS.items():
         licence = "permissive" if name == "source_code" else "CC0-1.0"
-        found[name] = Source(name, str(home / name), licence, 1.0, 1)
-        write_rows(home / name / "0.jsonl", rows)
-    (home / "web").mkdir()
-    with (home / "web" / "0.warc.gz").open("wb") as file:
+        sources[name] = Source(name, str(folder / name), licence, 1.0, 1)
+        write_rows(folder / name / "0.jsonl", rows)
+    (folder / "web").mkdir()
+    with (folder / "web" / "0.warc.gz").open("wb") as file:
         write_archive(file, ADDRESSES.items())
-    found["web"] = Source("web", str(home / "web"), "CC0-1.0", 1.0, 1)
-    found["manuals"] = Source("manuals", str(home / "pages"), "CC0-1.0", 1.0, 1)
-    (home / "pages").mkdir()
+    sources["web"] = Source("web", str(folder / "web"), "CC0-1.0", 1.0, 1)
+    sources["manuals"] = Source("manuals", str(folder / "pages"), "CC0-1.0", 1.0, 1)
+    (folder / "pages").mkdir()
     for name, page in PAGES.items():
-        (home / "pages" / f"{name}.html").write_text(page)
+        (folder / "pages" / f"{name}.html").write_text(page)
     rows = [
         {"text": f"{text} {tail}"}
         for text in (PROSE, SECOND)
@@ -243,28 +241,28 @@ def sources(home: Path) -> dict[str, Source]:
         {"text": f"{3 * SHOP} {QUESTION}"},
         {"text": f"{SUMS} mail ann@corp.org {PROSE[50:]} {LONG}"},
     ]
-    write_rows(home / "passes" / "0.jsonl", rows)
-    found["passes"] = Source(
-        "curated", str(home / "passes"), "CC0-1.0", 1.0, 1,
+    write_rows(folder / "passes" / "0.jsonl", rows)
+    sources["passes"] = Source(
+        "curated", str(folder / "passes"), "CC0-1.0", 1.0, 1,
         near_duplicates="14x8", exact_substrings=20, replace_pii=True, decontaminate=True,
     )  # fmt: skip
-    return found
+    return sources
 
 
-def material(home: Path) -> dict[str, Build]:
-    """What a first pass begins with, of every source: raw files, pinned."""
-    assets = make_assets(home)
-    found = {}
-    for name, source in sources(home / "raw").items():
-        found[name] = Build(source, assets, home / "clean" / name, keep_exclusions=False)
-        found[name].place.mkdir(parents=True)
-        kind, files = raw_files(source.input)
-        pin_files(found[name].place, kind, list(files))
-    return found
+def make_builds(root: Path) -> dict[str, Build]:
+    """Write the raw files of every source and pin them for its first pass."""
+    assets = make_assets(root)
+    builds = {}
+    for name, source in make_sources(root / "raw").items():
+        builds[name] = Build(source, assets, root / "clean" / name, keep_exclusions=False)
+        builds[name].place.mkdir(parents=True)
+        kind, files = list_raw_files(source.input)
+        pin_files(builds[name].place, kind, list(files))
+    return builds
 
 
-def clean_documents(build: Build) -> list[bytes]:
-    """The lines that all passes of a source end in."""
+def run_passes(build: Build) -> list[bytes]:
+    """Run all passes of a source; returns the lines of its clean documents."""
     for one in clean.passes(build):
         for function, *arguments in one.jobs():
             function(*arguments)
@@ -273,212 +271,206 @@ def clean_documents(build: Build) -> list[bytes]:
     return [line for path in paths for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def megatron_shards(home: Path) -> list[bytes]:
-    """The shards of sixty tokenized documents, which megatron-core wrote."""
+def make_megatron_shards(root: Path) -> list[bytes]:
+    """Write sixty documents with megatron-core and convert them; returns the shards."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    (home / "raw").mkdir(parents=True)
-    builder = IndexedDatasetBuilder(str(home / "raw" / "a.bin"))
-    for number in range(60):
-        builder.add_item(torch.arange(12, 20 + number))
+    (root / "raw").mkdir(parents=True)
+    builder = IndexedDatasetBuilder(str(root / "raw" / "a.bin"))
+    for index in range(60):
+        builder.add_item(torch.arange(12, 20 + index))
         builder.end_document()
-    builder.finalize(str(home / "raw" / "a.idx"))
-    (home / "shards").mkdir()
-    job = megatron.Corpus(str(home / "raw"), ["a.idx"], home / "shards", 300, 1)
+    builder.finalize(str(root / "raw" / "a.idx"))
+    (root / "shards").mkdir()
+    job = megatron.Corpus(str(root / "raw"), ["a.idx"], root / "shards", 300, 1)
     megatron.shard_task(job, 50.0, 0)
-    return [path.read_bytes() for path in sorted((home / "shards").glob("*.ds*"))]
+    return [path.read_bytes() for path in sorted((root / "shards").glob("*.ds*"))]
 
 
-def sharded(clean: Path, files: list[str], documents: int, place: Path) -> list[bytes]:
-    """The shards of a source's clean documents, by a vocabulary that is kept."""
-    place.mkdir()
-    job = Sharding(Clean(clean, files, documents), place, VOCABULARY, 3, 50.0, 1)
+def make_shards(clean_dir: Path, files: list[str], documents: int, out: Path) -> list[bytes]:
+    """Shard a source's clean documents with the fixture's tokenizer; returns the shards."""
+    out.mkdir()
+    job = Sharding(Clean(clean_dir, files, documents), out, TOKENIZER, 3, 50.0, 1)
     shard.shard_task(job, 0)
-    return [path.read_bytes() for path in sorted(place.glob("*.ds*"))]
+    return [path.read_bytes() for path in sorted(out.glob("*.ds*"))]
 
 
-def outputs(home: Path, builds: dict[str, Build]) -> dict[str, dict[str, Any]]:
-    """Of every recipe, the passes, sharding and a vocabulary's training: versions, and hashes of
-    all else.
-    """
-    found: dict[str, dict[str, Any]] = {}
+def compute_outputs(root: Path, builds: dict[str, Build]) -> dict[str, dict[str, Any]]:
+    """Run every recipe, the passes, sharding and tokenizer training; returns the record."""
+    record: dict[str, dict[str, Any]] = {}
     for name, build in builds.items():
-        lines = clean_documents(build)
+        lines = run_passes(build)
         paths = [
-            path for folder in (Path(build.source.input), home) for path in sorted(folder.iterdir())
+            path for folder in (Path(build.source.input), root) for path in sorted(folder.iterdir())
         ]
-        found[name] = {"versions": fingerprints.versions_of(build.source), "documents": len(lines)}
-        found[name] |= {
-            "input": digest(map(content, filter(Path.is_file, paths))),
+        record[name] = {
+            "versions": fingerprints.versions_of(build.source),
+            "documents": len(lines),
+            "input": digest(map(read_content, filter(Path.is_file, paths))),
             "sha256": digest(lines),
         }
-    shards = digest(megatron_shards(home / "megatron"))
-    raw = digest(map(content, sorted((home / "megatron" / "raw").iterdir())))
-    found["megatron"] = {
+    shards = make_megatron_shards(root / "megatron")
+    record["megatron"] = {
         "versions": {"megatron": megatron.RECIPE_VERSION},
-        "input": raw,
-        "sha256": shards,
+        "input": digest(map(read_content, sorted((root / "megatron" / "raw").iterdir()))),
+        "sha256": digest(shards),
     }
-    passes = found["passes"]
-    shards = digest(
-        sharded(
-            home / "clean" / "passes", ["00000.jsonl.gz"], passes["documents"], home / "shards-1"
-        )
-    )
-    raw = digest([passes["sha256"].encode(), VOCABULARY.read_bytes()])
-    found["sharding"] = {"versions": {"sharding": shard.VERSION}, "input": raw, "sha256": shards}
+    passes = record["passes"]
+    clean_dir = root / "clean" / "passes"
+    shards = make_shards(clean_dir, ["00000.jsonl.gz"], passes["documents"], root / "shards-1")
+    record["sharding"] = {
+        "versions": {"sharding": shard.VERSION},
+        "input": digest([passes["sha256"].encode(), TOKENIZER.read_bytes()]),
+        "sha256": digest(shards),
+    }
     texts = [PROSE, SECOND, CODE, SUMS]
-    tokenizer.train(texts, 300, home / "vocabulary")
-    versions = {"training": tokenizer.TRAINING_VERSION, "tokenizers": version("tokenizers")}
-    trained = digest([(home / "vocabulary" / tokenizer.FILE).read_bytes()])
-    found["vocabulary"] = {
-        "versions": versions,
+    tokenizer.train(texts, 300, root / "vocabulary")
+    record["vocabulary"] = {
+        "versions": {"training": tokenizer.TRAINING_VERSION, "tokenizers": version("tokenizers")},
         "input": digest(map(str.encode, texts)),
-        "sha256": trained,
+        "sha256": digest([(root / "vocabulary" / tokenizer.FILE).read_bytes()]),
     }
-    rules = rules_of(home, builds)
-    return {name: {**entry, "rules": rules[name]} for name, entry in found.items()}
+    rules = hash_rules(root, builds)
+    return {name: {**entry, "rules": rules[name]} for name, entry in record.items()}
 
 
-def content(path: Path) -> bytes:
-    """A file's bytes, unpacked: what zlib makes of them differs between machines."""
+def read_content(path: Path) -> bytes:
+    """A file's bytes, decompressed, since zlib's output differs between machines."""
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
-def digest(parts: Iterable[bytes]) -> str:
-    """SHA-256 of parts, with their borders."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()
+def digest(items: Iterable[bytes]) -> str:
+    """SHA-256 of items, each with its length."""
+    sha256 = hashlib.sha256()
+    for item in items:
+        sha256.update(len(item).to_bytes(8, "little") + item)
+    return sha256.hexdigest()
 
 
-def rules_of(home: Path, builds: dict[str, Build]) -> dict[str, str]:
-    """A hash of the rules of every entry: constants that its code reads, and what its steps were
-    built with.
-    """
+def hash_rules(root: Path, builds: dict[str, Build]) -> dict[str, str]:
+    """Hash the rules of every entry: constants that its code reads, and settings of its steps."""
     rules: dict[str, list[Any]] = {
-        "megatron": constants([megatron.shard_task]),
-        "sharding": constants([shard.shard_task]),
-        "vocabulary": constants([shard.tokenizer_task]),
+        "megatron": collect_constants([megatron.shard_task]),
+        "sharding": collect_constants([shard.shard_task]),
+        "vocabulary": collect_constants([shard.tokenizer_task]),
     }
     for name, build in builds.items():
-        of_passes = [clean.clean_task, clean.passes] if name == "passes" else []
-        steps = [arguments(step) for step in steps_of(build)]
-        rules[name] = [*constants([recipes.load(build.source.recipe).steps, *of_passes]), *steps]
+        functions = [recipes.load(build.source.recipe).steps]
+        if name == "passes":
+            functions += [clean.clean_task, clean.passes]
+        settings = [settings_of(step) for step in first_pass_steps(build)]
+        rules[name] = [*collect_constants(functions), *settings]
     return {
-        name: digest([json.dumps(found).replace(str(home), "").encode()])
-        for name, found in rules.items()
+        name: digest([json.dumps(values).replace(str(root), "").encode()])
+        for name, values in rules.items()
     }
 
 
-def steps_of(build: Build) -> list[PipelineStep]:
+def first_pass_steps(build: Build) -> list[PipelineStep]:
     """The steps of a source's first pass, as its tasks build them."""
     with mock.patch.object(clean, "run_task") as run:
         clean.clean_task(build, 0)
     return list(run.call_args.args[0])
 
 
-def constants(roots: Iterable[Any]) -> list[Any]:
-    """Names and values of all constants and defaults that functions read, or functions and classes
-    of data/ they name.
+def collect_constants(roots: Iterable[Any]) -> list[Any]:
+    """Names and values of constants and defaults that functions of data/ read, directly or not.
 
-    They bear no module's name, so code may move from one to another.
+    Module names are left out, so that code may move between modules.
     """
-    found: set[str] = set()
-    seen: set[Any] = set()
-    left = list(roots)
-    while left:
-        part = inspect.unwrap(left.pop())
+    constants: set[str] = set()
+    visited: set[Any] = set()
+    pending = list(roots)
+    while pending:
+        item = inspect.unwrap(pending.pop())
         if (
-            not isinstance(part, FunctionType | type)
-            or not of_data(part.__module__)
-            or part in seen
+            not isinstance(item, FunctionType | type)
+            or not is_data_module(item.__module__)
+            or item in visited
         ):
             continue
-        seen.add(part)
-        for name, value in members(part):
-            left.append(value)
-            if name.rpartition(".")[2].isupper() and name not in NO_RULES:
-                found.add(json.dumps([name, plain(value)]))
-        if isinstance(part, FunctionType) and (part.__defaults__ or part.__kwdefaults__):
-            defaults = [plain(part.__defaults__), plain(part.__kwdefaults__)]
-            found.add(json.dumps([part.__qualname__, *defaults]))
-    return sorted(found)
+        visited.add(item)
+        for name, value in references(item):
+            pending.append(value)
+            if name.rpartition(".")[2].isupper() and name not in IGNORED_CONSTANTS:
+                constants.add(json.dumps([name, to_json(value)]))
+        if isinstance(item, FunctionType) and (item.__defaults__ or item.__kwdefaults__):
+            defaults = [to_json(item.__defaults__), to_json(item.__kwdefaults__)]
+            constants.add(json.dumps([item.__qualname__, *defaults]))
+    return sorted(constants)
 
 
-def members(part: Any) -> list[tuple[str, Any]]:
-    """What a class holds and inherits, or what a function's code names in its module or in a module
-    of data/.
+def references(item: Any) -> list[tuple[str, Any]]:
+    """(name, value) of a class's attributes and bases, or of the names that a function's code uses.
+
+    A function's names are looked up in its module and in the modules of data/ that it uses.
     """
-    if isinstance(part, type):
-        held = [(f"{part.__name__}.{name}", value) for name, value in vars(part).items()]
-        return [*held, *(("", base) for base in part.__bases__)]
-    read, named = names_in(part.__code__)
-    scope = {name: part.__globals__[name] for name in read if name in part.__globals__}
+    if isinstance(item, type):
+        attributes = [(f"{item.__name__}.{name}", value) for name, value in vars(item).items()]
+        return [*attributes, *(("", base) for base in item.__bases__)]
+    globals_read, names = names_in(item.__code__)
+    scope = {name: item.__globals__[name] for name in globals_read if name in item.__globals__}
     modules = [
         value
         for value in scope.values()
-        if isinstance(value, ModuleType) and of_data(value.__name__)
+        if isinstance(value, ModuleType) and is_data_module(value.__name__)
     ]
     return [
         *scope.items(),
-        *((name, vars(module)[name]) for module in modules for name in named & vars(module).keys()),
+        *((name, vars(module)[name]) for module in modules for name in names & vars(module).keys()),
     ]
 
 
-def of_data(module: str) -> bool:
-    """Whether a module is one of ours that shape text."""
+def is_data_module(module: str) -> bool:
     return module.startswith("data.")
 
 
 def names_in(code: CodeType) -> tuple[set[str], set[str]]:
-    """The globals that a function's code reads, and every name in it, attributes too; with
-    functions inside it.
-    """
-    read = {one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
-    named = set(code.co_names)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            more_read, more_named = names_in(inner)
-            read, named = read | more_read, named | more_named
-    return read, named
+    """The globals that code reads, and all its names with attributes; includes nested functions."""
+    globals_read = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname == "LOAD_GLOBAL"
+    }
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            nested_globals, nested_names = names_in(constant)
+            globals_read |= nested_globals
+            names |= nested_names
+    return globals_read, names
 
 
-def arguments(part: Any, deep: bool = True) -> list[Any]:
-    """Kind and plain values of an object, and one level deeper those of objects that belong to a
-    pipeline.
-    """
-    held = []
-    for name, value in sorted(vars(part).items()):
+def settings_of(item: Any, deep: bool = True) -> list[Any]:
+    """Type name and plain attributes of a step, and of the pipeline objects it has as attributes."""
+    attributes = []
+    for name, value in sorted(vars(item).items()):
         if deep and type(value).__module__.startswith(("data.", "datatrove.pipeline.")):
-            held.append([name, arguments(value, deep=False)])
+            attributes.append([name, settings_of(value, deep=False)])
         else:
-            held.append([name, plain(value)])
-    return [type(part).__name__, *held]
+            attributes.append([name, to_json(value)])
+    return [type(item).__name__, *attributes]
 
 
-def plain(value: Any) -> Any:
-    """A constant as JSON can write it, the same in every process; None for what is no plain value,
-    as a path.
-    """
+def to_json(value: Any) -> Any:
+    """A constant as JSON, the same in every process; None for other objects, such as paths."""
     if isinstance(value, re.Pattern):
-        return ["pattern", plain(value.pattern), value.flags]
+        return ["pattern", to_json(value.pattern), value.flags]
     if isinstance(value, bytes):
         return ["bytes", value.hex()]
     if isinstance(value, dict):
-        return ["dict", *([plain(key), plain(held)] for key, held in value.items())]
+        return ["dict", *([to_json(key), to_json(item)] for key, item in value.items())]
     if isinstance(value, set | frozenset):
-        return ["set", *sorted(json.dumps(plain(held)) for held in value)]
+        return ["set", *sorted(json.dumps(to_json(item)) for item in value)]
     if isinstance(value, list | tuple):
-        return [plain(held) for held in value]
+        return [to_json(item) for item in value]
     return value if isinstance(value, str | int | float) else None
 
 
-def hidden(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) -> list[str]:
-    """Entries with other text of the same input under the same versions: a new record would take it
-    for the old.
-    """
+def find_unversioned(
+    before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Entries whose output changed although their input and versions did not."""
     return [
         name
         for name in before.keys() & now.keys()
@@ -488,12 +480,12 @@ def hidden(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]) ->
 
 
 def main() -> int:
-    """Write the record anew; returns the exit code, 1 where a version has to be raised before."""
+    """Rewrite the record; returns the exit code, 1 if a version must be raised first."""
     with tempfile.TemporaryDirectory() as folder:
-        now = outputs(Path(folder), material(Path(folder)))
-    if RECORD.is_file() and (names := hidden(json.loads(RECORD.read_text()), now)):
+        now = compute_outputs(Path(folder), make_builds(Path(folder)))
+    if RECORD.is_file() and (names := find_unversioned(json.loads(RECORD.read_text()), now)):
         print(
-            f"not written, for other text came of the same input: {', '.join(sorted(names))}. "
+            f"not written: the same input gives another output in {', '.join(sorted(names))}. "
             "Raise the version first"
         )
         return 1

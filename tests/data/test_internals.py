@@ -13,10 +13,10 @@ from core.files import ROOT
 from data.pipeline import accounting, minhash
 from data.pipeline.executors import SlurmArray
 from data.pipeline.tasks import OneTask, exclude_into
-from data.recipes.classifiers import model_of
-from data.recipes.extraction import MainText
+from data.recipes.classifiers import load_model
+from data.recipes.extraction import MainTextExtractor
 from data.recipes.readers import Warc
-from data.recipes.urls import blocklist
+from data.recipes.urls import make_blocklist_filter
 
 # by package: version read, and what we rely on at the one place that does
 READ = {
@@ -26,10 +26,11 @@ READ = {
             OneTask: "_run_for_rank runs a task, writes its statistics and its completion mark",
             SlurmArray: "run() submits, launch_merge_stats and save_executor_as_json are hooks, "
             "job_id_retriever gets sbatch's answer",
-            MainText: "extract() runs in ExtractorSandbox.process_document, whose three errors "
-            "tell why a page has no text",
+            MainTextExtractor: "extract() runs in ExtractorSandbox.process_document, whose "
+            "three errors tell why a page has no text",
             Warc.read_file: "process_record gives a record's text and url, or None for no HTML",
-            blocklist: "a filter's lists do not change once download_data() has read them",
+            make_blocklist_filter: "a filter's lists do not change once download_data() has read "
+            "them",
             exclude_into: "a step that drops documents has an exclusion_writer",
             minhash.pairs_of: ".dups holds four <u4 a pair: file, document, file, document",
             minhash.clusters: ".remove holds the numbers of a file's documents as <u4, sorted",
@@ -39,7 +40,7 @@ READ = {
     ),
     "fasttext-numpy2-wheel": (
         "0.9.2",
-        {model_of: "_FastText(path) reads a model without load_model's warning"},
+        {load_model: "_FastText(path) reads a model without load_model's warning"},
     ),
     "warcio": ("1.8.1", {Warc.read_file: "EOFError of the stream ends an archive in silence"}),
 }
@@ -83,7 +84,7 @@ def test_private_names_stay_in_their_places() -> None:
 
 def test_block_lists_are_shared_and_counts_are_not(tmp_path: Path) -> None:
     (tmp_path / "domains").write_text("casino-lists.com\n")
-    one, other = (blocklist(str(tmp_path / "domains")) for _ in range(2))
+    one, other = (make_blocklist_filter(str(tmp_path / "domains")) for _ in range(2))
     assert one.block_listed_domains is other.block_listed_domains == {"casino-lists.com"}
     one.stat_update("total")
     assert "total" in one.stats.stats and "total" not in other.stats.stats

@@ -1,4 +1,4 @@
-"""Recipes: every row is accounted for, and what is dropped has its reason."""
+"""Recipes: every row is counted, and every dropped row has a reason."""
 
 import gzip
 import io
@@ -17,47 +17,48 @@ from data.config import Assets, Source
 from data.pipeline import accounting, clean
 from data.pipeline.clean import Build
 from data.recipes import books, forums, manuals, web
-from data.recipes.extraction import MainText
-from data.recipes.lines import corrected
-from data.recipes.readers import Jsonl, open_input, pin_files, raw_files
+from data.recipes.extraction import MainTextExtractor
+from data.recipes.lines import correct_line
+from data.recipes.readers import Jsonl, list_raw_files, open_input, pin_files
 from examples.demo_corpus.archives import write_archive
-from tests.data.material import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
+from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
+NO_ASSETS = Assets()
 
 
-NONE = Assets()
-
-
-def folder_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
+def make_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
     return Source(recipe, str(folder), "CC0-1.0", 1.0, tasks)
 
 
-def pin(folder: str, place: Path) -> Path:
-    """Fix the input files of a build, as prepare does."""
-    place.mkdir(exist_ok=True)
-    kind, files = raw_files(folder)
-    pin_files(place, kind, list(files))
-    return place
+def pin_input(source: Source, build_dir: Path) -> Path:
+    """Pin the input files of a build, as data/prepare.py does."""
+    build_dir.mkdir(exist_ok=True)
+    kind, files = list_raw_files(source.input)
+    pin_files(build_dir, kind, list(files))
+    return build_dir
 
 
-def run(
-    source: Source, place: Path, assets: Assets = NONE
-) -> tuple[list[dict[str, str]], list[accounting.Step]]:
-    """Clean documents of a source, and the counts of its steps."""
-    pin(source.input, place)
-    for rank in range(source.tasks):
-        clean.clean_task(Build(source, assets, place, True), rank)
-    files = sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
-    rows = [
+def read_clean_rows(build_dir: Path) -> list[dict[str, str]]:
+    return [
         json.loads(line)
-        for path in files
+        for path in sorted((build_dir / "documents" / "clean").glob("*.jsonl.gz"))
         for line in gzip.decompress(path.read_bytes()).splitlines()
     ]
-    return rows, accounting.read_counts(place / "logs" / "clean" / "stats", source.tasks)
 
 
-def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
+def run_recipe(
+    source: Source, build_dir: Path, assets: Assets = NO_ASSETS
+) -> tuple[list[dict[str, str]], list[accounting.Step]]:
+    """Return the clean documents of a source and the counts of its steps."""
+    pin_input(source, build_dir)
+    for rank in range(source.tasks):
+        clean.clean_task(Build(source, assets, build_dir, True), rank)
+    counts = accounting.read_counts(build_dir / "logs" / "clean" / "stats", source.tasks)
+    return read_clean_rows(build_dir), counts
+
+
+def test_every_row_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     write_rows(
         raw / "a.jsonl",
@@ -69,7 +70,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
         )
         file.write(json.dumps({"text": "1234567890 " * 60, "id": "digits"}).encode() + b"\n")
         file.write(json.dumps({"text": PROSE + "3", "metadata": {"group": "g"}}).encode() + b"\n")
-    rows, steps = run(folder_source("technical", raw, tasks=2), tmp_path / "clean")
+    rows, steps = run_recipe(make_source("technical", raw, tasks=2), tmp_path / "clean")
     assert [row["text"] for row in rows] == [PROSE, PROSE + "2", PROSE + "3"]
     assert [row["group"] for row in rows][1:] == ["g", "g"]
     assert (steps[0].total, steps[0].dropped) == (11, {"corrupt": 4, "empty": 2})
@@ -82,54 +83,41 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
     assert "b.jsonl.gz:1: dropped as corrupt" in log
 
 
-def test_a_file_that_arrives_meanwhile_belongs_to_the_next_build(tmp_path: Path) -> None:
-    """Tasks of one build share one list: with a list each, they would read some files twice and
-    some never.
-    """
-    raw, place = tmp_path / "raw", tmp_path / "clean"
+def test_files_added_during_a_build_are_ignored(tmp_path: Path) -> None:
+    """If each task listed the folder, files would be read twice or never."""
+    raw = tmp_path / "raw"
+    build_dir = tmp_path / "clean"
     for name in ("b", "d"):
         write_rows(raw / f"{name}.jsonl", [{"text": PROSE + name}])
-    source = folder_source("curated", raw, tasks=2)
-    pin(source.input, place)
-    clean.clean_task(Build(source, NONE, place, True), 0)
+    source = make_source("curated", raw, tasks=2)
+    pin_input(source, build_dir)
+    clean.clean_task(Build(source, NO_ASSETS, build_dir, True), 0)
     write_rows(raw / "a.jsonl", [{"text": PROSE + "a"}])
-    clean.clean_task(Build(source, NONE, place, True), 1)
-    written = b"".join(
-        gzip.decompress(path.read_bytes())
-        for path in sorted((place / "documents" / "clean").glob("*.jsonl.gz"))
-    )
-    assert [json.loads(line)["text"][-1] for line in written.splitlines()] == ["b", "d"]
+    clean.clean_task(Build(source, NO_ASSETS, build_dir, True), 1)
+    assert [row["text"][-1] for row in read_clean_rows(build_dir)] == ["b", "d"]
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    """A model that knows English from German, one that knows mathematics, a short block list, an
-    evaluation.
-    """
     return make_assets(tmp_path_factory.mktemp("assets"))
 
 
-def test_crawls_meet_the_published_thresholds(tmp_path: Path, assets: Assets) -> None:
-    (tmp_path / "raw").mkdir()
+def test_web_uses_the_published_thresholds(tmp_path: Path, assets: Assets) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
-    place = pin(str(tmp_path / "raw"), tmp_path / "place")
-    language, repetition, crawl, _ = web.steps(
-        folder_source("web", tmp_path / "raw"), place, assets
-    )[1:]
-    manual = manuals.steps(folder_source("manuals", tmp_path / "raw"), place, NONE)[-1]
-    assert (crawl.max_non_alpha_words_ratio, crawl.min_stop_words) == (0.8, 2)
-    assert (manual.max_non_alpha_words_ratio, manual.min_stop_words) == (0.4, 1), (
-        "recipe manuals has milder ones"
-    )
+    source = make_source("web", tmp_path / "raw")
+    build_dir = pin_input(source, tmp_path / "build")
+    language, repetition, quality, _ = web.steps(source, build_dir, assets)[1:]
+    assert (language.label, language.min_score) == ("en", 0.65)
     assert (repetition.dup_line_frac, repetition.dup_line_char_frac) == (0.3, 0.2)
-    assert [share for _, share in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
-    assert (language.label, language.least) == ("en", 0.65)
+    assert [frac for _, frac in repetition.dup_n_grams] == [0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
+    assert (quality.max_non_alpha_words_ratio, quality.min_stop_words) == (0.8, 2)
+    # recipe manuals has looser thresholds
+    quality = manuals.steps(source, build_dir, NO_ASSETS)[-1]
+    assert (quality.max_non_alpha_words_ratio, quality.min_stop_words) == (0.4, 1)
 
 
-def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
-    """As configs/data/falcon_mamba.yaml cleans mathematics: a floor of half letters would drop
-    both.
-    """
+def test_mathematics_keeps_formulas_and_drops_digit_tables(tmp_path: Path) -> None:
+    """Recipe curated, which asks for half letters, drops both."""
     formulas = (
         "Let x^2 + y^2 = 25 with 0 < x < y. Then (x + y)^2 - 2*x*y = 25, so x = 3, y = 4, x*y = "
         "12, x + y = 7. " * 3
@@ -138,17 +126,17 @@ def test_formulas_are_text_and_tables_of_digits_are_not(tmp_path: Path) -> None:
         tmp_path / "raw" / "a.jsonl", [{"text": formulas}, {"text": "1 2 4 8 16 32 64 " * 40}]
     )
     recipe = OmegaConf.load(CONFIGS / "falcon_mamba.yaml").sources.math.recipe
-    rows, steps = run(folder_source(recipe, tmp_path / "raw"), tmp_path / "clean")
+    rows, steps = run_recipe(make_source(recipe, tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in rows] == [formulas] and steps[1].dropped == {"few_letters": 1}
-    assert not run(folder_source("curated", tmp_path / "raw"), tmp_path / "curated")[0]
-    with pytest.raises(InputError, match="takes all numbers for one"):
-        run(
-            replace(folder_source(recipe, tmp_path / "raw"), near_duplicates="14x8"),
+    assert not run_recipe(make_source("curated", tmp_path / "raw"), tmp_path / "curated")[0]
+    with pytest.raises(InputError, match="treats all numbers as equal"):
+        run_recipe(
+            replace(make_source(recipe, tmp_path / "raw"), near_duplicates="14x8"),
             tmp_path / "again",
         )
 
 
-def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> None:
+def test_parquet_drops_only_the_rows_of_a_damaged_row_group(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -161,8 +149,8 @@ def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> No
     parquet.write_table(
         pyarrow.table(columns), path, row_group_size=10, use_dictionary=False, compression="snappy"
     )
-    source = replace(folder_source("curated", tmp_path / "raw"), text_key="content")
-    rows, steps = run(source, tmp_path / "clean")
+    source = replace(make_source("curated", tmp_path / "raw"), text_key="content")
+    rows, steps = run_recipe(source, tmp_path / "clean")
     assert [row["id"] for row in rows] == [str(i) for i in range(30)] and steps[0].dropped == {
         "empty": 1
     }
@@ -170,14 +158,14 @@ def test_parquet_is_read_and_a_damaged_part_costs_its_rows(tmp_path: Path) -> No
     content = bytearray(path.read_bytes())
     content[start : start + 60] = b"\xff" * 60
     path.write_bytes(content)
-    rows, steps = run(source, tmp_path / "damaged")
+    rows, steps = run_recipe(source, tmp_path / "damaged")
     assert [row["id"] for row in rows] == [str(i) for i in (*range(10), *range(20, 30))]
     assert steps[0].dropped == {"empty": 1, "damaged_rows": 10} and steps[0].total == 31
-    with pytest.raises(InputError, match="has no column text, but content, id: set text_key"):
-        run(folder_source("curated", tmp_path / "raw"), tmp_path / "wrong")
+    with pytest.raises(InputError, match="has no column text, but content, id: set data.sources"):
+        run_recipe(make_source("curated", tmp_path / "raw"), tmp_path / "wrong")
 
 
-def test_lost_documents_are_noticed() -> None:
+def test_lost_documents_raise() -> None:
     with pytest.raises(AssertionError, match="inside a step"):
         accounting.check_conservation([accounting.Step("filter", 10, 8, {"short": 1})])
     with pytest.raises(AssertionError, match="between steps"):
@@ -188,38 +176,39 @@ def test_lost_documents_are_noticed() -> None:
         accounting.check_yield("web", [accounting.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
 
 
-def test_mistakes_in_the_input_name_their_fix(tmp_path: Path) -> None:
+def test_input_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist: set data.sources"):
-        raw_files(str(tmp_path / "nowhere"))
+        list_raw_files(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(InputError, match="put files of one kind there"):
-        raw_files(str(tmp_path))
+        list_raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
     with pytest.raises(InputError, match="use recipe web, manuals or mathematics"):
-        open_input(folder_source("curated", tmp_path), pin(str(tmp_path), tmp_path / "place"))
+        source = make_source("curated", tmp_path)
+        open_input(source, pin_input(source, tmp_path / "build"))
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):
-        raw_files(str(tmp_path))
+        list_raw_files(str(tmp_path))
 
 
-def test_a_cut_off_file_gives_what_it_has_and_is_named(tmp_path: Path) -> None:
+def test_a_truncated_file_yields_its_readable_rows(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     lines = [
         json.dumps({"text": f"{PROSE} {i} {hash(str(i))}"}).encode() + b"\n" for i in range(2000)
     ]
-    whole = gzip.compress(b"".join(lines))
-    (raw / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    compressed = gzip.compress(b"".join(lines))
+    (raw / "a.jsonl.gz").write_bytes(compressed[: len(compressed) // 2])
     (raw / "b.jsonl.gz").write_bytes(b"no gzip at all")
     (raw / "c.jsonl.gz").write_bytes(gzip.compress(lines[0]))
-    rows, steps = run(folder_source("curated", raw), tmp_path / "clean")
+    rows, steps = run_recipe(make_source("curated", raw), tmp_path / "clean")
     assert 100 < len(rows) < 2000 and rows[-1]["text"] == json.loads(lines[0])["text"]
     assert steps[0].dropped == {"damaged_file": 2} and steps[0].total == len(rows) + 2
     (quarantine,) = (tmp_path / "clean" / "quarantine").iterdir()
     assert [json.loads(line)["where"] for line in quarantine.open()] == ["a.jsonl.gz", "b.jsonl.gz"]
 
 
-def test_a_disk_that_fails_is_no_damaged_file(
+def test_a_disk_error_is_not_a_damaged_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
@@ -227,10 +216,10 @@ def test_a_disk_that_fails_is_no_damaged_file(
         Jsonl, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     )
     with pytest.raises(InputError, match="a.jsonl cannot be read .* try again"):
-        run(folder_source("curated", tmp_path / "raw"), tmp_path / "clean")
+        run_recipe(make_source("curated", tmp_path / "raw"), tmp_path / "clean")
 
 
-def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
+def test_web_archives_are_cleaned(tmp_path: Path, assets: Assets) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     body = (
@@ -251,7 +240,7 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
     with (raw / "b.warc.gz").open("wb") as file:
         write_archive(file, iter(pages[:1]))
     (raw / "b.warc.gz").write_bytes((raw / "b.warc.gz").read_bytes()[:-40])
-    rows, steps = run(folder_source("web", raw), tmp_path / "clean", assets)
+    rows, steps = run_recipe(make_source("web", raw), tmp_path / "clean", assets)
     assert (
         len(rows) == 1 and "sold on the market" in rows[0]["text"] and "<p>" not in rows[0]["text"]
     )
@@ -265,29 +254,30 @@ def test_web_archives_give_text(tmp_path: Path, assets: Assets) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".warc", ".warc.gz"])
-def test_an_archive_cut_off_anywhere_is_noticed(tmp_path: Path, suffix: str) -> None:
-    """warcio takes the end of a gzip stream that is too short for the end of the archive."""
+def test_a_truncated_archive_is_detected(tmp_path: Path, suffix: str) -> None:
+    """warcio mistakes the end of a truncated gzip stream for the end of the archive."""
     pages = [(f"http://host.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(3)]
     stream = io.BytesIO()
     write_archive(stream, iter(pages))
-    whole = stream.getvalue() if suffix == ".warc.gz" else gzip.decompress(stream.getvalue())
-    for cut in (0, 1, 3, 40, 200, 500, 900):
+    archive = stream.getvalue() if suffix == ".warc.gz" else gzip.decompress(stream.getvalue())
+    source = make_source("web", tmp_path / "raw")
+    for missing_bytes in (0, 1, 3, 40, 200, 500, 900):
         raw = tmp_path / "raw"
         raw.mkdir(exist_ok=True)
-        (raw / f"a{suffix}").write_bytes(whole[: len(whole) - cut])
-        reader = open_input(folder_source("web", raw), pin(str(raw), tmp_path / "place"), html=True)
-        found = list(reader.run())
-        counted = {
+        (raw / f"a{suffix}").write_bytes(archive[: len(archive) - missing_bytes])
+        reader = open_input(source, pin_input(source, tmp_path / "build"), allow_html=True)
+        documents = list(reader.run())
+        dropped = {
             name: stat.total
             for name, stat in reader.stats.stats.items()
             if name.startswith("dropped_")
         }
-        assert counted == ({"dropped_damaged_file": 1} if cut else {}), cut
-        assert len(found) == 3 if not cut else len(found) <= 3
-        assert cut > 300 or len(found) >= 2
+        assert dropped == ({"dropped_damaged_file": 1} if missing_bytes else {}), missing_bytes
+        assert len(documents) <= 3 if missing_bytes else len(documents) == 3
+        assert len(documents) >= 2 or missing_bytes > 300
 
 
-def test_pages_that_do_not_extract_are_dropped_with_their_reason(
+def test_failed_extractions_are_dropped_with_a_reason(
     tmp_path: Path, assets: Assets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "raw").mkdir()
@@ -303,8 +293,8 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
             raise ValueError("markup")
         return None if "<p>3 " in text else "text"
 
-    monkeypatch.setattr(MainText, "extract", extract)
-    _, steps = run(folder_source("web", tmp_path / "raw"), tmp_path / "clean", assets)
+    monkeypatch.setattr(MainTextExtractor, "extract", extract)
+    _, steps = run_recipe(make_source("web", tmp_path / "raw"), tmp_path / "clean", assets)
     (step,) = [step for step in steps if step.name == "Trafilatura"]
     assert (
         step.total == 4
@@ -314,24 +304,24 @@ def test_pages_that_do_not_extract_are_dropped_with_their_reason(
     assert sum(step.dropped.values()) == 3 and step.dropped["no_text"] == 1
 
 
-def test_a_recipe_without_its_model_is_refused_before_the_first_document(tmp_path: Path) -> None:
-    source = folder_source("web", tmp_path)
+def test_a_missing_model_is_refused_before_the_first_document(tmp_path: Path) -> None:
+    source = make_source("web", tmp_path)
     with pytest.raises(
         InputError, match="source crawl needs data.assets.language_model.path, now None: .*download"
     ):
-        clean.check_assets("crawl", source, NONE)
-    assert clean.check_assets("help", replace(source, recipe="manuals"), NONE) == []
+        clean.check_assets("crawl", source, NO_ASSETS)
+    assert clean.check_assets("help", replace(source, recipe="manuals"), NO_ASSETS) == []
 
 
-def test_lines_that_a_page_says_about_itself_go() -> None:
-    kept = {
+def test_page_furniture_is_removed() -> None:
+    corrected = {
         "He said READ THIS to her.": "He said READ THIS to her.",
         "": "",
         "Sign in to see the other fish": " to see the other fish",
         "The story goes on and on. Read more...": "The story goes on and on. ",
     }
-    for line, better in kept.items():
-        assert corrected(line) == better
+    for line, expected in corrected.items():
+        assert correct_line(line) == expected
     for line in (
         "BUY ONE NOW",
         "12,345",
@@ -341,30 +331,30 @@ def test_lines_that_a_page_says_about_itself_go() -> None:
         "- 7 -",
         "items in cart",
     ):
-        assert corrected(line) is None, line
+        assert correct_line(line) is None, line
 
 
-def test_evaluations_are_kept_out(tmp_path: Path, assets: Assets) -> None:
+def test_documents_with_evaluation_text_are_dropped(tmp_path: Path, assets: Assets) -> None:
     rows = [{"text": f"{PROSE} Somebody asked: {QUESTION.upper()}"}, {"text": PROSE}]
     write_rows(tmp_path / "raw" / "a.jsonl", rows)
-    source = replace(folder_source("curated", tmp_path / "raw"), decontaminate=True)
-    kept, steps = run(source, tmp_path / "clean", assets)
+    source = replace(make_source("curated", tmp_path / "raw"), decontaminate=True)
+    kept, steps = run_recipe(source, tmp_path / "clean", assets)
     assert [row["text"] for row in kept] == [PROSE] and steps[-2].dropped == {"evaluation_text": 1}
 
 
-def test_addresses_of_people_are_replaced(tmp_path: Path) -> None:
+def test_email_and_ip_addresses_are_replaced(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "raw" / "a.jsonl",
         [{"text": f"{PROSE} Write to ann.lee@corp.org from 8.8.8.8 or 10.0.0.1."}],
     )
-    source = replace(folder_source("curated", tmp_path / "raw"), replace_pii=True)
-    (row,), _ = run(source, tmp_path / "clean")
+    source = replace(make_source("curated", tmp_path / "raw"), replace_pii=True)
+    (row,), _ = run_recipe(source, tmp_path / "clean")
     assert (
         "ann.lee" not in row["text"] and "8.8.8.8" not in row["text"] and "10.0.0.1" in row["text"]
     )
 
 
-def test_code_is_judged_file_by_file_where_licences_differ(tmp_path: Path) -> None:
+def test_a_permissive_source_checks_the_licence_of_each_file(tmp_path: Path) -> None:
     code = "def area(width, height):\n    return width * height  # of a rectangle\n" * 4
     rows = [
         {"text": code, "id": "kept", "license": "MIT", "repo_name": "ann/area"},
@@ -375,11 +365,11 @@ def test_code_is_judged_file_by_file_where_licences_differ(tmp_path: Path) -> No
         {"text": "x = [" + "1, " * 300 + "]\n" + code, "license": "MIT"},
     ]
     write_rows(tmp_path / "raw" / "a.jsonl", rows)
-    source = replace(folder_source("source_code", tmp_path / "raw"), licence="permissive")
-    kept, steps = run(source, tmp_path / "clean")
+    source = replace(make_source("source_code", tmp_path / "raw"), licence="permissive")
+    kept, steps = run_recipe(source, tmp_path / "clean")
     assert [(row["id"], row["group"]) for row in kept] == [("kept", "ann/area")]
     assert steps[1].dropped == {"licence_not_permissive": 2, "licence_unknown": 1}
-    assert len(run(folder_source("source_code", tmp_path / "raw"), tmp_path / "ours")[0]) == 4
+    assert len(run_recipe(make_source("source_code", tmp_path / "raw"), tmp_path / "ours")[0]) == 4
 
 
 def test_papers_lose_preamble_comments_and_references(tmp_path: Path) -> None:
@@ -390,12 +380,12 @@ def test_papers_lose_preamble_comments_and_references(tmp_path: Path) -> None:
         tmp_path / "raw" / "a.jsonl",
         [{"text": tex}, {"text": plain}, {"text": "\\documentclass{a} none"}],
     )
-    rows, steps = run(folder_source("technical", tmp_path / "raw"), tmp_path / "clean")
+    rows, steps = run_recipe(make_source("technical", tmp_path / "raw"), tmp_path / "clean")
     assert rows[0]["text"] == f"\\section{{Rivers}}\n{PROSE}\n5\\% of it."
     assert rows[1]["text"] == f"Rivers\n\n{PROSE}\n" and steps[1].dropped == {"no_heading": 1}
 
 
-def test_conversations_are_written_out_once_and_in_order(tmp_path: Path) -> None:
+def test_conversations_are_rendered_once_and_in_order(tmp_path: Path) -> None:
     long = "about the river and the fields that lie on both of its sides in spring"
     tree = [
         {"id": "q", "title": "Rivers", "text": f"Question {long}", "created": 1, "author": "ann"},
@@ -416,18 +406,18 @@ def test_conversations_are_written_out_once_and_in_order(tmp_path: Path) -> None
             {"no": 1},
         ],
     )
-    rows, steps = run(folder_source("forums", tmp_path / "raw"), tmp_path / "clean")
-    heads = [[part.split(" about")[0] for part in row["text"].split("\n\n")] for row in rows]
-    assert heads == [["Rivers", "ann: Question", "First", "Reply", "Second"]] * 2 + [["Alone"]]
+    rows, steps = run_recipe(make_source("forums", tmp_path / "raw"), tmp_path / "clean")
+    messages = [[text.split(" about")[0] for text in row["text"].split("\n\n")] for row in rows]
+    assert messages == [["Rivers", "ann: Question", "First", "Reply", "Second"]] * 2 + [["Alone"]]
     assert [row["id"] for row in rows] == ["n", "t1", "t2"]
     assert steps[0].dropped == {"scattered": 1, "corrupt": 1} and steps[0].total == 5
-    order = [message["id"] for message in forums.linearised(reversed(tree))]
+    order = [message["id"] for message in forums.linearize(reversed(tree))]
     assert order == ["q", "a", "c", "b", "d"]
-    circle = [{"id": "x", "parent": "y"}, {"id": "y", "parent": "x"}, {"id": "r", "parent": "lost"}]
-    assert sorted(message["id"] for message in forums.linearised(circle)) == ["r", "x", "y"]
+    cycle = [{"id": "x", "parent": "y"}, {"id": "y", "parent": "x"}, {"id": "r", "parent": "lost"}]
+    assert sorted(message["id"] for message in forums.linearize(cycle)) == ["r", "x", "y"]
 
 
-def test_instructions_of_every_shape_become_text(tmp_path: Path) -> None:
+def test_every_instruction_format_becomes_text(tmp_path: Path) -> None:
     rows = [
         {
             "messages": [
@@ -449,27 +439,29 @@ def test_instructions_of_every_shape_become_text(tmp_path: Path) -> None:
         {"something": "else"},
     ]
     write_rows(tmp_path / "raw" / "a.jsonl", rows)
-    kept, steps = run(folder_source("instructions", tmp_path / "raw"), tmp_path / "clean")
+    kept, steps = run_recipe(make_source("instructions", tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in kept] == ["User: Name a river.\n\nAssistant: The Oder.\n"] * 5
     assert steps[0].dropped == {"unknown_shape": 3}
 
 
-def test_mathematics_is_taken_out_of_a_crawl(tmp_path: Path, assets: Assets) -> None:
+def test_mathematics_keeps_what_the_classifier_selects(tmp_path: Path, assets: Assets) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": 3 * SUMS}, {"text": 3 * SHOP}])
-    rows, steps = run(folder_source("mathematics", tmp_path / "raw"), tmp_path / "clean", assets)
+    rows, steps = run_recipe(
+        make_source("mathematics", tmp_path / "raw"), tmp_path / "clean", assets
+    )
     assert [row["text"] for row in rows] == [3 * SUMS] and steps[1].dropped == {"not_math": 1}
 
 
-def test_books_and_model_text_lose_what_is_around_them(tmp_path: Path) -> None:
+def test_books_lose_licence_texts_and_synthetic_text_loses_refusals(tmp_path: Path) -> None:
     story = "\n".join(
         f"{PROSE} In the year {i} nothing else happened on the {i * i} fields of the vil-\nlage."
         for i in range(6)
     )
-    marks = (
+    markers = (
         "*** START OF THE PROJECT GUTENBERG EBOOK RIVERS ***",
         "*** END OF THE PROJECT GUTENBERG EBOOK RIVERS ***",
     )
-    book = f"Licence.\n{marks[0]}\n{story}\n 12 \n{marks[1]}\nMore."
+    book = f"Licence.\n{markers[0]}\n{story}\n 12 \n{markers[1]}\nMore."
     document = type("D", (), {"text": book})()
     assert books.BookBody().filter(document) is True
     assert (
@@ -481,7 +473,7 @@ def test_books_and_model_text_lose_what_is_around_them(tmp_path: Path) -> None:
         tmp_path / "raw" / "a.jsonl",
         [{"text": PROSE}, {"text": "As an AI language model, I like rivers. " + PROSE}],
     )
-    rows, steps = run(folder_source("synthetic", tmp_path / "raw"), tmp_path / "clean")
+    rows, steps = run_recipe(make_source("synthetic", tmp_path / "raw"), tmp_path / "clean")
     assert [row["text"] for row in rows] == [PROSE] and steps[1].dropped == {"refusal": 1}
 
 
@@ -489,10 +481,12 @@ def test_inputs_on_other_filesystems_are_read(tmp_path: Path) -> None:
     import fsspec
 
     fsspec.filesystem("memory").pipe("/bucket/raw/a.jsonl", json.dumps({"text": PROSE}).encode())
-    rows, _ = run(Source("curated", "memory://bucket/raw", "CC0-1.0", 1.0, 1), tmp_path / "clean")
+    rows, _ = run_recipe(
+        Source("curated", "memory://bucket/raw", "CC0-1.0", 1.0, 1), tmp_path / "clean"
+    )
     assert [row["text"] for row in rows] == [PROSE]
     with pytest.raises(InputError, match="needs a package .*s3fs.*: pip install it"):
-        raw_files("s3://bucket/raw")
+        list_raw_files("s3://bucket/raw")
 
 
 def test_missing_package_is_named_before_the_first_document(
@@ -516,7 +510,7 @@ def test_generated_and_minified_code_is_dropped(tmp_path: Path) -> None:
             {"text": "x" * 2000},
         ],
     )
-    rows, steps = run(folder_source("source_code", tmp_path / "raw"), tmp_path / "clean")
+    rows, steps = run_recipe(make_source("source_code", tmp_path / "raw"), tmp_path / "clean")
     assert (
         len(rows) == 1
         and steps[1].dropped == {"generated": 1}

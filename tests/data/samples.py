@@ -1,4 +1,4 @@
-"""Texts, and small stand-ins for the models and lists that recipes read."""
+"""Sample texts, and small models and lists as assets of recipes."""
 
 import json
 import struct
@@ -34,12 +34,12 @@ def write_rows(path: Path, rows: list[object]) -> None:
 
 
 def write_model(path: Path, texts: dict[str, str]) -> None:
-    """A fastText model (fastText's format, version 12) in which every word of a text votes for its
-    label.
+    """Write a fastText model (format version 12) in which each word votes for its text's label.
 
-    Written by hand: training in the wheel that datatrove asks for ends in "Encountered NaN".
+    `texts`: label to text. Written by hand, since training in the wheel that datatrove requires
+    ends in "Encountered NaN".
     """
-    words = {word: place for place, text in enumerate(texts.values()) for word in text.split()}
+    words = {word: label for label, text in enumerate(texts.values()) for word in text.split()}
     size = len(texts)
     # dim, ..., loss softmax, model supervised, no n-grams
     settings = (size, 5, 5, 1, 5, 1, 3, 3, 0, 0, 0, 100)
@@ -56,14 +56,16 @@ def write_model(path: Path, texts: dict[str, str]) -> None:
     path.write_bytes(out)
 
 
-def make_assets(home: Path) -> Assets:
-    """A model that knows English from German, one that knows mathematics, a short block list, an
-    evaluation.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    write_model(home / "lid.bin", {"en": PROSE, "de": GERMAN})
-    write_model(home / "math.bin", {"math": SUMS, "other": SHOP})
-    (home / "domains").write_text("casino-lists.com\n")
-    (home / "evaluations.jsonl").write_text(json.dumps({"question": QUESTION, "answer": 7}) + "\n")
-    paths = (home / name for name in ("lid.bin", "math.bin", "domains", "evaluations.jsonl"))
-    return Assets(*(Asset(str(path)) for path in paths))
+def make_assets(folder: Path) -> Assets:
+    """Write a language model, a mathematics classifier, a block list and an evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "lid.bin", {"en": PROSE, "de": GERMAN})
+    write_model(folder / "math.bin", {"math": SUMS, "other": SHOP})
+    (folder / "domains").write_text("casino-lists.com\n")
+    write_rows(folder / "evaluations.jsonl", [{"question": QUESTION, "answer": 7}])
+    return Assets(
+        language_model=Asset(str(folder / "lid.bin")),
+        math_classifier=Asset(str(folder / "math.bin")),
+        url_blocklist=Asset(str(folder / "domains")),
+        evaluations=Asset(str(folder / "evaluations.jsonl")),
+    )

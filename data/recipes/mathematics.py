@@ -25,8 +25,8 @@ RECIPE_VERSION = 2
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list.
 
-    Web pages need the classifier; other documents pass it if data.assets.math_classifier is set.
-    Formulas have few letters, so only documents of nearly only digits or signs are dropped.
+    Web pages need the classifier; other documents are classified if data.assets.math_classifier
+    is set. Formulas have few letters, so min_letters drops only tables of digits or signs.
     """
     if source.near_duplicates is not None:
         raise InputError(

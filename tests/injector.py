@@ -101,7 +101,9 @@ class Injector:
                 # every step that is begun, the repeated ones too
                 with (self.folder / "steps").open("a") as file:
                     file.write(f"{self.now}\n")
-            rows = [row for batch, counts in arguments[1] if counts for row in batch.tokens]
+            rows = [
+                row for batch, is_padding in arguments[1] if not is_padding for row in batch.tokens
+            ]
             with (self.folder / f"samples-{self.rank}").open("a") as file:
                 hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
                 file.write(f"{self.now} {' '.join(hashes)}\n")

@@ -205,14 +205,14 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
 def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
     checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
-    assert checkpoints.standing() == "no checkpoint yet"
+    assert checkpoints.status() == "no checkpoint yet"
     engine, gate, write = Stub(), Event(), Writer._write
     monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
     checkpoints.save(STATE, engine)
-    assert checkpoints.standing() == "no checkpoint yet, saving step 1"
+    assert checkpoints.status() == "no checkpoint yet, saving step 1"
     gate.set()
     assert checkpoints.flush()
-    assert re.fullmatch(r"saved step-00000001 \d+ s ago", checkpoints.standing())
+    assert re.fullmatch(r"saved step-00000001 \d+ s ago", checkpoints.status())
 
     def full(self: Writer, part: Path) -> Any:
         raise OSError(errno.ENOSPC, "full")
@@ -221,11 +221,11 @@ def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.M
     checkpoints.save(replace(STATE, step=2), engine)
     assert not checkpoints.flush()
     said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
-    assert re.fullmatch(said, checkpoints.standing())
+    assert re.fullmatch(said, checkpoints.status())
     again = Checkpoints(tmp_path, KEEP, ranks, frozenset())
     os.utime(tmp_path / "step-00000001" / "manifest.json", (time.time() - 7300,) * 2)
     again.load(tmp_path / "step-00000001", engine)
-    assert again.standing() == "saved step-00000001 2 h ago"
+    assert again.status() == "saved step-00000001 2 h ago"
 
 
 def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(

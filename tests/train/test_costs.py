@@ -219,8 +219,7 @@ def test_peak_memory_in_bf16_is_the_plans_within_five_percent(
 FAULTS_OF_TWENTY = """
 import resource
 import torch
-from train.distributed import context_ranks, init_distributed
-from launch.simulation.dry_run import agreement, fake_world
+from train.distributed import init_distributed
 
 with init_distributed("cpu", 1):
     for _ in range(2):

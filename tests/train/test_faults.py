@@ -313,6 +313,7 @@ def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: A
     assert start_once(run, 1, [Fault("SIGUSR1", 0, 26)], log) == [75]
     assert start_once(run, 2, [], log) == [0, 0]
     ids = samples(log / "faults", 2)
+    assert ids and all(ids.values())
     assert ids == samples(log_of(clean.home / "clean") / "faults", 2)
     curves = [
         torch.tensor(

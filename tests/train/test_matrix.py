@@ -218,7 +218,7 @@ def train_row(row: Row, ranks: Ranks) -> dict[str, Any]:
     model = build_model(TINY, REFERENCE, 0, ranks.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
-    shard = torch.clone if context is None else context.shard
+    shard = torch.clone if context is None else context.local_chunk
     engine = build_engine(model, OPTIM, parallel, row.precision, ranks)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):

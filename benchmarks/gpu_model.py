@@ -21,7 +21,7 @@ from model.kernels import REFERENCE, Kernels
 from model.mamba import Block, FalconMamba
 from model.parallel.build import build_meta_model, set_tp_attributes
 from train.config import EngineKind, Precision, RunConfig
-from train.costs.memory import GIB, needs
+from train.costs.memory import GIB, estimate_memory
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 
@@ -163,7 +163,7 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         )
         rate = p.micro_batch_tokens / bench.time("a rank's step", shape, name, step)
     peak = torch.cuda.max_memory_allocated() / GIB if bench.device.type == "cuda" else None
-    plan = needs(run, world).total / GIB
+    plan = estimate_memory(run, world).total / GIB
     bench.memory.append(
         {"who": name, "layers": n_layer, "ranks": world, "peak_gib": peak, "plan_gib": plan}
     )

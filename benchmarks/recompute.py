@@ -26,7 +26,7 @@ from model.mamba import FalconMamba
 from model.parallel.build import build_model
 from tests.compose import run_config
 from train.config import Precision, RunConfig
-from train.costs.memory import GIB, needs
+from train.costs.memory import GIB, estimate_memory
 from train.distributed import init_distributed
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
@@ -112,7 +112,7 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
 def of_7b(recompute: Recompute) -> dict[str, float]:
     """GiB of one of 256 ranks by the formula."""
     run = run_config("7b")
-    need = needs(replace(run, compute=replace(run.compute, recompute=recompute)), 256)
+    need = estimate_memory(replace(run, compute=replace(run.compute, recompute=recompute)), 256)
     return {
         name: round(size / GIB, 2) for name, size in {**asdict(need), "total": need.total}.items()
     }
@@ -133,7 +133,7 @@ def main() -> None:
     memory, rows = {}, []
     shape = f"{SEQUENCES} x {SEQ_LEN}"
     for choice in Recompute:
-        measured, planned = peak_bytes(choice), needs(demo(choice), 1)
+        measured, planned = peak_bytes(choice), estimate_memory(demo(choice), 1)
         memory[choice.value] = {
             "peak": measured,
             "plan": planned.total,

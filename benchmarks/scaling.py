@@ -26,7 +26,7 @@ from model.parallel.build import build_model
 from tests.compose import run_config
 from tests.distributed import run_ranks
 from train.config import RunConfig
-from train.costs.traffic import payloads
+from train.costs.traffic import step_traffic
 from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
@@ -101,8 +101,8 @@ def sent(name: str) -> float:
     p = run.parallel
     sequences = MICRO_BATCH * p.tensor_parallel * p.context_parallel
     return sum(
-        x.sent
-        for x in payloads(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN)
+        x.sent_bytes
+        for x in step_traffic(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN)
         if x.group != "world"
     )
 

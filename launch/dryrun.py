@@ -35,9 +35,9 @@ from launch.planning.estimate import planned_gpu
 from launch.planning.layouts import layout_of
 from launch.planning.trial import DryRun
 from train.config import EngineKind
-from train.costs.memory import GIB, needs
-from train.costs.traffic import SENT, by_kind, payloads
-from train.engines.partition import Bucket, Flat, buckets, flats
+from train.costs.memory import GIB, estimate_memory
+from train.costs.traffic import RING_FACTORS, step_traffic, sum_by_collective
+from train.engines.partition import Bucket, FlatGroup, flat_groups, megatron_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,13 @@ def shards(run: DryRun, seen: "DryRunResult") -> dict[str, Any]:
     every bucket.
     """
     megatron, stage = run.parallel.engine is EngineKind.megatron, run.parallel.zero_stage
-    cuts: Sequence[Flat | Bucket] = buckets(run, run.ranks) if megatron else flats(run, run.ranks)
+    cuts: Sequence[FlatGroup | Bucket] = (
+        megatron_buckets(run, run.ranks) if megatron else flat_groups(run, run.ranks)
+    )
     replicas = cuts[0].replicas
-    owned = [sum(cut.owned(replica) for cut in cuts) for replica in range(replicas)]
-    need = needs(run, run.ranks)
-    whole, part = sum(owned), sum(cut.part for cut in cuts)
+    owned = [sum(cut.shard_numel(replica) for cut in cuts) for replica in range(replicas)]
+    need = estimate_memory(run, run.ranks)
+    whole, part = sum(owned), sum(cut.padded_shard_numel for cut in cuts)
     return {
         "weights": whole,
         "weights_of_a_rank": part if stage == 3 else whole,
@@ -111,10 +113,13 @@ def shards(run: DryRun, seen: "DryRunResult") -> dict[str, Any]:
 
 def collectives(run: DryRun, seen: "DryRunResult") -> list[dict[str, Any]]:
     """Each kind of collective as counted, beside the formula."""
-    expected = payloads(
+    expected = step_traffic(
         run, run.ranks, sum(seen.micro_batches), len(seen.micro_batches), seen.step_schedule.seq_len
     )
-    sizes, members = by_kind(expected), {payload.group: payload.ranks for payload in expected}
+    sizes, members = (
+        sum_by_collective(expected),
+        {payload.group: payload.group_size for payload in expected},
+    )
     rows = []
     for when, counts, formula in (("start", seen.start, {}), ("step", seen.step, sizes)):
         for key in [*counts, *(key for key in formula if key not in counts)]:
@@ -123,7 +128,9 @@ def collectives(run: DryRun, seen: "DryRunResult") -> list[dict[str, Any]]:
             calls, size, n = (
                 (counted.calls, counted.size, counted.ranks) if counted else (0, 0, members[group])
             )
-            sent = SENT[operation] * (n - 1) / n * size if operation in SENT else None
+            sent = (
+                RING_FACTORS[operation] * (n - 1) / n * size if operation in RING_FACTORS else None
+            )
             rows.append(
                 {
                     "when": when,

@@ -35,7 +35,7 @@ from launch.planning.estimate import (
 )
 from launch.planning.layouts import layout_of, layouts, worth_showing
 from model.flops import parameter_count, train_flops_per_token, train_memory_traffic
-from train.costs.memory import GIB, headroom, needs
+from train.costs.memory import GIB, estimate_memory, headroom_bytes
 from train.schedule import Schedule
 
 SHOWN = 12  # layouts
@@ -45,7 +45,7 @@ def plan(run: PlannedRun) -> dict[str, Any]:
     """Everything of a plan as plain values: seconds, bytes, tokens, days."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
     gpu = planned_gpu(run)
-    need, traffic = needs(run, ranks), train_memory_traffic(run.model)
+    need, traffic = estimate_memory(run, ranks), train_memory_traffic(run.model)
     seconds = timed(run, ranks, gpu)
     days = {
         part: sum(phase.steps * getattr(time, part) for phase, time in seconds) / 86400
@@ -143,7 +143,7 @@ def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
     for name, size in result["memory_of_a_rank"].items():
         rows.add_row(f"memory of a rank, {name}", f"{size / GIB:.1f} GiB")
     if run.cluster.memory_gib is not None:
-        kept = headroom(run, run.cluster.device.value) / GIB
+        kept = headroom_bytes(run, run.cluster.device.value) / GIB
         rows.add_row(
             "memory of a rank, present",
             f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free",

@@ -18,7 +18,7 @@ from model.kernels import REFERENCE, Kernels, MissingBackend, load, skipped_kern
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
 from train.batches import Batches
-from train.checkpoint.manager import Checkpoints, State
+from train.checkpoint.manager import CheckpointManager, TrainState
 from train.config import Compute, Precision, RunConfig
 from train.device import peak_flops
 from train.distributed import (
@@ -67,7 +67,7 @@ def build_trainer(
     model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
     found = checkpoints.find()
@@ -77,7 +77,7 @@ def build_trainer(
     if config.compute.compile:
         model.compile_blocks()
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
-    fresh = State(0, 0, 0, plan.hash, asdict(config.model))
+    fresh = TrainState(0, 0, 0, plan.hash, asdict(config.model))
     state = fresh if found is None else resume(checkpoints, found, engine, fresh)
     failure_policy = FailurePolicy(
         config.health, ranks, model, engine, checkpoints, phases, watchdog
@@ -157,7 +157,9 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
             raise InputError(f"run.init_from: {error}") from error
 
 
-def resume(checkpoints: Checkpoints, folder: Path, engine: Engine, wanted: State) -> State:
+def resume(
+    checkpoints: CheckpointManager, folder: Path, engine: Engine, wanted: TrainState
+) -> TrainState:
     """Load a checkpoint into the engine; InputError if its model or data plan is not `wanted`'s."""
     state = checkpoints.load(folder, engine)
     hint = "restore the config it was trained with, or choose another run.name"
@@ -170,7 +172,7 @@ def resume(checkpoints: Checkpoints, folder: Path, engine: Engine, wanted: State
     return state
 
 
-def count_start(config: RunConfig, state: State, ranks: Ranks, incidents: Incidents) -> None:
+def count_start(config: RunConfig, state: TrainState, ranks: Ranks, incidents: Incidents) -> None:
     """Refuse a start that would only crash again; raises InputError on every rank."""
     why = None
     if ranks.is_first:
@@ -204,13 +206,15 @@ def leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
     )
 
 
-def open_metrics(config: RunConfig, record: dict[str, Any], state: State) -> Metrics:
+def open_metrics(config: RunConfig, record: dict[str, Any], state: TrainState) -> Metrics:
     """Where the numbers of the run go on from its state."""
     where = (config.run.folder, config.run.name, config.metrics, record)
     return Metrics(*where, tokens=state.tokens, total=config.tokens)
 
 
-def announce(config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: State) -> None:
+def announce(
+    config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: TrainState
+) -> None:
     """Log the run in a few lines, before it starts."""
     logger.info(
         f"run {config.run.name}: {parameter_count(config.model):,} parameters, "

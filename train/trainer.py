@@ -19,7 +19,7 @@ from eval.leaderboard.jobs import SuiteJobs
 from model.mamba import FalconMamba
 from model.parallel.context import ContextRanks
 from train.batches import Batches, MicroBatches
-from train.checkpoint.manager import Checkpoints, State
+from train.checkpoint.manager import CheckpointManager, TrainState
 from train.device import memory_gib
 from train.distributed import Ranks, raise_on_all_ranks
 from train.engines.protocol import Engine
@@ -46,7 +46,7 @@ class Trainer:
     engine: Engine
     z_loss: float
     bf16: bool
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     failure_policy: FailurePolicy
     datacheck: DataCheck
     validation: Validation
@@ -55,7 +55,7 @@ class Trainer:
     utilisation_per_rate: float  # model FLOP utilisation at one token per second
     phases: Phases
     stop_request: StopRequest
-    state: State
+    state: TrainState
 
     def run(self) -> Outcome:
         """Train to the end of the last stage, or until somebody asks this run to leave."""

@@ -18,8 +18,8 @@ from model.flops import (
     train_memory_traffic,
 )
 from train.config import EngineKind, RunConfig
-from train.costs.traffic import payloads
-from train.engines.partition import product_bytes
+from train.costs.traffic import step_traffic
+from train.engines.partition import matmul_dtype_bytes
 from train.schedule import Schedule
 
 
@@ -74,7 +74,7 @@ def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     c, p, traffic = (
         config.model,
         config.parallel,
-        train_memory_traffic(config.model, product_bytes(config)),
+        train_memory_traffic(config.model, matmul_dtype_bytes(config)),
     )
     products = train_flops_per_token(c) / gpu.flops
     scan = max(traffic.scan / gpu.bandwidth, traffic.special_functions / gpu.special_functions)
@@ -134,9 +134,9 @@ def traffic_between_ranks(
     sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
     sequences = sequences_of_a_group(config, ranks, batch)
     micro_batches = math.ceil(sequences / (config.parallel.micro_batch_tokens // seq_len))
-    for payload in payloads(config, ranks, sequences, micro_batches, seq_len):
-        if payload.what in sent:  # norms and losses are a few bytes
-            sent[payload.what] += payload.sent
+    for payload in step_traffic(config, ranks, sequences, micro_batches, seq_len):
+        if payload.name in sent:  # norms and losses are a few bytes
+            sent[payload.name] += payload.sent_bytes
     return sent
 
 

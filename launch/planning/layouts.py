@@ -8,7 +8,7 @@ from launch.planning.devices import Gpu
 from launch.planning.estimate import PlannedRun, timed
 from model.config import Recompute
 from train.config import EngineKind, Parallel
-from train.costs.memory import GIB, headroom, needs
+from train.costs.memory import GIB, estimate_memory, headroom_bytes
 
 
 @dataclass
@@ -95,7 +95,7 @@ def layout_of(
     seconds = timed(other, ranks, gpu)
     total = sum(phase.steps * time.total for phase, time in seconds)
     hidden = total - sum(phase.steps * time.may_hide for phase, time in seconds)
-    memory = needs(other, ranks).total / GIB
+    memory = estimate_memory(other, ranks).total / GIB
     layout = replace(
         layout,
         memory_gib=memory,
@@ -104,7 +104,7 @@ def layout_of(
     )
     whole, kept = (
         run.cluster.memory_gib or gpu.memory_gib,
-        headroom(run, run.cluster.device.value) / GIB,
+        headroom_bytes(run, run.cluster.device.value) / GIB,
     )
     if memory > whole - kept:
         why = f"needs {memory:.1f} of {whole:g} GiB" + (

@@ -27,7 +27,7 @@ from tests.commands import python
 from tests.compose import laid_out, run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision
-from train.costs.memory import GIB, check_memory, kept_by_a_layer, needs
+from train.costs.memory import GIB, check_memory, estimate_memory, layer_activation_bytes
 from train.schedule import Schedule
 
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
@@ -90,9 +90,9 @@ def test_memory_by_stage(run: PlannedRun) -> None:
     """
     n, got = 7_272_665_088, {}
     for stage in range(4):
-        need = needs(replace(run, parallel=replace(run.parallel, zero_stage=stage)), 256)
+        need = estimate_memory(replace(run, parallel=replace(run.parallel, zero_stage=stage)), 256)
         got[stage] = (need.parameters / n, need.gradients / n, need.optimizer / n)
-        assert need.activations == needs(run, 256).activations
+        assert need.activations == estimate_memory(run, 256).activations
     assert got[0] == (4, 4, 8) and got[1] == pytest.approx((4, 4, 12 / 256))
     assert got[2] == pytest.approx((4, 4 / 256, 12 / 256)) and got[3] == pytest.approx(
         (4 / 256, 4 / 256, 12 / 256)
@@ -104,8 +104,10 @@ def test_memory_of_the_7b(run: PlannedRun) -> None:
     It fits with room.
     """
     small = 64 * (4096 + 5 * 8192 + 8192 + 16 * 8192 + 8192) + 4096
-    need = needs(replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron)), 256)
-    assert need == needs(run_config("7b"), 256) and need.total < 60 * GIB
+    need = estimate_memory(
+        replace(run, parallel=replace(run.parallel, engine=EngineKind.megatron)), 256
+    )
+    assert need == estimate_memory(run_config("7b"), 256) and need.total < 60 * GIB
     assert need.parameters == pytest.approx(2 * (7_272_665_088 + small), rel=1e-6)
     assert need.gradients == pytest.approx(4 * 7_272_665_088, rel=1e-6)
     assert need.optimizer == pytest.approx((12 * 7_272_665_088 - 4 * small) / 256, rel=1e-4)
@@ -277,7 +279,7 @@ def test_headroom_is_one_value_for_all(megatron: PlannedRun) -> None:
     GPU.
     """
     full = laid_out(megatron, recompute=Recompute.selective)
-    memory = needs(full, 256).total
+    memory = estimate_memory(full, 256).total
 
     def fits(headroom: float, device: str = "cuda") -> tuple[bool, bool]:
         cluster = replace(
@@ -359,7 +361,9 @@ def test_what_a_layer_keeps_is_measured(run: PlannedRun, recompute: Recompute) -
         hidden = model.hidden(tokens)
     run = laid_out(run, recompute=recompute, precision=Precision.fp32)
     expected = (
-        512 * config.n_layer * kept_by_a_layer(replace(run, model=config_for(run, config)))[0]
+        512
+        * config.n_layer
+        * layer_activation_bytes(replace(run, model=config_for(run, config)))[0]
     )
     # the final norm keeps its input
     measured = sum(storage.nbytes() for storage in held.values()) - hidden.nbytes

@@ -76,7 +76,7 @@ def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
         (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
         (["schedule.min_lr=1"], "exceeds the peak optim.lr"),
         (["parallel.micro_batch_tokens=1"], "does not hold one sequence"),
-        (["compute.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit here"),
+        (["compute.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit: "),
     ],
 )
 def test_mistakes_are_said_on_the_login_node(

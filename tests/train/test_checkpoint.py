@@ -36,7 +36,7 @@ from model.checkpoint import (
 from tests.commands import python
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
-from train.checkpoint.manager import Checkpoints, State
+from train.checkpoint.manager import CheckpointManager, State
 from train.checkpoint.writer import Writer
 from train.checkpoints import main as inspect
 from train.config import CheckpointConfig
@@ -88,7 +88,7 @@ def saved(
 ) -> Stub:
     """Checkpoints of steps 1, 2, ... with 100 tokens each."""
     engine = Stub()
-    checkpoints = Checkpoints(folder, config, ranks, frozenset(stage_ends))
+    checkpoints = CheckpointManager(folder, config, ranks, frozenset(stage_ends))
     for step in range(1, steps + 1):
         checkpoints.save_and_wait(replace(STATE, step=step, tokens=100 * step), engine)
     return engine
@@ -108,7 +108,7 @@ def test_the_loop_waits_for_the_copy_only(
     """
     engine, gate, write = Stub(count=24, size=2_000_000), Event(), Writer._write
     monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
-    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     shares, waits = [], []
     for step in range(1, 5):
         gate.clear()
@@ -131,7 +131,7 @@ def test_what_changes_after_the_copy_is_not_saved(
     before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
     real, updated = commit.save_file, Event()
     monkeypatch.setattr(commit, "save_file", lambda *a: (updated.wait(), real(*a)))
-    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     checkpoints.save(STATE, engine)
     for tensor in engine.tensors.values():
         tensor.add_(1)  # the next update
@@ -155,7 +155,7 @@ def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
 
 
 def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, ranks: Ranks) -> None:
-    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset({250}))
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset({250}))
     due = [tokens for tokens in range(10, 400, 10) if checkpoints.due(tokens - 10, tokens)]
     assert due == [100, 200, 250, 300]
 
@@ -181,7 +181,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
 ) -> None:
     folder = small_disk / "checkpoints"
     engine = Stub(count=10, size=16_000)  # 640 kB: two do not fit
-    checkpoints = Checkpoints(folder, KEEP, ranks, frozenset())
+    checkpoints = CheckpointManager(folder, KEEP, ranks, frozenset())
     checkpoints.save_and_wait(STATE, engine)
     free = shutil.disk_usage(small_disk).free
     checkpoints.save(replace(STATE, step=2), engine)
@@ -197,14 +197,14 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
         checkpoints.save_and_wait(replace(STATE, step=2), engine)
     assert "No space left on device; older ones are untouched" in capsys.readouterr().out
     shutil.rmtree(folder)  # somebody makes room
-    again = Checkpoints(folder, KEEP, ranks, frozenset())
+    again = CheckpointManager(folder, KEEP, ranks, frozenset())
     again.save_and_wait(replace(STATE, step=2), engine)
     assert names(folder) == [2]
 
 
 def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
-    checkpoints = Checkpoints(tmp_path, KEEP, ranks, frozenset())
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     assert checkpoints.status() == "no checkpoint yet"
     engine, gate, write = Stub(), Event(), Writer._write
     monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
@@ -222,7 +222,7 @@ def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.M
     assert not checkpoints.flush()
     said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
     assert re.fullmatch(said, checkpoints.status())
-    again = Checkpoints(tmp_path, KEEP, ranks, frozenset())
+    again = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     os.utime(tmp_path / "step-00000001" / "manifest.json", (time.time() - 7300,) * 2)
     again.load(tmp_path / "step-00000001", engine)
     assert again.status() == "saved step-00000001 2 h ago"
@@ -234,7 +234,7 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(commit, "save_file", _io_error)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), ranks, frozenset()
     )
     for pause in (10, 20, 40):
@@ -299,7 +299,7 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
         engine = Stub(count=4)
         for tensor in engine.tensors.values():
             tensor.add_(1)
-        Checkpoints(folder / "checkpoints", KEEP, ranks, frozenset()).save_and_wait(
+        CheckpointManager(folder / "checkpoints", KEEP, ranks, frozenset()).save_and_wait(
             replace(STATE, step=2), engine
         )
 
@@ -361,7 +361,7 @@ def test_a_pickle_in_place_of_any_file_does_nothing(
             if path.name != "manifest.json"
         }
         commit.write_json(folder / "manifest.json", {"files": files})
-    checkpoints = Checkpoints(tmp_path / "c", KEEP, ranks, frozenset())
+    checkpoints = CheckpointManager(tmp_path / "c", KEEP, ranks, frozenset())
     try:
         found = checkpoints.find()
         if found is not None:
@@ -388,7 +388,7 @@ def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, ranks: Ranks, cap
     assert "3 of 3 tensors are equal bit for bit" in out and "state differs in step, tokens" in out
     assert inspect(["diff", run, run]) == 0
     engine.tensors["layer.1"][5] += 0.25
-    other = Checkpoints(tmp_path / "other", KEEP, ranks, frozenset())
+    other = CheckpointManager(tmp_path / "other", KEEP, ranks, frozenset())
     other.save_and_wait(replace(STATE, step=2, tokens=200), engine)
     capsys.readouterr()
     assert inspect(["diff", run, str(tmp_path / "other")]) == 1

@@ -22,7 +22,7 @@ from tests.compose import run_config
 from train.build import announce
 from train.checkpoint.manager import State
 from train.config import EngineKind
-from train.costs.memory import check_memory, needs
+from train.costs.memory import check_memory, estimate_memory
 from train.device import check_device
 from train.distributed import Ranks
 from train.schedule import Schedule
@@ -51,7 +51,7 @@ def test_7b_is_the_published_model() -> None:
     config = run_config("7b")
     assert parameter_count(config.model) == 7_272_665_088
     assert abs(config.tokens - 5.8e12) < 5 * 8192
-    fits = needs(config, 256).total / 2**30
+    fits = estimate_memory(config, 256).total / 2**30
     assert fits < config.cluster.memory_gib, f"the 7b needs {fits:.0f} GiB of a rank"
 
 
@@ -118,7 +118,7 @@ def test_an_unknown_source_in_a_mixture_is_named() -> None:
 def test_a_machine_too_small_is_told_what_to_run() -> None:
     config = run_config("7b")
     with pytest.raises(InputError) as raised:
-        check_memory(config, ranks=2, ranks_here=2, device="cpu", available=24 * 2**30)
+        check_memory(config, world_size=2, local_world_size=2, device="cpu", available=24 * 2**30)
     text = str(raised.value)
     assert (
         "GiB" in text

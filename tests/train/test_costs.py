@@ -30,7 +30,7 @@ from model.kernels.ops import register
 from model.parallel.build import build_model
 from tests.compose import laid_out
 from train.config import EngineKind, Precision, RunConfig
-from train.costs.memory import needs, state_of_megatron
+from train.costs.memory import estimate_memory, megatron_state_bytes
 from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
@@ -192,7 +192,7 @@ def test_peak_memory_is_the_plans_within_five_percent(
         planned(shape, layout, recompute, bucket, Precision.fp32),
         1 if layout in ("plain", "megatron") else 2,
     )
-    expected = needs(run, world).total
+    expected = estimate_memory(run, world).total
     # of their two buckets, which take turns on a GPU, a CPU has one
     if layout in ("zero1", "zero2"):
         expected -= 4 * min(bucket, parameter_count(run.model))
@@ -213,7 +213,7 @@ def test_peak_memory_in_bf16_is_the_plans_within_five_percent(
         planned("deep", layout, recompute, 10**8, Precision.bf16),
         2 if layout == "cp2" else 1,
     )
-    assert peak(run, world, BARE) == pytest.approx(needs(run, world).total, rel=0.05)
+    assert peak(run, world, BARE) == pytest.approx(estimate_memory(run, world).total, rel=0.05)
 
 
 FAULTS_OF_TWENTY = """
@@ -264,7 +264,7 @@ def test_megatron_keeps_what_the_plan_says() -> None:
         )
         buffers = built.ddp.buffers
         held = sum(
-            tensor.nbytes for fragment in built._fragments() for tensor in fragment.tensors.values()
+            tensor.nbytes for shard in built._param_shards() for tensor in shard.tensors.values()
         )
         held -= sum(
             4 * parameter.numel()
@@ -274,7 +274,7 @@ def test_megatron_keeps_what_the_plan_says() -> None:
     assert {buffer.param_dtype for buffer in buffers} == {torch.bfloat16, torch.float32} and len(
         buffers[0].buckets
     ) > 1
-    parameters, gradients, optimizer = state_of_megatron(run, 1)
+    parameters, gradients, optimizer = megatron_state_bytes(run, 1)
     assert sum(buffer.param_data.nbytes for buffer in buffers) == parameters
     assert sum(buffer.grad_data.nbytes for buffer in buffers) == gradients
     assert held < optimizer == pytest.approx(held, rel=0.01)

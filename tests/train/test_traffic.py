@@ -1,12 +1,9 @@
-"""What crosses between ranks, counted: the formula's bytes exactly (with ZeRO-3 at most), and what
-the dry run sees without a world.
-"""
+"""Collectives of real steps against the formula (with ZeRO-3 a bound) and against the dry run."""
 
 import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from tests.distributed import run_ranks
 from tests.small import config
 from train.build import build_trainer
 from train.config import EngineKind, Precision, RunConfig
-from train.costs.traffic import by_kind, payloads
+from train.costs.traffic import step_traffic, sum_by_collective
 from train.distributed import init_distributed
-from train.engines.partition import Bucket, Flat, buckets, flats, gathers
+from train.engines.partition import Bucket, FlatGroup, flat_groups, max_gathers, megatron_buckets
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
 from train.schedule import Schedule
@@ -95,20 +92,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "cp2-megatron": {"engine": EngineKind.megatron, "context_parallel": 2, "bucket_elements": 3000},
 }
-STEPS = (0, 448, None)  # the first, whose batch is one sequence; an odd one of three; the fullest
+# the first step, of one sequence; one with an odd batch of three; the fullest (None)
+STEP_TOKENS = (0, 448, None)
 
 
-def run_of(root: Path, name: str) -> RunConfig:
+def case_config(root: Path, name: str) -> RunConfig:
     run = config(root, name)
-    # the reference's scan may choose its own recomputation, the kernels of a run do not
+    # not the reference kernels, whose scan may recompute by its own choice
     return laid_out(run, kernels=Backend.cpu, **CASES[name])
 
 
 def count(root: Path, name: str) -> None:
-    """Take some steps of a run and write what each asked of other ranks, and what this rank
-    owns.
-    """
-    run = run_of(root, name)
+    """Count the collectives of some steps; write them and the elements that this rank owns."""
+    run = case_config(root, name)
     run.run.folder.mkdir(parents=True, exist_ok=True)
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with (
@@ -121,10 +117,11 @@ def count(root: Path, name: str) -> None:
         trainer = build_trainer(
             run, open_manifests(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         )
-        for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):  # of one micro-batch each
+        # steps of one micro-batch each
+        for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
-        seen = []
-        for token in STEPS:
+        steps = []
+        for token in STEP_TOKENS:
             token = fullest(run) if token is None else token
             batches = trainer.batches.read(token)
             with Collectives() as collectives:
@@ -133,7 +130,7 @@ def count(root: Path, name: str) -> None:
                 "/".join(key): [count.calls, count.size]
                 for key, count in collectives.counts.items()
             }
-            seen.append(
+            steps.append(
                 {
                     "token": token,
                     "dp_rank": ranks.dp_rank,
@@ -146,7 +143,7 @@ def count(root: Path, name: str) -> None:
             for shard, tensor in trainer.engine.state_shards()
             if shard.kind == "param"
         )
-        text = json.dumps({"steps": seen, "owned": owned})
+        text = json.dumps({"steps": steps, "owned": owned})
         (root / f"{name}-{os.environ['RANK']}.json").write_text(text)
 
 
@@ -158,80 +155,79 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def counted(root: Path, name: str, rank: int) -> dict[str, Any]:
+def read_counts(root: Path, name: str, rank: int) -> dict[str, Any]:
     return json.loads((root / f"{name}-{rank}.json").read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
-    run = run_of(root, name)
+    run = case_config(root, name)
     batches = set()
     for rank in (0, 1):
-        for step in counted(root, name, rank)["steps"]:
-            now = Schedule(run.schedule, run.optim.lr, run.data).at(step["token"])
-            batches.add(now.batch)
-            micro = micro_batches(run, now, step["dp_rank"], step["dp_size"])
-            sizes = by_kind(payloads(run, 2, sum(micro), len(micro), now.seq_len))
-            expected = {"/".join(key): size for key, size in sizes.items()}
+        for step in read_counts(root, name, rank)["steps"]:
+            step_schedule = Schedule(run.schedule, run.optim.lr, run.data).at(step["token"])
+            batches.add(step_schedule.batch)
+            sizes = micro_batches(run, step_schedule, step["dp_rank"], step["dp_size"])
+            traffic = step_traffic(run, 2, sum(sizes), len(sizes), step_schedule.seq_len)
+            payloads = sum_by_collective(traffic)
+            expected = {"/".join(key): size for key, size in payloads.items()}
             counted_sizes = {key: size for key, (_, size) in step["counts"].items()}
-            if run.parallel.zero_stage == 3:  # a bound: weights may be near their next use
+            if run.parallel.zero_stage == 3:  # weights near their next use are not gathered again
                 gathered = counted_sizes.pop("replicas/all_gather")
                 bound = expected.pop("replicas/all_gather")
-                assert gathered <= bound <= 2 * gathered, (rank, now)
-            assert counted_sizes == expected, (rank, now)
+                assert gathered <= bound <= 2 * gathered, (rank, step)
+            assert counted_sizes == expected, (rank, step)
     assert {1, 3, 8} <= batches
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
-    """Calls and bytes of the fullest step of the last replica, and the elements that it owns."""
-    run = run_of(root, name)
-    seen = dry_run(run, 2)
-    real = counted(root, name, seen.rank)
-    assert {"/".join(key): [c.calls, c.size] for key, c in seen.step.items()} == real["steps"][-1][
-        "counts"
-    ]
-    assert seen.owned == real["owned"]
+    """Calls and bytes of the last replica's fullest step, and the elements that it owns."""
+    run = case_config(root, name)
+    result = dry_run(run, 2)
+    real = read_counts(root, name, result.rank)
+    assert {"/".join(key): [c.calls, c.size] for key, c in result.step.items()} == real["steps"][
+        -1
+    ]["counts"]
+    assert result.owned == real["owned"]
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2-megatron", "dp2-megatron-bf16-full", "cp2-megatron"])
 def test_every_element_has_one_owner(root: Path, name: str) -> None:
-    """Parts on both ranks are those of the formula; the two together are the model."""
-    run = run_of(root, name)
-    cuts: Sequence[Flat | Bucket] = buckets(run, 2) if "megatron" in name else flats(run, 2)
-    owned = [counted(root, name, rank)["owned"] for rank in (0, 1)]
-    assert owned == [sum(cut.owned(rank) for cut in cuts) for rank in (0, 1)]
-    assert sum(owned) == parameter_count(run.model) and ("megatron" not in name or len(cuts) > 1)
+    """Shards of both ranks have the formula's sizes and together are the model."""
+    run = case_config(root, name)
+    shards: Sequence[FlatGroup | Bucket] = (
+        megatron_buckets(run, 2) if "megatron" in name else flat_groups(run, 2)
+    )
+    owned = [read_counts(root, name, rank)["owned"] for rank in (0, 1)]
+    assert owned == [sum(shard.shard_numel(rank) for shard in shards) for rank in (0, 1)]
+    assert sum(owned) == parameter_count(run.model)
+    assert "megatron" not in name or len(shards) > 1
 
 
-def test_parts_by_hand() -> None:
-    """13 elements over 4 replicas: 16 in parts of 4; over 8, parts of 2, the last of which is
-    padding alone.
-    """
-    assert [Flat(13, 4).owned(rank) for rank in range(4)] == [4, 4, 4, 1] and Flat(13, 4).part == 4
-    assert [Flat(13, 8).owned(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0] and Flat(
-        13, 8
-    ).part == 2
+def test_shards_of_a_flat_group_by_hand() -> None:
+    """13 elements over 4 replicas: shards of 4, the last with 1; over 8: of 2, the last empty."""
+    assert FlatGroup(13, 4).padded_shard_numel == 4
+    assert [FlatGroup(13, 4).shard_numel(rank) for rank in range(4)] == [4, 4, 4, 1]
+    assert FlatGroup(13, 8).padded_shard_numel == 2
+    assert [FlatGroup(13, 8).shard_numel(rank) for rank in range(8)] == [2, 2, 2, 2, 2, 2, 1, 0]
 
 
-def test_buckets_by_hand() -> None:
-    """Of 3 replicas, so that a bucket ends at a multiple of 384: what a part holds beside
-    padding.
-    """
+def test_shards_of_a_bucket_by_hand() -> None:
+    """3 replicas, so the bucket's size is a multiple of 384; padding does not count."""
     bucket = Bucket(768, 2, ((0, 100), (128, 700)), 3)
-    assert bucket.part == 256 and [bucket.owned(rank) for rank in range(3)] == [228, 256, 188]
+    assert bucket.padded_shard_numel == 256
+    assert [bucket.shard_numel(rank) for rank in range(3)] == [228, 256, 188]
 
 
-def test_gathers_by_hand(root: Path) -> None:
-    """For the forward and the backward, and for what is computed again where a layer's end is not
-    near its beginning: ten buckets that hold less than two layers.
-    """
-    found = {}
+def test_max_gathers_by_hand(root: Path) -> None:
+    """Two; three with recompute where two layers exceed ten buckets."""
+    times = {}
     for recompute in Recompute:
         for bucket in (20_000, 1):
-            run = run_of(root, "dp2-zero3")
-            parallel = replace(run.parallel, bucket_elements=bucket)
-            compute = replace(run.compute, recompute=recompute)
-            found[recompute, bucket] = gathers(replace(run, parallel=parallel, compute=compute))
-    assert [times for (_, bucket), times in found.items() if bucket > 1] == [2, 2, 2]
-    assert [times for (_, bucket), times in found.items() if bucket == 1] == [2, 3, 3]
+            run = laid_out(
+                case_config(root, "dp2-zero3"), bucket_elements=bucket, recompute=recompute
+            )
+            times[recompute, bucket] = max_gathers(run)
+    assert [n for (_, bucket), n in times.items() if bucket > 1] == [2, 2, 2]
+    assert [n for (_, bucket), n in times.items() if bucket == 1] == [2, 3, 3]

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class State:
+class TrainState:
     """Where a run stands; everything else follows from the config."""
 
     tokens: int  # of the run's stream that are behind it
@@ -44,7 +44,7 @@ class State:
     health: dict[str, Any] = field(default_factory=dict)
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoint folder of one run, shared by its ranks."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Checkpoints:
         self.stage_ends = stage_ends
         self.writer = Writer(folder, ranks)
         self.failures = 0  # saves in a row that did not come to be; the same on every rank
-        self.saved: State | None = None  # what the save in flight, or the last one, holds
+        self.saved: TrainState | None = None  # what the save in flight, or the last one, holds
         self.retry_at: float | None = None
 
     def find(self, before: int | None = None) -> Path | None:
@@ -83,13 +83,13 @@ class Checkpoints:
         dist.broadcast(step, src=0)
         return None if step < 0 else self.folder / f"step-{int(step):08d}"
 
-    def load(self, folder: Path, engine: Engine) -> State:
+    def load(self, folder: Path, engine: Engine) -> TrainState:
         """Fill the engine from a verified checkpoint, whatever layout of ranks wrote it.
 
         Raises InputError when the files are what their manifest says and still no checkpoint.
         """
         try:
-            state = State(
+            state = TrainState(
                 **{key: value for key, value in read_state(folder).items() if key != "format"}
             )
             engine.load(CheckpointReader(folder), state.updates)
@@ -130,7 +130,7 @@ class Checkpoints:
             parts.append(f"save of step {self.saved.step} failed: {self.writer.error}")
         return ", ".join(parts)
 
-    def save(self, state: State, engine: Engine) -> float:
+    def save(self, state: TrainState, engine: Engine) -> float:
         """Start to commit the training state; every rank takes part. Returns the seconds that the
         loop waited.
 
@@ -139,7 +139,7 @@ class Checkpoints:
         begun = time.monotonic()
         self.flush()
         self.writer.copy.take(engine.state_shards())
-        self.saved, self.retry_at = State(**asdict(state)), None
+        self.saved, self.retry_at = TrainState(**asdict(state)), None
         self.writer.start(f"step-{state.step:08d}", asdict(state), self._retain)
         return time.monotonic() - begun
 
@@ -158,7 +158,7 @@ class Checkpoints:
             logger.warning(f"a checkpoint was not written: {why}; older ones are untouched")
         return why is None
 
-    def save_and_wait(self, state: State, engine: Engine) -> None:
+    def save_and_wait(self, state: TrainState, engine: Engine) -> None:
         """Save until it is on disk: at the end of a run, or before it leaves for a while."""
         held = self.saved is not None and self.saved.step == state.step
         while not (held and self.flush()):

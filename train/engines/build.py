@@ -1,4 +1,4 @@
-"""The engine that a config asks for."""
+"""Build the engine of a run."""
 
 from model.mamba import FalconMamba
 from train.config import EngineKind, Optim, Parallel, Precision
@@ -9,7 +9,7 @@ from train.engines.protocol import Engine
 def build_engine(
     model: FalconMamba, optim: Optim, parallel: Parallel, precision: Precision, ranks: Ranks
 ) -> Engine:
-    """The engine that the config asks for; each imports its library only when it is chosen."""
+    """Build the engine that the config chooses; only its own library is imported."""
     if parallel.zero_stage == 0:
         from train.engines.reference import PlainEngine
 

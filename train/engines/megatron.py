@@ -1,13 +1,12 @@
-"""megatron-core's DistributedDataParallel and DistributedOptimizer: ZeRO-1 on GPUs, with bf16
-weights where it pays.
+"""megatron-core's DistributedDataParallel and DistributedOptimizer as an Engine: ZeRO-1 on GPUs.
 
-Matrices are bf16 and their masters fp32 on the rank that owns them; A_log, D, dt_bias, norms and
-the convolution stay fp32. Gradients add up in fp32 and are reduce-scattered, bucket by bucket,
-while the backward goes on; weights are gathered while the next forward goes on. 6 bytes per
-parameter on every rank (2 weights, 4 gradients), 12 over ranks.
+With bf16, matrices are bf16 with fp32 masters on the rank that owns them; A_log, D, dt_bias, norms
+and the convolution stay fp32. Gradients accumulate in fp32 and are reduce-scattered bucket by
+bucket during the backward; weights are gathered during the next forward. 6 bytes per parameter on
+every rank (2 weights, 4 gradients), 12 sharded over replicas.
 
-megatron-core 0.16.1 allocates on CUDA alone: tests run this on gloo behind
-launch/simulation/cuda_on_cpu.py, as the dry run does.
+megatron-core 0.16.1 allocates on CUDA only: tests and the dry run use
+launch/simulation/cuda_on_cpu.py.
 """
 
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from train.config import Optim, Precision
 from train.distributed import Ranks
 from train.engines.protocol import (
     MOMENTS,
-    Fragment,
+    ParamShard,
     Weights,
     fill_state,
     load_tensor_shards,
@@ -40,11 +39,10 @@ from train.engines.protocol import (
 
 
 class MegatronEngine:
-    """megatron-core behind the Engine protocol.
+    """An Engine with bf16 matrices where the precision is bf16.
 
-    With bf16 the initial weights are rounded to it once, masters included; a checkpoint's masters
-    are taken as they are. Its own optimizer never looks whether a gradient is finite, so that is
-    done here.
+    Initial weights are then rounded to bf16 once, masters included; masters from a checkpoint are
+    not rounded. megatron-core does not check that the gradient norm is finite, so this class does.
     """
 
     weights = Weights.SHADOWED
@@ -53,40 +51,43 @@ class MegatronEngine:
     def __init__(
         self, model: FalconMamba, config: Optim, ranks: Ranks, precision: Precision, bucket: int
     ) -> None:
-        self.model, self.ranks, self.config = model, ranks, config
+        self.model = model
+        self.ranks = ranks
+        self.config = config
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         if precision is Precision.bf16:
             for name, parameter in model.named_parameters():
                 if is_matmul_weight(name):
                     parameter.data = parameter.data.bfloat16()
-        # DistributedDataParallel asks for a transformer's config, of which it reads these alone
-        shape = TransformerConfig(
+        # DistributedDataParallel requires a transformer's config and reads only these fields
+        transformer_config = TransformerConfig(
             num_layers=model.config.n_layer,
             hidden_size=model.config.d_model,
             num_attention_heads=ranks.tp_size,
             tensor_model_parallel_size=ranks.tp_size,
             context_parallel_size=ranks.cp_size,
-            # gradients are summed over ranks: losses carry the weights
+            # sums gradients over ranks instead of averaging
             calculate_per_token_loss=True,
         )
-        overlapped = DistributedDataParallelConfig(
+        ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
             use_distributed_optimizer=True,
             bucket_size=bucket,
         )
-        self.ddp = DistributedDataParallel(shape, overlapped, model)
-        # its own hooks stand inside of blocks, where torch.compile would break off at each, and the
-        # loss reads the head's weight without a call of its module
+        self.ddp = DistributedDataParallel(transformer_config, ddp_config, model)
+        # megatron-core hooks modules inside blocks, where every hook breaks torch.compile's graph;
+        # and the loss reads the head's weight without calling its module
         self.ddp.disable_forward_pre_hook(param_sync=False)
         for module in (model.embedding, *model.layers, model.final_norm):
             module.register_forward_pre_hook(self._wait_for_weights)
-        # where Transformer Engine or Apex is installed it would take their Adam, which counts
-        # updates elsewhere than torch's, into whose state checkpoints are loaded
+        # Transformer Engine's or Apex's Adam, used if installed, stores its update count elsewhere
+        # than torch's AdamW, into whose state checkpoints are loaded
         optimizers.USING_PYTORCH_OPTIMIZER = True
-        undecayed = ParamWithNamePredicate(
-            name="undecayed", fn=lambda parameter, name: not has_weight_decay(_own(name))
+        no_weight_decay = ParamWithNamePredicate(
+            name="no_weight_decay",
+            fn=lambda parameter, name: not has_weight_decay(name.removeprefix("module.")),
         )
         chained: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -97,14 +98,14 @@ class MegatronEngine:
                 adam_beta1=config.beta1,
                 adam_beta2=config.beta2,
                 adam_eps=config.eps,
-                bf16=True,  # which means here: no loss scaling
+                bf16=True,  # no loss scaling
                 params_dtype=torch.bfloat16,
                 use_distributed_optimizer=True,
                 overlap_param_gather=True,
                 clip_grad=config.clip_norm,
             ),
             [self.ddp],
-            config_overrides={ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}},
+            config_overrides={ParamKey(with_name_predicate=no_weight_decay): {"wd_mult": 0.0}},
             use_gloo_process_groups=False,
         )
         (self.zero,) = getattr(chained, "chained_optimizers", [chained])
@@ -119,17 +120,18 @@ class MegatronEngine:
             self.ddp.finish_grad_sync()
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """See Engine. A norm that is not finite skips the update of weights and moments."""
+        """See Engine."""
         self.zero.prepare_grads()
         norm = float(self.zero.get_grad_norm())
-        finite = norm < float("inf")
-        if finite:
+        is_finite = norm < float("inf")
+        if is_finite:
             for group in self.zero.param_groups:
-                group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
+                group["lr"] = lr
+                group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
             clip_grad_by_total_norm_fp32(self.zero.get_parameters(), self.config.clip_norm, norm)
             self.zero.step_with_ready_grads()
         self.skip_step()
-        return norm if finite else float("inf"), not finite
+        return norm if is_finite else float("inf"), not is_finite
 
     def skip_step(self) -> None:
         """See Engine."""
@@ -137,34 +139,34 @@ class MegatronEngine:
         self.zero.zero_grad()
 
     def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
-        """See Engine. Gathers all weights first: the overlapped gather waits for a forward."""
+        """See Engine. Gathers all weights first: the overlapped gather waits for the forward."""
         self.ddp.start_param_sync(force_sync=True)
-        return tensor_shards(self._fragments(), self.model, self.ranks)
+        return tensor_shards(self._param_shards(), self.model, self.ranks)
 
     def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         self._fill_state(updates)
-        load_tensor_shards(self._fragments(), reader, self.ranks)
+        load_tensor_shards(self._param_shards(), reader, self.ranks)
         self.zero._copy_main_params_to_model_params()
         self.ddp.start_param_sync(force_sync=True)
 
     def _wait_for_weights(self, module: Module, _: Any) -> None:
-        """Wait for the weights that the module reads; for the final norm, the head's too."""
+        """Wait for the gather of a module's weights; for the final norm, of the head's too."""
         head = self.model.lm_head.parameters() if module is self.model.final_norm else ()
         for parameter in (*module.parameters(), *head):
             self.ddp.param_to_bucket_group[parameter].finish_param_sync()
 
     def _fill_state(self, updates: int) -> None:
-        """Fill every master's own state: megatron-core's loading shares one update count."""
+        """Create AdamW's state per master: megatron-core's loading shares one update count."""
         for group in self.zero.param_groups:
             for master in group["params"]:
                 fill_state(self.zero.optimizer, master, updates)
 
-    def _fragments(self) -> Iterator[Fragment]:
-        """Each master beside its parameter, from the lists that the optimizer updates by.
+    def _param_shards(self) -> Iterator[ParamShard]:
+        """Pair masters with parameters by the lists that the optimizer updates.
 
-        Its map from parameters to masters (model_param_group_index_map) is wrong for a group with
-        bf16 and fp32.
+        Its map from parameters to masters (model_param_group_index_map) is wrong for a group that
+        has bf16 and fp32 parameters.
         """
         zero = self.zero
         parameters = (*zero.model_fp32_groups, *zero.model_float16_groups)
@@ -173,14 +175,9 @@ class MegatronEngine:
             for parameter, master in zip(group, group_masters, strict=True):
                 state = zero.optimizer.state[master]
                 start = zero._get_model_param_range_map(parameter)["param"].start
-                yield Fragment(
+                yield ParamShard(
                     self.names[id(parameter)],
                     start,
                     master.data,
                     {kind: state[kind] for kind in MOMENTS},
                 )
-
-
-def _own(name: str) -> str:
-    """A parameter's name without the wrapper's."""
-    return name.removeprefix("module.")

@@ -1,10 +1,9 @@
-"""Backward, reduction, clipping and update behind one small protocol, and the engines that follow
-it.
+"""The Engine protocol: backward, gradient reduction, clipping and update; helpers for engines.
 
-What a step means (loss, batch, rate, order of data) is decided outside. State goes in and out by
-parameter name, so a run can go on with another engine. The gradient is the sum of what `backward`
-is given over all ranks: callers weight their losses so that this is the mean over the tokens of the
-global batch, however unequally ranks hold them.
+Loss, batch, learning rate and data order are decided outside. State goes in and out by parameter
+name, so a run can change its engine at any checkpoint. Engines sum gradients over all ranks. The
+caller weights its losses so that this sum is the mean over the tokens of the global batch, however
+unequal the ranks' micro-batches are.
 """
 
 from collections.abc import Iterator
@@ -25,46 +24,50 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Weights(Enum):
-    """How the weights of data-parallel ranks relate to each other."""
+    """How data-parallel ranks hold the weights."""
 
-    REPLICATED = "replicated"  # every rank updates a whole copy itself
-    SHADOWED = "shadowed"  # every rank has a whole copy of master weights that are sharded
-    SHARDED = "sharded"  # every rank has its own shard only
+    REPLICATED = "replicated"  # every rank updates all weights itself
+    SHADOWED = "shadowed"  # every rank has all weights, gathered from sharded master weights
+    SHARDED = "sharded"  # every rank has a shard only
 
 
 class Engine(Protocol):
-    """What the training loop asks of an engine."""
+    """Interface between the training loop and an engine."""
 
     weights: Weights
-    # whether every micro-batch has collectives, so that all ranks need equally many of them
+    # every micro-batch has collectives, so all ranks must run equally many
     needs_equal_micro_batches: bool
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`; ranks reduce on the `last` micro-batch of their step."""
+        """Accumulate the gradient of `loss`; `last` marks the last micro-batch of a step."""
 
     def clip_and_step(self, lr: float) -> tuple[float, bool]:
-        """Clip, update at lr, clear gradients; returns the unclipped global norm and if skipped."""
+        """Clip, update, clear gradients; return the unclipped global norm and if it was skipped.
+
+        A norm that is not finite skips the update and is returned as infinity.
+        """
 
     def skip_step(self) -> None:
-        """In place of clip_and_step: drop gradients; weights and moments stay byte for byte."""
+        """Clear gradients in place of clip_and_step; weights and moments keep every bit."""
 
     def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
-        """This rank's weights and optimizer state, flat fp32 views; the next step changes them."""
+        """Yield this rank's weights and moments as flat fp32 views, valid until the next step."""
 
     def load(self, reader: CheckpointReader, updates: int) -> None:
-        """Take this rank's part out of a checkpoint made after `updates` updates."""
+        """Load this rank's weights and moments from a checkpoint made after `updates` updates."""
 
 
-class Fragment:
-    """A range of a parameter whose master weights and moments this rank owns."""
+class ParamShard:
+    """A flat range of a parameter whose master weights and moments this rank owns."""
 
     def __init__(self, name: str, start: int, master: Tensor, moments: dict[str, Tensor]) -> None:
-        self.name, self.start = name, start
+        self.name = name
+        self.start = start
         self.tensors = {"param": master, **moments}
 
 
 def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay where model.parameters.decays says so; every update sets its rate."""
+    """Build torch's AdamW with two groups, with and without weight decay; engines set the lr."""
     named = list(model.named_parameters())
     groups = [
         {
@@ -77,38 +80,40 @@ def adamw(model: FalconMamba, config: Optim) -> torch.optim.AdamW:
 
 
 def fill_state(optimizer: torch.optim.Optimizer, tensor: Tensor, updates: int) -> None:
-    """Create a tensor's AdamW state; torch waits for an update, and a save may come first."""
+    """Create a tensor's AdamW state, which torch itself creates only at the first update."""
     moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
     optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
 
 
 def tensor_shards(
-    fragments: Iterator[Fragment], model: FalconMamba, ranks: Ranks
+    param_shards: Iterator[ParamShard], model: FalconMamba, ranks: Ranks
 ) -> Iterator[tuple[TensorShard, Tensor]]:
-    """Fragments for a checkpoint; only tensor-parallel rank 0 writes parameters not cut."""
+    """Yield tensors for a checkpoint; only tensor-parallel rank 0 writes replicated parameters."""
     shapes = parameter_shapes(model.config)
-    for fragment in fragments:
-        if shard_spec(fragment.name) is None and ranks.tp_rank > 0:
+    for param_shard in param_shards:
+        if shard_spec(param_shard.name) is None and ranks.tp_rank > 0:
             continue
-        for kind, tensor in fragment.tensors.items():
+        for kind, tensor in param_shard.tensors.items():
             shard = TensorShard(
                 kind=kind,
-                name=fragment.name,
-                shape=shapes[fragment.name],
+                name=param_shard.name,
+                shape=shapes[param_shard.name],
                 tp_rank=ranks.tp_rank,
                 tp_size=ranks.tp_size,
-                start=fragment.start,
+                start=param_shard.start,
                 numel=tensor.numel(),
             )
             yield shard, tensor.detach()
 
 
 def load_tensor_shards(
-    fragments: Iterator[Fragment], reader: CheckpointReader, ranks: Ranks
+    param_shards: Iterator[ParamShard], reader: CheckpointReader, ranks: Ranks
 ) -> None:
-    """Copy a checkpoint's values into fragments; inverse of pieces_of."""
+    """Copy a checkpoint's values into a rank's tensors; inverse of tensor_shards."""
     with torch.no_grad():
-        for fragment in fragments:
-            for kind, tensor in fragment.tensors.items():
-                where = (ranks.tp_rank, ranks.tp_size, fragment.start, tensor.numel())
-                tensor.copy_(reader.read_range(kind, fragment.name, *where))
+        for shard in param_shards:
+            for kind, tensor in shard.tensors.items():
+                values = reader.read_range(
+                    kind, shard.name, ranks.tp_rank, ranks.tp_size, shard.start, tensor.numel()
+                )
+                tensor.copy_(values)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from core.errors import InputError
-from train.checkpoint.manager import Checkpoints, State
+from train.checkpoint.manager import CheckpointManager, TrainState
 from train.distributed import Ranks
 from train.engines.protocol import Engine
 from train.phases import LONG_PATIENCE, Phases
@@ -28,7 +28,7 @@ class FailurePolicy:
         ranks: Ranks,
         model: nn.Module,
         engine: Engine,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         phases: Phases,
         watchdog: Watchdog,
     ) -> None:
@@ -37,7 +37,7 @@ class FailurePolicy:
         self.spike_detector = SpikeDetector(config)
         self.stragglers = Stragglers(config.straggler_window_steps, config.straggler_factor)
 
-    def update(self, state: State, step_schedule: StepSchedule, loss: float) -> dict[str, Any]:
+    def update(self, state: TrainState, step_schedule: StepSchedule, loss: float) -> dict[str, Any]:
         """Update the weights unless the step does harm; returns the norm, and if it skipped."""
         why = self.spike_detector.check(loss, step_schedule.stage)
         if why is None:
@@ -57,7 +57,7 @@ class FailurePolicy:
             )
         return {"grad_norm": grad_norm, "skipped": skipped}
 
-    def after(self, state: State, before: int, stats: StepStats) -> None:
+    def after(self, state: TrainState, before: int, stats: StepStats) -> None:
         """Check the step from token `before` to now; InputError on every rank stops the run."""
         self.phases.enter(state.step, "check")
         if self.spike_detector.should_abort is not None:
@@ -85,7 +85,7 @@ class FailurePolicy:
                 f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s"
             )
 
-    def final_save(self, state: State) -> None:
+    def final_save(self, state: TrainState) -> None:
         """The last save, which waits until it is on disk."""
         self.phases.enter(state.step, "leave", LONG_PATIENCE)
         state.health = self.spike_detector.state()
@@ -100,7 +100,7 @@ class FailurePolicy:
                 self.watchdog.incidents.log("drift", text, ranks=drifted, step=step)
             raise RuntimeError(text)
 
-    def _roll_back(self, state: State) -> bool:
+    def _roll_back(self, state: TrainState) -> bool:
         """Load a checkpoint from before a lasting spike; leave out the data since then."""
         since = self.spike_detector.since
         assert since is not None

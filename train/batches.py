@@ -1,4 +1,4 @@
-"""This rank's micro-batches, read while the step before them computes."""
+"""A rank's micro-batches, read one step ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,29 +10,37 @@ MicroBatches = list[tuple[Batch, bool]]  # each with is_padding
 
 
 class Batches:
-    """The micro-batches of one rank, one step ahead of the loop."""
+    """Reads the micro-batches of the next step in a thread while a step runs."""
 
     def __init__(
-        self, loader: Loader, schedule: Schedule, ranks: Ranks, micro_batch_tokens: int, equal: bool
+        self,
+        loader: Loader,
+        schedule: Schedule,
+        ranks: Ranks,
+        micro_batch_tokens: int,
+        equal_micro_batches: bool,
     ) -> None:
-        """`equal` gives every rank as many micro-batches as the one with the most."""
-        self.loader, self.schedule, self.ranks = loader, schedule, ranks
-        self.micro_batch_tokens, self.equal = micro_batch_tokens, equal
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.ahead: dict[int, Future[MicroBatches]] = {}
+        """`equal_micro_batches` pads every rank to as many micro-batches as the fullest has."""
+        self.loader = loader
+        self.schedule = schedule
+        self.ranks = ranks
+        self.micro_batch_tokens = micro_batch_tokens
+        self.equal_micro_batches = equal_micro_batches
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.prefetched: dict[int, Future[MicroBatches]] = {}
 
     def read(self, token: int) -> MicroBatches:
-        """Those of the step that begins at `token`; begins to read the next step's."""
-        pending = self.ahead.pop(token, None) or self._submit(token)
-        following = token + self.schedule.at(token).tokens
-        self.ahead = (
-            {} if following >= self.schedule.total else {following: self._submit(following)}
-        )
+        """Return the micro-batches of the step that starts at `token`; prefetch the next step's."""
+        pending = self.prefetched.pop(token, None) or self._submit(token)
+        next_token = token + self.schedule.at(token).tokens
+        self.prefetched = {}
+        if next_token < self.schedule.total:
+            self.prefetched[next_token] = self._submit(next_token)
         return pending.result()
 
     def close(self) -> None:
-        """Drop what is being read."""
-        self.reader.shutdown(wait=False, cancel_futures=True)
+        """Cancel the prefetch."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, token: int) -> "Future[MicroBatches]":
         step = self.schedule.at(token)
@@ -42,6 +50,6 @@ class Batches:
             self.ranks.dp_rank,
             self.ranks.dp_size,
             self.micro_batch_tokens // step.seq_len,
-            self.equal,
+            self.equal_micro_batches,
         )
-        return self.reader.submit(lambda: list(batches))
+        return self.executor.submit(lambda: list(batches))

@@ -25,8 +25,8 @@ from train.distributed import (
     Ranks,
     context_ranks,
     data_parallel_group,
+    errors_on_all_ranks,
     raise_on_all_ranks,
-    shared_errors,
 )
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
@@ -62,7 +62,7 @@ def build_trainer(
     plan = compile_plan(config.data, manifests)
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
     phases = Phases(watchdog.at)
-    with shared_errors():
+    with errors_on_all_ranks():
         kernels = kernels_of(config.compute, ranks.device.type)
     model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
@@ -71,7 +71,7 @@ def build_trainer(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
     found = checkpoints.find()
-    with shared_errors():
+    with errors_on_all_ranks():
         if found is None:
             start_from(model, config.run, ranks.tp_rank, ranks.tp_size)
     if config.compute.compile:
@@ -188,8 +188,8 @@ def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: R
         manifests,
         config.validation,
         bf16=config.compute.precision is Precision.bf16,
-        rank=ranks.replica,  # the group holds context-parallel ranks too
-        ranks=ranks.replicas,
+        rank=ranks.replica_rank,  # the group holds context-parallel ranks too
+        ranks=ranks.num_replicas,
         group=data_parallel_group(),
     )
 

@@ -1,7 +1,7 @@
-"""Process groups, device and teardown of one rank, and the view of them that DeepSpeed wants.
+"""Process groups of a rank: setup, teardown, and small collectives on the CPU.
 
-megatron-core's parallel_state owns the groups; it feeds the tensor-parallel layers and, through
-Mpu, DeepSpeed.
+megatron-core's parallel_state owns the groups. The tensor-parallel layers read them from there,
+DeepSpeed through Mpu.
 """
 
 import os
@@ -23,52 +23,52 @@ from core.errors import InputError
 from model.parallel.context import ContextRanks
 from train.device import keep_freed
 
-# said by megatron-core of optional CUDA packages, and at every step by DeepSpeed's use of torch
+# megatron-core warns of missing optional CUDA packages; DeepSpeed's use of torch at every step
 warnings.filterwarnings("ignore", message=".*Apex.*")
 warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
 warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-# by megatron-core of its fp32 bucket, which is asked for second and stands last; all others are
-# gathered one ahead
+# megatron-core gathers buckets one ahead; its fp32 bucket, which is last, is needed second
 warnings.filterwarnings("ignore", message="The next bucket's parameter all-gather.*")
 warnings.filterwarnings(
     "ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning
 )
 
 MESSAGE_BYTES = 2048
-POLL_SECONDS = 0.02  # between two looks for ranks that have not come
-# of a rank to each other one, counted on 2, 4 and 6; fewer under tensor parallelism
-SOCKETS, OTHER_FILES = (8, 200)
+POLL_SECONDS = 0.02
+# sockets of a rank to every other rank, counted on 2, 4 and 6; fewer under tensor parallelism
+SOCKETS_PER_RANK = 8
+OTHER_OPEN_FILES = 200
 # of a collective; long enough for a rank that verifies a large checkpoint
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """This process's rank in the world and in each parallel dimension."""
 
     rank: int
     world_size: int
     tp_rank: int
     tp_size: int
-    cp_rank: int  # which piece of its sequences this rank holds
+    cp_rank: int  # index of its chunk of every sequence
     cp_size: int
-    dp_rank: int  # which sequences
+    dp_rank: int  # index of its share of the sequences
     dp_size: int
     device: torch.device
 
     @property
-    def replicas(self) -> int:
-        """Ranks that hold the same part of the model, and sum their gradients."""
+    def num_replicas(self) -> int:
+        """Data x context ranks: they hold the same model shard and sum their gradients."""
         return self.dp_size * self.cp_size
 
     @property
-    def replica(self) -> int:
-        """This rank's number among them."""
+    def replica_rank(self) -> int:
+        """This rank's index among the replicas."""
         return self.dp_rank * self.cp_size + self.cp_rank
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for the run."""
+        """Whether this rank writes the run's logs, metrics and manifests."""
         return self.rank == 0
 
 
@@ -76,89 +76,90 @@ class Ranks:
 def init_distributed(
     device: str, tensor_parallel: int, context_parallel: int = 1
 ) -> Iterator[Ranks]:
-    """Join the world in the launcher's environment (one rank without); leave it at the end."""
+    """Set up this rank's process groups from the launcher's environment; destroy them at exit.
+
+    Without a launcher the world is one rank.
+    """
     from megatron.core import parallel_state
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (tensor_parallel * context_parallel):
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % (tensor_parallel * context_parallel):
         raise InputError(
-            f"parallel.tensor_parallel {tensor_parallel} times parallel.context_parallel "
-            f"{context_parallel} does not divide the {world} ranks of the launcher"
+            f"parallel.tensor_parallel {tensor_parallel} x parallel.context_parallel "
+            f"{context_parallel} does not divide the launcher's {world_size} ranks"
         )
-    allow_sockets(world)
-    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
+    raise_open_file_limit(world_size)
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires it
     if device == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
     else:
         keep_freed()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
             backend,
-            store=attempt_store(store, rank, world),
+            store=per_start_store(store, rank, world_size),
             rank=rank,
-            world_size=world,
+            world_size=world_size,
             timeout=TIMEOUT,
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_model_parallel(
-            torch.device(device, local) if device == "cuda" else torch.device("cpu"),
+            torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"),
             tensor_parallel,
             context_parallel,
         )
-        dist.barrier()  # nobody leaves while another still speaks to it
+        dist.barrier()  # no rank exits while another still sends to it
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def allow_sockets(world: int) -> None:
-    """Raise this process's limit of open files to what it may; InputError where `world` ranks need
-    more.
+def raise_open_file_limit(world_size: int) -> None:
+    """Raise this process's soft limit of open files to the hard limit.
 
-    gloo joins each rank with all others in every group that it is in: at 256 ranks twice the usual
-    limit of 1,024.
+    gloo connects a rank to all others in each of its groups: at 256 ranks this takes twice the
+    usual limit of 1,024. Raises InputError when the hard limit is too low.
     """
-    needed = SOCKETS * world + OTHER_FILES
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and most < needed:
+    needed = SOCKETS_PER_RANK * world_size + OTHER_OPEN_FILES
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:
         raise InputError(
-            f"{world} ranks need {needed:,} open files each, this machine allows {most:,}: raise "
-            "its hard limit (nofile in /etc/security/limits.conf, LimitNOFILE of slurmd's "
-            "service)"
+            f"{world_size} ranks need {needed:,} open files each, this machine allows {limit:,}: "
+            "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's service"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-def attempt_store(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """The part of a launcher's store that this start alone reads and writes.
+def per_start_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Return a PrefixStore of the launcher's store whose prefix is new at every start.
 
-    torchrun's agent keeps one store over its restarts, and since torch 2.5 workers get no prefix
-    per attempt (pytorch PR 135957): a restarted rank would find addresses of ranks that are dead. A
-    count of restarts is no such prefix, for agents of several nodes count apart (issue 135712). So
-    rank 0 names the part, and tells it under a name that each other rank makes up; what a rank of
-    an earlier start has asked, nobody comes to read.
+    torchrun keeps one store over restarts, and since torch 2.5 workers get no prefix per attempt
+    (pytorch PR 135957): a restarted rank would read addresses of dead ranks. The restart count is
+    no usable prefix, since the agents of several nodes count separately (issue 135712). So rank 0
+    chooses the prefix. Every other rank asks for it under a random name, so that rank 0's answer to
+    a rank of an earlier start is never read.
     """
     name = uuid.uuid4().hex
     if rank:
-        store.set(f"asks/{rank}", name)
-        part = store.get(f"told/{name}").decode()
-        store.set(f"met/{part}/{rank}", "")
-        return dist.PrefixStore(part, store)
-    missing = list(range(1, world))
-    while missing:
-        for other in missing:
-            store.set(f"told/{store.get(f'asks/{other}').decode()}", name)
+        store.set(f"request/{rank}", name)
+        prefix = store.get(f"prefix/{name}").decode()
+        store.set(f"received/{prefix}/{rank}", "")
+        return dist.PrefixStore(prefix, store)
+    waiting = list(range(1, world_size))
+    while waiting:
+        for other in waiting:
+            store.set(f"prefix/{store.get(f'request/{other}').decode()}", name)
         time.sleep(POLL_SECONDS)
-        missing = [other for other in missing if not store.check([f"met/{name}/{other}"])]
+        waiting = [other for other in waiting if not store.check([f"received/{name}/{other}"])]
     return dist.PrefixStore(name, store)
 
 
 def init_model_parallel(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
-    """Build megatron-core's groups in this process's world; returns its place in them."""
+    """Build megatron-core's process groups; return this process's ranks in them."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -178,11 +179,10 @@ def init_model_parallel(device: torch.device, tensor_parallel: int, context_para
 
 
 class Mpu:
-    """The names under which DeepSpeed asks for megatron-core's groups; "model parallel" means
-    tensor parallel there.
+    """megatron-core's process groups by the names that DeepSpeed calls.
 
-    Ranks that hold pieces of the same sequences sum gradients like any others: to DeepSpeed they
-    are data-parallel.
+    DeepSpeed's "model parallel" is tensor parallel. Context-parallel ranks sum gradients as
+    data-parallel ranks do, so to DeepSpeed they are data-parallel.
     """
 
     REPLICAS = ("get_data_parallel_group", "get_data_parallel_rank", "get_data_parallel_world_size")
@@ -195,7 +195,7 @@ class Mpu:
             "get_model_parallel_rank": "get_tensor_model_parallel_rank",
             "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
         }
-        # DeepSpeed turns its Ulysses sequence parallelism on when it finds this one
+        # DeepSpeed enables its Ulysses sequence parallelism if this exists
         if name == "initialize_sequence_parallel":
             raise AttributeError(name)
         function = getattr(parallel_state, translated.get(name, name))
@@ -203,52 +203,55 @@ class Mpu:
 
 
 def data_parallel_group() -> Any:
-    """The ranks that hold the same part of the model."""
+    """Group of the ranks that hold the same model shard, context-parallel ranks included."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def tensor_parallel_group() -> Any:
-    """The ranks that hold the other parts of the model."""
+    """Group of the ranks that together hold one copy of the model."""
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def context_ranks() -> ContextRanks:
-    """The ranks that hold the other pieces of this rank's sequences."""
+    """Ranks that hold the chunks of this rank's sequences."""
     from megatron.core import parallel_state
 
     return ContextRanks(parallel_state.get_context_parallel_group())
 
 
-def raise_on_all_ranks(why: str | None) -> None:
-    """Raise any rank's InputError on every rank, so that none waits for a rank that has left."""
-    message = (why or "").encode()[:MESSAGE_BYTES]
+def raise_on_all_ranks(error: str | None) -> None:
+    """Raise InputError on every rank if any rank has an error message.
+
+    A collective: without it, other ranks would wait for the rank that raised.
+    """
+    message = (error or "").encode()[:MESSAGE_BYTES]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(message)]))
-    speakers = [rank for rank, size in enumerate(sizes) if size]
-    if not speakers:
+    failed_ranks = [rank for rank, size in enumerate(sizes) if size]
+    if not failed_ranks:
         return
-    said = torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
-    dist.broadcast(said, src=speakers[0])
-    raise InputError(bytes(said.tolist()).decode(errors="replace").strip())
+    content = torch.frombuffer(bytearray(message.ljust(MESSAGE_BYTES)), dtype=torch.uint8)
+    dist.broadcast(content, src=failed_ranks[0])
+    raise InputError(bytes(content.tolist()).decode(errors="replace").strip())
 
 
 @contextmanager
-def shared_errors() -> Iterator[None]:
-    """Raise an InputError of any rank on every rank; for a body without collectives."""
-    why = None
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise any rank's InputError on every rank; for a body without collectives."""
+    message = None
     try:
         yield
     except InputError as error:
-        why = str(error)
-    raise_on_all_ranks(why)
+        message = str(error)
+    raise_on_all_ranks(message)
 
 
 def broadcast_text(text: str) -> str:
-    """Rank 0's text, not an empty one, on every rank."""
+    """Return rank 0's text, which must not be empty, on every rank."""
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     size = torch.tensor([len(content)])
     dist.broadcast(size, src=0)

@@ -1,4 +1,4 @@
-"""The phases of a step. The loop announces each; the watchdog and the profiler listen."""
+"""Phases of a step. The loop announces each one; the watchdog and the profiler listen."""
 
 from collections.abc import Callable
 
@@ -7,28 +7,29 @@ PHASES = (  # in the order of a step
     "read",
     "forward",
     "backward",
-    "agree",
+    "reduce_stats",
     "update",
     "validate",
     "log",
     "check",
     "save",
-    "leave",
+    "exit",
 )
-# times health.hang_seconds, for what takes long: reading a checkpoint, validation, the last save
+# patience of slow phases: reading a checkpoint, validation, the last save
 LONG_PATIENCE = 6.0
 Listener = Callable[[int, str, float], None]
 
 
 class Phases:
-    """The hook of one loop: listeners get the steps behind it, the phase that begins, and how many
-    times health.hang_seconds it may take.
+    """Tells each listener the finished steps, the phase that begins, and its patience.
+
+    A phase may take its patience times health.hang_seconds.
     """
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = list(listeners)
 
     def enter(self, step: int, phase: str, patience: float = 1.0) -> None:
-        """A phase begins."""
+        """Announce that a phase begins."""
         for listener in self.listeners:
             listener(step, phase, patience)

@@ -1,14 +1,15 @@
-"""Tokens seen -> learning rate, batch, context and stage. Pure and torch-free: nothing of it is
-checkpointed.
+"""Learning rate, batch, sequence length and stage as pure functions of the tokens seen. Torch-free.
+
+Nothing of it is checkpointed.
 
 Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak,
 exponential decay peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens;
-BatchScaling keeps lr / sqrt(batch) constant while the batch grows. How warmup and BatchScaling
-combine is published nowhere: they multiply here.
+BatchScaling keeps lr / sqrt(batch) constant during the ramp. How warmup and BatchScaling combine is
+not published: here they multiply.
 
-Other shapes, for ablations, are min + (peak - min) f(r), r the share of the decay that is behind: f
-= 1 - r (linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv 2405.18392),
-and (1 + cos(pi r)) / 2 (cosine: SGDR, arXiv 1608.03983).
+Other decay shapes, for ablations, are min + (peak - min) f(r), with r the completed fraction of the
+decay: f = 1 - r (linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv
+2405.18392), and (1 + cos(pi r)) / 2 (cosine: SGDR, arXiv 1608.03983).
 """
 
 import math
@@ -20,7 +21,7 @@ from train.config import DecayShape, ScheduleConfig
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """What the step that begins at a token count does."""
+    """Settings of the step that starts at a token count."""
 
     lr: float
     batch: int  # sequences
@@ -29,27 +30,28 @@ class StepSchedule:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the step reads."""
+        """Tokens of the step."""
         return self.batch * self.seq_len
 
 
-def decayed(shape: DecayShape, r: float, least: float) -> float:
-    """Factor of the rate when a share r in [0, 1] of the decay is behind, from 1 to `least`."""
+def decay_factor(shape: DecayShape, r: float, min_factor: float) -> float:
+    """Factor of the peak rate at fraction r in [0, 1] of the decay, from 1 to `min_factor`."""
     if shape is DecayShape.exponential:
-        return least**r
+        return min_factor**r
     falling = {
         DecayShape.linear: 1 - r,
         DecayShape.cosine: (1 + math.cos(math.pi * r)) / 2,
         DecayShape.one_minus_sqrt: 1 - math.sqrt(r),
     }
-    return least + (1 - least) * falling[shape]
+    return min_factor + (1 - min_factor) * falling[shape]
 
 
 class Schedule:
     """The schedule of one run."""
 
     def __init__(self, config: ScheduleConfig, peak_lr: float, data: DataConfig) -> None:
-        self.config, self.peak_lr = config, peak_lr
+        self.config = config
+        self.peak_lr = peak_lr
         self.stages: list[tuple[int, int, str]] = []  # (end of the stage in tokens, seq_len, name)
         end = 0
         for stage in data.stages:
@@ -59,11 +61,11 @@ class Schedule:
 
     @property
     def stage_ends(self) -> frozenset[int]:
-        """Tokens at which stages end."""
+        """Token counts at which stages end."""
         return frozenset(end for end, _, _ in self.stages)
 
     def batch(self, tokens: int) -> int:
-        """Sequences of a full step at `tokens`, linear from batch_start_ to batch_end_sequences."""
+        """Sequences of a full step at `tokens`: linear from batch_start_ to batch_end_sequences."""
         c = self.config
         if tokens >= c.ramp_tokens:
             return c.batch_end_sequences
@@ -82,18 +84,18 @@ class Schedule:
             lr *= tokens / c.warmup_tokens
         into_decay = tokens - (self.total - c.decay_tokens)
         if into_decay > 0:
-            lr *= decayed(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / self.peak_lr)
+            lr *= decay_factor(c.decay_shape, into_decay / c.decay_tokens, c.min_lr / self.peak_lr)
         return lr
 
     def at(self, tokens: int) -> StepSchedule:
-        """The step that begins at `tokens`, which lies in [0, total).
+        """Return the step that starts at `tokens` in [0, total).
 
-        A step never crosses a stage's edge: the last one before it is as short as it must be. The
-        rate is that of a full batch, so that a short step is no exception to the schedule; it is
-        taken where the step ends, so that the first step learns and the last one reaches min_lr.
+        No step crosses the end of a stage: the stage's last step is shortened. Its rate is still
+        that of a full batch. The rate is taken at the end of the step, so that the first step has a
+        rate above 0 and the last one reaches min_lr.
         """
         assert 0 <= tokens < self.total, tokens
-        edge, seq_len, stage = next(entry for entry in self.stages if tokens < entry[0])
-        full = self.batch(tokens)
-        batch = min(full, (edge - tokens) // seq_len)
-        return StepSchedule(self.lr(tokens + batch * seq_len, full), batch, seq_len, stage)
+        stage_end, seq_len, stage = next(entry for entry in self.stages if tokens < entry[0])
+        full_batch = self.batch(tokens)
+        batch = min(full_batch, (stage_end - tokens) // seq_len)
+        return StepSchedule(self.lr(tokens + batch * seq_len, full_batch), batch, seq_len, stage)

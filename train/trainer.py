@@ -124,7 +124,7 @@ class Trainer:
             # the mean over the tokens of the global batch, whoever holds them
             weight = 0.0 if is_padding else 1 / step_schedule.tokens
             self.engine.backward(total * weight, last=index == len(batches) - 1)
-        self.phases.enter(self.state.step, "agree")
+        self.phases.enter(self.state.step, "reduce_stats")
         stats = reduce_step_stats(
             self.ranks,
             sums,

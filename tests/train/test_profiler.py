@@ -73,7 +73,7 @@ def test_the_table_moves_waits_into_a_row_of_their_own_and_keeps_the_sum() -> No
         ("log", 9.5, 10.0),
     ]
     traced = [("backward", 0.0, 8.0), ("update", 8.0, 9.0)]
-    rows = by_phase(timed, traced, {"backward": 4.0, "update": 0.5, "agree": 1.0}, steps=2)
+    rows = by_phase(timed, traced, {"backward": 4.0, "update": 0.5, "reduce_stats": 1.0}, steps=2)
     assert rows["reduce"] == pytest.approx((3.0 + 0.25) / 2) and rows["backward"] == pytest.approx(
         1.5
     )
@@ -111,7 +111,8 @@ def test_a_run_gives_trace_and_table_and_stays_the_same(
         events = json.load(file)["traceEvents"]
     names = [entry["name"] for entry in events if entry.get("cat") == "user_annotation"]
     assert {
-        names.count(PREFIX + ROWS[phase]) for phase in ("read", "update", "agree", "log", "check")
+        names.count(PREFIX + ROWS[phase])
+        for phase in ("read", "update", "reduce_stats", "log", "check")
     } == {2}
     # what tells waiting from work
     assert any(entry["name"].startswith("gloo:") for entry in events)

@@ -22,7 +22,7 @@ from tests.commands import PATIENCE
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
-from train.distributed import Ranks, init_distributed, shared_errors
+from train.distributed import Ranks, errors_on_all_ranks, init_distributed
 from train.metrics.records import JsonLines, read_lines
 from train.resilience import watchdog
 from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
@@ -320,7 +320,7 @@ def test_an_incident_reaches_its_file_when_the_console_is_gone(
 def _one_rank_fails(root: Path) -> None:
     with init_distributed("cpu", 1) as ranks:
         try:
-            with shared_errors():
+            with errors_on_all_ranks():
                 if ranks.rank == 1:
                     raise InputError("run.init_from: not on this node")
         except InputError as error:

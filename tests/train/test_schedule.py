@@ -8,7 +8,7 @@ from transformers import get_wsd_schedule
 
 from tests.compose import run_config
 from train.config import DecayShape
-from train.schedule import Schedule, decayed
+from train.schedule import Schedule, decay_factor
 
 GT = 10**9
 
@@ -108,7 +108,7 @@ def test_shapes_are_those_of_transformers(shape: str, theirs: str) -> None:
         min_lr_ratio=1 / 256,
     )
     for step in range(40):
-        assert decayed(DecayShape[shape], step / 40, 1 / 256) == pytest.approx(
+        assert decay_factor(DecayShape[shape], step / 40, 1 / 256) == pytest.approx(
             schedule.get_last_lr()[0], rel=1e-12
         )
         optimizer.step()
@@ -117,7 +117,7 @@ def test_shapes_are_those_of_transformers(shape: str, theirs: str) -> None:
 
 @pytest.mark.parametrize("shape", DecayShape)
 def test_every_decay_falls_all_the_way(shape: DecayShape) -> None:
-    factors = [decayed(shape, r / 100, 1 / 256) for r in range(101)]
+    factors = [decay_factor(shape, r / 100, 1 / 256) for r in range(101)]
     assert factors[0] == 1 and factors[-1] == pytest.approx(1 / 256)
     assert all(later < earlier for earlier, later in zip(factors, factors[1:], strict=False))
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.commands import PATIENCE, ROOT, until
 from tests.distributed import free_ports
 from tests.soak import differences
-from train.distributed import attempt_store
+from train.distributed import per_start_store
 from train.metrics.records import read_lines
 from train.resilience.incidents import read_outcome
 
@@ -123,11 +123,11 @@ def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
     """
     store, world = dist.HashStore(), 3
     with ThreadPoolExecutor(world) as pool:
-        store.set("asks/1", "somebody who is dead")
+        store.set("request/1", "a rank that is dead")
         for _ in range(3):
-            late = [pool.submit(attempt_store, store, rank, world) for rank in (0, 2)]
+            late = [pool.submit(per_start_store, store, rank, world) for rank in (0, 2)]
             time.sleep(0.1)  # the first rank has answered the dead one
-            late.append(pool.submit(attempt_store, store, 1, world))
+            late.append(pool.submit(per_start_store, store, 1, world))
             parts = [future.result(PATIENCE) for future in late]
             for rank, part in enumerate(parts):
                 assert not part.check(["address"])

@@ -34,7 +34,7 @@ ROWS = {
     "backward": "backward",
     "reduce": "reduce",
     "update": "optimizer",
-    "agree": "exchange",
+    "reduce_stats": "step stats",
     "validate": "validation",
     "log": "log",
     "check": "checks",
@@ -105,7 +105,7 @@ class Profiler:
         """The loop comes to a phase of the step after `step` others."""
         if phase == "read":
             self._begin_step(step)
-        elif phase == "leave" and self.begun + 1 == self.last:
+        elif phase == "exit" and self.begun + 1 == self.last:
             self._finish(step)
         if self.clock is None:
             return

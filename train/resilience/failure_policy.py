@@ -87,7 +87,7 @@ class FailurePolicy:
 
     def final_save(self, state: TrainState) -> None:
         """The last save, which waits until it is on disk."""
-        self.phases.enter(state.step, "leave", LONG_PATIENCE)
+        self.phases.enter(state.step, "exit", LONG_PATIENCE)
         state.health = self.spike_detector.state()
         self.checkpoints.save_and_wait(state, self.engine)
 

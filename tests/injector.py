@@ -128,7 +128,13 @@ class Injector:
         self.now = -1
         FailurePolicy.check_replicas = checked  # type: ignore[method-assign]
         Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
-        for name in ("save_file", "write_json", "sync_folder", "entry", "remove"):
+        for name in (
+            "save_file",
+            "write_json",
+            "sync_folder",
+            "manifest_entry",
+            "remove_checkpoint",
+        ):
             setattr(commit, name, self.around(getattr(commit, name)))
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:

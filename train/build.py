@@ -70,7 +70,7 @@ def build_trainer(
     checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
-    found = checkpoints.find()
+    found = checkpoints.find_latest()
     with errors_on_all_ranks():
         if found is None:
             start_from(model, config.run, ranks.tp_rank, ranks.tp_size)

@@ -1,7 +1,6 @@
-"""What lies in a folder of checkpoints, for eyes: list, verify and compare them.
+"""List, verify and compare checkpoints.
 
-Exit codes are those of diff(1): 0 all well or equal, 1 damaged or different, 2 a mistake in the
-question.
+Exit codes as of diff(1): 0 valid or equal, 1 damaged or different, 2 a mistake in the command.
 
 examples:
   python train/checkpoints.py ls runs/demo
@@ -18,11 +17,17 @@ from core.entry import as_called, explain_missing_extras
 
 explain_missing_extras()
 
-from train.checkpoint.inspection import checkpoints, diff, pair, show, verify
+from train.checkpoint.inspection import (
+    diff,
+    list_checkpoints,
+    print_table,
+    resolve_pair,
+    verify,
+)
 
 
 def main(arguments: list[str]) -> int:
-    """`ls DIR`, `verify DIR` or `diff DIR [OTHER]`; returns the exit code."""
+    """Run `ls DIR`, `verify DIR` or `diff DIR [OTHER]`; return the exit code."""
     parser = argparse.ArgumentParser(
         prog=as_called("python train/checkpoints.py"),
         description=__doc__,
@@ -40,15 +45,15 @@ def main(arguments: list[str]) -> int:
         )
         if name == "diff":
             command.add_argument(
-                "other", type=Path, nargs="?", help="the newest valid one where it is a run"
+                "other", type=Path, nargs="?", help="its newest valid one if it is a run"
             )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if given.command == "ls":
-            return show(checkpoints(given.folder))
-        if given.command == "verify":
-            return verify(checkpoints(given.folder))
-        return diff(*pair(given.folder, given.other))
+        if args.command == "ls":
+            return print_table(list_checkpoints(args.folder))
+        if args.command == "verify":
+            return verify(list_checkpoints(args.folder))
+        return diff(*resolve_pair(args.folder, args.other))
     except (FileNotFoundError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

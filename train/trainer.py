@@ -130,7 +130,7 @@ class Trainer:
             sums,
             own / len(batches),
             stop=self.stop_request.reason() is not None,
-            save=self.ranks.is_first and self.checkpoints.wants_retry,
+            save=self.ranks.is_first and self.checkpoints.retry_due,
             bad_data=self.datacheck.error is not None,
         )
         self.phases.enter(self.state.step, "update")

@@ -18,7 +18,7 @@ from model.parallel.build import build_model
 from tests.compose import run_config, typed
 from tests.corpus import corpus_config, make_corpus
 from tests.tiny import TINY
-from train.checkpoint.manager import CheckpointManager, State
+from train.checkpoint.manager import CheckpointManager, TrainState
 from train.config import CheckpointConfig, Optim, Precision
 from train.distributed import init_distributed
 from train.engines.build import build_engine
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
             Precision.fp32,
             ranks,
         )
-        state = State(0, 0, 0, "", {**MODEL.__dict__})
+        state = TrainState(0, 0, 0, "", {**MODEL.__dict__})
         keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
         CheckpointManager(run.files.checkpoints, keep, ranks, frozenset()).save_and_wait(
             state, engine

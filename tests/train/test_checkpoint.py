@@ -36,14 +36,14 @@ from model.checkpoint import (
 from tests.commands import python
 from tests.injector import Fault, Injector
 from tests.supervisor import CONTEXT
-from train.checkpoint.manager import CheckpointManager, State
-from train.checkpoint.writer import Writer
+from train.checkpoint.manager import CheckpointManager, TrainState
+from train.checkpoint.writer import CheckpointWriter
 from train.checkpoints import main as inspect
 from train.config import CheckpointConfig
 from train.distributed import Ranks, init_distributed
 
 KEEP = CheckpointConfig(100, 2, None, False, retry_seconds=0.0, max_failures=3)
-STATE = State(100, 1, 1, "plan", {"d_model": 4})
+STATE = TrainState(100, 1, 1, "plan", {"d_model": 4})
 
 
 class Stub:
@@ -106,8 +106,10 @@ def test_the_loop_waits_for_the_copy_only(
     """The loop goes on before a byte is written, and its share of a save's processor time is the
     copy's.
     """
-    engine, gate, write = Stub(count=24, size=2_000_000), Event(), Writer._write
-    monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
+    engine, gate, write = Stub(count=24, size=2_000_000), Event(), CheckpointWriter._write
+    monkeypatch.setattr(
+        CheckpointWriter, "_write", lambda self, part: (gate.wait(), write(self, part))[1]
+    )
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     shares, waits = [], []
     for step in range(1, 5):
@@ -115,9 +117,9 @@ def test_the_loop_waits_for_the_copy_only(
         begun, whole, own = time.monotonic(), time.process_time(), time.thread_time()
         waited = checkpoints.save(replace(STATE, step=step), engine)
         own = time.thread_time() - own
-        assert checkpoints.writer.busy and names(tmp_path)[:1] == [step - 1][: step - 1]
+        assert checkpoints.writer.is_saving and names(tmp_path)[:1] == [step - 1][: step - 1]
         gate.set()
-        checkpoints.flush()
+        checkpoints.wait()
         shares.append(own / (time.process_time() - whole))
         waits.append(waited / (time.monotonic() - begun))
     measured(f"{min(waits[1:]):.1%} of the synchronous time (192 MB)")
@@ -136,7 +138,7 @@ def test_what_changes_after_the_copy_is_not_saved(
     for tensor in engine.tensors.values():
         tensor.add_(1)  # the next update
     updated.set()
-    assert checkpoints.flush()
+    assert checkpoints.wait()
     reader = CheckpointReader(next(newest(tmp_path)))
     assert all(
         torch.equal(reader.read_range("param", name, 0, 1, 0, 1000), value)
@@ -156,7 +158,7 @@ def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
 
 def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, ranks: Ranks) -> None:
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset({250}))
-    due = [tokens for tokens in range(10, 400, 10) if checkpoints.due(tokens - 10, tokens)]
+    due = [tokens for tokens in range(10, 400, 10) if checkpoints.is_due(tokens - 10, tokens)]
     assert due == [100, 200, 250, 300]
 
 
@@ -185,9 +187,9 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
     checkpoints.save_and_wait(STATE, engine)
     free = shutil.disk_usage(small_disk).free
     checkpoints.save(replace(STATE, step=2), engine)
-    while checkpoints.writer.busy:
+    while checkpoints.writer.is_saving:
         time.sleep(0.01)
-    assert checkpoints.wants_retry
+    assert checkpoints.retry_due
     assert names(folder) == [1] and verify_checkpoint(folder / "step-00000001") is None
     assert shutil.disk_usage(small_disk).free == free and not list(folder.glob("*.part"))
     measured("free space as before, old checkpoint verifies")
@@ -195,7 +197,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
         InputError, match="3 checkpoints in a row could not be written .* No space left"
     ):
         checkpoints.save_and_wait(replace(STATE, step=2), engine)
-    assert "No space left on device; older ones are untouched" in capsys.readouterr().out
+    assert "No space left on device; older ones are unchanged" in capsys.readouterr().out
     shutil.rmtree(folder)  # somebody makes room
     again = CheckpointManager(folder, KEEP, ranks, frozenset())
     again.save_and_wait(replace(STATE, step=2), engine)
@@ -206,20 +208,22 @@ def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.M
     """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     assert checkpoints.status() == "no checkpoint yet"
-    engine, gate, write = Stub(), Event(), Writer._write
-    monkeypatch.setattr(Writer, "_write", lambda self, part: (gate.wait(), write(self, part))[1])
+    engine, gate, write = Stub(), Event(), CheckpointWriter._write
+    monkeypatch.setattr(
+        CheckpointWriter, "_write", lambda self, part: (gate.wait(), write(self, part))[1]
+    )
     checkpoints.save(STATE, engine)
     assert checkpoints.status() == "no checkpoint yet, saving step 1"
     gate.set()
-    assert checkpoints.flush()
+    assert checkpoints.wait()
     assert re.fullmatch(r"saved step-00000001 \d+ s ago", checkpoints.status())
 
-    def full(self: Writer, part: Path) -> Any:
+    def full(self: CheckpointWriter, part: Path) -> Any:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(Writer, "_write", full)
+    monkeypatch.setattr(CheckpointWriter, "_write", full)
     checkpoints.save(replace(STATE, step=2), engine)
-    assert not checkpoints.flush()
+    assert not checkpoints.wait()
     said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
     assert re.fullmatch(said, checkpoints.status())
     again = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
@@ -240,11 +244,11 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
     for pause in (10, 20, 40):
         checkpoints.save(STATE, Stub())
         checkpoints.writer.thread.join()  # type: ignore[union-attr]
-        assert not checkpoints.wants_retry
+        assert not checkpoints.retry_due
         clock[0] += pause - 1
-        assert not checkpoints.wants_retry
+        assert not checkpoints.retry_due
         clock[0] += 1
-        assert checkpoints.wants_retry
+        assert checkpoints.retry_due
 
 
 def _io_error(*arguments: Any) -> None:
@@ -356,16 +360,16 @@ def test_a_pickle_in_place_of_any_file_does_nothing(
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
     if name != "manifest.json":  # whoever writes the file writes its hash too
         files = {
-            path.name: commit.entry(path)
+            path.name: commit.manifest_entry(path)
             for path in folder.iterdir()
             if path.name != "manifest.json"
         }
         commit.write_json(folder / "manifest.json", {"files": files})
     checkpoints = CheckpointManager(tmp_path / "c", KEEP, ranks, frozenset())
     try:
-        found = checkpoints.find()
+        found = checkpoints.find_latest()
         if found is not None:
-            with pytest.raises(InputError, match="somebody made it"):
+            with pytest.raises(InputError, match="no checkpoint of this code"):
                 checkpoints.load(found, Stub())
     finally:
         assert not canary.exists()
@@ -404,6 +408,5 @@ def test_the_command_line_reaches_it(tmp_path: Path, ranks: Ranks) -> None:
     saved(tmp_path, ranks)
     done = python("train/checkpoints.py", "verify", tmp_path)
     assert (
-        done.returncode == 0
-        and "step-00000001: every file is what its manifest says" in done.stdout
+        done.returncode == 0 and "step-00000001: every file matches the manifest" in done.stdout
     ), done.stderr

@@ -1,4 +1,4 @@
-"""What lies in a folder of checkpoints, for eyes."""
+"""List, verify and compare checkpoints on the command line (train/checkpoints.py)."""
 
 import time
 from pathlib import Path
@@ -12,47 +12,51 @@ from model.checkpoint import CheckpointReader, newest_valid, read_manifest, read
 from train.checkpoint.manager import invalid_reason
 from train.costs.memory import GIB
 
-ROWS = 12  # tensors that diff lists at most, worst first
+MAX_ROWS = 12  # differing tensors that diff prints, largest difference first
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that a path means, newest first."""
-    if folder.name.startswith("step-") and folder.is_dir():
-        return [folder]
-    home = RunFiles(folder).checkpoints if RunFiles(folder).checkpoints.is_dir() else folder
-    found = list(newest(home))
-    if not found:
+def list_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints of a run's folder, a checkpoints folder or a checkpoint, newest first.
+
+    Raises FileNotFoundError when there is none.
+    """
+    if path.name.startswith("step-") and path.is_dir():
+        return [path]
+    folder = RunFiles(path).checkpoints if RunFiles(path).checkpoints.is_dir() else path
+    checkpoints = list(newest(folder))
+    if not checkpoints:
         raise FileNotFoundError(
-            f"no checkpoint in {home}: give a run's folder, its checkpoints, or one of them"
+            f"no checkpoint in {folder}: give a run's folder, its checkpoints, or one of them"
         )
-    return found
+    return checkpoints
 
 
-def pair(folder: Path, other: Path | None) -> tuple[Path, Path]:
-    """The two checkpoints that diff compares."""
-    found = checkpoints(folder)
-    if other is None:
-        if len(found) < 2:
-            raise FileNotFoundError(
-                f"{folder} holds one checkpoint: give a second one to compare it with"
-            )
-        return found[1], found[0]
-    return one(folder), one(other)
+def resolve_pair(path: Path, other: Path | None) -> tuple[Path, Path]:
+    """Return the two checkpoints to compare: of both paths, or the newest two of one."""
+    if other is not None:
+        return resolve_checkpoint(path), resolve_checkpoint(other)
+    checkpoints = list_checkpoints(path)
+    if len(checkpoints) < 2:
+        raise FileNotFoundError(f"{path} holds one checkpoint: give a second one to compare with")
+    return checkpoints[1], checkpoints[0]
 
 
-def one(folder: Path) -> Path:
-    """The checkpoint that a path means, or the newest of several that verifies."""
-    found = checkpoints(folder)
-    best = found[0] if found[0] == folder else newest_valid(found[0].parent)[0]
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint at a path, or the newest valid one of several.
+
+    Raises ValueError when none verifies.
+    """
+    checkpoints = list_checkpoints(path)
+    best = path if checkpoints[0] == path else newest_valid(checkpoints[0].parent)[0]
     if best is None or invalid_reason(best) is not None:
-        raise ValueError(f"{folder} has no checkpoint that verifies")
+        raise ValueError(f"{path} has no checkpoint that verifies")
     return best
 
 
-def show(found: list[Path]) -> int:
-    """A line for each checkpoint."""
+def print_table(checkpoints: list[Path]) -> int:
+    """Print a row per checkpoint; return the exit code."""
     table = Table("checkpoint", "step", "tokens", "updates", "ranks", "GiB", "age")
-    for folder in found:
+    for folder in checkpoints:
         try:
             state, files = read_state(folder), read_manifest(folder)
         except (OSError, ValueError, KeyError):
@@ -61,10 +65,12 @@ def show(found: list[Path]) -> int:
         ranks = sum(name.endswith(".safetensors") for name in files)
         size = sum(size for size, _ in files.values()) / GIB
         age = max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime)
-        numbers = (state["step"], state["tokens"], state["updates"], ranks)
         table.add_row(
             folder.name,
-            *[f"{number:,}" for number in numbers],
+            f"{state['step']:,}",
+            f"{state['tokens']:,}",
+            f"{state['updates']:,}",
+            f"{ranks:,}",
             f"{size:.3f}",
             f"{age / 3600:.1f} h",
         )
@@ -72,52 +78,44 @@ def show(found: list[Path]) -> int:
     return 0
 
 
-def verify(found: list[Path]) -> int:
-    """Hash everything; one line per checkpoint, as it comes."""
-    bad = 0
-    for folder in found:
-        why = invalid_reason(folder)
-        bad += why is not None
-        print(f"{folder.name}: {why or 'every file is what its manifest says'}", flush=True)
-    return 1 if bad else 0
+def verify(checkpoints: list[Path]) -> int:
+    """Hash every file and print a line per checkpoint; return the exit code."""
+    is_damaged = False
+    for folder in checkpoints:
+        reason = invalid_reason(folder)
+        is_damaged |= reason is not None
+        print(f"{folder.name}: {reason or 'every file matches the manifest'}", flush=True)
+    return 1 if is_damaged else 0
 
 
 def diff(left: Path, right: Path) -> int:
-    """How far weights and moments lie apart, bit for bit and in size."""
-    pieces = CheckpointReader(left), CheckpointReader(right)
-    names = pieces[0].where.keys() | pieces[1].where.keys()
-    rows = []
-    for kind, name in sorted(names):
-        if any((kind, name) not in side.where for side in pieces):
-            rows.append((float("inf"), kind, name, "only in one of them"))
+    """Print how weights, moments and state of two checkpoints differ; return the exit code."""
+    readers = CheckpointReader(left), CheckpointReader(right)
+    keys = readers[0].where.keys() | readers[1].where.keys()
+    differences = []
+    for kind, name in sorted(keys):
+        if any((kind, name) not in reader.where for reader in readers):
+            differences.append((float("inf"), kind, name, "only in one of them"))
             continue
-        a, b = (side.read_full(kind, name) for side in pieces)
+        a, b = (reader.read_full(kind, name) for reader in readers)
         if a.shape != b.shape:
-            rows.append((float("inf"), kind, name, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"))
+            text = f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+            differences.append((float("inf"), kind, name, text))
         elif not torch.equal(a.view(torch.int32), b.view(torch.int32)):
             relative = float((a - b).norm() / b.norm().clamp_min(1e-30))
-            rows.append(
-                (
-                    relative,
-                    kind,
-                    name,
-                    f"{relative:.2e} of its norm, at most {float((a - b).abs().max()):.2e}",
-                )
-            )
-    states = read_state(left), read_state(right)
-    fields = [
-        key
-        for key in states[0].keys() | states[1].keys()
-        if states[0].get(key) != states[1].get(key)
-    ]
+            text = f"{relative:.2e} of its norm, at most {float((a - b).abs().max()):.2e}"
+            differences.append((relative, kind, name, text))
     print(
-        f"{left} and {right}: {len(names) - len(rows)} of {len(names)} tensors are equal bit for "
-        "bit"
+        f"{left} and {right}: {len(keys) - len(differences)} of {len(keys)} tensors are equal "
+        "bit for bit"
     )
-    for _, kind, name, text in sorted(rows, reverse=True)[:ROWS]:
+    for _, kind, name, text in sorted(differences, reverse=True)[:MAX_ROWS]:
         print(f"  {kind} {name}: {text}")
-    if len(rows) > ROWS:
-        print(f"  and {len(rows) - ROWS} more")
+    if len(differences) > MAX_ROWS:
+        print(f"  and {len(differences) - MAX_ROWS} more")
+    states = read_state(left), read_state(right)
+    state_keys = sorted(states[0].keys() | states[1].keys())
+    fields = [key for key in state_keys if states[0].get(key) != states[1].get(key)]
     if fields:
-        print(f"  state differs in {', '.join(sorted(fields))}")
-    return 1 if rows or fields else 0
+        print(f"  state differs in {', '.join(fields)}")
+    return 1 if differences or fields else 0

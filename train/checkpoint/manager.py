@@ -1,13 +1,14 @@
-"""The whole training state on disk: committed at once or not at all, verified before use, free of
-pickle.
+"""Checkpoints of the whole training state: committed atomically, verified before use, no pickle.
 
-`python train/checkpoints.py ls|verify|diff DIR` looks at what lies there.
-Commit: every rank writes its pieces into `step-N.part` and syncs them; sizes and SHA-256 are
-gathered; the first rank writes the state and, last, the manifest, then renames the folder to
-`step-N`; only after that older ones are removed. A reader sees a complete folder or none, and a
-damaged one is passed over for the newest that verifies.
-Cost: each rank writes 12 bytes per parameter it owns (weights and two moments, fp32); the loop
-waits for the copy to host memory only (train/checkpoint/writer.py does the rest).
+Inspect them with `python train/checkpoints.py ls|verify|diff DIR`.
+
+Commit: every rank writes its tensor shards into `step-N.part` and syncs them; ranks gather sizes
+and SHA-256; the first rank writes the state and, last, the manifest, and renames the folder to
+`step-N`. Only then are older checkpoints removed. A reader sees a complete folder or none, and
+skips a damaged one for the newest that verifies.
+
+Cost: each rank writes 12 bytes per parameter that it owns (weights and two moments, fp32). The loop
+waits only for the copy to host memory (train/checkpoint/writer.py does the rest).
 """
 
 import logging
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from core.errors import InputError
 from core.run import MANIFEST, newest, step_of
 from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
-from train.checkpoint.writer import Writer, remove, sync_folder
+from train.checkpoint.writer import CheckpointWriter, remove_checkpoint, sync_folder
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 from train.engines.protocol import Engine
@@ -33,163 +34,163 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Where a run stands; everything else follows from the config."""
+    """Position of a run; everything else follows from the config."""
 
-    tokens: int  # of the run's stream that are behind it
+    tokens: int  # trained on so far
     step: int
     updates: int  # steps whose update was not skipped
     plan: str  # hash of the data order
     model: dict[str, Any]
-    # of train/resilience/health.py: a restart must not forget it
+    # state of the spike detector (train/resilience/health.py), which a restart must keep
     health: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointManager:
-    """The checkpoint folder of one run, shared by its ranks."""
+    """Saves, verifies, loads and removes the checkpoints of one run; all ranks call it together."""
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, ranks: Ranks, stage_ends: frozenset[int]
     ) -> None:
-        """`edges` are the tokens at which stages end."""
+        """`stage_ends` are the token counts at which stages end."""
         self.folder = folder
         self.config = config
         self.ranks = ranks
         self.stage_ends = stage_ends
-        self.writer = Writer(folder, ranks)
-        self.failures = 0  # saves in a row that did not come to be; the same on every rank
-        self.saved: TrainState | None = None  # what the save in flight, or the last one, holds
+        self.writer = CheckpointWriter(folder, ranks)
+        self.failures = 0  # failed saves in a row; the same on every rank
+        self.saved: TrainState | None = None  # of the save in flight, or of the last one
         self.retry_at: float | None = None
 
-    def find(self, before: int | None = None) -> Path | None:
-        """The newest checkpoint that verifies, the same on every rank; the first rank reads and
-        hashes it.
+    def find_latest(self, max_tokens: int | None = None) -> Path | None:
+        """Return the newest checkpoint that verifies, the same on every rank.
 
-        `before` leaves out those that have more tokens behind them.
+        The first rank reads and hashes it. Checkpoints of more than `max_tokens` tokens are
+        skipped. A damaged checkpoint is renamed, so that retention does not count it and its step
+        can be saved again.
         """
         step = torch.full((1,), -1, dtype=torch.int64)
         if self.ranks.is_first:
             for folder in newest(self.folder):
-                why = invalid_reason(folder)
-                if why is not None:
-                    # out of the way: retention counts good ones, and the step will be saved anew
-                    aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+                reason = invalid_reason(folder)
+                if reason is not None:
+                    renamed = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
                     logger.warning(
-                        f"checkpoint {folder} is not used: {why}; it is kept as {aside.name}"
+                        f"checkpoint {folder} is not used: {reason}; renamed to {renamed.name}"
                     )
-                    folder.rename(aside)
-                elif before is None or read_state(folder)["tokens"] <= before:
+                    folder.rename(renamed)
+                elif max_tokens is None or read_state(folder)["tokens"] <= max_tokens:
                     step[0] = step_of(folder)
                     break
         dist.broadcast(step, src=0)
         return None if step < 0 else self.folder / f"step-{int(step):08d}"
 
     def load(self, folder: Path, engine: Engine) -> TrainState:
-        """Fill the engine from a verified checkpoint, whatever layout of ranks wrote it.
+        """Load a verified checkpoint, written by any layout of ranks, into the engine.
 
-        Raises InputError when the files are what their manifest says and still no checkpoint.
+        Raises InputError when the files match their manifest but are no checkpoint of this run.
         """
         try:
-            state = TrainState(
-                **{key: value for key, value in read_state(folder).items() if key != "format"}
-            )
+            values = {key: value for key, value in read_state(folder).items() if key != "format"}
+            state = TrainState(**values)
             engine.load(CheckpointReader(folder), state.updates)
-            self.writer.done = self.writer.done or (
-                folder.name,
-                (folder / MANIFEST).stat().st_mtime,
-            )
+            if self.writer.last_commit is None:
+                self.writer.last_commit = (folder.name, (folder / MANIFEST).stat().st_mtime)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{folder} verifies and is no checkpoint of this run ({type(error).__name__}: "
-                f"{error}): somebody made it; move it away to go on from the one before"
+                f"{folder} matches its manifest but is no checkpoint of this code "
+                f"({type(error).__name__}: {error}): move it away to resume from the one before"
             ) from error
         return state
 
-    def due(self, before: int, tokens: int) -> bool:
-        """Whether `before` to `tokens` passes a multiple of the interval, or ends a stage."""
+    def is_due(self, before: int, tokens: int) -> bool:
+        """Whether a step from `before` to `tokens` passes the interval or ends a stage."""
         every = self.config.every_tokens
         return tokens // every > before // every or tokens in self.stage_ends
 
     @property
-    def wants_retry(self) -> bool:
-        """Whether the save failed and its pause is over; the first rank asks, for all ranks."""
-        if self.writer.busy or self.writer.thread is None or self.writer.error is None:
+    def retry_due(self) -> bool:
+        """Whether the last save failed and its pause is over; only the first rank decides."""
+        if self.writer.is_saving or self.writer.thread is None or self.writer.error is None:
             return False
         if self.retry_at is None:
             self.retry_at = time.monotonic() + self.config.retry_seconds * 2**self.failures
         return time.monotonic() >= self.retry_at
 
     def status(self) -> str:
-        """How far back a crash throws the run: the last save and its age, and the one in flight."""
+        """Checkpoint status for the console: last committed save, its age, any save in progress."""
         parts = ["no checkpoint yet"]
-        if self.writer.done is not None:
-            name, when = self.writer.done
-            parts = [f"saved {name} {age(time.time() - when)} ago"]
-        if self.writer.busy and self.saved is not None:
+        if self.writer.last_commit is not None:
+            name, when = self.writer.last_commit
+            parts = [f"saved {name} {format_age(time.time() - when)} ago"]
+        if self.writer.is_saving and self.saved is not None:
             parts.append(f"saving step {self.saved.step}")
         elif self.writer.error is not None and self.saved is not None:
             parts.append(f"save of step {self.saved.step} failed: {self.writer.error}")
         return ", ".join(parts)
 
     def save(self, state: TrainState, engine: Engine) -> float:
-        """Start to commit the training state; every rank takes part. Returns the seconds that the
-        loop waited.
+        """Start an asynchronous save on every rank; return the seconds that the loop waited.
 
         Raises InputError, on every rank, when max_failures saves in a row have failed.
         """
-        begun = time.monotonic()
-        self.flush()
-        self.writer.copy.take(engine.state_shards())
-        self.saved, self.retry_at = TrainState(**asdict(state)), None
-        self.writer.start(f"step-{state.step:08d}", asdict(state), self._retain)
-        return time.monotonic() - begun
+        started_at = time.monotonic()
+        self.wait()
+        self.writer.host_buffers.copy_from(engine.state_shards())
+        self.saved = TrainState(**asdict(state))
+        self.retry_at = None
+        self.writer.start(f"step-{state.step:08d}", asdict(state), self._remove_old)
+        return time.monotonic() - started_at
 
-    def flush(self) -> bool:
-        """Wait until the save in flight has ended; False when it failed."""
+    def wait(self) -> bool:
+        """Wait for the save in flight; return whether the last save succeeded."""
         if self.writer.thread is None:
             return self.failures == 0
-        why = self.writer.wait()
-        self.failures = 0 if why is None else self.failures + 1
+        error = self.writer.wait()
+        self.failures = 0 if error is None else self.failures + 1
         if self.failures >= self.config.max_failures:
             raise InputError(
                 f"{self.failures} checkpoints in a row could not be written to {self.folder}: "
-                f"{why}; make room there, or choose another run.dir, and start again"
+                f"{error}; free space there or choose another run.dir, then start again"
             )
-        if why is not None and self.ranks.is_first:
-            logger.warning(f"a checkpoint was not written: {why}; older ones are untouched")
-        return why is None
+        if error is not None and self.ranks.is_first:
+            logger.warning(f"a checkpoint was not written: {error}; older ones are unchanged")
+        return error is None
 
     def save_and_wait(self, state: TrainState, engine: Engine) -> None:
-        """Save until it is on disk: at the end of a run, or before it leaves for a while."""
-        held = self.saved is not None and self.saved.step == state.step
-        while not (held and self.flush()):
+        """Save, and retry until the checkpoint is on disk."""
+        is_started = self.saved is not None and self.saved.step == state.step
+        while not (is_started and self.wait()):
             if self.failures:
                 time.sleep(self.config.retry_seconds * 2 ** (self.failures - 1))
             self.save(state, engine)
-            held = True
+            is_started = True
 
-    def _retain(self) -> None:
-        """Remove what the config does not keep: beside the last ones, ends of stages and one of
-        every so many tokens.
+    def _remove_old(self) -> None:
+        """Remove checkpoints that the config does not keep, and all damaged ones but the newest.
 
-        Of damaged ones the newest is kept for whoever wants to look. What cannot be removed does
-        not undo the save.
+        The save stays valid if a removal fails.
         """
-        found = {folder: tokens_of(folder) for folder in newest(self.folder)}
-        keep = set(list(found)[: self.config.keep_last]) | self._permanent(found)
+        tokens_by_folder = {folder: read_tokens(folder) for folder in newest(self.folder)}
+        keep = set(list(tokens_by_folder)[: self.config.keep_last])
+        keep |= self._permanent_checkpoints(tokens_by_folder)
+        old = [folder for folder in tokens_by_folder if folder not in keep]
         damaged = sorted(self.folder.glob("step-*.damaged-*"), key=lambda path: path.name[-19:])
         try:
-            for folder in [*(folder for folder in found if folder not in keep), *damaged[:-1]]:
-                remove(folder)
+            for folder in [*old, *damaged[:-1]]:
+                remove_checkpoint(folder)
             sync_folder(self.folder)
         except OSError as error:
             logger.warning(f"an old checkpoint was not removed: {error}")
 
-    def _permanent(self, found: dict[Path, int | None]) -> set[Path]:
-        """The first checkpoint past each multiple of keep_every_tokens, and ends of stages."""
+    def _permanent_checkpoints(self, tokens_by_folder: dict[Path, int | None]) -> set[Path]:
+        """Checkpoints at stage ends, and the first past each multiple of keep_every_tokens.
+
+        Unreadable ones are kept too: the next start checks them.
+        """
         keep: set[Path] = set()
         multiples: set[int] = set()
         every = self.config.keep_every_tokens
-        for folder, tokens in reversed(found.items()):
+        for folder, tokens in reversed(tokens_by_folder.items()):
             if tokens is None or (self.config.keep_stage_ends and tokens in self.stage_ends):
                 keep.add(folder)
             if tokens is not None and every is not None and tokens // every not in multiples:
@@ -200,27 +201,24 @@ class CheckpointManager:
 
 
 def invalid_reason(folder: Path) -> str | None:
-    """Why a checkpoint must not be loaded, or None: every file is read and hashed."""
+    """Read and hash every file of a checkpoint; return why it must not be loaded, or None."""
     try:
         return verify_checkpoint(folder)
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-    ) as error:  # hashed well and no JSON: somebody else made it
-        return f"a file of it is not readable ({type(error).__name__}: {error})"
+    # hashes match but a file is no JSON: not written by this code
+    except (OSError, ValueError, AttributeError) as error:
+        return f"a file is not readable ({type(error).__name__}: {error})"
 
 
-def age(seconds: float) -> str:
-    """A time span in its largest whole unit."""
+def format_age(seconds: float) -> str:
+    """Format a time span in its largest whole unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
 
 
-def tokens_of(folder: Path) -> int | None:
-    """Tokens behind a checkpoint, or None when it is not readable; the next start checks it."""
+def read_tokens(folder: Path) -> int | None:
+    """Return a checkpoint's token count, or None if it is not readable."""
     try:
         return int(read_state(folder)["tokens"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""A checkpoint on its way to disk: copied to host memory, then written and committed by a thread.
+"""Asynchronous checkpoint writer: copies shards to host memory, a thread writes and commits them.
 
-The threads of all ranks agree over a process group of their own, so they neither disturb the loop's
-collectives nor wait for them; a rank that cannot write says so instead of staying away, so nobody
-waits for it. At most one save is in flight, in the same order on every rank.
+The threads of all ranks use a process group of their own, so they neither disturb the loop's
+collectives nor wait for them. A rank that cannot write reports an error code and still joins every
+collective, so no rank waits for it. At most one save is in flight, in the same order on every rank.
 """
 
 import hashlib
@@ -30,15 +30,14 @@ from train.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 
-OTHER_ERROR = 1 << 20  # stands for an error that has no errno
+OTHER_ERROR = 1 << 20  # code of an error without errno
 Files = dict[str, dict[str, Any]]
 
 
-class HostCopy:
-    """This rank's pieces in host memory, in buffers that are kept from save to save (pinned beside
-    a GPU).
+class HostBuffers:
+    """Copies of this rank's tensor shards in host memory, pinned for a GPU, reused by every save.
 
-    Costs 12 bytes of host memory per parameter that the rank owns.
+    They take 12 bytes of host memory per parameter that the rank owns.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,8 +45,8 @@ class HostCopy:
         self.shards: list[TensorShard] = []
         self.tensors: dict[str, Tensor] = {}
 
-    def take(self, shards: Iterator[tuple[TensorShard, Tensor]]) -> None:
-        """Copy; on return the engine may change its state."""
+    def copy_from(self, shards: Iterator[tuple[TensorShard, Tensor]]) -> None:
+        """Copy the shards; on return the engine may change its state."""
         cuda = self.device.type == "cuda"
         self.shards = []
         for shard, tensor in shards:
@@ -59,134 +58,134 @@ class HostCopy:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-class Writer:
-    """Commits one host copy at a time in the background; all ranks start it for the same saves."""
+class CheckpointWriter:
+    """Writes and commits the host buffers in a thread; all ranks start it for the same saves."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder = folder
         self.ranks = ranks
-        self.copy = HostCopy(ranks.device)
+        self.host_buffers = HostBuffers(ranks.device)
         self.group = dist.new_group(backend="gloo")
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
-        # the last folder that was committed, and when (time.time)
-        self.done: tuple[str, float] | None = None
-        self.broken: Exception | None = None  # a peer is gone, and the ranks could not agree
+        # folder name and time.time() of the last commit
+        self.last_commit: tuple[str, float] | None = None
+        self.collective_error: Exception | None = None  # raised when a peer is gone
 
     @property
-    def busy(self) -> bool:
-        """Whether a save is on its way."""
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
         return self.thread is not None and self.thread.is_alive()
 
-    def start(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
-        """Write the host copy as folder `name`; the first rank calls `committed` afterwards."""
-        assert not self.busy
-        # a daemon, so that a process whose peers are gone can leave
+    def start(self, name: str, state: dict[str, Any], on_commit: Callable[[], None]) -> None:
+        """Write the host buffers as folder `name`; the first rank then calls `on_commit`."""
+        assert not self.is_saving
+        # a daemon, so that a process can exit while a collective waits for a dead peer
         self.thread = threading.Thread(
-            target=self._work, args=(name, state, committed), name="checkpoint-writer", daemon=True
+            target=self._work, args=(name, state, on_commit), name="checkpoint-writer", daemon=True
         )
         self.thread.start()
 
     def wait(self) -> str | None:
-        """Wait for the save; returns why it failed, or None. Raises RuntimeError if a rank died."""
+        """Wait for the save; return its error or None. Raises RuntimeError if a rank died."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.broken is not None:
-            raise RuntimeError("a checkpoint was left behind, for a rank is gone") from self.broken
+        if self.collective_error is not None:
+            raise RuntimeError(
+                "a checkpoint was not committed: a rank is gone"
+            ) from self.collective_error
         return self.error
 
-    def _work(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> None:
+    def _work(self, name: str, state: dict[str, Any], on_commit: Callable[[], None]) -> None:
         try:
-            self.error = self._save(name, state, committed)
+            self.error = self._save(name, state, on_commit)
             if self.error is None:
-                self.done = (name, time.time())
+                self.last_commit = (name, time.time())
         except Exception as error:
-            self.broken = error
+            self.collective_error = error
 
-    def _save(self, name: str, state: dict[str, Any], committed: Callable[[], None]) -> str | None:
-        """Every collective below is reached by every rank, whatever fails on one of them."""
+    def _save(self, name: str, state: dict[str, Any], on_commit: Callable[[], None]) -> str | None:
+        """Save; return the error or None. Every rank reaches every collective, even if it fails."""
         part = self.folder / f"{name}.part"
-        if why := self._agree(self._try(lambda: self._begin(part)) if self.ranks.is_first else 0):
-            return why
+        is_first = self.ranks.is_first
+        code = self._error_code(lambda: self._create(part)) if is_first else 0
+        if error := self._reduce_error(code):
+            return error
         files: Files = {}
-        code = self._try(lambda: files.update(self._write(part)))
-        everyone = self._gather(files)
-        if not (why := self._agree(code)):
-            code = (
-                self._try(lambda: self._commit(part, state, everyone, committed))
-                if self.ranks.is_first
-                else 0
-            )
-            why = self._agree(code)
-        if why and self.ranks.is_first:
-            shutil.rmtree(part, ignore_errors=True)  # what a full disk needs most
-        return why
+        code = self._error_code(lambda: files.update(self._write(part)))
+        all_files = self._gather(files)
+        error = self._reduce_error(code)
+        if not error:
+            code = 0
+            if is_first:
+                code = self._error_code(lambda: self._commit(part, state, all_files, on_commit))
+            error = self._reduce_error(code)
+        if error and is_first:
+            shutil.rmtree(part, ignore_errors=True)  # frees the space on a full disk
+        return error
 
-    def _begin(self, part: Path) -> None:
+    def _create(self, part: Path) -> None:
         for stale in self.folder.glob("*.part"):
             shutil.rmtree(stale)
         part.mkdir(parents=True)
 
     def _write(self, part: Path) -> Files:
-        """This rank's tensors and their index, synced; returns their sizes and SHA-256."""
+        """Write and sync this rank's tensors and their index; return sizes and SHA-256."""
         stem = f"rank-{self.ranks.rank:05d}"
         tensors, index = part / f"{stem}.safetensors", part / f"{stem}.json"
-        save_file({shard.key: self.copy.tensors[shard.key] for shard in self.copy.shards}, tensors)
+        buffers = self.host_buffers
+        save_file({shard.key: buffers.tensors[shard.key] for shard in buffers.shards}, tensors)
         with tensors.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(index, [asdict(shard) for shard in self.copy.shards])
-        return {path.name: entry(path) for path in (tensors, index)}
+        write_json(index, [asdict(shard) for shard in buffers.shards])
+        return {path.name: manifest_entry(path) for path in (tensors, index)}
 
     def _commit(
-        self, part: Path, state: dict[str, Any], files: Files, committed: Callable[[], None]
+        self, part: Path, state: dict[str, Any], files: Files, on_commit: Callable[[], None]
     ) -> None:
-        """Manifest last, then the folder's name; an older folder of that name goes before."""
+        """Write the state and then the manifest, and rename the folder to its final name."""
         write_json(part / STATE, {"format": FORMAT, **state})
-        files = {**files, STATE: entry(part / STATE)}
+        files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})
         sync_folder(part)
         final = part.with_suffix("")
-        if final.exists():  # saved before, and the run went on from an older one
-            remove(final)
+        if final.exists():  # the run was resumed or rolled back to an older checkpoint
+            remove_checkpoint(final)
         part.rename(final)
         sync_folder(self.folder)
-        committed()
+        on_commit()
 
-    def _try(self, action: Callable[[], Any]) -> int:
-        """Errno of what an action raised, 0 when it did not."""
+    def _error_code(self, action: Callable[[], Any]) -> int:
+        """Run an action; return 0, or the errno of its exception."""
         try:
             action()
         except OSError as error:
             logger.warning(f"rank {self.ranks.rank} cannot save: {error}")
             return error.errno or OTHER_ERROR
-        except Exception as error:  # whatever it is, the ranks must still meet
+        except Exception as error:  # this rank must still join the next collective
             logger.warning(f"rank {self.ranks.rank} cannot save: {type(error).__name__}: {error}")
-            found = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors passes one on
-            return int(found[1]) if found else OTHER_ERROR
+            match = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' form of an errno
+            return int(match[1]) if match else OTHER_ERROR
         return 0
 
-    def _agree(self, code: int) -> str | None:
-        """The largest code of all ranks in words."""
-        worst = torch.tensor([code])
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
-        found = int(worst)
-        return (
-            None
-            if found == 0
-            else "see the warning above"
-            if found == OTHER_ERROR
-            else os.strerror(found)
-        )
+    def _reduce_error(self, code: int) -> str | None:
+        """All-reduce the largest error code; return its text, or None if no rank failed."""
+        largest = torch.tensor([code])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        code = int(largest)
+        if code == 0:
+            return None
+        return "see the warning above" if code == OTHER_ERROR else os.strerror(code)
 
     def _gather(self, files: Files) -> Files:
-        """Size and SHA-256 of every rank's files; zeros for those of a rank that failed."""
+        """Gather size and SHA-256 of all ranks' files; zeros for a rank that failed."""
         stem = f"rank-{self.ranks.rank:05d}"
-        none = {"bytes": 0, "sha256": "00" * 32}
-        rows = [files.get(f"{stem}{suffix}", none) for suffix in (".safetensors", ".json")]
-        mine = torch.tensor([[row["bytes"], *bytes.fromhex(row["sha256"])] for row in rows])
-        tables = [torch.empty_like(mine) for _ in range(self.ranks.world_size)]
-        dist.all_gather(tables, mine, group=self.group)
+        missing = {"bytes": 0, "sha256": "00" * 32}
+        rows = [files.get(f"{stem}{suffix}", missing) for suffix in (".safetensors", ".json")]
+        local = torch.tensor([[row["bytes"], *bytes.fromhex(row["sha256"])] for row in rows])
+        tables = [torch.empty_like(local) for _ in range(self.ranks.world_size)]
+        dist.all_gather(tables, local, group=self.group)
         return {
             f"rank-{rank:05d}{suffix}": {"bytes": size, "sha256": bytes(digest).hex()}
             for rank, table in enumerate(tables)
@@ -196,14 +195,14 @@ class Writer:
         }
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """A file's line in a manifest; hashed in one call, which releases the GIL for the loop."""
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file; hashed in one call, which releases the GIL for the loop."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; a kill on the way leaves a `.part`, which nobody takes for one."""
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; if killed midway, it leaves a `.part` folder, which readers ignore."""
     part = folder.with_name(f"{folder.name}.old.part")
     folder.rename(part)
     shutil.rmtree(part)

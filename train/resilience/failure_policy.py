@@ -77,7 +77,7 @@ class FailurePolicy:
                     "the others"
                 )
                 self.watchdog.incidents.log("straggler", text, rank=rank, step=state.step)
-        if rolled_back or stats.save or self.checkpoints.due(before, state.tokens):
+        if rolled_back or stats.save or self.checkpoints.is_due(before, state.tokens):
             self.phases.enter(state.step, "save")
             state.health = self.spike_detector.state()
             waited = self.checkpoints.save(state, self.engine)
@@ -105,8 +105,8 @@ class FailurePolicy:
         since = self.spike_detector.since
         assert since is not None
         self.phases.enter(state.step, "save", LONG_PATIENCE)
-        self.checkpoints.flush()
-        folder = self.checkpoints.find(before=since)
+        self.checkpoints.wait()
+        folder = self.checkpoints.find_latest(max_tokens=since)
         if folder is None:
             return False  # the updates go on being skipped, until there are too many
         old = self.checkpoints.load(folder, self.engine)

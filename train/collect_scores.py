@@ -1,8 +1,7 @@
-"""Take in the scores of evaluation jobs: `python train/collect_scores.py RUN_FOLDER`, with which
-every job ends.
+"""Log the scores of finished evaluation jobs to a run's metrics.jsonl, W&B and TensorBoard.
 
-A run takes them itself while it lives, but those of its last checkpoint come when it is gone. They
-go where the run would have put them: metrics.jsonl, W&B, TensorBoard.
+Every evaluation job ends with this command. A run logs scores itself while it trains, but those of
+its last checkpoint come after it has ended.
 """
 
 import argparse
@@ -26,7 +25,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command."""
     log.set_up()
     parser = argparse.ArgumentParser(
         prog=as_called("python train/collect_scores.py"),
@@ -34,10 +33,10 @@ def main() -> None:
         epilog=as_called(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="of a run")
+    parser.add_argument("folder", type=Path, help="a run's folder")
     try:
         if not collect(parser.parse_args().folder):
-            logger.info("no scores that its records do not have")
+            logger.info("no new scores")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
 

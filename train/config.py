@@ -1,7 +1,6 @@
-"""The whole configuration of a run as dataclasses: types, and the checks between sections.
-Torch-free.
+"""Configuration of a run as dataclasses, with the checks between sections. Torch-free.
 
-The values stand in configs/, each in one place.
+Values are in configs/, each in one place.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from train.resilience.config import HealthConfig
 
 
 class Device(Enum):
-    """Where a rank computes; `auto` is CUDA when there is one."""
+    """Device of a rank; `auto` is CUDA where there is a GPU."""
 
     auto = "auto"
     cpu = "cpu"
@@ -23,14 +22,14 @@ class Device(Enum):
 
 
 class EngineKind(Enum):
-    """Who reduces gradients and updates weights; what each can do stands in train/README.md."""
+    """Library that reduces gradients and updates weights; train/README.md compares them."""
 
     deepspeed = "deepspeed"
     megatron = "megatron"
 
 
 class Precision(Enum):
-    """Type of matrix products; residual, norms, scan, optimizer, DeepSpeed's weights stay fp32."""
+    """Dtype of matmuls; residual, norms, scan, optimizer and DeepSpeed's weights stay fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -38,22 +37,21 @@ class Precision(Enum):
 
 @dataclass
 class Optim:
-    """AdamW and the clipping of its gradient."""
+    """AdamW and gradient clipping."""
 
-    lr: float  # its peak, after the warmup and until the decay
+    lr: float  # the peak, from the end of the warmup to the start of the decay
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # on matrices; the rule by name is model.parameters.decays
+    weight_decay: float  # on the parameters that model.parameters.has_weight_decay names
     clip_norm: float  # of the global gradient
-    # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0 is none
+    # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0: none
     z_loss: float
 
     def __post_init__(self) -> None:
         if self.clip_norm <= 0:
             raise ValueError(
-                f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 switches "
-                "clipping off)"
+                f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 disables clipping)"
             )
         if not (
             0 <= self.beta1 < 1
@@ -67,7 +65,7 @@ class Optim:
 
 
 class DecayShape(Enum):
-    """How the rate falls from optim.lr to min_lr in the last decay_tokens (train/schedule.py)."""
+    """Decay of the rate from optim.lr to min_lr over the last decay_tokens (train/schedule.py)."""
 
     exponential = "exponential"
     linear = "linear"
@@ -102,15 +100,16 @@ class ScheduleConfig:
 
 @dataclass
 class Parallel:
-    """How one step is spread over ranks and memory."""
+    """Layout of ranks, engine, and micro-batch."""
 
     tensor_parallel: int
-    sequence_parallel: bool  # under tensor parallelism, residual and norms cut along the sequence
-    context_parallel: int  # ranks that a sequence is split over
+    # shards residual and norms along the sequence over tensor-parallel ranks
+    sequence_parallel: bool
+    context_parallel: int  # ranks that share a sequence, each with one chunk
     engine: EngineKind
-    # 1 cuts the optimizer's state over replicas, 2 gradients too, 3 parameters too; 0 nothing
+    # 0 shards nothing over replicas, 1 the optimizer's state, 2 also gradients, 3 also parameters
     zero_stage: int
-    # of one forward; sequences per micro-batch follow from the stage's seq_len
+    # tokens of one forward; sequences per micro-batch follow from the stage's seq_len
     micro_batch_tokens: int
     bucket_elements: int
 
@@ -119,11 +118,15 @@ class Parallel:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.engine is EngineKind.megatron and self.zero_stage != 1:
             raise ValueError(
-                "parallel.engine=megatron supports only ZeRO stage 1, and parallel.zero_stage is "
-                f"{self.zero_stage}: set parallel.engine=deepspeed for the other stages"
+                "parallel.engine=megatron supports only ZeRO stage 1, parallel.zero_stage is "
+                f"{self.zero_stage}: set parallel.engine=deepspeed for other stages"
             )
-        sizes = (self.tensor_parallel, self.context_parallel, self.micro_batch_tokens)
-        if min(*sizes, self.bucket_elements) < 1:
+        if (
+            self.tensor_parallel < 1
+            or self.context_parallel < 1
+            or self.micro_batch_tokens < 1
+            or self.bucket_elements < 1
+        ):
             raise ValueError(
                 "parallel.tensor_parallel, context_parallel, micro_batch_tokens and "
                 "bucket_elements must be at least 1"
@@ -132,34 +135,34 @@ class Parallel:
 
 @dataclass
 class Compute:
-    """How one rank computes a step."""
+    """Precision, recompute and kernels of a rank."""
 
     precision: Precision
     recompute: Recompute
     kernels: Backend
-    compile: bool  # blocks by torch.compile, around the kernels
+    compile: bool  # torch.compile of every block, around the kernels
 
     def check_compile(self, parallel: Parallel) -> None:
-        """Raise ValueError where torch.compile would meet collectives inside a block."""
-        cut = parallel.tensor_parallel > 1 or parallel.context_parallel > 1
-        if self.compile and (cut or parallel.zero_stage == 3):
+        """Raise ValueError where blocks have collectives, which torch.compile cannot take."""
+        is_parallel = parallel.tensor_parallel > 1 or parallel.context_parallel > 1
+        if self.compile and (is_parallel or parallel.zero_stage == 3):
             raise ValueError(
-                "compute.compile takes whole blocks, without collectives inside: "
-                "parallel.tensor_parallel and context_parallel must be 1, and zero_stage below 3"
+                "compute.compile needs blocks without collectives: set parallel.tensor_parallel "
+                "and context_parallel to 1, and zero_stage below 3"
             )
 
 
 @dataclass
 class CheckpointConfig:
-    """When the training state is saved, and which states are kept."""
+    """When checkpoints are saved, and which are kept."""
 
     every_tokens: int
     keep_last: int
-    # keeps the first one past each multiple for good; None keeps none
+    # keep the first one past each multiple forever; None keeps none
     keep_every_tokens: int | None
     keep_stage_ends: bool
-    retry_seconds: float  # pause after a save that failed; doubles with each further one
-    max_failures: int  # saves in a row that failed, after which the run stops
+    retry_seconds: float  # pause after a failed save; doubles with every further failure
+    max_failures: int  # failed saves in a row that stop the run
 
     def __post_init__(self) -> None:
         if min(self.every_tokens, self.keep_last, self.max_failures) < 1 or self.retry_seconds < 0:
@@ -169,30 +172,30 @@ class CheckpointConfig:
             )
         if self.keep_every_tokens is not None and self.keep_every_tokens < self.every_tokens:
             raise ValueError(
-                "checkpoint.keep_every_tokens must not be below checkpoint.every_tokens; null "
-                "keeps none"
+                "checkpoint.keep_every_tokens must not be below checkpoint.every_tokens (null "
+                "keeps none)"
             )
 
 
 @dataclass
 class MetricsConfig:
-    """Where numbers go besides metrics.jsonl."""
+    """Outputs of metrics besides metrics.jsonl."""
 
-    wandb_project: str | None  # None writes no W&B run
-    tensorboard: bool  # into the run's folder; needs the package of that name
-    console_seconds: float  # a plain console shows a line at most this often
+    wandb_project: str | None  # None: no W&B run
+    tensorboard: bool  # into the run's folder; needs the package tensorboard
+    console_seconds: float  # minimum time between lines of a plain console
     trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
 
 
 @dataclass
 class ProfileConfig:
-    """Profile a few steps: a table of time by phase, a trace for Perfetto or chrome://tracing."""
+    """Profile of a few steps: a table by phase, a trace for Perfetto or chrome://tracing."""
 
-    steps: int  # that are traced; 0 looks at none
-    after_steps: int  # steps of this start that come before
-    # between these and the traced ones: the table's, for a trace slows what it sees
+    steps: int  # traced; 0 profiles none
+    after_steps: int  # of this start, before the profile
+    # for the table, before the traced ones, since tracing slows a step
     timed_steps: int
-    ranks: list[int]  # that are looked at
+    ranks: list[int]  # profiled
 
     def __post_init__(self) -> None:
         if min(self.steps, self.after_steps, self.timed_steps, *self.ranks, 0) < 0:
@@ -200,25 +203,27 @@ class ProfileConfig:
                 "train.profile.steps, after_steps, timed_steps and ranks must not be negative"
             )
         if self.steps and not self.ranks:
-            raise ValueError("train.profile.ranks is empty: train.profile.steps=0 looks at no step")
+            raise ValueError(
+                "train.profile.ranks is empty: name ranks, or set train.profile.steps=0"
+            )
 
 
 @dataclass
 class Train:
-    """What the loop does besides training."""
+    """Options of the training loop."""
 
     profile: ProfileConfig
 
 
 @dataclass
 class Cluster:
-    """The machines a run is planned for; at run time the launcher's ranks count."""
+    """Machines that a run is planned for; a started run has the launcher's ranks."""
 
     device: Device
     nodes: int
     ranks_per_node: int
-    memory_gib: float | None  # of one rank's device; None asks the machine
-    # of it, that a run leaves to CUDA, NCCL and gaps of the allocator; none on a CPU
+    memory_gib: float | None  # of one rank's device; None: measured
+    # part of it that is reserved for CUDA, NCCL and fragmentation; none on a CPU
     headroom_gib: float
     # dense, of one rank, in the run's precision; None measures a matrix product
     peak_tflops: float | None
@@ -226,7 +231,7 @@ class Cluster:
 
 @dataclass
 class RunConfig:
-    """One run."""
+    """Configuration of a run."""
 
     run: Run
     model: ModelConfig
@@ -247,8 +252,8 @@ class RunConfig:
         tokens = self.tokens
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(
-                f"schedule.min_lr {self.schedule.min_lr:g}, where the decay ends, exceeds the "
-                f"peak optim.lr {self.optim.lr:g}: lower one or raise the other"
+                f"schedule.min_lr {self.schedule.min_lr:g} exceeds the peak optim.lr "
+                f"{self.optim.lr:g}: lower schedule.min_lr or raise optim.lr"
             )
         if self.schedule.decay_tokens > tokens:
             raise ValueError(
@@ -263,40 +268,41 @@ class RunConfig:
         self.compute.check_compile(self.parallel)
         self.model.check_tensor_parallel(self.parallel.tensor_parallel)
         for stage in self.data.stages:
-            piece, rest = divmod(stage.seq_len, self.parallel.context_parallel)
-            if rest or piece < self.model.d_conv - 1:
+            chunk, remainder = divmod(stage.seq_len, self.parallel.context_parallel)
+            if remainder or chunk < self.model.d_conv - 1:
                 raise ValueError(
                     f"parallel.context_parallel {self.parallel.context_parallel} cannot split "
-                    f"the {stage.seq_len} tokens of a sequence of stage {stage.name}: it must "
-                    f"divide them and leave each rank at least {self.model.d_conv - 1}"
+                    f"stage {stage.name}'s sequences of {stage.seq_len} tokens: it must divide "
+                    f"them into chunks of at least {self.model.d_conv - 1}"
                 )
         if self.parallel.sequence_parallel:
             self._check_sequence_parallel()
-        longest = max(stage.seq_len for stage in self.data.stages)
-        if self.parallel.micro_batch_tokens < longest:
+        max_seq_len = max(stage.seq_len for stage in self.data.stages)
+        if self.parallel.micro_batch_tokens < max_seq_len:
             raise ValueError(
-                f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} does not hold "
-                f"one sequence of the longest stage ({longest} tokens)"
+                f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} is below the "
+                f"longest sequence ({max_seq_len} tokens): raise it"
             )
 
     def _check_sequence_parallel(self) -> None:
-        tp = self.parallel.tensor_parallel
-        if tp == 1:
+        tp_size = self.parallel.tensor_parallel
+        if tp_size == 1:
             raise ValueError(
-                "parallel.sequence_parallel cuts over tensor-parallel ranks: set "
-                "parallel.tensor_parallel"
+                "parallel.sequence_parallel shards over tensor-parallel ranks: set "
+                "parallel.tensor_parallel above 1"
             )
-        pieces = {
+        lengths = {
             f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages
         }
-        for what, length in {**pieces, "validation": self.validation.seq_len}.items():
-            if length % tp:
+        lengths["validation"] = self.validation.seq_len
+        for name, length in lengths.items():
+            if length % tp_size:
                 raise ValueError(
-                    f"parallel.sequence_parallel: {tp} tensor-parallel ranks do not divide the "
-                    f"{length} tokens of a sequence of {what}"
+                    f"parallel.sequence_parallel: {tp_size} tensor-parallel ranks do not divide "
+                    f"the {length} tokens of a sequence of {name}"
                 )
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run: every stage in whole blocks."""
+        """Tokens of the run: whole blocks of every stage."""
         return sum(self.data.tokens_of(stage) for stage in self.data.stages)

@@ -1,4 +1,4 @@
-"""Runs in pictures: curves.png of each, and one page of all, which needs no network."""
+"""Draw curves.png of runs, and one HTML page of all of them that needs no network."""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command."""
     log.set_up()
     parser = argparse.ArgumentParser(
         prog=as_called("python train/report.py"),
@@ -31,18 +31,19 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")
     parser.add_argument(
-        "--output", type=Path, help="of the page; report.html in the first run's folder otherwise"
+        "--output",
+        type=Path,
+        help="file of the page; default: report.html in the first run's folder",
     )
-    given = parser.parse_args()
-    folders = [folder for folder in given.runs if RunFiles(folder).metrics.is_file()]
+    args = parser.parse_args()
+    folders = [folder for folder in args.runs if RunFiles(folder).metrics.is_file()]
     if not folders:
         parser.error(
-            f"no metrics.jsonl in {', '.join(map(str, given.runs))}; name folders of runs that "
-            "have begun"
+            f"no metrics.jsonl in {', '.join(map(str, args.runs))}: give folders of started runs"
         )
     for folder in folders:
         print(draw(folder))
-    print(page(folders, given.output or RunFiles(folders[0]).report))
+    print(page(folders, args.output or RunFiles(folders[0]).report))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_step_at_full_width(
         ),
         (
             ("parallel.context_parallel=3",),
-            "cannot split the 2048 tokens",
+            "sequences of 2048 tokens",
             "parallel.context_parallel=4",
         ),
         (
@@ -148,7 +148,7 @@ def test_a_step_at_full_width(
         ),
         (
             ("parallel.micro_batch_tokens=4096",),
-            "does not hold one sequence",
+            "is below the longest sequence",
             "parallel.micro_batch_tokens=8192",
         ),
     ],

@@ -75,7 +75,7 @@ def test_a_script_says_what_the_config_says(tmp_path: Path) -> None:
         (["slurm.time=soon"], "write DAYS-HOURS"),
         (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
         (["schedule.min_lr=1"], "exceeds the peak optim.lr"),
-        (["parallel.micro_batch_tokens=1"], "does not hold one sequence"),
+        (["parallel.micro_batch_tokens=1"], "is below the longest sequence"),
         (["compute.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit: "),
     ],
 )

@@ -20,7 +20,7 @@ from model.mamba import FalconMamba
 from tests.commands import PATIENCE, forked
 from tests.compose import run_config
 from train.build import announce
-from train.checkpoint.manager import State
+from train.checkpoint.manager import TrainState
 from train.config import EngineKind
 from train.costs.memory import check_memory, estimate_memory
 from train.device import check_device
@@ -94,7 +94,7 @@ def test_token_counts_may_be_written_with_an_exponent() -> None:
         (["schedule.min_lr=1"], "exceeds the peak optim.lr 0.004"),
         (["schedule.decay_tokens=10000000000"], "exceeds the stages"),
         (["parallel.tensor_parallel=3"], "does not divide"),
-        (["parallel.micro_batch_tokens=100"], "does not hold one sequence"),
+        (["parallel.micro_batch_tokens=100"], "is below the longest sequence"),
         (["data.tokenizer.vocab_size=8192"], "exceeds model.vocab_size"),
         (["data.block_tokens=300"], "does not divide data.block_tokens"),
         (["parallel.zero_stage=7"], "zero_stage"),
@@ -176,7 +176,7 @@ def test_a_gpu_run_on_slow_kernels_says_why(capsys: pytest.CaptureFixture[str]) 
     with mock.patch.object(
         cuda, "unavailable_reason", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"
     ):
-        announce(config, plan, REFERENCE, ranks, State(0, 0, 0, "", {}))
+        announce(config, plan, REFERENCE, ranks, TrainState(0, 0, 0, "", {}))
     lines = capsys.readouterr().out.splitlines()
     assert "warning: the reference kernels are far too slow for a GPU run" in lines
     assert "faster kernels are not used: cuda: no cuda-core: pip install 'cuda-core[cu13]'" in lines

@@ -1,6 +1,4 @@
-"""Checkpoints: committed at once or not at all, in the background, verified, kept by rule, and
-never executed.
-"""
+"""Checkpoints: atomic commit, background writes, verification, retention, and no code execution."""
 
 import errno
 import os
@@ -22,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import train.checkpoint.writer as commit
+import train.checkpoint.writer as writer_module
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import newest
@@ -46,12 +44,12 @@ KEEP = CheckpointConfig(100, 2, None, False, retry_seconds=0.0, max_failures=3)
 STATE = TrainState(100, 1, 1, "plan", {"d_model": 4})
 
 
-class Stub:
-    """An engine with nothing but state: `count` tensors of `size` elements."""
+class StubEngine:
+    """An engine with only state: `count` tensors of `size` elements."""
 
     def __init__(self, count: int = 3, size: int = 1000) -> None:
-        random_ = torch.Generator().manual_seed(count)
-        self.tensors = {f"layer.{i}": torch.randn(size, generator=random_) for i in range(count)}
+        generator = torch.Generator().manual_seed(count)
+        self.tensors = {f"layer.{i}": torch.randn(size, generator=generator) for i in range(count)}
         self.updates = -1
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -75,38 +73,35 @@ class Stub:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with init_distributed("cpu", 1) as alone:
-        yield alone
+    with init_distributed("cpu", 1) as one_rank:
+        yield one_rank
 
 
-def saved(
+def save_steps(
     folder: Path,
     ranks: Ranks,
     steps: int = 1,
     config: CheckpointConfig = KEEP,
     stage_ends: tuple[int, ...] = (),
-) -> Stub:
-    """Checkpoints of steps 1, 2, ... with 100 tokens each."""
-    engine = Stub()
+) -> StubEngine:
+    """Save checkpoints of steps 1, 2, ... with 100 tokens each."""
+    engine = StubEngine()
     checkpoints = CheckpointManager(folder, config, ranks, frozenset(stage_ends))
     for step in range(1, steps + 1):
         checkpoints.save_and_wait(replace(STATE, step=step, tokens=100 * step), engine)
     return engine
 
 
-def names(folder: Path) -> list[int]:
-    """Steps of the checkpoints that are there."""
+def steps_in(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in newest(folder)]
 
 
-@pytest.mark.fault("the cost of a save", "the loop waits for the copy to host memory alone")
+@pytest.mark.fault("the cost of a save", "the loop waits only for the copy to host memory")
 def test_the_loop_waits_for_the_copy_only(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
-    """The loop goes on before a byte is written, and its share of a save's processor time is the
-    copy's.
-    """
-    engine, gate, write = Stub(count=24, size=2_000_000), Event(), CheckpointWriter._write
+    """save() returns before a byte is written and takes at most 10 % of the save's CPU time."""
+    engine, gate, write = StubEngine(count=24, size=2_000_000), Event(), CheckpointWriter._write
     monkeypatch.setattr(
         CheckpointWriter, "_write", lambda self, part: (gate.wait(), write(self, part))[1]
     )
@@ -114,25 +109,27 @@ def test_the_loop_waits_for_the_copy_only(
     shares, waits = [], []
     for step in range(1, 5):
         gate.clear()
-        begun, whole, own = time.monotonic(), time.process_time(), time.thread_time()
-        waited = checkpoints.save(replace(STATE, step=step), engine)
-        own = time.thread_time() - own
-        assert checkpoints.writer.is_saving and names(tmp_path)[:1] == [step - 1][: step - 1]
+        started_at = time.monotonic()
+        process_started_at = time.process_time()
+        thread_started_at = time.thread_time()
+        wait_seconds = checkpoints.save(replace(STATE, step=step), engine)
+        thread_seconds = time.thread_time() - thread_started_at
+        assert checkpoints.writer.is_saving and steps_in(tmp_path)[:1] == [step - 1][: step - 1]
         gate.set()
         checkpoints.wait()
-        shares.append(own / (time.process_time() - whole))
-        waits.append(waited / (time.monotonic() - begun))
+        shares.append(thread_seconds / (time.process_time() - process_started_at))
+        waits.append(wait_seconds / (time.monotonic() - started_at))
     measured(f"{min(waits[1:]):.1%} of the synchronous time (192 MB)")
     assert min(shares[1:]) <= 0.10  # the first one allocates the host buffers
 
 
-def test_what_changes_after_the_copy_is_not_saved(
+def test_changes_after_the_copy_are_not_saved(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Stub()
+    engine = StubEngine()
     before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
-    real, updated = commit.save_file, Event()
-    monkeypatch.setattr(commit, "save_file", lambda *a: (updated.wait(), real(*a)))
+    save_file, updated = writer_module.save_file, Event()
+    monkeypatch.setattr(writer_module, "save_file", lambda *a: (updated.wait(), save_file(*a)))
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     checkpoints.save(STATE, engine)
     for tensor in engine.tensors.values():
@@ -146,17 +143,14 @@ def test_what_changes_after_the_copy_is_not_saved(
     )
 
 
-def test_kept_are_the_last_the_stage_ends_and_one_of_every_so_many(
-    tmp_path: Path, ranks: Ranks
-) -> None:
+def test_retention_keeps_the_last_stage_ends_and_multiples(tmp_path: Path, ranks: Ranks) -> None:
     config = CheckpointConfig(100, 2, 400, True, 0.0, 3)
-    saved(tmp_path, ranks, steps=14, config=config, stage_ends=(700, 1400))
-    # 4, 8 and 12 are the first past each multiple of 400 tokens; 7 and 14 end stages; 13 and 14 are
-    # the last
-    assert names(tmp_path) == [14, 13, 12, 8, 7, 4]
+    save_steps(tmp_path, ranks, steps=14, config=config, stage_ends=(700, 1400))
+    # 4, 8, 12: the first past each multiple of 400 tokens; 7, 14: stage ends; 13, 14: the last
+    assert steps_in(tmp_path) == [14, 13, 12, 8, 7, 4]
 
 
-def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_save_is_due_at_multiples_and_stage_ends(tmp_path: Path, ranks: Ranks) -> None:
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset({250}))
     due = [tokens for tokens in range(10, 400, 10) if checkpoints.is_due(tokens - 10, tokens)]
     assert due == [100, 200, 250, 300]
@@ -164,7 +158,7 @@ def test_a_step_that_was_saved_is_due_at_multiples_and_edges(tmp_path: Path, ran
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """Mount a file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -176,13 +170,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.fault(
-    "disk full while saving", "the partial write is removed, the run goes on and tries again"
+    "disk full while saving", "the partial write is removed, the run continues and tries again"
 )
 def test_a_full_disk_costs_a_save_and_nothing_else(
     small_disk: Path, ranks: Ranks, capsys: Any, measured: Any
 ) -> None:
     folder = small_disk / "checkpoints"
-    engine = Stub(count=10, size=16_000)  # 640 kB: two do not fit
+    engine = StubEngine(count=10, size=16_000)  # 640 kB: two do not fit
     checkpoints = CheckpointManager(folder, KEEP, ranks, frozenset())
     checkpoints.save_and_wait(STATE, engine)
     free = shutil.disk_usage(small_disk).free
@@ -190,7 +184,7 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
     while checkpoints.writer.is_saving:
         time.sleep(0.01)
     assert checkpoints.retry_due
-    assert names(folder) == [1] and verify_checkpoint(folder / "step-00000001") is None
+    assert steps_in(folder) == [1] and verify_checkpoint(folder / "step-00000001") is None
     assert shutil.disk_usage(small_disk).free == free and not list(folder.glob("*.part"))
     measured("free space as before, old checkpoint verifies")
     with pytest.raises(
@@ -198,17 +192,17 @@ def test_a_full_disk_costs_a_save_and_nothing_else(
     ):
         checkpoints.save_and_wait(replace(STATE, step=2), engine)
     assert "No space left on device; older ones are unchanged" in capsys.readouterr().out
-    shutil.rmtree(folder)  # somebody makes room
+    shutil.rmtree(folder)  # free space
     again = CheckpointManager(folder, KEEP, ranks, frozenset())
     again.save_and_wait(replace(STATE, step=2), engine)
-    assert names(folder) == [2]
+    assert steps_in(folder) == [2]
 
 
-def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing yet, on its way, done, failed with the one before; and what a restart found."""
+def test_status(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a save, during it, after it, after a failed one, and after a restart."""
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     assert checkpoints.status() == "no checkpoint yet"
-    engine, gate, write = Stub(), Event(), CheckpointWriter._write
+    engine, gate, write = StubEngine(), Event(), CheckpointWriter._write
     monkeypatch.setattr(
         CheckpointWriter, "_write", lambda self, part: (gate.wait(), write(self, part))[1]
     )
@@ -224,8 +218,8 @@ def test_how_the_saves_stand(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.M
     monkeypatch.setattr(CheckpointWriter, "_write", full)
     checkpoints.save(replace(STATE, step=2), engine)
     assert not checkpoints.wait()
-    said = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
-    assert re.fullmatch(said, checkpoints.status())
+    expected = r"saved step-00000001 \d+ s ago, save of step 2 failed: No space left on device"
+    assert re.fullmatch(expected, checkpoints.status())
     again = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     os.utime(tmp_path / "step-00000001" / "manifest.json", (time.time() - 7300,) * 2)
     again.load(tmp_path / "step-00000001", engine)
@@ -237,12 +231,12 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(commit, "save_file", _io_error)
+    monkeypatch.setattr(writer_module, "save_file", _io_error)
     checkpoints = CheckpointManager(
         tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), ranks, frozenset()
     )
     for pause in (10, 20, 40):
-        checkpoints.save(STATE, Stub())
+        checkpoints.save(STATE, StubEngine())
         checkpoints.writer.thread.join()  # type: ignore[union-attr]
         assert not checkpoints.retry_due
         clock[0] += pause - 1
@@ -255,52 +249,52 @@ def _io_error(*arguments: Any) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.fault("bit rot in a checkpoint", "named, put aside, and the one before is taken")
-def test_every_flipped_bit_is_seen(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
-    saved(tmp_path, ranks, steps=2)
+@pytest.mark.fault("bit rot in a checkpoint", "named, renamed, and the one before is loaded")
+def test_every_flipped_bit_is_detected(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
+    save_steps(tmp_path, ranks, steps=2)
     best = next(newest(tmp_path))
-    chance, flips = random.Random(0), 0
+    rng = random.Random(0)
+    flips = 0
     for path in sorted(best.iterdir()):
         data = path.read_bytes()
         for _ in range(100):
-            spoiled = bytearray(data)
-            spoiled[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-            path.write_bytes(spoiled)
-            assert _unseen(best) is None, f"{path.name} was not seen"
+            damaged = bytearray(data)
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            assert not _loads_wrong_data(best), f"{path.name}: flip not detected"
             flips += 1
         path.write_bytes(data)
-    measured(f"{flips} of {flips} flips seen")
+    measured(f"{flips} of {flips} flips detected")
     assert newest_valid(tmp_path)[0] == best
 
 
-def _unseen(folder: Path) -> str | None:
-    """What a damaged checkpoint would be loaded as, or None when it is refused.
+def _loads_wrong_data(folder: Path) -> bool:
+    """Whether a damaged checkpoint verifies although its files differ from the manifest.
 
-    A manifest may change in a place that means nothing, such as white space; then all it protects
-    is still verified.
+    A flip in the manifest's white space changes nothing, so the checkpoint may verify.
     """
     if verify_checkpoint(folder) is not None:
-        return None
-    whole = {
+        return False
+    actual = {
         path.name: sha256_of(path) for path in folder.iterdir() if path.name != "manifest.json"
     }
     listed = {name: digest for name, (_, digest) in read_manifest(folder).items()}
-    return None if whole == listed else "wrong"
+    return actual != listed
 
 
 def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
-    """A second save, killed at its n-th point or when its file reaches a size."""
+    """Save step 2, killed at its n-th injection point or when a file reaches a size."""
     with init_distributed("cpu", 1) as ranks:
         injector = Injector(
             [] if point is None else [Fault("kill in save", 0, 0, point)], folder / "faults", 0
         )
         injector.now = 0
         if offset is not None:
-            # Python ignores it; the kernel's own kill is wanted
+            # Python ignores the signal, the default is a kill
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (offset, offset))
-        engine = Stub(count=4)
+        engine = StubEngine(count=4)
         for tensor in engine.tensors.values():
             tensor.add_(1)
         CheckpointManager(folder / "checkpoints", KEEP, ranks, frozenset()).save_and_wait(
@@ -310,36 +304,40 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "kill -9 while a checkpoint is written", "the old one stays, or the new one is whole"
+    "kill -9 while a checkpoint is written", "the old one stays, or the new one is complete"
 )
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
+def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint(
     tmp_path: Path, ranks: Ranks, measured: Any
 ) -> None:
     points = [(point, None) for point in range(1, 19)]
     offsets = [(None, offset) for offset in range(0, 16_000, 777)]
     old = new = 0
     for number, (point, offset) in enumerate(points + offsets):
-        home = tmp_path / str(number)
-        saved(home / "checkpoints", ranks)
-        process = CONTEXT.Process(target=_save_and_die, args=(home, point, offset))
+        folder = tmp_path / str(number)
+        save_steps(folder / "checkpoints", ranks)
+        process = CONTEXT.Process(target=_save_and_die, args=(folder, point, offset))
         process.start()
         process.join()
-        best, faults = newest_valid(home / "checkpoints")
+        best, faults = newest_valid(folder / "checkpoints")
         assert faults == {} and best is not None
-        expected = Stub(count=4 if best.name.endswith("2") else 3)
-        old, new = old + best.name.endswith("1"), new + best.name.endswith("2")
-        if best.name.endswith("1"):
+        is_new = best.name.endswith("2")
+        expected = StubEngine(count=4 if is_new else 3)
+        if is_new:
+            new += 1
+        else:
+            old += 1
+            assert best.name.endswith("1")
             assert process.exitcode in (-signal.SIGKILL, -signal.SIGXFSZ)
-        shift = 1 if best.name.endswith("2") else 0
+        shift = 1 if is_new else 0
         reader = CheckpointReader(best)
         for name, tensor in expected.tensors.items():
             assert torch.equal(reader.read_range("param", name, 0, 1, 0, 1000), tensor + shift)
-    measured(f"{old + new} kills: {old} times the old one, {new} times the new one, never another")
+    measured(f"{old + new} kills: {old} times the old one, {new} times the new one")
     assert old >= 20 and new >= 1
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -348,41 +346,41 @@ class Bomb:
         return (Path.touch, (self.canary,))
 
 
-@pytest.mark.fault("a checkpoint made by somebody else", "refused, and nothing of it is executed")
+@pytest.mark.fault("a checkpoint made by somebody else", "refused, and nothing is executed")
 @pytest.mark.parametrize(
     "name", ["rank-00000.safetensors", "rank-00000.json", "state.json", "manifest.json"]
 )
 def test_a_pickle_in_place_of_any_file_does_nothing(
     tmp_path: Path, ranks: Ranks, name: str, measured: Any
 ) -> None:
-    saved(tmp_path / "c", ranks)
+    save_steps(tmp_path / "c", ranks)
     folder, canary = next(newest(tmp_path / "c")), tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
-    if name != "manifest.json":  # whoever writes the file writes its hash too
+    if name != "manifest.json":  # with a matching hash
         files = {
-            path.name: commit.manifest_entry(path)
+            path.name: writer_module.manifest_entry(path)
             for path in folder.iterdir()
             if path.name != "manifest.json"
         }
-        commit.write_json(folder / "manifest.json", {"files": files})
+        writer_module.write_json(folder / "manifest.json", {"files": files})
     checkpoints = CheckpointManager(tmp_path / "c", KEEP, ranks, frozenset())
     try:
-        found = checkpoints.find_latest()
-        if found is not None:
+        checkpoint = checkpoints.find_latest()
+        if checkpoint is not None:
             with pytest.raises(InputError, match="no checkpoint of this code"):
-                checkpoints.load(found, Stub())
+                checkpoints.load(checkpoint, StubEngine())
     finally:
         assert not canary.exists()
     measured("no effect")
 
 
-def test_a_pickle_would_have_had_an_effect(tmp_path: Path) -> None:
+def test_the_pickle_has_an_effect_if_loaded(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "canary")))
     assert (tmp_path / "canary").exists()
 
 
-def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, ranks: Ranks, capsys: Any) -> None:
-    engine = saved(tmp_path / "run" / "checkpoints", ranks, steps=2)
+def test_ls_verify_and_diff(tmp_path: Path, ranks: Ranks, capsys: Any) -> None:
+    engine = save_steps(tmp_path / "run" / "checkpoints", ranks, steps=2)
     run = str(tmp_path / "run")
     assert inspect(["ls", run]) == 0
     assert "step-00000002" in capsys.readouterr().out
@@ -404,8 +402,8 @@ def test_ls_verify_and_diff_tell_what_is_there(tmp_path: Path, ranks: Ranks, cap
     assert inspect(["ls", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_command_line_reaches_it(tmp_path: Path, ranks: Ranks) -> None:
-    saved(tmp_path, ranks)
+def test_verify_on_the_command_line(tmp_path: Path, ranks: Ranks) -> None:
+    save_steps(tmp_path, ranks)
     done = python("train/checkpoints.py", "verify", tmp_path)
     assert (
         done.returncode == 0 and "step-00000001: every file matches the manifest" in done.stdout

@@ -20,7 +20,7 @@ from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
 from model.hf import HfFolder
 from tests.distributed import run_ranks
 from tests.small import config, evaluation
-from tests.train.world import curve, engine, megatron, records, train
+from tests.train.world import curve, records, train, with_megatron, with_zero_stage
 from train.config import RunConfig
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -38,7 +38,11 @@ def of_layout(root: Path, name: str) -> RunConfig:
         context_parallel=2 if "cp2" in name else 1,
     )
     run = replace(run, data=replace(run.data, folder=str(FIXTURES / "corpus")))
-    return megatron(run) if name == "megatron-dp2" else engine(run, ZERO_STAGES.get(name, 1))
+    return (
+        with_megatron(run)
+        if name == "megatron-dp2"
+        else with_zero_stage(run, ZERO_STAGES.get(name, 1))
+    )
 
 
 @pytest.fixture(scope="module")

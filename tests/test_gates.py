@@ -12,7 +12,7 @@ ROOMS = {
     "parity with transformers": "tests/model/test_mamba.py::test_equals_transformers",
     "kernels": "tests/model/test_kernels.py::test_cpu_in_fp32",
     "tensor parallelism of 2": "tests/train/test_world.py::test_two_ranks_equal_one",
-    "ZeRO 0, 2 and 3": "tests/train/test_world.py::test_another_layout_or_engine_goes_on_from_a_"
+    "ZeRO 0, 2 and 3": "tests/train/test_world.py::test_another_layout_or_engine_resumes_from_a_"
     "checkpoint",
     "kill and resume": "tests/train/test_faults.py::test_a_short_soak_ends_bit_for_bit_as_a_clean_"
     "run",

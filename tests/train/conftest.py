@@ -1,4 +1,4 @@
-"""What several files of these tests compare."""
+"""Fixtures shared by the tests of training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.train.world import run_all
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs of tests/train/world.py."""
+    """Train all runs of tests/train/world.py; return their folder."""
     folder = tmp_path_factory.mktemp("world")
     run_all(folder)
     return folder

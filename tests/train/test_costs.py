@@ -1,8 +1,8 @@
-"""The plan's memory against what torch's allocator hands out on a CPU while real steps run.
+"""Estimated memory against what torch's allocator hands out on a CPU during real steps.
 
-Not seen here: what kernels, products and collectives take on a GPU beside their results, and AdamW
-there. Ranks are one of two that are not there (launch/simulation/dry_run.py): what gloo's threads
-free, torch's profiler does not see.
+Not covered: workspaces of kernels, matmuls and collectives on a GPU, and AdamW there. The second of
+two ranks is simulated (launch/simulation/dry_run.py), since torch's profiler does not see what
+gloo's threads free.
 """
 
 import platform
@@ -34,9 +34,9 @@ from train.costs.memory import estimate_memory, megatron_state_bytes
 from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
-# the loss holds most
+# the peak is in the loss
 WIDE = {"d_model": 48, "n_layer": 6, "d_inner": 96, "dt_rank": 3, "vocab_size": 4096}
-# one layer does
+# the peak is in a layer
 DEEP = {"d_model": 256, "n_layer": 3, "d_inner": 512, "dt_rank": 16, "vocab_size": 4096}
 SHAPES = {"wide": WIDE, "deep": DEEP}
 TOKENS = 2048  # of a rank's micro-batch
@@ -67,7 +67,7 @@ CASES = [
 ]
 
 
-def planned(
+def case_config(
     shape: str, layout: str, recompute: Recompute, bucket: int, precision: Precision
 ) -> RunConfig:
     run = demo(recompute)
@@ -76,8 +76,8 @@ def planned(
     return replace(run, model=replace(run.model, **SHAPES[shape]))
 
 
-class Bare:
-    """Kernels that allocate their results alone, of zeros."""
+class ResultOnlyKernels:
+    """Kernels that allocate only their results, filled with zeros."""
 
     empty_chunk_states = staticmethod(cpu.empty_chunk_states)
 
@@ -121,8 +121,8 @@ class Bare:
         pass
 
 
-class BareProducts(TorchDispatchMode):
-    """Products in bf16 and sums of two types allocate their results alone, as on a GPU."""
+class ResultOnlyMatmuls(TorchDispatchMode):
+    """Matmuls in bf16 and sums of two dtypes allocate only their results, as on a GPU."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -141,36 +141,44 @@ def zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
-BARE = register(Bare, "bare", "cpu")
+RESULT_ONLY = register(ResultOnlyKernels, "result_only", "cpu")
 
 
-def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
-    """The most that a rank holds in a step of two micro-batches, from an empty process's memory on.
+def peak_bytes(run: RunConfig, world_size: int, kernels: Kernels) -> int:
+    """Peak memory of a rank over a step of two micro-batches, model and engine included.
 
-    In two steps with ZeRO-3, which learns in the first what to gather ahead.
+    Two steps with ZeRO-3, which learns the module order in the first.
     """
     p = run.parallel
     shim = cuda_on_cpu if p.engine is EngineKind.megatron else nullcontext
-    agree = skip_order_check if p.zero_stage == 3 else nullcontext
-    length = min(stage.seq_len for stage in run.data.stages)
-    shape = (p.micro_batch_tokens // length, length // p.context_parallel)
+    order_check = skip_order_check if p.zero_stage == 3 else nullcontext
+    seq_len = min(stage.seq_len for stage in run.data.stages)
+    shape = (p.micro_batch_tokens // seq_len, seq_len // p.context_parallel)
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    products = BareProducts if kernels is BARE else nullcontext
-    with fake_world(run, world) as ranks, shim(), agree(), products(), recording as recorded:
-        where = {
-            "tp_rank": ranks.tp_rank,
-            "tp_size": ranks.tp_size,
-            "sequence_parallel": p.sequence_parallel,
-        }
+    matmuls = ResultOnlyMatmuls if kernels is RESULT_ONLY else nullcontext
+    with (
+        fake_world(run, world_size) as ranks,
+        shim(),
+        order_check(),
+        matmuls(),
+        recording as recorded,
+    ):
         model = build_model(
-            run.model, kernels, 0, ranks.device, recompute=run.compute.recompute, **where
-        )  # type: ignore[arg-type]
+            run.model,
+            kernels,
+            0,
+            ranks.device,
+            tp_rank=ranks.tp_rank,
+            tp_size=ranks.tp_size,
+            sequence_parallel=p.sequence_parallel,
+            recompute=run.compute.recompute,
+        )
         model.set_context(context_ranks() if ranks.cp_size > 1 else None)
         engine = build_engine(model, run.optim, p, run.compute.precision, ranks)
         for index in range(4 if p.zero_stage == 3 else 2):
             ids = torch.randint(run.model.vocab_size, shape)
-            narrow = run.compute.precision is Precision.bf16
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow, cache_enabled=False):
+            is_bf16 = run.compute.precision is Precision.bf16
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16, cache_enabled=False):
                 loss = model(ids, ids)[0].mean()
             engine.backward(loss, last=index % 2 == 1)
             if index % 2 == 1:
@@ -179,44 +187,41 @@ def peak(run: RunConfig, world: int, kernels: Kernels) -> int:
     return largest_sum(recorded)
 
 
-def name_of(case: Any) -> str:
+def case_name(case: Any) -> str:
     return str(getattr(case, "value", case))
 
 
-@pytest.mark.parametrize(("shape", "layout", "recompute", "bucket"), CASES, ids=name_of)
-def test_peak_memory_is_the_plans_within_five_percent(
+@pytest.mark.parametrize(("shape", "layout", "recompute", "bucket"), CASES, ids=case_name)
+def test_peak_memory_is_within_five_percent_of_the_estimate(
     shape: str, layout: str, recompute: Recompute, bucket: int
 ) -> None:
-    """In fp32, with the CPU's kernels, which hold nothing of size beside their results."""
-    run, world = (
-        planned(shape, layout, recompute, bucket, Precision.fp32),
-        1 if layout in ("plain", "megatron") else 2,
-    )
-    expected = estimate_memory(run, world).total
-    # of their two buckets, which take turns on a GPU, a CPU has one
+    """In fp32 with the CPU kernels, which allocate little besides their results."""
+    run = case_config(shape, layout, recompute, bucket, Precision.fp32)
+    world_size = 1 if layout in ("plain", "megatron") else 2
+    expected = estimate_memory(run, world_size).total
+    # a GPU alternates two buckets, a CPU has one
     if layout in ("zero1", "zero2"):
         expected -= 4 * min(bucket, parameter_count(run.model))
-    measured = peak(run, world, CPU)
+    measured = peak_bytes(run, world_size, CPU)
     assert measured == pytest.approx(expected, rel=0.05)
-    assert measured < 1.005 * expected or layout != "zero3"  # whose gathered weights are a bound
+    assert (
+        measured < 1.005 * expected or layout != "zero3"
+    )  # an upper bound for the gathered weights
 
 
 @pytest.mark.parametrize("layout", ["plain", "megatron", "cp2"])
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
-def test_peak_memory_in_bf16_is_the_plans_within_five_percent(
+def test_peak_memory_in_bf16_is_within_five_percent_of_the_estimate(
     recompute: Recompute, layout: str
 ) -> None:
-    """Of what lies around the kernels: a CPU's make fp32 copies of all they take, a GPU's do
-    not.
-    """
-    run, world = (
-        planned("deep", layout, recompute, 10**8, Precision.bf16),
-        2 if layout == "cp2" else 1,
-    )
-    assert peak(run, world, BARE) == pytest.approx(estimate_memory(run, world).total, rel=0.05)
+    """Without the kernels: those of a CPU copy their inputs to fp32, those of a GPU do not."""
+    run = case_config("deep", layout, recompute, 10**8, Precision.bf16)
+    world_size = 2 if layout == "cp2" else 1
+    expected = estimate_memory(run, world_size).total
+    assert peak_bytes(run, world_size, RESULT_ONLY) == pytest.approx(expected, rel=0.05)
 
 
-FAULTS_OF_TWENTY = """
+COUNT_PAGE_FAULTS = """
 import resource
 import torch
 from train.distributed import init_distributed
@@ -235,25 +240,22 @@ NAME, VERSION = platform.libc_ver()
     NAME != "glibc" or [int(n) for n in VERSION.split(".")] < [2, 35],
     reason="not glibc 2.35 or later",
 )
-def test_what_tensors_free_is_kept() -> None:
-    """Without it each of these 40 MiB takes new pages, 10,240 of them (or 20 huge ones), every
-    time.
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    """Otherwise each tensor of 40 MiB takes 10,240 new pages, or 20 huge ones.
 
-    The second twenty, in a process of its own: glibc looks for a little more than it then keeps, so
-    the first few find no hole that is large enough, as do those in the heap of a process that ran
-    other tests.
+    The second twenty tensors count, in a process of its own: glibc searches for a little more than
+    it then keeps, so the first few find no hole that is large enough; nor would tensors in the heap
+    of a process that ran other tests.
     """
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS_OF_TWENTY], capture_output=True, text=True, check=True
+        [sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 100
 
 
-def test_megatron_keeps_what_the_plan_says() -> None:
-    """Weights in bf16 where products take them, gradients and what the optimizer holds; its padding
-    is never held.
-    """
-    run = planned("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
+def test_megatron_state_equals_the_estimate() -> None:
+    """Buffers of weights and gradients exactly; the optimizer, which has no padding, to 1 %."""
+    run = case_config("wide", "megatron", Recompute.none, 100_000, Precision.bf16)
     with init_distributed("cpu", 1) as ranks, cuda_on_cpu():
         built: Any = build_engine(
             build_model(run.model, CPU, 0, ranks.device),
@@ -263,18 +265,17 @@ def test_megatron_keeps_what_the_plan_says() -> None:
             ranks,
         )
         buffers = built.ddp.buffers
-        held = sum(
+        optimizer_bytes = sum(
             tensor.nbytes for shard in built._param_shards() for tensor in shard.tensors.values()
         )
-        held -= sum(
+        optimizer_bytes -= sum(
             4 * parameter.numel()
             for parameter in built.model.parameters()
             if parameter.dtype is torch.float32
         )
-    assert {buffer.param_dtype for buffer in buffers} == {torch.bfloat16, torch.float32} and len(
-        buffers[0].buckets
-    ) > 1
+    assert {buffer.param_dtype for buffer in buffers} == {torch.bfloat16, torch.float32}
+    assert len(buffers[0].buckets) > 1
     parameters, gradients, optimizer = megatron_state_bytes(run, 1)
     assert sum(buffer.param_data.nbytes for buffer in buffers) == parameters
     assert sum(buffer.grad_data.nbytes for buffer in buffers) == gradients
-    assert held < optimizer == pytest.approx(held, rel=0.01)
+    assert optimizer_bytes < optimizer == pytest.approx(optimizer_bytes, rel=0.01)

@@ -1,6 +1,4 @@
-"""What a layout of ranks must not change for those who read a run: exported bytes, held-out
-losses.
-"""
+"""Exported bytes and held-out losses do not depend on the layout of ranks."""
 
 import hashlib
 from dataclasses import replace
@@ -15,14 +13,12 @@ from tests.small import config, evaluation
 from tests.train.world import records
 
 
-def exported(root: Path, name: str) -> dict[str, str]:
-    """SHA-256 of every file of a run's export, by the real command's function: it also compares
-    with transformers.
-    """
+def export_hashes(root: Path, name: str) -> dict[str, str]:
+    """Export a run, which also compares with transformers; return SHA-256 of every file."""
     run = config(root, name)
-    data = replace(run.data, folder=str(root / "vocabulary"))  # the corpus has none
+    data = replace(run.data, folder=str(root / "vocabulary"))  # the corpus has no tokenizer
     tokenizer_path(data).parent.mkdir(parents=True, exist_ok=True)
-    for file in TOKENIZER_FILES:  # copied, and read by nobody here
+    for file in TOKENIZER_FILES:  # copied only
         (tokenizer_path(data).parent / file).write_text("{}")
     export(evaluation(replace(run, data=data)), max_bytes=20_000)
     return {
@@ -32,7 +28,7 @@ def exported(root: Path, name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("written_by", "and_by"),
+    ("source", "other"),
     [
         ("tp2", "tp2-as-dp2"),  # tensor parallel, data parallel with ZeRO-1
         ("dp1", "dp1-as-tp2"),  # one rank, tensor parallel
@@ -44,34 +40,32 @@ def exported(root: Path, name: str) -> dict[str, str]:
     ],
 )
 def test_checkpoints_of_any_layout_export_the_same_bytes(
-    world: Path, written_by: str, and_by: str
+    world: Path, source: str, other: str
 ) -> None:
-    one, other = exported(world, written_by), exported(world, and_by)
-    assert one == other and sum(name.endswith(".safetensors") for name in one) > 1
+    hashes = export_hashes(world, source)
+    assert hashes == export_hashes(world, other)
+    assert sum(name.endswith(".safetensors") for name in hashes) > 1
 
 
 def test_different_weights_export_different_bytes(world: Path) -> None:
-    assert exported(world, "dp1") != exported(world, "tp2")  # equal to rounding alone
+    assert export_hashes(world, "dp1") != export_hashes(world, "tp2")  # equal only to rounding
 
 
 @pytest.mark.parametrize(
     "layout", ["dp2", "tp2", "cp2", "dp1-to-tp2", "zero0-to-zero3", "megatron"]
 )
 def test_validation_is_the_same_in_any_layout(world: Path, layout: str) -> None:
-    """Under context parallelism too, where training cuts sequences over ranks and validation does
-    not.
-    """
+    """Also under context parallelism, where training shards sequences and validation does not."""
 
     def validations(name: str) -> dict[int, dict[str, dict[str, float]]]:
         return {r["tokens"]: r["validation"] for r in records(world, name) if "validation" in r}
 
-    found, expected = validations(layout), validations("dp1")
-    assert len(found) >= 2 and set(found) <= set(expected)
-    for tokens, sources in found.items():
+    actual, expected = validations(layout), validations("dp1")
+    assert len(actual) >= 2 and set(actual) <= set(expected)
+    for tokens, sources in actual.items():
         assert set(sources) == {"prose", "sums"}
         for name, values in sources.items():
-            wanted = expected[tokens][name]
-            torch.testing.assert_close(values["loss"], wanted["loss"], rtol=3e-5, atol=0)
-            torch.testing.assert_close(
-                values["bits_per_byte"], wanted["bits_per_byte"], rtol=3e-5, atol=0
-            )
+            for key in ("loss", "bits_per_byte"):
+                torch.testing.assert_close(
+                    values[key], expected[tokens][name][key], rtol=3e-5, atol=0
+                )

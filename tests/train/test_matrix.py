@@ -1,10 +1,9 @@
-"""Tensor- x data- x context-parallel ranks x ZeRO stages x accumulation x precision, each equal to
-one rank.
+"""Every layout, engine, accumulation and precision trains as one rank does.
 
-Five updates with unequal batches: ranks hold different numbers of sequences, or none. Losses,
-gradient norms, and after the first and the last update weights and both moments, parameter by
-parameter: after one update the first moment is 0.1 times the clipped gradient. The one rank is
-torch's AdamW and clip_grad_norm_ in a loop of ten lines, no engine.
+Five updates with unequal batches, so that ranks have different numbers of sequences, or none.
+Compared are losses, gradient norms, and after the first and the last update weights and both
+moments, parameter by parameter: after one update the first moment is 0.1 times the clipped
+gradient. The one rank is a loop of ten lines with torch's AdamW and clip_grad_norm_, no engine.
 """
 
 import math
@@ -39,14 +38,15 @@ OPTIM = Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, clip_norm=0.8, z_loss=0.0)
 BATCHES = (5, 3, 1, 9, 2)
 RATES = (1e-2, 1e-2, 5e-3, 2e-3, 1e-2)
 LENGTH = 16
-# sequences of a micro-batch that takes any batch whole; its activations are computed again
-WHOLE = 16
+# sequences of a micro-batch that takes any batch at once; such rows recompute activations
+FULL_BATCH = 16
 ENGINES = [*((EngineKind.deepspeed, stage) for stage in range(4)), (EngineKind.megatron, 1)]
-# Relative: of losses and norms, and of a tensor after an update (first, last). Sums in another
-# order give 1e-6 in fp32 and 1e-2 in bf16 products, which a square doubles and more, and AdamW's
-# division by a small second moment makes larger in weights: one rank that rounds x_proj and
-# out_proj as 2 or 4 do is off by up to 2.2e-2 in exp_avg, 3.9e-2 in its square, where 5.1e-2 is
-# seen on 2 ranks and 7.0e-2 on 8. A sum over ranks that is missing gives 0.3 and more.
+# Relative errors of losses and norms ("curve"), and of tensors after the first and last update.
+# Another order of sums gives 1e-6 in fp32 and 1e-2 in bf16 matmuls. The second moment squares the
+# gradient, which at least doubles the error, and AdamW divides by a small second moment, which
+# makes it larger in weights. One rank that rounds x_proj and out_proj as 2 or 4 ranks do is off by
+# up to 2.2e-2 in exp_avg and 3.9e-2 in exp_avg_sq; measured are 5.1e-2 on 2 ranks and 7.0e-2 on 8.
+# A missing sum over ranks gives 0.3 and more.
 LIMITS = {
     Precision.fp32: {
         "curve": 1e-5,
@@ -69,52 +69,55 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One layout and engine of the matrix."""
+    """A layout, engine and precision."""
 
     tp: int
     dp: int
     stage: int
     micro_batch: int  # sequences
     precision: Precision
-    sequence: bool = False  # sequence parallelism
+    sequence_parallel: bool = False
     engine: EngineKind = EngineKind.deepspeed
     cp: int = 1
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.tp * self.dp * self.cp
 
     @property
     def recompute(self) -> Recompute:
-        return Recompute.full if self.micro_batch == WHOLE else Recompute.none
+        return Recompute.full if self.micro_batch == FULL_BATCH else Recompute.none
 
     def __str__(self) -> str:
-        again = "-recompute" * (self.recompute is Recompute.full)
+        recompute = "-recompute" * (self.recompute is Recompute.full)
         layout = (
             f"tp{self.tp}-dp{self.dp}"
             + f"-cp{self.cp}" * (self.cp > 1)
-            + "-sequence" * self.sequence
+            + "-sequence" * self.sequence_parallel
         )
         engine = f"zero{self.stage}" if self.engine is EngineKind.deepspeed else self.engine.value
-        return f"{layout}-{engine}-micro{self.micro_batch}{again}-{self.precision.value}"
+        return f"{layout}-{engine}-micro{self.micro_batch}{recompute}-{self.precision.value}"
 
 
-def rows_of(world: int) -> list[Row]:
-    """Every layout with every engine; context ranks on 8 and fewer, one micro-batch a rank on 4 and
-    fewer.
+def rows_of(world_size: int) -> list[Row]:
+    """Every layout and engine.
+
+    Context parallelism on up to 8 ranks, one micro-batch per rank on up to 4.
     """
     rows = []
     for tp, cp, dp in product((1, 2, 4), (1, 2), (1, 2, 4)):
-        if tp * cp * dp != world or (world > 8 and cp > 1):
+        if tp * cp * dp != world_size or (world_size > 8 and cp > 1):
             continue
-        # sequences of a micro-batch that make at least three of the fullest rank's batch
-        three = 1 if dp == 4 else 2
-        kinds = [(three, Precision.fp32), (three, Precision.bf16), (WHOLE, Precision.fp32)][
-            : 3 if world <= 4 else 2
-        ]
+        # sequences of a micro-batch, so that the fullest rank has at least three micro-batches
+        micro_batch = 1 if dp == 4 else 2
+        kinds = [
+            (micro_batch, Precision.fp32),
+            (micro_batch, Precision.bf16),
+            (FULL_BATCH, Precision.fp32),
+        ][: 3 if world_size <= 4 else 2]
         rows += [
-            Row(tp, dp, stage, *kind, sequence, engine, cp)
-            for sequence in (False, True)[: 1 + (tp > 1)]
+            Row(tp, dp, stage, *kind, sequence_parallel, engine, cp)
+            for sequence_parallel in (False, True)[: 1 + (tp > 1)]
             for engine, stage in ENGINES
             for kind in kinds
         ]
@@ -122,34 +125,33 @@ def rows_of(world: int) -> list[Row]:
 
 
 def always(row: Row) -> bool:
-    """Whether a run of all tests takes a row: of more than two ranks, where it takes seconds, what
-    could differ.
-    """
-    plain, cut = row.precision is Precision.fp32 and row.micro_batch < WHOLE, row.stage in (1, 3)
-    if row.world <= 2:
-        return plain or row.cp == 1
-    if row.world == 4:
-        rounded = row.precision is Precision.bf16 and row.cp == 1 and not row.sequence
-        return (plain and (cut or not row.sequence)) or (rounded and cut)
+    """Whether `make test-all` runs a row; on more than two ranks only a selection."""
+    is_fp32 = row.precision is Precision.fp32 and row.micro_batch < FULL_BATCH
+    is_sharded = row.stage in (1, 3)
+    if row.world_size <= 2:
+        return is_fp32 or row.cp == 1
+    if row.world_size == 4:
+        is_bf16 = row.precision is Precision.bf16 and row.cp == 1 and not row.sequence_parallel
+        return (is_fp32 and (is_sharded or not row.sequence_parallel)) or (is_bf16 and is_sharded)
     return (
-        plain
-        and cut
+        is_fp32
+        and is_sharded
         and row.engine is EngineKind.deepspeed
         and row.dp > 1
-        and row.sequence == (row.cp > 1)
+        and row.sequence_parallel == (row.cp > 1)
     )
 
 
-WORLDS = (1, 2, 4, 8, 16)
+WORLD_SIZES = (1, 2, 4, 8, 16)
 GPUS = torch.cuda.device_count()
-ROWS = [row for world in WORLDS for row in rows_of(world)]
+ROWS = [row for world_size in WORLD_SIZES for row in rows_of(world_size)]
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    """Tokens [b, l + 1] of an update, and where documents begin [b, l]."""
-    draw = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, TINY.vocab_size, (BATCHES[step], LENGTH + 1), generator=draw)
-    return tokens, torch.rand(BATCHES[step], LENGTH, generator=draw) < 0.1
+    """Tokens [b, l + 1] and doc_starts [b, l] of an update."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, TINY.vocab_size, (BATCHES[step], LENGTH + 1), generator=generator)
+    return tokens, torch.rand(BATCHES[step], LENGTH, generator=generator) < 0.1
 
 
 def loss_of(
@@ -157,18 +159,20 @@ def loss_of(
     tokens: Tensor,
     doc_starts: Tensor,
     precision: Precision,
-    shard: Callable[[Tensor], Tensor] = torch.clone,
+    local_chunk: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Tensor:
-    """Nats of all tokens, or of the piece of them that a rank holds."""
+    """Loss in nats, summed over the tokens, or over this rank's chunk of them."""
     with torch.autocast(
         tokens.device.type, torch.bfloat16, enabled=precision is Precision.bf16, cache_enabled=False
     ):
-        losses, _ = model(shard(tokens[:, :-1]), shard(tokens[:, 1:]), shard(doc_starts))
+        losses, _ = model(
+            local_chunk(tokens[:, :-1]), local_chunk(tokens[:, 1:]), local_chunk(doc_starts)
+        )
     return losses.sum()
 
 
-def one_rank(precision: Precision) -> dict[str, Any]:
-    """Curve, and full tensors after the first and the last update, by torch alone."""
+def train_one_rank(precision: Precision) -> dict[str, Any]:
+    """Train with torch only; return the curve, and weights and moments after every update."""
     model = model_of(TINY)
     named = dict(model.named_parameters())
     groups = [
@@ -197,7 +201,7 @@ def one_rank(precision: Precision) -> dict[str, Any]:
 
 
 def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
-    """One rank of all rows of a layout, whose process groups cost more than the updates."""
+    """Train one rank of all rows of a layout, which share the process groups."""
     shim = cuda_on_cpu if device == "cpu" else nullcontext
     with init_distributed(device, rows[0].tp, rows[0].cp) as ranks:
         for row in rows:
@@ -206,42 +210,52 @@ def train_rows(root: Path, rows: list[Row], device: str = "cpu") -> None:
 
 
 def train_row(row: Row, ranks: Ranks) -> dict[str, Any]:
-    """One rank of a row: five updates as the training loop does them; the curve, and what this rank
-    owns.
-    """
-    kind = {"engine": row.engine, "zero_stage": row.stage}
-    # stage 3 lets go of weights after their use, and gathers them again
-    kind["bucket_elements"] = 1000 if row.stage == 3 else 5000
-    layout = {"tensor_parallel": row.tp, "context_parallel": row.cp}
-    parallel = replace(demo().parallel, **layout, **kind)  # type: ignore[arg-type]
-    where = {"tp_rank": ranks.tp_rank, "tp_size": ranks.tp_size, "sequence_parallel": row.sequence}
-    model = build_model(TINY, REFERENCE, 0, ranks.device, recompute=row.recompute, **where)  # type: ignore[arg-type]
+    """Train one rank of a row as the training loop does; return the curve and its tensor shards."""
+    parallel = replace(
+        demo().parallel,
+        engine=row.engine,
+        zero_stage=row.stage,
+        tensor_parallel=row.tp,
+        context_parallel=row.cp,
+        # so small in stage 3 that it frees weights after their use and gathers them again
+        bucket_elements=1000 if row.stage == 3 else 5000,
+    )
+    model = build_model(
+        TINY,
+        REFERENCE,
+        0,
+        ranks.device,
+        tp_rank=ranks.tp_rank,
+        tp_size=ranks.tp_size,
+        sequence_parallel=row.sequence_parallel,
+        recompute=row.recompute,
+    )
     context = context_ranks() if row.cp > 1 else None
     model.set_context(context)
-    shard = torch.clone if context is None else context.local_chunk
+    local_chunk = torch.clone if context is None else context.local_chunk
     engine = build_engine(model, OPTIM, parallel, row.precision, ranks)
     result: dict[str, Any] = {"curve": []}
     for step, rate in enumerate(RATES):
         tokens, doc_starts = batch_of(step)
         total = torch.zeros((), device=ranks.device)
-        chunks = split_batch(
+        micro_batches = split_batch(
             len(tokens),
             ranks.dp_rank,
             ranks.dp_size,
             row.micro_batch,
             engine.needs_equal_micro_batches,
         )
-        for index, (low, high) in enumerate(chunks):
-            part = slice(low, high) if low < high else slice(0, 1)
+        for index, (low, high) in enumerate(micro_batches):
+            sequences = slice(low, high) if low < high else slice(0, 1)
             loss = loss_of(
                 model,
-                tokens[part].to(ranks.device),
-                doc_starts[part].to(ranks.device),
+                tokens[sequences].to(ranks.device),
+                doc_starts[sequences].to(ranks.device),
                 row.precision,
-                shard,
+                local_chunk,
             )
             loss = loss * ((low < high) / doc_starts.numel())
-            engine.backward(loss, last=index == len(chunks) - 1)
+            engine.backward(loss, last=index == len(micro_batches) - 1)
             total += loss.detach()
         torch.distributed.all_reduce(total, group=data_parallel_group())
         norm, skipped = engine.clip_and_step(rate)
@@ -254,43 +268,48 @@ def train_row(row: Row, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
-def full(saved: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, str], Tensor]:
-    """The tensors that all ranks of a row own together; every element exactly once."""
-    parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
-    for kind, name, tp_rank, start, tensor in (shard for result in saved for shard in result[step]):
-        found = parts.setdefault((kind, name), {})
-        assert (tp_rank, start) not in found, f"{name} is owned twice"
-        found[tp_rank, start] = tensor
-    whole = {}
-    for (kind, name), found in parts.items():
-        by_rank = [
-            torch.cat([found[k] for k in sorted(found) if k[0] == tp])
-            for tp in sorted({k[0] for k in found})
+def assemble(results: list[dict[str, Any]], row: Row, step: int) -> dict[tuple[str, str], Tensor]:
+    """Assemble full tensors from the shards of all ranks; every element has exactly one owner."""
+    shards: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
+    for kind, name, tp_rank, start, tensor in (
+        shard for result in results for shard in result[step]
+    ):
+        by_position = shards.setdefault((kind, name), {})
+        assert (tp_rank, start) not in by_position, f"{name} is owned twice"
+        by_position[tp_rank, start] = tensor
+    full_tensors = {}
+    for (kind, name), by_position in shards.items():
+        tp_tensors = [
+            torch.cat([by_position[key] for key in sorted(by_position) if key[0] == tp_rank])
+            for tp_rank in sorted({key[0] for key in by_position})
         ]
-        shape = list(parameter_shapes(TINY)[name])
-        held = [tensor.view(shape_of(name, shape, len(by_rank))) for tensor in by_rank]
-        whole[kind, name] = unshard(name, held)
-    return whole
+        shape = local_shape(name, len(tp_tensors))
+        full_tensors[kind, name] = unshard(name, [tensor.view(shape) for tensor in tp_tensors])
+    return full_tensors
 
 
-def shape_of(name: str, shape: list[int], size: int) -> list[int]:
-    """Of a tensor-parallel rank's part."""
-    spec = shard_spec(name)
-    return [n // size if spec is not None and dim == spec.dim else n for dim, n in enumerate(shape)]
+def local_shape(name: str, tp_size: int) -> list[int]:
+    """Shape of a parameter on one tensor-parallel rank."""
+    shape, spec = parameter_shapes(TINY)[name], shard_spec(name)
+    return [
+        n // tp_size if spec is not None and dim == spec.dim else n for dim, n in enumerate(shape)
+    ]
 
 
 def train_all(folder: Path, rows: set[Row], device: str) -> Path:
-    """What each rank of each row saves, whose tests then only compare; the folder of it."""
-    for world in sorted({row.world for row in rows}):
-        ranks = [row for row in rows_of(world) if row in rows]
-        layouts = sorted({(row.tp, row.cp) for row in ranks})
-        parts = [[row for row in ranks if (row.tp, row.cp) == layout] for layout in layouts]
-        run_ranks(world, [(train_rows, (folder, part, device)) for part in parts], device)
+    """Train all rows and save each rank's result in the folder, which is returned."""
+    for world_size in sorted({row.world_size for row in rows}):
+        by_layout: dict[tuple[int, int], list[Row]] = {}
+        for row in rows_of(world_size):
+            if row in rows:
+                by_layout.setdefault((row.tp, row.cp), []).append(row)
+        jobs = [(train_rows, (folder, same_layout, device)) for same_layout in by_layout.values()]
+        run_ranks(world_size, jobs, device)
     return folder
 
 
-def chosen(request: pytest.FixtureRequest, test: str) -> set[Row]:
-    """The rows of a test that this run of pytest has not deselected."""
+def selected_rows(request: pytest.FixtureRequest, test: str) -> set[Row]:
+    """Rows of a test that pytest has not deselected."""
     items = (
         item
         for item in request.session.items
@@ -302,19 +321,23 @@ def chosen(request: pytest.FixtureRequest, test: str) -> set[Row]:
 @pytest.fixture(scope="module")
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_all(
-        tmp_path_factory.mktemp("matrix"), chosen(request, "test_it_equals_one_rank"), "cpu"
+        tmp_path_factory.mktemp("matrix"), selected_rows(request, "test_it_equals_one_rank"), "cpu"
     )
 
 
 @pytest.fixture(scope="module")
 def gpu_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = {row for row in chosen(request, "test_it_equals_one_rank_on_gpus") if row.world <= GPUS}
+    rows = {
+        row
+        for row in selected_rows(request, "test_it_equals_one_rank_on_gpus")
+        if row.world_size <= GPUS
+    }
     return train_all(tmp_path_factory.mktemp("matrix-on-gpus"), rows, "cuda")
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[Precision, dict[str, Any]]:
-    return {precision: one_rank(precision) for precision in Precision}
+    return {precision: train_one_rank(precision) for precision in Precision}
 
 
 def marks(row: Row) -> list[Any]:
@@ -325,38 +348,47 @@ def marks(row: Row) -> list[Any]:
 def test_it_equals_one_rank(
     root: Path, expected: dict[Precision, dict[str, Any]], row: Row
 ) -> None:
-    saved = [torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)]
-    assert_equal_to_one_rank(saved, expected[row.precision], row)
+    results = [
+        torch.load(root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world_size)
+    ]
+    assert_equal_to_one_rank(results, expected[row.precision], row)
 
 
-def assert_equal_to_one_rank(saved: list[dict[str, Any]], one: dict[str, Any], row: Row) -> None:
-    assert all(result["curve"] == saved[0]["curve"] for result in saved)
+def assert_equal_to_one_rank(
+    results: list[dict[str, Any]], one_rank: dict[str, Any], row: Row
+) -> None:
+    assert all(result["curve"] == results[0]["curve"] for result in results)
     limits = LIMITS[row.precision]
     torch.testing.assert_close(
-        torch.tensor(saved[0]["curve"]), torch.tensor(one["curve"]), rtol=limits["curve"], atol=0
+        torch.tensor(results[0]["curve"]),
+        torch.tensor(one_rank["curve"]),
+        rtol=limits["curve"],
+        atol=0,
     )
     for step in (0, len(RATES) - 1):
-        tensors = full(saved, row, step)
-        assert set(tensors) == set(one[step])
+        tensors = assemble(results, row, step)
+        assert set(tensors) == set(one_rank[step])
         for (kind, name), tensor in tensors.items():
-            error = float((tensor - one[step][kind, name]).norm() / one[step][kind, name].norm())
+            expected = one_rank[step][kind, name]
+            error = float((tensor - expected).norm() / expected.norm())
             assert error <= limits.get((kind, step), math.inf), (kind, name, step)
 
 
-def on_gpus(row: Row) -> list[Any]:
+def gpu_marks(row: Row) -> list[Any]:
     return [
         *marks(row),
         pytest.mark.gpu,
-        pytest.mark.skipif(row.world > GPUS, reason=f"needs {row.world} NVIDIA GPUs"),
+        pytest.mark.skipif(row.world_size > GPUS, reason=f"needs {row.world_size} NVIDIA GPUs"),
     ]
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=on_gpus(row)) for row in ROWS], ids=str)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=gpu_marks(row)) for row in ROWS], ids=str)
 def test_it_equals_one_rank_on_gpus(
     gpu_root: Path, expected: dict[Precision, dict[str, Any]], row: Row
 ) -> None:
-    """As far as this machine's GPUs go, with NCCL; the one rank is the CPU's."""
-    saved = [
-        torch.load(gpu_root / f"{row}-{rank}.pt", weights_only=True) for rank in range(row.world)
+    """On as many GPUs as the machine has, with NCCL; the one rank runs on the CPU."""
+    results = [
+        torch.load(gpu_root / f"{row}-{rank}.pt", weights_only=True)
+        for rank in range(row.world_size)
     ]
-    assert_equal_to_one_rank(saved, expected[row.precision], row)
+    assert_equal_to_one_rank(results, expected[row.precision], row)

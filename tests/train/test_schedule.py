@@ -1,4 +1,4 @@
-"""The 7b schedule at hand-computed tokens, and the properties every schedule must have."""
+"""The 7b schedule at hand-computed tokens, and properties of every schedule."""
 
 import math
 
@@ -73,12 +73,10 @@ def test_lr_of_the_decay(falcon: Schedule) -> None:
 def test_shapes_of_the_decay(
     shape: str, quarter: float, half: float, three_quarters: float
 ) -> None:
-    """Peak 6.4e-4 until 500 GT before the end, 1/256 of it at the end, and three points between by
-    hand.
-    """
+    """Peak until 500 GT before the end, 1/256 of it at the end, and three points by hand."""
     config = run_config("7b", f"schedule.decay_shape={shape}")
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    for left, factor in (
+    for remaining, factor in (
         (600, 1),
         (500, 1),
         (375, quarter),
@@ -86,25 +84,26 @@ def test_shapes_of_the_decay(
         (125, three_quarters),
         (0, 1 / 256),
     ):
-        assert schedule.lr(schedule.total - left * GT, 2048) == pytest.approx(
+        assert schedule.lr(schedule.total - remaining * GT, 2048) == pytest.approx(
             6.4e-4 * factor, rel=1e-12
-        ), left
+        ), remaining
     assert schedule.at(schedule.total - 2048 * 8192).lr == pytest.approx(2.5e-6)
     # warmup, ramp and BatchScaling are untouched
     assert schedule.lr(GT, 128) == pytest.approx(1.6e-4)
 
 
 @pytest.mark.parametrize(
-    ("shape", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("one_minus_sqrt", "1-sqrt")]
+    ("shape", "decay_type"),
+    [("linear", "linear"), ("cosine", "cosine"), ("one_minus_sqrt", "1-sqrt")],
 )
-def test_shapes_are_those_of_transformers(shape: str, theirs: str) -> None:
+def test_shapes_are_those_of_transformers(shape: str, decay_type: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_wsd_schedule(
         optimizer,
         num_warmup_steps=0,
         num_decay_steps=40,
         num_stable_steps=0,
-        decay_type=theirs,
+        decay_type=decay_type,
         min_lr_ratio=1 / 256,
     )
     for step in range(40):
@@ -123,57 +122,54 @@ def test_every_decay_falls_all_the_way(shape: DecayShape) -> None:
 
 
 def test_noise_temperature_is_constant_over_the_ramp(falcon: Schedule) -> None:
-    """BatchScaling: lr / sqrt(batch) = 1.414e-5 from the end of the warmup to the end of the stable
-    phase.
-    """
+    """BatchScaling: lr / sqrt(batch) = 1.414e-5 from the warmup's end to the decay's start."""
     for tokens in (GT, 3 * GT, 17 * GT, 49 * GT, 400 * GT):
-        now = falcon.at(tokens)
-        assert now.lr / math.sqrt(now.batch) == pytest.approx(1.4142e-5, rel=1e-4)
+        step = falcon.at(tokens)
+        assert step.lr / math.sqrt(step.batch) == pytest.approx(1.4142e-5, rel=1e-4)
 
 
 def test_context_and_stage_follow_the_tokens(falcon: Schedule) -> None:
-    seen = [falcon.at(tokens * GT) for tokens in (0, 2499, 2501, 4000, 5000, 5400)]
-    assert [now.seq_len for now in seen] == [2048, 2048, 4096, 8192, 8192, 8192]
-    assert [now.stage for now in seen] == [
+    steps = [falcon.at(tokens * GT) for tokens in (0, 2499, 2501, 4000, 5000, 5400)]
+    assert [step.seq_len for step in steps] == [2048, 2048, 4096, 8192, 8192, 8192]
+    assert [step.stage for step in steps] == [
         "context-2k", "context-2k", "context-4k", "context-8k", "context-8k-dense", "decay",
     ]  # fmt: skip
     assert falcon.at(300 * GT).tokens == 2048 * 2048
 
 
 def test_steps_tile_every_stage() -> None:
-    """Steps add up to the run exactly, never cross an edge, and a short step has the rate of a full
-    one.
-    """
+    """Steps sum to the run, never cross a stage's end, and short ones have a full step's rate."""
     config = run_config("demo")
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    tokens, short, last = 0, [], None
+    tokens = 0
+    short_step_ends = []
+    last = None
     while tokens < schedule.total:
-        now = schedule.at(tokens)
-        assert now.batch >= 1
-        if now.batch < schedule.batch(tokens):
-            short.append(tokens + now.tokens)
+        step = schedule.at(tokens)
+        assert step.batch >= 1
+        if step.batch < schedule.batch(tokens):
+            short_step_ends.append(tokens + step.tokens)
         if (
             config.schedule.ramp_tokens
             <= tokens
-            < tokens + now.tokens
+            < tokens + step.tokens
             <= schedule.total - config.schedule.decay_tokens
         ):
-            assert now.lr == pytest.approx(config.optim.lr)
-        tokens += now.tokens
-        last = now
+            assert step.lr == pytest.approx(config.optim.lr)
+        tokens += step.tokens
+        last = step
     assert tokens == schedule.total == config.tokens
-    assert set(short) <= {end for end, _, _ in schedule.stages}
+    assert set(short_step_ends) <= {end for end, _, _ in schedule.stages}
     assert last is not None and last.lr == pytest.approx(config.schedule.min_lr)
 
 
-def test_switches() -> None:
-    plain = run_config(
+def test_options_that_disable_parts() -> None:
+    constant = run_config(
         "7b", "schedule.batch_scaling=false", "schedule.warmup_tokens=0", "schedule.ramp_tokens=0"
     )
-    schedule = Schedule(plain.schedule, plain.optim.lr, plain.data)
+    schedule = Schedule(constant.schedule, constant.optim.lr, constant.data)
     assert schedule.batch(0) == 2048
     assert schedule.lr(1, 128) == pytest.approx(6.4e-4)
-    none = run_config("demo", "schedule.decay_tokens=0")
-    assert Schedule(none.schedule, none.optim.lr, none.data).lr(none.tokens, 32) == pytest.approx(
-        none.optim.lr
-    )
+    no_decay = run_config("demo", "schedule.decay_tokens=0")
+    schedule = Schedule(no_decay.schedule, no_decay.optim.lr, no_decay.data)
+    assert schedule.lr(no_decay.tokens, 32) == pytest.approx(no_decay.optim.lr)

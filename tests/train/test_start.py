@@ -1,6 +1,4 @@
-"""What the start of a run asks of the file system about its shards: once per node, however many
-ranks it has.
-"""
+"""A start reads the metadata of every data shard once per node, however many ranks it has."""
 
 import builtins
 import io
@@ -28,7 +26,9 @@ from train.resilience.datacheck import open_per_node
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
 
-RANKS, SHARDS, TOKENS = 8, 20_000, 66
+RANKS = 8
+SHARDS = 20_000
+TOKENS = 66
 CALLS = {
     builtins: ["open"],
     io: ["open"],
@@ -37,36 +37,36 @@ CALLS = {
 
 
 @contextmanager
-def asked(about: Path) -> Iterator[list[str]]:
-    """Paths in a folder that this process asks the file system about, a line for each call."""
+def record_calls(folder: Path) -> Iterator[list[str]]:
+    """Record the path of every file system call of this process in a folder."""
     paths: list[str] = []
 
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Any, *arguments: Any, **named: Any) -> Any:
-            if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(about):
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder):
                 paths.append(str(path))
-            return function(path, *arguments, **named)
+            return function(path, *args, **kwargs)
 
         return call
 
     with ExitStack() as stack:
         for module, names in CALLS.items():
             for name in names:
-                stack.enter_context(patch.object(module, name, noting(getattr(module, name))))
+                stack.enter_context(patch.object(module, name, recording(getattr(module, name))))
         yield paths
 
 
 def start(run: RunConfig, broken: Path, other: Path) -> None:
-    """Build the trainer as a run does, and take no step; then open data sets that are refused."""
+    """Build the trainer without a step; then open data sets that are refused."""
     with init_distributed("cpu", 1) as ranks:
-        with asked(Path(run.data.folder)) as paths:
+        with record_calls(Path(run.data.folder)) as paths:
             watchdog = Watchdog(
                 run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds
             )
             build_trainer(run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0))
         with pytest.raises(InputError, match=r"shard .*train_1\.ds is missing"):
             open_per_node(replace(run.data, folder=str(broken)))
-        second_node = ranks.rank >= RANKS // 2  # which has another data set in the same place
+        second_node = ranks.rank >= RANKS // 2  # with another data set at the same path
         if second_node:
             os.environ["LOCAL_RANK"] = str(ranks.rank - RANKS // 2)
         with pytest.raises(InputError, match="has other manifests in .* than the first node"):
@@ -76,11 +76,11 @@ def start(run: RunConfig, broken: Path, other: Path) -> None:
     (run.run.folder / f"{ranks.rank}.json").write_text(json.dumps(counts))
 
 
-def many_shards(folder: Path) -> None:
-    """Manifests of SHARDS files in all, which take no room."""
+def write_many_shards(folder: Path) -> None:
+    """Write manifests of SHARDS sparse files in all."""
     for source in SOURCES:
-        home = folder / "shards" / source
-        manifest = read_manifest(home)
+        source_dir = folder / "shards" / source
+        manifest = read_manifest(source_dir)
         count = SHARDS // len(SOURCES) // len(SPLITS)
         for split in SPLITS:
             files = [
@@ -88,23 +88,21 @@ def many_shards(folder: Path) -> None:
                 for number in range(count)
             ]
             for file in files:
-                with (home / file.name).open("wb") as empty:
+                with (source_dir / file.name).open("wb") as empty:
                     empty.truncate(TOKENS * DTYPE.itemsize)
             manifest.splits[split] = files
-        write_manifest(home, manifest)
+        write_manifest(source_dir, manifest)
 
 
-def test_a_start_looks_at_every_shard_once_per_node(tmp_path: Path) -> None:
-    """20,000 shards and 8 ranks: one look at a shard by one rank, none by the others. What one rank
-    refuses, all refuse.
-    """
+def test_a_start_reads_every_shard_once_per_node(tmp_path: Path) -> None:
+    """Of 8 ranks one makes a call per shard, the others none; an error is raised on all ranks."""
     run = config(tmp_path, "run")
     run.health = replace(run.health, verify_shards=VerifyShards.never)
     run.run.folder.mkdir()
     broken, other = tmp_path / "broken", tmp_path / "other"
     for folder in (tmp_path / "data", broken, other):
         make_corpus(folder)
-    many_shards(tmp_path / "data")
+    write_many_shards(tmp_path / "data")
     (broken / "shards" / SOURCES[0] / "train_1.ds").unlink()
     run_ranks(RANKS, [(start, (run, broken, other))])
     first, *others = [

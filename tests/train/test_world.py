@@ -1,9 +1,4 @@
-"""One rank = two data-parallel ranks = two tensor-parallel ranks, and resumed = uninterrupted, on
-any layout.
-
-A handful of short runs over a made-up corpus: their losses, norms, gradients and final weights are
-compared.
-"""
+"""Short runs in many layouts have equal losses, norms, gradients and weights, resumed or not."""
 
 import json
 import resource
@@ -31,7 +26,7 @@ from model.sharding import unshard
 from tests.compose import laid_out, run_config
 from tests.small import config
 from tests.tiny import TINY
-from tests.train.world import curve, engine, final, records, train
+from tests.train.world import curve, final_checkpoint, records, train, with_zero_stage
 from train.config import CheckpointConfig, EngineKind, Optim, Precision
 from train.distributed import init_distributed
 from train.engines.build import build_engine
@@ -87,25 +82,24 @@ def test_runs_cover_what_they_claim(root: Path) -> None:
 def test_any_layout_loads_any_other_exactly(
     root: Path, source: str, other: str, measured: Any
 ) -> None:
-    assert_same_weights(final(root, source), final(root, other), 0)
+    assert_same_weights(final_checkpoint(root, source), final_checkpoint(root, other), 0)
     files = [
-        {path.name for path in final(root, name).folder.glob("rank-*")} for name in (source, other)
+        {path.name for path in final_checkpoint(root, name).folder.glob("rank-*")}
+        for name in (source, other)
     ]
-    alike = ("tp2", "dp1-to-tp2", "zero0-to-zero3", "zero3-to-zero2", "megatron")  # as many ranks
-    assert files[0] != files[1] or source in alike
+    same_world_size = ("tp2", "dp1-to-tp2", "zero0-to-zero3", "zero3-to-zero2", "megatron")
+    assert files[0] != files[1] or source in same_world_size
     measured("equal")
 
 
 @pytest.mark.parametrize("other", ["dp2", "tp2", "cp2", "megatron", "megatron-cp2"])
 def test_two_ranks_equal_one(root: Path, other: str) -> None:
     torch.testing.assert_close(curve(root, other), curve(root, "dp1"), rtol=3e-5, atol=0)
-    assert_same_weights(final(root, other), final(root, "dp1"), 1e-3)
+    assert_same_weights(final_checkpoint(root, other), final_checkpoint(root, "dp1"), 1e-3)
 
 
 def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
-    """Recomputed too, whose backward must find the code of the forward; its hooks and gathers stay
-    outside.
-    """
+    """With recompute; one graph serves all blocks, with hooks and gathers outside of it."""
     weights = []
     for compiled in (False, True):
         with init_distributed("cpu", 1) as ranks, cuda_on_cpu():
@@ -134,7 +128,7 @@ def test_compiled_blocks_under_megatron_are_the_same_run() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
+def test_megatron_uses_torchs_adamw_even_if_another_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(optimizers, "USING_PYTORCH_OPTIMIZER", False)
@@ -151,14 +145,14 @@ def test_megatron_updates_by_torchs_adamw_though_another_is_installed(
     assert type(built.zero.optimizer) is torch.optim.AdamW
 
 
-@pytest.mark.parametrize(("world", "fits"), [(1, True), (1024, False)])
-def test_a_rank_may_open_sockets_to_all_others(
-    world: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("world_size", "fits"), [(1, True), (1024, False)])
+def test_the_open_file_limit_is_raised_or_refused(
+    world_size: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {resource.RLIMIT_NOFILE: (1024, 4096)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     with (
         nullcontext() if fits else pytest.raises(InputError, match="8,392 open files"),
         init_distributed("cpu", 1),
@@ -174,13 +168,13 @@ def test_reference_kernels_are_not_compiled(root: Path) -> None:
 
 
 def test_tensor_parallel_gradients_equal_one_rank(root: Path) -> None:
-    """Parameter by parameter: a missing all-reduce in the backward leaves the loss equal."""
-    whole = torch.load(root / "gradients-tp1-0.pt", weights_only=True)
-    parts = [torch.load(root / f"gradients-tp2-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert torch.equal(parts[0]["loss"], parts[1]["loss"])
-    torch.testing.assert_close(parts[0].pop("loss"), whole.pop("loss"))
-    for name, expected in whole.items():
-        actual = unshard(name, [part[name] for part in parts])
+    """Per parameter, since a missing all-reduce in the backward leaves the loss equal."""
+    full = torch.load(root / "gradients-tp1-0.pt", weights_only=True)
+    shards = [torch.load(root / f"gradients-tp2-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert torch.equal(shards[0]["loss"], shards[1]["loss"])
+    torch.testing.assert_close(shards[0].pop("loss"), full.pop("loss"))
+    for name, expected in full.items():
+        actual = unshard(name, [shard[name] for shard in shards])
         assert (actual - expected).norm() <= 1e-5 * expected.norm(), name
 
 
@@ -192,10 +186,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Path) -> None:
         and resumed[0]["batch"] < resumed[-1]["batch"]
     )
     assert torch.equal(curve(root, "dp2-resumed"), curve(root, "dp2", like="dp2-resumed"))
-    assert_same_weights(final(root, "dp2-resumed"), final(root, "dp2"), 0)
+    assert_same_weights(final_checkpoint(root, "dp2-resumed"), final_checkpoint(root, "dp2"), 0)
 
 
-MOVED = [
+RESUMED_IN_ANOTHER_LAYOUT = [
     "dp1-to-tp2",
     "tp2-to-dp1",
     "dp2-to-zero0",
@@ -206,16 +200,14 @@ MOVED = [
 ]
 
 
-@pytest.mark.parametrize("moved", MOVED)
-def test_another_layout_or_engine_goes_on_from_a_checkpoint(root: Path, moved: str) -> None:
-    torch.testing.assert_close(
-        curve(root, moved), curve(root, "dp1", like=moved), rtol=3e-5, atol=0
-    )
-    assert_same_weights(final(root, moved), final(root, "dp1"), 1e-3)
+@pytest.mark.parametrize("name", RESUMED_IN_ANOTHER_LAYOUT)
+def test_another_layout_or_engine_resumes_from_a_checkpoint(root: Path, name: str) -> None:
+    torch.testing.assert_close(curve(root, name), curve(root, "dp1", like=name), rtol=3e-5, atol=0)
+    assert_same_weights(final_checkpoint(root, name), final_checkpoint(root, "dp1"), 1e-3)
 
 
 def test_bf16_follows_fp32(root: Path) -> None:
-    """Products in bf16, everything else in fp32: the same curve to the precision of bf16."""
+    """Matmuls in bf16, everything else in fp32: the same curve to the precision of bf16."""
     run = config(root, "bf16")
     run.compute.precision = Precision.bf16
     train(run)
@@ -226,28 +218,28 @@ def test_bf16_follows_fp32(root: Path) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -> None:
-    """The update is skipped: weights and moments stay byte for byte, and the next one is as if it
-    had not been.
-    """
+    """A skipped update leaves weights and moments bit for bit, and the next update the same."""
     tokens = torch.randint(0, TINY.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1))
-    parallel = engine(config(root, ""), stage).parallel
+    parallel = with_zero_stage(config(root, ""), stage).parallel
     results = []
-    spike = 3.0  # a finite gradient that the loop does not want
+    spike = 3.0  # a finite gradient that the loop skips
     for factors in ([1.0, 1.0], [1.0, float("nan"), spike, float("inf"), 1.0]):
         with init_distributed("cpu", 1) as ranks:
             model = build_model(TINY, REFERENCE, 0, ranks.device)
-            chosen = build_engine(
+            step_engine = build_engine(
                 model, Optim(1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0.0), parallel, Precision.fp32, ranks
             )
             for factor in factors:
-                before = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}
-                chosen.backward(model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True)
+                before = {shard.key: tensor.clone() for shard, tensor in step_engine.state_shards()}
+                step_engine.backward(
+                    model(tokens[:, :-1], tokens[:, 1:])[0].mean() * factor, last=True
+                )
                 norm, skipped = float("inf"), True
                 if factor == spike:
-                    chosen.skip_step()
+                    step_engine.skip_step()
                 else:
-                    norm, skipped = chosen.clip_and_step(1e-3)
-                after = {shard.key: tensor.clone() for shard, tensor in chosen.state_shards()}
+                    norm, skipped = step_engine.clip_and_step(1e-3)
+                after = {shard.key: tensor.clone() for shard, tensor in step_engine.state_shards()}
                 same = all(torch.equal(before[key], after[key]) for key in before)
                 assert skipped == same == (factor != 1.0)
                 assert (norm < 100) == (factor == 1.0)
@@ -258,8 +250,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
 def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "kept" / "checkpoints")
     first, second = list(newest(tmp_path / "kept" / "checkpoints"))[:2]
-    spoil(first, "flip")
-    (tmp_path / "kept" / "checkpoints" / "step-backup").mkdir()  # somebody's own folder
+    damage_checkpoint(first, "flip")
+    (tmp_path / "kept" / "checkpoints" / "step-backup").mkdir()  # not written by the run
     run = replace(
         config(root, "dp1"),
         run=Run("kept", str(tmp_path / "kept"), 0),
@@ -270,7 +262,7 @@ def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> Non
     assert len(left) == 1 and verify_checkpoint(left[0]) is None and left[0].name > second.name
 
 
-def test_a_finished_run_stays_as_it_is(root: Path) -> None:
+def test_a_finished_run_is_not_changed(root: Path) -> None:
     before = (root / "dp1" / "metrics.jsonl").read_bytes()
     train(config(root, "dp1"))
     assert (root / "dp1" / "metrics.jsonl").read_bytes() == before
@@ -296,12 +288,12 @@ def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["flip", "truncate", "remove", "manifest", "empty", "escape", "format"]
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     root: Path, damage: str, tmp_path: Path, capsys: Any
 ) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "damaged" / "checkpoints")
     best, second = list(newest(tmp_path / "damaged" / "checkpoints"))[:2]
-    spoil(best, damage)
+    damage_checkpoint(best, damage)
     run = replace(config(root, "dp1"), run=Run("damaged", str(tmp_path / "damaged"), 0))
     train(run)
     assert f"{best} is not used" in capsys.readouterr().out
@@ -313,7 +305,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     )
 
 
-def spoil(folder: Path, damage: str) -> None:
+def damage_checkpoint(folder: Path, damage: str) -> None:
     weights = folder / "rank-00001.safetensors"
     data = bytearray(weights.read_bytes())
     if damage == "flip":

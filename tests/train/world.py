@@ -1,6 +1,4 @@
-"""Short runs over a made-up corpus on one and two ranks, in many layouts: what tests of the world
-compare.
-"""
+"""Short runs over a made-up corpus on one and two ranks in many layouts, for tests to compare."""
 
 import json
 import os
@@ -32,8 +30,8 @@ from train.resilience.watchdog import Watchdog
 
 
 @contextmanager
-def standing(run: RunConfig) -> Iterator[Ranks]:
-    """A rank of a run's layout; megatron-core's optimizer takes it for one with a GPU."""
+def init_ranks(run: RunConfig) -> Iterator[Ranks]:
+    """Set up process groups of a run's layout, with CUDA's calls on CPU for megatron-core."""
     shim = cuda_on_cpu if run.parallel.engine is EngineKind.megatron else nullcontext
     with (
         init_distributed(
@@ -45,9 +43,9 @@ def standing(run: RunConfig) -> Iterator[Ranks]:
 
 
 def train(run: RunConfig) -> None:
-    """A whole run, or the rest of it."""
+    """Train a run to its end, from its newest checkpoint if it has one."""
     run.run.folder.mkdir(parents=True, exist_ok=True)
-    with standing(run) as ranks:
+    with init_ranks(run) as ranks:
         watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
         build_trainer(
             run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
@@ -55,9 +53,7 @@ def train(run: RunConfig) -> None:
 
 
 def train_from(root: Path, source: str, run: RunConfig) -> None:
-    """Go on from another run's second checkpoint, as after a kill: ramp, context edge and decay are
-    still to come.
-    """
+    """Train from another run's second checkpoint: ramp, context change and decay still follow."""
     if os.environ.get("RANK", "0") == "0":
         second = list(newest(root / source / "checkpoints"))[-2]
         shutil.copytree(second, run.run.files.checkpoints / second.name)
@@ -65,11 +61,11 @@ def train_from(root: Path, source: str, run: RunConfig) -> None:
 
 
 def reshard(root: Path, source: str, run: RunConfig) -> None:
-    """Load another layout's newest checkpoint and save it as this one's, without a step."""
+    """Load another layout's newest checkpoint and save it in this layout, without a step."""
     if os.environ.get("RANK", "0") == "0":
-        newest_one = next(newest(root / source / "checkpoints"))
-        shutil.copytree(newest_one, run.run.files.checkpoints / newest_one.name)
-    with standing(run) as ranks:
+        checkpoint = next(newest(root / source / "checkpoints"))
+        shutil.copytree(checkpoint, run.run.files.checkpoints / checkpoint.name)
+    with init_ranks(run) as ranks:
         watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
         trainer = build_trainer(
             run, open_per_node(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
@@ -78,8 +74,8 @@ def reshard(root: Path, source: str, run: RunConfig) -> None:
         trainer.checkpoints.save_and_wait(trainer.state, trainer.engine)
 
 
-def gradients(root: Path, tensor_parallel: int, name: str) -> None:
-    """One backward pass without an engine; every rank saves the gradients it holds."""
+def save_gradients(root: Path, tensor_parallel: int, name: str) -> None:
+    """Run one backward pass without an engine; every rank saves its gradients."""
     tokens = torch.randint(0, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     doc_starts = torch.rand(3, 39, generator=torch.Generator().manual_seed(2)) < 0.1
     with init_distributed("cpu", tensor_parallel) as ranks:
@@ -89,35 +85,34 @@ def gradients(root: Path, tensor_parallel: int, name: str) -> None:
         losses, log_sums = model(tokens[:, :-1], tokens[:, 1:], doc_starts)
         loss = losses.mean() + 1e-2 * log_sums.square().mean()
         loss.backward()
-        held = {key: parameter.grad for key, parameter in model.named_parameters()}
-        torch.save({"loss": loss.detach(), **held}, root / f"{name}-{ranks.tp_rank}.pt")
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        torch.save({"loss": loss.detach(), **gradients}, root / f"{name}-{ranks.tp_rank}.pt")
 
 
-def engine(run: RunConfig, stage: int, sequence: bool = False) -> RunConfig:
-    """The same run by another engine, or with the residual stream cut along the sequence."""
-    return laid_out(run, zero_stage=stage, sequence_parallel=sequence)
+def with_zero_stage(run: RunConfig, stage: int, sequence_parallel: bool = False) -> RunConfig:
+    return laid_out(run, zero_stage=stage, sequence_parallel=sequence_parallel)
 
 
-def megatron(
-    run: RunConfig, sequence: bool = False, recompute: Recompute = Recompute.none
+def with_megatron(
+    run: RunConfig, sequence_parallel: bool = False, recompute: Recompute = Recompute.none
 ) -> RunConfig:
-    """The same run by megatron-core's optimizer, with buckets that end inside the model."""
+    """Use megatron-core's engine with several buckets."""
     return laid_out(
         run,
         engine=EngineKind.megatron,
         bucket_elements=3000,
         recompute=recompute,
-        sequence_parallel=sequence,
+        sequence_parallel=sequence_parallel,
     )
 
 
 def run_all(folder: Path) -> None:
-    """All runs, in two processes but for those on one rank."""
+    """Train all runs: those on two ranks in one pair of processes, the others here."""
     make_corpus(folder / "data")
-    gradients(folder, 1, "gradients-tp1")
+    save_gradients(folder, 1, "gradients-tp1")
     train(config(folder, "dp1"))
     jobs = [
-        (gradients, (folder, 2, "gradients-tp2")),
+        (save_gradients, (folder, 2, "gradients-tp2")),
         (train, (config(folder, "dp2"),)),
         (train, (config(folder, "tp2", tensor_parallel=2),)),
         (train, (config(folder, "cp2", context_parallel=2),)),
@@ -127,17 +122,25 @@ def run_all(folder: Path) -> None:
             (
                 folder,
                 "dp1",
-                engine(config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence=True),
+                with_zero_stage(
+                    config(folder, "dp1-to-tp2", tensor_parallel=2), 1, sequence_parallel=True
+                ),
             ),
         ),
-        (train_from, (folder, "dp2", engine(config(folder, "dp2-to-zero0"), 0))),
-        (train_from, (folder, "dp2-to-zero0", engine(config(folder, "zero0-to-zero3"), 3))),
-        (train_from, (folder, "zero0-to-zero3", engine(config(folder, "zero3-to-zero2"), 2))),
-        (train, (megatron(config(folder, "megatron"), recompute=Recompute.full),)),
+        (train_from, (folder, "dp2", with_zero_stage(config(folder, "dp2-to-zero0"), 0))),
+        (
+            train_from,
+            (folder, "dp2-to-zero0", with_zero_stage(config(folder, "zero0-to-zero3"), 3)),
+        ),
+        (
+            train_from,
+            (folder, "zero0-to-zero3", with_zero_stage(config(folder, "zero3-to-zero2"), 2)),
+        ),
+        (train, (with_megatron(config(folder, "megatron"), recompute=Recompute.full),)),
         (
             train,
             (
-                megatron(
+                with_megatron(
                     config(folder, "megatron-cp2", context_parallel=2),
                     recompute=Recompute.selective,
                 ),
@@ -145,13 +148,20 @@ def run_all(folder: Path) -> None:
         ),
         (
             train_from,
-            (folder, "dp2", megatron(config(folder, "dp2-to-megatron", 2), True, Recompute.full)),
+            (
+                folder,
+                "dp2",
+                with_megatron(config(folder, "dp2-to-megatron", 2), True, Recompute.full),
+            ),
         ),
-        (train_from, (folder, "dp2-to-megatron", engine(config(folder, "megatron-to-zero2"), 2))),
-        (reshard, (folder, "zero0-to-zero3", engine(config(folder, "zero3-as-zero0"), 0))),
-        (reshard, (folder, "megatron", engine(config(folder, "megatron-as-zero3"), 3))),
-        (reshard, (folder, "zero0-to-zero3", megatron(config(folder, "zero3-as-megatron")))),
-        (reshard, (folder, "zero3-to-zero2", engine(config(folder, "zero2-as-zero3"), 3))),
+        (
+            train_from,
+            (folder, "dp2-to-megatron", with_zero_stage(config(folder, "megatron-to-zero2"), 2)),
+        ),
+        (reshard, (folder, "zero0-to-zero3", with_zero_stage(config(folder, "zero3-as-zero0"), 0))),
+        (reshard, (folder, "megatron", with_zero_stage(config(folder, "megatron-as-zero3"), 3))),
+        (reshard, (folder, "zero0-to-zero3", with_megatron(config(folder, "zero3-as-megatron")))),
+        (reshard, (folder, "zero3-to-zero2", with_zero_stage(config(folder, "zero2-as-zero3"), 3))),
         (reshard, (folder, "tp2", config(folder, "tp2-as-dp2"))),
         (reshard, (folder, "dp1", config(folder, "dp1-as-tp2", tensor_parallel=2))),
         (reshard, (folder, "dp1-to-tp2", config(folder, "sequence-as-dp2"))),
@@ -165,12 +175,12 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def final(root: Path, name: str) -> CheckpointReader:
+def final_checkpoint(root: Path, name: str) -> CheckpointReader:
     return CheckpointReader(next(newest(root / name / "checkpoints")))
 
 
 def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:
-    """Loss, norm and rate of every step, or of the steps that run `like` has."""
+    """Loss, gradient norm and rate of every step, or of the steps that run `like` has."""
     first = records(root, like or name)[0]["step"]
     return torch.tensor(
         [[r["loss"], r["grad_norm"], r["lr"]] for r in records(root, name) if r["step"] >= first]

@@ -97,7 +97,9 @@ class Smoke:
         found = []
         for source in SOURCES:
             begun = time.monotonic()
-            cuda_library._compile_cached(source, 1, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+            cuda_library._compile_cached(
+                source, 1, "sm_{}{}".format(*torch.cuda.get_device_capability())
+            )
             found.append(f"{source} {time.monotonic() - begun:.1f}s")
         return found
 

@@ -21,26 +21,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core import log
-from core.entry import as_called
-from core.errors import InputError, end_in_one_line
+from core.entry import format_commands
+from core.errors import InputError, exit_with_error
 from core.files import ROOT
-from core.old_keys import GROUPS, given_keys, rename_keys, renamed_overrides
+from core.old_keys import REMOVED_GROUPS, given_keys, rename_keys, renamed_overrides
 
 CONFIGS = str(ROOT / "configs")
-NO_GROUP = re.compile(r".*Could not override '(\w+)(?:@[^']*)?'\.\s*No match in the defaults", re.S)
-NO_CHOICE = re.compile(
+UNKNOWN_GROUP = re.compile(
+    r".*Could not override '(\w+)(?:@[^']*)?'\.\s*No match in the defaults", re.S
+)
+UNKNOWN_CHOICE = re.compile(
     r"Could not find '(\w+)/([^']+)'\s+Available options in [^\n]*:((?:\n\t[^\n]+)+)"
 )
 UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 Schema = TypeVar("Schema")
 
 
-def about() -> str:
+def script_help() -> str:
     """A script's --help: its docstring with examples. $ is doubled, as Hydra replaces $NAME."""
-    return as_called(sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
+    return format_commands(sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 
-OmegaConf.register_new_resolver("about", about)
+OmegaConf.register_new_resolver("script_help", script_help)
 
 
 OmegaConf.register_new_resolver("times", lambda a, b: a * b)
@@ -71,12 +73,12 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
     names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
     sections = {name: config[name] for name in names if name in config}
     values = OmegaConf.create(sections)
-    whole_numbers(schema, values)
+    floats_to_ints(schema, values)
     typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     return typed
 
 
-def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
+def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
     """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be
     written either way.
 
@@ -95,9 +97,9 @@ def whole_numbers(schema: type, values: DictConfig, prefix: str = "") -> None:
             entries = value.values() if isinstance(value, DictConfig) else value
             for entry in entries if OmegaConf.is_config(value) else ():  # else to_object says it
                 if isinstance(entry, DictConfig):
-                    whole_numbers(inner, entry, f"{prefix}{key}.")  # type: ignore[arg-type]
+                    floats_to_ints(inner, entry, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif isinstance(value, DictConfig):
-            whole_numbers(inner, value, f"{prefix}{key}.")  # type: ignore[arg-type]
+            floats_to_ints(inner, value, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif inner is wanted:
             known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(inner))
             raise InputError(
@@ -130,18 +132,20 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             try:
                 compose_argv()
                 for config in composed:
-                    main(checked(schema, config, given))
+                    main(convert_checked(schema, config, given))
             except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
                 if show_traceback:
                     raise
-                end_in_one_line(as_called(one_line(error, keys_of(schema))))
+                exit_with_error(format_commands(format_error(error, config_keys(schema))))
 
         return run
 
     return decorate
 
 
-def checked(schema: type[Schema], config: DictConfig, given: Collection[str] = ()) -> Schema:
+def convert_checked(
+    schema: type[Schema], config: DictConfig, given: Collection[str] = ()
+) -> Schema:
     """convert, with a failed check of a section as an InputError."""
     try:
         return convert(schema, config, given)
@@ -151,18 +155,18 @@ def checked(schema: type[Schema], config: DictConfig, given: Collection[str] = (
         raise InputError(str(error)) from error
 
 
-def keys_of(schema: type, prefix: str = "") -> list[str]:
+def config_keys(schema: type, prefix: str = "") -> list[str]:
     """The keys below a schema, as a command line writes them."""
     keys = []
     for name, kind in get_type_hints(schema).items():
         if dataclasses.is_dataclass(kind):
-            keys += keys_of(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            keys += config_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             keys.append(f"{prefix}{name}")
     return keys
 
 
-def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
+def format_error(error: Exception, keys: Iterable[str] = ()) -> str:
     """The message of an error on one line, with the full key where the config library knows it.
 
     An unknown key is answered with the nearest of `keys`.
@@ -171,9 +175,9 @@ def one_line(error: Exception, keys: Iterable[str] = ()) -> str:
     if match := UNKNOWN_KEY.match(str(error)):
         near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
         return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
-    if match := NO_CHOICE.search(str(error)):
+    if match := UNKNOWN_CHOICE.search(str(error)):
         return f"{match[1]} has no {match[2]}; it has {', '.join(match[3].split())}"
-    if (match := NO_GROUP.match(str(error))) and match[1] in GROUPS:
+    if (match := UNKNOWN_GROUP.match(str(error))) and match[1] in REMOVED_GROUPS:
         suite = " (a leaderboard: override /suite)" if match[1] == "eval" else ""
         return (
             f"{match[1]} is no config group any more but a section of config.yaml: remove "

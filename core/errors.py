@@ -10,23 +10,23 @@ from typing import NoReturn
 USER_ERROR = 2
 
 # a launcher ends all ranks when one exits: the others let the first of their machine speak
-SPEAKING_SECONDS = 10.0
+EXIT_DELAY_SECONDS = 10.0
 
 
 class InputError(ValueError):
     """A mistake the user can mend; the message names the fix and is printed without a traceback."""
 
 
-def end_in_one_line(message: str) -> NoReturn:
+def exit_with_error(message: str) -> NoReturn:
     """Exit with the code of a user's mistake; the first rank of each machine prints the reason."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        time.sleep(SPEAKING_SECONDS)
+        time.sleep(EXIT_DELAY_SECONDS)
     sys.exit(USER_ERROR)
 
 
-def moved(command: str) -> None:
+def exit_with_new_command(command: str) -> None:
     """End an entry script that has moved; print its new command with the given arguments."""
     print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 # of the code: configs/ and the entry scripts lie there
 ROOT = Path(__file__).resolve().parent.parent
-PART = ".part"  # what the name of an unfinished file ends in
-PART_SECONDS = 3600.0
+TEMP_SUFFIX = ".part"  # what the name of an unfinished file ends in
+TEMP_MAX_AGE_SECONDS = 3600.0
 
 
 def sha256_of(path: Path) -> str:
@@ -23,7 +23,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Put a file into place at once: what `write` writes is synced under another name, then
     renamed.
 
@@ -31,7 +31,7 @@ def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     the old file unless it was the folder that could not be synced.
     """
     # writers may be many
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PART}")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMP_SUFFIX}")
     try:
         with part.open("wb") as file:
             write(file)
@@ -41,12 +41,12 @@ def write_with(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    fsync_dir(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """write_with for text, as UTF-8."""
-    write_with(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
@@ -54,7 +54,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Make renames and removals in a folder survive power loss, if its file system allows it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -66,11 +66,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_parts(folder: Path) -> None:
+def remove_stale_temp_files(folder: Path) -> None:
     """Remove what killed writers left in a folder: parts that nobody has written to for an hour."""
-    for part in folder.glob(f"*{PART}"):
+    for part in folder.glob(f"*{TEMP_SUFFIX}"):
         with suppress(OSError):  # it has gone, or is another user's
-            if part.is_file() and time.time() - part.stat().st_mtime > PART_SECONDS:
+            if part.is_file() and time.time() - part.stat().st_mtime > TEMP_MAX_AGE_SECONDS:
                 part.unlink()
 
 

@@ -14,7 +14,17 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 ALL_RANKS = {"all_ranks": True}  # extra= of a line that other ranks say too
-OURS = ("core", "model", "data", "eval", "train", "launch", "examples", "benchmarks", "__main__")
+PACKAGES = (
+    "core",
+    "model",
+    "data",
+    "eval",
+    "train",
+    "launch",
+    "examples",
+    "benchmarks",
+    "__main__",
+)
 
 
 class RankFilter(logging.Filter):
@@ -42,7 +52,7 @@ def set_up() -> None:
     """Give our loggers this handler, once; those of libraries stay as they are."""
     handler = ConsoleHandler()
     handler.addFilter(RankFilter())
-    for name in OURS:
+    for name in PACKAGES:
         logger = logging.getLogger(name)
         if not any(isinstance(other, ConsoleHandler) for other in logger.handlers):
             logger.addHandler(handler)
@@ -50,7 +60,7 @@ def set_up() -> None:
             logger.propagate = False
 
 
-class UnfailingStream:
+class BestEffortStream:
     """Standard output that a full disk or a closed pipe behind it cannot turn into an error."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -55,7 +55,7 @@ RENAMED = {
 # sizes of a benchmark, and dollars
 REMOVED = ("eval.bench", "plan.price_per_gpu_hour")
 # groups that are sections of config.yaml now, and their only choice
-GROUPS = {
+REMOVED_GROUPS = {
     "checkpoint": "local",
     "eval": "default",
     "optim": "adamw",
@@ -64,7 +64,7 @@ GROUPS = {
     **dict.fromkeys(("browse", "health", "metrics", "plan", "slurm", "train", "verify"), "default"),
 }
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([\w.]+)(?:=(.*))?$", re.DOTALL)
-SUITES = re.compile(r"leaderboard_\w+(,leaderboard_\w+)*")
+SUITE_NAMES = re.compile(r"leaderboard_\w+(,leaderboard_\w+)*")
 _warned: set[str] = set()
 
 
@@ -78,16 +78,16 @@ def renamed_overrides(words: Iterable[str]) -> list[str]:
             found.append(word)
             continue
         prefix, key, value = match.groups()
-        if value is not None and value == GROUPS.get(key):
+        if value is not None and value == REMOVED_GROUPS.get(key):
             changes.append(f"{word} has no effect any more")
-        elif key == "eval" and SUITES.fullmatch(value or ""):
+        elif key == "eval" and SUITE_NAMES.fullmatch(value or ""):
             changes.append(f"{word} is now suite={value}")
             found.append(f"suite={value}")
         elif is_removed(key):
             changes.append(f"{key} has no effect any more")
         else:
             found += _renamed(word, prefix or "", key, value, changes)
-    warn("the command line", changes)
+    warn_once("the command line", changes)
     return found
 
 
@@ -95,7 +95,7 @@ def _renamed(
     word: str, prefix: str, key: str, value: str | None, changes: list[str]
 ) -> Iterator[str]:
     """One override with today's key; a table that holds old keys becomes an override per value."""
-    leaves = list(flat(key, table_of(word))) if value is not None and value[:1] == "{" else []
+    leaves = list(flatten(key, parse_table(word))) if value is not None and value[:1] == "{" else []
     if any(
         is_removed(old) or new_key(old) != f"{new_key(key)}{old[len(key) :]}" for old, _ in leaves
     ):
@@ -105,7 +105,7 @@ def _renamed(
                 continue
             if (now := new_key(old)) != old:
                 changes.append(f"{old} is now {now}")
-            yield f"{prefix}{now}={written(leaf)}"
+            yield f"{prefix}{now}={format_value(leaf)}"
         return
     if (now := new_key(key)) != key:
         changes.append(f"{key} is now {now}")
@@ -118,12 +118,12 @@ def given_keys(words: Iterable[str]) -> set[str]:
     for word in words:
         match = OVERRIDE.match(word)
         if match is not None and match[3] is not None and match[1] != "~":
-            table = table_of(word) if match[3][:1] == "{" else None
-            found |= {key for key, _ in flat(match[2], table)}
+            table = parse_table(word) if match[3][:1] == "{" else None
+            found |= {key for key, _ in flatten(match[2], table)}
     return found
 
 
-def table_of(word: str) -> Any:
+def parse_table(word: str) -> Any:
     """The value of an override that is a table; None for what Hydra reads as something else."""
     try:
         (override,) = OverridesParser.create().parse_overrides([word])
@@ -132,21 +132,23 @@ def table_of(word: str) -> Any:
     return None if override.is_sweep_override() else override.value()
 
 
-def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The full keys and values below a key; an empty table is a value."""
     if isinstance(value, dict) and value:
         for name, entry in value.items():
-            yield from flat(f"{key}.{name}", entry)
+            yield from flatten(f"{key}.{name}", entry)
     else:
         yield key, value
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in Hydra's grammar."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{written(entry)}" for name, entry in value.items()) + "}"
+        return (
+            "{" + ",".join(f"{name}:{format_value(entry)}" for name, entry in value.items()) + "}"
+        )
     if isinstance(value, list):
-        return "[" + ",".join(map(written, value)) + "]"
+        return "[" + ",".join(map(format_value, value)) + "]"
     if isinstance(value, str):
         return QuotedString(value, Quote.single).with_quotes()
     if value is None or isinstance(value, bool):
@@ -170,10 +172,10 @@ def rename_keys(config: DictConfig, where: str, given: Collection[str] = ()) -> 
                 continue
             changes.append(f"{old} is now {RENAMED[old]}")
             value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-            for now, leaf in flat(RENAMED[old], value):
+            for now, leaf in flatten(RENAMED[old], value):
                 if not any(f"{now}.".startswith(f"{key}.") for key in given):
                     OmegaConf.update(config, now, leaf, force_add=True)
-    warn(where, changes)
+    warn_once(where, changes)
 
 
 def load_config(path: Path) -> DictConfig:
@@ -199,7 +201,7 @@ def new_key(key: str) -> str:
     return RENAMED[above] + key.removeprefix(above)
 
 
-def warn(where: str, changes: list[str]) -> None:
+def warn_once(where: str, changes: list[str]) -> None:
     """Name the first changes, once for each place."""
     if changes and where not in _warned:
         _warned.add(where)

@@ -36,14 +36,16 @@ class RunFiles:
         self.evaluation = folder / "eval.json"  # held-out scores and a sample
         self.scores = folder / "scores"  # leaderboards, a file per suite and checkpoint
         self.score_jobs = self.scores / "jobs.json"  # which were started
-        self.held = self.scores / "held"  # checkpoints whose jobs have not ended, by hard links
+        self.pinned_checkpoints = (
+            self.scores / "held"
+        )  # checkpoints whose jobs have not ended, by hard links
         self.card = folder / "README.md"
         self.attempts = folder / "attempts.jsonl"  # a batch script's starts and ends
         self.logs = folder / "logs"  # a folder per start, a file per node
         self.plan = folder / "plan.json"
         self.dryrun = folder / "dryrun.json"
 
-    def hf_of(self, step: str) -> Path:
+    def hf_export(self, step: str) -> Path:
         """Where the export of a checkpoint that was asked for by name lies."""
         return self.folder / f"hf-{step}"
 
@@ -76,17 +78,17 @@ class Run:
         return RunFiles(self.folder)
 
 
-def newest(checkpoints: Path) -> Iterator[Path]:
+def list_checkpoints(checkpoints: Path) -> Iterator[Path]:
     """Checkpoint folders, newest first; whoever reads one verifies it before."""
     found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    yield from sorted(found, key=step_of, reverse=True)
+    yield from sorted(found, key=step_number, reverse=True)
 
 
-def committed(checkpoints: Path) -> Iterator[Path]:
+def list_committed_checkpoints(checkpoints: Path) -> Iterator[Path]:
     """Those of them that were written to the end: a manifest is a checkpoint's last file."""
-    return (path for path in newest(checkpoints) if (path / MANIFEST).is_file())
+    return (path for path in list_checkpoints(checkpoints) if (path / MANIFEST).is_file())
 
 
-def step_of(folder: Path) -> int:
+def step_number(folder: Path) -> int:
     """The step that a checkpoint folder is named after."""
     return int(folder.name.removeprefix("step-"))

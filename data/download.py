@@ -24,7 +24,7 @@ import fsspec
 
 from core.command import command
 from core.errors import InputError
-from core.files import sha256_of, write_with
+from core.files import sha256_of, write_atomic
 from data.config import Asset, DataConfig
 from data.recipes import urls
 
@@ -77,7 +77,7 @@ def download(name: str, url: str, path: Path) -> None:
                 raise OSError(f"the connection ended {missing} bytes early")
 
     try:
-        write_with(path, copy)
+        write_atomic(path, copy)
     except ImportError as error:
         raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
     except Exception as error:  # every filesystem of fsspec has errors of its own

@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from core.errors import moved
+    from core.errors import exit_with_new_command
 
-    moved("python data/download.py")
+    exit_with_new_command("python data/download.py")

@@ -31,7 +31,7 @@ from rich.table import Table
 from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
-from core.old_keys import written
+from core.old_keys import format_value
 from core.run import RunFiles
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, open_manifests, source_folder
@@ -167,7 +167,11 @@ def expand(arguments: list[str]) -> list[str]:
         home = folder.parent.parent
         home = home if folder.parent == RunFiles(home).checkpoints else folder.parent
         # in front, for options end the overrides
-        expanded = [f"run.name={written(home.name)}", f"run.dir={written(str(home))}", *expanded]
+        expanded = [
+            f"run.name={format_value(home.name)}",
+            f"run.dir={format_value(str(home))}",
+            *expanded,
+        ]
     return expanded
 
 

@@ -59,7 +59,7 @@ def export_folder(config: EvaluationConfig, folder: Path) -> Path:
     return (
         config.run.files.hf
         if config.run.checkpoint is None
-        else config.run.files.hf_of(folder.name)
+        else config.run.files.hf_export(folder.name)
     )
 
 

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import as_called, explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -45,9 +45,9 @@ EXAMPLES = """examples:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog=as_called("python examples/make_demo_corpus.py"),
+        prog=format_commands("python examples/make_demo_corpus.py"),
         description=__doc__,
-        epilog=as_called(EXAMPLES),
+        epilog=format_commands(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/data/demo/raw"))

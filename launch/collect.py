@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import as_called, explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -111,9 +111,9 @@ def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog=as_called("python launch/collect.py"),
+        prog=format_commands("python launch/collect.py"),
         description=__doc__,
-        epilog=as_called(EXAMPLES),
+        epilog=format_commands(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="of a sweep")

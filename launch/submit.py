@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import as_called, explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from core import log
-from core.command import keys_of, one_line
-from core.errors import InputError, end_in_one_line
+from core.command import config_keys, format_error
+from core.errors import InputError, exit_with_error
 from core.files import write_json
 from launch.config import SubmitConfig
 from launch.jobs.local import run_here
@@ -41,9 +41,9 @@ def main() -> int:
     """Check every run, then show, start or submit all of them."""
     log.set_up()
     parser = argparse.ArgumentParser(
-        prog=as_called("python launch/submit.py"),
+        prog=format_commands("python launch/submit.py"),
         description=__doc__,
-        epilog=as_called(EXAMPLES),
+        epilog=format_commands(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -138,5 +138,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
-        known = [*keys_of(RunConfig), *keys_of(SubmitConfig)]
-        end_in_one_line(as_called(one_line(error, known)))
+        known = [*config_keys(RunConfig), *config_keys(SubmitConfig)]
+        exit_with_error(format_commands(format_error(error, known)))

@@ -19,7 +19,7 @@ import torch
 
 import train.checkpoint.writer as commit
 from core.errors import InputError
-from core.run import newest
+from core.run import list_checkpoints
 from data.stream.loader import Loader
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.run_lock import RunLock
@@ -131,7 +131,7 @@ class Injector:
         for name in (
             "save_file",
             "write_json",
-            "sync_folder",
+            "fsync_dir",
             "manifest_entry",
             "remove_checkpoint",
         ):
@@ -270,7 +270,7 @@ def damage(folder: Path, detail: int) -> bool:
     """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove
     it.
     """
-    best = next(newest(folder), None)
+    best = next(list_checkpoints(folder), None)
     if best is None:
         return False
     files = sorted(path for path in best.iterdir() if path.is_file())

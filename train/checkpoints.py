@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import as_called, explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -29,7 +29,7 @@ from train.checkpoint.inspection import (
 def main(arguments: list[str]) -> int:
     """Run `ls DIR`, `verify DIR` or `diff DIR [OTHER]`; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog=as_called("python train/checkpoints.py"),
+        prog=format_commands("python train/checkpoints.py"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

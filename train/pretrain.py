@@ -22,7 +22,7 @@ from core.entry import explain_missing_extras
 explain_missing_extras()
 
 from core.command import command
-from core.log import UnfailingStream
+from core.log import BestEffortStream
 from data.stream.manifests import require_data
 from train.config import RunConfig
 from train.costs.memory import check_memory
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Check what can be checked without a model, then train."""
-    sys.stdout = UnfailingStream(sys.stdout)
+    sys.stdout = BestEffortStream(sys.stdout)
     check_trackers(config.metrics)
     world, local_world = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import as_called, explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -24,9 +24,9 @@ def main() -> None:
     """Run the command."""
     log.set_up()
     parser = argparse.ArgumentParser(
-        prog=as_called("python train/report.py"),
+        prog=format_commands("python train/report.py"),
         description=__doc__,
-        epilog=as_called(EXAMPLES),
+        epilog=format_commands(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold metrics.jsonl")

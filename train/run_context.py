@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
-from core.files import ROOT, remove_parts, write_text
+from core.files import ROOT, remove_stale_temp_files, write_text
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
@@ -149,7 +149,7 @@ def _take(run_lock: RunLock) -> str | None:
     try:
         run_lock.path.parent.mkdir(parents=True, exist_ok=True)
         run_lock.acquire()
-        remove_parts(run_lock.path.parent)
+        remove_stale_temp_files(run_lock.path.parent)
     except InputError as error:
         return str(error)
     except OSError as error:

@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from numpy.typing import NDArray
 
-from core.files import write_with
+from core.files import write_atomic
 from data.pipeline.tasks import Documents, exclude_into, run_task, write_documents
 from data.stream.mixture import splitmix64
 
@@ -150,7 +150,7 @@ def find_repeats(work: Path, partition: int, tasks: int) -> None:
     order = np.lexsort((place, task))
     borders = np.searchsorted(task[order], np.arange(tasks + 1)).astype("<u8")
     place[order].tofile(out / f"{partition:06d}.places")
-    write_with(out / f"{partition:06d}.borders", borders.tofile)  # the mark of completion
+    write_atomic(out / f"{partition:06d}.borders", borders.tofile)  # the mark of completion
 
 
 def repeats_task(work: Path, partition: int, tasks: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from core.entry import fix
+from core.entry import install_command
 from core.errors import InputError
 
 RECIPES_DIR = Path(__file__).resolve().parent
@@ -43,7 +43,7 @@ def require(packages: Iterable[str], user: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{user} needs {package} ({error}): {fix(package)}") from error
+            raise InputError(f"{user} needs {package} ({error}): {install_command(package)}") from error
 
 
 def load(name: str) -> ModuleType:

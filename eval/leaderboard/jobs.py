@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import ROOT, read_json, write_json
-from core.run import Run, committed, step_of
+from core.run import Run, list_committed_checkpoints, step_number
 from eval.config import Jobs, Launcher
 from model.checkpoint import read_state
 
@@ -78,7 +78,7 @@ class SuiteJobs:
         """Checkpoints that no job was started for and that are due, oldest first."""
         found = []
         before = max(started.values(), default=0)
-        for folder in reversed(list(committed(self.run.files.checkpoints))):
+        for folder in reversed(list(list_committed_checkpoints(self.run.files.checkpoints))):
             tokens = int(read_state(folder)["tokens"])
             every = self.settings.every_tokens
             if tokens > before and (tokens // every > before // every or tokens in self.always):
@@ -88,7 +88,7 @@ class SuiteJobs:
 
     def _hold_and_launch(self, folder: Path) -> None:
         """Every suite as a job on the held files of a checkpoint."""
-        held = self.run.files.held / folder.name
+        held = self.run.files.pinned_checkpoints / folder.name
         shutil.copytree(folder, held, copy_function=os.link, dirs_exist_ok=True)
         for suite in self.settings.suites:
             self._launch(suite, held)
@@ -141,7 +141,7 @@ class SuiteJobs:
         records = []
         started: dict[str, int] = read_json(self.record).get("started", {})
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
-            step = step_of(Path(name))
+            step = step_number(Path(name))
             ended = {suite: self._ended(f"{suite}-{name}") for suite in self.settings.suites}
             new = {
                 suite: rows
@@ -151,7 +151,7 @@ class SuiteJobs:
             if new:
                 records.append({"step": step, "tokens": tokens, "scores": new})
             if None not in ended.values():
-                shutil.rmtree(self.run.files.held / name, ignore_errors=True)
+                shutil.rmtree(self.run.files.pinned_checkpoints / name, ignore_errors=True)
         self.mark_reported(records)
         return records
 

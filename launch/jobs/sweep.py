@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from core.command import checked, compose_config
+from core.command import compose_config, convert_checked
 from core.errors import InputError
 from core.old_keys import given_keys, new_key, renamed_overrides
 from launch.config import SubmitConfig
@@ -43,7 +43,9 @@ def job(overrides: list[str]) -> Job:
     overrides = renamed_overrides(overrides)
     composed, given = compose_config(overrides), given_keys(overrides)
     return Job(
-        overrides, checked(RunConfig, composed, given), checked(SubmitConfig, composed, given)
+        overrides,
+        convert_checked(RunConfig, composed, given),
+        convert_checked(SubmitConfig, composed, given),
     )
 
 

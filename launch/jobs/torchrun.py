@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from core.entry import hiding
-from core.errors import USER_ERROR, end_in_one_line
+from core.entry import shadowing_file
+from core.errors import USER_ERROR, exit_with_error
 from train.resilience.incidents import REQUEUE
 
 SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
@@ -22,8 +22,8 @@ SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
 def refuse_hidden(words: list[str]) -> None:
     """End in one line if a file in the working folder hides the command of `torchrun -m`."""
     package = words[words.index("-m") + 1].split(".")[0] if "-m" in words[:-1] else ""
-    if package in ("data", "eval", "launch", "train") and (file := hiding(package)):
-        end_in_one_line(
+    if package in ("data", "eval", "launch", "train") and (file := shadowing_file(package)):
+        exit_with_error(
             f"{file} hides our package {package}: rename it, or PYTHONSAFEPATH=1 torchrun ..."
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import append_json_line, read_json_lines
-from core.run import RunFiles, committed
+from core.run import RunFiles, list_committed_checkpoints
 from train.resilience.incidents import FINISHED, REQUEUE, read_outcome
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,9 @@ Record = dict[str, Any]
 
 def newest_name(folder: Path) -> str:
     """Name of the newest committed checkpoint, or nothing."""
-    return next((path.name for path in committed(RunFiles(folder).checkpoints)), "")
+    return next(
+        (path.name for path in list_committed_checkpoints(RunFiles(folder).checkpoints)), ""
+    )
 
 
 def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> None:

@@ -15,12 +15,12 @@ from core.files import (
     append_json_line,
     read_json,
     read_json_lines,
-    remove_parts,
+    remove_stale_temp_files,
+    write_atomic,
     write_json,
     write_text,
-    write_with,
 )
-from core.run import RunFiles, committed, newest
+from core.run import RunFiles, list_checkpoints, list_committed_checkpoints
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     with pytest.raises(OSError, match="full"):
-        write_with(path, fail)
+        write_atomic(path, fail)
     assert read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
@@ -62,7 +62,7 @@ def test_parts_of_killed_writers_go_after_an_hour(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     os.utime(tmp_path / "a.json.node-1.part", (0, time.time() - 4000))
     (tmp_path / "hf.part").mkdir()
-    remove_parts(tmp_path)
+    remove_stale_temp_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["b.json.node-2.part", "hf.part"]
 
 
@@ -95,7 +95,10 @@ def test_the_newest_checkpoint_and_the_newest_that_is_whole(tmp_path: Path) -> N
         (checkpoints / f"step-{step:08d}" / "manifest.json").touch()
     for other in ("step-00000099.part", "step-00000098.damaged-1", "step-7"):
         (checkpoints / other).mkdir()
-    assert [path.name for path in newest(checkpoints)] == [
+    assert [path.name for path in list_checkpoints(checkpoints)] == [
         "step-100000000", "step-00000028", "step-00000010", "step-00000009"
     ]  # fmt: skip
-    assert [path.name for path in committed(checkpoints)] == ["step-00000010", "step-00000009"]
+    assert [path.name for path in list_committed_checkpoints(checkpoints)] == [
+        "step-00000010",
+        "step-00000009",
+    ]

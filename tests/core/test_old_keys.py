@@ -8,10 +8,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from core import old_keys
-from core.command import compose_config, convert, one_line
+from core.command import compose_config, convert, format_error
 from core.old_keys import (
-    GROUPS,
     REMOVED,
+    REMOVED_GROUPS,
     RENAMED,
     given_keys,
     load_config,
@@ -37,7 +37,7 @@ def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
         assert OmegaConf.select(config, new, default=gone) is not gone, new
         assert OmegaConf.select(config, old, default=gone) is gone, old
     assert all(OmegaConf.select(config, old, default=gone) is gone for old in REMOVED)
-    assert not any((CONFIGS / group).exists() for group in GROUPS)
+    assert not any((CONFIGS / group).exists() for group in REMOVED_GROUPS)
 
 
 def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +97,7 @@ def test_a_table_of_old_keys_becomes_an_override_for_each() -> None:
 
 def test_a_group_that_is_a_section_now_is_named() -> None:
     said = "In 'x': Could not override 'optim'. No match in the defaults list."
-    assert "remove 'override /optim'" in one_line(HydraException(said))
+    assert "remove 'override /optim'" in format_error(HydraException(said))
 
 
 @pytest.mark.parametrize(

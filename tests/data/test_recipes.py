@@ -493,7 +493,7 @@ def test_missing_package_is_named_before_the_first_document(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "lxml_html_clean", None)
-    monkeypatch.setattr("core.entry.missing_extra", lambda module: "data")
+    monkeypatch.setattr("core.entry.extra_for_module", lambda module: "data")
     with pytest.raises(InputError, match=r"lxml_html_clean.*: pip install .*\[data\]"):
         recipes.load("web")
 

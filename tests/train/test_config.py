@@ -12,7 +12,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from core.command import CONFIGS, one_line
+from core.command import CONFIGS, format_error
 from core.errors import InputError
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
@@ -105,7 +105,7 @@ def test_token_counts_may_be_written_with_an_exponent() -> None:
 def test_a_mistake_is_named_on_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as raised:
         run_config("demo", *overrides)
-    line = one_line(raised.value)
+    line = format_error(raised.value)
     assert message in line and "\n" not in line
 
 

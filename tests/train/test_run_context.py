@@ -17,7 +17,7 @@ import pytest
 
 from core.errors import InputError
 from core.files import read_json_lines
-from core.log import UnfailingStream
+from core.log import BestEffortStream
 from tests.commands import PATIENCE
 from tests.distributed import run_ranks
 from tests.small import config
@@ -282,7 +282,7 @@ def test_no_line_is_lost_or_cut_on_a_full_disk(
 
 
 def test_standard_output_on_a_full_disk_stops_nothing() -> None:
-    out = UnfailingStream(open("/dev/full", "w", buffering=1))  # noqa: SIM115
+    out = BestEffortStream(open("/dev/full", "w", buffering=1))  # noqa: SIM115
     print("a line", file=out, flush=True)  # type: ignore[call-overload]
     with pytest.raises(OSError):
         out.stream.write("x\n" * 10_000)

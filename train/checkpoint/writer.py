@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.files import sync_folder, write_json
+from core.files import fsync_dir, write_json
 from core.run import MANIFEST
 from model.checkpoint import FORMAT, STATE, TensorShard
 from train.distributed import Ranks
@@ -148,12 +148,12 @@ class CheckpointWriter:
         write_json(part / STATE, {"format": FORMAT, **state})
         files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})
-        sync_folder(part)
+        fsync_dir(part)
         final = part.with_suffix("")
         if final.exists():  # the run was resumed or rolled back to an older checkpoint
             remove_checkpoint(final)
         part.rename(final)
-        sync_folder(self.folder)
+        fsync_dir(self.folder)
         on_commit()
 
     def _error_code(self, action: Callable[[], Any]) -> int:

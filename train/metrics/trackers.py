@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from core.entry import fix
+from core.entry import install_command
 from core.errors import InputError
 from core.files import ROOT
 from core.run import RunFiles
@@ -250,7 +250,7 @@ def check_trackers(config: MetricsConfig) -> None:
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(
             "metrics.tensorboard is true and the tensorboard package is absent: "
-            f"{fix('tensorboard')}, or metrics.tensorboard=false"
+            f"{install_command('tensorboard')}, or metrics.tensorboard=false"
         )
 
 

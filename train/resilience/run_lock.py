@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from core.errors import InputError
-from core.files import PART
+from core.files import TEMP_SUFFIX
 from core.run import RunFiles
 
 LOCK_TIMEOUT_SECONDS = 60.0  # longer than a network file system keeps attributes cached
@@ -49,7 +49,9 @@ class RunLock:
         elsewhere.
         """
         mine = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}{PART}")
+        part = self.path.with_name(
+            f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}{TEMP_SUFFIX}"
+        )
         part.write_text(json.dumps(mine) + "\n", encoding="utf-8")
         try:
             while True:

@@ -1,8 +1,8 @@
-"""From a command line to typed configuration, and from a user's mistake to one clear line.
+"""Entry scripts: from a command line to a typed config, and one-line errors.
 
-Every entry script is `@command(Schema)` over a function of that schema. Hydra composes configs/
-with the overrides; the sections that the schema names are converted to dataclasses (wrong keys and
-types are refused, __post_init__ checks run); nothing untyped survives.
+An entry script is a function decorated with `@command(Schema)`. Hydra composes configs/ with the
+overrides; the sections named in the schema become dataclasses. Wrong keys and types are errors, and
+__post_init__ checks run.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ Schema = TypeVar("Schema")
 
 
 def script_help() -> str:
-    """A script's --help: its docstring with examples. $ is doubled, as Hydra replaces $NAME."""
+    """--help of a script: its docstring. Doubles $, since Hydra replaces $NAME."""
     return format_commands(sys.modules["__main__"].__doc__ or "").strip().replace("$", "$$")
 
 
@@ -50,20 +50,25 @@ OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b))
 
 
 def compose_config(overrides: Iterable[str], *, hydra_config: bool = False) -> DictConfig:
-    """The config that a command line with these overrides gets; with Hydra's own part if asked."""
+    """Compose the config of a command line with these overrides.
+
+    `hydra_config` adds Hydra's own section.
+    """
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        words = renamed_overrides(overrides)
-        return compose("config", words, return_hydra_config=hydra_config)
+        current = renamed_overrides(overrides)
+        return compose("config", current, return_hydra_config=hydra_config)
 
 
 def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = ()) -> Schema:
-    """The sections of a composed config that `schema` names, checked and typed; other sections are
-    left alone. Keys that the command line gave win over old names of the same keys in files.
+    """Convert the sections of a composed config named in `schema` to dataclasses.
+
+    Other sections are ignored. The keys `given` on the command line override old names of the same
+    keys in files.
     """
     rename_keys(config, "the config", given)
     if OmegaConf.is_missing(config.run, "name"):
         names = sorted(path.stem for path in Path(CONFIGS, "experiment").glob("*.yaml"))
-        raise InputError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(names)}")
+        raise InputError(f"no experiment: add +experiment=NAME, NAME one of {', '.join(names)}")
     primary = set(OmegaConf.load(Path(CONFIGS, "config.yaml"))) - {"defaults", "hydra"}
     known = primary | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
     if unknown := sorted(str(key) for key in config if key not in known):
@@ -79,53 +84,52 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
 
 
 def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
-    """Turn 1e9 into 1000000000 where the schema wants an integer, so that token counts can be
-    written either way.
+    """Convert whole floats such as 1e9 to int where the schema expects an int, in place.
 
-    A value in the place of a section is refused on the way, with the section's keys.
+    Raises InputError with the section's keys where a section is given a value.
     """
-    for key, wanted in get_type_hints(schema).items():
+    for key, expected in get_type_hints(schema).items():
         if key not in values or OmegaConf.is_missing(values, key):
             continue
         value = values[key]
-        kinds: tuple[Any, ...] = (wanted, *get_args(wanted))
+        kinds: tuple[Any, ...] = (expected, *get_args(expected))
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if inner is None:
-            if wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
+            if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)
-        elif get_origin(wanted) in (list, dict):
+        elif get_origin(expected) in (list, dict):
             entries = value.values() if isinstance(value, DictConfig) else value
-            for entry in entries if OmegaConf.is_config(value) else ():  # else to_object says it
+            # to_object reports a value that is no list or dict
+            for entry in entries if OmegaConf.is_config(value) else ():
                 if isinstance(entry, DictConfig):
                     floats_to_ints(inner, entry, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif isinstance(value, DictConfig):
             floats_to_ints(inner, value, f"{prefix}{key}.")  # type: ignore[arg-type]
-        elif inner is wanted:
+        elif inner is expected:
             known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(inner))
             raise InputError(
-                f"{prefix}{key} is a section, not a value: set one of its keys, {known}"
+                f"{prefix}{key} is a section and takes no value: set one of its keys, {known}"
             )
 
 
 def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callable[[], None]]:
-    """Make an entry point: compose, convert, run; exit 2 with one line on a mistake in config or
-    input, or when the system refuses a file.
+    """Decorate the function of an entry script: compose the config, convert it, call the function.
 
-    HYDRA_FULL_ERROR=1 in the environment shows the traceback instead.
+    Errors of config, input or the file system exit with code 2 and one line; HYDRA_FULL_ERROR=1 in
+    the environment shows the traceback instead.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
         composed: list[DictConfig] = []
-        # hydra's part ends with the composed config, so that what follows is not dressed in its own
-        # error handling
+        # hydra.main only composes the config, so that its error handling does not wrap `main`
         compose_argv = hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(
             composed.append
         )
 
         def run() -> None:
-            log.set_up()
-            # hydra passes exceptions on; the line below is ours
+            log.init_logger()
+            # makes hydra raise exceptions; the handler below formats them
             os.environ["HYDRA_FULL_ERROR"] = "1"
             sys.argv[1:] = renamed_overrides(sys.argv[1:])
             given = given_keys(sys.argv[1:])
@@ -146,7 +150,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
 def convert_checked(
     schema: type[Schema], config: DictConfig, given: Collection[str] = ()
 ) -> Schema:
-    """convert, with a failed check of a section as an InputError."""
+    """Convert, and raise InputError where a check of a section fails."""
     try:
         return convert(schema, config, given)
     except OmegaConfBaseException:
@@ -156,7 +160,7 @@ def convert_checked(
 
 
 def config_keys(schema: type, prefix: str = "") -> list[str]:
-    """The keys below a schema, as a command line writes them."""
+    """The dotted keys of a schema, as on a command line."""
     keys = []
     for name, kind in get_type_hints(schema).items():
         if dataclasses.is_dataclass(kind):
@@ -167,20 +171,20 @@ def config_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def format_error(error: Exception, keys: Iterable[str] = ()) -> str:
-    """The message of an error on one line, with the full key where the config library knows it.
+    """Format an error as one line, with the full config key if known.
 
-    An unknown key is answered with the nearest of `keys`.
+    For an unknown key the line suggests the closest of `keys`.
     """
-    # hydra's own advice, to append it with a +, would be refused next
+    # hydra advises to append the key with a +, which would be the next error
     if match := UNKNOWN_KEY.match(str(error)):
-        near = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
-        return " ".join([f"the config has no key {match[1]};", *near, "--cfg job prints them all"])
+        hints = [f"did you mean {key}?" for key in difflib.get_close_matches(match[1], keys, 1)]
+        return " ".join([f"the config has no key {match[1]};", *hints, "--cfg job prints all keys"])
     if match := UNKNOWN_CHOICE.search(str(error)):
         return f"{match[1]} has no {match[2]}; it has {', '.join(match[3].split())}"
     if (match := UNKNOWN_GROUP.match(str(error))) and match[1] in REMOVED_GROUPS:
         suite = " (a leaderboard: override /suite)" if match[1] == "eval" else ""
         return (
-            f"{match[1]} is no config group any more but a section of config.yaml: remove "
+            f"{match[1]} is now a section of config.yaml, not a config group: remove "
             f"'override /{match[1]}'{suite}"
         )
     key = getattr(error, "full_key", None)

@@ -1,6 +1,6 @@
-"""What every command does first, and how commands are called in a checkout and from a wheel.
+"""Entry of every command: missing extras, and command lines in a checkout or from a wheel.
 
-Neither hydra nor any other package of an extra is imported here.
+Imports neither hydra nor any other package of an extra.
 """
 
 import os
@@ -16,7 +16,7 @@ from core.files import ROOT
 
 DISTRIBUTION = "falcon-mamba-pretrain"
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
-# packages that are imported by another name than they are installed by
+# import names that differ from the distribution's name
 DISTRIBUTION_OF_MODULE = {
     "ahocorasick": "pyahocorasick",
     "cuda": "cuda-core",
@@ -25,29 +25,29 @@ DISTRIBUTION_OF_MODULE = {
     "megatron": "megatron-core",
 }
 COMMAND_FOLDERS = ("data", "eval", "examples", "launch", "train")
-EXTRA_OF_FOLDER = {"launch": "train", "examples": "data"}  # others are named like their extra
+EXTRA_OF_FOLDER = {"launch": "train", "examples": "data"}  # other folders: an extra of their name
 COMMAND_PATTERN = re.compile(
     r"\b(python|torchrun\b(?:[^\n]|\\\n)*?) +(data|eval|examples|launch|train)/(\w+)\.py"
 )
 
 
 def explain_missing_extras() -> None:
-    """End the process in one line when an import fails for want of an extra.
+    """Exit with a one-line error when an import fails because an extra is not installed.
 
-    Commands call this between the line that mends sys.path and their other imports.
+    Commands call this after they set sys.path and before their other imports.
     """
-    shown = sys.excepthook
+    default_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ModuleNotFoundError) and extra_for_module(error.name or ""):
             exit_with_error(f"{error}: {install_command(error.name or '')}")
-        shown(kind, error, trace)
+        default_hook(kind, error, trace)
 
     sys.excepthook = hook
 
 
 def run_command() -> None:
-    """`falcon-mamba FOLDER.COMMAND ...`: a command of ours, whatever the working folder holds."""
+    """`falcon-mamba FOLDER.COMMAND ...`: run a command; the working folder cannot shadow it."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     folder, _, command = name.partition(".")
     if folder not in COMMAND_FOLDERS or not (ROOT / folder / f"{command}.py").is_file():
@@ -57,14 +57,15 @@ def run_command() -> None:
 
 
 def install_command(module: str) -> str:
-    """The command that installs what brings a module: an extra, or the package of that name."""
+    """The pip command that installs a module: by its extra, or else by the module's own name."""
     extra = extra_for_module(module)
     return f"pip install {module}" if extra is None else f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def extra_for_module(module: str) -> str | None:
-    """The extra that brings a module: that of the running command's folder if it does, else the
-    first. None for a module of no extra, and where the package was not installed by pip.
+    """The extra that installs a module, preferably that of the running command's folder.
+
+    None if no extra has the module, or if this package was not installed by pip.
     """
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
@@ -72,22 +73,22 @@ def extra_for_module(module: str) -> str | None:
         return None
     top = module.split(".")[0]
     name = normalize_name(DISTRIBUTION_OF_MODULE.get(top, top))
-    listed = [re.match(r"([\w.-]+).*\bextra == ['\"](\w+)", line) for line in requirements]
-    extras = [found[2] for found in listed if found and normalize_name(found[1]) == name]
+    matches = [re.match(r"([\w.-]+).*\bextra == ['\"](\w+)", line) for line in requirements]
+    extras = [match[2] for match in matches if match and normalize_name(match[1]) == name]
     folder = Path(sys.argv[0]).resolve().parent.name
-    wanted = EXTRA_OF_FOLDER.get(folder, folder)
-    return wanted if wanted in extras else next(iter(extras), None)
+    preferred = EXTRA_OF_FOLDER.get(folder, folder)
+    return preferred if preferred in extras else next(iter(extras), None)
 
 
 def normalize_name(name: str) -> str:
-    """A distribution's name as indexes compare it."""
+    """Normalize a distribution's name as package indexes do (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def shadowing_file(package: str) -> Path | None:
-    """The file in the working folder that `python -m` imports in place of our package, or None.
+    """The file in the working folder that `python -m` would import instead of our package, or None.
 
-    A folder without __init__.py hides nothing, and neither does any with PYTHONSAFEPATH.
+    A folder without __init__.py shadows nothing, and with PYTHONSAFEPATH no file does.
     """
     if os.environ.get("PYTHONSAFEPATH") or Path.cwd() == ROOT:
         return None
@@ -96,19 +97,19 @@ def shadowing_file(package: str) -> Path | None:
 
 
 def format_commands(text: str) -> str:
-    """A text whose commands are called as they are here: `python -m data.prepare` from a wheel,
-    `python data/prepare.py` in a checkout; and which of the user's files forbids a plain -m.
+    """Rewrite the commands in a text for this installation: unchanged in a checkout,
+    `python -m data.prepare` from a wheel, with -P and the reason where a user's file shadows it.
     """
     if IS_CHECKOUT:
         return text
-    hidden = {
+    shadowed = {
         name: file for _, name, _ in COMMAND_PATTERN.findall(text) if (file := shadowing_file(name))
     }
 
-    def call(found: re.Match[str]) -> str:
-        start, package, command = found.groups()
-        safe = " -P" if package in hidden and start == "python" else ""
+    def replacement(match: re.Match[str]) -> str:
+        start, package, command = match.groups()
+        safe = " -P" if package in shadowed and start == "python" else ""
         return f"{start}{safe} -m {package}.{command}"
 
-    reasons = [f" (-P: {file} hides our package {name})" for name, file in hidden.items()]
-    return COMMAND_PATTERN.sub(call, text) + "".join(reasons)
+    reasons = [f" (-P: {file} shadows our package {name})" for name, file in shadowed.items()]
+    return COMMAND_PATTERN.sub(replacement, text) + "".join(reasons)

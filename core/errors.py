@@ -1,4 +1,4 @@
-"""What a user can mend, and how a process says so."""
+"""Errors that the user can fix, and how a process reports them."""
 
 import os
 import shlex
@@ -6,19 +6,19 @@ import sys
 import time
 from typing import NoReturn
 
-# exit code of a mistake that the user can mend; launch's torchrun handler knows it too
+# exit code of a user error; launch/jobs/torchrun.py reads it too
 USER_ERROR = 2
 
-# a launcher ends all ranks when one exits: the others let the first of their machine speak
+# a launcher kills all ranks when one exits: the other ranks give local rank 0 time to print
 EXIT_DELAY_SECONDS = 10.0
 
 
 class InputError(ValueError):
-    """A mistake the user can mend; the message names the fix and is printed without a traceback."""
+    """A user error; the message names the fix and is printed without a traceback."""
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Exit with the code of a user's mistake; the first rank of each machine prints the reason."""
+    """Exit with USER_ERROR; local rank 0 of each node prints the message."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
@@ -27,6 +27,6 @@ def exit_with_error(message: str) -> NoReturn:
 
 
 def exit_with_new_command(command: str) -> None:
-    """End an entry script that has moved; print its new command with the given arguments."""
+    """Exit from an entry script that has moved; print its new command with the same arguments."""
     print(f"error: this is now: {shlex.join([*command.split(), *sys.argv[1:]])}", file=sys.stderr)
     sys.exit(USER_ERROR)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, JSON lines, hashes."""
+"""Atomic file writes, JSON and JSON Lines files, SHA-256."""
 
 import errno
 import hashlib
@@ -11,71 +11,69 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# of the code: configs/ and the entry scripts lie there
-ROOT = Path(__file__).resolve().parent.parent
-TEMP_SUFFIX = ".part"  # what the name of an unfinished file ends in
+ROOT = Path(__file__).resolve().parent.parent  # contains configs/ and the entry scripts
+TEMP_SUFFIX = ".part"
 TEMP_MAX_AGE_SECONDS = 3600.0
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces."""
+    """SHA-256 of a file in hexadecimal, without reading the whole file into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Put a file into place at once: what `write` writes is synced under another name, then
-    renamed.
+    """Write a file atomically: `write` fills a temporary file, which is synced and renamed.
 
-    A reader sees the old file or the new one, also after a power cut. Raises OSError, and leaves
-    the old file unless it was the folder that could not be synced.
+    Readers see the old file or the new one, also after a power cut. Raises OSError; the old file
+    then remains, unless only the sync of the folder failed.
     """
-    # writers may be many
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMP_SUFFIX}")
+    # the name is unique per process: several may write the same path
+    temp = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMP_SUFFIX}")
     try:
-        with part.open("wb") as file:
+        with temp.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temp.replace(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """write_with for text, as UTF-8."""
+    """Write text as UTF-8, atomically."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """write_with for a value that JSON can write."""
+    """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames and removals in a folder survive power loss, if its file system allows it."""
+    """Make renames and removals in a folder durable, where its file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems sync no folder
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_stale_temp_files(folder: Path) -> None:
-    """Remove what killed writers left in a folder: parts that nobody has written to for an hour."""
-    for part in folder.glob(f"*{TEMP_SUFFIX}"):
-        with suppress(OSError):  # it has gone, or is another user's
-            if part.is_file() and time.time() - part.stat().st_mtime > TEMP_MAX_AGE_SECONDS:
-                part.unlink()
+    """Remove temporary files of killed writers: those unchanged for TEMP_MAX_AGE_SECONDS."""
+    for path in folder.glob(f"*{TEMP_SUFFIX}"):
+        with suppress(OSError):  # removed meanwhile, or owned by another user
+            if path.is_file() and time.time() - path.stat().st_mtime > TEMP_MAX_AGE_SECONDS:
+                path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that can be made anew; empty when it is missing or damaged."""
+    """Read a JSON object that can be rebuilt; empty if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -84,18 +82,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON Lines file; skip lines cut short by a kill or a full disk."""
-    found: list[dict[str, Any]] = []
+    """Read the objects of a JSON Lines file; skip lines truncated by a kill or a full disk."""
+    entries: list[dict[str, Any]] = []
     if not path.is_file():
-        return found
+        return entries
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             value = json.loads(line)
-            found += [value] if isinstance(value, dict) else []
-    return found
+            if isinstance(value, dict):
+                entries.append(value)
+    return entries
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append an object to a JSON Lines file in one write: lines of several processes stay whole."""
+    """Append an object to a JSON Lines file in one write, so that processes never mix lines."""
     with path.open("ab", buffering=0) as file:
         file.write((json.dumps(value) + "\n").encode())

@@ -1,10 +1,8 @@
-"""What a process says while it works, by Python's logging: information of the first rank, warnings
-of every one.
+"""Console logging with a rank filter: information from rank 0 only, warnings from every rank.
 
 `logging.getLogger(__name__).info(...)` and `.warning(...)` print on standard output, `.error(...)`
-on standard error; a warning and an error begin with their level. Output that a command is for (a
-table, a generated text) is printed instead. A terminal's live bar keeps its place: rich redirects
-what is written meanwhile above it.
+on standard error, warnings and errors prefixed with their level. The result of a command (a table,
+generated text) is printed with `print`. rich redirects lines above a terminal's live progress bar.
 """
 
 import logging
@@ -13,7 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-ALL_RANKS = {"all_ranks": True}  # extra= of a line that other ranks say too
+ALL_RANKS = {"all_ranks": True}  # extra= of a line that every rank prints
 PACKAGES = (
     "core",
     "model",
@@ -28,19 +26,17 @@ PACKAGES = (
 
 
 class RankFilter(logging.Filter):
-    """Passes the first rank's information, all warnings, and lines marked for all ranks."""
+    """Passes rank 0's information, all warnings, and lines marked with ALL_RANKS."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is said."""
-        first = os.environ.get("RANK", "0") == "0"
-        return first or record.levelno >= logging.WARNING or getattr(record, "all_ranks", False)
+        is_first = os.environ.get("RANK", "0") == "0"
+        return is_first or record.levelno >= logging.WARNING or getattr(record, "all_ranks", False)
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to the current stdout, errors to stderr; ignores a full disk or a closed pipe."""
+    """Writes to stdout, errors to stderr; ignores a full disk or a closed pipe."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         stream = sys.stdout if record.levelno < logging.ERROR else sys.stderr
         with suppress(OSError):
@@ -48,8 +44,8 @@ class ConsoleHandler(logging.Handler):
             stream.flush()
 
 
-def set_up() -> None:
-    """Give our loggers this handler, once; those of libraries stay as they are."""
+def init_logger() -> None:
+    """Attach the console handler to our packages' loggers, once; leave other loggers unchanged."""
     handler = ConsoleHandler()
     handler.addFilter(RankFilter())
     for name in PACKAGES:
@@ -61,19 +57,17 @@ def set_up() -> None:
 
 
 class BestEffortStream:
-    """Standard output that a full disk or a closed pipe behind it cannot turn into an error."""
+    """A text stream whose writes never raise OSError on a full disk or a closed pipe."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
         with suppress(OSError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
         with suppress(OSError):
             self.stream.flush()
 

@@ -1,8 +1,8 @@
-"""Keys of earlier versions: accepted on command lines, in configs of one's own and in the
-config.yaml of finished runs, with one warning.
+"""Config keys of earlier versions, renamed with one warning.
 
-To rename a key, add a line to RENAMED; CHANGELOG.md says since when. Interpolations of old keys and
-`override /GROUP` of a group that is a section now are refused.
+They are accepted on command lines, in a user's own configs and in the config.yaml of finished runs.
+To rename a key, add a line to RENAMED and to CHANGELOG.md. Interpolations of old keys, and
+`override /GROUP` of a removed group, are errors.
 """
 
 import logging
@@ -52,9 +52,8 @@ RENAMED = {
     "plan.host_gbytes": "plan.host_gbytes_per_second",
     "world": "dryrun.world_size",
 }
-# sizes of a benchmark, and dollars
 REMOVED = ("eval.bench", "plan.price_per_gpu_hour")
-# groups that are sections of config.yaml now, and their only choice
+# config groups that are now sections of config.yaml, with the only choice that they had
 REMOVED_GROUPS = {
     "checkpoint": "local",
     "eval": "default",
@@ -69,71 +68,71 @@ _warned: set[str] = set()
 
 
 def renamed_overrides(words: Iterable[str]) -> list[str]:
-    """Hydra's overrides with today's keys."""
-    found: list[str] = []
+    """Hydra's overrides with current keys."""
+    renamed: list[str] = []
     changes: list[str] = []
     for word in words:
         match = OVERRIDE.match(word)
         if match is None:
-            found.append(word)
+            renamed.append(word)
             continue
         prefix, key, value = match.groups()
         if value is not None and value == REMOVED_GROUPS.get(key):
-            changes.append(f"{word} has no effect any more")
+            changes.append(f"{word} no longer has an effect")
         elif key == "eval" and SUITE_NAMES.fullmatch(value or ""):
             changes.append(f"{word} is now suite={value}")
-            found.append(f"suite={value}")
+            renamed.append(f"suite={value}")
         elif is_removed(key):
-            changes.append(f"{key} has no effect any more")
+            changes.append(f"{key} no longer has an effect")
         else:
-            found += _renamed(word, prefix or "", key, value, changes)
+            renamed += _renamed(word, prefix or "", key, value, changes)
     warn_once("the command line", changes)
-    return found
+    return renamed
 
 
 def _renamed(
     word: str, prefix: str, key: str, value: str | None, changes: list[str]
 ) -> Iterator[str]:
-    """One override with today's key; a table that holds old keys becomes an override per value."""
+    """One override with its current key; a table with old keys becomes one override per value."""
     leaves = list(flatten(key, parse_table(word))) if value is not None and value[:1] == "{" else []
     if any(
         is_removed(old) or new_key(old) != f"{new_key(key)}{old[len(key) :]}" for old, _ in leaves
     ):
         for old, leaf in leaves:
             if is_removed(old):
-                changes.append(f"{old} has no effect any more")
+                changes.append(f"{old} no longer has an effect")
                 continue
-            if (now := new_key(old)) != old:
-                changes.append(f"{old} is now {now}")
-            yield f"{prefix}{now}={format_value(leaf)}"
+            if (new := new_key(old)) != old:
+                changes.append(f"{old} is now {new}")
+            yield f"{prefix}{new}={format_value(leaf)}"
         return
-    if (now := new_key(key)) != key:
-        changes.append(f"{key} is now {now}")
-    yield f"{prefix}{now}" if value is None else f"{prefix}{now}={value}"
+    if (new := new_key(key)) != key:
+        changes.append(f"{key} is now {new}")
+    yield f"{prefix}{new}" if value is None else f"{prefix}{new}={value}"
 
 
 def given_keys(words: Iterable[str]) -> set[str]:
-    """The keys that a command line gives values to, those inside tables among them."""
-    found = set()
+    """The keys that a command line sets, including those inside tables."""
+    keys = set()
     for word in words:
         match = OVERRIDE.match(word)
         if match is not None and match[3] is not None and match[1] != "~":
             table = parse_table(word) if match[3][:1] == "{" else None
-            found |= {key for key, _ in flatten(match[2], table)}
-    return found
+            keys |= {key for key, _ in flatten(match[2], table)}
+    return keys
 
 
 def parse_table(word: str) -> Any:
-    """The value of an override that is a table; None for what Hydra reads as something else."""
+    """The value of an override that is a table; None if Hydra cannot parse it or it is a sweep."""
     try:
         (override,) = OverridesParser.create().parse_overrides([word])
-    except HydraException:  # it is said again when the config is composed
+    except HydraException:  # composing the config raises it again
         return None
     return None if override.is_sweep_override() else override.value()
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The full keys and values below a key; an empty table is a value."""
+    """Yield the full keys and values below a key; an empty table counts as a value."""
     if isinstance(value, dict) and value:
         for name, entry in value.items():
             yield from flatten(f"{key}.{name}", entry)
@@ -156,8 +155,8 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
-def rename_keys(config: DictConfig, where: str, given: Collection[str] = ()) -> None:
-    """Move the values of old keys to today's, in place; keys that the command line gave win."""
+def rename_keys(config: DictConfig, source: str, given: Collection[str] = ()) -> None:
+    """Move the values of old keys to the current keys, in place; keys in `given` keep theirs."""
     changes = []
     with open_dict(config):
         for old in sorted([*RENAMED, *REMOVED], key=len, reverse=True):
@@ -168,18 +167,18 @@ def rename_keys(config: DictConfig, where: str, given: Collection[str] = ()) -> 
             node: Any = parent._get_node(name)
             del parent[name]
             if old in REMOVED:
-                changes.append(f"{old} has no effect any more")
+                changes.append(f"{old} no longer has an effect")
                 continue
             changes.append(f"{old} is now {RENAMED[old]}")
             value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-            for now, leaf in flatten(RENAMED[old], value):
-                if not any(f"{now}.".startswith(f"{key}.") for key in given):
-                    OmegaConf.update(config, now, leaf, force_add=True)
-    warn_once(where, changes)
+            for new, leaf in flatten(RENAMED[old], value):
+                if not any(f"{new}.".startswith(f"{key}.") for key in given):
+                    OmegaConf.update(config, new, leaf, force_add=True)
+    warn_once(source, changes)
 
 
 def load_config(path: Path) -> DictConfig:
-    """A run's config.yaml with today's keys."""
+    """Load a run's config.yaml with current keys."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     rename_keys(config, str(path))
@@ -187,23 +186,23 @@ def load_config(path: Path) -> DictConfig:
 
 
 def is_removed(key: str) -> bool:
-    """Whether a key, or the section above it, has no effect any more."""
+    """Whether a key or a section that contains it was removed."""
     return f"{key}.".startswith(tuple(f"{old}." for old in REMOVED))
 
 
 def new_key(key: str) -> str:
-    """Today's name of a key, by its own old name or that of a section above it."""
-    above = key
-    while above not in RENAMED:
-        above, dot, _ = above.rpartition(".")
+    """Current name of a key, by its own old name or that of a section that contains it."""
+    section = key
+    while section not in RENAMED:
+        section, dot, _ = section.rpartition(".")
         if not dot:
             return key
-    return RENAMED[above] + key.removeprefix(above)
+    return RENAMED[section] + key.removeprefix(section)
 
 
-def warn_once(where: str, changes: list[str]) -> None:
-    """Name the first changes, once for each place."""
-    if changes and where not in _warned:
-        _warned.add(where)
+def warn_once(source: str, changes: list[str]) -> None:
+    """Log the first three changes, once per source."""
+    if changes and source not in _warned:
+        _warned.add(source)
         more = f", and {len(changes) - 3} more (CHANGELOG.md)" if len(changes) > 3 else ""
-        logger.warning(f"{where} has old keys: {'; '.join(changes[:3])}{more}")
+        logger.warning(f"{source} has old keys: {'; '.join(changes[:3])}{more}")

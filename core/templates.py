@@ -1,4 +1,4 @@
-"""Text out of template files."""
+"""Render jinja2 templates."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 
 def render(template: Path, **values: Any) -> str:
-    """Render a jinja2 template; a missing value is an error, *.html.jinja escapes every value."""
+    """Render a jinja2 template. Missing values are errors; values in *.html.jinja are escaped."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html.jinja"]),

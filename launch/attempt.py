@@ -35,7 +35,7 @@ def ask(*command: str) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    log.set_up()
+    log.init_logger()
     parser = argparse.ArgumentParser(
         prog="python launch/attempt.py",
         description=__doc__,

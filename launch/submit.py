@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 def main() -> int:
     """Check every run, then show, start or submit all of them."""
-    log.set_up()
+    log.init_logger()
     parser = argparse.ArgumentParser(
         prog=format_commands("python launch/submit.py"),
         description=__doc__,

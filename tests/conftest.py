@@ -16,7 +16,7 @@ settings.load_profile("patient")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
-log.set_up()
+log.init_logger()
 
 
 # What gates a change and is too long for `make test`: files, or single tests of a file. `make

@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:
     torch.set_num_threads(1)
-    log.set_up()
+    log.init_logger()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

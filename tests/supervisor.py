@@ -157,7 +157,7 @@ def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], h
     import torch
 
     torch.set_num_threads(1)
-    log.set_up()
+    log.init_logger()
     from core.errors import InputError
     from tests.injector import Injector
     from train.run_context import start

@@ -148,10 +148,10 @@ def test_files_of_the_user_do_not_hide_ours(site: Path, home: Path) -> None:
     result = python(site, home, "-m", "train.pretrain", "+experiment=demo")
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "`python -P -m data.prepare`" in result.stderr
-    assert result.stderr.endswith("(-P: data/__init__.py hides our package data)\n")
+    assert result.stderr.endswith("(-P: data/__init__.py shadows our package data)\n")
     (home / "data" / "__init__.py").unlink()
     result = python(site, home, "-m", "train.pretrain", "+experiment=demo")
-    assert "`python -m data.prepare`" in result.stderr and "hides" not in result.stderr
+    assert "`python -m data.prepare`" in result.stderr and "shadows" not in result.stderr
 
 
 def test_torchrun_names_the_file_that_hides_its_command(site: Path, home: Path) -> None:
@@ -160,7 +160,7 @@ def test_torchrun_names_the_file_that_hides_its_command(site: Path, home: Path) 
     result = python(site, home, *torchrun, "+experiment=demo")
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "error: train.py hides our package train: rename it, or PYTHONSAFEPATH=1 torchrun ..."
+        "error: train.py shadows our package train: rename it, or PYTHONSAFEPATH=1 torchrun ..."
     )
 
 

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Run the command."""
-    log.set_up()
+    log.init_logger()
     parser = argparse.ArgumentParser(
         prog=format_commands("python train/collect_scores.py"),
         description=__doc__,

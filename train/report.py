@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Run the command."""
-    log.set_up()
+    log.init_logger()
     parser = argparse.ArgumentParser(
         prog=format_commands("python train/report.py"),
         description=__doc__,

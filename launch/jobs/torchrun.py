@@ -24,7 +24,7 @@ def refuse_hidden(words: list[str]) -> None:
     package = words[words.index("-m") + 1].split(".")[0] if "-m" in words[:-1] else ""
     if package in ("data", "eval", "launch", "train") and (file := shadowing_file(package)):
         exit_with_error(
-            f"{file} hides our package {package}: rename it, or PYTHONSAFEPATH=1 torchrun ..."
+            f"{file} shadows our package {package}: rename it, or PYTHONSAFEPATH=1 torchrun ..."
         )
 
 

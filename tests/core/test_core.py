@@ -1,6 +1,4 @@
-"""The ground floor: files that are whole or absent, JSON lines after a crash, which checkpoint is
-the newest.
-"""
+"""core/: atomic writes, JSON Lines after a crash, order of checkpoints."""
 
 import errno
 import os
@@ -23,7 +21,7 @@ from core.files import (
 from core.run import RunFiles, list_checkpoints, list_committed_checkpoints
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"old": 1})
 
@@ -35,29 +33,24 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
     assert read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_system_that_syncs_no_folder_is_lived_with(tmp_path: Path) -> None:
-    def refuse(number: int) -> mock._patch:
-        sync = os.fsync
-        return mock.patch.object(
-            files.os,
-            "fsync",
-            lambda descriptor: (
-                sync(descriptor)
-                if not os.path.isdir(f"/proc/self/fd/{descriptor}")
-                else stop(number)
-            ),
-        )
+def test_only_an_unsupported_folder_sync_is_ignored(tmp_path: Path) -> None:
+    def fail_for_folders(error_number: int) -> mock._patch:
+        real_fsync = os.fsync
 
-    def stop(number: int) -> None:
-        raise OSError(number, os.strerror(number))
+        def fsync(descriptor: int) -> None:
+            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                raise OSError(error_number, os.strerror(error_number))
+            real_fsync(descriptor)
 
-    with refuse(errno.EINVAL):
+        return mock.patch.object(files.os, "fsync", fsync)
+
+    with fail_for_folders(errno.EINVAL):
         write_text(tmp_path / "a", "text")
-    with refuse(errno.EIO), pytest.raises(OSError, match="rror"):
+    with fail_for_folders(errno.EIO), pytest.raises(OSError, match="rror"):
         write_text(tmp_path / "b", "text")
 
 
-def test_parts_of_killed_writers_go_after_an_hour(tmp_path: Path) -> None:
+def test_temporary_files_are_removed_after_an_hour(tmp_path: Path) -> None:
     for name in ("a.json.node-1.part", "b.json.node-2.part"):
         (tmp_path / name).touch()
     os.utime(tmp_path / "a.json.node-1.part", (0, time.time() - 4000))
@@ -66,7 +59,7 @@ def test_parts_of_killed_writers_go_after_an_hour(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["b.json.node-2.part", "hf.part"]
 
 
-def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
+def test_lines_that_are_not_objects_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n17\n{"a": \n[1]\n')
     append_json_line(path, {"a": 2})
@@ -75,7 +68,7 @@ def test_lines_that_are_no_objects_are_left_out(tmp_path: Path) -> None:
     )
 
 
-def test_absent_and_damaged_json_is_empty_and_a_failing_disk_is_not(tmp_path: Path) -> None:
+def test_missing_and_damaged_json_is_empty_and_a_failing_disk_raises(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none") == {}
     for damaged in ("{", "[1]"):
         (tmp_path / "a.json").write_text(damaged)
@@ -87,7 +80,7 @@ def test_absent_and_damaged_json_is_empty_and_a_failing_disk_is_not(tmp_path: Pa
         read_json(tmp_path / "a.json")
 
 
-def test_the_newest_checkpoint_and_the_newest_that_is_whole(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     checkpoints = RunFiles(tmp_path).checkpoints
     for step in (9, 10, 100_000_000, 28):
         (checkpoints / f"step-{step:08d}").mkdir(parents=True)

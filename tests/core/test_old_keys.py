@@ -1,4 +1,4 @@
-"""Keys of earlier versions are accepted with one warning, wherever they stand."""
+"""Keys of earlier versions are accepted with one warning in command lines and files."""
 
 import logging
 from pathlib import Path
@@ -26,17 +26,17 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(old_keys, "_warned", set())
 
 
-def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
+def test_new_names_are_keys_and_old_names_are_not() -> None:
     config = compose_config(["+experiment=demo", "suite=leaderboard_v1"])
-    gone = object()
+    absent = object()
     for old, new in RENAMED.items():
-        assert OmegaConf.select(config, new, default=gone) is not gone, new
-        assert OmegaConf.select(config, old, default=gone) is gone, old
-    assert all(OmegaConf.select(config, old, default=gone) is gone for old in REMOVED)
+        assert OmegaConf.select(config, new, default=absent) is not absent, new
+        assert OmegaConf.select(config, old, default=absent) is absent, old
+    assert all(OmegaConf.select(config, old, default=absent) is absent for old in REMOVED)
     assert not any((CONFIGS / group).exists() for group in REMOVED_GROUPS)
 
 
@@ -64,7 +64,7 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert record.message.startswith("the command line has old keys: parallel.precision is now ")
 
 
-def test_todays_command_lines_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_current_command_lines_are_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     words = ["+experiment=demo", "~data.sources.web", "eval.seq_len=8", "--cfg", "job", "-m"]
     words += ["compute.precision=fp32,bf16", "validation={tokens: 5}", "hydra.run.dir=x=y"]
     words += ["schedule={batch_end_sequences: 5}", "schedule={min_lr:1},{min_lr:2}", "eval={bad"]
@@ -72,7 +72,7 @@ def test_todays_command_lines_are_left_alone(caplog: pytest.LogCaptureFixture) -
     assert not caplog.records
 
 
-def test_values_keep_their_text_and_their_prefix() -> None:
+def test_values_and_prefixes_are_kept() -> None:
     given = ["++parallel.recompute=a=b,c", "~eval.suite.published", "eval=leaderboard_v1"]
     assert renamed_overrides([*given, "eval=leaderboard_v1,leaderboard_v2"]) == [
         "++compute.recompute=a=b,c",
@@ -82,7 +82,7 @@ def test_values_keep_their_text_and_their_prefix() -> None:
     ]
 
 
-def test_a_table_of_old_keys_becomes_an_override_for_each() -> None:
+def test_a_table_of_old_keys_becomes_one_override_per_value() -> None:
     table = (
         "eval={batch: 3, prompt: 'a, b', sampling: {seed: 1}, keep_fp32: [D], bench: {tokens: 1}}"
     )
@@ -95,9 +95,9 @@ def test_a_table_of_old_keys_becomes_an_override_for_each() -> None:
     ]
 
 
-def test_a_group_that_is_a_section_now_is_named() -> None:
-    said = "In 'x': Could not override 'optim'. No match in the defaults list."
-    assert "remove 'override /optim'" in format_error(HydraException(said))
+def test_a_removed_group_is_named() -> None:
+    message = "In 'x': Could not override 'optim'. No match in the defaults list."
+    assert "remove 'override /optim'" in format_error(HydraException(message))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_group_that_is_a_section_now_is_named() -> None:
         (["eval.validation={tokens: 5, batch: 6}"], (7, 5, 6)),
     ],
 )
-def test_a_file_with_old_keys_yields_to_the_command_line(
+def test_the_command_line_overrides_old_keys_of_a_file(
     words: list[str], expected: tuple[int, ...]
 ) -> None:
     words = renamed_overrides(words)
@@ -120,12 +120,15 @@ def test_a_file_with_old_keys_yields_to_the_command_line(
     config = OmegaConf.merge(config, old)
     assert isinstance(config, DictConfig)
     rename_keys(config, "a file", given_keys(words))
-    found = (config.eval.batch_sequences, config.validation.tokens)
-    assert (*found, config.validation.batch_sequences) == expected
+    validation = config.validation
+    values = (config.eval.batch_sequences, validation.tokens, validation.batch_sequences)
+    assert values == expected
     assert set(config.eval) == {"seq_len", "batch_sequences", "max_tokens"}
 
 
-def test_a_stored_config_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stored_config_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(
         "parallel: {precision: bf16}\neval: {jobs: {suites: [v1]}, bench: {tokens: 3}}\n"

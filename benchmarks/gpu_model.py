@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import llama_config
 from benchmarks.gpu_bench import Bench, agree
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from launch.simulation.dry_run import fake_world
+from launch.simulation.dry_run import fake_distributed
 from model.flops import train_flops_per_token
 from model.hf import hf_config, tensor_names, to_hf
 from model.init import initialize
@@ -144,7 +144,7 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         if (bench.device.type, p.engine) == ("cpu", EngineKind.megatron)
         else nullcontext
     )
-    with fake_world(run, world) as ranks, on_cpu():
+    with fake_distributed(run, world) as ranks, on_cpu():
         model = build_meta_model(
             run.model, kernels, ranks.tp_size, p.sequence_parallel, run.compute.recompute
         )

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import Row, show, write
-from launch.simulation.dry_run import fake_world
+from launch.simulation.dry_run import fake_distributed
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU
@@ -60,7 +60,7 @@ def measure_peak(recompute: Recompute) -> None:
     run = demo(recompute)
     # in a world that is not there: what gloo's threads free, the profiler does not see
     with (
-        fake_world(run, 1) as ranks,
+        fake_distributed(run, 1) as ranks,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
         model = build_model(run.model, CPU, 0, ranks.device, recompute=recompute)

@@ -26,10 +26,10 @@ from core.command import compose_config
 from data.config import BrowseConfig, PrepareConfig, VerifyConfig
 from eval.config import EvaluationConfig
 from launch.config import SubmitConfig
-from launch.planning.trial import DryRun
+from launch.planning.dryrun_config import DryRunConfig
 
 PAGE = "config.md"
-SCHEMAS = (DryRun, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
+SCHEMAS = (DryRunConfig, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is

@@ -1,7 +1,7 @@
-"""What a run needs, before anything is allocated.
+"""Plan a run before allocating anything: memory, time, communication, failures and layouts.
 
-Memory of a rank, days and GPU hours at a utilisation, the roofline of several GPUs,
-communication, checkpoints and faults, each stage's steps, and the layouts that fit. Also
+Prints memory per rank, days and GPU hours at an assumed MFU, the roofline of several GPUs, bytes
+sent, cost of checkpoints and failures, the steps of each stage, and the layouts that fit. Also
 written to RUN/plan.json.
 
 examples:
@@ -27,90 +27,99 @@ from core.files import write_json
 from launch.planning.devices import GPUS
 from launch.planning.estimate import (
     PlannedRun,
+    StepTime,
+    bytes_sent_per_step,
+    phase_times,
     planned_gpu,
     reliability,
     roofline_seconds,
-    timed,
-    traffic_between_ranks,
 )
-from launch.planning.layouts import layout_of, layouts, worth_showing
+from launch.planning.layouts import enumerate_layouts, evaluate_layout, select_layouts
 from model.flops import parameter_count, train_flops_per_token, train_memory_traffic
 from train.costs.memory import GIB, estimate_memory, headroom_bytes
 from train.schedule import Schedule
 
-SHOWN = 12  # layouts
+MAX_LAYOUTS_SHOWN = 12
+SECONDS_PER_DAY = 86400
 
 
 def plan(run: PlannedRun) -> dict[str, Any]:
-    """Everything of a plan as plain values: seconds, bytes, tokens, days."""
+    """The whole plan as plain values: seconds, bytes, tokens, days."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
     gpu = planned_gpu(run)
-    need, traffic = estimate_memory(run, ranks), train_memory_traffic(run.model)
-    seconds = timed(run, ranks, gpu)
-    days = {
-        part: sum(phase.steps * getattr(time, part) for phase, time in seconds) / 86400
-        for part in ("computing", "may_hide", "exposed", "total")
-    }
-    found, own = (
-        layouts(run, ranks, gpu),
-        layout_of(run, run.parallel, run.compute.recompute, ranks, gpu),
-    )
+    memory = estimate_memory(run, ranks)
+    times = phase_times(run, ranks, gpu)
+    days: dict[str, float] = {}
+    for phase, time in times:
+        for name, seconds in step_seconds(time).items():
+            days[name] = days.get(name, 0.0) + phase.steps * seconds / SECONDS_PER_DAY
+    layouts = enumerate_layouts(run, ranks, gpu)
+    configured = evaluate_layout(run, run.parallel, run.compute.recompute, ranks, gpu)
     return {
         "run": run.run.name,
         "ranks": ranks,
         "parameters": parameter_count(run.model),
         "tokens": run.tokens,
         "flops_per_token": train_flops_per_token(run.model),
-        "bytes_per_token": asdict(traffic),
-        "memory_of_a_rank": asdict(need) | {"total": need.total},
+        "bytes_per_token": asdict(train_memory_traffic(run.model)),
+        "memory_of_a_rank": asdict(memory) | {"total": memory.total},
         "gpu": gpu.name,
         "mfu": run.plan.mfu,
         "days": days,
         "gpu_hours": 24 * days["total"] * ranks,
-        "tokens_per_second": own.tokens_per_second,
+        "tokens_per_second": configured.tokens_per_second,
         "phases": [
-            asdict(phase)
-            | {
-                "step_seconds": asdict(time) | {"total": time.total},
-                "days": phase.steps * time.total / 86400,
+            {
+                **asdict(phase),
+                "step_seconds": step_seconds(time),
+                "days": phase.steps * time.total / SECONDS_PER_DAY,
+                "bytes_sent_by_a_rank": bytes_sent_per_step(run, ranks, phase.batch, phase.seq_len),
             }
-            | {
-                "bytes_sent_by_a_rank": traffic_between_ranks(
-                    run, ranks, phase.batch, phase.seq_len
-                )
-            }
-            for phase, time in seconds
+            for phase, time in times
         ],
         "reliability": asdict(reliability(run, ranks, days["total"])),
         "roofline_tokens_per_second": {
             other.name: 1 / roofline_seconds(run, other) for other in GPUS
         },
-        "stages": stages(run, ranks),
-        "layout": asdict(own),
-        "layouts": [asdict(layout) for layout in found],
+        "stages": stage_starts(run, ranks),
+        "layout": asdict(configured),
+        "layouts": [asdict(layout) for layout in layouts],
         "layouts_shown": [
-            (place, asdict(layout)) for place, layout in worth_showing(found, own, SHOWN)
+            (position, asdict(layout))
+            for position, layout in select_layouts(layouts, configured, MAX_LAYOUTS_SHOWN)
         ],
     }
 
 
-def stages(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
+def step_seconds(time: StepTime) -> dict[str, float]:
+    """A step's seconds under the keys of plan.json."""
+    return {
+        "computing": time.compute,
+        "may_hide": time.overlappable,
+        "exposed": time.exposed,
+        "total": time.total,
+    }
+
+
+def stage_starts(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
     """First step of each stage and of the full batch, with sequences per group of ranks."""
     schedule = Schedule(run.schedule, run.optim.lr, run.data)
     groups = ranks // (run.parallel.tensor_parallel * run.parallel.context_parallel)
-    begins = [0, *(end for end, _, _ in schedule.stages[:-1])]
+    starts = {0, *(end for end, _, _ in schedule.stages[:-1])}
+    starts.add(min(run.schedule.ramp_tokens, schedule.total - 1))
     rows = []
-    for token in sorted({*begins, min(run.schedule.ramp_tokens, schedule.total - 1)}):
-        now = schedule.at(token)
-        most = -(-now.batch // groups)
+    for token in sorted(starts):
+        step = schedule.at(token)
+        max_sequences = -(-step.batch // groups)
+        micro_batch = run.parallel.micro_batch_tokens // step.seq_len
         rows.append(
-            asdict(now)
-            | {
+            {
+                **asdict(step),
                 "token": token,
-                "least_sequences": now.batch // groups,
-                "most_sequences": most,
-                "micro_batches": -(-most // (run.parallel.micro_batch_tokens // now.seq_len)),
-                "groups_without": max(0, groups - now.batch),
+                "least_sequences": step.batch // groups,
+                "most_sequences": max_sequences,
+                "micro_batches": -(-max_sequences // micro_batch),
+                "groups_without": max(0, groups - step.batch),
             }
         )
     return rows
@@ -118,173 +127,162 @@ def stages(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
 
 @command(PlannedRun)
 def main(run: PlannedRun) -> None:
-    """Print the plan, and write it beside the run."""
-    result, console = plan(run), Console(width=None if sys.stdout.isatty() else 120)
-    console.print(summary(run, result))
-    console.print(first_steps(result))
-    console.print(times(result))
-    console.print(machines(run, result))
-    console.print(choices(result))
+    """Print the plan and write it to the run's folder."""
+    result = plan(run)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(summary_table(run, result))
+    console.print(stage_start_table(result))
+    console.print(step_time_table(result))
+    console.print(gpu_table(run, result))
+    console.print(layout_table(result))
     path = run.run.files.plan
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    console.print(f"written to {path}", soft_wrap=True)
+    console.print(f"wrote {path}", soft_wrap=True)
 
 
-def summary(run: PlannedRun, result: dict[str, Any]) -> Table:
-    """Size, memory, time, communication and saving."""
-    rows = Table(
+def summary_table(run: PlannedRun, result: dict[str, Any]) -> Table:
+    """Size, memory, time, communication, checkpoints and failures."""
+    table = Table(
         title=f"{result['run']} on {result['ranks']} ranks ({result['gpu']})", show_header=False
     )
-    rows.add_row("parameters", f"{result['parameters']:,}")
-    rows.add_row("tokens", f"{result['tokens']:,}")
-    rows.add_row("training FLOPs per token", f"{result['flops_per_token']:.4g}")
-    rows.add_row("training FLOPs", f"{result['flops_per_token'] * result['tokens']:.3g}")
+    table.add_row("parameters", f"{result['parameters']:,}")
+    table.add_row("tokens", f"{result['tokens']:,}")
+    table.add_row("training FLOPs per token", f"{result['flops_per_token']:.4g}")
+    table.add_row("training FLOPs", f"{result['flops_per_token'] * result['tokens']:.3g}")
     for name, size in result["memory_of_a_rank"].items():
-        rows.add_row(f"memory of a rank, {name}", f"{size / GIB:.1f} GiB")
+        table.add_row(f"memory per rank, {name}", f"{size / GIB:.1f} GiB")
     if run.cluster.memory_gib is not None:
-        kept = headroom_bytes(run, run.cluster.device.value) / GIB
-        rows.add_row(
-            "memory of a rank, present",
-            f"{run.cluster.memory_gib:g} GiB, of which {kept:g} are kept free",
+        reserved = headroom_bytes(run, run.cluster.device.value) / GIB
+        table.add_row(
+            "memory per rank, available",
+            f"{run.cluster.memory_gib:g} GiB less {reserved:g} of headroom",
         )
-    days, saving = result["days"], result["reliability"]
-    at = f"{result['mfu']:.0%} MFU, recompute {run.compute.recompute.value}"
-    rows.add_row(
-        f"days at {at}",
-        f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), if nothing hides",
+    days = result["days"]
+    assumptions = f"{result['mfu']:.0%} MFU, recompute {run.compute.recompute.value}"
+    table.add_row(
+        f"days at {assumptions}",
+        f"{days['total']:.1f} ({result['gpu_hours']:,.0f} GPU hours), without overlap",
     )
-    hiding, exposed = (
-        f"{days[part]:.1f} ({days[part] / days['total']:.1%})" for part in ("may_hide", "exposed")
-    )
-    rows.add_row("of these, computing", f"{days['computing']:.1f}")
-    rows.add_row("sending that may hide behind it", hiding)
-    rows.add_row("sending that it waits for", exposed)
-    rows.add_row("tokens/s of a rank, by these days", f"{result['tokens_per_second']:,.0f}")
+    for label, key in (
+        ("  compute", "computing"),
+        ("  communication that can overlap", "may_hide"),
+        ("  exposed communication", "exposed"),
+    ):
+        table.add_row(label, f"{days[key]:.1f} ({days[key] / days['total']:.1%})")
+    table.add_row("tokens/s per rank, without overlap", f"{result['tokens_per_second']:,.0f}")
     sent = ", ".join(
         f"{name} {size / 1e9:.1f}"
         for name, size in result["phases"][-1]["bytes_sent_by_a_rank"].items()
         if size
     )
-    rows.add_row("a rank sends, 1e9 bytes a step of the last stage", sent or "nothing")
-    size, writing = saving["checkpoint_bytes"] / GIB, saving["writing_seconds"]
-    rows.add_row(
+    table.add_row("GB sent per rank and step, last stage", sent or "none")
+    saving = result["reliability"]
+    table.add_row(
         "checkpoint",
-        f"{size:.1f} GiB, stops training for {saving['blocking_seconds']:.2f} s, written in "
-        f"{writing:.0f} s",
+        f"{saving['checkpoint_bytes'] / GIB:.1f} GiB, stops training for "
+        f"{saving['blocking_seconds']:.2f} s, written in {saving['writing_seconds']:.0f} s",
     )
-    rows.add_row("expected faults", f"{saving['failures']:.1f}")
-    for what, minutes, lost in (
+    table.add_row("expected failures", f"{saving['failures']:.1f}")
+    for label, minutes, lost in (
         (
-            f"saved every {run.checkpoint.every_tokens:,} tokens",
+            f"save every {run.checkpoint.every_tokens:,} tokens",
             saving["interval_minutes"],
             saving["lost"],
         ),
-        ("best pause between saves", saving["best_minutes"], saving["best_lost"]),
+        ("best save interval", saving["best_minutes"], saving["best_lost"]),
     ):
         hours = lost * result["gpu_hours"]
-        rows.add_row(
-            what,
-            f"{minutes:.1f} minutes; {lost:.2%} lost to it and to faults, {hours:,.0f} GPU hours",
+        table.add_row(
+            label,
+            f"{minutes:.1f} minutes; {lost:.2%} lost to saves and failures, {hours:,.0f} GPU hours",
         )
-    return rows
+    return table
 
 
-def first_steps(result: dict[str, Any]) -> Table:
-    """Where each stage and the full batch begin, and what the first step does."""
-    grid = Table("stage", "from token", "context", "batch", "lr")
+def stage_start_table(result: dict[str, Any]) -> Table:
+    """The first step of each stage and of the full batch."""
+    table = Table("stage", "from token", "context", "batch", "lr")
     for column in ("sequences", "micro-batches", "idle groups"):
-        grid.add_column(column)
-    grid.title = "first steps, by groups of ranks that share a sequence"
+        table.add_column(column)
+    table.title = "first step of each stage, per group of ranks that shares sequences"
     for row in result["stages"]:
-        grid.add_row(
+        table.add_row(
             row["stage"],
             *(f"{row[key]:,}" for key in ("token", "seq_len", "batch")),
             f"{row['lr']:.3g}",
             f"{row['least_sequences']:,} to {row['most_sequences']:,}",
             *(f"{row[key]:,}" for key in ("micro_batches", "groups_without")),
         )
-    return grid
+    return table
 
 
-def times(result: dict[str, Any]) -> Table:
-    """How long the steps of each stage take, those of its ramp by themselves."""
-    grid = Table("steps of", "how many", "seconds", "computing", "sending", "share", "days")
-    grid.title = "time, if nothing hides"
+def step_time_table(result: dict[str, Any]) -> Table:
+    """Time per step and phase; batch ramps have their own rows."""
+    table = Table("steps of", "count", "seconds", "compute", "communication", "share", "days")
+    table.title = "time per step, without overlap"
     for phase in result["phases"]:
-        time = phase["step_seconds"]
-        sending = time["may_hide"] + time["exposed"]
-        seconds = (f"{part:.2f}" for part in (time["total"], time["computing"], sending))
-        grid.add_row(
+        seconds = phase["step_seconds"]
+        communication = seconds["may_hide"] + seconds["exposed"]
+        table.add_row(
             phase["name"],
             f"{phase['steps']:,.0f}",
-            *seconds,
-            f"{sending / time['total']:.1%}",
+            f"{seconds['total']:.2f}",
+            f"{seconds['computing']:.2f}",
+            f"{communication:.2f}",
+            f"{communication / seconds['total']:.1%}",
             f"{phase['days']:.2f}",
         )
-    return grid
+    return table
 
 
-def machines(run: PlannedRun, result: dict[str, Any]) -> Table:
-    """Roofline on several GPUs with recompute: an upper bound at datasheet rates, nothing sent."""
-    grid = Table(
+def gpu_table(run: PlannedRun, result: dict[str, Any]) -> Table:
+    """Roofline per GPU with recompute: an upper bound at datasheet rates, without communication."""
+    table = Table(
         "GPU",
         "roofline, tokens/s",
-        "MFU there",
-        f"days of computing at {run.plan.mfu:.0%} MFU, recompute none",
+        "MFU at roofline",
+        f"days of compute at {run.plan.mfu:.0%} MFU, recompute none",
     )
     for gpu in GPUS:
         rate = result["roofline_tokens_per_second"][gpu.name]
         flops = result["ranks"] * gpu.flops * run.plan.mfu
-        days = result["flops_per_token"] * result["tokens"] / flops / 86400
-        grid.add_row(
+        days = result["flops_per_token"] * result["tokens"] / flops / SECONDS_PER_DAY
+        table.add_row(
             gpu.name,
             f"{rate:,.0f}",
             f"{rate * result['flops_per_token'] / gpu.flops:.0%}",
             f"{days:.1f}",
         )
-    return grid
+    return table
 
 
-def choices(result: dict[str, Any]) -> Table:
-    """Layouts: the fastest without overlap, the run's own, the first of each rejected kind."""
-    grid = Table(
-        "",
-        "tensor",
-        "context",
-        "ZeRO",
-        "recompute",
-        "micro-batch",
-        "GiB",
-        "tokens/s",
-        "at best",
-        "",
+def layout_table(result: dict[str, Any]) -> Table:
+    """The fastest layouts, the run's own, and the first of each kind that cannot run."""
+    columns = ("", "TP", "CP", "ZeRO", "recompute", "micro-batch", "GiB", "tokens/s", "overlapped")
+    table = Table(*columns, "")
+    runnable = sum(row["unsupported_reason"] is None for row in result["layouts"])
+    table.title = (
+        f"{runnable} of {len(result['layouts'])} layouts can run; tokens/s per rank without and "
+        "with overlap"
     )
-    runs = sum(row["unsupported_reason"] is None for row in result["layouts"])
-    grid.title = (
-        f"{runs} of {len(result['layouts'])} layouts can run; tokens/s of a rank if nothing "
-        "hides, and at best"
-    )
-    for place, row in result["layouts_shown"]:
-        cells = (
-            "" if place is None else str(place),
-            f"{row['tensor_parallel']}{' cut' if row['sequence_parallel'] else ''}",
+    for position, row in result["layouts_shown"]:
+        cells = [
+            "" if position is None else str(position),
+            f"{row['tensor_parallel']}{' + SP' if row['sequence_parallel'] else ''}",
             str(row["context_parallel"]),
             str(row["zero_stage"]),
             row["recompute"],
             f"{row['micro_batch_tokens']:,}",
             f"{row['memory_gib']:.1f}" if row["memory_gib"] else "",
-            *(
-                f"{row[key]:,.0f}" if row[key] else ""
-                for key in ("tokens_per_second", "tokens_per_second_hidden")
-            ),
-        )
-        own = row == result["layout"]
-        note = "; ".join(
-            text for text in ("this run's" if own else "", row["unsupported_reason"]) if text
-        )
-        grid.add_row(*cells, note, style="bold" if own else None)
-    return grid
+        ]
+        for key in ("tokens_per_second", "tokens_per_second_hidden"):
+            cells.append(f"{row[key]:,.0f}" if row[key] else "")
+        is_configured = row == result["layout"]
+        notes = ["this run's"] if is_configured else []
+        notes += [row["unsupported_reason"]] if row["unsupported_reason"] else []
+        table.add_row(*cells, "; ".join(notes), style="bold" if is_configured else None)
+    return table
 
 
 if __name__ == "__main__":

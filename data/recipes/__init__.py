@@ -43,7 +43,9 @@ def require(packages: Iterable[str], user: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{user} needs {package} ({error}): {install_command(package)}") from error
+            raise InputError(
+                f"{user} needs {package} ({error}): {install_command(package)}"
+            ) from error
 
 
 def load(name: str) -> ModuleType:

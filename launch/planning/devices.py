@@ -1,17 +1,17 @@
-"""GPUs by their datasheets: what a plan compares."""
+"""Datasheet figures of the GPUs that a plan compares."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 FLOP/s, memory bytes/s, GiB, special functions/s (SMs x 16 x boost clock)."""
+    """Datasheet figures of one GPU."""
 
     name: str
-    flops: float
-    bandwidth: float
+    flops: float  # dense bf16 FLOP/s
+    bandwidth: float  # of memory, bytes/s
     memory_gib: float
-    special_functions: float
+    special_functions: float  # per second: SMs x 16 x boost clock
 
 
 GPUS = (

@@ -1,9 +1,9 @@
-"""Time, communication and faults of a run: pure arithmetic on a config.
+"""Estimates of a run's time, communication and failures: pure arithmetic on a config.
 
-Costs per step and rank: products grow with tokens x parameters / ranks; gradients and weights with
-parameters, whatever the tokens, so that they weigh most where the context is short; tensor-parallel
-sums with tokens x d_model x layers; context-parallel gathers with sequences x d_inner x d_state x
-layers, whatever their length.
+Costs per step and rank: matmul FLOPs grow with tokens x parameters / ranks. Gradient and weight
+bytes grow with parameters and not with tokens, so they cost most at short context. Tensor-parallel
+bytes grow with tokens x d_model x layers, context-parallel bytes with sequences x d_inner x d_state
+x layers, independent of sequence length.
 """
 
 import math
@@ -25,7 +25,7 @@ from train.schedule import Schedule
 
 @dataclass
 class PlanConfig:
-    """Assumptions of a plan, units in the names; gbytes_per_second is 1e9 bytes/s per rank."""
+    """Assumptions of a plan; gbytes_per_second is 1e9 bytes/s per rank."""
 
     mfu: float
     node_gbytes_per_second: float
@@ -37,102 +37,104 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not 0 < self.mfu <= 1:
             raise ValueError(
-                f"plan.mfu is {self.mfu}; it is a share of the peak, above 0 and at most 1"
+                f"plan.mfu is {self.mfu}; set a fraction of peak FLOP/s, above 0 and at most 1"
             )
-        if (
-            min(
-                self.node_gbytes_per_second,
-                self.network_gbytes_per_second,
-                self.storage_gbytes_per_second,
-                self.host_gbytes_per_second,
-            )
-            <= 0
-        ):
-            raise ValueError("plan's rates must be above 0")
+        rates = (
+            self.node_gbytes_per_second,
+            self.network_gbytes_per_second,
+            self.storage_gbytes_per_second,
+            self.host_gbytes_per_second,
+        )
+        if min(rates) <= 0:
+            raise ValueError("every plan.*_gbytes_per_second must be above 0")
 
 
 @dataclass
 class PlannedRun(RunConfig):
-    """A run with the assumptions of its plan."""
+    """A run's config with the assumptions of its plan."""
 
     plan: PlanConfig
 
 
 def planned_gpu(run: RunConfig) -> Gpu:
-    """The GPU of the run's cluster by its peak; an H100 where the config does not say."""
+    """The GPU whose peak FLOP/s equals the cluster config's; H100 SXM if none does."""
     return next(
         (gpu for gpu in GPUS if gpu.flops == (run.cluster.peak_tflops or 0) * 1e12), GPUS[1]
     )
 
 
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
-    """Least seconds per token and GPU at its datasheet's rates, with what is computed again.
+    """Minimum seconds per token and GPU at datasheet rates, including recomputation.
 
-    Tensor-parallel ranks each do the whole norms and residual additions, unless the sequence is cut
-    over them too.
+    Without sequence parallelism, every tensor-parallel rank computes all norms and residual
+    additions.
     """
-    c, p, traffic = (
-        config.model,
-        config.parallel,
-        train_memory_traffic(config.model, matmul_dtype_bytes(config)),
-    )
-    products = train_flops_per_token(c) / gpu.flops
+    c = config.model
+    p = config.parallel
+    traffic = train_memory_traffic(c, matmul_dtype_bytes(config))
+    matmuls = train_flops_per_token(c) / gpu.flops
     scan = max(traffic.scan / gpu.bandwidth, traffic.special_functions / gpu.special_functions)
-    scan *= 1 if p.context_parallel == 1 else 2  # pieces run once more, from zero
-    whole = 1 if p.sequence_parallel else p.tensor_parallel
-    rows = (traffic.convolutions + whole * traffic.residual) / gpu.bandwidth
+    if p.context_parallel > 1:
+        scan *= 2  # each rank first scans its chunk from a zero state
+    residual_copies = 1 if p.sequence_parallel else p.tensor_parallel
+    elementwise = (traffic.convolutions + residual_copies * traffic.residual) / gpu.bandwidth
     match config.compute.recompute:
         case Recompute.full:
-            return 4 / 3 * (products + scan + rows)
+            return 4 / 3 * (matmuls + scan + elementwise)
         case Recompute.selective:
-            small = c.n_layer * c.d_inner * (2 * c.dt_rank + 2 * c.d_state)
-            return products * (1 + small / (3 * matmul_parameters(c))) + 4 / 3 * scan + rows
-    return products + scan + rows
+            x_proj_and_dt_proj = c.n_layer * c.d_inner * (2 * c.dt_rank + 2 * c.d_state)
+            recomputed = x_proj_and_dt_proj / (3 * matmul_parameters(c))
+            return matmuls * (1 + recomputed) + 4 / 3 * scan + elementwise
+    return matmuls + scan + elementwise
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Steps of one size: of a stage with the full batch, or of the ramp within it."""
+class SchedulePhase:
+    """Steps of one size: a stage's steps at full batch, or the part of a stage within the ramp."""
 
     name: str
     tokens: int
     seq_len: int
-    # sequences of a step; of the ramp the mean, at which what a step sends is the mean too
+    # sequences per step; mean over a ramp, which also gives the mean of the bytes sent
     batch: float
     steps: float
 
 
-def phases(run: RunConfig) -> list[Phase]:
-    """Phases of the run. A batch linear in tokens from a to b has mean (b - a) / ln(b / a)."""
-    schedule, found, begin = Schedule(run.schedule, run.optim.lr, run.data), [], 0
+def schedule_phases(run: RunConfig) -> list[SchedulePhase]:
+    """Phases of a run. The mean batch of a ramp linear in tokens is (b - a) / ln(b / a)."""
+    schedule = Schedule(run.schedule, run.optim.lr, run.data)
+    phases = []
+    start = 0
     for end, seq_len, name in schedule.stages:
-        edge = min(max(begin, run.schedule.ramp_tokens), end)
-        if edge > begin:
-            first, last = schedule.batch(begin), schedule.batch(edge)
-            mean = (last - first) / math.log(last / first) if last > first else first
-            found.append(
-                Phase(f"{name}, ramp", edge - begin, seq_len, mean, (edge - begin) / seq_len / mean)
+        ramp_end = min(max(start, run.schedule.ramp_tokens), end)
+        if ramp_end > start:
+            first, last = schedule.batch(start), schedule.batch(ramp_end)
+            batch = (last - first) / math.log(last / first) if last > first else first
+            tokens = ramp_end - start
+            phases.append(
+                SchedulePhase(f"{name}, ramp", tokens, seq_len, batch, tokens / seq_len / batch)
             )
-        if end > edge:
+        if end > ramp_end:
             batch = run.schedule.batch_end_sequences
-            found.append(Phase(name, end - edge, seq_len, batch, (end - edge) / seq_len / batch))
-        begin = end
-    return found
+            tokens = end - ramp_end
+            phases.append(SchedulePhase(name, tokens, seq_len, batch, tokens / seq_len / batch))
+        start = end
+    return phases
 
 
-def sequences_of_a_group(config: RunConfig, ranks: int, batch: float) -> int:
-    """Sequences per step, serial or batched, of the fullest group of ranks; all wait for it."""
+def max_sequences_per_group(config: RunConfig, ranks: int, batch: float) -> int:
+    """Sequences per step of the group of ranks with the most, which sets the step time."""
     return math.ceil(
         batch * config.parallel.tensor_parallel * config.parallel.context_parallel / ranks
     )
 
 
-def traffic_between_ranks(
+def bytes_sent_per_step(
     config: RunConfig, ranks: int, batch: float, seq_len: int
 ) -> dict[str, float]:
-    """Bytes that a rank sends in a step of `batch` sequences, by what asks for them."""
+    """Bytes that a rank sends in a step of `batch` sequences, by purpose."""
     sent = dict.fromkeys(("gradients", "weights", "tensor parallel", "context parallel"), 0.0)
-    sequences = sequences_of_a_group(config, ranks, batch)
+    sequences = max_sequences_per_group(config, ranks, batch)
     micro_batches = math.ceil(sequences / (config.parallel.micro_batch_tokens // seq_len))
     for payload in step_traffic(config, ranks, sequences, micro_batches, seq_len):
         if payload.name in sent:  # norms and losses are a few bytes
@@ -144,104 +146,112 @@ def traffic_between_ranks(
 class StepTime:
     """Seconds of a step."""
 
-    computing: float
-    may_hide: float  # communication that can go on beside computing
-    exposed: float  # communication that computing waits for
+    compute: float
+    overlappable: float  # communication that can overlap with compute
+    exposed: float  # communication that compute waits for
 
     @property
     def total(self) -> float:
-        """All of it, one after another: nothing hides."""
-        return self.computing + self.may_hide + self.exposed
+        """Seconds without any overlap."""
+        return self.compute + self.overlappable + self.exposed
 
 
 def step_time(run: PlannedRun, ranks: int, gpu: Gpu, batch: float, seq_len: int) -> StepTime:
-    """A step of `batch` sequences.
+    """Estimate a step of `batch` sequences.
 
-    Computing at the plan's utilisation, whatever the layout, and in proportion longer by what the
-    layout computes again or more than once, by the roofline. Bytes at the plan's rates, inside a
-    node where a group fits one, else between; no latency. Sums and gathers inside a layer are
-    waited for. Gradients may hide behind the backward (not in stage 0), weights behind the next
-    forward (megatron-core and stage 3).
+    Compute runs at plan.mfu for every layout, scaled by the roofline of what the layout recomputes
+    or computes on several ranks. Communication runs at the plan's rates, intra-node if the group
+    fits a node, without latency. Collectives inside a layer are exposed. Gradients can overlap with
+    the backward (not in ZeRO stage 0), weights with the next forward (megatron-core and stage 3).
     """
     p = run.parallel
     group = p.tensor_parallel * p.context_parallel
-    tokens = sequences_of_a_group(run, ranks, batch) * seq_len / group
-    plain = replace(
+    tokens = max_sequences_per_group(run, ranks, batch) * seq_len / group
+    baseline = replace(
         run,
         parallel=replace(p, tensor_parallel=1, context_parallel=1, sequence_parallel=False),
         compute=replace(run.compute, recompute=Recompute.none),
     )
-    again = roofline_seconds(run, gpu) / roofline_seconds(plain, gpu)
-    computing = tokens * train_flops_per_token(run.model) / (gpu.flops * run.plan.mfu) * again
-    sent = traffic_between_ranks(run, ranks, batch, seq_len)
-    sizes = {
+    overhead = roofline_seconds(run, gpu) / roofline_seconds(baseline, gpu)
+    compute = tokens * train_flops_per_token(run.model) / (gpu.flops * run.plan.mfu) * overhead
+    sent = bytes_sent_per_step(run, ranks, batch, seq_len)
+    group_sizes = {
         "gradients": ranks,
         "weights": ranks,
         "tensor parallel": p.tensor_parallel,
         "context parallel": group,
     }
-    seconds = {what: size / link(run, sizes[what]) for what, size in sent.items()}
-    hiding = {"gradients"} if p.zero_stage else set()
-    hiding |= {"weights"} if p.engine is EngineKind.megatron or p.zero_stage == 3 else set()
-    behind = sum(seconds[what] for what in hiding)
-    return StepTime(computing, behind, sum(seconds.values()) - behind)
+    seconds = {what: size / link_bandwidth(run, group_sizes[what]) for what, size in sent.items()}
+    overlappable = 0.0
+    if p.zero_stage:
+        overlappable += seconds["gradients"]
+    if p.engine is EngineKind.megatron or p.zero_stage == 3:
+        overlappable += seconds["weights"]
+    return StepTime(compute, overlappable, sum(seconds.values()) - overlappable)
 
 
-def link(run: PlannedRun, ranks: int) -> float:
-    """Bytes per second of a rank's link to the `ranks` of its group."""
+def link_bandwidth(run: PlannedRun, group_size: int) -> float:
+    """Bytes per second of a rank within a group of `group_size` ranks."""
     return 1e9 * (
         run.plan.node_gbytes_per_second
-        if ranks <= run.cluster.ranks_per_node
+        if group_size <= run.cluster.ranks_per_node
         else run.plan.network_gbytes_per_second
     )
 
 
-def timed(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[Phase, StepTime]]:
-    """Every phase with the time of its steps."""
-    known: dict[tuple[float, int], StepTime] = {}
-    found = []
-    for phase in phases(run):
+def phase_times(run: PlannedRun, ranks: int, gpu: Gpu) -> list[tuple[SchedulePhase, StepTime]]:
+    """Every phase with the time of one of its steps."""
+    cache: dict[tuple[float, int], StepTime] = {}
+    phases = []
+    for phase in schedule_phases(run):
         size = (phase.batch, phase.seq_len)
-        if size not in known:
-            known[size] = step_time(run, ranks, gpu, *size)
-        found.append((phase, known[size]))
-    return found
+        if size not in cache:
+            cache[size] = step_time(run, ranks, gpu, *size)
+        phases.append((phase, cache[size]))
+    return phases
 
 
 @dataclass
 class Reliability:
-    """Cost of saves and failures; lost shares are of the run's time, starts not counted."""
+    """Cost of checkpoints and failures; lost fractions are of the run's time, without restarts."""
 
     checkpoint_bytes: int
-    # a save stops training: megatron-core gathers weights, each part goes to its host
+    # training stops while megatron-core gathers weights and each rank copies its shard to the host
     blocking_seconds: float
-    writing_seconds: float  # and goes to storage in the background
+    writing_seconds: float  # to storage, in the background
     failures: float  # expected over the run
     interval_minutes: float  # between saves as configured, at the mean pace
-    lost: float  # share, by that
-    # Young's sqrt(2 x blocking x mean time between failures), but no shorter than writing takes
+    lost: float  # fraction at that interval
+    # Young's sqrt(2 x blocking x mean time between failures), at least the writing time
     best_minutes: float
     best_lost: float
 
 
 def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
-    """Saves every T s cost their blocking time and T / 2 per fault (Young, CACM 17(9), 1974)."""
+    """Saving every T s costs the blocking time and T / 2 per failure (Young, CACM 17(9), 1974)."""
     size = 12 * parameter_count(run.model)
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
-    rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
+    failure_rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
     blocking = size / ranks / (run.plan.host_gbytes_per_second * 1e9)
-    # its pieces() has the weights gathered before anything is read
+    # the engine gathers all weights before a save
     if run.parallel.engine is EngineKind.megatron:
         seq_len = max(stage.seq_len for stage in run.data.stages)
-        sent = traffic_between_ranks(run, ranks, run.schedule.batch_end_sequences, seq_len)
-        blocking += sent["weights"] / link(run, ranks)
+        sent = bytes_sent_per_step(run, ranks, run.schedule.batch_end_sequences, seq_len)
+        blocking += sent["weights"] / link_bandwidth(run, ranks)
     writing = size / (run.plan.storage_gbytes_per_second * 1e9)
 
-    def lost(seconds: float) -> float:
-        return blocking / seconds + rate * seconds / 2
+    def lost(interval: float) -> float:
+        return blocking / interval + failure_rate * interval / 2
 
-    now = 86400 * days * min(1.0, run.checkpoint.every_tokens / run.tokens)
-    best = max(math.sqrt(2 * blocking / rate), writing) if rate else 86400 * days
+    configured = 86400 * days * min(1.0, run.checkpoint.every_tokens / run.tokens)
+    best = max(math.sqrt(2 * blocking / failure_rate), writing) if failure_rate else 86400 * days
     return Reliability(
-        size, blocking, writing, 86400 * rate * days, now / 60, lost(now), best / 60, lost(best)
+        checkpoint_bytes=size,
+        blocking_seconds=blocking,
+        writing_seconds=writing,
+        failures=86400 * failure_rate * days,
+        interval_minutes=configured / 60,
+        lost=lost(configured),
+        best_minutes=best / 60,
+        best_lost=lost(best),
     )

@@ -1,4 +1,4 @@
-"""Counts collectives, whoever calls them: DeepSpeed, megatron-core, autograd or our loop."""
+"""Counts collectives from any caller: DeepSpeed, megatron-core, autograd or the training loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NAMES = {
+OPERATIONS = {
     "allreduce_": "all_reduce",
     "allgather_": "all_gather",
     "_allgather_base_": "all_gather",
@@ -23,31 +23,29 @@ NAMES = {
 
 @dataclass
 class Count:
-    """Calls of one operation on one group, and the bytes of what they reduce or gather."""
+    """Calls of one operation on one group, and bytes of the full tensors reduced or gathered."""
 
     ranks: int
     calls: int = 0
     size: int = 0
 
 
-class Collectives(TorchDispatchMode):
-    """Within it, torch.distributed's operations are counted by (group, operation); groups of one
-    rank are left out.
+class CollectiveCounter(TorchDispatchMode):
+    """Counts torch.distributed's operations by (group, operation), without groups of one rank.
 
-    Groups are named tensor, context, replicas, optimizer (all ranks that share one of
-    megatron-core's) and world. An operation is seen where autograd runs it too, since a CPU's
-    backward runs in the thread that asks for it.
+    Groups are tensor, context, replicas, optimizer (ranks that share a megatron-core optimizer) and
+    world. Operations in the backward count too, since on CPU it runs in the calling thread.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[tuple[str, str], Count] = {}
-        self.times = 1  # that each call counts
+        self.multiplier = 1  # calls that each call stands for
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Count, and go on."""
+        """Count a collective and execute it."""
         if function.namespace == "c10d":
             self._count(function.__name__.split(".")[0], args)
         return function(*args, **(kwargs or {}))
@@ -63,22 +61,21 @@ class Collectives(TorchDispatchMode):
             return
         tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         size = max(sum(x.numel() * x.element_size() for x in each) for each in tensors)
-        count = self.counts.setdefault(
-            (name_of(group), NAMES.get(name, name.strip("_"))), Count(group.size())
-        )
-        count.calls += self.times
-        count.size += self.times * size
+        key = (group_name(group), OPERATIONS.get(name, name.strip("_")))
+        count = self.counts.setdefault(key, Count(group.size()))
+        count.calls += self.multiplier
+        count.size += self.multiplier * size
 
 
-def name_of(group: dist.ProcessGroup) -> str:
-    """Name of a group by its ranks' role; groups with the same ranks are told apart."""
+def group_name(group: dist.ProcessGroup) -> str:
+    """Name of a group by its role; different groups of the same ranks have different names."""
     from megatron.core import parallel_state
 
-    named = {
+    groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "context": parallel_state.get_context_parallel_group(),
         "replicas": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "optimizer": parallel_state.get_intra_distributed_optimizer_instance_group(),
         "world": dist.group.WORLD,
     }
-    return next((name for name, other in named.items() if other == group), "other")
+    return next((name for name, other in groups.items() if other == group), "other")

@@ -1,8 +1,8 @@
-"""torch.cuda as megatron-core's distributed optimizer asks for it, answered by the CPU.
+"""Replaces torch.cuda on a CPU for megatron-core's distributed optimizer.
 
-It replaces names of torch.cuda, has `device="cuda"` of torch.tensor and torch.zeros mean the CPU,
-and every tensor say that it is CUDA's: for the dry run and for tests, where no GPU is. No training
-goes this way (tests/test_architecture.py).
+Streams and events do nothing, torch.tensor and torch.zeros with `device="cuda"` create CPU tensors,
+and Tensor.type reports a CUDA type. Only the dry run, benchmarks and tests use this, never
+training (tests/test_architecture.py).
 """
 
 import re
@@ -18,42 +18,39 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """Does nothing, at once."""
+    """A stream or event whose methods do nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        """Any method, which takes anything."""
         return lambda *args, **kwargs: None
 
 
-def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that makes a tensor, which lies on the CPU where CUDA is asked for."""
+def redirect_to_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a tensor factory so that device="cuda" means the CPU."""
 
-    def made(*args: Any, **kwargs: Any) -> Tensor:
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
-        return make(*args, **kwargs)
+        return factory(*args, **kwargs)
 
-    return made
+    return wrapped
 
 
-def kind(of: Callable[..., Any]) -> Callable[..., Any]:
-    """Tensor.type, which says of every tensor that it is CUDA's."""
+def report_cuda_type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Tensor.type so that it reports a CUDA type for every tensor."""
 
-    def of_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = of(tensor, *args, **kwargs)  # of a fake tensor it comes here twice
-        return (
-            re.sub(r"^torch\.(?!cuda)", "torch.cuda.", result)
-            if isinstance(result, str)
-            else result
-        )
+    def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(tensor, *args, **kwargs)  # called twice for a fake tensor
+        if not isinstance(result, str):
+            return result
+        return re.sub(r"^torch\.(?!cuda)", "torch.cuda.", result)
 
-    return of_cuda
+    return wrapped
 
 
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Within it megatron-core's distributed optimizer works on a CPU's tensors and groups."""
-    answers: dict[str, Any] = {
+    """Run megatron-core's distributed optimizer on CPU tensors and groups."""
+    cuda_functions: dict[str, Any] = {
         "current_device": lambda: CPU,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
@@ -63,12 +60,14 @@ def cuda_on_cpu() -> Iterator[None]:
         "Event": lambda *args, **kwargs: Stream(),
         "stream": lambda *_: nullcontext(),
     }
-    # no torch function mode: torch leaves it while a backward runs, which would compile recomputed
+    # not a TorchFunctionMode: torch leaves it during a backward, which would compile recomputed
     # blocks once more
-    made: dict[str, Any] = {name: on_cpu(getattr(torch, name)) for name in ("tensor", "zeros")}
+    factories: dict[str, Any] = {
+        name: redirect_to_cpu(getattr(torch, name)) for name in ("tensor", "zeros")
+    }
     with (
-        patch.multiple(torch.cuda, **answers),
-        patch.multiple(torch, **made),
-        patch.object(torch.Tensor, "type", kind(torch.Tensor.type)),
+        patch.multiple(torch.cuda, **cuda_functions),
+        patch.multiple(torch, **factories),
+        patch.object(torch.Tensor, "type", report_cuda_type(torch.Tensor.type)),
     ):
         yield

@@ -1,9 +1,9 @@
-"""One step of a run at full size on a machine that could not hold a layer of it.
+"""One training step at full size on fake tensors in a fake process group.
 
-The real model, megatron-core's real layers and groups, and the real engine run on fake tensors,
-which have shapes and no memory, in a process group that pretends to be of any size and passes
-nothing on. What a rank would hold is read from the engine, and what it would send is counted as it
-asks for it. What needs values cannot be seen: losses, norms (a scalar that is read is 1), time.
+The real model, megatron-core's layers and groups, and the real engine run on tensors that have
+shapes but no memory, in a process group of any size that transfers nothing. The engine reports what
+a rank holds; collectives are counted as they are called. Values are unknown: losses, norms (a
+scalar read from a fake tensor is 1) and times.
 """
 
 import logging
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from data.stream.loader import split_batch
-from launch.simulation.collectives import Collectives, Count
+from launch.simulation.collectives import CollectiveCounter, Count
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.kernels import CPU
 from model.mamba import FalconMamba
@@ -40,74 +40,81 @@ from train.step_stats import reduce_step_stats
 
 logger = logging.getLogger(__name__)
 
-TENSOR = torch.tensor  # its own: cuda_on_cpu puts another in its place
-# micro-batches of a run, in which DeepSpeed's stage 3 learns the order of modules and gathers more
-LEARNING = 2
+REAL_TENSOR = torch.tensor  # cuda_on_cpu replaces torch.tensor
+# first micro-batches of a run: DeepSpeed's stage 3 learns the module order and gathers more
+ZERO3_WARMUP_MICRO_BATCHES = 2
 
 
 @dataclass
 class DryRunResult:
-    """What one rank held and asked for."""
+    """What one rank held and sent."""
 
     rank: int
-    step_schedule: StepSchedule  # the step
+    step_schedule: StepSchedule
     micro_batches: list[int]  # sequences of each
-    owned: int  # elements of master weights that this rank updates, padding aside
-    # collectives by (group, operation): of the start, with what is learned in it,
+    optimizer_elements: int  # master weights that this rank updates, without padding
+    # collectives by (group, operation), of the start (including ZeRO-3's warmup) and of the step
     start: dict[tuple[str, str], Count]
-    step: dict[tuple[str, str], Count]  # and of the step
+    step: dict[tuple[str, str], Count]
 
 
-def fullest(config: RunConfig) -> int:
-    """Where a step that reads most tokens begins: the first of a stage, or after the ramp."""
+def largest_step_start(config: RunConfig) -> int:
+    """Token count at which the step with most tokens starts: in a stage, or after the ramp."""
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    begins = [0, *(end for end, _, _ in schedule.stages[:-1])]
-    places = [
-        *begins,
-        *(max(begin, min(config.schedule.ramp_tokens, schedule.total - 1)) for begin in begins),
-    ]
-    return max(places, key=lambda place: schedule.at(place).tokens)
+    stage_starts = [0, *(end for end, _, _ in schedule.stages[:-1])]
+    ramp_end = min(config.schedule.ramp_tokens, schedule.total - 1)
+    candidates = [*stage_starts, *(max(start, ramp_end) for start in stage_starts)]
+    return max(candidates, key=lambda token: schedule.at(token).tokens)
 
 
-def micro_batches(
+def micro_batch_sizes(
     config: RunConfig, step_schedule: StepSchedule, rank: int, ranks: int
 ) -> list[int]:
-    """Sequences per micro-batch of data-parallel rank `rank`; an empty micro-batch has one."""
-    most = config.parallel.micro_batch_tokens // step_schedule.seq_len
-    cuts = split_batch(step_schedule.batch, rank, ranks, most, equal=config.parallel.zero_stage > 1)
-    return [max(1, high - low) for low, high in cuts]
+    """Sequences per micro-batch of data-parallel rank `rank`; an empty micro-batch counts 1."""
+    max_size = config.parallel.micro_batch_tokens // step_schedule.seq_len
+    ranges = split_batch(
+        step_schedule.batch, rank, ranks, max_size, equal=config.parallel.zero_stage > 1
+    )
+    return [max(1, end - start) for start, end in ranges]
 
 
-def before_the_last(sizes: list[int], engine: EngineKind) -> list[tuple[int, int]]:
-    """Micro-batches as (size, times): equal sizes merged, megatron-core's first apart (gathers)."""
-    apart = int(engine is EngineKind.megatron)
-    return [*((size, 1) for size in sizes[:-1][:apart]), *Counter(sizes[apart:-1]).items()]
+def merge_equal_sizes(sizes: list[int], engine: EngineKind) -> list[tuple[int, int]]:
+    """(size, count) of all micro-batches but the last.
+
+    megatron-core's first one stays separate, since it gathers the weights.
+    """
+    separate = int(engine is EngineKind.megatron)
+    return [*((size, 1) for size in sizes[:-1][:separate]), *Counter(sizes[separate:-1]).items()]
 
 
 def dry_run(config: RunConfig, world: int) -> DryRunResult:
-    """Build the run on a rank of `world`, and take a step.
+    """Build the run on one of `world` ranks and take one step.
 
-    It is one of the last replica, which holds the padding and most sequences, and the first of its
-    tensor-parallel group, which writes what all of the group hold alike.
+    The rank is in the last replica, which has the padding and the most sequences, and is the first
+    of its tensor-parallel group, which saves the replicated tensors.
     """
-    step_schedule = Schedule(config.schedule, config.optim.lr, config.data).at(fullest(config))
+    step_schedule = Schedule(config.schedule, config.optim.lr, config.data).at(
+        largest_step_start(config)
+    )
     fake = FakeTensorMode()
     cuda = cuda_on_cpu if config.parallel.engine is EngineKind.megatron else nullcontext
-    with fake_world(config, world) as ranks, Collectives() as collectives:
-        sizes = micro_batches(config, step_schedule, ranks.dp_rank, ranks.dp_size)
+    with fake_distributed(config, world) as ranks, CollectiveCounter() as collectives:
+        sizes = micro_batch_sizes(config, step_schedule, ranks.dp_rank, ranks.dp_size)
         with fake, FakeScalars(), FakeDataPtr(), cuda():
             model = _fake_model(config, ranks)
             engine = build_engine(
                 model, config.optim, config.parallel, config.compute.precision, ranks
             )
             with skip_order_check() if config.parallel.zero_stage == 3 else nullcontext():
-                for _ in range(LEARNING if config.parallel.zero_stage == 3 else 0):
+                for _ in range(
+                    ZERO3_WARMUP_MICRO_BATCHES if config.parallel.zero_stage == 3 else 0
+                ):
                     _micro_batch(config, model, engine, step_schedule, sizes[0], last=False)
             start, collectives.counts = collectives.counts, {}
-            for size, times in before_the_last(sizes, config.parallel.engine):
-                collectives.times = times
+            for size, count in merge_equal_sizes(sizes, config.parallel.engine):
+                collectives.multiplier = count
                 _micro_batch(config, model, engine, step_schedule, size, last=False)
-            collectives.times = 1
+            collectives.multiplier = 1
             _micro_batch(config, model, engine, step_schedule, sizes[-1], last=True)
         sources = len(config.data.sources)
         reduce_step_stats(
@@ -116,21 +123,21 @@ def dry_run(config: RunConfig, world: int) -> DryRunResult:
         with fake, FakeScalars(), FakeDataPtr(), cuda():
             engine.clip_and_step(step_schedule.lr)
             step, collectives.counts = collectives.counts, {}
-            owned = sum(
+            optimizer_elements = sum(
                 tensor.numel() for shard, tensor in engine.state_shards() if shard.kind == "param"
             )
-    return DryRunResult(ranks.rank, step_schedule, sizes, owned, start, step)
+    return DryRunResult(ranks.rank, step_schedule, sizes, optimizer_elements, start, step)
 
 
 @contextmanager
-def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
-    """Be the rank of dry_run among `world` that are not there."""
+def fake_distributed(config: RunConfig, world: int) -> Iterator[Ranks]:
+    """Initialize a fake process group of `world` ranks, in the position of dry_run's rank."""
     from megatron.core import parallel_state
 
-    # the import makes the backend known
+    # the import registers the backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", "0")  # read by DeepSpeed
     dist.init_process_group(
         "fake", store=FakeStore(), rank=world - config.parallel.tensor_parallel, world_size=world
     )
@@ -150,7 +157,7 @@ def fake_world(config: RunConfig, world: int) -> Iterator[Ranks]:
 
 
 def without_fake_mode(gather: Callable[..., None]) -> Callable[..., None]:
-    """Gather objects with real bytes; in a simulated world every rank returns this one's."""
+    """Wrap all_gather_object to use real tensors; every fake rank returns this rank's object."""
 
     def gather_objects(*args: Any, **kwargs: Any) -> None:
         with unset_fake_temporarily():
@@ -173,8 +180,7 @@ def _fake_model(config: RunConfig, ranks: Ranks) -> FalconMamba:
     set_tp_attributes(model, ranks.tp_size)
     if ranks.cp_size > 1:
         model.set_context(context_ranks())
-    # where DeepSpeed moves it, which is where it is: torch cannot swap parameters that a fake mode
-    # remembers
+    # DeepSpeed moves the model to the device it is on; torch cannot swap parameters of a fake mode
     model.to = lambda *_, **__: model  # type: ignore[method-assign]
     return model
 
@@ -191,8 +197,8 @@ def _micro_batch(
         size, step_schedule.seq_len // config.parallel.context_parallel, dtype=torch.int64
     )
     doc_starts = torch.empty_like(ids, dtype=torch.bool) if config.data.reset_state else None
-    begun = time.perf_counter()
-    # around the backward too: megatron-core's own functions carry autocast over on GPUs alone
+    started_at = time.perf_counter()
+    # includes the backward: megatron-core's functions restore autocast there only on GPUs
     with torch.autocast(
         "cpu",
         torch.bfloat16,
@@ -201,16 +207,15 @@ def _micro_batch(
     ):
         losses, _ = model(ids, ids, doc_starts)
         engine.backward(losses.sum() / step_schedule.tokens, last)
-    logger.info(f"a micro-batch tried in {time.perf_counter() - begun:.0f} s")
+    logger.info(f"simulated a micro-batch in {time.perf_counter() - started_at:.0f} s")
 
 
 @contextmanager
 def skip_order_check() -> Iterator[None]:
-    """Within it the lists of numbers that DeepSpeed's stage 3 compares between ranks are equal.
+    """Skip DeepSpeed stage 3's comparison of module and parameter order between ranks.
 
-    They are the orders of modules and parameters, and every rank runs the same ones. Rank 0 would
-    broadcast a list's length and then the list; both are counted, but nobody is there to say them,
-    and fake tensors hold no numbers.
+    Fake tensors have no values to compare. The two broadcasts of the check, a list's length and the
+    list, are still counted.
     """
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
@@ -218,33 +223,31 @@ def skip_order_check() -> Iterator[None]:
         for size in (1, len(numbers)):
             dist.broadcast(torch.empty(size, dtype=torch.int64), src=0)
 
-    compare = coordinator.assert_ints_same_as_other_ranks
+    original = coordinator.assert_ints_same_as_other_ranks
     coordinator.assert_ints_same_as_other_ranks = broadcast
     try:
         yield
     finally:
-        coordinator.assert_ints_same_as_other_ranks = compare
+        coordinator.assert_ints_same_as_other_ranks = original
 
 
 class NoOpCoalesced(TorchDispatchMode):
-    """Skips coalesced collectives of fake tensors; torch itself answers all others."""
+    """Skips coalesced collectives, which torch does not implement for fake tensors."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """See class."""
         if function.namespace == "c10d" and "tensor_coalesced" in function.__name__:
             return FakeWork().boxed()
         return function(*args, **(kwargs or {}))
 
 
 class FakeScalars(TorchDispatchMode):
-    """A value that is read from a fake tensor is 1, or false."""
+    """Reading a scalar from a fake tensor gives 1.0, or 0 for integers and booleans."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """See class."""
         if function is torch.ops.aten._local_scalar_dense.default and isinstance(
             args[0], FakeTensor
         ):
@@ -253,12 +256,11 @@ class FakeScalars(TorchDispatchMode):
 
 
 class FakeDataPtr(TorchFunctionMode):
-    """Gives fake tensors address 0 (DeepSpeed checks alignment); torch.tensor gets numbers."""
+    """Fake tensors have data_ptr 0 (DeepSpeed checks alignment); torch.tensor of them works."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """See class."""
-        if function is TENSOR:  # which would look for a number in the memory of each
+        if function is REAL_TENSOR:  # torch.tensor reads the memory of scalar tensors
             args = tree_map_only(FakeTensor, Tensor.item, args)
         return 0 if function is Tensor.data_ptr else function(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ from core.old_keys import (
     renamed_overrides,
 )
 from eval.config import EvaluationConfig
-from launch.planning.trial import DryRun
+from launch.planning.dryrun_config import DryRunConfig
 from train.config import RunConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -59,7 +59,7 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
     assert evaluation.eval.batch_sequences == 3 and evaluation.eval.max_tokens == 5
     assert evaluation.generate.prompt == "hi"
     assert evaluation.leaderboard.suite is not None
-    assert convert(DryRun, config).ranks == 6
+    assert convert(DryRunConfig, config).ranks == 6
     (record,) = caplog.records
     assert record.message.startswith("the command line has old keys: parallel.precision is now ")
 

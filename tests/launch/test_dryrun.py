@@ -1,4 +1,4 @@
-"""The dry run by its command: the 7B's width on 256 ranks, and layouts that cannot run."""
+"""launch/dryrun.py: the width of the 7B on up to 256 ranks, and layouts that cannot run."""
 
 import json
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.planning.dryrun_config import DryRunConfig
 from launch.planning.estimate import planned_gpu
-from launch.planning.layouts import layout_of
-from launch.planning.trial import DryRun
+from launch.planning.layouts import evaluate_layout
 from tests.commands import Result, forked
 from tests.compose import typed
 
@@ -19,8 +19,9 @@ def run(folder: Path, *overrides: str) -> Result:
 
 
 DEEPSPEED = "parallel.engine=deepspeed"
-SCATTERED = ("parallel.sequence_parallel=true", "compute.recompute=selective")
-KINDS = {  # of collectives between replicas; what megatron-core's optimizer sums is on all ranks
+SEQUENCE_PARALLEL = ("parallel.sequence_parallel=true", "compute.recompute=selective")
+# collectives between replicas; megatron-core's optimizer group is all ranks
+COLLECTIVES = {
     "zero1": {("replicas", "all_reduce"), ("replicas", "all_gather")},
     "zero3": {
         ("replicas", "all_reduce"),
@@ -42,7 +43,7 @@ LAYOUTS = [
     *(
         (engine, *layout)
         for engine in ("zero1", "megatron")
-        for layout in ((1, 256, ()), (8, 32, ()), (8, 32, SCATTERED))
+        for layout in ((1, 256, ()), (8, 32, ()), (8, 32, SEQUENCE_PARALLEL))
     ),
     ("zero3", 1, 32, ()),
     ("zero3", 8, 32, ()),
@@ -50,57 +51,59 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[Path, Future[Result]]]]:
+def dry_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[list[tuple[Path, Future[Result]]]]:
     """The dry run of each layout, two at a time."""
-    found = []
+    runs = []
     with ThreadPoolExecutor(2) as pool:
-        for engine, tensor, replicas, more in LAYOUTS:
+        for engine, tensor, replicas, extra in LAYOUTS:
             folder = tmp_path_factory.mktemp("layout")
-            layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *more)
+            layout = (*ENGINES[engine], f"parallel.tensor_parallel={tensor}", *extra)
             size = ("model.n_layer=4", "parallel.bucket_elements=30_000_000")
-            words = (f"dryrun.world_size={tensor * replicas}", *size, *layout)
-            found.append((folder, pool.submit(run, folder, *words)))
-        yield found
+            overrides = (f"dryrun.world_size={tensor * replicas}", *size, *layout)
+            runs.append((folder, pool.submit(run, folder, *overrides)))
+        yield runs
 
 
 @pytest.mark.parametrize(
-    ("number", "engine", "tensor", "replicas", "more"),
+    ("number", "engine", "tensor", "replicas", "extra"),
     [(number, *layout) for number, layout in enumerate(LAYOUTS)],
 )
 def test_a_step_at_full_width(
-    tried: list[tuple[Path, Future[Result]]],
+    dry_runs: list[tuple[Path, Future[Result]]],
     number: int,
     engine: str,
     tensor: int,
     replicas: int,
-    more: tuple[str, ...],
+    extra: tuple[str, ...],
 ) -> None:
-    """Of four of the 64 layers, so that it takes seconds."""
-    folder, future = tried[number]
+    """With four of the 64 layers."""
+    folder, future = dry_runs[number]
     result = future.result()
     assert result.returncode == 0, result.stderr
-    assert "differs" not in result.stdout and "as by formula" in result.stdout
-    seen = json.loads((folder / "dryrun.json").read_text())
-    assert seen["replicas"] == replicas
+    assert "differs" not in result.stdout and "equal to the formula" in result.stdout
+    report = json.loads((folder / "dryrun.json").read_text())
+    assert report["replicas"] == replicas
     steps = {
         (row["group"], row["operation"]): row
-        for row in seen["collectives"]
+        for row in report["collectives"]
         if row["when"] == "step"
     }
     between = {
         ("tensor", kind)
-        for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if more else tensor > 1]
+        for kind in ("all_reduce", "all_gather", "reduce_scatter")[: 3 if extra else tensor > 1]
     }
-    assert set(steps) == KINDS[engine] | between | {("world", "all_reduce")}
+    assert set(steps) == COLLECTIVES[engine] | between | {("world", "all_reduce")}
     for kind, row in steps.items():
-        least = (
+        minimum = (
             row["formula"] / 2
             if (engine, *kind) == ("zero3", "replicas", "all_gather")
             else row["formula"]
         )
-        assert least <= row["bytes"] <= row["formula"] and row["calls"], kind
-    assert seen["step"]["micro_batches_of_the_rank"] == 2048 / replicas
-    shards = seen["shards"]
+        assert minimum <= row["bytes"] <= row["formula"] and row["calls"], kind
+    assert report["step"]["micro_batches_of_the_rank"] == 2048 / replicas
+    shards = report["shards"]
     assert (
         shards["optimizer_of_the_rank"]["engine"] == shards["optimizer_of_the_rank"]["formula"] > 0
     )
@@ -119,7 +122,7 @@ def test_a_step_at_full_width(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "why", "instead"),
+    ("overrides", "reason", "suggestion"),
     [
         (
             ("parallel.tensor_parallel=3",),
@@ -153,25 +156,24 @@ def test_a_step_at_full_width(
         ),
     ],
 )
-def test_a_wrong_layout_is_refused_with_one_that_works(
-    overrides: tuple[str, ...], why: str, instead: str
+def test_an_invalid_layout_is_refused_with_a_valid_one(
+    overrides: tuple[str, ...], reason: str, suggestion: str
 ) -> None:
-    with pytest.raises(ValueError, match=why) as refusal:
-        typed(DryRun, "7b", "dryrun.world_size=256", *overrides)
-    said = str(refusal.value).split("the nearest layout that works on 256 ranks: ")[1].split(",")[0]
-    assert said.endswith(instead)
-    kept = [override for override in overrides if override.split("=")[0] != said.split("=")[0]]
-    mended = typed(DryRun, "7b", "dryrun.world_size=256", *kept, said)
-    assert (
-        layout_of(
-            mended, mended.parallel, mended.compute.recompute, 256, planned_gpu(mended)
-        ).unsupported_reason
-        is None
+    with pytest.raises(ValueError, match=reason) as refusal:
+        typed(DryRunConfig, "7b", "dryrun.world_size=256", *overrides)
+    suggested = str(refusal.value).split("nearest layout that runs on 256 ranks: ")[1].split(",")[0]
+    assert suggested.endswith(suggestion)
+    key = suggested.split("=")[0]
+    others = [override for override in overrides if override.split("=")[0] != key]
+    fixed = typed(DryRunConfig, "7b", "dryrun.world_size=256", *others, suggested)
+    layout = evaluate_layout(
+        fixed, fixed.parallel, fixed.compute.recompute, 256, planned_gpu(fixed)
     )
+    assert layout.unsupported_reason is None
 
 
 @pytest.mark.parametrize(
-    ("overrides", "why", "instead"),
+    ("overrides", "reason", "suggestion"),
     [
         (
             ("dryrun.world_size=12", "parallel.tensor_parallel=8"),
@@ -190,7 +192,7 @@ def test_a_wrong_layout_is_refused_with_one_that_works(
         ),
         (
             ("dryrun.world_size=4096",),
-            "leaves some of 4096 groups without one",
+            "2048 sequences for 4096 groups of ranks",
             "parallel.tensor_parallel=2",
         ),
         (
@@ -198,19 +200,19 @@ def test_a_wrong_layout_is_refused_with_one_that_works(
             "of 79 GiB less 5 of headroom",
             "parallel.tensor_parallel=2",
         ),
-        (("dryrun.world_size=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout works on 1 ranks"),
+        (("dryrun.world_size=1", "cluster.memory_gib=2"), "of 2 GiB", "no layout runs on 1 ranks"),
     ],
 )
-def test_what_the_ranks_cannot_do_ends_in_one_line(
-    tmp_path: Path, overrides: tuple[str, ...], why: str, instead: str
+def test_a_layout_that_cannot_run_is_refused_in_one_line(
+    tmp_path: Path, overrides: tuple[str, ...], reason: str, suggestion: str
 ) -> None:
     result = run(tmp_path, *overrides)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert why in result.stderr and instead in result.stderr and not list(tmp_path.iterdir())
+    assert reason in result.stderr and suggestion in result.stderr and not list(tmp_path.iterdir())
 
 
-def test_what_is_no_matter_of_layout_names_none() -> None:
+def test_errors_other_than_the_layout_suggest_no_layout() -> None:
     with pytest.raises(ValueError, match="tokens$"):
-        typed(DryRun, "7b", "dryrun.world_size=256", "schedule.decay_tokens=1e15")
+        typed(DryRunConfig, "7b", "dryrun.world_size=256", "schedule.decay_tokens=1e15")
     with pytest.raises(ValueError, match="number of ranks$"):
-        typed(DryRun, "7b", "dryrun.world_size=0")
+        typed(DryRunConfig, "7b", "dryrun.world_size=0")

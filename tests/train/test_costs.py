@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.recompute import demo, largest_sum
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from launch.simulation.dry_run import fake_world, skip_order_check
+from launch.simulation.dry_run import fake_distributed, skip_order_check
 from model.config import Recompute
 from model.flops import parameter_count
 from model.kernels import CPU, cpu
@@ -157,7 +157,7 @@ def peak_bytes(run: RunConfig, world_size: int, kernels: Kernels) -> int:
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     matmuls = ResultOnlyMatmuls if kernels is RESULT_ONLY else nullcontext
     with (
-        fake_world(run, world_size) as ranks,
+        fake_distributed(run, world_size) as ranks,
         shim(),
         order_check(),
         matmuls(),

@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 
 from data.stream.manifests import open_manifests
-from launch.simulation.collectives import Collectives
+from launch.simulation.collectives import CollectiveCounter
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
-from launch.simulation.dry_run import LEARNING, dry_run, fullest, micro_batches
+from launch.simulation.dry_run import (
+    ZERO3_WARMUP_MICRO_BATCHES,
+    dry_run,
+    largest_step_start,
+    micro_batch_sizes,
+)
 from model.config import Backend, Recompute
 from model.flops import parameter_count
 from tests.compose import laid_out
@@ -118,13 +123,13 @@ def count(root: Path, name: str) -> None:
             run, open_manifests(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         )
         # steps of one micro-batch each
-        for _ in range(LEARNING if run.parallel.zero_stage == 3 else 0):
+        for _ in range(ZERO3_WARMUP_MICRO_BATCHES if run.parallel.zero_stage == 3 else 0):
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
         steps = []
         for token in STEP_TOKENS:
-            token = fullest(run) if token is None else token
+            token = largest_step_start(run) if token is None else token
             batches = trainer.batches.read(token)
-            with Collectives() as collectives:
+            with CollectiveCounter() as collectives:
                 trainer._step(trainer.schedule.at(token), batches, 0.0)
             counts = {
                 "/".join(key): [count.calls, count.size]
@@ -167,7 +172,7 @@ def test_counted_bytes_equal_the_formula(root: Path, name: str) -> None:
         for step in read_counts(root, name, rank)["steps"]:
             step_schedule = Schedule(run.schedule, run.optim.lr, run.data).at(step["token"])
             batches.add(step_schedule.batch)
-            sizes = micro_batches(run, step_schedule, step["dp_rank"], step["dp_size"])
+            sizes = micro_batch_sizes(run, step_schedule, step["dp_rank"], step["dp_size"])
             traffic = step_traffic(run, 2, sum(sizes), len(sizes), step_schedule.seq_len)
             payloads = sum_by_collective(traffic)
             expected = {"/".join(key): size for key, size in payloads.items()}

@@ -1,9 +1,9 @@
-"""What a batch script asks before and after every start of a run.
+"""Record the start and end of a run's attempt; called by the batch script of training.
 
-`begin` notes the start in attempts.jsonl and strikes nodes that Slurm lost under the start before.
-`end` prints what to do: `done`, `requeue` or `stop`, then the reason, for the batch script and its
-log. How a run ended stands in its outcome.json, since srun and torchrun turn exit codes into
-others; without one it crashed.
+`begin` records the start in attempts.jsonl, and a strike against each node that went down during
+the previous start. `end` prints `done`, `requeue` or `stop` and the reason, which the batch script
+acts on. `excluded` prints the nodes to avoid. Exit codes are not used, since srun and torchrun
+change them: outcome.json in the run's folder tells how a run ended, and its absence means a crash.
 
 examples:
   python launch/attempt.py begin runs/7b --bad-nodes runs/bad_nodes.txt
@@ -22,11 +22,11 @@ from core.entry import explain_missing_extras
 explain_missing_extras()
 
 from core import log
-from launch.slurm.attempts import begin, end, excluded
+from launch.slurm.attempts import excluded_nodes, record_end, record_start
 
 
-def ask(*command: str) -> list[str]:
-    """Words that a Slurm command prints; none where it fails, for a start must not hang on it."""
+def slurm_words(*command: str) -> list[str]:
+    """Words of a Slurm command's output; empty if it fails, so that a start never fails with it."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
@@ -34,40 +34,37 @@ def ask(*command: str) -> list[str]:
 
 
 def main() -> None:
-    """The command line."""
     log.init_logger()
     parser = argparse.ArgumentParser(
         prog="python launch/attempt.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("event", choices=("begin", "end", "excluded"))
+    parser.add_argument("folder", type=Path, help="folder of the run")
+    parser.add_argument("--code", type=int, default=0, help="exit code of the job step (end)")
     parser.add_argument(
-        "event", choices=("begin", "end", "excluded"), help="excluded lists the nodes to avoid"
-    )
-    parser.add_argument("folder", type=Path, help="of the run")
-    parser.add_argument("--code", type=int, default=0, help="exit code of the step that ended")
-    parser.add_argument(
-        "--crashes", type=int, default=3, help="in a row without a new checkpoint, then it stops"
-    )
-    parser.add_argument(
-        "--strikes", type=int, default=2, help="lines of a node after which it is avoided"
+        "--crashes",
+        type=int,
+        default=3,
+        help="crashes in a row without a new checkpoint after which the job stops (end)",
     )
     parser.add_argument(
-        "--bad-nodes", type=Path, required=True, help="file with a line per crash or loss"
+        "--strikes", type=int, default=2, help="strikes after which a node is avoided (excluded)"
     )
-    given = parser.parse_args()
-    if given.event == "begin":
-        nodes = ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", ""))
-        begin(
-            given.folder,
-            nodes,
-            ask("sinfo", "-hN", "-t", "down,fail,no_respond", "-o", "%N"),
-            given.bad_nodes,
-        )
-    elif given.event == "end":
-        print(*end(given.folder, given.code, given.crashes, given.bad_nodes))
+    parser.add_argument(
+        "--bad-nodes", type=Path, required=True, help="file with one line per strike"
+    )
+    args = parser.parse_args()
+    if args.event == "begin":
+        nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
+        nodes = slurm_words("scontrol", "show", "hostnames", nodelist)
+        down_nodes = slurm_words("sinfo", "-hN", "-t", "down,fail,no_respond", "-o", "%N")
+        record_start(args.folder, nodes, down_nodes, args.bad_nodes)
+    elif args.event == "end":
+        print(*record_end(args.folder, args.code, args.crashes, args.bad_nodes))
     else:
-        print(",".join(excluded(given.bad_nodes, given.strikes)))
+        print(",".join(excluded_nodes(args.bad_nodes, args.strikes)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The runs of a sweep side by side: a table, collected.csv and collected.html in its folder."""
+"""Compare the runs of a sweep: a table, collected.csv and collected.html in its folder."""
 
 import argparse
 import csv
@@ -23,9 +23,8 @@ from train.metrics.page import page
 from train.metrics.records import read_lines, short
 from train.resilience.incidents import read_outcome
 
-LAST = 0.05  # share of a run's tokens whose mean loss stands for its end: one batch is noise
-# what runs are ordered by: the first that was measured
-BEST = ("bits_per_byte", "validation", "loss")
+LAST_FRACTION = 0.05  # last part of a run's tokens over which its final loss is averaged
+RANKING = ("bits_per_byte", "validation", "loss")  # runs are sorted by the first that exists
 EXAMPLES = """examples:
   python launch/collect.py runs/sweeps/norms
   python launch/collect.py runs/sweeps/130m-decay_tokens-lr
@@ -33,44 +32,29 @@ EXAMPLES = """examples:
 Row = dict[str, Any]
 
 
-def rows_of(folder: Path) -> list[Row]:
-    """One row per point of sweep.json: varied values, progress, final losses in nats per token."""
+def sweep_rows(folder: Path) -> list[Row]:
+    """One row per point of sweep.json: swept values, progress, final losses in nats per token."""
     points = read_json(folder / SWEEP).get("points")
     if points is None:
-        raise InputError(
-            f"{folder} holds no {SWEEP}; name a folder that launch/submit.py -m has made"
-        )
+        raise InputError(f"{folder} has no {SWEEP}; give the folder of a `launch/submit.py -m`")
     return [
-        {"run": label, **values, **measured(folder / label)} for label, values in points.items()
+        {"run": label, **values, **run_results(folder / label)} for label, values in points.items()
     ]
 
 
-def measured(run: Path) -> Row:
-    """Figures of one run; a run that has not begun has none."""
+def run_results(run: Path) -> Row:
+    """Tokens, state and losses of one run, as far as they exist."""
     files = RunFiles(run)
     records = read_lines(files.metrics)
     outcome = read_outcome(run)
-    state = (
-        "running or crashed" if outcome is None else outcome.reason if outcome.code else "finished"
-    )
+    if outcome is None:
+        state = "running or crashed" if records else "not started"
+    else:
+        state = outcome.reason if outcome.code else "finished"
     if not records:
-        return {"tokens": 0, "state": "not started" if outcome is None else state}
+        return {"tokens": 0, "state": state}
     tokens = records[-1]["tokens"]
-    last = [
-        record
-        for record in records
-        if record["tokens"] > (1 - LAST) * tokens and record["loss"] is not None
-    ]
-    before = [0, *(record["tokens"] for record in records)]
-    spans = {
-        record["step"]: record["tokens"] - start
-        for start, record in zip(before, records, strict=False)
-    }
-    weight = sum(spans[record["step"]] for record in last)
-    row: Row = {"tokens": tokens, "state": state}
-    row["loss"] = (
-        sum(record["loss"] * spans[record["step"]] for record in last) / weight if weight else None
-    )
+    row: Row = {"tokens": tokens, "state": state, "loss": final_loss(records)}
     validated = [record for record in records if record.get("validation")]
     if validated:
         losses = {
@@ -86,41 +70,57 @@ def measured(run: Path) -> Row:
     return row
 
 
+def final_loss(records: list[Row]) -> float | None:
+    """Mean loss of the last tokens, weighted by tokens per step; None without a finite loss."""
+    first_token = (1 - LAST_FRACTION) * records[-1]["tokens"]
+    starts = [0, *(record["tokens"] for record in records)]
+    step_tokens = {
+        record["step"]: record["tokens"] - start
+        for start, record in zip(starts, records, strict=False)
+    }
+    last = [
+        record
+        for record in records
+        if record["tokens"] > first_token and record["loss"] is not None
+    ]
+    total = sum(step_tokens[record["step"]] for record in last)
+    if not total:
+        return None
+    return sum(record["loss"] * step_tokens[record["step"]] for record in last) / total
+
+
 def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
-    """Print the table, runs named by what was varied; losses per source are in the file only."""
+    """Print the table, without losses per source, which are only in collected.csv."""
     table = Table(title=str(folder))
     for key in keys:
         table.add_column(
             key.rsplit(".", 1)[-1], justify="left" if key == "state" else "right", no_wrap=True
         )
     for row in rows:
-        values = [
-            short(row[key])
-            if key in ("tokens", "validated_at") and key in row
-            else row.get(key, "")
-            for key in keys
-        ]
-        table.add_row(
-            *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in values)
-        )
+        cells = []
+        for key in keys:
+            value = row.get(key, "")
+            if key in ("tokens", "validated_at") and key in row:
+                value = short(value)
+            cells.append(f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(*cells)
     console = Console()
-    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, wide)).print(table)  # figures that are cut off help nobody
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, width)).print(table)  # never truncate figures
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog=format_commands("python launch/collect.py"),
         description=__doc__,
         epilog=format_commands(EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="of a sweep")
+    parser.add_argument("folder", type=Path, help="folder of a sweep")
     folder = parser.parse_args().folder
-    rows = rows_of(folder)
-    best = next((key for key in BEST if any(key in row for row in rows)), "loss")
-    rows.sort(key=lambda row: float("inf") if row.get(best) is None else row[best])
+    rows = sweep_rows(folder)
+    ranking = next((key for key in RANKING if any(key in row for row in rows)), "loss")
+    rows.sort(key=lambda row: float("inf") if row.get(ranking) is None else row[ranking])
     keys = list(dict.fromkeys(key for row in rows for key in row))
     show(folder, rows, [key for key in keys if key != "run" and "/" not in key])
     with (folder / "collected.csv").open("w", encoding="utf-8", newline="") as file:
@@ -128,8 +128,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(folder / "collected.csv")
-    if begun := [folder / row["run"] for row in rows if row["tokens"]]:
-        print(page(begun, folder / "collected.html"))
+    if started := [folder / row["run"] for row in rows if row["tokens"]]:
+        print(page(started, folder / "collected.html"))
 
 
 if __name__ == "__main__":

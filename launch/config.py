@@ -1,4 +1,4 @@
-"""Settings of a Slurm submission, torch-free; values are section `slurm` of configs/config.yaml."""
+"""Config section `slurm`: settings of a Slurm submission. Torch-free."""
 
 import re
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ SECRET = re.compile(r"key|token|secret|password", re.I)
 
 @dataclass
 class Slurm:
-    """How jobs are put to Slurm."""
+    """Settings of sbatch, restarts and strikes against nodes."""
 
     partition: str | None
-    account: str | None  # that is charged
-    time: str  # of one start, as sbatch writes it
+    account: str | None
+    time: str  # limit of one start, in sbatch's format
     warn_seconds: int
     gpus: bool
-    exclusive: bool  # no other jobs on the run's nodes
+    exclusive: bool  # no other jobs on the nodes of a training
     options: list[str]
     env: dict[str, str]
     restarts: int
@@ -32,22 +32,22 @@ class Slurm:
             raise ValueError(
                 "slurm.warn_seconds, crashes and strikes must be at least 1, restarts not negative"
             )
-        if wrong := [
+        if invalid := [
             option for option in self.options if not option.startswith("--") or "\n" in option
         ]:
             raise ValueError(
-                f"slurm.options {wrong} are no long options of sbatch; write them as --name=value"
+                f"slurm.options {invalid} are not long options of sbatch; write --name=value"
             )
-        if wrong := [name for name in self.env if SECRET.search(name)]:
+        if secrets := [name for name in self.env if SECRET.search(name)]:
             raise ValueError(
-                f"slurm.env would write {wrong} into a script: export them before sbatch instead"
+                f"slurm.env would write {secrets} into a script: export them before sbatch instead"
             )
-        if wrong := [name for name in self.env if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
-            raise ValueError(f"slurm.env {wrong} are no names of environment variables")
+        if invalid := [name for name in self.env if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
+            raise ValueError(f"slurm.env {invalid} are not names of environment variables")
 
 
 @dataclass
 class SubmitConfig:
-    """The section that only a submission reads; the rest is train.config.RunConfig."""
+    """The section that only launch/submit.py reads, beside train.config.RunConfig."""
 
     slurm: Slurm

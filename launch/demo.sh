@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The README's five commands, one after another, each timed. Finished stages are reused: every command knows its own.
+# Run the README's five commands in order and time each. Every command reuses its finished work.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stage() {
-    local name=$1 begin=$SECONDS
+    local name=$1 started_at=$SECONDS
     shift
     printf '\n== %s: %s\n' "$name" "$*"
     "$@"
-    printf '== %s took %d s\n' "$name" "$((SECONDS - begin))"
+    printf '== %s took %d s\n' "$name" "$((SECONDS - started_at))"
 }
 
 stage text     python examples/make_demo_corpus.py
@@ -19,7 +19,7 @@ stage evaluate python eval/run.py +experiment=demo
 
 cat <<'END'
 
-The demo is done.
+The demo has finished.
   checkpoints   runs/demo/checkpoints
   HF model      runs/demo/hf
   curves        runs/demo/curves.png

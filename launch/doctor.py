@@ -1,5 +1,4 @@
-"""Is this machine fit for the run? Looks at everything that it needs, and names a fix for each
-fault.
+"""Check whether this machine can execute the run, with a fix for each problem.
 
 examples:
   python launch/doctor.py +experiment=demo
@@ -25,51 +24,51 @@ from core.errors import USER_ERROR
 from launch.planning.checks import CHECKS, Finding
 from train.config import RunConfig
 
-COLOURS = {"ok": "green", "note": "yellow", "bad": "red"}
+COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 
 
 @dataclass
-class Line:
-    """One check with what it found."""
+class CheckResult:
+    """A check's name and finding."""
 
     name: str
     finding: Finding
 
 
-def examine(config: RunConfig, console: Console | None = None) -> list[Line]:
-    """Run every check in turn and show its name; a check that raises is a finding too."""
-    lines = []
+def run_checks(config: RunConfig, console: Console | None = None) -> list[CheckResult]:
+    """Run all checks and show the current one; a check that raises becomes a bad finding."""
+    results = []
     for name, check in CHECKS.items():
         try:
             with console.status(name) if console else nullcontext():
                 finding = check(config)
-        except (
-            Exception
-        ) as error:  # a doctor that falls ill helps nobody: the patient gets the message
-            fix = "see the message; python -X faulthandler launch/doctor.py tells more"
-            finding = Finding("bad", f"{type(error).__name__}: {' '.join(str(error).split())}", fix)
-        lines.append(Line(name, finding))
-    return lines
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fix = "see the message; python -X faulthandler launch/doctor.py shows more"
+            finding = Finding("bad", message, fix)
+        results.append(CheckResult(name, finding))
+    return results
 
 
 @command(RunConfig)
 def main(config: RunConfig) -> None:
-    """Print a line per check, and a fix below every red one; exit code 2 when there is any."""
+    """Print one line per check, then the fixes; exit with code 2 if any finding is bad."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    lines = examine(config, console)
+    results = run_checks(config, console)
     table = Table(title=f"{config.run.name} on {os.uname().nodename}")
-    for column in ("check", "", "found"):
+    for column in ("check", "state", "finding"):
         table.add_column(column, overflow="fold")
-    for line in lines:
-        finding = line.finding
-        table.add_row(line.name, f"[{COLOURS[finding.state]}]{finding.state}[/]", finding.text)
+    for result in results:
+        finding = result.finding
+        table.add_row(result.name, f"[{COLORS[finding.state]}]{finding.state}[/]", finding.text)
     console.print(table)
-    bad = [line for line in lines if line.finding.state != "ok" and line.finding.fix]
-    for line in bad:
-        console.print(
-            f"{line.name}: {line.finding.fix}", markup=False, style=COLOURS[line.finding.state]
-        )
-    if any(line.finding.state == "bad" for line in lines):
+    for result in results:
+        finding = result.finding
+        if finding.state != "ok" and finding.fix:
+            console.print(
+                f"{result.name}: {finding.fix}", markup=False, style=COLORS[finding.state]
+            )
+    if any(result.finding.state == "bad" for result in results):
         sys.exit(USER_ERROR)
 
 

@@ -1,4 +1,4 @@
-"""Start runs: checked here first, then by Slurm or one after another on this machine."""
+"""Check runs, then submit them to Slurm or run them on this machine one after another."""
 
 import argparse
 import json
@@ -22,9 +22,9 @@ from core.command import config_keys, format_error
 from core.errors import InputError, exit_with_error
 from core.files import write_json
 from launch.config import SubmitConfig
-from launch.jobs.local import run_here
-from launch.jobs.sweep import SCRIPTS, SWEEP, Job, Sweep, job, sweep
-from launch.slurm.script import dependency, render
+from launch.jobs.local import run_jobs
+from launch.jobs.sweep import SCRIPTS, SWEEP, Job, Sweep, compose_job, compose_sweep
+from launch.slurm.script import dependency_options, render
 from train.config import RunConfig
 from train.costs.memory import GIB, check_memory
 
@@ -38,7 +38,7 @@ EXAMPLES = """examples:
 
 
 def main() -> int:
-    """Check every run, then show, start or submit all of them."""
+    """Check every run, then show, run or submit all of them."""
     log.init_logger()
     parser = argparse.ArgumentParser(
         prog=format_commands("python launch/submit.py"),
@@ -53,84 +53,87 @@ def main() -> int:
         help="one run per point of a sweep, in runs/sweeps/NAME",
     )
     parser.add_argument(
-        "--name", help="of the sweep; otherwise its file's, or the keys that it varies"
+        "--name", help="name of the sweep; default: the sweep's file, or the swept keys"
     )
     parser.add_argument(
-        "--stages", default="train", help="of prepare,train,export,eval, each after the one before"
+        "--stages",
+        default="train",
+        help="some of prepare,train,export,eval; each starts after the previous one",
     )
     parser.add_argument(
         "--local",
         action="store_true",
-        help="on this machine, one after another, instead of by Slurm",
+        help="run on this machine, one after another, instead of by Slurm",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check, and show what would be submitted or run"
+        "--dry-run", action="store_true", help="check, and print what would be submitted or run"
     )
-    given, overrides = parser.parse_known_args()
-    stages = given.stages.split(",")
+    args, overrides = parser.parse_known_args()
+    stages = args.stages.split(",")
     if stages != [stage for stage in SCRIPTS if stage in stages]:
-        raise InputError(
-            f"--stages {given.stages}: name some of {','.join(SCRIPTS)}, in this order"
-        )
-    if wrong := [word for word in overrides if word.startswith("-")]:
-        raise InputError(f"unknown option {wrong[0]}; --help lists them")
-    found, jobs = sweep(overrides, given.name) if given.multirun else (None, [job(overrides)])
-    for each in jobs:
-        check(each)
+        raise InputError(f"--stages {args.stages}: name some of {','.join(SCRIPTS)}, in this order")
+    if unknown := [word for word in overrides if word.startswith("-")]:
+        raise InputError(f"unknown option {unknown[0]}; --help lists all options")
+    sweep = None
+    if args.multirun:
+        sweep, jobs = compose_sweep(overrides, args.name)
+    else:
+        jobs = [compose_job(overrides)]
+    for job in jobs:
+        check(job)
     logger.info(f"{len(jobs)} {'runs' if len(jobs) > 1 else 'run'} checked")
-    if found is not None and not given.dry_run:
-        record(found)
-    if given.local:
-        return run_here(jobs, stages, given.dry_run)
-    return submit(jobs, stages, given.dry_run)
+    if sweep is not None and not args.dry_run:
+        write_sweep(sweep)
+    if args.local:
+        return run_jobs(jobs, stages, args.dry_run)
+    return submit(jobs, stages, args.dry_run)
 
 
-def check(each: Job) -> None:
-    """What a login node can tell of a run before it waits in a queue."""
-    cluster = each.config.cluster
+def check(job: Job) -> None:
+    """Check that a run fits the memory of its cluster's devices."""
+    cluster = job.config.cluster
     if cluster.memory_gib is not None:
         device = "cpu" if cluster.device.value == "cpu" else "cuda"
         ranks = cluster.nodes * cluster.ranks_per_node
-        check_memory(
-            each.config, ranks, cluster.ranks_per_node, device, int(cluster.memory_gib * GIB)
-        )
+        available = int(cluster.memory_gib * GIB)
+        check_memory(job.config, ranks, cluster.ranks_per_node, device, available)
 
 
-def record(found: Sweep) -> None:
-    """sweep.json in the sweep's folder: what tells its runs apart, for launch/collect.py."""
-    path = Path(found.folder, SWEEP)
+def write_sweep(sweep: Sweep) -> None:
+    """Add the points of a sweep to sweep.json in its folder, which launch/collect.py reads."""
+    path = Path(sweep.folder, SWEEP)
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
-    write_json(path, {"points": known | found.points})
+    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
+    write_json(path, {"points": points | sweep.points})
 
 
 def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
-    """Hand every stage of every run to sbatch, each after the one before it."""
+    """Submit every stage of every run with sbatch, each after the previous stage."""
     if not dry_run and shutil.which("sbatch") is None:
-        raise InputError("sbatch is not here: submit on a login node, or run here with --local")
-    prepared: dict[str, str] = {}  # data folder -> its job, which runs of one sweep share
-    for each in jobs:
-        before = None
+        raise InputError("no sbatch here: submit on a login node, or add --local")
+    prepare_jobs: dict[str, str] = {}  # data folder -> job number; runs of a sweep share it
+    for job in jobs:
+        run = job.config.run
+        data_folder = job.config.data.folder
+        previous = None
         for stage in stages:
-            if stage == "prepare" and each.config.data.folder in prepared:
-                before = prepared[each.config.data.folder]
+            if stage == "prepare" and data_folder in prepare_jobs:
+                previous = prepare_jobs[data_folder]
                 continue
-            script = render(each, stage, SCRIPTS[stage])
-            command = ["sbatch", "--parsable", *dependency(before)]
+            script = render(job, stage, SCRIPTS[stage])
+            command = ["sbatch", "--parsable", *dependency_options(previous)]
             if dry_run:
                 print(f"\n# {shlex.join(command)} <<'END'\n{script}END")
-                before = f"${stage.upper()}"
+                previous = f"${stage.upper()}"
             else:
-                each.config.run.folder.mkdir(parents=True, exist_ok=True)
+                run.folder.mkdir(parents=True, exist_ok=True)
                 result = subprocess.run(command, input=script, capture_output=True, text=True)
                 if result.returncode:
-                    raise InputError(
-                        f"sbatch refuses {each.config.run.name}: {result.stderr.strip()}"
-                    )
-                before = result.stdout.strip().split(";")[0]
-                logger.info(f"{before}  {each.config.run.name}  {stage}")
+                    raise InputError(f"sbatch refuses {run.name}: {result.stderr.strip()}")
+                previous = result.stdout.strip().split(";")[0]
+                logger.info(f"{previous}  {run.name}  {stage}")
             if stage == "prepare":
-                prepared[each.config.data.folder] = before
+                prepare_jobs[data_folder] = previous
     return 0
 
 
@@ -138,5 +141,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
-        known = [*config_keys(RunConfig), *config_keys(SubmitConfig)]
-        exit_with_error(format_commands(format_error(error, known)))
+        keys = [*config_keys(RunConfig), *config_keys(SubmitConfig)]
+        exit_with_error(format_commands(format_error(error, keys)))

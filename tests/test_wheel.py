@@ -1,6 +1,4 @@
-"""The wheel: what travels in it, what its base needs, and what a command says in a folder of the
-user's.
-"""
+"""The wheel: its files, the dependencies of its base, and commands from a user's folder."""
 
 import os
 import re
@@ -16,7 +14,7 @@ from tests.commands import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core", "model", "data", "eval", "train", "launch", "configs", "examples")
-TRAVELS = (
+PACKAGED = (
     "*.py",
     "*.yaml",
     "*.jinja",
@@ -28,7 +26,7 @@ TRAVELS = (
     "py.typed",
     "env.sh",
 )
-# of the extras; tqdm and the like come along with others
+# packages of the extras that no base package depends on
 NOT_IN_BASE = (
     "hydra omegaconf megatron deepspeed wandb rich matplotlib psutil datatrove spacy xxhash "
     "tldextract fasttext pyarrow orjson loguru warcio tokenizers transformers lm_eval accelerate "
@@ -38,7 +36,7 @@ NOT_IN_BASE = (
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources and unpacked as pip would."""
+    """The wheel, built from a copy of the sources and unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -55,8 +53,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A folder of the user's with a package, a module and a folder of our packages' names."""
+def user_folder(tmp_path: Path) -> Path:
+    """A working folder whose files have the names of our packages."""
     (tmp_path / "data").mkdir()
     for name in ("data/__init__.py", "model.py"):
         (tmp_path / name).write_text("raise SystemExit('a file of the user was imported')\n")
@@ -65,21 +63,21 @@ def home(tmp_path: Path) -> Path:
 
 
 def python(
-    site: Path, home: Path, *words: str, absent: list[str] | None = None
+    site: Path, user_folder: Path, *words: str, absent: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Start Python in the user's folder with the wheel installed and some packages not."""
-    first = home / "first-on-the-path"
-    first.mkdir(exist_ok=True)
+    """Run Python in the user's folder with the wheel installed and the `absent` packages blocked."""
+    path_entry = user_folder / "first-on-the-path"
+    path_entry.mkdir(exist_ok=True)
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({absent or []}))\n"
-    (first / "sitecustomize.py").write_text(blocked)
+    (path_entry / "sitecustomize.py").write_text(blocked)
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{first}:{site}",
+        "PYTHONPATH": f"{path_entry}:{site}",
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
         [sys.executable, *words],
-        cwd=home,
+        cwd=user_folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -87,32 +85,39 @@ def python(
     )
 
 
-def test_what_commands_read_travels(site: Path) -> None:
-    wanted = {
+def test_files_that_commands_read_are_packaged(site: Path) -> None:
+    expected = {
         path.relative_to(ROOT)
         for name in SOURCES
-        for pattern in TRAVELS
+        for pattern in PACKAGED
         for path in (ROOT / name).rglob(pattern)
     }
-    assert {path.suffix for path in wanted} >= {".py", ".yaml", ".sbatch", ".cpp", ".cu", ".typed"}
-    assert sorted(path for path in wanted if not (site / path).is_file()) == []
+    assert {path.suffix for path in expected} >= {
+        ".py",
+        ".yaml",
+        ".sbatch",
+        ".cpp",
+        ".cu",
+        ".typed",
+    }
+    assert sorted(path for path in expected if not (site / path).is_file()) == []
 
 
-def test_the_base_trains_saves_loads_and_generates(site: Path, home: Path) -> None:
-    """By an example, from a folder of the user's, with no package of any extra."""
-    result = python(site, home, "-m", "examples.train_by_hand", absent=NOT_IN_BASE)
+def test_the_base_trains_saves_loads_and_generates(site: Path, user_folder: Path) -> None:
+    """The example runs from a user's folder without packages of any extra."""
+    result = python(site, user_folder, "-m", "examples.train_by_hand", absent=NOT_IN_BASE)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("after 5 6 7: 8 9 10 11 12 13 14 15\n")
     assert "cpu kernels" in result.stdout and "reference kernels" in result.stdout
 
 
-def test_the_base_imports_every_part_of_the_model(site: Path, home: Path) -> None:
+def test_the_base_imports_every_module_of_the_model(site: Path, user_folder: Path) -> None:
     code = """import importlib, pkgutil
 import model
-sharded = ("model.parallel.tensor", "model.parallel.sequence")  # on megatron-core's groups
-names = [part.name for part in pkgutil.walk_packages(model.__path__, "model.")]
+sharded = ("model.parallel.tensor", "model.parallel.sequence")  # these import megatron-core
+names = [module.name for module in pkgutil.walk_packages(model.__path__, "model.")]
 print(len([importlib.import_module(name) for name in names if name not in sharded]))"""
-    result = python(site, home, "-P", "-c", code, absent=NOT_IN_BASE)
+    result = python(site, user_folder, "-P", "-c", code, absent=NOT_IN_BASE)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 20
 
@@ -129,35 +134,35 @@ print(len([importlib.import_module(name) for name in names if name not in sharde
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(
-    site: Path, home: Path, module: str, absent: str, extra: str
+    site: Path, user_folder: Path, module: str, absent: str, extra: str
 ) -> None:
-    result = python(site, home, "-P", "-m", module, "+experiment=demo", absent=[absent])
+    result = python(site, user_folder, "-P", "-m", module, "+experiment=demo", absent=[absent])
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.endswith(f": pip install 'falcon-mamba-pretrain[{extra}]'\n")
 
 
-def test_a_foreign_module_keeps_its_traceback(site: Path, home: Path) -> None:
+def test_a_missing_module_of_no_extra_keeps_its_traceback(site: Path, user_folder: Path) -> None:
     code = "from core.entry import explain_missing_extras as x; x(); import no_such_module"
-    result = python(site, home, "-P", "-c", code)
+    result = python(site, user_folder, "-P", "-c", code)
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
-def test_files_of_the_user_do_not_hide_ours(site: Path, home: Path) -> None:
-    """The run gets as far as its missing data, and names the file that forbids a plain -m."""
-    result = python(site, home, "-m", "train.pretrain", "+experiment=demo")
+def test_files_of_the_user_do_not_shadow_ours(site: Path, user_folder: Path) -> None:
+    """The run reports its missing data, and names the file that makes -P necessary."""
+    result = python(site, user_folder, "-m", "train.pretrain", "+experiment=demo")
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "`python -P -m data.prepare`" in result.stderr
     assert result.stderr.endswith("(-P: data/__init__.py shadows our package data)\n")
-    (home / "data" / "__init__.py").unlink()
-    result = python(site, home, "-m", "train.pretrain", "+experiment=demo")
+    (user_folder / "data" / "__init__.py").unlink()
+    result = python(site, user_folder, "-m", "train.pretrain", "+experiment=demo")
     assert "`python -m data.prepare`" in result.stderr and "shadows" not in result.stderr
 
 
-def test_torchrun_names_the_file_that_hides_its_command(site: Path, home: Path) -> None:
-    (home / "train.py").write_text("raise SystemExit('a file of the user was imported')\n")
+def test_torchrun_names_the_file_that_shadows_its_command(site: Path, user_folder: Path) -> None:
+    (user_folder / "train.py").write_text("raise SystemExit('a file of the user was imported')\n")
     torchrun = ["-P", "-m", "torch.distributed.run", "--standalone", "-m", "train.pretrain"]
-    result = python(site, home, *torchrun, "+experiment=demo")
+    result = python(site, user_folder, *torchrun, "+experiment=demo")
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1] == (
         "error: train.py shadows our package train: rename it, or PYTHONSAFEPATH=1 torchrun ..."
@@ -165,29 +170,33 @@ def test_torchrun_names_the_file_that_hides_its_command(site: Path, home: Path) 
 
 
 @pytest.mark.parametrize("module", ["data.prepare", "train.pretrain"])
-def test_help_shows_commands_as_a_wheel_has_them(site: Path, home: Path, module: str) -> None:
-    """Also where a command goes on in a second line."""
-    result = python(site, home, "-P", "-m", module, "--help")
+def test_help_shows_commands_of_a_wheel(site: Path, user_folder: Path, module: str) -> None:
+    """Includes commands that continue on a second line."""
+    result = python(site, user_folder, "-P", "-m", module, "--help")
     assert result.returncode == 0, result.stderr
     assert f"-m {module} +experiment=" in result.stdout
     examples = result.stdout.split("examples:")[1].split("A run is chosen")[0]
     assert not re.search(r"[a-z]/\w+\.py \+", examples), examples
 
 
-def test_one_script_starts_every_command_beside_any_file(site: Path, home: Path) -> None:
-    """By what the wheel installs as `falcon-mamba`, with the working folder first on the path."""
-    shutil.copy(home / "model.py", home / "core.py")
-    script = home / "bin" / "falcon-mamba"  # a script's own folder is first, not the working one
+def test_the_falcon_mamba_script_ignores_files_of_the_user(site: Path, user_folder: Path) -> None:
+    """Runs the entry point that the wheel installs as `falcon-mamba`."""
+    shutil.copy(user_folder / "model.py", user_folder / "core.py")
+    script = (
+        user_folder / "bin" / "falcon-mamba"
+    )  # Python puts the script's folder on the path, not the working folder
     script.parent.mkdir()
     script.write_text("from core.entry import run_command\nrun_command()\n")
-    result = python(site, home, str(script), "data.prepare", "+experiment=demo", "data.sources=3")
+    result = python(
+        site, user_folder, str(script), "data.prepare", "+experiment=demo", "data.sources=3"
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: data.sources"), result.stderr
-    result = python(site, home, str(script), "data.no_such_command")
+    result = python(site, user_folder, str(script), "data.no_such_command")
     assert result.returncode == 2 and "falcon-mamba data.prepare" in result.stderr
 
 
-def test_a_copy_of_the_example_finds_what_is_installed(site: Path, home: Path) -> None:
-    (home / "mine").mkdir()
-    copy = shutil.copy(ROOT / "examples" / "train_by_hand.py", home / "mine" / "mine.py")
-    result = python(site, home, str(copy))
+def test_a_copy_of_the_example_uses_the_installed_packages(site: Path, user_folder: Path) -> None:
+    (user_folder / "copy").mkdir()
+    copy = shutil.copy(ROOT / "examples" / "train_by_hand.py", user_folder / "copy" / "copy.py")
+    result = python(site, user_folder, str(copy))
     assert result.returncode == 0, result.stderr

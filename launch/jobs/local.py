@@ -1,4 +1,4 @@
-"""Runs on this machine, one after another, as a batch script would start them."""
+"""Run jobs on this machine, one after another, with the requeue rules of the batch script."""
 
 import logging
 import os
@@ -15,69 +15,77 @@ from train.resilience.incidents import FINISHED, REQUEUE, read_outcome
 logger = logging.getLogger(__name__)
 
 
-def run_here(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
-    """Run every stage of every run. Go on after a failure, report it last; Ctrl-C ends all runs."""
+def run_jobs(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
+    """Run every stage of every job and return an exit code.
+
+    Continues with the next job after a failure; Ctrl-C stops all jobs.
+    """
     failed = []
-    for number, each in enumerate(jobs, 1):
-        logger.info(f"\n== {number} of {len(jobs)}: {each.config.run.name}")
+    for number, job in enumerate(jobs, 1):
+        run = job.config.run
+        logger.info(f"\n== {number} of {len(jobs)}: {run.name}")
         for stage in stages:
-            command = [*start_of(each, stage), *each.overrides]
+            command = [*stage_command(job, stage), *job.overrides]
             logger.info(f"== {shlex.join(command)}")
-            how = (
-                "done"
-                if dry_run
-                else through(command, each.config.run.folder if stage == "train" else None)
-            )
-            if how == "left":
+            if dry_run:
+                continue
+            result = run_until_done(command, run.folder if stage == "train" else None)
+            if result == "interrupted":
                 logger.warning(
-                    f"{each.config.run.name} ({stage}) was asked to leave: the same command goes on"
+                    f"{run.name} ({stage}) was interrupted; run the same command to continue"
                 )
                 return REQUEUE
-            if how == "failed":
-                failed.append(f"{each.config.run.name} ({stage})")
+            if result == "failed":
+                failed.append(f"{run.name} ({stage})")
                 break
     if failed:
-        logger.error(f"failed: {', '.join(failed)}; the same command goes on where they stopped")
+        logger.error(f"failed: {', '.join(failed)}; run the same command to continue")
     return 1 if failed else 0
 
 
-def start_of(each: Job, stage: str) -> list[str]:
-    """The command of a stage, up to its overrides."""
-    start = [sys.executable]
+def stage_command(job: Job, stage: str) -> list[str]:
+    """Command of a stage, without overrides."""
+    command = [sys.executable]
     if stage == "train":
-        # -P: nothing in the working folder is taken for a package
-        start += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        start += [str(each.config.cluster.ranks_per_node)]
-    return [*start, str(ROOT / SCRIPTS[stage])]
+        # -P: files of the working folder do not shadow packages
+        command += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(job.config.cluster.ranks_per_node)]
+    return [*command, str(ROOT / SCRIPTS[stage])]
 
 
-def through(command: list[str], run: Path | None) -> str:
-    """Start a stage until it has ended: done, failed, or left because somebody pressed Ctrl-C.
+def run_until_done(command: list[str], run: Path | None) -> str:
+    """Start a stage until it is "done", "failed" or "interrupted" (Ctrl-C).
 
-    torchrun turns every exit code into 1, so how training ended is read from its run's folder: a
-    start that saved and wants another one (health.stop_after_seconds, a signal to a rank) gets it.
+    torchrun turns every exit code into 1, so the outcome of training is read from the folder `run`.
+    A training that asks to be requeued (health.stop_after_seconds, a signal to a rank) is started
+    again.
     """
     while True:
-        if run is not None and (old := read_outcome(run)) is not None and old.code != FINISHED:
-            RunFiles(run).outcome.unlink()  # of an earlier start
-        code, asked = wait(command)
+        if run is not None:
+            previous = read_outcome(run)
+            if previous is not None and previous.code != FINISHED:
+                RunFiles(run).outcome.unlink()
+        code, is_interrupted = wait(command)
         if code == 0:
             return "done"
-        if asked:
-            return "left"
-        how = read_outcome(run) if run is not None else None
-        if how is None or how.code != REQUEUE:
+        if is_interrupted:
+            return "interrupted"
+        outcome = read_outcome(run) if run is not None else None
+        if outcome is None or outcome.code != REQUEUE:
             return "failed"
-        logger.info(f"== requeue: {how.reason}")
+        logger.info(f"== requeue: {outcome.reason}")
 
 
 def wait(command: list[str]) -> tuple[int, bool]:
-    """Exit code and whether Ctrl-C was pressed; the command gets it too and needs time to save."""
+    """Run a command; return its exit code, and whether Ctrl-C was pressed.
+
+    Ctrl-C reaches the command too, which needs time to save, so wait for its end.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    asked = False
+    is_interrupted = False
     with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
-                return process.wait(), asked
+                return process.wait(), is_interrupted
             except KeyboardInterrupt:
-                asked = True
+                is_interrupted = True

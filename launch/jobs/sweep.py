@@ -1,6 +1,10 @@
-"""Points of a sweep as named runs, from Hydra's syntax (`a=1,2 b=range(3)`) or configs/sweep."""
+"""Jobs from command lines: one run, or the points of a sweep as named runs.
+
+A sweep is in Hydra's syntax (`a=1,2 b=range(3)`) or a file in configs/sweep.
+"""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -12,18 +16,18 @@ from core.old_keys import given_keys, new_key, renamed_overrides
 from launch.config import SubmitConfig
 from train.config import RunConfig
 
-SCRIPTS = {  # of the stages of a run
+SCRIPTS = {  # by stage of a run, in order
     "prepare": "data/prepare.py",
     "train": "train/pretrain.py",
     "export": "eval/export.py",
     "eval": "eval/run.py",
 }
-SWEEP = "sweep.json"  # in a sweep's folder: what tells its runs apart
+SWEEP = "sweep.json"  # in a sweep's folder: the values of each run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what its entry scripts are given, and what that means."""
+    """One run: the overrides of its entry scripts, and the config that they compose."""
 
     overrides: list[str]
     config: RunConfig
@@ -32,74 +36,80 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A named folder of runs and the values that tell them apart."""
+    """A folder of runs and the values that differ between them."""
 
     folder: str
     points: dict[str, dict[str, str]]  # label -> key -> value
 
 
-def job(overrides: list[str]) -> Job:
-    """Compose and check one run on this machine; InputError and Hydra's errors name the mistake."""
+def compose_job(overrides: list[str]) -> Job:
+    """Compose and check one run. Raises InputError and Hydra's errors."""
     overrides = renamed_overrides(overrides)
-    composed, given = compose_config(overrides), given_keys(overrides)
+    config = compose_config(overrides)
+    given = given_keys(overrides)
     return Job(
         overrides,
-        convert_checked(RunConfig, composed, given),
-        convert_checked(SubmitConfig, composed, given),
+        convert_checked(RunConfig, config, given),
+        convert_checked(SubmitConfig, config, given),
     )
 
 
-def short(value: str) -> str:
-    """Short form of a value for folder names: 1e9, not Hydra's 1000000000.0, if it is exact."""
+def short_value(value: str) -> str:
+    """Short form of a value for folder names: 1e9 for Hydra's 1000000000.0, if it is exact."""
     try:
-        brief = f"{float(value):g}"
-        return re.sub(r"e\+?(-?)0*", r"e\1", brief) if float(brief) == float(value) else value
+        short = f"{float(value):g}"
+        return re.sub(r"e\+?(-?)0*", r"e\1", short) if float(short) == float(value) else value
     except ValueError:
         return value
 
 
-def last_part(key: str) -> str:
+def last_key(key: str) -> str:
     """A key without its sections."""
     return key.rsplit(".", 1)[-1]
 
 
-def sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
-    """One job per point, each in a folder of its own; all are checked before any is returned."""
-    base = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
-    whole = compose_config(base, hydra_config=True)
-    named = whole.hydra.sweeper.params or {}
-    choice = next(
+def compose_sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
+    """Compose and check one job per point of a sweep, each with its own folder."""
+    sweep_file = next(
         (word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None
     )
+    fixed = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
+    config = compose_config(fixed, hydra_config=True)
     overrides = [word for word in overrides if not word.startswith("+sweep=")]
-    overrides += [f"{key}={value}" for key, value in named.items()]
-    # the folders of a sweep keep the names of the keys as they were given
-    as_given = {new_key(key): key for key in (word.split("=", 1)[0] for word in overrides)}
+    overrides += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    # folders keep the key names as given, which may be old ones
+    given_names = {new_key(key): key for key in (word.split("=", 1)[0] for word in overrides)}
     parsed = OverridesParser.create().parse_overrides(renamed_overrides(overrides))
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
         raise InputError(
             "-m without a sweep: give a key several values (optim.clip_norm=0.5,1.0) or +sweep=NAME"
         )
-    name = (
-        name
-        or choice
-        or "-".join([whole.run.name, *sorted(last_part(as_given.get(key, key)) for key in swept)])
-    )
-    folder = f"{whole.hydra.sweep.dir}/{name}"
+    if not (name or sweep_file):
+        keys = sorted(last_key(given_names.get(key, key)) for key in swept)
+        name = "-".join([config.run.name, *keys])
+    name = name or sweep_file
+    folder = f"{config.hydra.sweep.dir}/{name}"
     points: dict[str, dict[str, str]] = {}
     jobs = []
-    for words in BasicSweeper.split_arguments(parsed, None)[0]:
-        values = dict(word.split("=", 1) for word in words if word.split("=", 1)[0] in swept)
-        text = "_".join(
-            f"{last_part(as_given.get(key, key))}-{short(value)}" for key, value in values.items()
-        )
-        label = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    for point in BasicSweeper.split_arguments(parsed, None)[0]:
+        values = dict(word.split("=", 1) for word in point if word.split("=", 1)[0] in swept)
+        label = point_label(values, given_names)
         if label in points:
             raise InputError(
-                f"two points of the sweep would share the folder {folder}/{label}; give them "
-                "shorter values"
+                f"two points of the sweep have the same folder {folder}/{label}; give them shorter "
+                "values"
             )
         points[label] = values
-        jobs.append(job([*words, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]))
+        run = [f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]
+        jobs.append(compose_job([*point, *run]))
     return Sweep(folder, points), jobs
+
+
+def point_label(values: Mapping[str, str], given_names: Mapping[str, str]) -> str:
+    """Folder name of a point, such as lr-0.001_decay_tokens-1e9."""
+    text = "_".join(
+        f"{last_key(given_names.get(key, key))}-{short_value(value)}"
+        for key, value in values.items()
+    )
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

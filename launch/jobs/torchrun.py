@@ -1,10 +1,9 @@
-"""Keeps torchrun from burying a one-line error under its own traceback.
+"""torchrun plugin that hides torchrun's traceback when a rank has already printed the reason.
 
-torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names this one) when it
-sets up rendezvous. When every failed worker ended with the exit code of a user's mistake, or of a
-run that saved and wants to be started again, the line it printed says all there is to say, and
-torchrun's ChildFailedError is not shown. Its exit code stays; every other failure is reported as
-ever.
+torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names `quiet`) when it
+sets up rendezvous. ChildFailedError is not shown if every failed worker exited with a user error or
+a requeue, whose one-line reason is on the console. The exit code is unchanged, and so are all other
+failures.
 """
 
 import sys
@@ -16,12 +15,12 @@ from core.entry import shadowing_file
 from core.errors import USER_ERROR, exit_with_error
 from train.resilience.incidents import REQUEUE
 
-SAID = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
+REPORTED = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
 
 
-def refuse_hidden(words: list[str]) -> None:
-    """End in one line if a file in the working folder hides the command of `torchrun -m`."""
-    package = words[words.index("-m") + 1].split(".")[0] if "-m" in words[:-1] else ""
+def refuse_shadowed(argv: list[str]) -> None:
+    """Exit with an error if a file in the working folder shadows the command of `torchrun -m`."""
+    package = argv[argv.index("-m") + 1].split(".")[0] if "-m" in argv[:-1] else ""
     if package in ("data", "eval", "launch", "train") and (file := shadowing_file(package)):
         exit_with_error(
             f"{file} shadows our package {package}: rename it, or PYTHONSAFEPATH=1 torchrun ..."
@@ -29,27 +28,25 @@ def refuse_hidden(words: list[str]) -> None:
 
 
 def quiet() -> Callable[..., Any]:
-    """Install the hook; what torchrun asked for, a rendezvous handler, is a refusal: none is
-    offered here. Ends torchrun where `-m` would start a file of the user's in place of ours.
+    """Install the exception hook and refuse a shadowed command.
+
+    torchrun expects a rendezvous handler in return; this one always raises.
     """
-    refuse_hidden(sys.argv)
-    shown = sys.excepthook
+    refuse_shadowed(sys.argv)
+    default_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        failures = getattr(error, "failures", {})
-        spoken = [failure for failure in failures.values() if failure.exitcode in SAID]
-        # by torchrun, after the first
-        ended = [failure for failure in failures.values() if failure.exitcode < 0]
-        if (
-            kind.__name__ != "ChildFailedError"
-            or not spoken
-            or len(spoken) + len(ended) < len(failures)
-        ):
-            shown(kind, error, trace)
+        failures = getattr(error, "failures", {}).values()
+        reported = [failure for failure in failures if failure.exitcode in REPORTED]
+        # torchrun kills the other workers after the first failure
+        killed = [failure for failure in failures if failure.exitcode < 0]
+        is_explained = reported and len(reported) + len(killed) >= len(failures)
+        if kind.__name__ != "ChildFailedError" or not is_explained:
+            default_hook(kind, error, trace)
 
     sys.excepthook = hook
 
-    def refuse(parameters: Any) -> Any:
-        raise ValueError("this is no rendezvous backend: use --rdzv-backend c10d")
+    def no_backend(parameters: Any) -> Any:
+        raise ValueError("this is not a rendezvous backend: use --rdzv-backend c10d")
 
-    return refuse
+    return no_backend

@@ -1,4 +1,4 @@
-"""Checks of launch/doctor.py: each is a function of the run's config and returns a finding."""
+"""Checks of launch/doctor.py: functions from a run's config to a finding."""
 
 import importlib.metadata
 import os
@@ -19,44 +19,47 @@ from model.flops import parameter_count
 from train.config import Device, EngineKind, RunConfig
 from train.costs.memory import GIB, check_memory
 
-STATE_BYTES = 12  # of a checkpoint per parameter: fp32 weights and two moments
+CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two moments
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: ok, a note that stops nothing, or bad, with the fix."""
+    """Result of a check, with a fix unless the state is ok."""
 
-    state: str
+    state: str  # ok, note (the run can start) or bad
     text: str
     fix: str = ""
 
 
 def python(config: RunConfig) -> Finding:
-    """The interpreter, and whether packages are those of a checkout's constraints.txt."""
-    constraints, interpreter = ROOT / "constraints.txt", sys.version.split()[0]
+    """Compare installed packages with constraints.txt."""
+    constraints = ROOT / "constraints.txt"
+    interpreter = sys.version.split()[0]
     if not constraints.is_file():
-        return Finding("ok", f"{interpreter}; a wheel brings no pins to compare packages with")
+        return Finding(
+            "ok", f"{interpreter}; a wheel has no constraints.txt to compare packages with"
+        )
     pinned = dict(re.findall(r"^([\w.\-]+)==(\S+)", constraints.read_text(encoding="utf-8"), re.M))
-    wrong = []
+    different = []
     for name, version in pinned.items():
         try:
-            have = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra; what is needed and absent fails its own check
-        if have.split("+")[0] != version.split("+")[0]:
-            wrong.append(f"{name} {have} instead of {version}")
-    text = f"{interpreter}, {len(pinned)} pins"
-    if wrong:
+            continue  # of an extra; the checks that need it fail
+        if installed.split("+")[0] != version.split("+")[0]:
+            different.append(f"{name} {installed} instead of {version}")
+    text = f"{interpreter}, {len(pinned)} pinned packages"
+    if different:
         return Finding(
             "note",
-            f"{text}; {', '.join(wrong)}",
-            "make install brings the versions that are tested together",
+            f"{text}; {', '.join(different)}",
+            "make install installs the tested versions",
         )
     return Finding("ok", text)
 
 
 def torch_and_driver(config: RunConfig) -> Finding:
-    """torch, its CUDA, the driver, the GPUs."""
+    """Check torch, CUDA, the driver and the number of GPUs."""
     import torch
 
     text = f"torch {torch.__version__}"
@@ -72,12 +75,9 @@ def torch_and_driver(config: RunConfig) -> Finding:
             )
         return Finding("ok", text)
     if config.cluster.device is Device.cuda:
-        has_driver = shutil.which("nvidia-smi") is not None
-        fix = (
-            "install the torch build for your driver's CUDA"
-            if has_driver
-            else "install NVIDIA's driver"
-        )
+        fix = "install NVIDIA's driver"
+        if shutil.which("nvidia-smi") is not None:
+            fix = "install the torch build for your driver's CUDA"
         return Finding(
             "bad", f"{text}, no GPU", f"{fix}, or set cluster.device=cpu parallel.engine=deepspeed"
         )
@@ -89,14 +89,14 @@ def torch_and_driver(config: RunConfig) -> Finding:
 
 
 def kernels(config: RunConfig) -> Finding:
-    """Compare the run's backend with the fp64 reference: values and gradients of a small scan."""
+    """Compare the run's kernels with the fp64 reference: output and gradients of a small scan."""
     import torch
 
     from model.kernels import REFERENCE, MissingBackend, load
 
-    device = device_of(config)
+    device = run_device(config)
     try:
-        chosen = load(config.compute.kernels, device)
+        backend = load(config.compute.kernels, device)
     except MissingBackend as error:
         return Finding("bad", str(error), "set compute.kernels=auto, or install what is missing")
     generator = torch.Generator().manual_seed(0)
@@ -110,17 +110,17 @@ def kernels(config: RunConfig) -> Finding:
         "D": (d,),
         "z": (b, l, d),
     }
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    drawn |= {
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    values |= {
         "A": -torch.rand(d, n, generator=generator) - 0.1,
         "dt_bias": torch.randn(d, generator=generator),
     }
     doc_starts = (torch.rand(b, l, generator=generator) < 0.1).to(device)
     results = []
-    for kernel, dtype in ((chosen, torch.float32), (REFERENCE, torch.float64)):
+    for kernel, dtype in ((backend, torch.float32), (REFERENCE, torch.float64)):
         inputs = {
             name: value.to(device, dtype, copy=True).requires_grad_()
-            for name, value in drawn.items()
+            for name, value in values.items()
         }
         y, _ = kernel.selective_scan(*[*inputs.values(), doc_starts])
         y.square().sum().backward()
@@ -131,54 +131,55 @@ def kernels(config: RunConfig) -> Finding:
             ]
         )
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
-    text = f"{chosen.name} on {device}, relative error {max(errors):.1e}"
+    text = f"{backend.name} on {device}, relative error {max(errors):.1e}"
     if not max(errors) < 1e-4:
         return Finding(
             "bad",
             text,
-            "set compute.kernels=reference, remove the compiled kernels' cache, and report it",
+            "set compute.kernels=reference, delete the cache of compiled kernels, and report a bug",
         )
-    if chosen.name == "reference":
+    if backend.name == "reference":
         return Finding(
             "note",
             text,
             "install g++ for the CPU kernels"
             if device == "cpu"
-            else "make install brings cuda-core",
+            else "make install installs cuda-core",
         )
     return Finding("ok", text)
 
 
 def collectives(config: RunConfig) -> Finding:
-    """An all-reduce over every rank of this machine by the library that the run would use."""
-    device = device_of(config)
+    """Run an all-reduce over the ranks of this machine with the run's backend."""
+    device = run_device(config)
     backend = "nccl" if device == "cuda" else "gloo"
     ranks = config.cluster.ranks_per_node
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    begun = time.monotonic()
+    started_at = time.monotonic()
     command = [sys.executable, "-c", ALL_REDUCE, backend, str(ranks), str(port)]
-    peers = [
+    processes = [
         subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
     try:
-        errors = [peer.communicate(timeout=180)[1] for peer in peers]
+        errors = [process.communicate(timeout=180)[1] for process in processes]
     except subprocess.TimeoutExpired:
         errors = ["no answer within 180 s"]
     finally:
-        for peer in peers:
-            peer.kill()
-    text = f"{backend}, {ranks} ranks, {time.monotonic() - begun:.0f} s with their start"
-    failed = [error for peer, error in zip(peers, errors, strict=False) if peer.returncode]
-    if failed or len(errors) < len(peers):
-        last = (
-            [line for line in (failed or errors)[0].splitlines() if line.strip()] or ["it died"]
-        )[-1]
+        for process in processes:
+            process.kill()
+    text = f"{backend}, {ranks} ranks, {time.monotonic() - started_at:.0f} s including start"
+    failed = [
+        error for process, error in zip(processes, errors, strict=False) if process.returncode
+    ]
+    if failed or len(errors) < len(processes):
+        lines = [line for line in (failed or errors)[0].splitlines() if line.strip()]
+        reason = lines[-1] if lines else "killed without a message"
         variables = (
             "NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         )
-        return Finding("bad", f"{text}: {last}", f"look at the network's interfaces: {variables}")
+        return Finding("bad", f"{text}: {reason}", f"check the network interfaces: {variables}")
     return Finding("ok", text)
 
 
@@ -196,11 +197,12 @@ dist.destroy_process_group()
 
 
 def memory(config: RunConfig) -> Finding:
-    """Whether the run's ranks fit the device, by train/costs/memory.py."""
+    """Check that the run's ranks fit the device's memory (train/costs/memory.py)."""
     import psutil
     import torch
 
-    device, cluster = device_of(config), config.cluster
+    device = run_device(config)
+    cluster = config.cluster
     if device == "cuda":
         available = torch.cuda.get_device_properties(0).total_memory
     else:
@@ -217,46 +219,46 @@ def memory(config: RunConfig) -> Finding:
         return Finding(
             "bad",
             str(error).split(". Run")[0],
-            "python launch/plan.py shows what is needed, and of what",
+            "python launch/plan.py shows the memory by purpose",
         )
     return Finding("ok", f"{available / GIB:.1f} GiB on the {device}")
 
 
 def disk(config: RunConfig) -> Finding:
-    """Check room for the kept checkpoints and one in flight; test write, fsync and rename there."""
-    place = config.run.folder
-    while not place.exists():
-        place = place.parent
-    need = STATE_BYTES * parameter_count(config.model) * (config.checkpoint.keep_last + 1)
-    free = shutil.disk_usage(place).free
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as folder:
+    """Check free space for the kept checkpoints and one in flight; test write, fsync, rename."""
+    existing = config.run.folder
+    while not existing.exists():
+        existing = existing.parent
+    required = CHECKPOINT_BYTES * parameter_count(config.model) * (config.checkpoint.keep_last + 1)
+    free = shutil.disk_usage(existing).free
+    started_at = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".doctor-") as folder:
         path = Path(folder, "written.part")
         with path.open("wb") as file:
             file.write(os.urandom(16 << 20))
             file.flush()
             os.fsync(file.fileno())
         path.rename(path.with_suffix(""))
-        speed = 16 / (time.monotonic() - begun)
+        speed = 16 / (time.monotonic() - started_at)
     text = (
-        f"{place.resolve()}: {free / GIB:.0f} GiB free, {need / GIB:.2g} needed; 16 MiB durable "
-        f"at {speed:.0f} MiB/s"
+        f"{existing.resolve()}: {free / GIB:.0f} GiB free, {required / GIB:.2g} GiB needed; "
+        f"{speed:.0f} MiB/s with fsync"
     )
-    if free < need:
+    if free < required:
         return Finding(
-            "bad", text, "make room, choose another run.dir, or lower checkpoint.keep_last"
+            "bad", text, "free disk space, set another run.dir, or lower checkpoint.keep_last"
         )
     return Finding("ok", text)
 
 
 def data(config: RunConfig) -> Finding:
-    """Tokenizer and manifest of each source; python data/verify.py reads the shards."""
+    """Check tokenizer and manifests; python data/verify.py also reads the shards."""
     from data.stream.manifests import open_manifests
 
     try:
         manifests = open_manifests(config.data)
     except InputError as error:
-        return Finding("bad", str(error), "python data/prepare.py with the same overrides")
+        return Finding("bad", str(error), "run python data/prepare.py with the same overrides")
     tokens = sum(
         shard.tokens for manifest in manifests.values() for shard in manifest.splits["train"]
     )
@@ -264,12 +266,12 @@ def data(config: RunConfig) -> Finding:
 
 
 def wandb(config: RunConfig) -> Finding:
-    """Whether metrics would go online."""
+    """Check whether metrics reach W&B."""
     if config.metrics.wandb_project is None:
         return Finding("ok", "off (metrics.wandb_project=null)")
     if not os.environ.get("WANDB_API_KEY"):
         fix = "export WANDB_API_KEY, or `wandb sync` the run's folder later"
-        return Finding("note", "no WANDB_API_KEY: offline into the run's folder", fix)
+        return Finding("note", "no WANDB_API_KEY: metrics stay offline in the run's folder", fix)
     host = re.sub(
         r"^\w+://([^/:]+).*", r"\1", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     )
@@ -278,22 +280,22 @@ def wandb(config: RunConfig) -> Finding:
     except OSError as error:
         return Finding(
             "note",
-            f"{host} does not answer ({error}); runs go on offline",
-            "see the network or WANDB_BASE_URL",
+            f"{host} does not answer ({error}); runs log offline",
+            "check the network or WANDB_BASE_URL",
         )
     return Finding("ok", f"{host} answers")
 
 
 def slurm(config: RunConfig) -> Finding:
-    """Whether there is a controller, and whether it has as many nodes as the run asks for."""
+    """Check that Slurm's controller answers and has enough nodes for the run."""
     if shutil.which("sinfo") is None:
-        return Finding("ok", "not here: python launch/submit.py --local runs without it")
+        return Finding("ok", "not installed; python launch/submit.py --local runs without it")
     result = subprocess.run(
         ["sinfo", "-h", "-o", "%D %t"], capture_output=True, text=True, timeout=60
     )
     if result.returncode:
-        why = ([*result.stderr.strip().splitlines(), "no answer"])[0]
-        return Finding("note", f"sinfo: {why}", "ask for the controller, or see SLURM_CONF")
+        reason = ([*result.stderr.strip().splitlines(), "no answer"])[0]
+        return Finding("note", f"sinfo: {reason}", "check the controller and SLURM_CONF")
     states = [line.split() for line in result.stdout.splitlines()]
     up = sum(
         int(count) for count, state in states if not re.match(r"down|drain|fail|drng|unk", state)
@@ -302,14 +304,14 @@ def slurm(config: RunConfig) -> Finding:
     if up < config.cluster.nodes:
         return Finding(
             "bad",
-            f"{text}, the run asks for {config.cluster.nodes}",
-            "lower cluster.nodes, or wait for them",
+            f"{text}, the run needs {config.cluster.nodes}",
+            "lower cluster.nodes, or wait for more nodes",
         )
     return Finding("ok", text)
 
 
-def device_of(config: RunConfig) -> str:
-    """The device that a rank would get here."""
+def run_device(config: RunConfig) -> str:
+    """Device type that a rank uses on this machine."""
     import torch
 
     return (

@@ -1,4 +1,4 @@
-"""What a batch script notes before and after every start of a run."""
+"""A run's starts under Slurm: attempts.jsonl, strikes against nodes, decisions to requeue."""
 
 import logging
 import os
@@ -15,111 +15,106 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def newest_name(folder: Path) -> str:
-    """Name of the newest committed checkpoint, or nothing."""
-    return next(
-        (path.name for path in list_committed_checkpoints(RunFiles(folder).checkpoints)), ""
-    )
+def newest_checkpoint_name(folder: Path) -> str:
+    """Name of the newest committed checkpoint, or an empty string."""
+    checkpoints = list_committed_checkpoints(RunFiles(folder).checkpoints)
+    return next((path.name for path in checkpoints), "")
 
 
-def begin(folder: Path, nodes: list[str], lost: list[str], bad_nodes: Path) -> None:
-    """Note a start on `nodes`; `lost` are nodes of the start before that Slurm calls down."""
+def record_start(folder: Path, nodes: list[str], down_nodes: list[str], bad_nodes: Path) -> None:
+    """Record a start on `nodes`, and a strike against each node lost during the previous start.
+
+    A node counts as lost if it is in `down_nodes` and the previous start has no recorded end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_json_lines(RunFiles(folder).attempts)
-    if before and before[-1]["event"] == "begin":  # Slurm ended it: the batch script could not
-        for node in set(lost) & set(before[-1]["nodes"]):
-            strike(bad_nodes, node, folder, "lost by Slurm under a run")
-    ended = read_outcome(folder)
-    if ended is not None and ended.code != FINISHED:
-        # what an earlier start left must not be taken for this one's
-        RunFiles(folder).outcome.unlink()
-    note(folder, event="begin", nodes=nodes)
+    attempts = read_json_lines(RunFiles(folder).attempts)
+    if attempts and attempts[-1]["event"] == "begin":  # Slurm killed its batch script
+        for node in set(down_nodes) & set(attempts[-1]["nodes"]):
+            add_strike(bad_nodes, node, folder, "went down during a run")
+    outcome = read_outcome(folder)
+    if outcome is not None and outcome.code != FINISHED:
+        RunFiles(folder).outcome.unlink()  # else record_end would take it for this start's
+    append_record(folder, event="begin", nodes=nodes)
 
 
-def end(folder: Path, code: int, crashes: int, bad_nodes: Path) -> tuple[str, str]:
-    """Decide after a start's ranks ended with `code`: done, requeue or stop, and why."""
-    start = [
-        entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "begin"
-    ][-1]
-    how = read_outcome(folder)
-    ended = how is not None or code == 0
-    if how is not None:
-        verdict = {FINISHED: "done", REQUEUE: "requeue"}.get(how.code, "stop")
-        why = how.reason
-    elif ended:
-        verdict, why = "done", "the ranks ended without a complaint"
+def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tuple[str, str]:
+    """Record that a start's ranks exited with `code`; return done, requeue or stop, and the reason.
+
+    Adds a strike against each node whose ranks crashed or hung.
+    """
+    attempts = read_json_lines(RunFiles(folder).attempts)
+    start = [entry for entry in attempts if entry["event"] == "begin"][-1]
+    outcome = read_outcome(folder)
+    crashed_at = None
+    if outcome is not None:
+        verdict = {FINISHED: "done", REQUEUE: "requeue"}.get(outcome.code, "stop")
+        reason = outcome.reason
+    elif code == 0:
+        verdict = "done"
+        reason = "all ranks exited with code 0"
     else:
-        barren = 1 + crashes_before(folder, newest_name(folder))
-        verdict = "stop" if barren >= crashes else "requeue"
-        why = (
-            f"crash (exit code {code}), {barren} in a row from "
-            f"{newest_name(folder) or 'the beginning'}"
+        crashed_at = newest_checkpoint_name(folder)
+        crashes = 1 + consecutive_crashes(folder, crashed_at)
+        verdict = "stop" if crashes >= max_crashes else "requeue"
+        reason = (
+            f"crash (exit code {code}), {crashes} in a row since {crashed_at or 'the beginning'}"
         )
-        for node in suspects(folder, start):
-            strike(bad_nodes, node, folder, "a rank there crashed or hung")
-    note(
-        folder,
-        event="end",
-        code=code,
-        verdict=verdict,
-        reason=why,
-        crashed_at=None if ended else newest_name(folder),
+        for node in failed_nodes(folder, start):
+            add_strike(bad_nodes, node, folder, "a rank crashed or hung")
+    append_record(
+        folder, event="end", code=code, verdict=verdict, reason=reason, crashed_at=crashed_at
     )
-    return verdict, why
+    return verdict, reason
 
 
-def crashes_before(folder: Path, checkpoint: str) -> int:
-    """Ends in a row, up to the last one, that were crashes and left this checkpoint the newest."""
-    ends = [
-        entry for entry in read_json_lines(RunFiles(folder).attempts) if entry["event"] == "end"
-    ]
+def consecutive_crashes(folder: Path, checkpoint: str) -> int:
+    """Number of last ends in a row that were crashes with this checkpoint as the newest."""
+    attempts = read_json_lines(RunFiles(folder).attempts)
+    ends = [entry for entry in attempts if entry["event"] == "end"]
     return next(
         (i for i, entry in enumerate(reversed(ends)) if entry["crashed_at"] != checkpoint),
         len(ends),
     )
 
 
-def suspects(folder: Path, start: Record) -> set[str]:
-    """Nodes of a start whose ranks crashed or hung themselves, from the run's incidents.jsonl."""
-    blamed = set()
+def failed_nodes(folder: Path, start: Record) -> set[str]:
+    """Nodes of a start that incidents.jsonl names for a crash or a hang, not for a lost peer."""
+    failed = set()
     for entry in read_json_lines(RunFiles(folder).incidents):
         if (
             entry.get("incident") in ("crash", "hang")
             and str(entry.get("time", "")) >= start["time"]
         ):
             words = {word.strip(",.:") for word in str(entry.get("text", "")).split()}
-            blamed |= {
-                node
-                for node in start["nodes"]
-                if node in words or any(w.split(".")[0] == node for w in words)
-            }
-    return blamed
+            names = words | {word.split(".")[0] for word in words}  # without a domain
+            failed |= names & set(start["nodes"])
+    return failed
 
 
-def strike(bad_nodes: Path, node: str, folder: Path, reason: str) -> None:
-    """One line against a node, in one write, so that lines of several jobs stay whole."""
+def add_strike(bad_nodes: Path, node: str, folder: Path, reason: str) -> None:
+    """Append a line against a node, in one write, so that jobs never mix lines."""
     bad_nodes.parent.mkdir(parents=True, exist_ok=True)
     with bad_nodes.open("ab", buffering=0) as file:
-        file.write(f"{node} {now()} {folder.name} {reason}\n".encode())
-    logger.info(f"strike against {node}: {reason}; {bad_nodes} has them all")
+        file.write(f"{node} {utc_now()} {folder.name} {reason}\n".encode())
+    logger.info(f"strike against node {node}: {reason} (recorded in {bad_nodes})")
 
 
-def excluded(bad_nodes: Path, strikes: int) -> list[str]:
-    """Nodes with that many strikes."""
+def excluded_nodes(bad_nodes: Path, strikes: int) -> list[str]:
+    """Nodes with at least this many strikes."""
     lines = bad_nodes.read_text(encoding="utf-8").splitlines() if bad_nodes.is_file() else []
     counts = Counter(line.split()[0] for line in lines if line.strip() and not line.startswith("#"))
     return sorted(node for node, count in counts.items() if count >= strikes)
 
 
-def note(folder: Path, **facts: Any) -> None:
+def append_record(folder: Path, **fields: Any) -> None:
     """Append a line to attempts.jsonl."""
     job = {
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
-    append_json_line(RunFiles(folder).attempts, {"time": now(), **job, **facts})
+    append_json_line(RunFiles(folder).attempts, {"time": utc_now(), **job, **fields})
 
 
-def now() -> str:
-    """UTC, as incidents.jsonl writes it."""
+def utc_now() -> str:
+    """UTC time in the format of incidents.jsonl."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

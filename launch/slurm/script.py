@@ -1,4 +1,4 @@
-"""From a checked run to the text that sbatch is given."""
+"""Render the batch script of a job."""
 
 import shlex
 import sys
@@ -6,71 +6,75 @@ from pathlib import Path
 
 from core.files import ROOT
 from launch.jobs.sweep import Job
-from launch.slurm.attempts import excluded
+from launch.slurm.attempts import excluded_nodes
 
 
-def dependency(before: str | None) -> list[str]:
-    """Options that let a job wait for the success of another, and end it when that cannot come."""
-    return [] if before is None else [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+def dependency_options(previous: str | None) -> list[str]:
+    """sbatch options that start a job after `previous` succeeds and cancel it if that fails."""
+    if previous is None:
+        return []
+    return [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"]
 
 
-def render(each: Job, stage: str, program: str) -> str:
-    """The batch script of one stage of a run."""
+def render(job: Job, stage: str, program: str) -> str:
+    """Fill in the batch script of one stage of a run."""
     template = {"prepare": "prepare", "train": "pretrain"}.get(stage, "eval")
     text = (ROOT / "launch" / "slurm" / f"{template}.sbatch").read_text(encoding="utf-8")
-    options = "\n".join(f"#SBATCH {option}" for option in options_of(each, stage))
-    return text.replace("@OPTIONS@", options).replace("@SETTINGS@", settings(each, program))
+    options = "\n".join(f"#SBATCH {option}" for option in sbatch_options(job, stage))
+    return text.replace("@OPTIONS@", options).replace("@SETTINGS@", script_variables(job, program))
 
 
-def options_of(each: Job, stage: str) -> list[str]:
-    """Options of sbatch: as many machines as the run's cluster, or one for what is not training."""
-    slurm, cluster, run = each.submit.slurm, each.config.cluster, each.config.run
-    train = stage == "train"
+def sbatch_options(job: Job, stage: str) -> list[str]:
+    """Options of sbatch; stages other than training use one node."""
+    slurm = job.submit.slurm
+    cluster = job.config.cluster
+    run = job.config.run
+    is_training = stage == "train"
     options = [
         f"--job-name={run.name}-{stage}",
-        f"--nodes={cluster.nodes if train else 1}",
+        f"--nodes={cluster.nodes if is_training else 1}",
         f"--time={slurm.time}",
         f"--output={run.folder.resolve()}/slurm-{stage}-%j.out",
-        "--open-mode=append",  # a start after a requeue goes on in the same file
+        "--open-mode=append",  # starts after a requeue append to the same file
     ]
-    if train:
+    if is_training:
         options += ["--requeue", f"--signal=B:USR1@{slurm.warn_seconds}"]
     for name, value in (("partition", slurm.partition), ("account", slurm.account)):
         options += [f"--{name}={value}"] if value is not None else []
-    if slurm.exclusive and train:
+    if slurm.exclusive and is_training:
         options.append("--exclusive")
     if slurm.gpus and cluster.device.value != "cpu" and stage != "prepare":
-        options.append(f"--gpus-per-node={cluster.ranks_per_node if train else 1}")
-    if bad := excluded(bad_nodes(each), slurm.strikes):
+        options.append(f"--gpus-per-node={cluster.ranks_per_node if is_training else 1}")
+    if bad := excluded_nodes(bad_nodes_file(job), slurm.strikes):
         options.append(f"--exclude={','.join(bad)}")
     return [*options, *slurm.options]
 
 
-def settings(each: Job, program: str) -> str:
-    """The shell variables that a template reads."""
-    slurm = each.submit.slurm
+def script_variables(job: Job, program: str) -> str:
+    """Shell variables that a template reads."""
+    slurm = job.submit.slurm
     values = {
         "ROOT": str(ROOT),
         "WORKING_FOLDER": str(Path.cwd()),
         "PYTHON": sys.executable,
         "SCRIPT": program,
-        "RUN": str(each.config.run.folder.resolve()),
-        "LOGS_OF_STARTS": str(each.config.run.files.logs.resolve()),
-        "BAD_NODES": str(bad_nodes(each).resolve()),
-        "RANKS": str(each.config.cluster.ranks_per_node),
-        "TENSOR_PARALLEL": str(each.config.parallel.tensor_parallel),
+        "RUN": str(job.config.run.folder.resolve()),
+        "LOG_DIR": str(job.config.run.files.logs.resolve()),
+        "BAD_NODES": str(bad_nodes_file(job).resolve()),
+        "RANKS": str(job.config.cluster.ranks_per_node),
+        "TENSOR_PARALLEL": str(job.config.parallel.tensor_parallel),
         "RESTARTS": str(slurm.restarts),
         "WARN_SECONDS": str(slurm.warn_seconds),
         "CRASHES": str(slurm.crashes),
         "STRIKES": str(slurm.strikes),
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in each.overrides)})")
+    lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in job.overrides)})")
     return "\n".join(
         lines + [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()]
     )
 
 
-def bad_nodes(each: Job) -> Path:
-    """The file of strikes against nodes."""
-    return Path(each.submit.slurm.bad_nodes)
+def bad_nodes_file(job: Job) -> Path:
+    """File of strikes against nodes."""
+    return Path(job.submit.slurm.bad_nodes)

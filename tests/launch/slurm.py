@@ -1,7 +1,6 @@
-"""A real Slurm on this machine: ten virtual nodes, a controller, munge with a key of its own, and
-no systemd.
+"""A real Slurm on this machine: ten virtual nodes, a controller and munge, without systemd.
 
-Needs root and Debian's slurm-wlm and munge, which it installs where they are absent.
+Needs root. Installs Debian's slurm-wlm and munge if they are absent.
 """
 
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tests.commands import PATIENCE, until
 
-NODES = 10  # for all jobs of the tests at once, which mostly wait
+NODES = 10  # for all jobs of the tests at once, which are mostly idle
 PACKAGES = ("slurm-wlm", "munge")
 CONF = """
 ClusterName=here
@@ -26,7 +25,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# a requeued job waits until its first credential has expired, by default two minutes
+# a requeued job waits until its first credential expires, by default two minutes
 AuthInfo=socket={home}/munge/socket,cred_expire=5
 StateSaveLocation={home}/state
 SlurmdSpoolDir={home}/spool-%n
@@ -34,7 +33,7 @@ SlurmctldPidFile={home}/slurmctld.pid
 SlurmdPidFile={home}/slurmd-%n.pid
 SlurmctldLogFile={home}/slurmctld.log
 SlurmdLogFile={home}/slurmd-%n.log
-# neither cgroups nor a database: a container has them not
+# no cgroups and no database, which a container lacks
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -44,7 +43,7 @@ SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-# a daemon or a job that is slow on a busy machine is not lost; lose_node says what is
+# long timeouts: a slow daemon on a busy machine is not down; lose_node sets a node down
 SlurmdTimeout=3600
 MessageTimeout=100
 BatchStartTimeout=600
@@ -61,8 +60,8 @@ PartitionName=urgent Nodes=n[1-{nodes}] State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
-def installed() -> str | None:
-    """Install what is missing; returns why there can be no Slurm here, or None."""
+def install_slurm() -> str | None:
+    """Install Slurm if it is missing; return why that is impossible, or None."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root here"
     os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -78,7 +77,7 @@ def installed() -> str | None:
 
 
 class Slurm:
-    """The cluster; as a context it is up."""
+    """A cluster that runs within its context."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -93,7 +92,7 @@ class Slurm:
             *(self.home / f"spool-n{i + 1}" for i in range(NODES)),
         ):
             folder.mkdir(exist_ok=True)
-            folder.chmod(0o755)  # munged wants that nobody else can write there
+            folder.chmod(0o755)  # munged refuses a folder that others can write
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o400)
         options = {
@@ -131,7 +130,7 @@ class Slurm:
                     os.kill(int(path.read_text()), signal.SIGKILL)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Output of a command that finds this cluster."""
+        """Run a command with this cluster's configuration and return its output."""
         result = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
         )
@@ -139,52 +138,52 @@ class Slurm:
         return result.stdout
 
     def start_node(self, name: str) -> None:
-        """A daemon that stands for a machine."""
+        """Start the daemon of a virtual node."""
         self.run("slurmd", "-N", name)
 
     def lose_node(self, name: str) -> None:
-        """Kill what runs there, as a machine dies: first who could still tell the controller, then
-        the ranks. The controller is told what it would find out by its SlurmdTimeout.
+        """Kill a node's processes as a power failure would, and set the node down.
+
+        The daemons die first, so that they report nothing; the controller would notice the loss
+        only after SlurmdTimeout.
         """
-        here = [
+        variables = [
             f"SLURMD_NODENAME={name}".encode(),
             f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(),
         ]
-        tasks, managers = [], {(self.home / f"slurmd-{name}.pid").read_text().strip()}
+        tasks = []
+        daemons = {(self.home / f"slurmd-{name}.pid").read_text().strip()}
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                if not set(here) <= set((path / "environ").read_bytes().split(b"\0")):
+                if not set(variables) <= set((path / "environ").read_bytes().split(b"\0")):
                     continue
                 tasks.append(path.name)
                 parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-                managers |= (
-                    {parent}
-                    if Path("/proc", parent, "comm").read_text().strip() == "slurmstepd"
-                    else set()
-                )
-            except OSError:  # it ended meanwhile
+                if Path("/proc", parent, "comm").read_text().strip() == "slurmstepd":
+                    daemons.add(parent)
+            except OSError:  # the process ended meanwhile
                 continue
-        for process in [*managers, *tasks]:
+        for process in [*daemons, *tasks]:
             with suppress(ProcessLookupError):
                 os.kill(int(process), signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost")
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job."""
+        """Fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def state(self, number: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ..."""
+        """State of a job: PENDING, RUNNING, COMPLETED, ..."""
         return self.job(number)["JobState"]
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait for something."""
+        """Wait until a condition is true."""
         until(condition, lambda: self.run("scontrol", "show", "job", check=False), pause=0.2)
 
 
 def free_port() -> int:
-    """The first of NODES + 1 ports in a row that are free."""
+    """The first of NODES + 1 consecutive free ports."""
     for port in range(26800, 32000, NODES + 1):
         probes = []
         try:

@@ -1,6 +1,4 @@
-"""A sweep's runs come into one table, in the order of their losses; runs that did not end say
-so.
-"""
+"""launch/collect.py: the table of a sweep's runs, sorted by loss."""
 
 import csv
 import json
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from launch.collect import rows_of
+from launch.collect import sweep_rows
 from tests.commands import python
 from tests.train.test_report import write_run
 from train.resilience.incidents import Outcome
@@ -28,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_hold_what_was_varied_and_measured(folder: Path) -> None:
-    a, b, c = rows_of(folder)
+def test_rows_have_swept_values_and_results(folder: Path) -> None:
+    a, b, c = sweep_rows(folder)
     steps = [json.loads(line) for line in (folder / "a" / "metrics.jsonl").read_text().splitlines()]
     last = [step["loss"] for step in steps if step["tokens"] > 0.95 * 6000]
     assert a["loss"] == pytest.approx(sum(last) / len(last)) and len(last) == 3
@@ -40,8 +38,8 @@ def test_rows_hold_what_was_varied_and_measured(folder: Path) -> None:
         and a["optim.clip_norm"] == "1.0"
     )
     assert (a["state"], b["state"], c["state"]) == ("finished", "running or crashed", "not started")
-    with pytest.raises(InputError, match=r"no sweep\.json"):
-        rows_of(folder / "a")
+    with pytest.raises(InputError, match=r"has no sweep\.json"):
+        sweep_rows(folder / "a")
 
 
 def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The doctor finds what is broken, says the fix, and is content with what is not."""
+"""launch/doctor.py: bad findings have a fix, and a working machine has none."""
 
 from pathlib import Path
 
@@ -21,29 +21,33 @@ def config(tmp_path: Path) -> RunConfig:
     return run
 
 
-def test_a_sound_machine_has_no_red_line(config: RunConfig) -> None:
-    lines = doctor.examine(config)
-    assert [line.name for line in lines] == list(CHECKS)
-    assert [line for line in lines if line.finding.state == "bad" and line.name != "Slurm"] == []
-    assert all(line.finding.fix for line in lines if line.finding.state == "bad")
+def test_a_working_machine_has_no_bad_finding(config: RunConfig) -> None:
+    results = doctor.run_checks(config)
+    assert [result.name for result in results] == list(CHECKS)
+    assert [
+        result for result in results if result.finding.state == "bad" and result.name != "Slurm"
+    ] == []
+    assert all(result.finding.fix for result in results if result.finding.state == "bad")
     assert not list(config.run.folder.parent.glob(".doctor-*"))
 
 
 def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = kernels.load(config.compute.kernels, "cpu")
+    correct = kernels.load(config.compute.kernels, "cpu")
 
     class Wrong:
         name = "wrong"
 
         @staticmethod
         def selective_scan(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return sound.selective_scan(*inputs[:-1])  # forgets to forget: no resets
+            return correct.selective_scan(*inputs[:-1])  # without state resets
 
     monkeypatch.setattr(kernels, "load", lambda *_: Wrong)
     assert checks.kernels(config).state == "bad"
 
 
-def test_missing_data_room_and_memory_are_red_with_a_fix(config: RunConfig, tmp_path: Path) -> None:
+def test_missing_data_disk_space_and_memory_are_bad_with_a_fix(
+    config: RunConfig, tmp_path: Path
+) -> None:
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     finding = checks.data(config)
     assert finding.state == "bad" and "data/prepare.py" in finding.fix
@@ -59,9 +63,7 @@ def test_missing_data_room_and_memory_are_red_with_a_fix(config: RunConfig, tmp_
         assert check(large).state == "bad" and check(large).fix
 
 
-def test_a_collective_that_fails_is_named(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_collective_is_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checks,
         "ALL_REDUCE",
@@ -75,7 +77,7 @@ def test_a_collective_that_fails_is_named(
     )
 
 
-def test_an_engine_without_its_gpu_is_found(
+def test_an_engine_without_a_gpu_is_found(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

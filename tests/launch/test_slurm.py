@@ -1,8 +1,7 @@
-"""Training under a real Slurm: two nodes, a warning, a lost node, a preemption; what comes out is
-what would have been.
+"""Training under a real Slurm on two nodes, with a time limit, a lost node and a preemption.
 
-One run is left alone, one is interrupted in every way; their losses and final checkpoints are
-compared bit for bit. All other jobs are submitted at the beginning and wait beside them.
+One run is interrupted in every way, one is not; losses and final checkpoints must be equal bit for
+bit. All other jobs are submitted first and run in parallel.
 """
 
 import hashlib
@@ -19,13 +18,13 @@ import pytest
 
 from tests.commands import PATIENCE, ROOT, python
 from tests.corpus import BLOCK, make_corpus
-from tests.launch.slurm import Slurm, installed
+from tests.launch.slurm import Slurm, install_slurm
 from tests.small import overrides
 
 pytestmark = pytest.mark.slurm
 TOKENS = 600 * BLOCK
 SMALL = overrides(TOKENS)
-REST = [
+CLUSTER = [
     "schedule.warmup_tokens=1000",
     "schedule.ramp_tokens=8000",
     "schedule.decay_tokens=20000",
@@ -48,7 +47,7 @@ REST = [
 
 @dataclass
 class Job:
-    """A job, or several that follow each other, and the folder of its run."""
+    """One job or a chain of jobs, and the folder of its run."""
 
     numbers: list[str]
     run: Path
@@ -60,10 +59,9 @@ class Job:
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
-    if why := installed():
-        pytest.skip(why)
-    # not in pytest's folder, which is closed to others: munged refuses a socket that they cannot
-    # reach
+    if reason := install_slurm():
+        pytest.skip(reason)
+    # not in pytest's folder, which other users cannot read: munged refuses such a socket
     with tempfile.TemporaryDirectory(prefix="slurm-") as home, Slurm(Path(home)) as cluster:
         yield cluster
 
@@ -75,21 +73,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def submit(slurm: Slurm, data: Path, run: Path, *more: str) -> list[str]:
-    """The numbers of a run's jobs, as submit.py prints them."""
+def submit(slurm: Slurm, data: Path, run: Path, *extra: str) -> list[str]:
+    """Submit a run and return its job numbers."""
     words = [
         sys.executable,
         "launch/submit.py",
         "+experiment=demo",
         *SMALL,
-        *REST,
+        *CLUSTER,
         f"data.folder={data}",
     ]
     words += [
         f"run.name={run.name}",
         f"run.dir={run}",
         f"slurm.bad_nodes={run.parent / 'bad_nodes.txt'}",
-        *more,
+        *extra,
     ]
     result = subprocess.run(
         words, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=PATIENCE
@@ -109,9 +107,9 @@ def attempts(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 def finished(slurm: Slurm, job: Job) -> Path:
-    """Wait for the end of a job, show its log when it is a bad one, and return its run's folder."""
-    going_on = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-    slurm.until(lambda: slurm.state(job.number) not in going_on)
+    """Wait for a job, assert that it completed, and return its run's folder."""
+    active = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+    slurm.until(lambda: slurm.state(job.number) not in active)
     logs = "".join(
         path.read_text() for path in [*job.run.glob("slurm-*.out"), *job.run.glob("logs/*/*.log")]
     )
@@ -158,11 +156,11 @@ def raw(home: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def jobs(slurm: Slurm, data: Path, raw: list[str], home: Path) -> dict[str, Job]:
-    """All jobs but the run that is interrupted."""
+    """All jobs except the interrupted run."""
     chain = ("--stages", "prepare,train", "data.folder=/dev/null/none")
     arrays = ("--stages", "prepare", *raw, *ARRAYS)
     return {
-        "alone": Job(submit(slurm, data, home / "alone"), home / "alone"),
+        "uninterrupted": Job(submit(slurm, data, home / "uninterrupted"), home / "uninterrupted"),
         "limit": fake_job(slurm, home / "limit", AT_THE_LIMIT, *LIMIT),
         "strike": fake_job(slurm, home / "strike", CRASHING, "nodes=2", "exclusive", "requeue"),
         "chain": Job(submit(slurm, data, home / "chain", *chain), home / "chain"),
@@ -170,19 +168,19 @@ def jobs(slurm: Slurm, data: Path, raw: list[str], home: Path) -> dict[str, Job]
     }
 
 
-def test_what_interrupts_a_run_leaves_no_trace_in_it(
+def test_an_interrupted_run_equals_an_uninterrupted_one(
     slurm: Slurm, data: Path, home: Path, jobs: dict[str, Job]
 ) -> None:
     run = home / "interrupted"
     job = Job(submit(slurm, data, run), run)
     slurm.until(lambda: len(checkpoints(run)) > 0)
-    # as before the time limit: save, leave, requeue
+    # the warning before the time limit: save, stop, requeue
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)
     slurm.until(lambda: len(attempts(run, "end")) == 1)
     newest = checkpoints(run)[-1]
     slurm.until(lambda: slurm.state(job.number) == "RUNNING" and checkpoints(run)[-1] != newest)
 
-    lost = attempts(run, "begin")[-1]["nodes"][0]  # where the batch script is
+    lost = attempts(run, "begin")[-1]["nodes"][0]  # the node of the batch script
     slurm.lose_node(lost)
     starts = len(attempts(run, "begin"))
     slurm.until(lambda: len(attempts(run, "begin")) > starts)
@@ -195,14 +193,14 @@ def test_what_interrupts_a_run_leaves_no_trace_in_it(
     nodes = ",".join(attempts(run, "begin")[-1]["nodes"])
     options = ("-p", "urgent", "-w", nodes, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     urgent = slurm.run("sbatch", "--parsable", *options).strip()
-    finished(slurm, Job([urgent], run))  # it preempts the run, which goes on afterwards
+    finished(slurm, Job([urgent], run))  # preempts the run, which continues afterwards
     finished(slurm, job)
     assert int(slurm.job(job.number)["Restarts"]) == 3
-    assert_same(run, finished(slurm, jobs["alone"]))
+    assert_same(run, finished(slurm, jobs["uninterrupted"]))
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Losses, norms and every tensor file."""
+    """Compare metrics and every tensor file."""
     keys = ("step", "tokens", "loss", "source_loss", "grad_norm", "lr", "skipped")
     curves = []
     for folder in (run, other):
@@ -221,16 +219,18 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def test_two_nodes_train(slurm: Slurm, jobs: dict[str, Job]) -> None:
-    alone = finished(slurm, jobs["alone"])
-    steps = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    uninterrupted = finished(slurm, jobs["uninterrupted"])
+    steps = [
+        json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps[-1]["tokens"] == TOKENS and steps[0]["loss"] - steps[-1]["loss"] > 0.5
-    assert len({path.stem for path in alone.glob("logs/*/n*.log")}) == 2
-    manifest = json.loads((checkpoints(alone)[-1] / "manifest.json").read_text())
+    assert len({path.stem for path in uninterrupted.glob("logs/*/n*.log")}) == 2
+    manifest = json.loads((checkpoints(uninterrupted)[-1] / "manifest.json").read_text())
     assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(manifest["files"])
 
 
 def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> Job:
-    """The batch script of training with a shell script in torchrun's place."""
+    """Submit the batch script of training with a shell script in place of torchrun."""
     run, fake, script = folder / "run", folder / "python", folder / "job.sh"
     run.mkdir(parents=True)
     fake.write_text(
@@ -239,7 +239,7 @@ def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> Job:
     )
     fake.chmod(0o755)
     values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake,
-              "RUN": run, "LOGS_OF_STARTS": run / "logs", "BAD_NODES": folder / "bad_nodes.txt",
+              "RUN": run, "LOG_DIR": run / "logs", "BAD_NODES": folder / "bad_nodes.txt",
               "RANKS": 1, "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
     settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
     lines = "\n".join(
@@ -257,33 +257,29 @@ echo '{CRASH}' >> "$RUN/incidents.jsonl"
 exit 1"""
 
 
-def test_a_requeued_job_is_kept_from_bad_nodes(slurm: Slurm, jobs: dict[str, Job]) -> None:
-    """The crash of a rank strikes its node; with as many strikes as the limit the requeued job
-    starts elsewhere.
-    """
+def test_a_requeued_job_avoids_bad_nodes(slurm: Slurm, jobs: dict[str, Job]) -> None:
+    """A rank's crash is a strike against its node; at the limit the job restarts elsewhere."""
     run = finished(slurm, jobs["strike"])
     first, second = (entry["nodes"] for entry in attempts(run, "begin"))
     assert first[0] not in second
     assert (run.parent / "bad_nodes.txt").read_text().startswith(first[0])
     log = (run.parent / "out").read_text()
-    assert "requeue crash" in log and f"kept from {first[0]}" in log and "done the ranks" in log
+    assert (
+        "requeue crash" in log and f"excluded nodes: {first[0]}" in log and "done all ranks" in log
+    )
 
 
 LIMIT = ("nodes=1", "requeue", "time=1", "signal=B:USR1@30")
 AT_THE_LIMIT = """trap 'echo "{\\"code\\": 75, \\"reason\\": \\"asked\\"}" \
     > "$RUN/outcome.json"; exit 1' TERM
-# the second start waits to be cancelled
+# the second start runs until it is cancelled
 [ "$SLURM_RESTART_COUNT" = 1 ] && scontrol update JobId="$SLURM_JOB_ID" TimeLimit=UNLIMITED
 touch "$RUN/started-$SLURM_RESTART_COUNT"
 while :; do sleep 0.2; done"""
 
 
-def test_the_time_limit_requeues_and_a_cancelled_job_stays_so(
-    slurm: Slurm, jobs: dict[str, Job]
-) -> None:
-    """Slurm's own warning reaches the ranks, and the next start goes on; scancel means what it
-    says.
-    """
+def test_the_time_limit_requeues_and_scancel_does_not(slurm: Slurm, jobs: dict[str, Job]) -> None:
+    """Slurm's warning reaches the ranks and the job restarts; a cancelled job does not."""
     job = jobs["limit"]
     slurm.until(lambda: (job.run / "started-1").is_file())
     assert attempts(job.run, "end")[0]["verdict"] == "requeue"
@@ -294,16 +290,14 @@ def test_the_time_limit_requeues_and_a_cancelled_job_stays_so(
 
 
 def test_a_chain_waits_for_success(slurm: Slurm, jobs: dict[str, Job]) -> None:
-    """A first job without a place for its data fails, and the one behind it ends instead of waiting
-    for ever.
-    """
+    """The first job fails, and the second is cancelled instead of waiting forever."""
     first, second = jobs["chain"].numbers
     slurm.until(lambda: slurm.state(second) == "CANCELLED")
     assert slurm.state(first) == "FAILED"
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of all that is built, but the logs, which hold times."""
+    """SHA-256 of the built files, without logs, which contain times."""
     files = [
         path
         for path in (folder / "shards").rglob("*")
@@ -315,19 +309,17 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_data_is_prepared_by_arrays_as_it_is_by_processes(
+def test_slurm_arrays_prepare_the_same_data_as_processes(
     slurm: Slurm, jobs: dict[str, Job], raw: list[str], home: Path, tmp_path: Path
 ) -> None:
-    """A job that submits datatrove's arrays and waits for them gives the bytes of a preparation
-    without Slurm.
-    """
+    """A job that submits datatrove's arrays builds the same bytes as a local preparation."""
     run, built = finished(slurm, jobs["arrays"]), home / "built"
     log = next(run.glob("slurm-prepare-*.out")).read_text()
     assert "Slurm partition main, 3 tasks at a time" in log
     numbers = (built / "slurm" / "jobs.txt").read_text().split()
     assert numbers and all(slurm.state(number) == "COMPLETED" for number in numbers)
     words = ["+experiment=demo", *SMALL, *raw]
-    here = python("data/prepare.py", *words, f"data.folder={tmp_path / 'here'}")
-    assert here.returncode == 0, here.stdout + here.stderr
-    assert hashes(built) == hashes(tmp_path / "here")
+    local = python("data/prepare.py", *words, f"data.folder={tmp_path / 'local'}")
+    assert local.returncode == 0, local.stdout + local.stderr
+    assert hashes(built) == hashes(tmp_path / "local")
     assert {path.suffix for path in (built / "shards" / "sums").iterdir()} >= {".ds", ".json"}

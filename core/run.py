@@ -75,15 +75,15 @@ class Run:
         return RunFiles(self.folder)
 
 
-def list_checkpoints(checkpoints: Path) -> Iterator[Path]:
+def iter_checkpoints(checkpoints: Path) -> Iterator[Path]:
     """Yield the checkpoint folders, newest first, unverified."""
     paths = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     yield from sorted(paths, key=step_number, reverse=True)
 
 
-def list_committed_checkpoints(checkpoints: Path) -> Iterator[Path]:
+def iter_committed_checkpoints(checkpoints: Path) -> Iterator[Path]:
     """Yield the completely written checkpoints, newest first: those with a manifest."""
-    return (path for path in list_checkpoints(checkpoints) if (path / MANIFEST).is_file())
+    return (path for path in iter_checkpoints(checkpoints) if (path / MANIFEST).is_file())
 
 
 def step_number(folder: Path) -> int:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.files import sha256_of
-from core.run import MANIFEST, list_checkpoints
+from core.run import MANIFEST, iter_checkpoints
 from model.parameters import shard_spec
 from model.sharding import shard
 
@@ -185,7 +185,7 @@ def verify_checkpoint(folder: Path) -> str | None:
 def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
     """Return the newest valid checkpoint, and why each newer one is invalid."""
     errors: dict[Path, str] = {}
-    for folder in list_checkpoints(checkpoints):
+    for folder in iter_checkpoints(checkpoints):
         why = verify_checkpoint(folder)
         if why is None:
             return folder, errors

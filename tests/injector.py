@@ -19,7 +19,7 @@ import torch
 
 import train.checkpoint.writer as commit
 from core.errors import InputError
-from core.run import list_checkpoints
+from core.run import iter_checkpoints
 from data.stream.loader import Loader
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.run_lock import RunLock
@@ -270,7 +270,7 @@ def damage(folder: Path, detail: int) -> bool:
     """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove
     it.
     """
-    best = next(list_checkpoints(folder), None)
+    best = next(iter_checkpoints(folder), None)
     if best is None:
         return False
     files = sorted(path for path in best.iterdir() if path.is_file())

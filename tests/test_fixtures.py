@@ -12,7 +12,7 @@ import torch
 
 from core.command import convert
 from core.old_keys import load_config
-from core.run import list_checkpoints
+from core.run import iter_checkpoints
 from eval.export import export
 from eval.hf.card import model_card
 from eval.hf.transformers_model import load_transformers_model
@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
-    (folder,) = list_checkpoints(FIXTURES / "runs" / name / "checkpoints")
+    (folder,) = iter_checkpoints(FIXTURES / "runs" / name / "checkpoints")
     assert verify_checkpoint(folder) is None and read_state(folder)["step"] == 28
     reader = CheckpointReader(folder)
     assert {kind for kind, _ in reader.where} == {"param", "exp_avg", "exp_avg_sq"}
@@ -90,7 +90,7 @@ def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
 def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
     folder = FIXTURES / "runs" / "zero1-dp2" / "hf"
     ours = HfFolder(folder)
-    (step,) = list_checkpoints(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
+    (step,) = iter_checkpoints(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
     for name in ours.names:
         assert torch.equal(ours.read_full(name), CheckpointReader(step).read_full("param", name))
     assert sum(p.numel() for p in load_transformers_model(folder).parameters()) == 14_952
@@ -110,7 +110,7 @@ def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
         data=replace(wanted.data, folder="corpus", sources=run.data.sources),
         health=replace(wanted.health, hang_seconds=60.0),
     )
-    (step,) = list_checkpoints(folder / "checkpoints")
+    (step,) = iter_checkpoints(folder / "checkpoints")
     card = model_card(folder, step, run.model)
     assert "14,952 parameters after 816 tokens" in card and "| prose | curated | CC0-1.0 |" in card
     assert "## Results" not in card and "model-index" not in card  # none were taken

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import ROOT, read_json, write_json
-from core.run import Run, list_committed_checkpoints, step_number
+from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import Jobs, Launcher
 from model.checkpoint import read_state
 
@@ -78,7 +78,7 @@ class SuiteJobs:
         """Checkpoints that no job was started for and that are due, oldest first."""
         found = []
         before = max(started.values(), default=0)
-        for folder in reversed(list(list_committed_checkpoints(self.run.files.checkpoints))):
+        for folder in reversed(list(iter_committed_checkpoints(self.run.files.checkpoints))):
             tokens = int(read_state(folder)["tokens"])
             every = self.settings.every_tokens
             if tokens > before and (tokens // every > before // every or tokens in self.always):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import append_json_line, read_json_lines
-from core.run import RunFiles, list_committed_checkpoints
+from core.run import RunFiles, iter_committed_checkpoints
 from train.resilience.incidents import FINISHED, REQUEUE, read_outcome
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 def newest_checkpoint_name(folder: Path) -> str:
     """Name of the newest committed checkpoint, or an empty string."""
-    checkpoints = list_committed_checkpoints(RunFiles(folder).checkpoints)
+    checkpoints = iter_committed_checkpoints(RunFiles(folder).checkpoints)
     return next((path.name for path in checkpoints), "")
 
 

@@ -18,7 +18,7 @@ from core.files import (
     write_json,
     write_text,
 )
-from core.run import RunFiles, list_checkpoints, list_committed_checkpoints
+from core.run import RunFiles, iter_checkpoints, iter_committed_checkpoints
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
         (checkpoints / f"step-{step:08d}" / "manifest.json").touch()
     for other in ("step-00000099.part", "step-00000098.damaged-1", "step-7"):
         (checkpoints / other).mkdir()
-    assert [path.name for path in list_checkpoints(checkpoints)] == [
+    assert [path.name for path in iter_checkpoints(checkpoints)] == [
         "step-100000000", "step-00000028", "step-00000010", "step-00000009"
     ]  # fmt: skip
-    assert [path.name for path in list_committed_checkpoints(checkpoints)] == [
+    assert [path.name for path in iter_committed_checkpoints(checkpoints)] == [
         "step-00000010",
         "step-00000009",
     ]

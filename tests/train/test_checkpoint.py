@@ -23,7 +23,7 @@ from torch import Tensor
 import train.checkpoint.writer as writer_module
 from core.errors import InputError
 from core.files import sha256_of
-from core.run import list_checkpoints
+from core.run import iter_checkpoints
 from model.checkpoint import (
     CheckpointReader,
     TensorShard,
@@ -93,7 +93,7 @@ def save_steps(
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder)]
+    return [int(path.name.removeprefix("step-")) for path in iter_checkpoints(folder)]
 
 
 @pytest.mark.fault("the cost of a save", "the loop waits only for the copy to host memory")
@@ -136,7 +136,7 @@ def test_changes_after_the_copy_are_not_saved(
         tensor.add_(1)  # the next update
     updated.set()
     assert checkpoints.wait()
-    reader = CheckpointReader(next(list_checkpoints(tmp_path)))
+    reader = CheckpointReader(next(iter_checkpoints(tmp_path)))
     assert all(
         torch.equal(reader.read_range("param", name, 0, 1, 0, 1000), value)
         for name, value in before.items()
@@ -252,7 +252,7 @@ def _io_error(*arguments: Any) -> None:
 @pytest.mark.fault("bit rot in a checkpoint", "named, renamed, and the one before is loaded")
 def test_every_flipped_bit_is_detected(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
     save_steps(tmp_path, ranks, steps=2)
-    best = next(list_checkpoints(tmp_path))
+    best = next(iter_checkpoints(tmp_path))
     rng = random.Random(0)
     flips = 0
     for path in sorted(best.iterdir()):
@@ -354,7 +354,7 @@ def test_a_pickle_in_place_of_any_file_does_nothing(
     tmp_path: Path, ranks: Ranks, name: str, measured: Any
 ) -> None:
     save_steps(tmp_path / "c", ranks)
-    folder, canary = next(list_checkpoints(tmp_path / "c")), tmp_path / "canary"
+    folder, canary = next(iter_checkpoints(tmp_path / "c")), tmp_path / "canary"
     (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
     if name != "manifest.json":  # with a matching hash
         files = {

@@ -194,7 +194,7 @@ def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
     assert {"/".join(key): [c.calls, c.size] for key, c in result.step.items()} == real["steps"][
         -1
     ]["counts"]
-    assert result.owned == real["owned"]
+    assert result.optimizer_elements == real["owned"]
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2-megatron", "dp2-megatron-bf16-full", "cp2-megatron"])

@@ -15,7 +15,7 @@ from megatron.core import optimizer as optimizers
 from benchmarks.recompute import step
 from core.errors import InputError
 from core.files import sha256_of
-from core.run import Run, list_checkpoints
+from core.run import Run, iter_checkpoints
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.checkpoint import CheckpointReader, verify_checkpoint
 from model.config import Backend, Recompute
@@ -249,7 +249,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(root: Path, stage: int) -
 
 def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "kept" / "checkpoints")
-    first, second = list(list_checkpoints(tmp_path / "kept" / "checkpoints"))[:2]
+    first, second = list(iter_checkpoints(tmp_path / "kept" / "checkpoints"))[:2]
     damage_checkpoint(first, "flip")
     (tmp_path / "kept" / "checkpoints" / "step-backup").mkdir()  # not written by the run
     run = replace(
@@ -258,7 +258,7 @@ def test_retention_keeps_the_newest_good_ones(root: Path, tmp_path: Path) -> Non
         checkpoint=CheckpointConfig(10**9, 1, None, False, 0.0, 3),
     )
     train(run)
-    left = list(list_checkpoints(tmp_path / "kept" / "checkpoints"))
+    left = list(iter_checkpoints(tmp_path / "kept" / "checkpoints"))
     assert len(left) == 1 and verify_checkpoint(left[0]) is None and left[0].name > second.name
 
 
@@ -279,7 +279,7 @@ def test_a_run_of_another_config_is_refused(root: Path) -> None:
 
 
 def test_checkpoints_hold_no_pickle_and_verify(root: Path) -> None:
-    for folder in list_checkpoints(root / "tp2" / "checkpoints"):
+    for folder in iter_checkpoints(root / "tp2" / "checkpoints"):
         assert verify_checkpoint(folder) is None
         assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     assert not list((root / "tp2" / "checkpoints").glob("*.part"))
@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_is_skipped(
     root: Path, damage: str, tmp_path: Path, capsys: Any
 ) -> None:
     shutil.copytree(root / "dp2" / "checkpoints", tmp_path / "damaged" / "checkpoints")
-    best, second = list(list_checkpoints(tmp_path / "damaged" / "checkpoints"))[:2]
+    best, second = list(iter_checkpoints(tmp_path / "damaged" / "checkpoints"))[:2]
     damage_checkpoint(best, damage)
     run = replace(config(root, "dp1"), run=Run("damaged", str(tmp_path / "damaged"), 0))
     train(run)

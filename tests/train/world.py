@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.run import list_checkpoints
+from core.run import iter_checkpoints
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from model.checkpoint import CheckpointReader
 from model.config import Recompute
@@ -55,7 +55,7 @@ def train(run: RunConfig) -> None:
 def train_from(root: Path, source: str, run: RunConfig) -> None:
     """Train from another run's second checkpoint: ramp, context change and decay still follow."""
     if os.environ.get("RANK", "0") == "0":
-        second = list(list_checkpoints(root / source / "checkpoints"))[-2]
+        second = list(iter_checkpoints(root / source / "checkpoints"))[-2]
         shutil.copytree(second, run.run.files.checkpoints / second.name)
     train(run)
 
@@ -63,7 +63,7 @@ def train_from(root: Path, source: str, run: RunConfig) -> None:
 def reshard(root: Path, source: str, run: RunConfig) -> None:
     """Load another layout's newest checkpoint and save it in this layout, without a step."""
     if os.environ.get("RANK", "0") == "0":
-        checkpoint = next(list_checkpoints(root / source / "checkpoints"))
+        checkpoint = next(iter_checkpoints(root / source / "checkpoints"))
         shutil.copytree(checkpoint, run.run.files.checkpoints / checkpoint.name)
     with init_ranks(run) as ranks:
         watchdog = Watchdog(run.run.folder, ranks.rank, ranks.world_size, run.health.hang_seconds)
@@ -176,7 +176,7 @@ def records(root: Path, name: str) -> list[dict[str, Any]]:
 
 
 def final_checkpoint(root: Path, name: str) -> CheckpointReader:
-    return CheckpointReader(next(list_checkpoints(root / name / "checkpoints")))
+    return CheckpointReader(next(iter_checkpoints(root / name / "checkpoints")))
 
 
 def curve(root: Path, name: str, like: str | None = None) -> torch.Tensor:

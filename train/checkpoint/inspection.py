@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from core.run import MANIFEST, RunFiles, list_checkpoints
+from core.run import MANIFEST, RunFiles, iter_checkpoints
 from model.checkpoint import CheckpointReader, newest_valid, read_manifest, read_state
 from train.checkpoint.manager import invalid_reason
 from train.costs.memory import GIB
@@ -23,7 +23,7 @@ def list_checkpoints(path: Path) -> list[Path]:
     if path.name.startswith("step-") and path.is_dir():
         return [path]
     folder = RunFiles(path).checkpoints if RunFiles(path).checkpoints.is_dir() else path
-    checkpoints = list(list_checkpoints(folder))
+    checkpoints = list(iter_checkpoints(folder))
     if not checkpoints:
         raise FileNotFoundError(
             f"no checkpoint in {folder}: give a run's folder, its checkpoints, or one of them"

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from core.errors import InputError
-from core.run import MANIFEST, list_checkpoints, step_number
+from core.run import MANIFEST, iter_checkpoints, step_number
 from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
-from train.checkpoint.writer import CheckpointWriter, remove_checkpoint, fsync_dir
+from train.checkpoint.writer import CheckpointWriter, fsync_dir, remove_checkpoint
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 from train.engines.protocol import Engine
@@ -70,7 +70,7 @@ class CheckpointManager:
         """
         step = torch.full((1,), -1, dtype=torch.int64)
         if self.ranks.is_first:
-            for folder in list_checkpoints(self.folder):
+            for folder in iter_checkpoints(self.folder):
                 reason = invalid_reason(folder)
                 if reason is not None:
                     renamed = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
@@ -170,7 +170,7 @@ class CheckpointManager:
 
         The save stays valid if a removal fails.
         """
-        tokens_by_folder = {folder: read_tokens(folder) for folder in list_checkpoints(self.folder)}
+        tokens_by_folder = {folder: read_tokens(folder) for folder in iter_checkpoints(self.folder)}
         keep = set(list(tokens_by_folder)[: self.config.keep_last])
         keep |= self._permanent_checkpoints(tokens_by_folder)
         old = [folder for folder in tokens_by_folder if folder not in keep]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from core.files import read_json, read_json_lines, write_text
 from core.old_keys import load_config
-from core.run import MANIFEST, RunFiles, list_committed_checkpoints
+from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
 from train.metrics.curves import Plan, figure
 from train.metrics.records import Record, read_lines, read_scores, short
@@ -124,7 +124,7 @@ def events_of(folder: Path) -> Rows:
 def checkpoints_of(folder: Path) -> Rows:
     """Name, size and count of files of each committed checkpoint."""
     rows: Rows = []
-    for checkpoint in reversed(list(list_committed_checkpoints(RunFiles(folder).checkpoints))):
+    for checkpoint in reversed(list(iter_committed_checkpoints(RunFiles(folder).checkpoints))):
         files = read_json(checkpoint / MANIFEST).get("files", {}).values()
         size = sum(entry["bytes"] for entry in files)
         rows.append((checkpoint.name, f"{size / 2**30:.3g} GiB", len(files)))

@@ -65,7 +65,7 @@ def user_folder(tmp_path: Path) -> Path:
 def python(
     site: Path, user_folder: Path, *words: str, absent: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python in the user's folder with the wheel installed and the `absent` packages blocked."""
+    """Run Python in the user's folder with the wheel, and with the `absent` packages blocked."""
     path_entry = user_folder / "first-on-the-path"
     path_entry.mkdir(exist_ok=True)
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({absent or []}))\n"
@@ -182,9 +182,8 @@ def test_help_shows_commands_of_a_wheel(site: Path, user_folder: Path, module: s
 def test_the_falcon_mamba_script_ignores_files_of_the_user(site: Path, user_folder: Path) -> None:
     """Runs the entry point that the wheel installs as `falcon-mamba`."""
     shutil.copy(user_folder / "model.py", user_folder / "core.py")
-    script = (
-        user_folder / "bin" / "falcon-mamba"
-    )  # Python puts the script's folder on the path, not the working folder
+    # Python puts the folder of the script on the path, not the working folder
+    script = user_folder / "bin" / "falcon-mamba"
     script.parent.mkdir()
     script.write_text("from core.entry import run_command\nrun_command()\n")
     result = python(
@@ -196,7 +195,9 @@ def test_the_falcon_mamba_script_ignores_files_of_the_user(site: Path, user_fold
 
 
 def test_a_copy_of_the_example_uses_the_installed_packages(site: Path, user_folder: Path) -> None:
-    (user_folder / "copy").mkdir()
-    copy = shutil.copy(ROOT / "examples" / "train_by_hand.py", user_folder / "copy" / "copy.py")
+    (user_folder / "scripts").mkdir()
+    copy = shutil.copy(
+        ROOT / "examples" / "train_by_hand.py", user_folder / "scripts" / "example.py"
+    )
     result = python(site, user_folder, str(copy))
     assert result.returncode == 0, result.stderr

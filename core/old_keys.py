@@ -67,34 +67,36 @@ SUITE_NAMES = re.compile(r"leaderboard_\w+(,leaderboard_\w+)*")
 _warned: set[str] = set()
 
 
-def renamed_overrides(words: Iterable[str]) -> list[str]:
+def renamed_overrides(overrides: Iterable[str]) -> list[str]:
     """Hydra's overrides with current keys."""
     renamed: list[str] = []
     changes: list[str] = []
-    for word in words:
-        match = OVERRIDE.match(word)
+    for override in overrides:
+        match = OVERRIDE.match(override)
         if match is None:
-            renamed.append(word)
+            renamed.append(override)
             continue
         prefix, key, value = match.groups()
         if value is not None and value == REMOVED_GROUPS.get(key):
-            changes.append(f"{word} no longer has an effect")
+            changes.append(f"{override} no longer has an effect")
         elif key == "eval" and SUITE_NAMES.fullmatch(value or ""):
-            changes.append(f"{word} is now suite={value}")
+            changes.append(f"{override} is now suite={value}")
             renamed.append(f"suite={value}")
         elif is_removed(key):
             changes.append(f"{key} no longer has an effect")
         else:
-            renamed += _renamed(word, prefix or "", key, value, changes)
+            renamed += _renamed(override, prefix or "", key, value, changes)
     warn_once("the command line", changes)
     return renamed
 
 
 def _renamed(
-    word: str, prefix: str, key: str, value: str | None, changes: list[str]
+    override: str, prefix: str, key: str, value: str | None, changes: list[str]
 ) -> Iterator[str]:
     """One override with its current key; a table with old keys becomes one override per value."""
-    leaves = list(flatten(key, parse_table(word))) if value is not None and value[:1] == "{" else []
+    leaves = (
+        list(flatten(key, parse_table(override))) if value is not None and value[:1] == "{" else []
+    )
     if any(
         is_removed(old) or new_key(old) != f"{new_key(key)}{old[len(key) :]}" for old, _ in leaves
     ):
@@ -111,24 +113,24 @@ def _renamed(
     yield f"{prefix}{new}" if value is None else f"{prefix}{new}={value}"
 
 
-def given_keys(words: Iterable[str]) -> set[str]:
+def given_keys(overrides: Iterable[str]) -> set[str]:
     """The keys that a command line sets, including those inside tables."""
     keys = set()
-    for word in words:
-        match = OVERRIDE.match(word)
+    for override in overrides:
+        match = OVERRIDE.match(override)
         if match is not None and match[3] is not None and match[1] != "~":
-            table = parse_table(word) if match[3][:1] == "{" else None
+            table = parse_table(override) if match[3][:1] == "{" else None
             keys |= {key for key, _ in flatten(match[2], table)}
     return keys
 
 
-def parse_table(word: str) -> Any:
+def parse_table(override: str) -> Any:
     """The value of an override that is a table; None if Hydra cannot parse it or it is a sweep."""
     try:
-        (override,) = OverridesParser.create().parse_overrides([word])
+        (parsed,) = OverridesParser.create().parse_overrides([override])
     except HydraException:  # composing the config raises it again
         return None
-    return None if override.is_sweep_override() else override.value()
+    return None if parsed.is_sweep_override() else parsed.value()
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -63,7 +63,7 @@ def user_folder(tmp_path: Path) -> Path:
 
 
 def python(
-    site: Path, user_folder: Path, *words: str, absent: list[str] | None = None
+    site: Path, user_folder: Path, *arguments: str, absent: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in the user's folder with the wheel, and with the `absent` packages blocked."""
     path_entry = user_folder / "first-on-the-path"
@@ -76,7 +76,7 @@ def python(
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         cwd=user_folder,
         env=environment,
         capture_output=True,

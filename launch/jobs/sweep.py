@@ -71,14 +71,23 @@ def last_key(key: str) -> str:
 def compose_sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[Job]]:
     """Compose and check one job per point of a sweep, each with its own folder."""
     sweep_file = next(
-        (word.removeprefix("+sweep=") for word in overrides if word.startswith("+sweep=")), None
+        (
+            override.removeprefix("+sweep=")
+            for override in overrides
+            if override.startswith("+sweep=")
+        ),
+        None,
     )
-    fixed = [word for word in overrides if word.startswith("+sweep=") or "," not in word]
+    fixed = [
+        override for override in overrides if override.startswith("+sweep=") or "," not in override
+    ]
     config = compose_config(fixed, hydra_config=True)
-    overrides = [word for word in overrides if not word.startswith("+sweep=")]
+    overrides = [override for override in overrides if not override.startswith("+sweep=")]
     overrides += [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     # folders keep the key names as given, which may be old ones
-    given_names = {new_key(key): key for key in (word.split("=", 1)[0] for word in overrides)}
+    given_names = {
+        new_key(key): key for key in (override.split("=", 1)[0] for override in overrides)
+    }
     parsed = OverridesParser.create().parse_overrides(renamed_overrides(overrides))
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:
@@ -93,7 +102,9 @@ def compose_sweep(overrides: list[str], name: str | None) -> tuple[Sweep, list[J
     points: dict[str, dict[str, str]] = {}
     jobs = []
     for point in BasicSweeper.split_arguments(parsed, None)[0]:
-        values = dict(word.split("=", 1) for word in point if word.split("=", 1)[0] in swept)
+        values = dict(
+            override.split("=", 1) for override in point if override.split("=", 1)[0] in swept
+        )
         label = point_label(values, given_names)
         if label in points:
             raise InputError(

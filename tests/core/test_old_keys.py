@@ -41,7 +41,7 @@ def test_new_names_are_keys_and_old_names_are_not() -> None:
 
 
 def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
-    words = [
+    overrides = [
         "+experiment=demo",
         "parallel.precision=bf16",
         "eval.batch=3",
@@ -53,7 +53,7 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
         "world=6",
     ]
     with caplog.at_level(logging.WARNING):
-        config = compose_config(words)
+        config = compose_config(overrides)
         run, evaluation = convert(RunConfig, config), convert(EvaluationConfig, config)
     assert run.compute.precision.value == "bf16" and run.validation.batch_sequences == 4
     assert evaluation.eval.batch_sequences == 3 and evaluation.eval.max_tokens == 5
@@ -65,10 +65,14 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_current_command_lines_are_unchanged(caplog: pytest.LogCaptureFixture) -> None:
-    words = ["+experiment=demo", "~data.sources.web", "eval.seq_len=8", "--cfg", "job", "-m"]
-    words += ["compute.precision=fp32,bf16", "validation={tokens: 5}", "hydra.run.dir=x=y"]
-    words += ["schedule={batch_end_sequences: 5}", "schedule={min_lr:1},{min_lr:2}", "eval={bad"]
-    assert renamed_overrides(words) == words
+    overrides = ["+experiment=demo", "~data.sources.web", "eval.seq_len=8", "--cfg", "job", "-m"]
+    overrides += ["compute.precision=fp32,bf16", "validation={tokens: 5}", "hydra.run.dir=x=y"]
+    overrides += [
+        "schedule={batch_end_sequences: 5}",
+        "schedule={min_lr:1},{min_lr:2}",
+        "eval={bad",
+    ]
+    assert renamed_overrides(overrides) == overrides
     assert not caplog.records
 
 
@@ -101,7 +105,7 @@ def test_a_removed_group_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         ([], (7, 4096, 100)),
         (["eval.batch_sequences=2"], (2, 4096, 100)),
@@ -111,15 +115,15 @@ def test_a_removed_group_is_named() -> None:
     ],
 )
 def test_the_command_line_overrides_old_keys_of_a_file(
-    words: list[str], expected: tuple[int, ...]
+    overrides: list[str], expected: tuple[int, ...]
 ) -> None:
-    words = renamed_overrides(words)
-    config = compose_config(["+experiment=demo", *words])
+    overrides = renamed_overrides(overrides)
+    config = compose_config(["+experiment=demo", *overrides])
     OmegaConf.set_struct(config, False)
     old = {"eval": {"batch": 7, "validation": {"tokens": 4096, "batch": 100}}}
     config = OmegaConf.merge(config, old)
     assert isinstance(config, DictConfig)
-    rename_keys(config, "a file", given_keys(words))
+    rename_keys(config, "a file", given_keys(overrides))
     validation = config.validation
     values = (config.eval.batch_sequences, validation.tokens, validation.batch_sequences)
     assert values == expected

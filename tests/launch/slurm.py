@@ -26,13 +26,13 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # a requeued job waits until its first credential expires, by default two minutes
-AuthInfo=socket={home}/munge/socket,cred_expire=5
-StateSaveLocation={home}/state
-SlurmdSpoolDir={home}/spool-%n
-SlurmctldPidFile={home}/slurmctld.pid
-SlurmdPidFile={home}/slurmd-%n.pid
-SlurmctldLogFile={home}/slurmctld.log
-SlurmdLogFile={home}/slurmd-%n.log
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool-%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd-%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/slurmd-%n.log
 # no cgroups and no database, which a container lacks
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -79,17 +79,17 @@ def install_slurm() -> str | None:
 class Slurm:
     """A cluster that runs within its context."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.environment = {**os.environ, "SLURM_CONF": str(home / "slurm.conf")}
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
 
     def __enter__(self) -> "Slurm":
-        munge = self.home / "munge"
+        munge = self.root / "munge"
         for folder in (
-            self.home,
+            self.root,
             munge,
-            self.home / "state",
-            *(self.home / f"spool-n{i + 1}" for i in range(NODES)),
+            self.root / "state",
+            *(self.root / f"spool-n{i + 1}" for i in range(NODES)),
         ):
             folder.mkdir(exist_ok=True)
             folder.chmod(0o755)  # munged refuses a folder that others can write
@@ -108,9 +108,9 @@ class Slurm:
         port = free_port()
         host = socket.gethostname().split(".")[0]
         text = CONF.format(
-            host=host, home=self.home, port=port, nodes=NODES, first=port + 1, last=port + NODES
+            host=host, root=self.root, port=port, nodes=NODES, first=port + 1, last=port + NODES
         )
-        (self.home / "slurm.conf").write_text(text)
+        (self.root / "slurm.conf").write_text(text)
         self.run("slurmctld", "-i")
         for number in range(NODES):
             self.start_node(f"n{number + 1}")
@@ -121,9 +121,9 @@ class Slurm:
         self.run("scancel", "--user=root", check=False)
         self.until(lambda: not self.run("squeue", "-h", check=False).strip())
         for path in [
-            *self.home.glob("slurmd-*.pid"),
-            self.home / "slurmctld.pid",
-            self.home / "munge" / "pid",
+            *self.root.glob("slurmd-*.pid"),
+            self.root / "slurmctld.pid",
+            self.root / "munge" / "pid",
         ]:
             if path.is_file():
                 with suppress(ProcessLookupError):
@@ -152,7 +152,7 @@ class Slurm:
             f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(),
         ]
         tasks = []
-        daemons = {(self.home / f"slurmd-{name}.pid").read_text().strip()}
+        daemons = {(self.root / f"slurmd-{name}.pid").read_text().strip()}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if not set(variables) <= set((path / "environ").read_bytes().split(b"\0")):
@@ -170,8 +170,8 @@ class Slurm:
 
     def job(self, number: str) -> dict[str, str]:
         """Fields of `scontrol show job`."""
-        words = self.run("scontrol", "show", "job", "-o", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        fields = self.run("scontrol", "show", "job", "-o", number).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def state(self, number: str) -> str:
         """State of a job: PENDING, RUNNING, COMPLETED, ..."""

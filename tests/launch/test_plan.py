@@ -366,8 +366,8 @@ def config_for(run: PlannedRun, config: ModelConfig) -> ModelConfig:
 
 
 def test_the_command_writes_json(tmp_path: Path) -> None:
-    words = ("launch/plan.py", "+experiment=7b", "cluster=h100_32n", f"run.dir={tmp_path}")
-    result = python(*words)
+    command = ("launch/plan.py", "+experiment=7b", "cluster=h100_32n", f"run.dir={tmp_path}")
+    result = python(*command)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 7_272_665_088

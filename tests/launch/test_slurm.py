@@ -62,7 +62,7 @@ def slurm() -> Iterator[Slurm]:
     if reason := install_slurm():
         pytest.skip(reason)
     # not in pytest's folder, which other users cannot read: munged refuses such a socket
-    with tempfile.TemporaryDirectory(prefix="slurm-") as home, Slurm(Path(home)) as cluster:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as runs, Slurm(Path(runs)) as cluster:
         yield cluster
 
 
@@ -75,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(slurm: Slurm, data: Path, run: Path, *extra: str) -> list[str]:
     """Submit a run and return its job numbers."""
-    words = [
+    command = [
         sys.executable,
         "launch/submit.py",
         "+experiment=demo",
@@ -83,18 +83,18 @@ def submit(slurm: Slurm, data: Path, run: Path, *extra: str) -> list[str]:
         *CLUSTER,
         f"data.folder={data}",
     ]
-    words += [
+    command += [
         f"run.name={run.name}",
         f"run.dir={run}",
         f"slurm.bad_nodes={run.parent / 'bad_nodes.txt'}",
         *extra,
     ]
     result = subprocess.run(
-        words, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=PATIENCE
+        command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    return [words[0] for words in lines if words[1:2] == [run.name]]
+    return [fields[0] for fields in lines if fields[1:2] == [run.name]]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -118,7 +118,7 @@ def finished(slurm: Slurm, job: Job) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
@@ -134,44 +134,44 @@ ARRAYS = (
 
 
 @pytest.fixture(scope="module")
-def raw(home: Path) -> list[str]:
+def raw(runs: Path) -> list[str]:
     """Two sources of two files, as overrides that read them."""
     overrides = ["data.tokenizer.vocab_size=300", "model.vocab_size=300"]
     for name in ("prose", "sums"):
-        (home / "raw" / name).mkdir(parents=True)
+        (runs / "raw" / name).mkdir(parents=True)
         for part in range(2):
             texts = [
                 f"{name}: {part} and {i} make {part + i}, and {part * i} when multiplied. " * 9
                 for i in range(40)
             ]
-            (home / "raw" / name / f"{part}.jsonl").write_text(
+            (runs / "raw" / name / f"{part}.jsonl").write_text(
                 "".join(json.dumps({"text": text}) + "\n" for text in texts)
             )
         overrides += [
-            f"data.sources.{name}.input={home / 'raw' / name}",
+            f"data.sources.{name}.input={runs / 'raw' / name}",
             f"data.sources.{name}.tasks=2",
         ]
     return overrides
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm, data: Path, raw: list[str], home: Path) -> dict[str, Job]:
+def jobs(slurm: Slurm, data: Path, raw: list[str], runs: Path) -> dict[str, Job]:
     """All jobs except the interrupted run."""
     chain = ("--stages", "prepare,train", "data.folder=/dev/null/none")
     arrays = ("--stages", "prepare", *raw, *ARRAYS)
     return {
-        "uninterrupted": Job(submit(slurm, data, home / "uninterrupted"), home / "uninterrupted"),
-        "limit": fake_job(slurm, home / "limit", AT_THE_LIMIT, *LIMIT),
-        "strike": fake_job(slurm, home / "strike", CRASHING, "nodes=2", "exclusive", "requeue"),
-        "chain": Job(submit(slurm, data, home / "chain", *chain), home / "chain"),
-        "arrays": Job(submit(slurm, home / "built", home / "arrays", *arrays), home / "arrays"),
+        "uninterrupted": Job(submit(slurm, data, runs / "uninterrupted"), runs / "uninterrupted"),
+        "limit": fake_job(slurm, runs / "limit", AT_THE_LIMIT, *LIMIT),
+        "strike": fake_job(slurm, runs / "strike", CRASHING, "nodes=2", "exclusive", "requeue"),
+        "chain": Job(submit(slurm, data, runs / "chain", *chain), runs / "chain"),
+        "arrays": Job(submit(slurm, runs / "built", runs / "arrays", *arrays), runs / "arrays"),
     }
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(
-    slurm: Slurm, data: Path, home: Path, jobs: dict[str, Job]
+    slurm: Slurm, data: Path, runs: Path, jobs: dict[str, Job]
 ) -> None:
-    run = home / "interrupted"
+    run = runs / "interrupted"
     job = Job(submit(slurm, data, run), run)
     slurm.until(lambda: len(checkpoints(run)) > 0)
     # the warning before the time limit: save, stop, requeue
@@ -185,7 +185,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     starts = len(attempts(run, "begin"))
     slurm.until(lambda: len(attempts(run, "begin")) > starts)
     assert lost not in attempts(run, "begin")[-1]["nodes"]
-    assert lost in (home / "bad_nodes.txt").read_text()
+    assert lost in (runs / "bad_nodes.txt").read_text()
     slurm.start_node(lost)
     newest = checkpoints(run)[-1]
     slurm.until(lambda: checkpoints(run)[-1] != newest)
@@ -310,16 +310,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_slurm_arrays_prepare_the_same_data_as_processes(
-    slurm: Slurm, jobs: dict[str, Job], raw: list[str], home: Path, tmp_path: Path
+    slurm: Slurm, jobs: dict[str, Job], raw: list[str], runs: Path, tmp_path: Path
 ) -> None:
     """A job that submits datatrove's arrays builds the same bytes as a local preparation."""
-    run, built = finished(slurm, jobs["arrays"]), home / "built"
+    run, built = finished(slurm, jobs["arrays"]), runs / "built"
     log = next(run.glob("slurm-prepare-*.out")).read_text()
     assert "Slurm partition main, 3 tasks at a time" in log
     numbers = (built / "slurm" / "jobs.txt").read_text().split()
     assert numbers and all(slurm.state(number) == "COMPLETED" for number in numbers)
-    words = ["+experiment=demo", *SMALL, *raw]
-    local = python("data/prepare.py", *words, f"data.folder={tmp_path / 'local'}")
+    arguments = ["+experiment=demo", *SMALL, *raw]
+    local = python("data/prepare.py", *arguments, f"data.folder={tmp_path / 'local'}")
     assert local.returncode == 0, local.stdout + local.stderr
     assert hashes(built) == hashes(tmp_path / "local")
     assert {path.suffix for path in (built / "shards" / "sums").iterdir()} >= {".ds", ".json"}

@@ -26,8 +26,8 @@ CLUSTER = [
 ]
 
 
-def call_submit(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["launch/submit.py", *words])
+def call_submit(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["launch/submit.py", *overrides])
     return submit.main()
 
 
@@ -38,14 +38,14 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
         "7b crash\n"
     )
     quoted = "run.dir='/tmp/a b$(touch x)'"
-    words = [
+    overrides = [
         *CLUSTER,
         "slurm.partition=h100",
         f"slurm.bad_nodes={bad}",
         "slurm.options=['--qos=long']",
         quoted,
     ]
-    text = render(compose_job(words), "train", "train/pretrain.py")
+    text = render(compose_job(overrides), "train", "train/pretrain.py")
     for line in (
         "--nodes=32",
         "--gpus-per-node=8",
@@ -62,13 +62,13 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert shown.stdout.splitlines() == [*words, "/tmp/a b$(touch x)"]
+    assert shown.stdout.splitlines() == [*overrides, "/tmp/a b$(touch x)"]
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert "@" not in [line[:1] for line in text.splitlines()]
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "overrides, message",
     [
         (["slurm.time=soon"], "write DAYS-HOURS"),
         (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
@@ -78,10 +78,10 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_found_before_submission(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        call_submit(monkeypatch, *CLUSTER, *words, "--dry-run")
+        call_submit(monkeypatch, *CLUSTER, *overrides, "--dry-run")
 
 
 def test_a_chain_of_stages_is_printed_in_order(
@@ -99,9 +99,9 @@ def test_a_chain_of_stages_is_printed_in_order(
 
 
 def test_a_sweep_has_one_run_per_point() -> None:
-    words = ["+experiment=130m", "data.folder=/data", "data.tokenizer.path=/t.json"]
+    overrides = ["+experiment=130m", "data.folder=/data", "data.tokenizer.path=/t.json"]
     sweep, jobs = compose_sweep(
-        [*words, "optim.lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None
+        [*overrides, "optim.lr=1e-3,3e-3", "schedule.decay_tokens=1e9,2e9"], None
     )
     assert (
         sweep.folder == "runs/sweeps/130m-decay_tokens-lr" and len(jobs) == len(sweep.points) == 4
@@ -112,20 +112,20 @@ def test_a_sweep_has_one_run_per_point() -> None:
     folders = {job.config.run.dir for job in jobs}
     assert folders == {f"{sweep.folder}/{label}" for label in sweep.points}
     with pytest.raises(InputError, match="several values"):
-        compose_sweep(words, None)
+        compose_sweep(overrides, None)
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_named_sweeps_compose(path: Path) -> None:
-    words = [
+    overrides = [
         "+experiment=130m",
         f"+sweep={path.stem}",
         "data.folder=/data",
         "data.tokenizer.path=/t.json",
     ]
-    sweep, jobs = compose_sweep(words, None)
+    sweep, jobs = compose_sweep(overrides, None)
     assert sweep.folder == f"runs/sweeps/{path.stem}" and len(jobs) >= 2
     assert all(job.config.run.name.startswith(f"{path.stem}.") for job in jobs)
 
@@ -140,7 +140,7 @@ def test_local_runs_continue_after_a_failure(
         return int("optim.clip_norm=1.0" in command), False
 
     monkeypatch.setattr(local, "wait", wait)
-    words = [
+    overrides = [
         "-m",
         "+experiment=demo",
         f"hydra.sweep.dir={tmp_path}",
@@ -148,7 +148,7 @@ def test_local_runs_continue_after_a_failure(
         "--name",
         "clip",
     ]
-    assert call_submit(monkeypatch, *words, "--local", "--stages", "prepare,train") == 1
+    assert call_submit(monkeypatch, *overrides, "--local", "--stages", "prepare,train") == 1
     scripts = [next(word for word in command if word.endswith(".py")) for command in commands]
     scripts = [str(Path(script).relative_to(ROOT)) for script in scripts]
     assert scripts == [

@@ -24,7 +24,7 @@ import torch
 from benchmarks.timing import Row, median_seconds, show, with_ratios, write
 from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
-from data.pipeline.shard import Clean, Sharding, shard_task
+from data.pipeline.shard import CleanDocuments, ShardingSpec, shard_task
 from data.stream.loader import Loader
 from data.stream.manifests import DTYPE, Manifest, ShardFile, source_folder
 from data.stream.mixture import Plan
@@ -191,8 +191,9 @@ def tokenizing(count: int) -> tuple[list[Row], dict[str, float]]:
             place[0] += 1
             folder = home / f"shards{place[0]}"
             folder.mkdir()
-            clean = Clean(home / "clean", ["00000.jsonl.gz"], len(rows))
-            shard_task(Sharding(clean, folder, home / "vocabulary" / tokenizer.FILE, 0, 1.0, 1), 0)
+            clean = CleanDocuments(home / "clean", ["00000.jsonl.gz"], len(rows))
+            tokenizer_file = home / "vocabulary" / tokenizer.FILE
+            shard_task(ShardingSpec(clean, folder, tokenizer_file, 0, 1.0, 1), 0)
 
         taken: dict[str, list[float]] = {"ours": [], "tokenizers.encode_batch": []}
         for _ in range(3):  # by turns, since the machine is not ours alone

@@ -1,5 +1,4 @@
-"""Look at data: documents of a source, sequences of a stage, what a run saw at a token, a page
-about all of it.
+"""Browse prepared data: documents of a source, sequences of a stage or at a token, an HTML page.
 
 examples:
   python data/browse.py +experiment=demo browse.source=web
@@ -32,17 +31,15 @@ from data.stream.mixture import PlannedStage
 RULE = "-" * 100
 
 
-def shortened(text: str, characters: int) -> str:
-    """The beginning of a text, and how much is left."""
-    return (
-        text
-        if len(text) <= characters
-        else f"{text[:characters]}\n... {len(text) - characters:,} characters more"
-    )
+def truncate(text: str, characters: int) -> str:
+    """The first `characters` of a text, with a note of how many follow."""
+    if len(text) <= characters:
+        return text
+    return f"{text[:characters]}\n... {len(text) - characters:,} more characters"
 
 
 def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: BrowseSettings) -> None:
-    """Documents drawn at random from a source's train shards; a seed always draws the same."""
+    """Print random train documents of a source, drawn with `data.seed`."""
     if settings.source not in cfg.sources:
         raise InputError(
             f"browse.source is {settings.source}; the config has {', '.join(cfg.sources)}"
@@ -50,30 +47,27 @@ def show_source(cfg: DataConfig, manifests: dict[str, Manifest], settings: Brows
     folder = source_folder(cfg, settings.source)
     documents = Documents(folder, manifests[settings.source], "train")
     vocabulary = tokenizer.load(tokenizer_path(cfg))
-    chosen = np.random.default_rng(cfg.seed).choice(
+    sample = np.random.default_rng(cfg.seed).choice(
         len(documents), min(settings.count, len(documents)), replace=False
     )
-    for number in sorted(chosen.tolist()):
+    for number in sorted(sample.tolist()):
         ids = documents.ids(number)
         print(
             f"{RULE}\n{settings.source}, document {number:,} of {len(documents):,}, "
             f"{len(ids):,} tokens\n{RULE}"
         )
-        print(
-            shortened(
-                vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False), settings.characters
-            )
-        )
+        text = vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False)
+        print(truncate(text, settings.characters))
 
 
 def show_sequences(
     loader: Loader, stage: PlannedStage, first: int, settings: BrowseSettings
 ) -> None:
-    """Sequences of a stage from number `first` on, each with the token of the run it begins at."""
+    """Print sequences of a stage from number `first` on, each with its first token of the run."""
     plan = loader.plan
     vocabulary = tokenizer.load(tokenizer_path(plan.config))
-    last = min(first + settings.count, stage.tokens // stage.seq_len)
-    for number in range(first, last):
+    end = min(first + settings.count, stage.tokens // stage.seq_len)
+    for number in range(first, end):
         batch = loader.read(stage, np.array([number]))
         source, block = plan.find_blocks(
             stage, np.array([number]) // (plan.block_tokens // stage.seq_len)
@@ -82,20 +76,19 @@ def show_sequences(
         name = plan.sources[int(source[0])]
         print(
             f"{RULE}\ntoken {token:,} of the run, stage {stage.name}, sequence {number:,} of "
-            f"{stage.seq_len} tokens: "
+            f"{stage.seq_len} tokens\nblock {int(block[0]):,} of {name}\n{RULE}"
         )
-        print(f"block {int(block[0]):,} of {name}\n{RULE}")
-        print(shortened(shown(vocabulary, batch.tokens[0].tolist()), settings.characters))
+        print(truncate(decode(vocabulary, batch.tokens[0].tolist()), settings.characters))
 
 
-def shown(vocabulary: Tokenizer, ids: list[int]) -> str:
-    """Text of a sequence; ends of documents on lines of their own."""
+def decode(vocabulary: Tokenizer, ids: list[int]) -> str:
+    """Text of a sequence, with every end token on its own line."""
     text = vocabulary.decode(ids, skip_special_tokens=False)
     return text.replace(tokenizer.EOS_TOKEN, f"\n{tokenizer.EOS_TOKEN}\n")
 
 
 def browse(cfg: DataConfig, settings: BrowseSettings) -> None:
-    """Show what is asked for."""
+    """Show everything that the settings name."""
     manifests = open_manifests(cfg)
     if settings.source is not None:
         show_source(cfg, manifests, settings)
@@ -112,9 +105,8 @@ def browse(cfg: DataConfig, settings: BrowseSettings) -> None:
                 f"{loader.plan.tokens - 1}"
             )
         stage = loader.plan.stage_at(settings.position)
-        show_sequences(
-            loader, stage, (settings.position - stage.first_token) // stage.seq_len, settings
-        )
+        first = (settings.position - stage.first_token) // stage.seq_len
+        show_sequences(loader, stage, first, settings)
     if settings.stage is not None:
         stages = {stage.name: stage for stage in loader.plan.stages}
         if settings.stage not in stages:

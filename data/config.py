@@ -1,4 +1,4 @@
-"""Types and checks of a data set: sources, stages, tokenizer. Values are in configs/data."""
+"""Config of a data set: sources, stages, tokenizer. Values are in configs/data."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ class Source:
     recipe: str  # module of data/recipes
     input: str  # folder or URL of the raw documents
     licence: str
-    max_epochs: float  # the mixture refuses to read the source more often than this
-    # datatrove tasks; at most the number of input files does work; pinned by the first launch
+    max_epochs: float  # a plan that reads the source more often is an error
+    # datatrove tasks; more than there are input files have no effect; pinned by the first launch
     tasks: int
     text_key: str = "text"  # column or key of the text in jsonl and parquet
-    # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps them
+    # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps near duplicates
     near_duplicates: str | None = None
-    # runs of this many tokens (words and marks) are kept once; 0 keeps all
+    # keep runs of this many tokens (words and punctuation marks) once; 0 keeps all
     exact_substrings: int = 0
-    replace_pii: bool = False  # e-mail and public IP addresses become placeholders
-    decontaminate: bool = False  # documents that share 13 words with assets.evaluations are dropped
-    expected_tokens: int = 0  # plans a run before the source is prepared
-    # command or address that brings the input; said where it is missing
+    replace_pii: bool = False  # replace e-mail and public IP addresses by placeholders
+    decontaminate: bool = False  # drop documents that share 13 words with assets.evaluations
+    expected_tokens: int = 0  # to plan a run before the source is prepared
+    # command or URL that provides the input; shown if the input is missing
     obtained_by: str | None = None
-    # extracting text from a smaller share of the pages is an error, not a filter
+    # error if text is extracted from a smaller share of the pages
     min_yield: float = 0.5
 
     def __post_init__(self) -> None:
@@ -33,37 +33,37 @@ class Source:
             r"[1-9]\d{0,2}x[1-9]\d{0,2}", self.near_duplicates
         ):
             raise ValueError(
-                f"near_duplicates is {self.near_duplicates}: give buckets x hashes per bucket, "
+                f"near_duplicates is {self.near_duplicates}: set buckets x hashes per bucket, such "
                 "as 14x8, or null"
             )
         if self.exact_substrings and self.exact_substrings < 8:
             raise ValueError(
-                f"exact_substrings is {self.exact_substrings}: give 8 tokens or more (published: "
+                f"exact_substrings is {self.exact_substrings}: set 8 tokens or more (published: "
                 "50), or 0"
             )
         if not 0 <= self.min_yield <= 1:
-            raise ValueError(f"min_yield is {self.min_yield}: give a share between 0 and 1")
+            raise ValueError(f"min_yield is {self.min_yield}: set a share between 0 and 1")
 
 
 @dataclass
 class Asset:
-    """A file that some recipes read and no package brings; `python data/download.py` fetches it."""
+    """A file that some recipes read and `python data/download.py` downloads."""
 
-    # on this machine; None leaves the step that needs it out where it may be left out
+    # on this machine; None disables an optional step
     path: str | None = None
     url: str | None = None  # https://, hf:// or s3://
-    sha256: str | None = None  # refused when the file hashes otherwise
+    sha256: str | None = None  # a file with another hash is an error
 
 
 @dataclass
 class Assets:
-    """All of them, by what they are for."""
+    """All assets, by purpose."""
 
-    # fastText model of languages: lid.176.bin or lid.176.ftz
+    # fastText language model: lid.176.bin or lid.176.ftz
     language_model: Asset = field(default_factory=Asset)
     # fastText model with the label __label__math
     math_classifier: Asset = field(default_factory=Asset)
-    # domains, one a line, in place of datatrove's own lists
+    # domains, one per line, in place of datatrove's lists
     url_blocklist: Asset = field(default_factory=Asset)
     evaluations: Asset = field(default_factory=Asset)  # jsonl of texts that must not be trained on
 
@@ -78,17 +78,17 @@ class Executor(Enum):
 
 @dataclass
 class ExecutorConfig:
-    """How the tasks of a preparation are run; the outputs are the same."""
+    """How the tasks of a preparation run; every executor gives the same outputs."""
 
     kind: Executor
-    workers: int | None  # processes, or tasks at a time on a cluster; None: data.workers
+    workers: int | None  # processes, or parallel tasks on a cluster; None: data.workers
     partition: str | None  # Slurm's
-    time: str  # Slurm's limit per task, as 24:00:00
+    time: str  # Slurm's time limit per task, such as 24:00:00
     memory_gib: int  # per task
-    tasks_per_job: int  # tasks that one element of a Slurm array runs one after another
+    tasks_per_job: int  # tasks that one element of a Slurm array runs in sequence
     max_array_size: int  # of the Slurm cluster (MaxArraySize)
     poll_seconds: float
-    address: str | None  # of a Ray cluster; None starts one on this machine
+    address: str | None  # of a Ray cluster; None starts a cluster on this machine
     account: str | None = None  # Slurm's
     qos: str | None = None  # Slurm's
 
@@ -98,20 +98,20 @@ class Stage:
     """A span of the run with one context length and one mixture."""
 
     name: str
-    tokens: int  # rounded down to whole blocks when the mixture is compiled
+    tokens: int  # rounded down to a multiple of block_tokens
     seq_len: int  # tokens; divides block_tokens
     mixture: dict[str, float]  # source -> share of tokens; shares need not sum to 1
 
 
 @dataclass
 class TokenizerConfig:
-    """Which vocabulary; trained on the cleaned sources unless a path names one."""
+    """An existing tokenizer, or the settings to train one on the cleaned sources."""
 
     path: str | None  # an existing tokenizer.json; None trains one of vocab_size
-    sha256: str | None  # refused when the file at path hashes otherwise
+    sha256: str | None  # a file with another hash at path is an error
     vocab_size: int
-    train_megabytes: int  # text the trainer reads at most, taken from all sources by turns
-    # where data/download.py fetches it from; hf://<repository>/tokenizer.json for the hub
+    train_megabytes: int  # training text at most, alternating between sources
+    # source of data/download.py; hf://<repository>/tokenizer.json for the Hub
     url: str | None = None
 
 
@@ -121,15 +121,15 @@ class DataConfig:
 
     folder: str
     seed: int
-    block_tokens: int  # stride that is shuffled; every seq_len divides it
-    heldout_percent: float  # share of document groups that is never trained on
-    reset_state: bool  # batches carry document starts, and conv and scan forget there
+    block_tokens: int  # unit of shuffling; every seq_len divides it
+    heldout_percent: float  # share of document groups that are never trained on
+    reset_state: bool  # conv and SSM states are reset at document starts
     workers: int  # processes of data/prepare.py
     tokenizer: TokenizerConfig
     sources: dict[str, Source]
     stages: list[Stage]
     assets: Assets = field(default_factory=Assets)
-    keep_exclusions: bool = False  # dropped documents are written out with their reason
+    keep_exclusions: bool = False  # write dropped documents with their reasons
 
     def __post_init__(self) -> None:
         if (
@@ -138,24 +138,24 @@ class DataConfig:
             or any(source.tasks < 1 for source in self.sources.values())
         ):
             raise ValueError(
-                "data.block_tokens, data.workers and every source's tasks must be at least 1"
+                "data.block_tokens, data.workers and the tasks of every source must be at least 1"
             )
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:
             raise ValueError(
-                f"data.heldout_percent is {self.heldout_percent}; choose a value between 0 and 100"
+                f"data.heldout_percent is {self.heldout_percent}: set a value between 0 and 100"
             )
         if not 12 <= self.tokenizer.vocab_size <= 65536:
             raise ValueError(
                 f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; shards hold uint16 "
-                "ids and ids 0-11 are special, so choose 12 to 65536"
+                "ids and ids 0-11 are special tokens: set 12 to 65536"
             )
         for stage in self.stages:
             self._check_stage(stage)
 
     def tokens_of(self, stage: Stage) -> int:
-        """Tokens of a stage in whole blocks."""
+        """Tokens of a stage, rounded down to whole blocks."""
         return stage.tokens // self.block_tokens * self.block_tokens
 
     def _check_stage(self, stage: Stage) -> None:
@@ -166,7 +166,7 @@ class DataConfig:
             )
         if stage.tokens < self.block_tokens:
             raise ValueError(
-                f"stage {stage.name}: {stage.tokens} tokens are less than one block of "
+                f"stage {stage.name}: {stage.tokens} tokens are fewer than one block of "
                 f"{self.block_tokens}"
             )
         unknown = sorted(set(stage.mixture) - set(self.sources))
@@ -181,16 +181,16 @@ class DataConfig:
 
 @dataclass
 class PrepareSettings:
-    """What this program does besides preparing."""
+    """What data/prepare.py does with data that another version prepared."""
 
-    # take over a folder of an earlier version as it is, after checking it, and do no more
+    # check the data and write new keys for it; prepare nothing
     adopt: bool
-    rebuild: bool  # replace finished data that other versions of recipes or packages made
+    rebuild: bool  # replace it
 
 
 @dataclass
 class PrepareConfig:
-    """The sections of the config that this program reads."""
+    """Config sections of data/prepare.py."""
 
     data: DataConfig
     executor: ExecutorConfig
@@ -199,7 +199,7 @@ class PrepareConfig:
 
 @dataclass
 class VerifySettings:
-    """How much is looked at."""
+    """What data/verify.py checks."""
 
     samples: int
     hashes: bool
@@ -207,7 +207,7 @@ class VerifySettings:
 
 @dataclass
 class VerifyConfig:
-    """The sections of the config that this program reads."""
+    """Config sections of data/verify.py."""
 
     data: DataConfig
     verify: VerifySettings
@@ -215,7 +215,7 @@ class VerifyConfig:
 
 @dataclass
 class BrowseSettings:
-    """What is shown."""
+    """What data/browse.py shows."""
 
     source: str | None
     stage: str | None
@@ -239,7 +239,7 @@ class BrowseSettings:
 
 @dataclass
 class BrowseConfig:
-    """The sections of the config that this program reads."""
+    """Config sections of data/browse.py."""
 
     data: DataConfig
     browse: BrowseSettings

@@ -1,7 +1,7 @@
-"""Fetch what no package brings, on a machine with a network.
+"""Download assets and the tokenizer, on a machine with internet access.
 
-Every asset and the vocabulary have a path and an address in the config; what lies at its path is
-only checked. Copy the paths to the cluster, and nothing asks for a network there.
+Each has a path and a URL in the config; a file that exists at its path is only checked. Copy the
+files to the cluster: preparation needs no internet access there.
 
 examples:
   python data/download.py +experiment=7b
@@ -28,75 +28,75 @@ from core.files import sha256_of, write_atomic
 from data.config import Asset, DataConfig
 from data.recipes import urls
 
-PIECE = 2**20
-SILENCE_SECONDS = 60  # a server that says nothing for so long is taken for dead
+COPY_BYTES = 2**20
+TIMEOUT_SECONDS = 60  # without a byte from the server
 
 
 @dataclass
 class DownloadConfig:
-    """The section of the config that this program reads."""
+    """Config sections of data/download.py."""
 
     data: DataConfig
 
 
 def fetch(name: str, asset: Asset) -> str:
-    """Make sure that an asset lies at its path; returns what was done.
+    """Download an asset if its file is missing, check its hash, and return what was done.
 
-    Raises InputError when it cannot be fetched or is another file than the config says.
+    Raises InputError if the download fails or the hash differs from the config.
     """
     if asset.path is None:
         return "not used: its path is null"
     path = Path(asset.path)
-    done = "there"
+    status = "exists"
     if not path.is_file():
         if asset.url is None:
             raise InputError(
-                f"{name}: nothing at {path} and no url: put the file there, or set its url in "
-                "the config"
+                f"{name}: no file at {path} and no url: put the file there, or set {name}.url"
             )
         download(name, asset.url, path)
-        done = f"fetched from {asset.url}"
-    found = sha256_of(path)
-    if asset.sha256 is not None and found != asset.sha256:
+        status = f"downloaded from {asset.url}"
+    sha256 = sha256_of(path)
+    if asset.sha256 is not None and sha256 != asset.sha256:
         raise InputError(
-            f"{name}: {path} has sha256 {found}, not {asset.sha256}: remove it, or mend sha256"
+            f"{name}: {path} has sha256 {sha256}, not {asset.sha256}: remove it, or set "
+            f"{name}.sha256"
         )
-    pinned = "as pinned" if asset.sha256 is not None else "not pinned: set its sha256"
-    return f"{done}, {path.stat().st_size:,} bytes, sha256 {found} ({pinned})"
+    pinned = "as pinned" if asset.sha256 is not None else f"not pinned: set {name}.sha256"
+    return f"{status}, {path.stat().st_size:,} bytes, sha256 {sha256} ({pinned})"
 
 
 def download(name: str, url: str, path: Path) -> None:
-    """Copy an address to a file that is whole or absent."""
+    """Download a URL to a file, which is complete or absent afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def copy(target: BinaryIO) -> None:
-        with opened(url) as source:
-            shutil.copyfileobj(source, target, PIECE)
-            # http.client's: bytes announced and not sent
+        with open_url(url) as source:
+            shutil.copyfileobj(source, target, COPY_BYTES)
+            # of http.client: announced bytes that did not arrive
             if missing := getattr(source, "length", 0):
-                raise OSError(f"the connection ended {missing} bytes early")
+                raise OSError(f"the connection closed {missing} bytes early")
 
     try:
         write_atomic(path, copy)
     except ImportError as error:
         raise InputError(f"{name}: {url} needs a package ({error}): pip install it") from error
-    except Exception as error:  # every filesystem of fsspec has errors of its own
+    except Exception as error:  # each fsspec filesystem has its own exceptions
         raise InputError(
-            f"{name}: {url} cannot be fetched ({type(error).__name__}: {error})"
+            f"{name}: {url} cannot be downloaded ({type(error).__name__}: {error})"
         ) from error
 
 
-def opened(url: str) -> AbstractContextManager[IO[bytes]]:
-    """A stream of an address; http by the standard library, since fsspec's needs aiohttp."""
+def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
+    """Open a URL; http with the standard library, since fsspec would need aiohttp."""
     if url.startswith(("https://", "http://")):
-        stream: AbstractContextManager[IO[bytes]] = urlopen(url, timeout=SILENCE_SECONDS)
+        stream: AbstractContextManager[IO[bytes]] = urlopen(url, timeout=TIMEOUT_SECONDS)
     else:
         stream = fsspec.open(url, "rb")
     return stream
 
 
 def download_all(cfg: DataConfig) -> None:
-    """Fetch or check everything that a preparation reads besides its input."""
+    """Download or check everything that a preparation reads besides its input."""
     vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
     print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
     for name, asset in vars(cfg.assets).items():
@@ -105,12 +105,12 @@ def download_all(cfg: DataConfig) -> None:
         source.recipe == "web" for source in cfg.sources.values()
     ):
         domains = len(urls.load_blocklist(None).block_listed_domains)
-        print(f"{'url lists':<18}unpacked from datatrove, {domains:,} domains")
+        print(f"{'url lists':<18}from datatrove, {domains:,} domains")
 
 
 @command(DownloadConfig)
 def main(cfg: DownloadConfig) -> None:
-    """Download for a composed config."""
+    """Download the assets of a composed config."""
     download_all(cfg.data)
 
 

@@ -1,7 +1,7 @@
-"""What a run would read, before or after its data is prepared.
+"""Print tokens and epochs per source and stage of a run, before or after its data is prepared.
 
-Prints tokens and epochs per source and stage, and refuses a plan that reads a source too often.
-Sources without shards count with their expected_tokens.
+Exits with an error if the plan reads a source more often than its max_epochs. A source without
+shards counts with its expected_tokens.
 
 examples:
   python data/mixture_report.py +experiment=7b
@@ -27,18 +27,18 @@ from data.stream.packing import plan_table
 
 @dataclass
 class MixtureConfig:
-    """The section of the config that this program reads."""
+    """Config sections of data/mixture_report.py."""
 
     data: DataConfig
 
 
 @command(MixtureConfig)
 def main(cfg: MixtureConfig) -> None:
-    """Print the plan of a composed config."""
+    """Print the mixture of a composed config."""
     tokens, expected = actual_or_expected_tokens(cfg.data)
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     plan = Plan(cfg.data, tokens, dict.fromkeys(tokens, "expected"))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started_at
     print("\n".join(plan_table(plan)))
     print(f"\ncompiled in {seconds:.3f} s; not prepared yet: {', '.join(expected) or 'none'}")
 

@@ -1,12 +1,11 @@
-"""Build the data that a config describes: raw text -> clean documents -> vocabulary -> token
-shards.
+"""Prepare a data set: raw text -> clean documents -> tokenizer -> token shards.
 
-Stages that are complete are reused; a killed run is taken up where it was.
+Complete stages are reused, and a killed run resumes task by task.
 
 examples:
   python data/prepare.py +experiment=demo
   python data/prepare.py +experiment=7b executor=slurm executor.partition=cpu
-  python data/prepare.py +experiment=7b prepare.adopt=true    # keep what an earlier version made
+  python data/prepare.py +experiment=7b prepare.adopt=true    # keep data from an earlier version
 """
 
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.entry import explain_missing_extras
@@ -27,14 +25,14 @@ from core.files import read_json, sha256_of, write_json
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
-from data.pipeline.accounting import Step
+from data.pipeline.accounting import StepCounts
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
-from data.pipeline.executors import Job, Tasks, open_executor
+from data.pipeline.executors import Job, TaskExecutor, open_executor
 from data.pipeline.fingerprints import Listing
-from data.pipeline.shard import Clean
+from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
-from data.pipeline.workers import exclusive
+from data.pipeline.workers import lock_folder
 from data.stream.manifests import (
     MANIFEST,
     SPLITS,
@@ -50,222 +48,236 @@ REPORT = "report.json"
 
 
 @dataclass(frozen=True)
-class Input:
-    """What a source is made from, as it was found at the start: the whole build works from it."""
+class SourceInput:
+    """Input files of a source, listed once at the start of a run."""
 
     listing: Listing
-    key: str  # of the clean documents that follow from it
+    key: str  # fingerprint of the clean documents made from this input
 
 
 def prepare(
-    cfg: DataConfig, executor: ExecutorConfig | None = None, *, rebuild: bool = False
+    cfg: DataConfig, executor_config: ExecutorConfig | None = None, *, rebuild: bool = False
 ) -> None:
-    """Build everything under `cfg.folder`, with processes of this machine unless `executor` says
-    otherwise.
+    """Build everything under `cfg.folder`, by default with processes on this machine.
 
-    Finished data that other versions made is replaced only to `rebuild`. Raises InputError for what
-    the user can mend.
+    Replaces data of other versions only with `rebuild`. Raises InputError for a user's mistake.
     """
     folder = Path(cfg.folder)
-    with exclusive(folder), closing(open_executor(executor, cfg.workers, folder)) as workers:
-        workers.say("prepare", f"{', '.join(cfg.sources)} into {folder}, {workers.describe()}")
+    with (
+        lock_folder(folder),
+        closing(open_executor(executor_config, cfg.workers, folder)) as executor,
+    ):
+        executor.log("prepare", f"{', '.join(cfg.sources)} into {folder}, {executor.describe()}")
         inputs = list_inputs(cfg)
         if not rebuild:
-            refuse_upgrades(cfg, inputs)
-        cleans = clean_sources(cfg, inputs, workers)
-        vocabulary = build_vocabulary(cfg, inputs, cleans, workers)
-        manifests = build_shards(cfg, inputs, cleans, vocabulary, workers)
-        report(cfg, cleans, manifests)
-        workers.say("done", str(folder / "shards"))
+            check_versions(cfg, inputs)
+        cleaned = clean_sources(cfg, inputs, executor)
+        tokenizer_file = build_tokenizer(cfg, inputs, cleaned, executor)
+        manifests = build_shards(cfg, inputs, cleaned, tokenizer_file, executor)
+        report(cfg, cleaned, manifests)
+        executor.log("done", str(folder / "shards"))
 
 
-def list_inputs(cfg: DataConfig) -> dict[str, Input]:
-    """Files of every source's input and their keys; raises InputError before any work begins."""
+def list_inputs(cfg: DataConfig) -> dict[str, SourceInput]:
+    """List every source's input files; raises InputError before any work starts."""
     for name, source in cfg.sources.items():
         recipes.check_known(source.recipe)
-        fingerprints.check_tasks(Path(cfg.folder), name, source.tasks)
+        fingerprints.check_num_tasks(Path(cfg.folder), name, source.tasks)
     listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
     return {
-        name: Input(listing, fingerprints.clean_key(cfg, name, listing))
+        name: SourceInput(listing, fingerprints.clean_key(cfg, name, listing))
         for name, listing in listings.items()
     }
 
 
-def refuse_upgrades(cfg: DataConfig, inputs: dict[str, Input]) -> None:
-    """Raise InputError where finished data would be replaced because something has another version.
+def check_versions(cfg: DataConfig, inputs: dict[str, SourceInput]) -> None:
+    """Raise InputError if finished data was prepared by other versions of recipes or packages.
 
-    Another config is what somebody wants; an upgrade would take weeks of work with it unseen.
+    A changed config rebuilds without asking; an upgrade must not discard weeks of work.
     """
-    found = []
+    outdated = []
     for name, source in cfg.sources.items():
         built = read_json(Path(cfg.folder) / "clean" / name / fingerprints.BUILT)
         manifest = read_json(source_folder(cfg, name) / MANIFEST)
-        why = []
+        changes = []
         if built and built.get("key") != inputs[name].key:
-            now = fingerprints.versions_of(source)
-            why.append(fingerprints.changes(built.get("versions", {}), now))
+            versions = fingerprints.versions_of(source)
+            changes.append(fingerprints.describe_changes(built.get("versions", {}), versions))
         if manifest:
-            now = fingerprints.shard_versions(source)
-            why.append(fingerprints.changes(manifest.get("versions", {}), now))
-        if named := dict.fromkeys(filter(None, why)):
-            found.append(f"{name} by {', '.join(named)}")
-    if found:
+            versions = fingerprints.shard_versions(source)
+            changes.append(fingerprints.describe_changes(manifest.get("versions", {}), versions))
+        if distinct := dict.fromkeys(filter(None, changes)):
+            outdated.append(f"{name} by {', '.join(distinct)}")
+    if outdated:
         raise InputError(
-            f"finished data was made by other versions: {'; '.join(found)}. Add "
-            "prepare.adopt=true to keep it, prepare.rebuild=true to have it replaced"
+            f"data was prepared with other versions: {'; '.join(outdated)}. Set "
+            "prepare.adopt=true to keep it or prepare.rebuild=true to replace it"
         )
 
 
-def clean_sources(cfg: DataConfig, inputs: dict[str, Input], workers: Tasks) -> dict[str, Clean]:
-    """Clean documents of every source that has raw text, made where they are not there yet."""
-    cleans: dict[str, Clean] = {}
+def clean_sources(
+    cfg: DataConfig, inputs: dict[str, SourceInput], executor: TaskExecutor
+) -> dict[str, CleanDocuments]:
+    """Clean every source of raw text, or reuse its clean documents; in the config's order."""
+    folder = Path(cfg.folder)
+    cleaned: dict[str, CleanDocuments] = {}
     builds: dict[str, Build] = {}
     for name, source in cfg.sources.items():
         if source.recipe == recipes.MEGATRON:
             continue
-        if found := read_clean(cfg, name, inputs[name]):
-            cleans[name] = found
-            workers.say("clean", f"{name}: reused, {found.documents:,} documents")
+        if existing := read_clean(cfg, name, inputs[name]):
+            cleaned[name] = existing
+            executor.log("clean", f"{name}: reused, {existing.documents:,} documents")
             continue
-        # imports before the fork, and refuses before the first document
+        # import before the workers fork; a missing package fails before the first document
         clean.check_packages(source)
-        place = fingerprints.construction(Path(cfg.folder), f"clean/{name}", inputs[name].key)
-        builds[name] = Build(source, cfg.assets, place, cfg.keep_exclusions)
+        build_dir = fingerprints.open_build_dir(folder, f"clean/{name}", inputs[name].key)
+        builds[name] = Build(source, cfg.assets, build_dir, cfg.keep_exclusions)
     for name, build in builds.items():
-        fingerprints.pin_tasks(Path(cfg.folder), name, build.source.tasks)
-        clean.begin(build, *inputs[name].listing)
-    for name in run_passes(builds, workers):
-        cleans[name] = finish_clean(cfg, name, inputs[name], builds[name], workers)
-    return {name: cleans[name] for name in cfg.sources if name in cleans}  # not as they ended
+        fingerprints.pin_num_tasks(folder, name, build.source.tasks)
+        clean.start(build, *inputs[name].listing)
+    for name in run_passes(builds, executor):
+        cleaned[name] = finish_clean(cfg, name, inputs[name], builds[name], executor)
+    return {name: cleaned[name] for name in cfg.sources if name in cleaned}
 
 
-def read_clean(cfg: DataConfig, name: str, given: Input) -> Clean | None:
-    """The finished clean documents of a source, if their files are the ones that were written."""
+def read_clean(cfg: DataConfig, name: str, source_input: SourceInput) -> CleanDocuments | None:
+    """Finished clean documents of a source; None if the key or a file's size differs."""
     folder = Path(cfg.folder) / "clean" / name
-    built = fingerprints.read_built(folder, given.key)
-    if built is None or built["files"] != fingerprints.sizes(folder):
+    built = fingerprints.read_built(folder, source_input.key)
+    if built is None or built["files"] != fingerprints.file_sizes(folder):
         return None
-    return Clean(folder, sorted(built["files"]), [Step(**step) for step in built["steps"]])
+    steps = [StepCounts(**step) for step in built["steps"]]
+    return CleanDocuments(folder, sorted(built["files"]), steps)
 
 
-def run_passes(builds: dict[str, Build], workers: Tasks) -> Iterator[str]:
-    """Run the passes of all sources, the n-th of all at once; yields a source after its last."""
-    chains = {name: clean.passes(build) for name, build in builds.items()}
-    for number in range(max(map(len, chains.values()), default=0)):
-        now = {name: chain[number] for name, chain in chains.items() if number < len(chain)}
-        stage = "/".join(dict.fromkeys(one.name for one in now.values()))
-        for name, _ in workers.run(stage, {name: one.jobs() for name, one in now.items()}):
-            if number == len(chains[name]) - 1:
+def run_passes(builds: dict[str, Build], executor: TaskExecutor) -> Iterator[str]:
+    """Run pass n of all sources together; yields a source's name after its last pass."""
+    passes = {name: clean.passes(build) for name, build in builds.items()}
+    for n in range(max(map(len, passes.values()), default=0)):
+        current = {name: chain[n] for name, chain in passes.items() if n < len(chain)}
+        stage = "/".join(dict.fromkeys(each.name for each in current.values()))
+        jobs = {name: each.jobs() for name, each in current.items()}
+        for name, _ in executor.run(stage, jobs):
+            if n == len(passes[name]) - 1:
                 yield name
 
 
-def finish_clean(cfg: DataConfig, name: str, given: Input, build: Build, workers: Tasks) -> Clean:
-    """Account for the documents and move their folder into place; remove shards of older ones."""
-    folder, place = Path(cfg.folder), build.place
-    steps = clean.count(build)
+def finish_clean(
+    cfg: DataConfig, name: str, source_input: SourceInput, build: Build, executor: TaskExecutor
+) -> CleanDocuments:
+    """Check the counts, move the clean documents into place and remove the source's old shards."""
+    folder = Path(cfg.folder)
+    steps = clean.count_documents(build)
     try:
         accounting.check_yield(name, steps, build.source.min_yield)
         if not steps[-1].forwarded:
             raise InputError(
-                f"source {name}: no document of {steps[0].total} was kept "
-                f"({accounting.reasons(steps)})"
+                f"source {name}: all {steps[0].total} documents were dropped "
+                f"({accounting.drop_reasons(steps)})"
             )
     except (RuntimeError, InputError) as error:
-        # its tasks are marked complete, and a next run would believe them
-        fingerprints.discard(place)
+        # the next run would skip these tasks, since they are marked complete
+        fingerprints.remove_folder(build.folder)
         raise InputError(str(error)) from error
     clean.finish(build)
     fingerprints.write_built(
-        place,
-        given.key,
-        files=fingerprints.sizes(place),
+        build.folder,
+        source_input.key,
+        files=fingerprints.file_sizes(build.folder),
         steps=[asdict(step) for step in steps],
-        **fingerprints.made_of(build.source, given.listing),
+        **fingerprints.provenance(build.source, source_input.listing),
     )
-    fingerprints.discard(folder / "shards" / name)
-    fingerprints.discard(folder / "building" / "shards" / name)
-    fingerprints.install(place, folder / "clean" / name)
-    found = read_clean(cfg, name, given)
-    assert found is not None
+    fingerprints.remove_folder(folder / "shards" / name)
+    fingerprints.remove_folder(folder / "building" / "shards" / name)
+    fingerprints.move_into_place(build.folder, folder / "clean" / name)
+    cleaned = read_clean(cfg, name, source_input)
+    assert cleaned is not None
     total, kept = steps[0].total, steps[-1].forwarded
-    workers.say("clean", f"{name}: {total:,} in, {total - kept:,} dropped, {kept:,} out")
-    return found
+    executor.log("clean", f"{name}: {total:,} in, {total - kept:,} dropped, {kept:,} out")
+    return cleaned
 
 
-def build_vocabulary(
-    cfg: DataConfig, inputs: dict[str, Input], cleans: dict[str, Clean], workers: Tasks
+def build_tokenizer(
+    cfg: DataConfig,
+    inputs: dict[str, SourceInput],
+    cleaned: dict[str, CleanDocuments],
+    executor: TaskExecutor,
 ) -> Path:
-    """The vocabulary's file: reused, trained, or copied from the one that the config names."""
+    """Path of the tokenizer: reused, copied from `tokenizer.path`, or trained on `cleaned`."""
     settings, file = cfg.tokenizer, tokenizer_path(cfg)
     if settings.path is not None:
         tokenizer.load(Path(settings.path), settings.sha256)
-    key = fingerprints.tokenizer_key(cfg, [given.key for given in inputs.values()])
+    key = fingerprints.tokenizer_key(cfg, [source_input.key for source_input in inputs.values()])
     built = fingerprints.read_built(file.parent, key)
     if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
-        workers.say("tokenizer", f"reused, {built['sha256'][:12]}")
+        executor.log("tokenizer", f"reused, {built['sha256'][:12]}")
         return file
-    place = fingerprints.construction(Path(cfg.folder), "tokenizer", key)
+    build_dir = fingerprints.open_build_dir(Path(cfg.folder), "tokenizer", key)
     if settings.path is not None:
-        tokenizer.adopt(Path(settings.path), settings.sha256, settings.vocab_size, place)
-    elif not cleans:
-        raise InputError("no source has text to train a vocabulary on: set data.tokenizer.path")
+        source_path = Path(settings.path)
+        tokenizer.copy_tokenizer(source_path, settings.sha256, settings.vocab_size, build_dir)
+    elif not cleaned:
+        raise InputError("no source has text to train a tokenizer on: set data.tokenizer.path")
     else:
-        size = settings.train_megabytes * 10**6
-        train = (shard.tokenizer_task, list(cleans.values()), cfg.heldout_percent, size)
-        list(workers.run("tokenizer", {"train": [(*train, settings.vocab_size, place)]}))
-    sha256 = sha256_of(place / tokenizer.FILE)
-    fingerprints.write_built(place, key, sha256=sha256)
-    fingerprints.install(place, file.parent)
-    how = "trained" if settings.path is None else "copied"
-    ids = tokenizer.load(file).get_vocab_size()
-    workers.say("tokenizer", f"{how}, {ids:,} ids, {sha256[:12]}")
+        max_bytes = settings.train_megabytes * 10**6
+        train = (shard.tokenizer_task, list(cleaned.values()), cfg.heldout_percent, max_bytes)
+        list(executor.run("tokenizer", {"train": [(*train, settings.vocab_size, build_dir)]}))
+    sha256 = sha256_of(build_dir / tokenizer.FILE)
+    fingerprints.write_built(build_dir, key, sha256=sha256)
+    fingerprints.move_into_place(build_dir, file.parent)
+    action = "trained" if settings.path is None else "copied"
+    num_ids = tokenizer.load(file).get_vocab_size()
+    executor.log("tokenizer", f"{action}, {num_ids:,} ids, {sha256[:12]}")
     return file
 
 
 def build_shards(
     cfg: DataConfig,
-    inputs: dict[str, Input],
-    cleans: dict[str, Clean],
-    vocabulary: Path,
-    workers: Tasks,
+    inputs: dict[str, SourceInput],
+    cleaned: dict[str, CleanDocuments],
+    tokenizer_file: Path,
+    executor: TaskExecutor,
 ) -> dict[str, Manifest]:
-    """Manifests of every source's shards, tokenized where they are not there yet."""
+    """Tokenize every source into shards, or reuse its shards; returns the manifests."""
     folder = Path(cfg.folder)
-    wanted = wanted_manifests(cfg, inputs, vocabulary)
+    expected = expected_manifests(cfg, inputs, tokenizer_file)
     manifests: dict[str, Manifest] = {}
-    verifying = {
-        name: [(fingerprints.same_shards, source_folder(cfg, name), wanted[name])]
-        for name in wanted
+    checks = {
+        name: [(fingerprints.shards_match, source_folder(cfg, name), expected[name])]
+        for name in expected
     }
-    for name, (same,) in workers.run("verify", verifying):
-        if same:
+    for name, (matches,) in executor.run("verify", checks):
+        if matches:
             manifests[name] = read_manifest(source_folder(cfg, name))
             tokens = sum(manifests[name].tokens(split) for split in SPLITS)
-            workers.say("shards", f"{name}: reused, {tokens:,} tokens")
-    places: dict[str, Path] = {}
+            executor.log("shards", f"{name}: reused, {tokens:,} tokens")
+    build_dirs: dict[str, Path] = {}
     jobs: dict[str, list[Job]] = {}
-    for name in (name for name in cfg.sources if name not in manifests):
-        key = fingerprints.shards_key(wanted[name])
-        places[name] = fingerprints.construction(folder, f"shards/{name}", key)
-        if name not in cleans:
-            fingerprints.pin_tasks(folder, name, cfg.sources[name].tasks)
-        jobs[name] = shard_jobs(cfg, name, inputs[name].listing, cleans.get(name), places[name])
-    for name, results in workers.run("shards", jobs):
+    for name in [name for name in cfg.sources if name not in manifests]:
+        key = fingerprints.shards_key(expected[name])
+        build_dirs[name] = fingerprints.open_build_dir(folder, f"shards/{name}", key)
+        if name not in cleaned:
+            fingerprints.pin_num_tasks(folder, name, cfg.sources[name].tasks)
+        listing = inputs[name].listing
+        jobs[name] = shard_jobs(cfg, name, listing, cleaned.get(name), build_dirs[name])
+    for name, results in executor.run("shards", jobs):
         files = [ShardFile(**file) for task in results for file in task]
-        splits = split_files(cfg, name, files, cleans.get(name))
-        manifest = manifests[name] = replace(wanted[name], splits=splits)
-        write_manifest(places[name], manifest)
-        fingerprints.install(places[name], source_folder(cfg, name))
+        splits = group_by_split(cfg, name, files, cleaned.get(name))
+        manifest = manifests[name] = replace(expected[name], splits=splits)
+        write_manifest(build_dirs[name], manifest)
+        fingerprints.move_into_place(build_dirs[name], source_folder(cfg, name))
         train, heldout = (manifest.tokens(split) for split in SPLITS)
-        workers.say("shards", f"{name}: {train:,} train and {heldout:,} held out")
+        executor.log("shards", f"{name}: {train:,} train and {heldout:,} held-out tokens")
     return manifests
 
 
-def wanted_manifests(
-    cfg: DataConfig, inputs: dict[str, Input], vocabulary: Path
+def expected_manifests(
+    cfg: DataConfig, inputs: dict[str, SourceInput], tokenizer_file: Path
 ) -> dict[str, Manifest]:
-    """The manifests that the shards must have, without their files."""
-    sha256, size = sha256_of(vocabulary), tokenizer.size_of(tokenizer.load(vocabulary))
+    """Manifests that match this config, with empty lists of files."""
+    sha256 = sha256_of(tokenizer_file)
+    vocab_size = tokenizer.required_vocab_size(tokenizer.load(tokenizer_file))
     return {
         name: Manifest(
             source=name,
@@ -274,7 +286,7 @@ def wanted_manifests(
             recipe_sha256=fingerprints.recipe_sha256(cfg, name, inputs[name].listing),
             tokenizer_sha256=sha256,
             eos=tokenizer.EOS,
-            vocab_size=size,
+            vocab_size=vocab_size,
             splits={split: [] for split in SPLITS},
             versions=fingerprints.shard_versions(source),
         )
@@ -282,46 +294,48 @@ def wanted_manifests(
     }
 
 
-def split_files(
-    cfg: DataConfig, name: str, files: list[ShardFile], clean: Clean | None
+def group_by_split(
+    cfg: DataConfig, name: str, files: list[ShardFile], cleaned: CleanDocuments | None
 ) -> dict[str, list[ShardFile]]:
-    """The shards by split; asserts that no document is missing. InputError for an empty split."""
+    """Group shards by split; asserts that no document is missing.
+
+    Raises InputError if a split is empty.
+    """
     documents = sum(file.documents for file in files)
-    if clean is not None:
-        expected = clean.documents
+    if cleaned is not None:
+        expected = cleaned.documents
         assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
     splits = {split: [file for file in files if file.name.startswith(split)] for split in SPLITS}
     for split in SPLITS:
         if not splits[split]:
             raise InputError(
-                f"source {name}: no document of {documents} fell into the split {split}; "
-                "give it more documents or set data.heldout_percent, now "
-                f"{cfg.heldout_percent}"
+                f"source {name}: none of {documents} documents is in the {split} split; add "
+                f"documents or set data.heldout_percent, now {cfg.heldout_percent}"
             )
     return splits
 
 
-def report(cfg: DataConfig, cleans: dict[str, Clean], manifests: dict[str, Manifest]) -> None:
-    """Print what became of every source's documents, step by step, and write it to report.json."""
+def report(
+    cfg: DataConfig, cleaned: dict[str, CleanDocuments], manifests: dict[str, Manifest]
+) -> None:
+    """Print the document counts of every step and source, and write them to report.json."""
     steps = {
-        name: cleans[name].steps if name in cleans else [megatron.step(manifests[name])]
+        name: cleaned[name].steps if name in cleaned else [megatron.step_counts(manifests[name])]
         for name in cfg.sources
     }
     print("\n" + "\n".join(accounting.table(steps)))
     print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
     for name in cfg.sources:
         train, heldout = (manifests[name].tokens(split) for split in SPLITS)
-        size, documents = 2 * (train + heldout), steps[name][-1].forwarded
-        print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{size:>18,}")
-    record: dict[str, Any] = {
-        name: [asdict(step) for step in found] for name, found in steps.items()
-    }
-    write_json(Path(cfg.folder) / REPORT, {"steps": record})
+        documents, num_bytes = steps[name][-1].forwarded, 2 * (train + heldout)
+        print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{num_bytes:>18,}")
+    counts = {name: [asdict(step) for step in each] for name, each in steps.items()}
+    write_json(Path(cfg.folder) / REPORT, {"steps": counts})
 
 
 @command(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
-    """Prepare the data of a composed config, or take over what is there and do no more."""
+    """Prepare the data of a composed config; with prepare.adopt, only adopt existing data."""
     if cfg.prepare.adopt:
         adopt(cfg.data, cfg.executor)
     else:

@@ -1,9 +1,8 @@
-"""Falcon's kind of vocabulary: byte-level BPE that keeps punctuation apart and cuts numbers into
-threes.
+"""Falcon's tokenizer: byte-level BPE that splits off punctuation and groups digits in threes.
 
-Order of the pre-tokenizer: runs of punctuation, then GPT-2's byte-level split, then runs of digits,
-then threes. Ids 0-10 are Falcon's document marks and id 11 ends a document; there is no begin
-token.
+The pre-tokenizer splits runs of punctuation, then GPT-2's byte-level pattern, then runs of digits,
+then groups of three digits. Ids 0-10 are Falcon's additional special tokens and id 11 ends a
+document; there is no begin token.
 """
 
 import json
@@ -17,43 +16,42 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from core.errors import InputError
 from core.files import sha256_of
 
-TRAINING_VERSION = 1  # raised with what a trained vocabulary follows from
+TRAINING_VERSION = 1  # raise with any change to a trained tokenizer
 EOS_TOKEN = "<|endoftext|>"
-MARKS = (
-    *(
-        ">>TITLE<<",
-        ">>ABSTRACT<<",
-        ">>INTRODUCTION<<",
-        ">>SUMMARY<<",
-        ">>COMMENT<<",
-        ">>ANSWER<<",
-        ">>QUESTION<<",
-    ),
-    *(">>DOMAIN<<", ">>PREFIX<<", ">>SUFFIX<<", ">>MIDDLE<<"),
+ADDITIONAL_SPECIAL_TOKENS = (
+    ">>TITLE<<",
+    ">>ABSTRACT<<",
+    ">>INTRODUCTION<<",
+    ">>SUMMARY<<",
+    ">>COMMENT<<",
+    ">>ANSWER<<",
+    ">>QUESTION<<",
+    ">>DOMAIN<<",
+    ">>PREFIX<<",
+    ">>SUFFIX<<",
+    ">>MIDDLE<<",
 )
-SPECIAL_TOKENS = (*MARKS, EOS_TOKEN)
-EOS = len(MARKS)  # 11
+SPECIAL_TOKENS = (*ADDITIONAL_SPECIAL_TOKENS, EOS_TOKEN)
+EOS = len(ADDITIONAL_SPECIAL_TOKENS)  # 11
 FILE = "tokenizer.json"
 
 TRANSFORMERS_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": EOS_TOKEN,
     "pad_token": EOS_TOKEN,
-    "additional_special_tokens": list(MARKS),
+    "additional_special_tokens": list(ADDITIONAL_SPECIAL_TOKENS),
     "add_prefix_space": False,
     "padding_side": "left",
-    # Falcon's own file says true, which deletes the space before punctuation: decode(encode("a ,
-    # b")) would lose text.
+    # Falcon's file has true, which deletes the space before punctuation in decode(encode("a , b"))
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
 
 
 def load(path: Path, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
+    """Load a `tokenizer.json`.
 
-    Raises InputError when the file is missing or no tokenizer, has another hash than `sha256`, or
-    another end token.
+    Raises InputError if the file is missing or invalid, or if its hash or its end token differs.
     """
     if not path.is_file():
         raise InputError(
@@ -68,20 +66,20 @@ def load(path: Path, sha256: str | None = None) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises no more specific type
         raise InputError(
-            f"{path} is no tokenizer.json ({error}): set data.tokenizer.path to one"
+            f"{path} is not a valid tokenizer.json ({error}): set data.tokenizer.path to one"
         ) from error
     if tokenizer.token_to_id(EOS_TOKEN) != EOS:
         raise InputError(
             f"{path} gives {EOS_TOKEN} the id {tokenizer.token_to_id(EOS_TOKEN)}, not {EOS}: "
-            "set data.tokenizer.path to a vocabulary of Falcon's layout"
+            "set data.tokenizer.path to a tokenizer with Falcon's special tokens"
         )
     return tokenizer
 
 
-def untrained() -> Tokenizer:
-    """An empty vocabulary with Falcon's pre-tokenizer."""
+def untrained_tokenizer() -> Tokenizer:
+    """A BPE tokenizer without vocabulary, with Falcon's pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -96,26 +94,25 @@ def untrained() -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
-    """Train a vocabulary and write it to the folder `out` for us and for transformers'
-    AutoTokenizer.
+    """Train a tokenizer and write it to the folder `out`, which AutoTokenizer can load too.
 
-    The same texts in the same order give the same file. Raises InputError when the texts are too
-    few for `vocab_size`.
+    The same texts in the same order give the same file. Raises InputError if the texts are too few
+    for `vocab_size`.
     """
-    tokenizer = untrained()
+    tokenizer = untrained_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        # all 256 bytes, so that no text is unknown
+        # all 256 bytes, so that every text can be encoded
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise InputError(
-            f"the text gave a vocabulary of {tokenizer.get_vocab_size()}, not {vocab_size}: set "
-            "data.tokenizer.vocab_size to between 268 (12 marks and 256 bytes) and that, or add "
-            "text"
+            f"training gave {tokenizer.get_vocab_size()} ids, not {vocab_size}: add text, or set "
+            "data.tokenizer.vocab_size between 268 (12 special tokens, 256 bytes) and "
+            f"{tokenizer.get_vocab_size()}"
         )
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / FILE))
@@ -123,22 +120,22 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     return tokenizer
 
 
-def size_of(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding needs for a vocabulary: the highest id and one."""
+def required_vocab_size(tokenizer: Tokenizer) -> int:
+    """Embedding rows that a tokenizer needs: its highest id plus one."""
     return 1 + int(max(tokenizer.get_vocab().values()))
 
 
-def adopt(path: Path, sha256: str | None, vocab_size: int, out: Path) -> Tokenizer:
-    """Copy an existing tokenizer.json, byte for byte, into the folder `out`, checked as `load`
-    does.
+def copy_tokenizer(path: Path, sha256: str | None, vocab_size: int, out: Path) -> Tokenizer:
+    """Check a tokenizer.json as `load` does and copy it into the folder `out`.
 
-    Raises InputError when it has more than `vocab_size` ids.
+    Raises InputError if it has more than `vocab_size` ids.
     """
     tokenizer = load(path, sha256)
-    if (size := size_of(tokenizer)) > vocab_size:
+    num_ids = required_vocab_size(tokenizer)
+    if num_ids > vocab_size:
         raise InputError(
-            f"{path} has {size} ids: set data.tokenizer.vocab_size, now {vocab_size}, to {size} "
-            "or more"
+            f"{path} has {num_ids} ids: set data.tokenizer.vocab_size, now {vocab_size}, to "
+            f"{num_ids} or more"
         )
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / FILE)
@@ -147,7 +144,7 @@ def adopt(path: Path, sha256: str | None, vocab_size: int, out: Path) -> Tokeniz
 
 
 def write_transformers_files(out: Path) -> None:
-    """The two small files that make the folder readable as PreTrainedTokenizerFast."""
+    """Write the two files that transformers needs to load PreTrainedTokenizerFast."""
     special = {
         key: TRANSFORMERS_CONFIG[key]
         for key in ("eos_token", "pad_token", "additional_special_tokens")
@@ -160,10 +157,10 @@ def write_transformers_files(out: Path) -> None:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each id stands for, int64 [vocab]; 0 for special tokens."""
-    lengths = np.zeros(size_of(tokenizer), dtype=np.int64)
+    """Bytes of text per id, int64 [vocab]; 0 for special tokens."""
+    lengths = np.zeros(required_vocab_size(tokenizer), dtype=np.int64)
     special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for token, id in tokenizer.get_vocab().items():
         if id not in special:
-            lengths[id] = len(token)  # the byte-level alphabet writes one character per byte
+            lengths[id] = len(token)  # the byte-level alphabet has one character per byte
     return lengths

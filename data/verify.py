@@ -1,12 +1,11 @@
-"""Look whether the shards of a data set are what their manifests say, and what a run would read of
-them.
+"""Verify the shards of a data set against their manifests, and print what a run reads of them.
 
-Hashes every byte again, counts end tokens, decodes and encodes random documents, and prints tokens,
-epochs and packing. Ends with exit code 2 at a fault.
+Hashes every byte, counts end tokens, decodes and re-encodes random documents, and prints tokens,
+epochs and packing. Exits with code 2 if a check fails.
 
 examples:
   python data/verify.py +experiment=demo
-  python data/verify.py +experiment=7b verify.hashes=false    # compares sizes, in seconds
+  python data/verify.py +experiment=7b verify.hashes=false    # only sizes; takes seconds
 """
 
 import sys
@@ -23,7 +22,7 @@ from core.command import command
 from core.errors import InputError
 from data import tokenizer
 from data.config import DataConfig, VerifyConfig, VerifySettings
-from data.pipeline.shard import describe
+from data.pipeline.shard import describe_shard
 from data.recipes import MEGATRON
 from data.stream.documents import Documents
 from data.stream.loader import compile_plan
@@ -35,63 +34,66 @@ from data.stream.packing import packing_table, plan_table
 def verify_source(
     cfg: DataConfig, name: str, manifest: Manifest, settings: VerifySettings
 ) -> list[str]:
-    """Faults of one source; prints a line for every file and split."""
-    folder, faults = source_folder(cfg, name), []
+    """Errors of one source; prints a line per split."""
+    folder = source_folder(cfg, name)
+    errors: list[str] = []
     vocabulary = tokenizer.load(tokenizer_path(cfg))
     vocabulary.encode_special_tokens = True
     for split in SPLITS:
         for file in manifest.splits[split] if settings.hashes else ():
             try:
-                found = describe(folder / file.name)
+                actual = describe_shard(folder / file.name)
             except (AssertionError, OSError, ValueError) as error:
-                faults.append(f"{name}: {error}")
+                errors.append(f"{name}: {error}")
                 continue
-            if found != file:
-                faults.append(
-                    f"{name}: {file.name} has sha256 {found.sha256[:12]}, its manifest says "
+            if actual != file:
+                errors.append(
+                    f"{name}: {file.name} has sha256 {actual.sha256[:12]}, its manifest says "
                     f"{file.sha256[:12]}"
                 )
         documents = Documents(folder, manifest, split)
         random = np.random.default_rng([cfg.seed, len(split)])
-        other = 0
-        chosen = random.choice(
+        mismatches = 0
+        sample = random.choice(
             len(documents), min(settings.samples, len(documents)), replace=False
         ).tolist()
-        for number in chosen:
+        for number in sample:
             ids = documents.ids(number)
             if len(ids) and ids.max() >= manifest.vocab_size:
-                faults.append(
-                    f"{name}: document {number} of {split} has id {ids.max()} of "
-                    f"{manifest.vocab_size}"
+                errors.append(
+                    f"{name}: document {number} of {split} has id {ids.max()}, the vocabulary "
+                    f"size is {manifest.vocab_size}"
                 )
             text = vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False)
-            other += vocabulary.encode(text, add_special_tokens=False).ids != ids[:-1].tolist()
-        if other and manifest.recipe != MEGATRON:
-            faults.append(f"{name}: {other} documents of {split} do not encode to their ids again")
+            mismatches += vocabulary.encode(text, add_special_tokens=False).ids != ids[:-1].tolist()
+        if mismatches and manifest.recipe != MEGATRON:
+            errors.append(
+                f"{name}: {mismatches} documents of {split} do not re-encode to their ids"
+            )
         print(
             f"{name:<14}{split:<9}{len(manifest.splits[split]):>5} files{len(documents):>12,} "
             f"documents{manifest.tokens(split):>18,} tokens  "
-            f"{'hashed' if settings.hashes else 'sizes only'}, {len(chosen)} documents "
-            f"decoded{f', {other} encode otherwise' if other else ''}",
+            f"{'hashed' if settings.hashes else 'sizes only'}, {len(sample)} documents "
+            f"decoded{f', {mismatches} re-encode differently' if mismatches else ''}",
             flush=True,
         )
-    return faults
+    return errors
 
 
 def verify(cfg: DataConfig, settings: VerifySettings) -> None:
-    """Check all sources; raises InputError with every fault."""
+    """Check all sources; raises InputError with every error."""
     manifests = open_manifests(cfg)
-    faults = [
-        fault for name in manifests for fault in verify_source(cfg, name, manifests[name], settings)
+    errors = [
+        error for name in manifests for error in verify_source(cfg, name, manifests[name], settings)
     ]
-    if faults:
+    if errors:
         raise InputError(
-            "; ".join(faults) + ": remove the shards of these sources and prepare the data again"
+            "; ".join(errors) + ": remove the shards of these sources and prepare the data again"
         )
     plan: Plan = compile_plan(cfg, manifests)
     print("\n" + "\n".join(plan_table(plan)))
     print("\n" + "\n".join(packing_table(plan, manifests)))
-    print(f"\nplan {plan.hash[:16]}: all is what the manifests say")
+    print(f"\nplan {plan.hash[:16]}: all shards match their manifests")
 
 
 @command(VerifyConfig)

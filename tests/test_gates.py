@@ -17,7 +17,7 @@ ROOMS = {
     "kill and resume": "tests/train/test_faults.py::test_a_short_soak_ends_bit_for_bit_as_a_clean_"
     "run",
     "a fault": "tests/train/test_faults.py::test_incidents_name_the_rank_and_the_tokens",
-    "prepare with a kill": "tests/data/test_prepare.py::test_killed_run_ends_with_the_same_bytes",
+    "prepare with a kill": "tests/data/test_prepare.py::test_killed_run_resumes_to_the_same_bytes",
     "export and load": "tests/eval/test_export.py::test_transformers_gives_our_logits_and_its_"
     "cache_path_too",
     "plan": "tests/launch/test_plan.py::test_the_command_writes_json",

@@ -1,7 +1,7 @@
-"""What happened to every document: datatrove's statistics, merged per step and balanced.
+"""Document counts of every pipeline step, merged over tasks and checked for losses.
 
-datatrove's own `stats.json` covers only the tasks of the last launch, so the per-task files are
-added up here.
+datatrove's own `stats.json` covers only the tasks of the last launch, so this module sums the
+per-task files.
 """
 
 import json
@@ -11,47 +11,52 @@ from pathlib import Path
 from typing import Any
 
 EXTRACTOR = "Trafilatura"
-ONLY_REASON = {"Near duplicates": "near_duplicate"}  # of datatrove's step that gives none
+ONLY_REASON = {"Near duplicates": "near_duplicate"}  # for a datatrove step that records no reason
 
 
 @dataclass
-class Step:
-    """Documents through one step of a pipeline."""
+class StepCounts:
+    """Document counts of one pipeline step."""
 
     name: str
     total: int
     forwarded: int
     dropped: dict[str, int]  # reason -> documents
-    characters: int = 0  # of the documents passed on, where the step counts them
-    # "documents" and "characters" that were cut out of others
+    characters: int = 0  # of forwarded documents, where the step counts them
+    # "documents" that had text removed, and the removed "characters"
     cut: dict[str, int] = field(default_factory=dict)
 
 
-def read_counts(stats: Path, tasks: int, before: Sequence[Step] = ()) -> list[Step]:
-    """The steps of a finished pipeline in order, summed over tasks.
+def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> list[StepCounts]:
+    """Read the counts of a finished pipeline's steps in order, summed over tasks.
 
-    Asserts that documents are conserved, from the last step of `before` on.
+    Asserts that no document was lost, from the last step of `before` on.
     """
-    merged: list[Step] = []
+    merged: list[StepCounts] = []
     for rank in range(tasks):
         raw = json.loads((stats / f"{rank:05d}.json").read_text(encoding="utf-8"))
         steps = [read_step(step) for step in raw]
         if not merged:
             merged = steps
             continue
-        for ours, theirs in zip(merged, steps, strict=True):
-            ours.total += theirs.total
-            ours.forwarded += theirs.forwarded
-            ours.characters += theirs.characters
-            for sums, more in ((ours.dropped, theirs.dropped), (ours.cut, theirs.cut)):
-                for name, count in more.items():
-                    sums[name] = sums.get(name, 0) + count
+        for total, step in zip(merged, steps, strict=True):
+            add_counts(total, step)
     check_conservation([*before, *merged])
     return merged
 
 
-def read_step(raw: dict[str, Any]) -> Step:
-    """One step of one task; a step without `forwarded` (a writer) passes all on."""
+def add_counts(total: StepCounts, step: StepCounts) -> None:
+    """Add one task's counts of a step to the total of that step, in place."""
+    total.total += step.total
+    total.forwarded += step.forwarded
+    total.characters += step.characters
+    for sums, counts in ((total.dropped, step.dropped), (total.cut, step.cut)):
+        for name, count in counts.items():
+            sums[name] = sums.get(name, 0) + count
+
+
+def read_step(raw: dict[str, Any]) -> StepCounts:
+    """Parse one step of one task; a step without `forwarded` (a writer) forwards everything."""
     counts = {
         name: int(value["total"] if isinstance(value, dict) else value)
         for name, value in raw["stats"].items()
@@ -65,13 +70,13 @@ def read_step(raw: dict[str, Any]) -> Step:
     if unnamed := counts.get("dropped", 0) - sum(dropped.values()):
         dropped[ONLY_REASON.get(name, "unnamed")] = unnamed
     total = counts.get("total", 0)
-    writes = "forwarded" not in counts and not dropped
-    forwarded = total if writes else counts.get("forwarded", 0)
+    is_writer = "forwarded" not in counts and not dropped
+    forwarded = total if is_writer else counts.get("forwarded", 0)
     cut = {name.removeprefix("cut_"): n for name, n in counts.items() if name.startswith("cut_")}
-    return Step(name, total, forwarded, dropped, counts.get("doc_len", 0), cut)
+    return StepCounts(name, total, forwarded, dropped, counts.get("doc_len", 0), cut)
 
 
-def check_conservation(steps: list[Step]) -> None:
+def check_conservation(steps: list[StepCounts]) -> None:
     """Assert in = out + dropped in every step, and that its input is the previous step's output."""
     for step in steps:
         assert step.total == step.forwarded + sum(step.dropped.values()), (
@@ -81,44 +86,42 @@ def check_conservation(steps: list[Step]) -> None:
         assert before.forwarded == after.total, f"documents lost between steps: {before} -> {after}"
 
 
-def check_yield(source: str, steps: list[Step], least: float) -> None:
-    """Raise RuntimeError when text was extracted from less than `least` of the pages."""
+def check_yield(source: str, steps: list[StepCounts], min_yield: float) -> None:
+    """Raise RuntimeError if text was extracted from less than `min_yield` of the pages."""
     for step in steps:
-        if EXTRACTOR in step.name and step.forwarded < least * step.total:
+        if EXTRACTOR in step.name and step.forwarded < min_yield * step.total:
             raise RuntimeError(
                 f"source {source}: text was extracted from {step.forwarded} of {step.total} "
-                f"pages, below min_yield {least:.0%} ({step.dropped}): the extractor is broken "
-                "or the input is no HTML; see its logs"
+                f"pages, below min_yield {min_yield:.0%} ({step.dropped}): the extractor is "
+                "broken or the input is not HTML; see its logs"
             )
 
 
-def reasons(steps: list[Step]) -> str:
+def drop_reasons(steps: list[StepCounts]) -> str:
     """`step: reason n, reason n; step: ...`, most frequent first; empty if nothing was dropped."""
-    lines = []
-    for step in steps:
-        if step.dropped:
-            lines.append(f"{step.name}: {ranked(step.dropped)}")
-    return "; ".join(lines)
-
-
-def ranked(dropped: dict[str, int]) -> str:
-    """`reason n, reason n`, most frequent first."""
-    return ", ".join(
-        f"{why} {n:,}" for why, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(
+        f"{step.name}: {ranked_reasons(step.dropped)}" for step in steps if step.dropped
     )
 
 
-def table(steps: dict[str, list[Step]]) -> list[str]:
-    """In = out + dropped, by reason, for every step of every source; omits steps that only copy."""
+def ranked_reasons(dropped: dict[str, int]) -> str:
+    """`reason n, reason n`, most frequent first."""
+    return ", ".join(
+        f"{reason} {n:,}" for reason, n in sorted(dropped.items(), key=lambda kv: (-kv[1], kv[0]))
+    )
+
+
+def table(steps: dict[str, list[StepCounts]]) -> list[str]:
+    """Table of in, out and dropped by reason, per step and source; omits steps that only copy."""
     lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
-    for source, found in steps.items():
-        for place, step in enumerate(found):
-            if place and not step.dropped and not step.cut:
+    for source, source_steps in steps.items():
+        for index, step in enumerate(source_steps):
+            if index and not step.dropped and not step.cut:
                 continue
             dropped = step.total - step.forwarded
             row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{dropped:>12,}"
-            cut = f" (cut: {ranked(step.cut)})" if step.cut else ""
-            lines.append(f"{row}  {ranked(step.dropped)}{cut}".rstrip())
-        total, out = found[0].total, found[-1].forwarded
+            cut = f" (cut: {ranked_reasons(step.cut)})" if step.cut else ""
+            lines.append(f"{row}  {ranked_reasons(step.dropped)}{cut}".rstrip())
+        total, out = source_steps[0].total, source_steps[-1].forwarded
         lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{total - out:>12,}")
     return lines

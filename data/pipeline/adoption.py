@@ -1,12 +1,11 @@
-"""Taking over a folder that an earlier version prepared: its keys are written anew, its shards stay
-as they are.
+"""Adopt a folder that an earlier version prepared: write new keys, keep the shards.
 
-Keys once held the text of our own Python files, which no later version can know. What shows how a
-source was made is compared with the config: its records, its input, its passes, its vocabulary.
-Every shard is hashed, and those of the first task are made again from the clean documents and must
-have the same bytes, which shows seed, held-out share and order. Taken on trust is what leaves no
-trace: the content of input files and assets, and in records before 0.2 the input's sizes,
-`text_key` and how far passes went (14x8 or 93x15, 50 tokens or 100).
+Before 0.2, keys hashed this project's source files, so later versions cannot recompute them.
+Adoption compares the records of each source with the config: settings, input, passes and tokenizer.
+It hashes every shard, and remakes those of the first task from the clean documents: identical bytes
+confirm seed, held-out share and order. It cannot check the content of input files and assets, nor,
+in records before 0.2, the input's sizes, `text_key` and the values of passes (14x8 or 93x15, 50
+tokens or 100).
 """
 
 import logging
@@ -20,12 +19,12 @@ from core.files import read_json, sha256_of
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
 from data.pipeline import fingerprints
-from data.pipeline.accounting import Step
-from data.pipeline.executors import Tasks, open_executor
+from data.pipeline.accounting import StepCounts
+from data.pipeline.executors import TaskExecutor, open_executor
 from data.pipeline.fingerprints import Listing
-from data.pipeline.shard import Clean
+from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
-from data.pipeline.workers import exclusive
+from data.pipeline.workers import lock_folder
 from data.recipes.readers import INPUT_LIST
 from data.stream.documents import document_ends
 from data.stream.manifests import (
@@ -39,246 +38,262 @@ from data.stream.manifests import (
 
 logger = logging.getLogger(__name__)
 
+# setting of a source -> name of its step in the records
 PASSES = {
     "near_duplicates": "Near duplicates",
     "exact_substrings": "Exact substrings",
     "replace_pii": "PII",
     "decontaminate": "Decontamination",
 }
-FIX = "give the config that it was prepared with"
+FIX = "use the config that it was prepared with"
 
 
 class Adoption:
-    """One take-over of a folder: everything is checked before anything is written."""
+    """Adoption of one folder; `check` must pass before `write` changes anything."""
 
-    def __init__(self, cfg: DataConfig, executor: ExecutorConfig | None) -> None:
-        self.cfg, self.executor = cfg, executor
+    def __init__(self, cfg: DataConfig, executor_config: ExecutorConfig | None) -> None:
+        self.cfg = cfg
+        self.executor_config = executor_config
         self.folder = Path(cfg.folder)
-        self.again = self.folder / "building" / "adopt"  # shards for comparison
-        self.file = tokenizer_path(cfg)
+        self.remade = self.folder / "building" / "adopt"  # shards made again for comparison
+        self.tokenizer_file = tokenizer_path(cfg)
         self.listings: dict[str, Listing] = {}
         self.manifests: dict[str, Manifest] = {}
         self.built: dict[str, dict[str, Any]] = {}  # records of clean documents, by source
-        self.left: dict[str, str] = {}  # why a source is not taken over
+        self.skipped: dict[str, str] = {}  # source -> why it is not adopted
 
     def check(self) -> None:
-        """Raise InputError where a record contradicts the config or a shard is another."""
-        self.check_vocabulary()
+        """Raise InputError if a record contradicts the config or a shard differs."""
+        self.check_tokenizer()
         for name, source in self.cfg.sources.items():
             self.listings[name] = fingerprints.list_input(source)
             if not (source_folder(self.cfg, name) / MANIFEST).is_file():
-                self.left[name] = "it has no shards"
+                self.skipped[name] = "it has no shards"
                 continue
             self.manifests[name] = read_manifest(source_folder(self.cfg, name))
             self.check_manifest(name)
             if source.recipe != recipes.MEGATRON:
                 self.check_clean(name)
-        taken = [name for name in self.cfg.sources if name not in self.left]
         try:
-            with closing(open_executor(self.executor, self.cfg.workers, self.folder)) as workers:
-                self.check_hashes(workers)
-                self.make_again(workers, taken)
+            with closing(
+                open_executor(self.executor_config, self.cfg.workers, self.folder)
+            ) as executor:
+                self.check_hashes(executor)
+                self.check_remade(executor)
         finally:
-            fingerprints.discard(self.again)
+            fingerprints.remove_folder(self.remade)
 
-    def check_vocabulary(self) -> None:
-        """The vocabulary is the one that the config names, or of the size that it trains."""
-        settings, size = self.cfg.tokenizer, tokenizer.size_of(tokenizer.load(self.file))
-        if settings.path is not None and sha256_of(Path(settings.path)) != sha256_of(self.file):
+    def check_tokenizer(self) -> None:
+        """The tokenizer is the file that the config names, or has the size that it trains."""
+        settings, file = self.cfg.tokenizer, self.tokenizer_file
+        vocab_size = tokenizer.required_vocab_size(tokenizer.load(file))
+        if settings.path is not None and sha256_of(Path(settings.path)) != sha256_of(file):
+            raise InputError(f"{file} differs from data.tokenizer.path, {settings.path}: {FIX}")
+        if settings.path is None and vocab_size != settings.vocab_size:
             raise InputError(
-                f"{self.file} is another vocabulary than data.tokenizer.path, {settings.path}: "
-                f"{FIX}"
-            )
-        if settings.path is None and size != settings.vocab_size:
-            raise InputError(
-                f"{self.file} has {size} ids, data.tokenizer.vocab_size is "
+                f"{file} has {vocab_size} ids, data.tokenizer.vocab_size is "
                 f"{settings.vocab_size}: {FIX}"
             )
 
     def check_manifest(self, name: str) -> None:
-        """Shards are of this recipe, licence, vocabulary and number of tasks, and whole."""
+        """The shards have this recipe, licence, tokenizer and number of tasks, and are complete."""
         source, manifest = self.cfg.sources[name], self.manifests[name]
-        fingerprints.check_tasks(self.folder, name, source.tasks)
+        fingerprints.check_num_tasks(self.folder, name, source.tasks)
         recorded = {
             "recipe": manifest.recipe,
             "licence": manifest.licence,
-            "vocabulary": manifest.tokenizer_sha256,
+            "tokenizer": manifest.tokenizer_sha256,
         }
-        wanted = {
+        expected = {
             "recipe": source.recipe,
             "licence": source.licence,
-            "vocabulary": sha256_of(self.file),
+            "tokenizer": sha256_of(self.tokenizer_file),
         }
-        if other := [
-            f"{key} {recorded[key]}, not {wanted[key]}"
-            for key in wanted
-            if recorded[key] != wanted[key]
-        ]:
-            raise InputError(f"shards of {name} have {'; '.join(other)}: {FIX}")
+        differences = [
+            f"{key} {recorded[key]}, not {expected[key]}"
+            for key in expected
+            if recorded[key] != expected[key]
+        ]
+        if differences:
+            raise InputError(f"shards of {name} have {'; '.join(differences)}: {FIX}")
         for file in manifest.files():
             document_ends(source_folder(self.cfg, name), file)
         self.check_versions(name, manifest.versions, fingerprints.shard_versions(source))
 
     def check_clean(self, name: str) -> None:
-        """Check that clean documents are the shards', of this input, these passes and versions."""
+        """The clean documents match the shards, the input, and the source's passes and settings."""
         source, folder = self.cfg.sources[name], self.folder / "clean" / name
         if not (folder / fingerprints.BUILT).is_file():
-            self.left[name] = (
-                "its clean documents are not there, and nothing else shows how they were made"
-            )
+            self.skipped[name] = "its clean documents, the only record of its settings, are missing"
             return
         built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / INPUT_LIST)
         try:
             files, documents = built["files"], built["steps"][-1]["forwarded"]
-            names = {step["name"] for step in built["steps"]}
-            read = [pinned["kind"], sorted(pinned["files"])]
-            before = built.get("settings", {})
-            sizes = built.get("input", [None, None])[1]
+            step_names = {step["name"] for step in built["steps"]}
+            recorded_input = [pinned["kind"], sorted(pinned["files"])]
+            recorded_settings = built.get("settings", {})
+            recorded_sizes = built.get("input", [None, None])[1]
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{folder} has a damaged {fingerprints.BUILT} or {INPUT_LIST}: remove {folder}"
             ) from error
-        if files != fingerprints.sizes(folder):
-            raise InputError(f"{folder} holds other files than were written there: remove it")
+        if files != fingerprints.file_sizes(folder):
+            raise InputError(f"files in {folder} differ from its {fingerprints.BUILT}: remove it")
         kind, listed = self.listings[name]
-        if read != [kind, sorted(listed)] or sizes not in (
-            None,
-            {file: size for file, (size, _) in listed.items()},
-        ):
+        sizes = {file: size for file, (size, _) in listed.items()}
+        if recorded_input != [kind, sorted(listed)] or recorded_sizes not in (None, sizes):
             raise InputError(
-                f"{folder} was made from other input files than {source.input} holds: {FIX}"
+                f"{folder} was made from other input files than those in {source.input}: {FIX}"
             )
         sharded = sum(file.documents for file in self.manifests[name].files())
         if documents != sharded:
             raise InputError(f"{folder} has {documents} documents, its shards {sharded}: {FIX}")
-        for setting, step in PASSES.items():
-            if bool(getattr(source, setting)) != (step in names):
+        for setting, step_name in PASSES.items():
+            has_step = step_name in step_names
+            if bool(getattr(source, setting)) != has_step:
                 raise InputError(
-                    f"{folder} was made with{'' if step in names else 'out'} {setting}: {FIX}"
+                    f"{folder} was made with{'' if has_step else 'out'} {setting}: {FIX}"
                 )
-        now = fingerprints.shaping(source)
-        if other := [
-            f"{key} {before[key]}, not {now[key]}" for key in before if before[key] != now.get(key)
-        ]:
-            raise InputError(f"{folder} was made with {'; '.join(other)}: {FIX}")
+        settings = fingerprints.text_settings(source)
+        differences = [
+            f"{key} {value}, not {settings[key]}"
+            for key, value in recorded_settings.items()
+            if value != settings.get(key)
+        ]
+        if differences:
+            raise InputError(f"{folder} was made with {'; '.join(differences)}: {FIX}")
         self.built[name] = built
         self.check_versions(name, built.get("versions", {}), fingerprints.versions_of(source))
 
     def check_versions(
-        self, name: str, before: dict[str, str | int], now: dict[str, str | int]
+        self, name: str, recorded: dict[str, str | int], current: dict[str, str | int]
     ) -> None:
-        """Leave out text made by other rules; for other package versions, only warn."""
-        ours = {key for key, value in now.items() if isinstance(value, int)}
-        before = before or dict.fromkeys(ours, 1)  # they began at 1, and unrecorded
-        if rules := [
-            f"{key} {before.get(key)}, now {now[key]}"
-            for key in sorted(ours)
-            if before.get(key) != now[key]
-        ]:
-            self.left[name] = f"it was made by another version of its rules ({', '.join(rules)})"
-        packages = [
-            f"{key} {before[key]}, now {now[key]}"
-            for key in now.keys() & before.keys() - ours
-            if before[key] != now[key]
+        """Skip a source whose recipe or passes have another version; warn for other packages."""
+        rules = {key for key, value in current.items() if isinstance(value, int)}
+        # records before 0.2 hold no versions, and all versions were 1
+        recorded = recorded or dict.fromkeys(rules, 1)
+        changed_rules = [
+            f"{key} {recorded.get(key)}, now {current[key]}"
+            for key in sorted(rules)
+            if recorded.get(key) != current[key]
         ]
-        if packages:
+        if changed_rules:
+            self.skipped[name] = (
+                f"its recipe or passes had another version ({', '.join(changed_rules)})"
+            )
+        changed_packages = [
+            f"{key} {recorded[key]}, now {current[key]}"
+            for key in sorted(current.keys() & recorded.keys() - rules)
+            if recorded[key] != current[key]
+        ]
+        if changed_packages:
             logger.warning(
-                f"{name} was made by {', '.join(sorted(packages))}: taken for the same text"
+                f"{name} was made with {', '.join(changed_packages)}: assuming that its text is "
+                "the same"
             )
 
-    def check_hashes(self, workers: Tasks) -> None:
-        """Hash every shard where `prepare` would work."""
-        places = {
+    def check_hashes(self, executor: TaskExecutor) -> None:
+        """Hash every shard with the executor that `prepare` uses."""
+        paths = {
             name: [source_folder(self.cfg, name) / file.name for file in manifest.files()]
             for name, manifest in self.manifests.items()
         }
-        jobs = {name: [(sha256_of, path) for path in places[name]] for name in places}
-        for name, found in workers.run("hash", jobs):
+        jobs = {name: [(sha256_of, path) for path in paths[name]] for name in paths}
+        for name, hashes in executor.run("hash", jobs):
             files = self.manifests[name].files()
-            for path, file, sha256 in zip(places[name], files, found, strict=True):
+            for path, file, sha256 in zip(paths[name], files, hashes, strict=True):
                 if sha256 != file.sha256:
                     raise InputError(
-                        f"shard {path} does not hash to its manifest's SHA-256: prepare its "
-                        "source again"
+                        f"shard {path} has another SHA-256 than its manifest: prepare its source "
+                        "again"
                     )
 
-    def make_again(self, workers: Tasks, taken: list[str]) -> None:
-        """Tokenize the first task of every source once more, beside the folder's shards."""
-        fingerprints.discard(self.again)
+    def check_remade(self, executor: TaskExecutor) -> None:
+        """Tokenize the first task of every adopted source again and compare the shards."""
+        fingerprints.remove_folder(self.remade)
         jobs = {}
-        for name in taken:
-            place = self.again / name
-            place.mkdir(parents=True)
-            jobs[name] = shard_jobs(
-                self.cfg, name, self.listings[name], self.clean_of(name), place
-            )[:1]
-        for name, (made,) in workers.run("shards", jobs):
+        for name in self.cfg.sources:
+            if name in self.skipped:
+                continue
+            folder = self.remade / name
+            folder.mkdir(parents=True)
+            clean = self.clean_documents(name)
+            jobs[name] = shard_jobs(self.cfg, name, self.listings[name], clean, folder)[:1]
+        for name, (remade,) in executor.run("shards", jobs):
             first = [file for file in self.manifests[name].files() if "_00000." in file.name]
-            if made != [asdict(file) for file in first]:
+            if remade != [asdict(file) for file in first]:
                 raise InputError(
-                    f"shards of {name} are not those that this config makes of its clean "
-                    "documents: seed, heldout_percent, or what tokenizes and shuffles is "
-                    f"another; {FIX}"
+                    f"shards of {name} differ from those that this config makes of its clean "
+                    "documents, in data.seed, data.heldout_percent, tokenization or shuffling: "
+                    f"{FIX}"
                 )
 
-    def clean_of(self, name: str) -> Clean | None:
-        """The clean documents of a source that has some."""
+    def clean_documents(self, name: str) -> CleanDocuments | None:
+        """The clean documents of a source; None for a Megatron corpus."""
         if name not in self.built:
             return None
         built = self.built[name]
-        steps = [Step(**step) for step in built["steps"]]
-        return Clean(self.folder / "clean" / name, sorted(built["files"]), steps)
+        steps = [StepCounts(**step) for step in built["steps"]]
+        return CleanDocuments(self.folder / "clean" / name, sorted(built["files"]), steps)
 
     def write(self) -> None:
-        """Key what was found right, the vocabulary last."""
+        """Write new keys for every adopted source, and last for the tokenizer."""
         keys = {
             name: fingerprints.clean_key(self.cfg, name, self.listings[name])
             for name in self.cfg.sources
         }
-        for name, source in self.cfg.sources.items():
-            if name in self.left:
-                logger.warning(f"{name} is left as it is, for {self.left[name]}")
-                continue
-            if name in self.built:
-                kept = {key: self.built[name][key] for key in ("files", "steps")}
-                made_of = fingerprints.made_of(source, self.listings[name])
-                fingerprints.write_built(
-                    self.folder / "clean" / name, keys[name], **kept, **made_of
-                )
-            manifest = replace(
-                self.manifests[name],
-                recipe_sha256=fingerprints.recipe_sha256(self.cfg, name, self.listings[name]),
-                versions=fingerprints.shard_versions(source),
-            )
-            write_manifest(source_folder(self.cfg, name), manifest)
-            fingerprints.pin_tasks(self.folder, name, source.tasks)
-            logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
-        # else it was trained on other text
-        if self.cfg.tokenizer.path is not None or not self.left:
+        for name in self.cfg.sources:
+            if name in self.skipped:
+                logger.warning(f"{name} is not adopted: {self.skipped[name]}")
+            else:
+                self.write_source(name, keys[name])
+        # a trained tokenizer also depends on the text of skipped sources
+        if self.cfg.tokenizer.path is not None or not self.skipped:
             key = fingerprints.tokenizer_key(self.cfg, list(keys.values()))
-            fingerprints.write_built(self.file.parent, key, sha256=sha256_of(self.file))
-            logger.info("adopted    the vocabulary")
-        if self.left:
-            what = (
+            sha256 = sha256_of(self.tokenizer_file)
+            fingerprints.write_built(self.tokenizer_file.parent, key, sha256=sha256)
+            logger.info("adopted    the tokenizer")
+        if self.skipped:
+            replaced = (
                 "them"
                 if self.cfg.tokenizer.path is not None
-                else "them, the vocabulary and with it all shards"
+                else "them, the tokenizer and therefore all shards"
             )
             logger.info(
-                f"training reads {', '.join(self.left)} as before; prepare.rebuild=true would "
-                f"replace {what}"
+                f"training can still read {', '.join(self.skipped)}; prepare.rebuild=true "
+                f"replaces {replaced}"
             )
 
+    def write_source(self, name: str, key: str) -> None:
+        """Write the records of one source with keys of this version."""
+        source, listing = self.cfg.sources[name], self.listings[name]
+        if name in self.built:
+            fingerprints.write_built(
+                self.folder / "clean" / name,
+                key,
+                files=self.built[name]["files"],
+                steps=self.built[name]["steps"],
+                **fingerprints.provenance(source, listing),
+            )
+        manifest = replace(
+            self.manifests[name],
+            recipe_sha256=fingerprints.recipe_sha256(self.cfg, name, listing),
+            versions=fingerprints.shard_versions(source),
+        )
+        write_manifest(source_folder(self.cfg, name), manifest)
+        fingerprints.pin_num_tasks(self.folder, name, source.tasks)
+        logger.info(f"adopted    {name}: {manifest.tokens('train'):,} train tokens")
 
-def adopt(cfg: DataConfig, executor: ExecutorConfig | None = None) -> None:
-    """Make a prepared folder one that `prepare` reuses; sources that cannot be are named and left.
 
-    Raises InputError, with no record and no shard changed, where one contradicts the config or is
-    damaged.
+def adopt(cfg: DataConfig, executor_config: ExecutorConfig | None = None) -> None:
+    """Write keys of this version into a prepared folder, so that `prepare` reuses it.
+
+    Logs the sources that cannot be adopted and leaves them unchanged. Raises InputError, with
+    nothing changed, if a record contradicts the config or a shard is damaged.
     """
     if not Path(cfg.folder).is_dir():
-        raise InputError(f"there is no folder {cfg.folder} to adopt: set data.folder")
-    with exclusive(Path(cfg.folder)):
-        adoption = Adoption(cfg, executor)
+        raise InputError(f"folder {cfg.folder} does not exist: set data.folder")
+    with lock_folder(Path(cfg.folder)):
+        adoption = Adoption(cfg, executor_config)
         adoption.check()
         adoption.write()

@@ -1,11 +1,10 @@
-"""The passes that turn a source's raw input into clean documents, each a list of tasks that run one
-by one.
+"""Passes that turn a source's raw input into clean documents, each a list of tasks.
 
     clean                                           the recipe's steps
-    signatures, buckets, clusters, unique           near duplicates, if the source asks for it
-    windows, repeats, cut                           exact substrings, if the source asks for it
+    signatures, buckets, clusters, unique           near duplicates, if the source sets it
+    windows, repeats, cut                           exact substrings, if the source sets it
 
-A pass begins when the one before has ended for all tasks; the last one's files are the clean
+A pass starts when all tasks of the previous pass have ended. The last pass writes the clean
 documents.
 """
 
@@ -21,60 +20,58 @@ from core.errors import InputError
 from data import recipes
 from data.config import Assets, Source
 from data.pipeline import minhash, substrings
-from data.pipeline.accounting import Step, read_counts
-from data.pipeline.tasks import exclude_into, run_task, write_documents
+from data.pipeline.accounting import StepCounts, read_counts
+from data.pipeline.tasks import document_writer, run_task, set_exclusion_writers
 from data.recipes.decontamination import DecontaminationFilter
 from data.recipes.readers import QUARANTINE, pin_files
 
 Job = tuple[Any, ...]
-# compressed text per word or mark, from below: it only decides into how many parts the work is cut
+# lower bound of compressed bytes per word or mark; it only decides the number of partitions
 BYTES_PER_TOKEN = 2
-VERSION = 1  # raised with the order of the passes, or the row that they write
-KEPT = ("logs", "excluded", QUARANTINE)
+VERSION = 1  # raise with the order of the passes or the rows that they write
+KEEP_FOLDERS = ("logs", "excluded", QUARANTINE)
 
 
 @dataclass(frozen=True)
 class Build:
-    """A source under construction."""
+    """A source whose clean documents are being built."""
 
     source: Source
     assets: Assets
-    place: Path
+    folder: Path
     keep_exclusions: bool
 
     def excluded(self, name: str) -> Path | None:
-        """Where a pass writes what it drops, if it does."""
-        return self.place / "excluded" / name if self.keep_exclusions else None
+        """Folder of the documents that pass `name` drops; None if they are not kept."""
+        return self.folder / "excluded" / name if self.keep_exclusions else None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A list of tasks that is known when the pass before has ended."""
+    """A list of jobs, known when the previous pass has ended."""
 
     name: str
     jobs: Callable[[], list[Job]]
     logs: Path
-    out: Path | None = None  # of a pass that writes documents
+    out: Path | None = None  # for a pass that writes documents
 
 
 def clean_task(build: Build, rank: int) -> None:
-    """Clean one task's share of a source into `documents/clean`/<rank>.jsonl.gz."""
+    """Clean one task's files of a source into `documents/clean`/<rank>.jsonl.gz."""
     source = build.source
-    steps = recipes.load(source.recipe).steps(source, build.place, build.assets)
+    steps = recipes.load(source.recipe).steps(source, build.folder, build.assets)
     if source.replace_pii:
         steps.append(PIIFormatter())
     if source.decontaminate:
         steps.append(DecontaminationFilter(str(build.assets.evaluations.path)))
     if (excluded := build.excluded("clean")) is not None:
-        exclude_into(excluded, steps)
-    documents = build.place / "documents" / "clean"
-    run_task(
-        [*steps, write_documents(documents)], build.place / "logs" / "clean", rank, source.tasks
-    )
+        set_exclusion_writers(excluded, steps)
+    steps.append(document_writer(build.folder / "documents" / "clean"))
+    run_task(steps, build.folder / "logs" / "clean", rank, source.tasks)
 
 
 def check_packages(source: Source) -> None:
-    """Import everything that the passes of a source need; raises InputError for what is missing."""
+    """Import every package that a source's passes need; raises InputError for a missing one."""
     recipes.load(source.recipe)
     if source.near_duplicates is not None:
         recipes.require(minhash.REQUIRES, "near_duplicates")
@@ -82,9 +79,9 @@ def check_packages(source: Source) -> None:
         recipes.require(substrings.REQUIRES, "exact_substrings")
 
 
-def begin(build: Build, kind: str, files: Iterable[str]) -> None:
-    """Fix the files that are read, and load in this process what all workers share."""
-    pin_files(build.place, kind, list(files))
+def start(build: Build, kind: str, files: Iterable[str]) -> None:
+    """Pin the list of input files, and load in this process what forked workers share."""
+    pin_files(build.folder, kind, list(files))
     preload = getattr(recipes.load(build.source.recipe), "preload", None)
     if preload is not None:
         preload(build.source, build.assets)
@@ -92,116 +89,119 @@ def begin(build: Build, kind: str, files: Iterable[str]) -> None:
 
 def passes(build: Build) -> list[Pass]:
     """All passes of a source in order."""
-    source, place = build.source, build.place
-    tasks = range(source.tasks)
-    documents = place / "documents" / "clean"
-    clean = [(clean_task, build, rank) for rank in tasks]
-    found = [Pass("clean", lambda: list(clean), place / "logs" / "clean", documents)]
+    source = build.source
+    documents = build.folder / "documents" / "clean"
+    jobs = [(clean_task, build, rank) for rank in range(source.tasks)]
+    chain = [Pass("clean", lambda: list(jobs), build.folder / "logs" / "clean", documents)]
     if source.near_duplicates is not None:
-        found += near_duplicate_passes(build, source.near_duplicates, documents)
-        documents = place / "documents" / "unique"
+        chain += near_duplicate_passes(build, source.near_duplicates, documents)
+        documents = build.folder / "documents" / "unique"
     if source.exact_substrings:
-        found += substring_passes(build, source.exact_substrings, documents)
-    return found
+        chain += substring_passes(build, source.exact_substrings, documents)
+    return chain
 
 
 def near_duplicate_passes(build: Build, setting: str, documents: Path) -> list[Pass]:
-    """MinHash over the documents of the pass before."""
-    work, out, tasks = (
-        build.place / "minhash",
-        build.place / "documents" / "unique",
-        build.source.tasks,
-    )
+    """MinHash passes over the documents of the previous pass."""
+    work = build.folder / "minhash"
+    out = build.folder / "documents" / "unique"
     excluded, logs = build.excluded("unique"), work / "logs"
-    first = [(minhash.signatures, setting, documents, work, rank, tasks) for rank in range(tasks)]
-    number = minhash.config_of(setting).num_buckets
-    second = [(minhash.buckets, setting, work, bucket) for bucket in range(number)]
-    last = [(minhash.unique, documents, work, out, excluded, rank, tasks) for rank in range(tasks)]
+    tasks = build.source.tasks
+    signatures = [
+        (minhash.signatures, setting, documents, work, rank, tasks) for rank in range(tasks)
+    ]
+    num_buckets = minhash.parse_config(setting).num_buckets
+    buckets = [(minhash.buckets, setting, work, bucket) for bucket in range(num_buckets)]
+    unique = [
+        (minhash.unique, documents, work, out, excluded, rank, tasks) for rank in range(tasks)
+    ]
     return [
-        Pass("signatures", lambda: list(first), logs / "signatures"),
-        Pass("buckets", lambda: list(second), logs / "buckets"),
+        Pass("signatures", lambda: list(signatures), logs / "signatures"),
+        Pass("buckets", lambda: list(buckets), logs / "buckets"),
         Pass("clusters", lambda: [(minhash.clusters, work)], logs / "clusters"),
-        Pass("unique", lambda: list(last), logs / "unique", out),
+        Pass("unique", lambda: list(unique), logs / "unique", out),
     ]
 
 
 def substring_passes(build: Build, n: int, documents: Path) -> list[Pass]:
-    """Exact substrings over the documents of the pass before."""
-    work, out, tasks = (
-        build.place / "substrings",
-        build.place / "documents" / "cut",
-        build.source.tasks,
-    )
+    """Exact-substring passes over the documents of the previous pass."""
+    work = build.folder / "substrings"
+    out = build.folder / "documents" / "cut"
     excluded, logs = build.excluded("cut"), work / "logs"
+    tasks = build.source.tasks
 
-    def parts() -> int:
-        """The same number at every launch: the files of the pass before are complete."""
+    def num_partitions() -> int:
+        """The same at every launch, since the files of the previous pass are complete."""
         size = sum(path.stat().st_size for path in documents.glob("*.jsonl.gz"))
         return substrings.partitions_for(size // BYTES_PER_TOKEN)
 
-    def index() -> list[Job]:
+    def windows() -> list[Job]:
+        partitions = num_partitions()
         return [
-            (substrings.index_windows, n, documents, work, parts(), rank, tasks)
+            (substrings.index_windows, n, documents, work, partitions, rank, tasks)
             for rank in range(tasks)
         ]
 
     def repeats() -> list[Job]:
-        return [(substrings.repeats_task, work, partition, tasks) for partition in range(parts())]
+        partitions = range(num_partitions())
+        return [(substrings.repeats_task, work, partition, tasks) for partition in partitions]
 
     def cut() -> list[Job]:
+        partitions = num_partitions()
         return [
-            (substrings.cut_repeats, n, documents, work, parts(), out, excluded, rank, tasks)
+            (substrings.cut_repeats, n, documents, work, partitions, out, excluded, rank, tasks)
             for rank in range(tasks)
         ]
 
     return [
-        Pass("windows", index, logs / "windows"),
+        Pass("windows", windows, logs / "windows"),
         Pass("repeats", repeats, logs / "repeats"),
         Pass("cut", cut, logs / "cut", out),
     ]
 
 
-def count(build: Build) -> list[Step]:
-    """Counts per step of every pass; asserts that no document was lost in or between passes."""
-    steps: list[Step] = []
-    for one in passes(build):
-        logs = build.place / "logs" / one.name
+def count_documents(build: Build) -> list[StepCounts]:
+    """Counts per step of all passes; asserts that no document was lost in or between passes."""
+    steps: list[StepCounts] = []
+    for each in passes(build):
+        logs = build.folder / "logs" / each.name
         if not logs.is_dir():
-            logs = one.logs
-        if one.out is not None:
+            logs = each.logs
+        if each.out is not None:
             steps += read_counts(logs / "stats", build.source.tasks, steps[-1:])
-        elif one.name in ("signatures", "windows"):
-            # they see every document too
+        elif each.name in ("signatures", "windows"):
+            # these passes read every document too
             read_counts(logs / "stats", build.source.tasks, steps[-1:])
     return steps
 
 
 def finish(build: Build) -> None:
-    """Move the last pass's documents into the folder, remove other passes'; may be called again."""
-    writing = [one for one in passes(build) if one.out is not None]
-    for one in passes(build):
-        if one.logs.is_dir() and one.logs != build.place / "logs" / one.name:
-            one.logs.rename(build.place / "logs" / one.name)
-    last = writing[-1].out
-    assert last is not None
-    for path in sorted(last.glob("*.jsonl.gz")):
-        path.rename(build.place / path.name)
-    for path in build.place.iterdir():
-        if path.is_dir() and path.name not in KEPT:
+    """Move the last pass's documents into the build's folder, remove the other passes' files.
+
+    May be called again after an interruption.
+    """
+    for each in passes(build):
+        if each.logs.is_dir() and each.logs != build.folder / "logs" / each.name:
+            each.logs.rename(build.folder / "logs" / each.name)
+    documents = [each.out for each in passes(build) if each.out is not None][-1]
+    for path in sorted(documents.glob("*.jsonl.gz")):
+        path.rename(build.folder / path.name)
+    for path in build.folder.iterdir():
+        if path.is_dir() and path.name not in KEEP_FOLDERS:
             shutil.rmtree(path)
 
 
 def check_assets(name: str, source: Source, assets: Assets) -> list[str]:
-    """Names of the assets that a source reads; raises InputError for one that is missing."""
+    """Names of the assets that a source reads; raises InputError for a missing one."""
     if source.recipe == recipes.MEGATRON:
         return []
-    needed = list(getattr(recipes.load(source.recipe), "ASSETS", ()))
-    needed += ["evaluations"] if source.decontaminate else []
-    for asset in needed:
+    required = list(getattr(recipes.load(source.recipe), "ASSETS", ()))
+    required += ["evaluations"] if source.decontaminate else []
+    for asset in required:
         path = getattr(assets, asset).path
         if path is None or not Path(path).is_file():
             raise InputError(
-                f"source {name} needs data.assets.{asset}.path, now {path}: set it, and fetch "
-                "what it names with `python data/download.py` on a machine with a network"
+                f"source {name} needs data.assets.{asset}.path, now {path}: set it, and fetch the "
+                "file with `python data/download.py` on a machine with internet access"
             )
-    return needed
+    return required

@@ -1,5 +1,7 @@
-"""Where the tasks of a preparation run: processes of this machine, a Slurm cluster, a Ray cluster;
-the outputs are the same. A job is (function, *arguments) and gives what JSON can write.
+"""Executors of a preparation's jobs: local processes, a Slurm cluster, a Ray cluster.
+
+A job is (function, *arguments) and returns a value that JSON can hold. Every executor gives the
+same outputs.
 """
 
 import json
@@ -20,127 +22,130 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from core.errors import InputError
 from core.files import ROOT, write_text
 from data.config import Executor, ExecutorConfig
-from data.pipeline.workers import start_worker
+from data.pipeline.workers import init_worker
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-# looks at an empty queue before results count as lost: a shared file system may show them late
-PATIENCE = 3
+# polls of an empty queue before results count as lost: a shared file system may show them late
+MAX_EMPTY_POLLS = 3
 Job = tuple[Any, ...]  # function and its arguments
-Split = tuple["set[Future[Any]]", "set[Future[Any]]"]  # those that have ended, and the others
+DoneAndPending = tuple["set[Future[Any]]", "set[Future[Any]]"]
 
 
-def open_executor(cfg: ExecutorConfig | None, workers: int, folder: Path) -> "Tasks":
-    """The place that the config names; processes of this machine without one."""
+def open_executor(cfg: ExecutorConfig | None, workers: int, folder: Path) -> "TaskExecutor":
+    """The executor that the config names; local processes if there is no config."""
     count = workers if cfg is None or cfg.workers is None else cfg.workers
     if cfg is None or cfg.kind is Executor.local:
-        return Workers(count, folder)
-    return SlurmTasks(cfg, count, folder) if cfg.kind is Executor.slurm else RayTasks(cfg, count)
+        return LocalExecutor(count, folder)
+    if cfg.kind is Executor.slurm:
+        return SlurmExecutor(cfg, count, folder)
+    return RayExecutor(cfg, count)
 
 
-class Tasks(ABC):
-    """A place to run, with a line on the terminal at least every ten seconds."""
+class TaskExecutor(ABC):
+    """Runs jobs, and logs a line of progress at least every ten seconds."""
 
-    building: Path | None = None  # whose size is a sign of life
-    hint = ""  # for whoever reads the traceback of a job's error
+    build_dir: Path | None = None  # its size is part of the progress line
+    hint = ""  # note added to a job's error
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.started_at = time.monotonic()
 
     @abstractmethod
     def describe(self) -> str:
-        """Where it runs, for the first line of a preparation."""
+        """Where jobs run, for the first line of a preparation."""
 
     @abstractmethod
     def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
-        """Begin jobs, of which there is at least one."""
+        """Submit at least one job."""
 
     @abstractmethod
     def close(self) -> None:
-        """End what was started."""
+        """Stop what this executor started."""
 
-    def wait(self, pending: "set[Future[Any]]", seconds: float) -> Split:
-        """Wait for a job to end, about so long."""
+    def wait(self, pending: "set[Future[Any]]", seconds: float) -> DoneAndPending:
+        """Wait until a job ends, at most about `seconds`."""
         return wait(pending, seconds, FIRST_COMPLETED)
 
-    def say(self, stage: str, line: str) -> None:
-        """One line of progress with the seconds since the start."""
-        logger.info(f"{stage:<10} {line}  ({time.monotonic() - self.started:.1f} s)")
+    def log(self, stage: str, message: str) -> None:
+        """Log one line of progress with the seconds since the start."""
+        logger.info(f"{stage:<10} {message}  ({time.monotonic() - self.started_at:.1f} s)")
 
     def run(self, stage: str, jobs: dict[str, list[Job]]) -> Iterator[tuple[str, list[Any]]]:
-        """Run the jobs of all names together; yields each name with its results when all are there.
+        """Run the jobs of all names together; yields a name and its results when all are complete.
 
-        The first error cancels what has not begun, and is raised as it was.
+        The first error of a job cancels the jobs that have not started, and is raised.
         """
         flat = [job for group in jobs.values() for job in group]
         futures = iter(self.submit(stage, flat) if flat else ())
         groups = {name: [next(futures) for _ in group] for name, group in jobs.items()}
         pending = {future for group in groups.values() for future in group}
-        spoke = time.monotonic()
+        logged_at = time.monotonic()
         while groups:
-            silent = time.monotonic() - spoke
-            done, pending = self.wait(pending, max(0.0, HEARTBEAT_SECONDS - silent))
-            self.raise_error(done, pending)
+            elapsed = time.monotonic() - logged_at
+            done, pending = self.wait(pending, max(0.0, HEARTBEAT_SECONDS - elapsed))
+            self.raise_first_error(done, pending)
             for name in [name for name in groups if not pending.intersection(groups[name])]:
                 yield name, [future.result() for future in groups.pop(name)]
-                spoke = time.monotonic()
-            if time.monotonic() >= spoke + HEARTBEAT_SECONDS:
-                self.show(stage, groups)
-                spoke = time.monotonic()
+                logged_at = time.monotonic()
+            if time.monotonic() >= logged_at + HEARTBEAT_SECONDS:
+                self.log_progress(stage, groups)
+                logged_at = time.monotonic()
 
-    def raise_error(self, done: "set[Future[Any]]", pending: "set[Future[Any]]") -> None:
-        """Raise the first error of finished jobs, after cancelling what has not begun."""
+    def raise_first_error(self, done: "set[Future[Any]]", pending: "set[Future[Any]]") -> None:
+        """Raise the first error of the finished jobs, after cancelling the pending jobs."""
         for error in filter(None, (future.exception() for future in done)):
-            for other in pending:
-                other.cancel()
+            for future in pending:
+                future.cancel()
             if self.hint:
                 error.add_note(self.hint)
             raise error
 
-    def show(self, stage: str, groups: "dict[str, list[Future[Any]]]") -> None:
-        """One line: tasks done of all per name, and bytes on disk so far."""
+    def log_progress(self, stage: str, groups: "dict[str, list[Future[Any]]]") -> None:
+        """Log finished and all tasks per name, and the bytes on disk so far."""
         done = ", ".join(
             f"{name} {sum(future.done() for future in group)}/{len(group)}"
             for name, group in groups.items()
         )
         size = ""
-        if self.building is not None:
+        if self.build_dir is not None:
             files = (
-                Path(root, name) for root, _, names in os.walk(self.building) for name in names
+                Path(root, name) for root, _, names in os.walk(self.build_dir) for name in names
             )
             size = f"; {sum(file.stat().st_size for file in files if file.exists()) / 1e6:.1f} MB"
-        logger.info(f"  {stage}: {done} tasks{size}; {time.monotonic() - self.started:.0f} s")
+        logger.info(f"  {stage}: {done} tasks{size}; {time.monotonic() - self.started_at:.0f} s")
 
 
-class Workers(Tasks):
-    """Forked processes: they inherit the parent's imports, which take seconds."""
+class LocalExecutor(TaskExecutor):
+    """Forked processes, which inherit the parent's imports: these take seconds."""
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, workers: int, folder: Path) -> None:
         super().__init__()
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self.count, self.building = count, folder / "building"
+        self.workers = workers
+        self.build_dir = folder / "building"
         self.hint = f"the workers' logs are in {logs}"
-        context = multiprocessing.get_context("fork")
         self.pool = ProcessPoolExecutor(
-            count, context, initializer=start_worker, initargs=(str(logs),)
+            workers,
+            multiprocessing.get_context("fork"),
+            initializer=init_worker,
+            initargs=(str(logs),),
         )
 
     def describe(self) -> str:
-        """Where it runs."""
-        return f"{self.count} workers"
+        return f"{self.workers} workers"
 
     def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
-        """Queue the jobs."""
         return [self.pool.submit(*job) for job in jobs]
 
     def close(self) -> None:
-        """End the processes; jobs that have not begun are dropped."""
+        """Stop the processes and drop the jobs that have not started."""
         self.pool.shutdown(cancel_futures=True)
 
 
-class Jobs:
+class JobRunner:
     """A one-step datatrove pipeline: task `rank` runs job `rank` and saves its result as JSON."""
 
     def __init__(self, jobs: list[Job], results: Path) -> None:
@@ -152,17 +157,17 @@ class Jobs:
 
 
 class SlurmArray(SlurmPipelineExecutor):
-    """datatrove's array jobs, with requeueing, without its merging of statistics: we merge them."""
+    """datatrove's job array with requeueing, without its job that merges statistics."""
 
     def launch_merge_stats(self) -> None:
-        """Nothing."""
+        """Do nothing: accounting.py merges statistics."""
 
     def save_executor_as_json(self, indent: int = 4) -> None:
-        """Nothing: jobs are functions."""
+        """Do nothing: jobs are functions, which JSON cannot hold."""
 
 
-class SlurmTasks(Tasks):
-    """One array per stage, watched from here; cancels the arrays of a killed launch first."""
+class SlurmExecutor(TaskExecutor):
+    """One job array per stage, polled from this process."""
 
     def __init__(self, cfg: ExecutorConfig, workers: int, folder: Path) -> None:
         super().__init__()
@@ -171,51 +176,51 @@ class SlurmTasks(Tasks):
         self.cfg = cfg
         self.workers = workers
         self.folder = folder.resolve()
-        self.ids: list[str] = []
-        self.left: dict[int, Future[Any]] = {}  # by task of the array
-        self.record = self.folder / "slurm" / "jobs.txt"
-        self.end_orphans()
+        self.job_ids: list[str] = []
+        self.job_ids_file = self.folder / "slurm" / "jobs.txt"
+        self.unfinished: dict[int, Future[Any]] = {}  # by task of the array
+        self.cancel_orphans()
 
-    def end_orphans(self) -> None:
-        """Cancel the arrays of a killed launch, which would write the same files as ours."""
-        if self.record.is_file():
-            self.ids = self.record.read_text(encoding="utf-8").split()
+    def cancel_orphans(self) -> None:
+        """Cancel the arrays of a killed launch, which would write the same files."""
+        if self.job_ids_file.is_file():
+            self.job_ids = self.job_ids_file.read_text(encoding="utf-8").split()
             self.close()
-            while self.running():
+            while self.is_running():
                 time.sleep(self.cfg.poll_seconds)
-            self.record.unlink()
-            self.ids = []
+            self.job_ids_file.unlink()
+            self.job_ids = []
 
     def describe(self) -> str:
-        """Where it runs."""
         return f"Slurm partition {self.cfg.partition}, {self.workers} tasks at a time"
 
     def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
-        """Hand the jobs to Slurm as an array."""
-        self.home = self.folder / "slurm" / stage.replace("/", "-") / f"{time.time_ns()}"
-        self.results = self.home / "results"
+        """Submit the jobs as one array."""
+        self.array_dir = self.folder / "slurm" / stage.replace("/", "-") / f"{time.time_ns()}"
+        self.results = self.array_dir / "results"
         self.results.mkdir(parents=True)
-        self.stage, self.quiet = stage, 0
+        self.stage = stage
+        self.empty_polls = 0
         futures: list[Future[Any]] = [Future() for _ in jobs]
-        self.left = dict(enumerate(futures))
+        self.unfinished = dict(enumerate(futures))
         try:
-            self.array(stage, jobs).run()
+            self.make_array(stage, jobs).run()
         except (OSError, subprocess.CalledProcessError) as error:
             raise InputError(
                 f"sbatch failed ({error}): run this on a login node of the cluster"
             ) from error
         return futures
 
-    def array(self, stage: str, jobs: list[Job]) -> SlurmArray:
-        """The array of a stage, which notes its ids when it is submitted."""
+    def make_array(self, stage: str, jobs: list[Job]) -> SlurmArray:
+        """The array of a stage; records its job id when it is submitted."""
 
-        def remember(output: str) -> str:
-            self.ids.append(output.split()[-1])
-            self.record.write_text("\n".join(self.ids), encoding="utf-8")
-            return self.ids[-1]
+        def record_job_id(output: str) -> str:
+            self.job_ids.append(output.split()[-1])
+            self.job_ids_file.write_text("\n".join(self.job_ids), encoding="utf-8")
+            return self.job_ids[-1]
 
         array = SlurmArray(
-            [Jobs(jobs, self.results)],
+            [JobRunner(jobs, self.results)],
             tasks=len(jobs),
             time=self.cfg.time,
             partition=str(self.cfg.partition),
@@ -225,51 +230,55 @@ class SlurmTasks(Tasks):
             env_command=f"export PYTHONPATH={ROOT} PATH={Path(sys.executable).parent}:$PATH",
             max_array_size=self.cfg.max_array_size,
             tasks_per_job=self.cfg.tasks_per_job,
-            logging_dir=str(self.home),
+            logging_dir=str(self.array_dir),
             qos=self.cfg.qos,
             sbatch_args={"account": self.cfg.account} if self.cfg.account else None,
             requeue=True,
         )
-        array.job_id_retriever = remember
+        array.job_id_retriever = record_job_id
         return array
 
-    def wait(self, pending: "set[Future[Any]]", seconds: float) -> Split:
-        """Look for results, and give Slurm its time where there are none."""
-        self.take_results()
+    def wait(self, pending: "set[Future[Any]]", seconds: float) -> DoneAndPending:
+        """Collect results, then wait `poll_seconds` if there are none."""
+        self.collect_results()
         return super().wait(pending, self.cfg.poll_seconds)
 
-    def take_results(self) -> None:
-        """Complete futures of ended jobs; raises InputError if the array ended without all."""
-        self.quiet = 0 if self.running() else self.quiet + 1
-        here = {int(path.stem) for path in self.results.glob("*.json")}
-        for rank in sorted(here & self.left.keys()):
+    def collect_results(self) -> None:
+        """Complete the futures of finished tasks.
+
+        Raises InputError if the array has ended without all results.
+        """
+        self.empty_polls = 0 if self.is_running() else self.empty_polls + 1
+        finished = {int(path.stem) for path in self.results.glob("*.json")}
+        for rank in sorted(finished & self.unfinished.keys()):
             result = json.loads((self.results / f"{rank:06d}.json").read_text(encoding="utf-8"))
-            self.left.pop(rank).set_result(result)
-        if self.left and self.quiet > PATIENCE:
+            self.unfinished.pop(rank).set_result(result)
+        if self.unfinished and self.empty_polls > MAX_EMPTY_POLLS:
             raise InputError(
-                f"{self.stage}: {len(self.left)} of {len(here) + len(self.left)} tasks ended "
-                f"without a result, the first is {min(self.left)}; see {self.home / 'logs'} and "
-                f"{self.home / 'slurm_logs'}, then start the same command again"
+                f"{self.stage}: {len(self.unfinished)} of {len(finished) + len(self.unfinished)} "
+                f"tasks ended without a result, first task {min(self.unfinished)}; see "
+                f"{self.array_dir / 'logs'} and {self.array_dir / 'slurm_logs'}, then run the "
+                "same command again"
             )
 
-    def running(self) -> bool:
-        """Whether Slurm still lists one of our arrays; an answer that is no list counts as yes."""
-        if not self.ids:
+    def is_running(self) -> bool:
+        """Whether Slurm still lists one of the arrays; a failed query counts as yes."""
+        if not self.job_ids:
             return False
-        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(self.ids)}"]
+        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(self.job_ids)}"]
         answer = subprocess.run(command, capture_output=True, text=True)
         if "Invalid job id" in answer.stderr:
             return False
         return answer.returncode != 0 or bool(answer.stdout.strip())
 
     def close(self) -> None:
-        """Cancel what is left of our arrays."""
-        if self.ids:
-            subprocess.run(["scancel", *self.ids], capture_output=True)
+        """Cancel all arrays."""
+        if self.job_ids:
+            subprocess.run(["scancel", *self.job_ids], capture_output=True)
 
 
-class RayTasks(Tasks):
-    """Remote functions on a Ray cluster that sees the same folder."""
+class RayExecutor(TaskExecutor):
+    """Remote functions on a Ray cluster whose machines share the data folder."""
 
     def __init__(self, cfg: ExecutorConfig, workers: int) -> None:
         super().__init__()
@@ -282,20 +291,19 @@ class RayTasks(Tasks):
         ray.init(address=cfg.address, log_to_driver=False, **local)
 
     def describe(self) -> str:
-        """Where it runs."""
-        return "Ray, as many tasks at a time as it has processors for"
+        return "Ray, one task per CPU at a time"
 
     def submit(self, stage: str, jobs: list[Job]) -> "list[Future[Any]]":
-        """Queue the jobs; one whose machine dies is tried three times more."""
-        run_one = self.ray.remote(max_retries=3)(run_job)
-        return [run_one.remote(job).future() for job in jobs]
+        """Submit the jobs; Ray retries a job up to three times if its machine fails."""
+        remote_job = self.ray.remote(max_retries=3)(run_job)
+        return [remote_job.remote(job).future() for job in jobs]
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Disconnect from the cluster."""
         self.ray.shutdown()
 
 
 def run_job(job: Job) -> Any:
-    """Call a job."""
+    """Call a job's function with its arguments."""
     function, *arguments = job
     return function(*arguments)

@@ -1,10 +1,9 @@
-"""What a folder was built from: one hash per stage, so that a finished folder is reused only while
-it is right.
+"""Keys of built folders: a finished stage is reused only while its key is the same.
 
-The hash is of a recipe's name and version, of settings, input files, assets, and versions of the
-packages that shape text; never of our own source text, which may be moved or reformatted. A built
-folder holds `built.json` with its key. A folder under construction bears its key in its name, so
-whatever was begun under other settings (another recipe, input, number of tasks) is never taken up.
+A key hashes a recipe's name and version, settings, input files, assets, and versions of the
+packages that affect text. It never hashes this project's source code, which may be moved or
+reformatted. A finished folder holds `built.json` with its key. A folder being built has the key in
+its name, so work started with other settings (recipe, input, number of tasks) is never resumed.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 
 BUILT = "built.json"
-# distributions whose versions shape text, by what recipes and passes import; a module that is not
-# here counts with its own distribution
-SHAPING = {
+# distributions whose versions affect text, by the module that recipes and passes import; any other
+# module counts with its own distribution
+DISTRIBUTIONS = {
     "orjson": (),
     "spacy": ("spacy",),
     "trafilatura": ("trafilatura", "lxml", "justext"),
@@ -38,11 +37,11 @@ SHAPING = {
     "ahocorasick": ("pyahocorasick",),
     # faust-cchardet guesses the encoding of a page that is not UTF-8
     "warcio": ("warcio", "faust-cchardet"),
-    "magic": ("python-magic",),  # which says what is a page where the archive does not
+    "magic": ("python-magic",),  # detects HTML where the archive names no type
     "pylibmagic": ("pylibmagic",),
     "xxhash": ("xxhash",),
 }
-SHAPES_TEXT = (
+TEXT_SETTINGS = (
     "recipe",
     "tasks",
     "text_key",
@@ -54,15 +53,15 @@ SHAPES_TEXT = (
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of values that JSON can write."""
+    """SHA-256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-Listing = tuple[str, dict[str, list[Any]]]  # kind, and [bytes, time of change] by name
+Listing = tuple[str, dict[str, list[Any]]]  # kind, and [bytes, mtime] by name
 
 
 def list_input(source: Source) -> Listing:
-    """The files of a source's input, looked at once: the whole build works from this list."""
+    """List a source's input files; called once, so that a whole build uses the same list."""
     try:
         return (
             megatron.raw_files(source.input)
@@ -72,44 +71,47 @@ def list_input(source: Source) -> Listing:
     except InputError as error:
         if source.obtained_by is None:
             raise
-        raise InputError(f"{error}; it is obtained by: {source.obtained_by}") from error
+        raise InputError(f"{error}; obtain it with: {source.obtained_by}") from error
 
 
 def versions_of(source: Source) -> dict[str, int | str]:
-    """Versions of all that shapes a source's text: its recipe, its passes, packages."""
+    """Versions of everything that affects a source's text: recipe, passes and packages."""
     if source.recipe == MEGATRON:
         return {MEGATRON: megatron.RECIPE_VERSION}
     recipe = recipes.load(source.recipe)
-    found: dict[str, int | str] = {source.recipe: recipe.RECIPE_VERSION, "cleaning": clean.VERSION}
+    versions: dict[str, int | str] = {
+        source.recipe: recipe.RECIPE_VERSION,
+        "cleaning": clean.VERSION,
+    }
     imports = [*recipe.REQUIRES]
     if source.near_duplicates is not None:
-        found["near_duplicates"] = minhash.VERSION
+        versions["near_duplicates"] = minhash.VERSION
         imports += minhash.REQUIRES
     if source.exact_substrings:
-        found["exact_substrings"] = substrings.VERSION
+        versions["exact_substrings"] = substrings.VERSION
         imports += substrings.REQUIRES
     if source.decontaminate:
-        found["decontaminate"] = decontamination.VERSION
+        versions["decontaminate"] = decontamination.VERSION
     packages = {package for name in imports for package in distributions(name)}
-    return found | {package: version(package) for package in sorted(packages | {"datatrove"})}
+    return versions | {package: version(package) for package in sorted(packages | {"datatrove"})}
 
 
 def distributions(module: str) -> tuple[str, ...]:
-    """The distributions whose versions count for a module that a recipe requires."""
-    if module in SHAPING:
-        return SHAPING[module]
+    """Distributions whose versions enter the key for a module that a recipe requires."""
+    if module in DISTRIBUTIONS:
+        return DISTRIBUTIONS[module]
     return tuple(dict.fromkeys(packages_distributions().get(module.split(".")[0], [])))
 
 
 def shard_versions(source: Source) -> dict[str, str | int]:
-    """Versions of what makes shards of clean documents; the manifest keeps them."""
+    """Versions of the steps from clean documents to shards; stored in the manifest."""
     if source.recipe == MEGATRON:
         return {MEGATRON: megatron.RECIPE_VERSION}
     return {"sharding": shard.VERSION, "tokenizers": version("tokenizers")}
 
 
-def changes(before: dict[str, str | int], now: dict[str, str | int]) -> str:
-    """What has another version now, for a reader; empty where nothing has."""
+def describe_changes(before: dict[str, str | int], now: dict[str, str | int]) -> str:
+    """Changed versions as text, such as `datatrove 0.9.0, now 0.10.1`; empty if none changed."""
     if not before:
         return "a version of this project before 0.2"
     return ", ".join(
@@ -120,127 +122,130 @@ def changes(before: dict[str, str | int], now: dict[str, str | int]) -> str:
 
 
 def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
-    """All that decides a source's text but its input: settings, versions, assets."""
-    read = clean.check_assets(name, source, assets)
-    files = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in read}
+    """Everything that decides a source's text except its input: settings, versions, assets."""
+    required = clean.check_assets(name, source, assets)
+    hashes = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in required}
     optional = {
         asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")
     }
-    files |= {
+    hashes |= {
         asset: sha256_of(Path(path))
         for asset, path in optional.items()
         if path and Path(path).is_file()
     }
-    licence = source.licence  # recipe source_code judges files by it
-    return [shaping(source), licence, versions_of(source), files]
+    licence = source.licence  # the recipe source_code filters files by it
+    return [text_settings(source), licence, versions_of(source), hashes]
 
 
-def shaping(source: Source) -> dict[str, Any]:
+def text_settings(source: Source) -> dict[str, Any]:
     """The settings of a source that decide its text."""
-    return {key: getattr(source, key) for key in SHAPES_TEXT}
+    return {key: getattr(source, key) for key in TEXT_SETTINGS}
 
 
-def made_of(source: Source, listing: Listing) -> dict[str, Any]:
-    """What a record keeps of how documents were made, for whoever asks whether they can stay."""
+def provenance(source: Source, listing: Listing) -> dict[str, Any]:
+    """Versions, settings and input files, stored with clean documents for later comparison."""
     kind, files = listing
     sizes = {name: size for name, (size, _) in files.items()}
-    return {"versions": versions_of(source), "settings": shaping(source), "input": [kind, sizes]}
+    return {
+        "versions": versions_of(source),
+        "settings": text_settings(source),
+        "input": [kind, sizes],
+    }
 
 
 def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's shards but the vocabulary: settings, versions, files of
-    input.
+    """Hash of everything that decides a source's shards except the tokenizer.
 
-    The input's place and times are left out: the same files elsewhere give the same shards.
+    Leaves out the input's path and mtimes: the same files elsewhere give the same shards.
     """
     kind, files = listing
-    text = [kind, {name: size for name, (size, _) in files.items()}]
+    input_files = [kind, {name: size for name, (size, _) in files.items()}]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
-    return digest(settings, text, cfg.seed, cfg.heldout_percent)
+    return digest(settings, input_files, cfg.seed, cfg.heldout_percent)
 
 
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
-    """Hash of all that decides a source's clean documents, with the times of its input files."""
+    """Hash of everything that decides a source's clean documents, with its input files' mtimes."""
     source = cfg.sources[name]
-    text = [source.input, *listing]
-    return digest(settings_of(name, source, cfg.assets), text, cfg.keep_exclusions)
+    input_files = [source.input, *listing]
+    return digest(settings_of(name, source, cfg.assets), input_files, cfg.keep_exclusions)
 
 
 def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
-    """Hash of all that decides the vocabulary: its file, or the texts and settings of training."""
+    """Hash of everything that decides the tokenizer: its file, or training texts and settings."""
     settings = cfg.tokenizer
     if settings.path is not None:
-        # a smaller size is checked again
+        # with vocab_size, so that a changed value is checked against the file again
         return digest(sha256_of(Path(settings.path)), settings.vocab_size)
-    numbers = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
-    return digest(clean_keys, numbers, tokenizer.TRAINING_VERSION, version("tokenizers"))
+    training = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
+    return digest(clean_keys, training, tokenizer.TRAINING_VERSION, version("tokenizers"))
 
 
 def shards_key(manifest: Manifest) -> str:
-    """Hash of all that decides a source's shards; names their folder under construction."""
+    """Hash of everything that decides a source's shards; names the folder they are built in."""
     return digest(asdict(replace(manifest, splits={})))
 
 
-def same_shards(folder: Path, wanted: Manifest) -> bool:
-    """Whether the shards in a folder are what is wanted and every byte of them is unchanged."""
+def shards_match(folder: Path, expected: Manifest) -> bool:
+    """Whether a folder's manifest equals `expected` except for files, and every shard its hash."""
     try:
-        found = read_manifest(folder)
+        manifest = read_manifest(folder)
     except InputError:
         return False
-    if replace(found, splits=wanted.splits) != wanted:
+    if replace(manifest, splits=expected.splits) != expected:
         return False
-    for file in found.files():
+    for file in manifest.files():
         try:
             document_ends(folder, file)
         except InputError:
             return False
-    return all(sha256_of(folder / file.name) == file.sha256 for file in found.files())
+    return all(sha256_of(folder / file.name) == file.sha256 for file in manifest.files())
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the clean documents' files in a folder."""
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of clean documents in a folder, by name."""
     return {path.name: path.stat().st_size for path in folder.glob("*.jsonl.gz")}
 
 
 def write_built(folder: Path, key: str, **details: Any) -> None:
-    """Mark a folder as complete."""
+    """Mark a folder as complete with its key and details."""
     write_json(folder / BUILT, {"key": key, **details})
 
 
 def read_built(folder: Path, key: str) -> dict[str, Any] | None:
-    """The details of a complete folder with this key, else None."""
+    """Details of a complete folder; None if it is incomplete or has another key."""
     built = read_json(folder / BUILT)
     return built if built.get("key") == key else None
 
 
-def construction(folder: Path, stage: str, key: str) -> Path:
-    """The folder `building/<stage>/<key>`, kept from a killed run; removes those of other keys."""
+def open_build_dir(folder: Path, stage: str, key: str) -> Path:
+    """Open `building/<stage>/<key>`, new or from a killed run; removes folders of other keys."""
     parent = folder / "building" / stage
-    place = parent / key[:16]
-    for other in parent.iterdir() if parent.is_dir() else ():
-        if other != place:
-            shutil.rmtree(other)
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+    build_dir = parent / key[:16]
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if path != build_dir:
+            shutil.rmtree(path)
+    build_dir.mkdir(parents=True, exist_ok=True)
+    return build_dir
 
 
-def install(built: Path, place: Path) -> None:
-    """Move a complete folder into place; after a kill in between, the next run moves it."""
-    discard(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    built.rename(place)
+def move_into_place(build_dir: Path, folder: Path) -> None:
+    """Replace `folder` with a complete build; after a kill in between, the next run moves it."""
+    remove_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    build_dir.rename(folder)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder if it is there."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it exists."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
-def check_tasks(folder: Path, name: str, tasks: int) -> None:
-    """Raise InputError when a source was begun with another number of tasks.
+def check_num_tasks(folder: Path, name: str, tasks: int) -> None:
+    """Raise InputError if a source was started with another number of tasks.
 
-    Finished tasks would be thrown away or, with datatrove alone, documents lost.
+    Finished tasks would be discarded; with plain datatrove, documents would be lost.
     """
     lock = folder / "locks" / f"{name}.json"
     if (
@@ -248,13 +253,13 @@ def check_tasks(folder: Path, name: str, tasks: int) -> None:
         and (pinned := json.loads(lock.read_text(encoding="utf-8"))["tasks"]) != tasks
     ):
         raise InputError(
-            f"source {name} was begun with {pinned} tasks, not {tasks}: set "
-            f"data.sources.{name}.tasks={pinned}, or remove {lock} to build it anew"
+            f"source {name} was started with {pinned} tasks, not {tasks}: set "
+            f"data.sources.{name}.tasks={pinned}, or remove {lock} to rebuild the source"
         )
 
 
-def pin_tasks(folder: Path, name: str, tasks: int) -> None:
-    """Remember the number of tasks that a source is begun with."""
+def pin_num_tasks(folder: Path, name: str, tasks: int) -> None:
+    """Record the number of tasks that a source is started with."""
     lock = folder / "locks" / f"{name}.json"
     lock.parent.mkdir(parents=True, exist_ok=True)
     write_json(lock, {"tasks": tasks}, indent=None)

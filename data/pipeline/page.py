@@ -1,8 +1,6 @@
-"""A static HTML page about a data set: mixture over tokens, what was dropped and why, lengths,
-domains.
+"""Static HTML page of a data set: mixture over tokens, drop reasons, document lengths, domains.
 
-It holds text and boxes only: no script, no address is loaded, so that it can be mailed or kept
-beside a run.
+One file without scripts or external resources, so that it can be mailed or kept with a run.
 """
 
 import gzip
@@ -16,7 +14,7 @@ import numpy as np
 from core.files import write_text
 from core.templates import render
 from data.config import DataConfig
-from data.pipeline.accounting import Step, ranked
+from data.pipeline.accounting import StepCounts, ranked_reasons
 from data.stream.documents import document_ends
 from data.stream.loader import compile_plan
 from data.stream.manifests import Manifest, source_folder
@@ -40,7 +38,7 @@ COLOURS = (
 
 
 def lengths(folder: Path, manifest: Manifest) -> dict[int, int]:
-    """How many documents have 2^k to 2^(k+1) tokens, by k from 0, over all train shards."""
+    """Number of train documents with 2^k to 2^(k+1) - 1 tokens, by k from 0."""
     counts = np.zeros(32, dtype=np.int64)
     for file in manifest.splits["train"]:
         ends = np.asarray(document_ends(folder, file), dtype=np.int64)
@@ -50,27 +48,28 @@ def lengths(folder: Path, manifest: Manifest) -> dict[int, int]:
 
 
 def domains(folder: Path, samples: int) -> list[tuple[str, int]]:
-    """The most frequent hosts in `samples` documents: the first ones of every file of a source."""
+    """Most frequent hosts in about `samples` documents, the first of every file of a source."""
     files = sorted(folder.glob("*.jsonl.gz"))
-    found: Counter[str] = Counter()
+    hosts: Counter[str] = Counter()
     for path in files:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for _, line in zip(range(max(1, samples // len(files))), lines, strict=False):
                 url = json.loads(line).get("url")
                 if url:
-                    found[urlsplit(url).netloc] += 1
-    return found.most_common(TOP_DOMAINS)
+                    hosts[urlsplit(url).netloc] += 1
+    return hosts.most_common(TOP_DOMAINS)
 
 
 def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samples: int) -> None:
-    """Write the page about a prepared data set."""
+    """Write the page of a prepared data set."""
     plan = compile_plan(cfg, manifests)
     report = Path(cfg.folder) / REPORT
     record = json.loads(report.read_text(encoding="utf-8"))["steps"] if report.is_file() else {}
-    each = []
+    source_lengths = []
     for name, manifest in manifests.items():
         counts = lengths(source_folder(cfg, name), manifest)
-        each.append((name, manifest.tokens("train") / sum(counts.values()), counts))
+        average = manifest.tokens("train") / sum(counts.values())
+        source_lengths.append((name, average, counts))
     hosts = {name: domains(Path(cfg.folder) / "clean" / name, samples) for name in cfg.sources}
     page = render(
         TEMPLATE,
@@ -79,11 +78,11 @@ def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samp
         stage_tokens=stage_tokens,
         colours={name: COLOURS[n % len(COLOURS)] for n, name in enumerate(plan.sources)},
         tables="\n".join([*plan_table(plan), "", *packing_table(plan, manifests)]),
-        steps={name: [Step(**step) for step in found] for name, found in record.items()},
-        ranked=ranked,
-        lengths=each,
+        steps={name: [StepCounts(**step) for step in steps] for name, steps in record.items()},
+        ranked_reasons=ranked_reasons,
+        lengths=source_lengths,
         samples=samples,
-        domains={name: found for name, found in hosts.items() if found},
+        domains={name: counts for name, counts in hosts.items() if counts},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

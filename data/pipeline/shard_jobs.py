@@ -1,4 +1,4 @@
-"""The tasks that make the shards of a source, whatever it is made of."""
+"""Jobs that make the shards of a source, from clean documents or from a Megatron corpus."""
 
 from pathlib import Path
 from typing import Any
@@ -7,20 +7,24 @@ from data import tokenizer
 from data.config import DataConfig
 from data.pipeline import megatron, shard
 from data.pipeline.fingerprints import Listing
-from data.pipeline.shard import Clean, Sharding
+from data.pipeline.shard import CleanDocuments, ShardingSpec
 from data.stream.manifests import tokenizer_path
 
 
 def shard_jobs(
-    cfg: DataConfig, name: str, listing: Listing, clean: Clean | None, place: Path
+    cfg: DataConfig, name: str, listing: Listing, clean: CleanDocuments | None, folder: Path
 ) -> list[Any]:
-    """One job per task, writing to `place`: from clean documents, or from a tokenized corpus."""
-    source, file = cfg.sources[name], tokenizer_path(cfg)
+    """One job per task that writes shards to `folder`; without `clean`, from a Megatron corpus."""
+    source = cfg.sources[name]
+    tokenizer_file = tokenizer_path(cfg)
+    ranks = range(source.tasks)
     if clean is not None:
-        job = Sharding(clean, place, file, cfg.seed, cfg.heldout_percent, source.tasks)
-        return [(shard.shard_task, job, rank) for rank in range(source.tasks)]
-    size = tokenizer.size_of(tokenizer.load(file))
-    corpus = megatron.Corpus(source.input, sorted(listing[1]), place, size, source.tasks)
-    return [
-        (megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in range(source.tasks)
-    ]
+        spec = ShardingSpec(
+            clean, folder, tokenizer_file, cfg.seed, cfg.heldout_percent, source.tasks
+        )
+        return [(shard.shard_task, spec, rank) for rank in ranks]
+    vocab_size = tokenizer.required_vocab_size(tokenizer.load(tokenizer_file))
+    corpus = megatron.MegatronCorpus(
+        source.input, sorted(listing[1]), folder, vocab_size, source.tasks
+    )
+    return [(megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in ranks]

@@ -1,7 +1,7 @@
-"""One task of a pipeline: what runs in a worker process, what it reads and where it writes.
+"""One pipeline task: what a worker process runs, reads and writes.
 
-A task is the unit of resuming: it either ended, and datatrove's completion mark says so, or is run
-again from its start and overwrites what it left.
+A task is the unit of resuming. It is complete if datatrove's completion mark exists; otherwise it
+runs again from the start and overwrites its output.
 """
 
 import hashlib
@@ -17,24 +17,24 @@ from datatrove.utils.stats import PipelineStats
 from data.recipes.readers import Jsonl
 
 
-class OneTask(LocalPipelineExecutor):
-    """A single task in this process; workers.py's pool replaces datatrove's and its manager."""
+class SingleTaskExecutor(LocalPipelineExecutor):
+    """Runs one task in this process, in place of datatrove's process pool and its manager."""
 
     def run(self) -> PipelineStats:
-        """Statistics of the task, empty when it was completed before."""
-        # other than 0: errors only on the terminal
+        """Statistics of the task, empty if it was complete before."""
+        # with local_rank 0 datatrove logs to the terminal, with any other only errors
         return self._run_for_rank(self.local_rank_offset, local_rank=1)
 
 
 def run_task(pipeline: list[PipelineStep], logs: Path, rank: int, tasks: int) -> None:
-    """Run task `rank` of `tasks` of a pipeline, unless `logs` says that it is complete."""
-    OneTask(
+    """Run task `rank` of `tasks` of a pipeline, unless `logs` marks it as complete."""
+    SingleTaskExecutor(
         pipeline, tasks=tasks, local_tasks=1, local_rank_offset=rank, logging_dir=str(logs)
     ).run()
 
 
 class Documents(Jsonl):
-    """The clean documents that one task wrote, read back by the task of the same number."""
+    """Reads the clean documents that the task of the same rank wrote in the previous pass."""
 
     name = "Documents"
 
@@ -46,21 +46,19 @@ class Documents(Jsonl):
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
     ) -> DocumentsPipeline:
-        """Documents of `folder`/<rank>.jsonl.gz; none where the task kept none."""
+        """Documents of `folder`/<rank>.jsonl.gz; none if the task wrote no file."""
         name = f"{rank:05d}.jsonl.gz"
         self.files = [name] if (self.folder / name).is_file() else []
         self.quarantine_file = None
         for name in self.files:
-            # damage of our own files is an error, not a drop
+            # a damaged file of our own is an error, not a dropped document
             yield from self.read_files_shard([name])
 
 
-def row_of(self: JsonlWriter, document: Document) -> dict[str, Any]:
-    """A clean document on disk: text, id, the group that decides its split, and its address where
-    it has one.
+def document_row(self: JsonlWriter, document: Document) -> dict[str, Any]:
+    """A clean document on disk: text, id, the group that decides its split, and its URL if known.
 
-    Without a group of its own a document is its own group, by its text: copies stay on one side of
-    the split.
+    A document without a group gets the hash of its text, so that copies are in the same split.
     """
     group = document.metadata.get("group") or hashlib.sha256(document.text.encode()).hexdigest()
     row = {
@@ -72,30 +70,31 @@ def row_of(self: JsonlWriter, document: Document) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def write_documents(folder: Path) -> JsonlWriter:
-    """The last step of a pass."""
-    return JsonlWriter(str(folder), adapter=row_of)
+def document_writer(folder: Path) -> JsonlWriter:
+    """The last step of a pass that writes documents."""
+    return JsonlWriter(str(folder), adapter=document_row)
 
 
-def write_excluded(folder: Path, reason: str) -> JsonlWriter:
-    """A writer of what a step drops, with the reason; `reason` is for steps that give none."""
+def excluded_writer(folder: Path, reason: str) -> JsonlWriter:
+    """Writer of the documents that a step drops; `reason` applies where the step records none."""
 
-    def excluded(self: JsonlWriter, document: Document) -> dict[str, Any]:
-        return {**row_of(self, document), "reason": document.metadata.get("filter_reason", reason)}
+    def excluded_row(self: JsonlWriter, document: Document) -> dict[str, Any]:
+        return {
+            **document_row(self, document),
+            "reason": document.metadata.get("filter_reason", reason),
+        }
 
-    return JsonlWriter(str(folder), adapter=excluded)
+    return JsonlWriter(str(folder), adapter=excluded_row)
 
 
-def exclude_into(folder: Path, pipeline: list[PipelineStep]) -> list[PipelineStep]:
-    """Make steps write the documents they drop to `folder`/<place in the pipeline>-<name>."""
-    for place, step in enumerate(pipeline):
+def set_exclusion_writers(folder: Path, pipeline: list[PipelineStep]) -> list[PipelineStep]:
+    """Have steps write the documents that they drop to `folder`/<index of the step>-<name>."""
+    for index, step in enumerate(pipeline):
         if hasattr(step, "exclusion_writer"):
             name = "".join(
                 c
                 for c in step.name.lower().replace(" ", "-")
                 if c.isascii() and (c.isalnum() or c == "-")
-            )
-            step.exclusion_writer = write_excluded(
-                folder / f"{place:02d}-{name.strip('-')}", name.strip("-")
-            )
+            ).strip("-")
+            step.exclusion_writer = excluded_writer(folder / f"{index:02d}-{name}", name)
     return pipeline

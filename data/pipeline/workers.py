@@ -1,4 +1,4 @@
-"""The processes that work in a data folder: one preparation at a time, and no orphans of it."""
+"""Worker processes of a data folder: one preparation at a time, and no orphaned processes."""
 
 import ctypes
 import fcntl
@@ -15,11 +15,11 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a data folder: two preparations would write the same files. Raises InputError when it is
-    held.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a data folder, since two preparations would write the same files.
 
-    The lock belongs to this process and not to its children, and ends with it however it ends.
+    The lock belongs to this process, not to its children; the kernel releases it when the process
+    ends. Raises InputError if the folder is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
@@ -27,19 +27,19 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"another preparation works in {folder}: wait for it, or choose data.folder"
+                f"another preparation is running in {folder}: wait for it, or set data.folder"
             ) from error
         yield
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process with its parent: orphans would write into the next run."""
+    """Have the kernel kill this process with its parent: orphans would write into the next run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def start_worker(logs: str) -> None:
-    """Send the output of datatrove and its libraries to a file; children die with this process."""
+def init_worker(logs: str) -> None:
+    """Redirect the output of a worker's libraries to a file; children die with the worker."""
     die_with_parent()
     # the extractor's sandbox is forked from here
     os.register_at_fork(after_in_child=die_with_parent)

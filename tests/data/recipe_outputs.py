@@ -28,7 +28,7 @@ from data import recipes, tokenizer
 from data.config import Source
 from data.pipeline import clean, fingerprints, megatron, shard
 from data.pipeline.clean import Build
-from data.pipeline.shard import Clean, Sharding
+from data.pipeline.shard import CleanDocuments, ShardingSpec
 from data.recipes.readers import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
@@ -255,9 +255,9 @@ def make_builds(root: Path) -> dict[str, Build]:
     builds = {}
     for name, source in make_sources(root / "raw").items():
         builds[name] = Build(source, assets, root / "clean" / name, keep_exclusions=False)
-        builds[name].place.mkdir(parents=True)
+        builds[name].folder.mkdir(parents=True)
         kind, files = list_raw_files(source.input)
-        pin_files(builds[name].place, kind, list(files))
+        pin_files(builds[name].folder, kind, list(files))
     return builds
 
 
@@ -267,7 +267,7 @@ def run_passes(build: Build) -> list[bytes]:
         for function, *arguments in one.jobs():
             function(*arguments)
     clean.finish(build)
-    paths = sorted(build.place.glob("*.jsonl.gz"))
+    paths = sorted(build.folder.glob("*.jsonl.gz"))
     return [line for path in paths for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
@@ -282,7 +282,7 @@ def make_megatron_shards(root: Path) -> list[bytes]:
         builder.end_document()
     builder.finalize(str(root / "raw" / "a.idx"))
     (root / "shards").mkdir()
-    job = megatron.Corpus(str(root / "raw"), ["a.idx"], root / "shards", 300, 1)
+    job = megatron.MegatronCorpus(str(root / "raw"), ["a.idx"], root / "shards", 300, 1)
     megatron.shard_task(job, 50.0, 0)
     return [path.read_bytes() for path in sorted((root / "shards").glob("*.ds*"))]
 
@@ -290,7 +290,7 @@ def make_megatron_shards(root: Path) -> list[bytes]:
 def make_shards(clean_dir: Path, files: list[str], documents: int, out: Path) -> list[bytes]:
     """Shard a source's clean documents with the fixture's tokenizer; returns the shards."""
     out.mkdir()
-    job = Sharding(Clean(clean_dir, files, documents), out, TOKENIZER, 3, 50.0, 1)
+    job = ShardingSpec(CleanDocuments(clean_dir, files, documents), out, TOKENIZER, 3, 50.0, 1)
     shard.shard_task(job, 0)
     return [path.read_bytes() for path in sorted(out.glob("*.ds*"))]
 

@@ -1,6 +1,4 @@
-"""A folder that bd3e05a prepared (tests/fixtures) is taken over as it is, or refused with nothing
-changed.
-"""
+"""A folder prepared by commit bd3e05a (tests/fixtures) is adopted, or refused without a change."""
 
 import json
 import shutil
@@ -25,7 +23,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 @pytest.fixture
 def old(tmp_path: Path) -> DataConfig:
-    """A copy of the old folder, with the config that it was prepared with."""
+    """A copy of the old folder and the config that it was prepared with."""
     shutil.copytree(FIXTURES / "prepared", tmp_path / "prepared")
     return DataConfig(
         folder=str(tmp_path / "prepared"),
@@ -44,19 +42,17 @@ def old(tmp_path: Path) -> DataConfig:
 
 
 def contents(cfg: DataConfig) -> dict[str, bytes]:
-    """Every file of the folder but the lock and what workers print."""
-    home = Path(cfg.folder)
+    """Every file of the folder except the lock and the workers' logs."""
+    folder = Path(cfg.folder)
     paths = [
         path
-        for path in home.rglob("*")
+        for path in folder.rglob("*")
         if path.is_file() and "logs" not in path.parts and path.name != "lock"
     ]
-    return {str(path.relative_to(home)): path.read_bytes() for path in paths}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_an_old_folder_is_adopted_by_its_hashes(
-    old: DataConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_old_folder_is_adopted(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(old)
     adopt(old)
     prepare(old)
@@ -68,31 +64,32 @@ def test_an_old_folder_is_adopted_by_its_hashes(
     }
     assert changed <= {*keyed, "tokenizer/built.json", "report.json"}
     for name in old.sources:
-        one, other = (
+        old_manifest, new_manifest = (
             json.loads(files[f"shards/{name}/manifest.json"]) for files in (before, after)
         )
-        assert other["versions"] == {"sharding": 1, "tokenizers": version("tokenizers")}
-        assert one == {key: value for key, value in other.items() if key != "versions"} | {
-            "recipe_sha256": one["recipe_sha256"]
+        assert new_manifest.pop("versions") == {
+            "sharding": 1,
+            "tokenizers": version("tokenizers"),
         }
+        assert old_manifest == {**new_manifest, "recipe_sha256": old_manifest["recipe_sha256"]}
 
 
-def test_old_shards_are_read_as_they_are(old: DataConfig) -> None:
-    """Training asks for no key."""
+def test_training_reads_old_shards_without_adoption(old: DataConfig) -> None:
     assert sum(manifest.tokens("train") for manifest in open_manifests(old).values()) == 12_733
 
 
 def test_old_shards_verify(old: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every byte hashed, every end token counted, ids decoded and encoded again."""
+    """`verify` hashes every byte, counts end tokens, and decodes and re-encodes documents."""
     verify(old, VerifySettings(samples=50, hashes=True))
-    said = capsys.readouterr().out
-    assert said.count("hashed, ") == 4 and "all is what the manifests say" in said
+    out = capsys.readouterr().out
+    assert out.count("hashed, ") == 4 and "all shards match their manifests" in out
 
 
 def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None:
     before = contents(old)
     with pytest.raises(
-        InputError, match=r"left by a version of this project before 0.2; .* prepare.adopt=true to"
+        InputError,
+        match=r"left by a version of this project before 0.2; .* prepare.adopt=true to keep it",
     ):
         prepare(old)
     assert contents(old) == before
@@ -107,16 +104,18 @@ def test_without_adoption_an_old_folder_is_not_replaced(old: DataConfig) -> None
     [
         (
             {"recipe": "technical"},
-            "shards of left have recipe curated, not technical: give the config",
+            "shards of left have recipe curated, not technical: use the config",
         ),
         ({"licence": "MIT"}, "licence CC0-1.0, not MIT"),
-        ({"tasks": 2}, "was begun with 1 tasks, not 2"),
+        ({"tasks": 2}, "was started with 1 tasks, not 2"),
         ({"near_duplicates": "14x8"}, "was made without near_duplicates"),
         ({"replace_pii": True}, "was made without replace_pii"),
     ],
 )
-def test_another_source_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
-    refused(
+def test_changed_source_settings_are_refused(
+    old: DataConfig, changed: dict[str, Any], message: str
+) -> None:
+    check_refused(
         replace(old, sources={**old.sources, "left": replace(old.sources["left"], **changed)}),
         message,
     )
@@ -125,29 +124,32 @@ def test_another_source_is_refused(old: DataConfig, changed: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 4}, "shards of left are not those that this config makes"),
-        ({"heldout_percent": 40.0}, "shards of left are not those that this config makes"),
+        ({"seed": 4}, "shards of left differ from those that this config makes"),
+        ({"heldout_percent": 40.0}, "shards of left differ from those that this config makes"),
         (
             {"tokenizer": TokenizerConfig(None, None, 400, 1)},
             "has 300 ids, data.tokenizer.vocab_size is 400",
         ),
     ],
 )
-def test_another_config_is_refused(old: DataConfig, changed: dict[str, Any], message: str) -> None:
-    refused(replace(old, **changed), message)
+def test_a_changed_config_is_refused(
+    old: DataConfig, changed: dict[str, Any], message: str
+) -> None:
+    check_refused(replace(old, **changed), message)
 
 
-def test_another_vocabulary_is_refused(old: DataConfig, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(old: DataConfig, tmp_path: Path) -> None:
     tokenizer.train(["another text, of other words " * 9], 270, tmp_path / "other")
     other = TokenizerConfig(str(tmp_path / "other" / tokenizer.FILE), None, 300, 1)
-    refused(replace(old, tokenizer=other), "is another vocabulary than data.tokenizer.path")
+    check_refused(replace(old, tokenizer=other), "differs from data.tokenizer.path")
 
 
-def test_another_list_of_inputs_is_refused(old: DataConfig, tmp_path: Path) -> None:
+def test_other_input_files_are_refused(old: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "raw" / "left", tmp_path / "raw")
     (tmp_path / "raw" / "1.jsonl").write_text('{"text": "one more"}\n')
     left = replace(old.sources["left"], input=str(tmp_path / "raw"))
-    refused(replace(old, sources={**old.sources, "left": left}), "was made from other input files")
+    cfg = replace(old, sources={**old.sources, "left": left})
+    check_refused(cfg, "was made from other input files")
 
 
 @pytest.mark.parametrize(
@@ -155,72 +157,68 @@ def test_another_list_of_inputs_is_refused(old: DataConfig, tmp_path: Path) -> N
     [
         (
             "shards/right/train_00000.ds",
-            r"right/train_00000.ds does not hash to its manifest's SHA-256",
+            r"right/train_00000.ds has another SHA-256 than its manifest",
         ),
         ("shards/right/train_00000.ds.index", "is not the index of train_00000.ds"),
         ("clean/left/built.json", "has a damaged built.json or input.json"),
-        ("clean/left/00000.jsonl.gz", "holds other files than were written there"),
+        ("clean/left/00000.jsonl.gz", "clean/left differ from its built.json"),
         ("shards/left/manifest.json", "is not a manifest"),
     ],
 )
 def test_damage_is_refused(old: DataConfig, file: str, message: str) -> None:
     path = Path(old.folder) / file
     content = path.read_bytes()
-    hashed = path.suffix == ".ds"
-    path.write_bytes(bytes([content[0] ^ 1, *content[1:]]) if hashed else content[:-8])
-    refused(old, message)
+    flipped = bytes([content[0] ^ 1, *content[1:]])
+    path.write_bytes(flipped if path.suffix == ".ds" else content[:-8])
+    check_refused(old, message)
 
 
-def refused(cfg: DataConfig, message: str) -> None:
-    """Nothing of the folder is another after an adoption that fails."""
+def check_refused(cfg: DataConfig, message: str) -> None:
+    """Adoption fails with this message and changes no file."""
     before = contents(cfg)
     with pytest.raises(InputError, match=message):
         adopt(cfg)
     assert contents(cfg) == before
 
 
-def test_no_folder_is_made(old: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no folder"):
+def test_a_missing_folder_is_not_created(old: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="typo does not exist"):
         adopt(replace(old, folder=str(tmp_path / "typo")))
     assert not (tmp_path / "typo").exists()
 
 
-def test_what_nothing_shows_is_left_with_its_shards(
+def test_a_source_without_clean_documents_is_skipped(
     old: DataConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Preparing would clean again and make other shards, so the command stops here; the rest is
-    taken over.
-    """
+    """Its shards stay, since nothing shows how they were made; the other source is adopted."""
     shutil.rmtree(Path(old.folder) / "clean" / "left")
     before = contents(old)
     adopt(old)
-    assert "left is left as it is, for its clean documents are not there" in capsys.readouterr().out
+    assert "left is not adopted: its clean documents, the only record" in capsys.readouterr().out
     after = contents(old)
     changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
-    # the vocabulary has both texts
+    # the tokenizer was trained on both sources
     assert changed == {"clean/right/built.json", "shards/right/manifest.json"}
 
 
-def test_a_source_without_shards_does_not_keep_the_others_from_it(
+def test_a_source_without_shards_is_skipped(
     old: DataConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(Path(old.folder) / "shards" / "left")
     adopt(old)
-    said = capsys.readouterr().out
-    assert "left is left as it is, for it has no shards" in said and "adopted    right" in said
+    out = capsys.readouterr().out
+    assert "left is not adopted: it has no shards" in out and "adopted    right" in out
 
 
-def test_shards_that_are_left_are_hashed_too(old: DataConfig) -> None:
+def test_shards_of_skipped_sources_are_hashed(old: DataConfig) -> None:
     shutil.rmtree(Path(old.folder) / "clean" / "left")
     path = Path(old.folder) / "shards" / "left" / "train_00000.ds"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1, *path.read_bytes()[1:]]))
-    refused(old, r"left/train_00000.ds does not hash")
+    check_refused(old, r"left/train_00000.ds has another SHA-256")
 
 
-def test_what_records_of_today_hold_is_compared(old: DataConfig, tmp_path: Path) -> None:
-    """How far a pass went, the column of the text, the input's sizes: records before 0.2 had none
-    of them.
-    """
+def test_records_of_this_version_are_compared(old: DataConfig, tmp_path: Path) -> None:
+    """Settings and input sizes, which records before 0.2 do not hold, are compared."""
     shutil.copytree(FIXTURES / "raw", tmp_path / "raw")
     sources = {
         name: replace(source, input=str(tmp_path / "raw" / name))
@@ -228,16 +226,16 @@ def test_what_records_of_today_hold_is_compared(old: DataConfig, tmp_path: Path)
     }
     cfg = replace(old, sources=sources)
     adopt(cfg)
-    refused(
+    check_refused(
         replace(cfg, sources={**sources, "left": replace(sources["left"], text_key="body")}),
         "made with text_key",
     )
     with (tmp_path / "raw" / "right" / "0.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    refused(cfg, "was made from other input files")
+    check_refused(cfg, "was made from other input files")
 
 
-def test_an_upgrade_replaces_nothing_unasked(
+def test_an_upgrade_does_not_replace_data_unasked(
     old: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adopt(old)
@@ -258,26 +256,27 @@ def test_an_upgrade_replaces_nothing_unasked(
     }
 
 
-def test_text_of_other_rules_is_left(
+def test_text_of_another_recipe_version_is_skipped(
     old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also when an adoption is asked for again after a version was raised: it must not hide
-    that.
-    """
+    """A second adoption after a version was raised must not hide the change."""
     adopt(old)
     monkeypatch.setattr(recipes.load("curated"), "RECIPE_VERSION", 2)
     before = contents(old)
     adopt(old)
-    assert capsys.readouterr().out.count("another version of its rules (curated 1, now 2)") == 2
+    assert (
+        capsys.readouterr().out.count("recipe or passes had another version (curated 1, now 2)")
+        == 2
+    )
     assert contents(old) == before
 
 
-def test_other_packages_are_named(
+def test_changed_package_versions_are_logged(
     old: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adopt(old)
     monkeypatch.setattr(fingerprints, "version", lambda package: "99.0")
     adopt(old)
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     for package in ("datatrove", "tokenizers"):
-        assert said.count(f"was made by {package} {version(package)}, now 99.0: taken for") == 2
+        assert out.count(f"was made with {package} {version(package)}, now 99.0: assuming") == 2

@@ -1,6 +1,4 @@
-"""What data/ takes of other packages beyond their documented interfaces, and the version in which
-somebody has read it.
-"""
+"""Undocumented behaviour of other packages that data/ relies on, and the version it was read in."""
 
 import ast
 import inspect
@@ -12,28 +10,29 @@ import pytest
 from core.files import ROOT
 from data.pipeline import accounting, minhash
 from data.pipeline.executors import SlurmArray
-from data.pipeline.tasks import OneTask, exclude_into
+from data.pipeline.tasks import SingleTaskExecutor, set_exclusion_writers
 from data.recipes.classifiers import load_model
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.readers import Warc
 from data.recipes.urls import make_blocklist_filter
 
-# by package: version read, and what we rely on at the one place that does
+# package -> (version read, our code that relies on it -> the behaviour)
 READ = {
     "datatrove": (
         "0.10.1",
         {
-            OneTask: "_run_for_rank runs a task, writes its statistics and its completion mark",
+            SingleTaskExecutor: "_run_for_rank runs a task, writes its statistics and its "
+            "completion mark",
             SlurmArray: "run() submits, launch_merge_stats and save_executor_as_json are hooks, "
             "job_id_retriever gets sbatch's answer",
             MainTextExtractor: "extract() runs in ExtractorSandbox.process_document, whose "
-            "three errors tell why a page has no text",
-            Warc.read_file: "process_record gives a record's text and url, or None for no HTML",
+            "three errors name the reason why a page has no text",
+            Warc.read_file: "process_record returns a record's text and url, None without HTML",
             make_blocklist_filter: "a filter's lists do not change once download_data() has read "
             "them",
-            exclude_into: "a step that drops documents has an exclusion_writer",
-            minhash.pairs_of: ".dups holds four <u4 a pair: file, document, file, document",
-            minhash.clusters: ".remove holds the numbers of a file's documents as <u4, sorted",
+            set_exclusion_writers: "a step that drops documents has an exclusion_writer",
+            minhash.read_pairs: ".dups holds four <u4 per pair: file, document, file, document",
+            minhash.clusters: ".remove holds the indices of a file's documents as <u4, sorted",
             accounting.read_step: "stats/<task>.json: total, forwarded, dropped and dropped_* of "
             "every step",
         },
@@ -42,9 +41,9 @@ READ = {
         "0.9.2",
         {load_model: "_FastText(path) reads a model without load_model's warning"},
     ),
-    "warcio": ("1.8.1", {Warc.read_file: "EOFError of the stream ends an archive in silence"}),
+    "warcio": ("1.8.1", {Warc.read_file: "EOFError of the stream silently ends an archive"}),
 }
-# a name of theirs with an underscore is used where the table says so, and nowhere else
+# file -> private names of other packages that it may use
 PRIVATE = {
     "data/pipeline/tasks.py": {"self._run_for_rank"},
     "data/recipes/classifiers.py": {"_FastText"},
@@ -52,25 +51,26 @@ PRIVATE = {
 
 
 @pytest.mark.parametrize("package", READ)
-def test_internals_are_read_again_at_an_upgrade(package: str) -> None:
-    read, places = READ[package]
-    found = [
-        f"{inspect.getsourcefile(inspect.unwrap(place))}: {what}" for place, what in places.items()
+def test_internals_are_reviewed_at_an_upgrade(package: str) -> None:
+    version_read, uses = READ[package]
+    lines = [
+        f"{inspect.getsourcefile(inspect.unwrap(user))}: {behaviour}"
+        for user, behaviour in uses.items()
     ]
-    assert version(package) == read, f"compare {package} with " + "\n".join(found)
+    assert version(package) == version_read, f"compare {package} with " + "\n".join(lines)
 
 
-def test_private_names_stay_in_their_places() -> None:
+def test_private_names_are_used_only_where_listed() -> None:
     for path in sorted(Path(ROOT, "data").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         used = {
             ast.unparse(node)
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute)
             and node.attr.startswith("_")
             and not node.attr.endswith("__")
-            and node.attr not in own
+            and node.attr not in defined
         }
         used |= {
             alias.name
@@ -84,7 +84,7 @@ def test_private_names_stay_in_their_places() -> None:
 
 def test_block_lists_are_shared_and_counts_are_not(tmp_path: Path) -> None:
     (tmp_path / "domains").write_text("casino-lists.com\n")
-    one, other = (make_blocklist_filter(str(tmp_path / "domains")) for _ in range(2))
-    assert one.block_listed_domains is other.block_listed_domains == {"casino-lists.com"}
-    one.stat_update("total")
-    assert "total" in one.stats.stats and "total" not in other.stats.stats
+    first, second = (make_blocklist_filter(str(tmp_path / "domains")) for _ in range(2))
+    assert first.block_listed_domains is second.block_listed_domains == {"casino-lists.com"}
+    first.stat_update("total")
+    assert "total" in first.stats.stats and "total" not in second.stats.stats

@@ -1,4 +1,4 @@
-"""Megatron's corpora, written by megatron-core itself, become shards with the same documents."""
+"""Corpora written by megatron-core become shards with the same documents."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from data.tokenizer import EOS
 
 
 def write_pair(prefix: Path, documents: list[list[list[int]]], dtype: type) -> None:
-    """Documents of sequences of ids, as tools/preprocess_data.py writes them."""
+    """Write `.bin` and `.idx` of documents [sequence [id]], as tools/preprocess_data.py does."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
@@ -27,48 +27,49 @@ def write_pair(prefix: Path, documents: list[list[list[int]]], dtype: type) -> N
     builder.finalize(f"{prefix}.idx")
 
 
-def config(home: Path) -> DataConfig:
-    tokenizer.train(["a river and a stone"] * 3, 275, home / "vocabulary")
+def config(root: Path) -> DataConfig:
+    tokenizer.train(["a river and a stone"] * 3, 275, root / "vocabulary")
     return DataConfig(
-        folder=str(home / "data"),
+        folder=str(root / "data"),
         seed=3,
         block_tokens=16,
         heldout_percent=30.0,
         reset_state=True,
         workers=1,
-        tokenizer=TokenizerConfig(str(home / "vocabulary" / tokenizer.FILE), None, 300, 1),
-        sources={"web": Source("megatron", str(home / "raw"), "CC0-1.0", 1.0, 2)},
+        tokenizer=TokenizerConfig(str(root / "vocabulary" / tokenizer.FILE), None, 300, 1),
+        sources={"web": Source("megatron", str(root / "raw"), "CC0-1.0", 1.0, 2)},
         stages=[Stage("only", 16, 16, {"web": 1.0})],
     )
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_every_document_arrives(
+def test_every_document_is_in_a_shard(
     tmp_path: Path, dtype: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(12, 270, random.integers(1, 30)).tolist() for _ in range(60)]
     (tmp_path / "raw").mkdir()
-    plain = [[text] for text in texts[:20]]  # without an end token
-    ended = [[[*text, EOS]] for text in texts[20:40]]
-    cut = [[text[:3], text[3:]] if len(text) > 3 else [text] for text in texts[40:]]  # sentences
-    for name, documents in (("a", plain), ("b", ended), ("c", cut)):
+    plain = [[text] for text in texts[:20]]
+    with_eos = [[[*text, EOS]] for text in texts[20:40]]
+    # two sequences per document, as with --split-sentences
+    split = [[text[:3], text[3:]] if len(text) > 3 else [text] for text in texts[40:]]
+    for name, documents in (("a", plain), ("b", with_eos), ("c", split)):
         write_pair(tmp_path / "raw" / name, documents, dtype)
     cfg = config(tmp_path)
     prepare(cfg)
     manifest = open_manifests(cfg)["web"]
-    found = []
-    for split in SPLITS:
-        documents = Documents(source_folder(cfg, "web"), manifest, split)
+    sharded = []
+    for name in SPLITS:
+        documents = Documents(source_folder(cfg, "web"), manifest, name)
         assert len(documents) > 5
-        found += [documents.ids(number).tolist() for number in range(len(documents))]
-    assert sorted(found) == sorted([*text, EOS] for text in texts)
+        sharded += [documents.ids(number).tolist() for number in range(len(documents))]
+    assert sorted(sharded) == sorted([*text, EOS] for text in texts)
     assert "web           Megatron index" in capsys.readouterr().out
     prepare(cfg)
     assert "web: reused" in capsys.readouterr().out
 
 
-def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
+def test_invalid_corpora_are_refused(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -78,12 +79,12 @@ def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has a.idx without a.bin"):
         prepare(cfg)
     (raw / "a.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="is no index of Megatron's version 1"):
+    with pytest.raises(InputError, match="is not a Megatron index of version 1"):
         prepare(cfg)
     write_pair(raw / "a", [[[12, 13, 290]]], np.uint16)
-    with pytest.raises(InputError, match="document 0 has id 290; the vocabulary has 2"):
+    with pytest.raises(InputError, match="document 0 has id 290, the tokenizer has 2"):
         prepare(cfg)
     write_pair(raw / "a", [[[12, 13, 14]]], np.uint16)
     (raw / "a.bin").write_bytes((raw / "a.bin").read_bytes()[:-2])
-    with pytest.raises(InputError, match="ends inside document 0: fetch it again"):
+    with pytest.raises(InputError, match="is truncated inside document 0: download it again"):
         prepare(cfg)

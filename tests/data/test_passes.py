@@ -1,6 +1,4 @@
-"""Near duplicates, exact substrings and exclusions: what goes is what repeats, and nothing goes
-unaccounted.
-"""
+"""The passes for near duplicates and exact substrings, their exclusions, and executors."""
 
 import gzip
 import json
@@ -32,18 +30,17 @@ SYLLABLES = "ba ce di fo gu ha ji ko lu me ni po qua ri su te vo wi xo ya ze".sp
 
 
 def prose(seed: str, words: int) -> str:
-    """Words that no other seed has in this order."""
-    r = random.Random(seed)
-    return " ".join("".join(r.choices(SYLLABLES, k=3)) for _ in range(words))
+    """Random words, distinct per seed."""
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(words))
 
 
 ARTICLES = [prose(f"article {i}", 120) for i in range(12)]
 NOTICE = prose("notice", 60)
 ROWS = [
     *({"text": text, "id": f"a{i}"} for i, text in enumerate(ARTICLES)),
-    *(
-        {"text": f"{ARTICLES[i]} indeed", "id": f"near{i}"} for i in range(3)
-    ),  # near duplicates of the first three
+    # near duplicates of the first three
+    *({"text": f"{ARTICLES[i]} indeed", "id": f"near{i}"} for i in range(3)),
     *(
         {"text": f"{prose(f'n{i}', 50)}. {NOTICE} {prose(f'm{i}', 50)}.", "id": f"n{i}"}
         for i in range(4)
@@ -54,25 +51,25 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    home = tmp_path_factory.mktemp("passes")
-    (home / "raw").mkdir()
-    for part in range(3):
-        rows = [json.dumps(row) + "\n" for row in ROWS[part::3]]
-        (home / "raw" / f"{part}.jsonl").write_text(
-            "".join(rows) + ("{broken\n" if part == 1 else "")
+    root = tmp_path_factory.mktemp("passes")
+    (root / "raw").mkdir()
+    for index in range(3):
+        rows = [json.dumps(row) + "\n" for row in ROWS[index::3]]
+        (root / "raw" / f"{index}.jsonl").write_text(
+            "".join(rows) + ("{broken\n" if index == 1 else "")
         )
-    tokenizer.train((row["text"] for row in ROWS), 300, home / "vocabulary")
+    tokenizer.train((row["text"] for row in ROWS), 300, root / "vocabulary")
     source = Source(
-        "curated", str(home / "raw"), "CC0-1.0", 1.0, 3, near_duplicates="14x8", exact_substrings=40
+        "curated", str(root / "raw"), "CC0-1.0", 1.0, 3, near_duplicates="14x8", exact_substrings=40
     )
     return DataConfig(
-        folder=str(home / "data"),
+        folder=str(root / "data"),
         seed=3,
         block_tokens=64,
         heldout_percent=40.0,
         reset_state=True,
         workers=2,
-        tokenizer=TokenizerConfig(str(home / "vocabulary" / tokenizer.FILE), None, 300, 1),
+        tokenizer=TokenizerConfig(str(root / "vocabulary" / tokenizer.FILE), None, 300, 1),
         sources={"web": source},
         stages=[Stage("only", 128, 64, {"web": 1.0})],
         keep_exclusions=True,
@@ -97,15 +94,15 @@ def rows_in(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def test_what_repeats_goes_once(built: DataConfig) -> None:
+def test_repeats_are_removed_once(built: DataConfig) -> None:
     kept = {row["id"]: row["text"] for row in rows_in(Path(built.folder) / "clean" / "web")}
-    near = [
+    removed = [
         row["text"].removesuffix(" indeed")
         for row in rows_in(Path(built.folder) / "clean/web/excluded/unique/01-near-duplicates")
     ]
-    assert sorted(near) == sorted(ARTICLES[:3]), "one of each pair went"
+    assert sorted(removed) == sorted(ARTICLES[:3]), "one of each pair is removed"
     assert set(ARTICLES) <= {text.removesuffix(" indeed") for text in kept.values()}, (
-        "and the other is whole"
+        "and the other is unchanged"
     )
     notices = [text for text in kept.values() if NOTICE in text]
     assert len(notices) == 1
@@ -113,20 +110,20 @@ def test_what_repeats_goes_once(built: DataConfig) -> None:
         "cut, not dropped"
     )
     assert all(len(kept[f"n{i}"].split()) in (100, 160) for i in range(4)), (
-        "all words outside the run stay"
+        "all words outside the run are kept"
     )
 
 
-def test_every_exclusion_has_its_reason(built: DataConfig) -> None:
-    home = Path(built.folder)
+def test_every_exclusion_has_a_reason(built: DataConfig) -> None:
+    folder = Path(built.folder)
     assert [
-        row["reason"] for row in rows_in(home / "clean/web/excluded/cut/01-exact-substrings")
+        row["reason"] for row in rows_in(folder / "clean/web/excluded/cut/01-exact-substrings")
     ] in (["repeated"], [])
     (row,) = [
-        json.loads(line) for p in (home / "clean/web/quarantine").iterdir() for line in p.open()
+        json.loads(line) for p in (folder / "clean/web/quarantine").iterdir() for line in p.open()
     ]
     assert row["reason"] == "corrupt" and row["where"] == "1.jsonl:7" and row["raw"]["bytes"] == 8
-    steps = json.loads((home / "report.json").read_text())["steps"]["web"]
+    steps = json.loads((folder / "report.json").read_text())["steps"]["web"]
     assert steps[0]["total"] == len(ROWS) + 1 and steps[0]["dropped"] == {"corrupt": 1}
     assert steps[-2]["cut"] == {"documents": 4, "characters": steps[-2]["cut"]["characters"]}
     assert steps[-2]["cut"]["characters"] > 3 * len(NOTICE)
@@ -139,7 +136,7 @@ def test_every_exclusion_has_its_reason(built: DataConfig) -> None:
 @pytest.mark.parametrize(
     "mark", ["minhash/pairs/*", "substrings/repeats/*.borders", "documents/cut/*"]
 )
-def test_a_kill_in_any_pass_changes_nothing(
+def test_a_run_killed_in_any_pass_resumes_to_the_same_bytes(
     base: DataConfig, built: DataConfig, tmp_path: Path, mark: str
 ) -> None:
     cfg = replace(base, folder=str(tmp_path), workers=1)
@@ -178,12 +175,10 @@ print("Submitted batch job 7")
 }
 
 
-def test_slurm_gives_the_same_bytes(
+def test_slurm_executor_gives_the_same_bytes(
     base: DataConfig, built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """datatrove's script under stand-ins of Slurm's commands that run an array's elements one after
-    another.
-    """
+    """Runs datatrove's script with fake Slurm commands that run array elements in sequence."""
     for name, text in SLURM.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -211,7 +206,7 @@ def test_slurm_gives_the_same_bytes(
         prepare(cfg, replace(executor, partition=None))
 
 
-def test_ray_is_asked_for_before_anything_is_done(
+def test_missing_ray_fails_at_once(
     base: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -222,17 +217,18 @@ def test_ray_is_asked_for_before_anything_is_done(
         )
 
 
-def naive_cut(texts: list[list[str]], n: int) -> list[list[str]]:
-    """The rule word by word: a token goes if a window that was seen before covers it."""
-    seen, kept = set(), []
+def cut_reference(texts: list[list[str]], n: int) -> list[list[str]]:
+    """Reference: remove every word that a repeated window covers."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
     for words in texts:
-        gone = set()
+        removed: set[int] = set()
         for start in range(len(words) - n + 1):
             window = tuple(words[start : start + n])
             if window in seen:
-                gone |= set(range(start, start + n))
+                removed |= set(range(start, start + n))
             seen.add(window)
-        kept.append([word for place, word in enumerate(words) if place not in gone])
+        kept.append([word for index, word in enumerate(words) if index not in removed])
     return kept
 
 
@@ -242,41 +238,39 @@ def naive_cut(texts: list[list[str]], n: int) -> list[list[str]]:
     st.integers(2, 9),
     st.integers(1, 3),
 )
-def test_substrings_follow_the_rule(
+def test_exact_substrings_match_the_reference(
     tmp_path_factory: pytest.TempPathFactory, texts: list[list[str]], n: int, bits: int
 ) -> None:
-    """Against the rule word by word, over several tasks, runs and partitions, with places beyond 32
-    bits.
-    """
+    """Over several tasks, runs and partitions, with positions beyond 32 bits."""
     work = tmp_path_factory.mktemp("cut")
     tasks = [texts[:3], texts[3:]]
     base = 2**33
-    for rank, part in enumerate(tasks):
-        windows = substrings.Windows(n, work / "windows", 2**bits, first_place=base)
+    for rank, task in enumerate(tasks):
+        windows = substrings.Windows(n, work / "windows", 2**bits, first_position=base)
         substrings.CHUNK, before = 16, substrings.CHUNK
-        windows.run((Text(" ".join(words)) for words in part), rank)  # type: ignore[arg-type]
+        windows.run((Text(" ".join(words)) for words in task), rank)  # type: ignore[arg-type]
         substrings.CHUNK = before
     for partition in range(2**bits):
         substrings.find_repeats(work, partition, 2)
-    found = []
-    for rank, part in enumerate(tasks):
+    result = []
+    for rank, task in enumerate(tasks):
         paths = [work / "repeats" / f"{p:06d}.places" for p in range(2**bits)]
-        parts = [
-            substrings.part_of(path, path.with_suffix(".borders"), rank, np.dtype("<u8"))
+        partitions = [
+            substrings.read_partition(path, path.with_suffix(".borders"), rank, np.dtype("<u8"))
             for path in paths
         ]
-        places = np.sort(np.concatenate(parts)).astype(np.int64) - base
+        repeats = np.sort(np.concatenate(partitions)).astype(np.int64) - base
         start = 0
-        for words in part:
-            own = places[(places >= start) & (places < start + len(words))] - start
-            found.append(substrings.cut(" ".join(words), own, n).split())
+        for words in task:
+            positions = repeats[(repeats >= start) & (repeats < start + len(words))] - start
+            result.append(substrings.cut_windows(" ".join(words), positions, n).split())
             start += len(words)
-    assert found == naive_cut(texts, n)
+    assert result == cut_reference(texts, n)
     shutil.rmtree(work)
 
 
 class Text:
-    """The part of a document that Windows reads."""
+    """A document as Windows reads it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -284,9 +278,9 @@ class Text:
 
 def test_a_cut_joins_no_words() -> None:
     text = "one, two. Three four five. six"
-    assert substrings.cut(text, np.array([3]), 4) == "one, two. six"
-    assert substrings.cut(text, np.array([2]), 2) == "one, Three four five. six"
-    assert substrings.cut(text, np.array([1]), 3) == "one Three four five. six"
+    assert substrings.cut_windows(text, np.array([3]), 4) == "one, two. six"
+    assert substrings.cut_windows(text, np.array([2]), 2) == "one, Three four five. six"
+    assert substrings.cut_windows(text, np.array([1]), 3) == "one Three four five. six"
 
 
 @settings(max_examples=40)
@@ -298,25 +292,25 @@ def test_a_cut_joins_no_words() -> None:
 def test_clusters_are_the_connected_components(
     tmp_path_factory: pytest.TempPathFactory, buckets: list[list[tuple[int, int, int, int]]]
 ) -> None:
-    """Against networkx; the first document of each stays."""
+    """Against networkx; the first document of each cluster is kept."""
     work = tmp_path_factory.mktemp("clusters")
     (work / "pairs").mkdir()
     for number, pairs in enumerate(buckets):
         np.array(pairs, dtype="<u4").tofile(work / "pairs" / f"{number:05d}_00.dups")
     minhash.clusters(work)
-    found = {
-        (int(path.stem), int(place))
+    removed = {
+        (int(path.stem), int(index))
         for path in (work / "remove").iterdir()
-        for place in np.fromfile(path, dtype="<u4")
+        for index in np.fromfile(path, dtype="<u4")
     }
     graph = networkx.Graph(((a, b), (c, d)) for pairs in buckets for a, b, c, d in pairs)
     expected = {
         node for component in networkx.connected_components(graph) for node in sorted(component)[1:]
     }
-    assert found == expected
+    assert removed == expected
 
 
-def test_partitions_stay_small() -> None:
+def test_partitions_are_bounded() -> None:
     assert substrings.partitions_for(1000) == 1
     for tokens in (10**9, 10**12):
         number = substrings.partitions_for(tokens)

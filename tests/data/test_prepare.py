@@ -1,6 +1,4 @@
-"""Preparation: built once, reused while right, rebuilt when not, and the same bytes however
-often it was killed.
-"""
+"""Preparation: data is reused while its key matches, and a killed run ends with the same bytes."""
 
 import json
 import shutil
@@ -32,9 +30,7 @@ WORDS = (
 
 
 def document(number: int) -> dict[str, str]:
-    """A document of its own words; every third shares its group with two others, some spell the
-    end token.
-    """
+    """A document with distinct text; three share a group, every fourth contains the end token."""
     words = [WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)] for i in range(60)]
     end = tokenizer.EOS_TOKEN if number % 4 == 0 else "end"
     return {
@@ -46,25 +42,25 @@ def document(number: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Two folders of 120 documents each, and a vocabulary made beforehand."""
-    home = tmp_path_factory.mktemp("prepare")
-    for place, name in enumerate(("left", "right")):
-        (home / name).mkdir()
-        for part in range(3):
-            rows = [json.dumps(document(place * 120 + part * 40 + i)) for i in range(40)]
-            (home / name / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
-    tokenizer.train((document(i)["text"] for i in range(50)), 300, home / "vocabulary")
+    """Two sources of 120 documents each, and an existing tokenizer; not prepared."""
+    root = tmp_path_factory.mktemp("prepare")
+    for source, name in enumerate(("left", "right")):
+        (root / name).mkdir()
+        for file in range(3):
+            rows = [json.dumps(document(source * 120 + file * 40 + i)) for i in range(40)]
+            (root / name / f"{file}.jsonl").write_text("\n".join(rows) + "\n")
+    tokenizer.train((document(i)["text"] for i in range(50)), 300, root / "vocabulary")
     sources = {
-        name: Source("curated", str(home / name), "CC0-1.0", 1.0, 2) for name in ("left", "right")
+        name: Source("curated", str(root / name), "CC0-1.0", 1.0, 2) for name in ("left", "right")
     }
     return DataConfig(
-        folder=str(home / "data"),
+        folder=str(root / "data"),
         seed=3,
         block_tokens=64,
         heldout_percent=20.0,
         reset_state=True,
         workers=2,
-        tokenizer=TokenizerConfig(str(home / "vocabulary" / tokenizer.FILE), None, 300, 1),
+        tokenizer=TokenizerConfig(str(root / "vocabulary" / tokenizer.FILE), None, 300, 1),
         sources=sources,
         stages=[Stage("only", 128, 64, {"left": 1.0, "right": 1.0})],
     )
@@ -72,27 +68,27 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def built(base: DataConfig) -> DataConfig:
-    """The same, prepared."""
     prepare(base)
     return base
 
 
 def outputs(cfg: DataConfig, *names: str) -> dict[str, bytes]:
-    """Every shard and manifest of some sources."""
-    homes = [Path(cfg.folder) / "shards" / name for name in names or cfg.sources]
+    """Every shard and manifest of some sources, by default of all."""
+    folders = [Path(cfg.folder) / "shards" / name for name in names or cfg.sources]
     return {
-        f"{home.name}/{path.name}": path.read_bytes() for home in homes for path in home.glob("*.*")
+        f"{folder.name}/{path.name}": path.read_bytes()
+        for folder in folders
+        for path in folder.glob("*.*")
     }
 
 
-def changes(cfg: DataConfig) -> dict[str, int]:
-    """Time of the last change of every finished file."""
-    folder = Path(cfg.folder)
-    parts = (folder / part for part in ("clean", "shards", "tokenizer"))
+def mtimes(cfg: DataConfig) -> dict[str, int]:
+    """mtime in ns of every finished file."""
+    folders = (Path(cfg.folder) / name for name in ("clean", "shards", "tokenizer"))
     return {
         str(path): path.stat().st_mtime_ns
-        for part in parts
-        for path in part.rglob("*")
+        for folder in folders
+        for path in folder.rglob("*")
         if path.is_file()
     }
 
@@ -105,30 +101,29 @@ def texts(cfg: DataConfig, name: str, split: str) -> list[str]:
     vocabulary = tokenizer.load(Path(cfg.folder) / "tokenizer" / tokenizer.FILE)
     ends = np.flatnonzero(ids == tokenizer.EOS)
     assert ends[-1] == len(ids) - 1
-    pieces = np.split(ids, ends + 1)[:-1]
-    return [vocabulary.decode(piece[:-1].tolist(), skip_special_tokens=False) for piece in pieces]
+    documents = np.split(ids, ends + 1)[:-1]
+    return [vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False) for ids in documents]
 
 
-def test_every_document_arrives_whole_in_the_split_of_its_group(built: DataConfig) -> None:
-    for place, name in enumerate(built.sources):
-        rows = [document(place * 120 + i) for i in range(120)]
+def test_every_document_is_whole_in_the_split_of_its_group(built: DataConfig) -> None:
+    for source, name in enumerate(built.sources):
+        rows = [document(source * 120 + i) for i in range(120)]
         for split in SPLITS:
             expected = [
                 row["text"]
                 for row in rows
                 if split_of(row["group"], built.heldout_percent) == split
             ]
-            found = texts(built, name, split)
-            assert sorted(found) == sorted(expected) and found != expected, (
-                "all there, and shuffled"
-            )
+            sharded = texts(built, name, split)
+            assert sorted(sharded) == sorted(expected), "complete"
+            assert sharded != expected, "and shuffled"
 
 
-def test_split_holds_its_share_and_never_moves() -> None:
+def test_heldout_split_has_its_share_and_only_grows() -> None:
     groups = [f"group {i}" for i in range(5000)]
-    few = {group for group in groups if split_of(group, 4.0) == "heldout"}
-    more = {group for group in groups if split_of(group, 8.0) == "heldout"}
-    assert 150 < len(few) < 250 and few < more
+    small = {group for group in groups if split_of(group, 4.0) == "heldout"}
+    large = {group for group in groups if split_of(group, 8.0) == "heldout"}
+    assert 150 < len(small) < 250 and small < large
 
 
 def test_manifest_pins_the_files(built: DataConfig) -> None:
@@ -145,9 +140,9 @@ def test_manifest_pins_the_files(built: DataConfig) -> None:
 
 
 def test_second_run_writes_nothing(built: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    before = changes(built)
+    before = mtimes(built)
     prepare(built)
-    assert changes(built) == before
+    assert mtimes(built) == before
     assert capsys.readouterr().out.count("reused") == 5
 
 
@@ -156,19 +151,19 @@ def test_changed_settings_rebuild_their_source_only(
 ) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(cfg)
-    before, left = changes(cfg), outputs(cfg, "left")
-    more = {**cfg.sources, "right": replace(cfg.sources["right"], tasks=3)}
-    changed = replace(cfg, sources=more)
+    before, left = mtimes(cfg), outputs(cfg, "left")
+    sources = {**cfg.sources, "right": replace(cfg.sources["right"], tasks=3)}
+    changed = replace(cfg, sources=sources)
     with pytest.raises(
         InputError,
-        match=r"was begun with 2 tasks, not 3: set data.sources.right.tasks=2, or remove",
+        match=r"was started with 2 tasks, not 3: set data.sources.right.tasks=2, or remove",
     ):
         prepare(changed)
-    assert changes(cfg) == before
+    assert mtimes(cfg) == before
     (tmp_path / "locks" / "right.json").unlink()
     prepare(changed)
     assert outputs(cfg, "left") == left
-    assert {path for path, when in changes(changed).items() if before.get(path) == when} == {
+    assert {path for path, mtime in mtimes(changed).items() if before.get(path) == mtime} == {
         path for path in before if "/right/" not in path
     }
     assert len(list((tmp_path / "shards" / "right").glob("train_*.ds"))) == 3
@@ -178,20 +173,20 @@ def test_changed_settings_rebuild_their_source_only(
     assert outputs(cfg) == outputs(base)
 
 
-def test_damaged_shard_is_made_again(base: DataConfig, built: DataConfig, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_rebuilt(base: DataConfig, built: DataConfig, tmp_path: Path) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(cfg)
     shard = next((tmp_path / "shards" / "left").glob("train_*.ds"))
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
-    # left behind by somebody
+    # a file that no record lists
     (tmp_path / "clean" / "right" / "stale.jsonl.gz").write_bytes(b"no gzip")
     prepare(cfg)
     assert outputs(cfg) == outputs(built)
 
 
-def test_changed_input_is_seen(base: DataConfig, tmp_path: Path) -> None:
+def test_changed_input_is_rebuilt(base: DataConfig, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     rows = [document(i) for i in range(60)]
@@ -207,34 +202,30 @@ def test_changed_input_is_seen(base: DataConfig, tmp_path: Path) -> None:
     assert len(texts(cfg, "left", "train") + texts(cfg, "left", "heldout")) == 90
 
 
-def test_input_that_arrives_meanwhile_waits_for_the_next_launch(
+def test_input_added_during_a_run_waits_for_the_next_run(
     base: DataConfig, built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list of files is taken once: a later name that sorts first would displace the files of
-    every later task.
-    """
+    """Input is listed once: a new file that sorts first would shift the files of every task."""
     shutil.copytree(base.sources["left"].input, tmp_path / "raw")
     left = replace(base.sources["left"], input=str(tmp_path / "raw"))
     cfg = replace(base, folder=str(tmp_path / "data"), sources={**base.sources, "left": left})
 
-    def late(*arguments: Any) -> Any:
+    def add_file_then_clean(*arguments: Any) -> Any:
         rows = [json.dumps(document(1000 + i)) for i in range(40)]
         (tmp_path / "raw" / "+late.jsonl").write_text("\n".join(rows) + "\n")
         return clean_sources(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare.clean_sources", late)
+        patch.setattr("data.prepare.clean_sources", add_file_then_clean)
         prepare(cfg)
-    assert outputs(cfg) == outputs(built), "as if it had not been there, recipe hash and all"
+    assert outputs(cfg) == outputs(built), "the new file is ignored, in the recipe hash too"
     right = outputs(cfg, "right")
     prepare(cfg)
     assert len(texts(cfg, "left", "train") + texts(cfg, "left", "heldout")) == 160
     assert outputs(cfg, "right") == right
 
 
-def test_vocabulary_must_fit_even_when_it_is_there_already(
-    base: DataConfig, tmp_path: Path
-) -> None:
+def test_vocab_size_is_checked_for_an_existing_tokenizer(base: DataConfig, tmp_path: Path) -> None:
     cfg = replace(base, folder=str(tmp_path))
     prepare(replace(cfg, tokenizer=replace(cfg.tokenizer, vocab_size=400)))
     before = outputs(cfg)
@@ -249,7 +240,7 @@ def test_vocabulary_must_fit_even_when_it_is_there_already(
 @pytest.mark.parametrize(
     "mark", ["clean/*/*/logs/clean/completions/*", "shards/*/*/logs/completions/*"]
 )
-def test_killed_run_ends_with_the_same_bytes(
+def test_killed_run_resumes_to_the_same_bytes(
     base: DataConfig, built: DataConfig, tmp_path: Path, mark: str
 ) -> None:
     cfg = replace(base, folder=str(tmp_path), workers=1)
@@ -270,13 +261,13 @@ def test_killed_run_ends_with_the_same_bytes(
     assert not [path for path in (tmp_path / "building").rglob("*") if path.is_file()]
 
 
-def test_trained_vocabulary_is_the_same_again(base: DataConfig, tmp_path: Path) -> None:
-    shas = []
+def test_training_a_tokenizer_is_reproducible(base: DataConfig, tmp_path: Path) -> None:
+    hashes = []
     for name, workers in (("one", 1), ("two", 2)):
         cfg = replace(base, folder=str(tmp_path / name), workers=workers)
         prepare(replace(cfg, tokenizer=TokenizerConfig(None, None, 290, 1)))
-        shas.append(sha256_of(tmp_path / name / "tokenizer" / tokenizer.FILE))
-    assert shas[0] == shas[1]
+        hashes.append(sha256_of(tmp_path / name / "tokenizer" / tokenizer.FILE))
+    assert hashes[0] == hashes[1]
 
 
 def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
@@ -289,32 +280,32 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="set data.sources.<name>.input to a folder"):
         prepare(with_left(input=str(tmp_path / "nowhere")))
-    assert not (tmp_path / "locks").exists(), "nothing was begun"
+    assert not (tmp_path / "locks").exists(), "nothing was started"
     with pytest.raises(InputError, match="is one of books, curated, forums, .*, web, megatron"):
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):
         prepare(replace(cfg, heldout_percent=0.001))
 
 
-def test_two_preparations_do_not_share_a_folder(base: DataConfig, tmp_path: Path) -> None:
-    hold = (
+def test_a_folder_is_locked_during_preparation(base: DataConfig, tmp_path: Path) -> None:
+    program = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
-        "from data.pipeline.workers import exclusive\nwith exclusive(Path(sys.argv[2])):\n"
-        "    print('held', flush=True); time.sleep(3600)\n"
+        "from data.pipeline.workers import lock_folder\nwith lock_folder(Path(sys.argv[2])):\n"
+        "    print('locked', flush=True); time.sleep(3600)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", hold, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE
+        [sys.executable, "-c", program, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE
     )
     try:
-        assert process.stdout is not None and process.stdout.readline() == b"held\n"
-        with pytest.raises(InputError, match="another preparation works in"):
+        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match="another preparation is running in"):
             prepare(replace(base, folder=str(tmp_path)))
     finally:
         process.kill()
         process.wait()
 
 
-def test_command_ends_with_one_line_on_a_mistake(tmp_path: Path) -> None:
+def test_command_prints_one_line_for_a_user_error(tmp_path: Path) -> None:
     overrides = [
         "+experiment=demo",
         f"data.folder={tmp_path / 'out'}",

@@ -49,7 +49,7 @@ def read_clean_rows(build_dir: Path) -> list[dict[str, str]]:
 
 def run_recipe(
     source: Source, build_dir: Path, assets: Assets = NO_ASSETS
-) -> tuple[list[dict[str, str]], list[accounting.Step]]:
+) -> tuple[list[dict[str, str]], list[accounting.StepCounts]]:
     """Return the clean documents of a source and the counts of its steps."""
     pin_input(source, build_dir)
     for rank in range(source.tasks):
@@ -77,7 +77,8 @@ def test_every_row_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None:
     assert steps[2].dropped == {"short": 1, "few_letters": 1}
     assert steps[-1].forwarded == 3
     assert (
-        accounting.reasons(steps) == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
+        accounting.drop_reasons(steps)
+        == "Jsonl: corrupt 4, empty 2; Plausible: few_letters 1, short 1"
     )
     log = "".join(path.read_text() for path in (tmp_path / "clean/logs/clean/logs").iterdir())
     assert "b.jsonl.gz:1: dropped as corrupt" in log
@@ -167,13 +168,15 @@ def test_parquet_drops_only_the_rows_of_a_damaged_row_group(tmp_path: Path) -> N
 
 def test_lost_documents_raise() -> None:
     with pytest.raises(AssertionError, match="inside a step"):
-        accounting.check_conservation([accounting.Step("filter", 10, 8, {"short": 1})])
+        accounting.check_conservation([accounting.StepCounts("filter", 10, 8, {"short": 1})])
     with pytest.raises(AssertionError, match="between steps"):
         accounting.check_conservation(
-            [accounting.Step("reader", 10, 10, {}), accounting.Step("filter", 9, 9, {})]
+            [accounting.StepCounts("reader", 10, 10, {}), accounting.StepCounts("filter", 9, 9, {})]
         )
     with pytest.raises(RuntimeError, match="text was extracted from 4 of 10 pages"):
-        accounting.check_yield("web", [accounting.Step("Trafilatura", 10, 4, {"timeout": 6})], 0.5)
+        accounting.check_yield(
+            "web", [accounting.StepCounts("Trafilatura", 10, 4, {"timeout": 6})], 0.5
+        )
 
 
 def test_input_errors_name_the_fix(tmp_path: Path) -> None:

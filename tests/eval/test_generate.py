@@ -12,9 +12,9 @@ def test_streaming_yields_whole_characters(monkeypatch: pytest.MonkeyPatch) -> N
     """A character of two bytes, one a token, appears when both are there; end-of-text ends the
     stream.
     """
-    from data.tokenizer import EOS, untrained
+    from data.tokenizer import EOS, untrained_tokenizer
 
-    tokenizer = untrained()
+    tokenizer = untrained_tokenizer()
     # in the byte-level alphabet: a, e acute, newline
     bytes_of = {"a": 20, "\u00c3": 21, "\u00a9": 22, "\u010a": 23}
 

@@ -64,7 +64,7 @@ def list_input(source: Source) -> Listing:
     """List a source's input files; called once, so that a whole build uses the same list."""
     try:
         return (
-            megatron.raw_files(source.input)
+            megatron.list_raw_files(source.input)
             if source.recipe == MEGATRON
             else list_raw_files(source.input)
         )

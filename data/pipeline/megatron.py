@@ -40,7 +40,7 @@ class MegatronCorpus:
     tasks: int
 
 
-def raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
+def list_raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
     """The kind of input, and [bytes of `.idx` and `.bin`, mtime] by name of `.idx`.
 
     Raises InputError for a folder without `.idx` files and for an `.idx` without its `.bin`.

@@ -115,9 +115,10 @@ def read_documents(corpus: MegatronCorpus, name: str) -> Iterator[NDArray[np.int
                     f"{bin_name(name)} is truncated inside document {number}: download it again"
                 )
             ids = np.frombuffer(raw, dtype=dtype).astype(np.int64)
-            if len(ids) and (ids.min() < 0 or ids.max() >= corpus.vocab_size):
+            invalid = ids[(ids < 0) | (ids >= corpus.vocab_size)]
+            if len(invalid):
                 raise InputError(
-                    f"{bin_name(name)}: document {number} has id {ids.max()}, the tokenizer has "
+                    f"{bin_name(name)}: document {number} has id {invalid[0]}, the tokenizer has "
                     f"{corpus.vocab_size} ids: set data.tokenizer.path to the corpus's tokenizer"
                 )
             ids = ids if len(ids) and ids[-1] == EOS else np.append(ids, EOS)

@@ -84,6 +84,9 @@ def test_invalid_corpora_are_refused(tmp_path: Path) -> None:
     write_pair(raw / "a", [[[12, 13, 290]]], np.uint16)
     with pytest.raises(InputError, match="document 0 has id 290, the tokenizer has 2"):
         prepare(cfg)
+    write_pair(raw / "a", [[[12, -5, 13]]], np.int32)
+    with pytest.raises(InputError, match="document 0 has id -5, the tokenizer has 2"):
+        prepare(cfg)
     write_pair(raw / "a", [[[12, 13, 14]]], np.uint16)
     (raw / "a.bin").write_bytes((raw / "a.bin").read_bytes()[:-2])
     with pytest.raises(InputError, match="is truncated inside document 0: download it again"):

@@ -50,7 +50,9 @@ def check(bench: Bench) -> None:
         with bench.attempt(name, "all, wrong or failing"):
             assert_equal(there, Case(2, 100, 64, n), torch.float32, 1e-3)
             # several segments
-            assert_equal(there, Case(1, 600, 64, n, resets=0.01, first=True), torch.bfloat16, 8e-3)
+            assert_equal(
+                there, Case(1, 600, 64, n, resets=0.01, has_state=True), torch.bfloat16, 8e-3
+            )
             right = True
         if not right:
             del bench.backends[name]

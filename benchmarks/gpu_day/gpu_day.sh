@@ -147,7 +147,7 @@ bench(convert(EvaluationConfig, compose_config(words)), Extent(4096, 1024, 8192,
 call5() {  # the public kernels, 6 minutes; on a fresh machine carry .gpu/built (call1's parts), or it builds again
     start
     if ! python3 -c "import selective_scan_cuda" 2>/dev/null; then JOBS=16 log build 300 bash -c "$(declare -f build_mamba); HERE=$HERE; build_mamba"; start; fi
-    log public 80 python3 -m pytest -q -m gpu -p no:cacheprovider tests/model/test_cuda.py -k public
+    log public 80 python3 -m pytest -q -m gpu -p no:cacheprovider tests/model/test_cuda.py -k mamba_ssm
     LINES_OF=40 log baselines 170 python3 -m benchmarks.gpu --budget 1 --no-reference --layers 32 --sections check scan convolution layer rank
     cp benchmarks/results/gpu-*.json "$OUT/" 2>/dev/null
 }

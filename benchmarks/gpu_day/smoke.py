@@ -112,7 +112,7 @@ class Smoke:
 
     def segments(self) -> None:
         """A sequence that several blocks share."""
-        case = Case(1, 600 if self.small else 800, 64, 16, resets=0.01, first=True)
+        case = Case(1, 600 if self.small else 800, 64, 16, resets=0.01, has_state=True)
         assert_equal(on_device(self.kernels, self.device), case, torch.float32, 1e-4)
 
     def thread(self) -> None:

@@ -1,4 +1,4 @@
-"""Problems for kernels, the formula in fp64, and what being equal means."""
+"""Random kernel inputs, naive fp64 implementations, and assertions that backends equal them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from model.kernels.interface import Kernels
 
 
 def naive_scan(u, dt, A, B, C, D, z, dt_bias, doc_starts=None, state=None) -> tuple[Tensor, Tensor]:
-    """The formula, one token at a time, left to autograd."""
+    """The recurrence one token at a time, differentiated by autograd."""
     dt = F.softplus(dt + dt_bias)
     h = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=u.dtype) if state is None else state
     outputs = []
@@ -30,40 +30,35 @@ def naive_scan(u, dt, A, B, C, D, z, dt_bias, doc_starts=None, state=None) -> tu
 
 def naive_conv(x: Tensor, weight: Tensor, bias: Tensor, doc_starts: Tensor | None = None) -> Tensor:
     """Every tap of every token, one at a time."""
-    rows = []
+    outputs = []
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            total, back = bias, 0
-            while True:
-                total = total + weight[:, -1 - back] * x[b, t - back]
-                if (
-                    back + 1 >= weight.shape[1]
-                    or back >= t
-                    or (doc_starts is not None and bool(doc_starts[b, t - back]))
-                ):
+            total = bias
+            for lag in range(min(weight.shape[1], t + 1)):
+                total = total + weight[:, -1 - lag] * x[b, t - lag]
+                if doc_starts is not None and bool(doc_starts[b, t - lag]):
                     break
-                back += 1
-            rows.append(total)
-    return F.silu(torch.stack(rows).view_as(x))
+            outputs.append(total)
+    return F.silu(torch.stack(outputs).view_as(x))
 
 
 @dataclass
 class Case:
-    """One random problem."""
+    """Shape and seed of random inputs."""
 
     batch: int
     length: int
     channels: int
     states: int
-    resets: float = 0.0  # probability that a token opens a document
-    first: bool = False  # a state comes in
+    resets: float = 0.0  # probability that a token starts a document
+    has_state: bool = False  # an initial state is given
     dt: float = -2.0  # mean of dt before softplus
     seed: int = 0
 
     def inputs(
         self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
     ) -> list[Tensor]:
-        """u, dt, A, B, C, D, z, dt_bias; `rounded` is the type whose values they have."""
+        """u, dt, A, B, C, D, z, dt_bias in dtype, with values rounded to the type `rounded`."""
         generator = torch.Generator().manual_seed(self.seed)
         b, l, d, n = self.batch, self.length, self.channels, self.states
         shapes = [(b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,)]
@@ -75,17 +70,13 @@ class Case:
     def doc_starts(self) -> Tensor | None:
         if self.resets == 0:
             return None
-        return (
-            torch.rand(
-                self.batch, self.length, generator=torch.Generator().manual_seed(self.seed + 1)
-            )
-            < self.resets
-        )
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.rand(self.batch, self.length, generator=generator) < self.resets
 
     def state(
         self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
     ) -> Tensor | None:
-        if not self.first:
+        if not self.has_state:
             return None
         generator = torch.Generator().manual_seed(self.seed + 2)
         shape = (self.batch, self.channels, self.states)
@@ -95,6 +86,7 @@ class Case:
     def weights(
         self, dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None
     ) -> list[Tensor]:
+        """Weight [d, 4] and bias [d] of a convolution; the bias is also a norm's weight."""
         generator = torch.Generator().manual_seed(self.seed + 3)
         tensors = [
             torch.randn(s, generator=generator, dtype=torch.float64)
@@ -108,13 +100,13 @@ def scan_results(
 ) -> list[Tensor]:
     """y, last state and all gradients, detached."""
     inputs, state = case.inputs(dtype, rounded), case.state(dtype, rounded)
-    y, last = scan(*inputs, doc_starts=case.doc_starts(), state=state)
-    weight = torch.cos(torch.arange(last.numel(), dtype=torch.float64)).view_as(last)
-    loss = (y.double() * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (
-        last.double() * weight
-    ).sum()
+    y, last_state = scan(*inputs, doc_starts=case.doc_starts(), state=state)
+    y_weight = torch.sin(torch.arange(y.numel()).view_as(y))
+    state_weight = torch.cos(torch.arange(last_state.numel(), dtype=torch.float64))
+    loss = (y.double() * y_weight).sum()
+    loss = loss + (last_state.double() * state_weight.view_as(last_state)).sum()
     gradients = torch.autograd.grad(loss, inputs if state is None else [*inputs, state])
-    return [y.detach(), last.detach(), *gradients]
+    return [y.detach(), last_state.detach(), *gradients]
 
 
 def conv_results(
@@ -127,56 +119,59 @@ def conv_results(
     return [out.detach(), *torch.autograd.grad(loss, inputs)]
 
 
-def naive_norm(x: Tensor, weight: Tensor | None, eps: float, parts=None, dtype=None) -> Tensor:
-    """torch's own norm, a part at a time."""
-    pieces = x.split(parts or [x.shape[-1]], -1)
-    return torch.cat([F.rms_norm(piece, piece.shape[-1:], eps=eps) for piece in pieces], -1) * (
-        1 if weight is None else weight
-    )
+def naive_norm(x, weight: Tensor | None, eps: float, split_sizes=None, dtype=None) -> Tensor:
+    """torch's rms_norm of each split."""
+    splits = x.split(split_sizes or [x.shape[-1]], -1)
+    normed = torch.cat([F.rms_norm(s, s.shape[-1:], eps=eps) for s in splits], -1)
+    return normed if weight is None else normed * weight
 
 
 def norm_results(
     norm, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Outputs and all gradients of a norm with a weight, and of one in three parts of rows of a
-    wider tensor.
+    """Outputs and all gradients of a norm with a weight and of one with three splits.
+
+    The second norms slices of the rows of a wider tensor.
     """
     x, weight = case.inputs(dtype, rounded)[0], case.weights(dtype, rounded)[1]
-    whole = norm(x, weight, 1e-5)
-    wide = torch.cat([x, x, x, x], -1)[..., 1 : case.channels + 3]
-    parts = norm(wide, None, 1e-6, [case.channels, 1, 1])
+    weighted = norm(x, weight, 1e-5)
+    sliced = torch.cat([x, x, x, x], -1)[..., 1 : case.channels + 3]
+    split = norm(sliced, None, 1e-6, [case.channels, 1, 1])
     loss = sum(
         (out.double() * torch.cos(torch.arange(out.numel()).view_as(out))).sum()
-        for out in (whole, parts)
+        for out in (weighted, split)
     )
-    return [whole.detach(), parts.detach(), *torch.autograd.grad(loss, [x, weight])]
+    return [weighted.detach(), split.detach(), *torch.autograd.grad(loss, [x, weight])]
 
 
 def loss_results(
-    rows, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
+    kernels, case: Case, dtype: torch.dtype, rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Statistics of logits, some of whose labels are elsewhere, and their gradient."""
+    """Statistics and gradient of logits; some labels are outside the vocabulary shard."""
     logits = case.inputs(dtype, rounded)[0].detach().flatten(0, 1) * 4
     generator = torch.Generator().manual_seed(case.seed)
     labels = torch.randint(-2, case.channels + 2, (len(logits),), generator=generator)
-    own, top, sums = rows.loss_statistics(logits, labels)
-    log_sums = top + sums.log()
-    gradient = rows.loss_gradient(logits.clone(), labels, log_sums, torch.cos(own), torch.sin(own))
-    return [own, log_sums, gradient]
+    label_logits, max_logits, sum_exp = kernels.loss_statistics(logits, labels)
+    log_sums = max_logits + sum_exp.log()
+    gradient = kernels.loss_gradient(
+        logits.clone(), labels, log_sums, torch.cos(label_logits), torch.sin(label_logits)
+    )
+    return [label_logits, log_sums, gradient]
 
 
 def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: float) -> None:
-    """Every output and gradient against fp64 of the same values: error relative to the larger of
-    its norm and 1.
+    """Compare every output and gradient with the naive fp64 implementation on the same values.
+
+    The norm of an error is relative to the norm of the expected tensor, or to 1 if that is larger.
     """
-    for results, ours, naive in (
+    for results, function, naive in (
         (scan_results, kernels.selective_scan, naive_scan),
         (conv_results, kernels.causal_conv1d, naive_conv),
         (norm_results, kernels.rms_norm, naive_norm),
         (loss_results, kernels.loss, reference),
     ):
         pairs = zip(
-            results(ours, case, dtype), results(naive, case, torch.float64, dtype), strict=True
+            results(function, case, dtype), results(naive, case, torch.float64, dtype), strict=True
         )
         for index, (actual, expected) in enumerate(pairs):
             error = (actual.double() - expected).norm() / expected.norm().clamp(min=1.0)
@@ -184,117 +179,119 @@ def assert_equal(kernels: Kernels, case: Case, dtype: torch.dtype, tolerance: fl
 
 
 class OnDevice:
-    """Functions of tensors on another device, called with tensors of this one."""
+    """Functions of a backend that move CPU tensors to its device and results back."""
 
     def __init__(self, functions: Any, device: torch.device) -> None:
-        self.functions, self.device = functions, device
+        self.functions = functions
+        self.device = device
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.functions, name)
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            there = {
-                key: x.to(self.device) if torch.is_tensor(x) else x for key, x in named.items()
-            }
-            result = function(
-                *(x.to(self.device) if torch.is_tensor(x) else x for x in arguments), **there
-            )
+        def move(x: Any) -> Any:
+            return x.to(self.device) if torch.is_tensor(x) else x
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args = tuple(move(x) for x in args)
+            result = function(*args, **{name: move(x) for name, x in kwargs.items()})
             return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
 
         return call
 
 
 def on_device(kernels: Kernels, device: torch.device) -> Kernels:
-    """A backend of another device that takes and gives CPU tensors, for tests that compare
-    there.
-    """
-    there = OnDevice(kernels, device)
+    """A backend of a device that takes and returns CPU tensors, to compare with fp64 results."""
+    functions = OnDevice(kernels, device)
     return Kernels(
         kernels.name,
-        there.causal_conv1d,
-        there.selective_scan,
-        there.rms_norm,
+        functions.causal_conv1d,
+        functions.selective_scan,
+        functions.rms_norm,
         OnDevice(kernels.loss, device),
     )
 
 
 def assert_documents_are_isolated(
-    kernels: Kernels, cuts: list[int], tolerance: float = 1e-6
+    kernels: Kernels, starts: list[int], tolerance: float = 1e-6
 ) -> None:
-    """Packed documents give what each gives alone."""
-    limits = {"rtol": tolerance, "atol": tolerance}
+    """Documents packed into one sequence give the same outputs as each document by itself."""
+    tolerances = {"rtol": tolerance, "atol": tolerance}
     u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 40, 16, 4).inputs(torch.float32))
     weight, bias = (x.detach() for x in Case(2, 40, 16, 4).weights(torch.float32))
     doc_starts = torch.zeros(2, 40, dtype=torch.bool)
-    doc_starts[:, cuts] = True
+    doc_starts[:, starts] = True
     conv = kernels.causal_conv1d(u, weight, bias, doc_starts)
-    state = torch.ones(2, 16, 4) if 0 in cuts else None
+    state = torch.ones(2, 16, 4) if 0 in starts else None
     scan, _ = kernels.selective_scan(
         u, dt, A, B, C, D, z, dt_bias, doc_starts=doc_starts, state=state
     )
-    edges = sorted({0, *cuts, 40})
-    for low, high in zip(edges, edges[1:], strict=False):
-        p = slice(low, high)
-        torch.testing.assert_close(
-            conv[:, p], kernels.causal_conv1d(u[:, p], weight, bias), **limits
+    boundaries = sorted({0, *starts, 40})
+    for start, end in zip(boundaries, boundaries[1:], strict=False):
+        s = slice(start, end)
+        expected = kernels.causal_conv1d(u[:, s], weight, bias)
+        torch.testing.assert_close(conv[:, s], expected, **tolerances)
+        expected, _ = kernels.selective_scan(
+            u[:, s], dt[:, s], A, B[:, s], C[:, s], D, z[:, s], dt_bias
         )
-        alone, _ = kernels.selective_scan(
-            u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias
-        )
-        torch.testing.assert_close(scan[:, p], alone, **limits)
+        torch.testing.assert_close(scan[:, s], expected, **tolerances)
 
 
 def assert_state_carries_over(kernels: Kernels) -> None:
-    """A sequence in two pieces, with the state handed over."""
+    """Two chunks of a sequence, with the state passed on, give the output of the full sequence."""
     u, dt, A, B, C, D, z, dt_bias = (x.detach() for x in Case(2, 45, 16, 4).inputs(torch.float32))
-    whole, last = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
-    state, parts = None, []
-    for p in (slice(0, 19), slice(19, 45)):
+    expected, last_state = kernels.selective_scan(u, dt, A, B, C, D, z, dt_bias)
+    state, chunks = None, []
+    for s in (slice(0, 19), slice(19, 45)):
         y, state = kernels.selective_scan(
-            u[:, p], dt[:, p], A, B[:, p], C[:, p], D, z[:, p], dt_bias, state=state
+            u[:, s], dt[:, s], A, B[:, s], C[:, s], D, z[:, s], dt_bias, state=state
         )
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
+        chunks.append(y)
+    torch.testing.assert_close(torch.cat(chunks, 1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, last_state, rtol=1e-5, atol=1e-6)
 
 
 CASES = [
     Case(1, 1, 16, 16),
     Case(2, 40, 48, 16),
-    Case(2, 37, 5, 3, resets=0.2, first=True),
-    Case(3, 17, 33, 6, resets=1.0),  # every token opens a document
-    Case(1, 64, 130, 16, resets=0.05, first=True),  # more than one group of channels
-    Case(2, 33, 16, 4, dt=12.0),  # decays to nothing at once
-    Case(2, 33, 16, 4, dt=-12.0, first=True),  # hardly decays
-    Case(2, 33, 48, 16, dt=-6.5),  # time steps as at the beginning of training, 0.0002 to 0.02
+    Case(2, 37, 5, 3, resets=0.2, has_state=True),
+    Case(3, 17, 33, 6, resets=1.0),  # every token starts a document
+    Case(1, 64, 130, 16, resets=0.05, has_state=True),  # more than one group of channels
+    Case(2, 33, 16, 4, dt=12.0),  # the state decays to zero in one step
+    Case(2, 33, 16, 4, dt=-12.0, has_state=True),  # the state hardly decays
+    Case(2, 33, 48, 16, dt=-6.5),  # dt as at initialisation, 0.0002 to 0.02
 ]
 
-DOC_START_POSITIONS = [[4], [0, 1, 2, 3], [7, 9]]  # where documents begin
+DOC_START_POSITIONS = [[4], [0, 1, 2, 3], [7, 9]]
 
-# any of them, for hypothesis
-CASE = st.builds(
+# for hypothesis
+RANDOM_CASES = st.builds(
     Case,
     st.integers(1, 3),
     st.integers(1, 70),
     st.integers(1, 40),
     st.integers(1, 16),
     resets=st.sampled_from([0.0, 0.1, 0.5]),
-    first=st.booleans(),
+    has_state=st.booleans(),
     dt=st.sampled_from([-10.0, -6.5, -2.0, 0.0, 8.0]),
     seed=st.integers(0, 1000),
 )
 
 
 def assert_states_saved_only_for_backward(kernels: Kernels, backend: Any, monkeypatch: Any) -> None:
-    """Without gradients the scan makes no room for the states that a backward starts from, and
-    gives the same.
-    """
-    inputs, made, room = Case(2, 40, 16, 4).inputs(torch.float32), [], backend.empty_chunk_states
-    monkeypatch.setattr(backend, "empty_chunk_states", lambda *x: made.append(room(*x)) or made[-1])
-    y, last = kernels.selective_scan(*inputs)
-    assert len(made) == 1
+    """Without gradients the scan saves no chunk states and gives the same results."""
+    inputs = Case(2, 40, 16, 4).inputs(torch.float32)
+    allocated = []
+    empty_chunk_states = backend.empty_chunk_states
+
+    def record(*args: Any) -> Tensor:
+        allocated.append(empty_chunk_states(*args))
+        return allocated[-1]
+
+    monkeypatch.setattr(backend, "empty_chunk_states", record)
+    expected, expected_state = kernels.selective_scan(*inputs)
+    assert len(allocated) == 1
     with torch.no_grad():
-        plain, end = kernels.selective_scan(*inputs)
-    assert len(made) == 1
-    assert torch.equal(plain, y)
-    assert torch.equal(end, last)
+        y, last_state = kernels.selective_scan(*inputs)
+    assert len(allocated) == 1
+    assert torch.equal(y, expected)
+    assert torch.equal(last_state, expected_state)

@@ -1,6 +1,4 @@
-"""Our CUDA kernels: compiled for sm_90 and counted without a GPU, their logic run on an emulator,
-all on a GPU.
-"""
+"""The CUDA kernels: compiled for sm_90, run on an emulator, and run on a GPU where there is one."""
 
 import io
 import re
@@ -30,9 +28,9 @@ from model.kernels.interface import Kernels
 from model.kernels.ops import register
 from tests.gpu import DEVICES, GPU, ON_GPU
 from tests.model.cases import (
-    CASE,
     CASES,
     DOC_START_POSITIONS,
+    RANDOM_CASES,
     Case,
     assert_documents_are_isolated,
     assert_equal,
@@ -47,22 +45,23 @@ from tests.model.cases import (
 from tests.model.cuda import emulated
 from tests.model.fake_mamba_ssm import fake_mamba_ssm
 
-# what the design needs of an SM's 65,536: three blocks of 256 threads in the scan's forward; in its
-# backward two of 128, as its shared memory allows; four in its adjoint; of 128 seven in the
-# convolution's backward, eight elsewhere
-REGISTERS = {
+# maximum registers per thread: the design's blocks per SM share 65,536. Three blocks of 256 threads
+# in the scan's forward; two of 128 in its backward, as its shared memory allows; four of 128 in its
+# adjoint; seven of 128 in the convolution's backward; eight of 128 in the others
+MAX_REGISTERS = {
     "scan_forward.cu": {"scan_forward": 85, "scan_summary": 85},
     "scan_backward.cu": {"scan_backward": 255, "scan_adjoint": 128},
     "conv.cu": {"conv_forward": 64, "conv_backward": 72},
     "rows.cu": {
-        f"{name}{ending}": 64
+        f"{name}{suffix}": 64
         for name in ("norm_forward", "norm_backward", "norm_weight")
-        for ending in ("", "_narrow")
+        for suffix in ("", "_narrow")
     }
     | {"loss_statistics": 64, "loss_gradient": 64},
 }
 
-UNSEEN = {"scan_summary", "scan_adjoint"} | {
+# kernels that the case of test_cuda_core_accepts_the_arguments does not launch
+NOT_LAUNCHED = {"scan_summary", "scan_adjoint"} | {
     f"norm_{name}_narrow" for name in ("forward", "backward", "weight")
 }
 
@@ -72,9 +71,7 @@ EMULATED = register(cuda, "emulated", "cpu")
 
 @pytest.fixture
 def emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """The cuda backend with launches sent to the emulator, for one test: the next may be for a
-    GPU.
-    """
+    """The cuda backend with its launches replaced by the emulator, for one test."""
     monkeypatch.setattr(cuda_library, "launch", emulated.launch)
     monkeypatch.setattr(cuda, "sm_count", lambda device: 132)
     return EMULATED
@@ -82,15 +79,13 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=ON_GPU)])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """The cuda backend on the emulator, and on a GPU: the same list of tests."""
+    """The cuda backend on the emulator, and on a GPU."""
     on_gpu = request.param == "cuda"
     return on_device(CUDA, torch.device("cuda")) if on_gpu else request.getfixturevalue("emulation")
 
 
 def limit(kernels: Kernels, tolerance: float) -> float:
-    """On a GPU ex2.approx and other orders of sums may cost ten times what fp32 on the emulator
-    does.
-    """
+    """Ten times the tolerance on a GPU: ex2.approx and other orders of sums are less accurate."""
     return tolerance if kernels.name == "emulated" else 10 * tolerance
 
 
@@ -99,13 +94,13 @@ def limit(kernels: Kernels, tolerance: float) -> float:
 def test_compiles_for_hopper_without_spills(source: str, bf16: int) -> None:
     log = io.StringIO()
     cuda_library.compile_source(source, bf16, "sm_90", log)
-    parts = re.findall(
+    entries = re.findall(
         r"Compiling entry function '(\w+)'(.*?)Used (\d+) registers", log.getvalue(), flags=re.S
     )
-    assert {name for name, _, _ in parts} == set(REGISTERS[source])
-    for name, properties, registers in parts:
+    assert {name for name, _, _ in entries} == set(MAX_REGISTERS[source])
+    for name, properties, registers in entries:
         assert "0 bytes spill stores, 0 bytes spill loads" in properties, (name, properties)
-        assert int(registers) <= REGISTERS[source][name], (name, registers)
+        assert int(registers) <= MAX_REGISTERS[source][name], (name, registers)
 
 
 def test_host_and_kernels_agree_on_sizes() -> None:
@@ -136,7 +131,7 @@ def test_host_and_kernels_agree_on_sizes() -> None:
         "-std=c++17",
         "-DBF16=1",
         f"-I{cuda_library.FOLDER}",
-        f"-I{emulated.HERE}",
+        f"-I{emulated.FOLDER}",
         "-xc++",
         "-",
     ]
@@ -153,29 +148,28 @@ def test_in_fp32(case: Case, kernels: Kernels) -> None:
 def test_emulated_in_segments(
     length: int, resets: float, emulation: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several segments, the last one short; states and adjoints cross them unless a document opens
-    between.
-    """
+    """Three or more segments, the last one short, with and without document starts between them."""
     monkeypatch.setattr(cuda, "MIN_SEGMENT", 16)
-    seen = []
+    launched = []
 
     def launch(
         source: str, name: str, dtype: torch.dtype, grid: tuple[int, int, int], *rest
     ) -> None:
-        seen.append((name, grid[2]))
+        launched.append((name, grid[2]))
         emulated.launch(source, name, dtype, grid, *rest)
 
     monkeypatch.setattr(cuda_library, "launch", launch)
-    for first in (False, True):
-        case = Case(2, length, 20, 5 if first else 16, resets=resets, first=first, dt=-4.0)
+    for states, has_state in ((16, False), (5, True)):
+        case = Case(2, length, 20, states, resets=resets, has_state=has_state, dt=-4.0)
         assert_equal(emulation, case, torch.float32, 1e-5)
-    assert {"scan_summary", "scan_adjoint"} <= {name for name, _ in seen}
-    assert all(parts >= 3 for name, parts in seen if name in ("scan_forward", "scan_backward"))
+    assert {"scan_summary", "scan_adjoint"} <= {name for name, _ in launched}
+    for name, segments in launched:
+        assert segments >= 3 or name not in ("scan_forward", "scan_backward")
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(2, 65, 66, 16, resets=0.1)], ids=str)
 def test_in_bf16(case: Case, kernels: Kernels) -> None:
-    # also the gradient that comes in is rounded, 2^-9
+    # the incoming gradient is rounded too, by 2^-9
     assert_equal(kernels, case, torch.bfloat16, 8e-3)
 
 
@@ -184,43 +178,39 @@ def test_in_bf16(case: Case, kernels: Kernels) -> None:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(CASE)
+@given(RANDOM_CASES)
 def test_on_random_shapes(kernels: Kernels, case: Case) -> None:
     assert_equal(kernels, case, torch.float32, limit(kernels, 2e-5))
 
 
-def test_the_driver_takes_our_arguments(
+def test_cuda_core_accepts_the_arguments(
     emulation: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real argument lists go through cuda-core's own conversion, which refuses types that it
-    does not know.
-    """
+    """cuda-core converts the real argument lists; it rejects types that it does not know."""
     handler = pytest.importorskip("cuda.core._kernel_arg_handler")
-    seen = []
+    launched = []
 
     def launch(*arguments) -> None:
         handler.ParamHolder(cuda_library.parameters(arguments[-1]))
-        seen.append(arguments[1])
+        launched.append(arguments[1])
         emulated.launch(*arguments)
 
     monkeypatch.setattr(cuda_library, "launch", launch)
     assert_equal(emulation, CASES[2], torch.float32, 1e-5)
-    assert set(seen) == {name for kernels in REGISTERS.values() for name in kernels} - UNSEEN
+    names = {name for kernels in MAX_REGISTERS.values() for name in kernels}
+    assert set(launched) == names - NOT_LAUNCHED
 
 
 def test_launches_go_to_torchs_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One object of cuda-core's for each stream, whatever the order; with stand-ins for both
-    libraries.
-    """
-    core, seen, handles = pytest.importorskip("cuda.core"), [], iter([7, 7, 9, 7])
+    """cuda-core gets one Stream object per stream handle; both libraries are mocked."""
+    core = pytest.importorskip("cuda.core")
+    handles = iter([7, 7, 9, 7])
+    streams = []
     stream = mock.Mock(from_handle=lambda handle: mock.Mock(handle=handle))
-    for name, stand_in in (
-        ("Stream", stream),
-        ("Device", mock.MagicMock()),
-        ("LaunchConfig", mock.Mock()),
-    ):
-        monkeypatch.setattr(core, name, stand_in)
-    monkeypatch.setattr(core, "launch", lambda stream, *rest: seen.append(stream))
+    monkeypatch.setattr(core, "Stream", stream)
+    monkeypatch.setattr(core, "Device", mock.MagicMock())
+    monkeypatch.setattr(core, "LaunchConfig", mock.Mock())
+    monkeypatch.setattr(core, "launch", lambda stream, *rest: streams.append(stream))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=next(handles))
@@ -231,23 +221,21 @@ def test_launches_go_to_torchs_current_stream(monkeypatch: pytest.MonkeyPatch) -
         cuda_library.launch(
             "rows.cu", "norm_forward", torch.float32, (1, 1, 1), 32, 0, [torch.ones(1)]
         )
-    cuda_library._stream.cache_clear()  # of stand-ins
-    assert [stream.handle for stream in seen] == [7, 7, 9, 7]
-    assert seen[0] is seen[1] is seen[3]
+    cuda_library._stream.cache_clear()  # drop the mocks
+    assert [stream.handle for stream in streams] == [7, 7, 9, 7]
+    assert streams[0] is streams[1] is streams[3]
 
 
-def test_no_thread_depends_on_another_without_a_barrier(
-    emulation: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads run to each barrier in rising and in falling order; a race would give two results."""
-    case = Case(2, 70, 80, 16, resets=0.1, first=True)
+def test_no_races_between_barriers(emulation: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads run to each barrier in rising and in falling order; a race would change results."""
+    case = Case(2, 70, 80, 16, resets=0.1, has_state=True)
     rising = scan_results(emulation.selective_scan, case, torch.float32)
     monkeypatch.setattr(emulated, "FALLING", True)
     falling = scan_results(emulation.selective_scan, case, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(rising, falling, strict=True))
 
 
-def test_models_that_do_not_fit_are_refused(kernels: Kernels) -> None:
+def test_too_many_states_or_taps_are_rejected(kernels: Kernels) -> None:
     inputs = Case(1, 4, 8, 17).inputs(torch.float32)
     with pytest.raises(ValueError, match="d_state=17 exceeds"):
         kernels.selective_scan(*inputs)
@@ -255,23 +243,23 @@ def test_models_that_do_not_fit_are_refused(kernels: Kernels) -> None:
         kernels.causal_conv1d(inputs[0], torch.ones(8, 5), torch.ones(8))
 
 
-@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
-def test_documents_are_isolated(cuts: list[int], kernels: Kernels) -> None:
-    assert_documents_are_isolated(kernels, cuts)
+@pytest.mark.parametrize("starts", DOC_START_POSITIONS)
+def test_documents_are_isolated(starts: list[int], kernels: Kernels) -> None:
+    assert_documents_are_isolated(kernels, starts)
 
 
-def test_halves_are_the_whole(kernels: Kernels) -> None:
+def test_state_carries_over(kernels: Kernels) -> None:
     assert_state_carries_over(kernels)
 
 
-def test_emulated_keeps_nothing_without_gradients(
+def test_chunk_states_are_saved_only_for_backward(
     emulation: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_states_saved_only_for_backward(emulation, cuda, monkeypatch)
 
 
-def test_mixed_types_are_not_rounded(kernels: Kernels) -> None:
-    """One narrow input makes no other narrow, and a norm that is to be wide is wide."""
+def test_mixed_dtypes_are_not_rounded(kernels: Kernels) -> None:
+    """One bf16 input does not round the fp32 ones, and a norm with fp32 output is not rounded."""
     inputs = [x.detach() for x in CASES[1].inputs(torch.float32)]
     inputs[0] = inputs[0].bfloat16()
     expected, actual = (k.selective_scan(*inputs)[1] for k in (REFERENCE, kernels))
@@ -282,7 +270,7 @@ def test_mixed_types_are_not_rounded(kernels: Kernels) -> None:
     assert (actual - expected).norm() <= limit(kernels, 1e-5) * expected.norm()
 
 
-def everything(kernels: Kernels, dtype: torch.dtype, case: Case) -> list[torch.Tensor]:
+def all_results(kernels: Kernels, dtype: torch.dtype, case: Case) -> list[torch.Tensor]:
     """All results and gradients of all operations."""
     return [
         *scan_results(kernels.selective_scan, case, dtype),
@@ -293,63 +281,58 @@ def everything(kernels: Kernels, dtype: torch.dtype, case: Case) -> list[torch.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_again(dtype: torch.dtype, kernels: Kernels) -> None:
-    case = Case(2, 70, 66, 16, resets=0.1, first=True)
-    first, second = everything(kernels, dtype, case), everything(kernels, dtype, case)
+def test_results_are_deterministic(dtype: torch.dtype, kernels: Kernels) -> None:
+    case = Case(2, 70, 66, 16, resets=0.1, has_state=True)
+    first, second = all_results(kernels, dtype, case), all_results(kernels, dtype, case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=ON_GPU)], indirect=True)
-def test_on_the_gpu_in_segments(kernels: Kernels) -> None:
-    """As long as the GPU's own cut makes several segments of it; the same bits again, also on
-    another stream.
-    """
-    case = Case(2, 2000, 256, 16, resets=0.01, first=True)
+def test_segments_on_gpu(kernels: Kernels) -> None:
+    """A sequence long enough for several segments; deterministic, also on another stream."""
+    case = Case(2, 2000, 256, 16, resets=0.01, has_state=True)
     assert_equal(kernels, case, torch.float32, 1e-4)
     assert_equal(kernels, case, torch.bfloat16, 8e-3)
-    expected = everything(kernels, torch.bfloat16, case)
+    expected = all_results(kernels, torch.bfloat16, case)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         busy = torch.randn(4096, 4096, device="cuda")
-        # what is launched on the wrong stream would run before this and read what is not there
+        # a kernel on the wrong stream would run before this and read unwritten inputs
         for _ in range(20):
             busy = busy @ busy * 1e-2
-        actual = everything(kernels, torch.bfloat16, case)
+        actual = all_results(kernels, torch.bfloat16, case)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
-@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
-def test_public_kernels_isolate_documents(cuts: list[int]) -> None:
+@pytest.mark.parametrize("starts", DOC_START_POSITIONS)
+def test_mamba_ssm_isolates_documents(starts: list[int]) -> None:
     with fake_mamba_ssm():
-        assert_documents_are_isolated(MAMBA_SSM, cuts)
+        assert_documents_are_isolated(MAMBA_SSM, starts)
         assert_state_carries_over(MAMBA_SSM)
 
 
-def test_layers_of_a_step_share_their_places() -> None:
+def test_padded_positions_are_cached() -> None:
     doc_starts = torch.tensor([[True, False, True, False]])
-    places, length = mamba_ssm._padded_positions(doc_starts)
-    assert mamba_ssm._padded_positions(doc_starts)[0] is places and (places.tolist(), length) == (
-        [[1, 2, 4, 5]],
-        6,
-    )
+    positions, length = mamba_ssm._padded_positions(doc_starts)
+    assert positions.tolist() == [[1, 2, 4, 5]]
+    assert length == 6
+    assert mamba_ssm._padded_positions(doc_starts)[0] is positions
     doc_starts[0, 1] = True
     assert mamba_ssm._padded_positions(doc_starts)[0].tolist() == [[1, 3, 5, 6]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_public_kernels_are_composed_correctly(case: Case) -> None:
-    """With stand-ins for the two public functions: layouts, resets and first states by steps, and
-    all gradients.
-    """
+def test_mamba_ssm_on_fakes(case: Case) -> None:
+    """Layouts, resets, initial states and all gradients, with fakes of the public functions."""
     with fake_mamba_ssm():
-        # the composition hands A over in fp32, and all of it where a state comes in
-        assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.first else 1e-6)
+        # the backend passes A in fp32, and all inputs if there is an initial state
+        assert_equal(MAMBA_SSM, case, torch.float64, 1e-5 if case.has_state else 1e-6)
         assert_equal(MAMBA_SSM, case, torch.bfloat16, 8e-3)
 
 
-@pytest.mark.skipif(GPU, reason="a GPU is here")
-def test_a_missing_gpu_or_package_is_named() -> None:
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_missing_gpu_or_package_is_named() -> None:
     with pytest.raises(MissingBackend, match=r"no GPU|cuda-core"):
         load(Backend.cuda, "cuda")
     with pytest.raises(MissingBackend, match="MAMBA_KEEP_CUDA_BUILD=TRUE"):
@@ -357,7 +340,7 @@ def test_a_missing_gpu_or_package_is_named() -> None:
     assert load(Backend.auto, "cuda").name == "reference"
 
 
-PUBLIC = [
+NEEDS_MAMBA_SSM = [
     *ON_GPU,
     pytest.mark.skipif(
         mamba_ssm.unavailable_reason() is not None, reason="needs mamba-ssm and causal-conv1d"
@@ -365,44 +348,50 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("where", [pytest.param("cuda", marks=PUBLIC)])
-@pytest.mark.parametrize("case", [*CASES, Case(2, 2100, 64, 16, resets=0.01, first=True)], ids=str)
-def test_public_kernels_on_the_gpu(case: Case, where: str) -> None:
-    """The longest one is of more than one of their chunks of 2,048 steps."""
-    there = on_device(MAMBA_SSM, torch.device(where))
-    assert_equal(there, case, torch.float32, 1e-3)
-    assert_equal(there, case, torch.bfloat16, 1.6e-2)  # they round y before the gate too
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_MAMBA_SSM)])
+@pytest.mark.parametrize(
+    "case", [*CASES, Case(2, 2100, 64, 16, resets=0.01, has_state=True)], ids=str
+)
+def test_mamba_ssm_on_gpu(case: Case, device: str) -> None:
+    """The longest case has more than one of mamba-ssm's chunks of 2,048 steps."""
+    kernels = on_device(MAMBA_SSM, torch.device(device))
+    assert_equal(kernels, case, torch.float32, 1e-3)
+    assert_equal(kernels, case, torch.bfloat16, 1.6e-2)  # mamba-ssm also rounds y before the gate
 
 
-@pytest.mark.parametrize("where", [pytest.param("cuda", marks=PUBLIC)])
-@pytest.mark.parametrize("cuts", DOC_START_POSITIONS)
-def test_public_kernels_isolate_documents_on_the_gpu(cuts: list[int], where: str) -> None:
-    assert_documents_are_isolated(on_device(MAMBA_SSM, torch.device(where)), cuts, 1e-5)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_MAMBA_SSM)])
+@pytest.mark.parametrize("starts", DOC_START_POSITIONS)
+def test_mamba_ssm_isolates_documents_on_gpu(starts: list[int], device: str) -> None:
+    assert_documents_are_isolated(on_device(MAMBA_SSM, torch.device(device)), starts, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_are_what_their_fakes_say(device: str, request: pytest.FixtureRequest) -> None:
-    """Shapes, strides, types and aliasing, by torch's own check."""
+def test_fake_results_equal_real_ones(device: str, request: pytest.FixtureRequest) -> None:
+    """Shapes, strides, types and aliasing of the operators, by opcheck."""
     if device == "cpu":
         request.getfixturevalue("emulation")
     ops = torch.ops.falcon_cuda if device == "cuda" else torch.ops.falcon_emulated
-    case, check = Case(2, 9, 12, 4, resets=0.2), ("test_schema", "test_faketensor")
+    checks = ("test_schema", "test_faketensor")
+    case = Case(2, 9, 12, 4, resets=0.2)
     inputs = [x.detach().to(device) for x in case.inputs(torch.bfloat16)]
     weight, bias = (x.detach().to(device) for x in case.weights(torch.float32))
     doc_starts = case.doc_starts().to(device)
-    y, last, kept = ops.selective_scan(*inputs, doc_starts, None, True)
+    y, last_state, chunk_states = ops.selective_scan(*inputs, doc_starts, None, True)
     for operator, arguments in (
-        (ops.selective_scan, (*inputs, doc_starts, last, True)),
-        (ops.selective_scan, (*inputs, doc_starts, last, False)),
-        (ops.selective_scan_backward, (*inputs, doc_starts, last, kept, y, last)),
+        (ops.selective_scan, (*inputs, doc_starts, last_state, True)),
+        (ops.selective_scan, (*inputs, doc_starts, last_state, False)),
+        (
+            ops.selective_scan_backward,
+            (*inputs, doc_starts, last_state, chunk_states, y, last_state),
+        ),
         (ops.causal_conv1d, (inputs[0], weight, bias, doc_starts)),
         (ops.causal_conv1d_backward, (inputs[0], weight, bias, doc_starts, y)),
         (ops.rms_norm, (inputs[0], bias, 1e-5, [12], torch.float32)),
     ):
-        torch.library.opcheck(operator.default, arguments, test_utils=check)
+        torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
 
-def test_sources_travel_with_the_package() -> None:
+def test_sources_are_in_the_package_data() -> None:
     import tomllib
 
     root = Path(__file__).resolve().parents[2]

@@ -1,6 +1,4 @@
-"""The loss in chunks equals the plain one: values and gradients, with and without z-loss, cut or
-whole.
-"""
+"""The chunked loss equals F.cross_entropy: values and gradients, with and without z-loss."""
 
 import pytest
 import torch
@@ -13,7 +11,9 @@ from tests.tiny import TINY, model_of
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [7, 1000])
-def test_chunks_change_nothing(chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_equals_plain_loss(
+    chunk: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: chunk)
     tokens = torch.randint(0, TINY.vocab_size, (2, 26), generator=torch.Generator().manual_seed(0))
     model = model_of(TINY).double()
@@ -29,7 +29,7 @@ def test_chunks_change_nothing(chunk: int, z_loss: float, monkeypatch: pytest.Mo
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
-def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     model = model_of(TINY)
     tokens = torch.randint(0, TINY.vocab_size, (2, 401))
@@ -39,11 +39,11 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
             hidden, model.lm_head.weight, tokens[:, 1:].flatten(), reference
         )[0].mean().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    # hidden's gradient is a quarter of it
+    # the gradient of hidden is a quarter of the upper limit
     assert 8 * TINY.vocab_size * 4 <= largest < 800 * TINY.vocab_size * 4 / 2
 
 
-def test_chunks_are_equal_parts() -> None:
+def test_loss_chunk_divides_tokens_evenly() -> None:
     assert loss_chunk(8192, 4096) == 4096  # the 7B
     assert loss_chunk(9000, 4096) == 3000
     assert loss_chunk(2048, 192) == 1024  # the demo
@@ -51,8 +51,8 @@ def test_chunks_are_equal_parts() -> None:
     assert loss_chunk(0, 192) == 1
 
 
-def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kept logits became their gradient in the first, in place where the kernels are in C++."""
+def test_second_backward_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ kernels overwrite the saved logits in the first backward; the second recomputes."""
     monkeypatch.setattr(cross_entropy, "loss_chunk", lambda *_: 8)
     hidden, weight = torch.randn(20, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     losses, _ = cross_entropy.linear_cross_entropy(
@@ -65,9 +65,7 @@ def test_a_second_backward_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_bf16_products_keep_fp32_sums() -> None:
-    """Under autocast the loss differs from fp32's by the rounding of products alone, and gradients
-    keep fp32.
-    """
+    """Under autocast only products round: the loss, its gradients and sums are fp32."""
     tokens = torch.randint(0, TINY.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(128, TINY.d_model).requires_grad_()
     model = model_of(TINY)
@@ -89,16 +87,14 @@ def test_bf16_products_keep_fp32_sums() -> None:
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-2)
 
 
-def test_statistics_of_parts_make_the_whole() -> None:
+def test_statistics_of_shards_combine() -> None:
     logits, labels = torch.randn(9, 20, dtype=torch.float64), torch.randint(0, 20, (9,))
-    own, top, sums = reference.loss_statistics(logits, labels)
+    label_logits, max_logits, sum_exp = reference.loss_statistics(logits, labels)
     left = reference.loss_statistics(logits[:, :7], labels)
     right = reference.loss_statistics(logits[:, 7:], labels - 7)
-    torch.testing.assert_close(left[0] + right[0], own)
-    torch.testing.assert_close(torch.maximum(left[1], right[1]), top)
-    torch.testing.assert_close(
-        left[2] * (left[1] - top).exp() + right[2] * (right[1] - top).exp(), sums
-    )
-    torch.testing.assert_close(
-        top + sums.log() - own, F.cross_entropy(logits, labels, reduction="none")
-    )
+    torch.testing.assert_close(left[0] + right[0], label_logits)
+    torch.testing.assert_close(torch.maximum(left[1], right[1]), max_logits)
+    shard_sums = [shard[2] * (shard[1] - max_logits).exp() for shard in (left, right)]
+    torch.testing.assert_close(sum(shard_sums), sum_exp)
+    losses = max_logits + sum_exp.log() - label_logits
+    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))

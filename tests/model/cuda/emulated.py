@@ -1,6 +1,4 @@
-"""Our CUDA kernels on the CPU: the same sources and the same host code, with launches sent to an
-emulator.
-"""
+"""Launches CUDA kernels on a CPU emulator: the same sources, called by the same host code."""
 
 import ctypes
 import functools
@@ -14,13 +12,13 @@ from torch import Tensor
 
 from model.kernels import cuda_library
 
-HERE = Path(__file__).parent
-FALLING = False  # order in which the threads of a block run to a barrier
+FOLDER = Path(__file__).parent
+FALLING = False  # whether the threads of a block run to a barrier in falling order
 
 
 @functools.cache
 def library(source: str, bf16: int) -> ctypes.CDLL:
-    """An emulated source, compiled once per process."""
+    """Compile and load an emulated source, once per process."""
     target = Path(tempfile.mkdtemp()) / f"{source}-{bf16}.so"
     flags = [
         "-O2",
@@ -29,10 +27,10 @@ def library(source: str, bf16: int) -> ctypes.CDLL:
         "-fPIC",
         f"-DBF16={bf16}",
         f"-I{cuda_library.FOLDER}",
-        f"-I{HERE}",
+        f"-I{FOLDER}",
     ]
     subprocess.run(
-        ["g++", *flags, str((HERE / source).with_suffix(".cpp")), "-o", str(target)], check=True
+        ["g++", *flags, str((FOLDER / source).with_suffix(".cpp")), "-o", str(target)], check=True
     )
     return ctypes.CDLL(str(target))
 
@@ -46,7 +44,7 @@ def launch(
     shared: int,
     arguments: Any,
 ) -> None:
-    """Stands in for model.kernels.cuda_library.launch."""
+    """Replacement of model.kernels.cuda_library.launch."""
     values = [
         ctypes.c_void_p(cuda_library.address(x)) if x is None or isinstance(x, Tensor) else x
         for x in arguments
@@ -54,9 +52,5 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values)
     )
-    assert (
-        library(source, cuda_library.DTYPES[dtype]).emulate(
-            name.encode(), *grid, threads, int(FALLING), pointers
-        )
-        == 0
-    )
+    emulate = library(source, cuda_library.DTYPES[dtype]).emulate
+    assert emulate(name.encode(), *grid, threads, int(FALLING), pointers) == 0

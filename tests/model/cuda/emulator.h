@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, for tests of their logic: one block after another, its threads as fibers on one core.
-// A barrier or shuffle hands over to the next fiber; kernels must reach both in the same order on all threads, as ours do.
+// Runs CUDA kernels on the CPU, to test their logic: one block after another, its threads as fibers on one core.
+// A barrier or shuffle switches to the next fiber; all threads of a kernel must reach these in the same order.
 #include <ucontext.h>
 
 #include <cmath>
@@ -25,7 +25,7 @@ inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 inline int min(int a, int b) { return a < b ? a : b; }
 
-// The hardware's approximate functions with the errors that the PTX manual allows them, denormal results zero.
+// The hardware's approximate functions with the errors that the PTX manual allows; denormal results are zero.
 inline float rounded(float x, int bits) {  // to a multiple of 2^bits of its units in the last place
     if (fabsf(x) < 1.17549435e-38f) return 0.0f;
     const unsigned half = 1u << (bits - 1);
@@ -87,7 +87,7 @@ bool add(const char *name, void (*kernel)(P...)) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(); }
-// Copies to shared memory: what was there is lost at once, what comes is there when the thread has waited.
+// Copies to shared memory: the old values are lost at once, the new ones are visible after async_wait().
 template <class P> inline void async_copy(P *to, const void *from) {
     memset(to, 0xff, sizeof(P));  // not a number
     emulator::copies[emulator::current].push_back([=] { memcpy(to, from, sizeof(P)); });

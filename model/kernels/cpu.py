@@ -83,8 +83,7 @@ def _as_bytes(doc_starts: Tensor | None) -> Tensor | None:
 
 
 def token_stride(x: Tensor) -> int:
-    """Elements between successive tokens of x [b, l, d]."""
-    # an axis of length 1 has an arbitrary stride
+    """Elements between tokens of x [b, l, d]; an axis of length 1 has an arbitrary stride."""
     return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
@@ -203,7 +202,8 @@ def scan_backward(
     p = ScanInputs(inputs, doc_starts, state)
     du, ddt, dz = (_new(p.batch, p.length, p.d) for _ in range(3))
     dB, dC = (_new(p.batch, p.length, p.n) for _ in range(2))
-    dA, dD, dbias = _new(p.d, p.n), _new(p.d), _new(p.d)
+    dD, dbias = (_new(p.d) for _ in range(2))
+    dA = _new(p.d, p.n)
     dstate = None if state is None else _new(p.batch, p.d, p.n)
     dy = (p.pad_d(dy) if p.d_padding else dy).float().contiguous()
     if dlast_state is not None:
@@ -276,7 +276,8 @@ def conv_backward(
     """Gradients of x, weight and bias."""
     p = ConvInputs(x, weight, bias, doc_starts)
     dout = (p.pad_d(dout) if p.d_padding else dout).float().contiguous()
-    dx, dweight, dbias = _new(*p.shape), _new(p.shape[2], TAPS), _new(p.shape[2])
+    dx, dweight = _new(*p.shape), _new(p.shape[2], TAPS)
+    dbias = _new(p.shape[2])
     pointers = map(_pointer, (dout, dx, dweight, dbias))
     active_library().causal_conv_backward(byref(p.arguments), *pointers)
     if p.d_padding or p.tap_padding:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from model.config import loss_chunk
 from model.kernels.interface import LossKernels
@@ -35,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -62,33 +61,35 @@ class LinearCrossEntropy(torch.autograd.Function):
             label_logits, sum_exp = group.all_reduce_sum(torch.stack([label_logits, sum_exp]))
         log_sums = max_logits + sum_exp.log()
         ctx.save_for_backward(hidden, weight, labels, log_sums)
-        ctx.options = dtype, kernels, group, chunk_length  # type: ignore[attr-defined]
-        ctx.last_logits = logits  # type: ignore[attr-defined]
+        ctx.dtype = dtype
+        ctx.kernels = kernels
+        ctx.group = group
+        ctx.chunk_length = chunk_length
+        ctx.last_logits = logits
         return log_sums - label_logits, log_sums
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, grad_log_sum: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, grad_log_sum: Tensor) -> tuple[Any, ...]:
         """Products in the forward's type; the weight's gradient is summed over chunks in fp32."""
-        hidden, weight, labels, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
-        dtype, kernels, group, chunk_length = ctx.options  # type: ignore[attr-defined]
+        hidden, weight, labels, log_sums = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_sums.dtype)
-        head = weight.to(dtype)
+        head = weight.to(ctx.dtype)
         # loss_gradient may overwrite the saved logits: a second backward must recompute them
-        logits, ctx.last_logits = ctx.last_logits, None  # type: ignore[attr-defined]
-        for chunk in reversed(_chunks(len(labels), chunk_length)):
-            hidden_chunk = hidden[chunk].to(dtype)
+        logits, ctx.last_logits = ctx.last_logits, None
+        for chunk in reversed(_chunks(len(labels), ctx.chunk_length)):
+            hidden_chunk = hidden[chunk].to(ctx.dtype)
             if logits is None:
                 logits = hidden_chunk @ head.t()
-            grad = kernels.loss_gradient(
+            grad = ctx.kernels.loss_gradient(
                 logits, labels[chunk], log_sums[chunk], grad_loss[chunk], grad_log_sum[chunk]
             )
             grad_hidden[chunk] = (grad @ head).to(hidden.dtype)
             grad_weight += grad.t() @ hidden_chunk
             del grad  # free both before the next chunk's logits
             logits = None
-        if group is not None:
-            grad_hidden = group.all_reduce_sum(grad_hidden)
+        if ctx.group is not None:
+            grad_hidden = ctx.group.all_reduce_sum(grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 

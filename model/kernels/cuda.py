@@ -25,9 +25,12 @@ from model.kernels.cuda_rows import loss_gradient, loss_statistics, norm_backwar
 __all__ = ["loss_gradient", "loss_statistics", "norm_backward", "norm_forward"]
 
 # sizes that the CUDA sources define; a test compares them
-CHANNELS, STATES = 128, 16
-FORWARD_CHANNELS, FORWARD_THREADS, BACKWARD_THREADS = 64, 256, 128
-BACKWARD_SHARED = (
+STATES = 16
+CHANNELS = 128  # per block of the backward; the forward's 64 divide them
+FORWARD_CHANNELS = 64
+FORWARD_THREADS = 256
+BACKWARD_THREADS = 128
+BACKWARD_SHARED = (  # bytes of shared memory per block
     4 * SCAN_CHUNK * (4 * CHANNELS + 2 * STATES + 1)
     + 4 * SCAN_CHUNK * CHANNELS * STATES // 2
     + 4 * 4 * SCAN_CHUNK * 32
@@ -37,7 +40,9 @@ BACKWARD_SHARED = (
 FORWARD_BLOCKS = 1
 BACKWARD_BLOCKS = 2
 MIN_SEGMENT = 256  # tokens; shorter segments cost more than they gain
-TAPS, CONV_SEGMENT, CONV_THREADS = 4, 64, 128
+TAPS = 4
+CONV_SEGMENT = 64
+CONV_THREADS = 128
 LOG2E = 1.4426950408889634
 
 

@@ -133,15 +133,15 @@ class LinearRecurrence(torch.autograd.Function):
 
 
 def _scan_chunk(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None, state: Tensor
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state_mask: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scan a time-first chunk: u, dt [l, b, d]; B, C [l, b, n]; keep [l, b]; state [b, d, n].
+    """Scan a time-first chunk: u, dt [l, b, d]; B, C [l, b, n]; state_mask [l, b]; state [b, d, n].
 
-    keep is 0 where the state is reset, else 1.
+    state_mask is 0 where the state is reset, else 1.
     """
     decay = torch.exp(dt.unsqueeze(-1) * A)
-    if keep is not None:
-        decay = decay * keep[:, :, None, None]
+    if state_mask is not None:
+        decay = decay * state_mask[:, :, None, None]
     h = LinearRecurrence.apply(decay, (dt * u).unsqueeze(-1) * B.unsqueeze(2), state)
     return (h @ C.unsqueeze(-1)).squeeze(-1), h[-1]
 
@@ -171,23 +171,23 @@ def selective_scan(
         dtype = compute_dtype(u)
         u_, dt_, A, B, C, D, dt_bias = (x.to(dtype) for x in (u, dt, A, B, C, D, dt_bias))
         dt_ = F.softplus(dt_ + dt_bias)
-        keep = None if doc_starts is None else (~doc_starts).to(dtype)
+        state_mask = None if doc_starts is None else (~doc_starts).to(dtype)
         if state is None:
             state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
         chunk_length = max(1, CHUNK_ELEMENTS // state.numel())
         recompute = u.shape[1] * state.numel() > MAX_SAVED_ELEMENTS and torch.is_grad_enabled()
         chunks = [x.transpose(0, 1).split(chunk_length) for x in (u_, dt_, B, C)]
-        keeps = [None] * len(chunks[0])
-        if keep is not None:
-            keeps = keep.transpose(0, 1).split(chunk_length)
+        state_masks = [None] * len(chunks[0])
+        if state_mask is not None:
+            state_masks = state_mask.transpose(0, 1).split(chunk_length)
         outputs = []
-        for u_c, dt_c, B_c, C_c, keep_c in zip(*chunks, keeps, strict=True):
+        for u_c, dt_c, B_c, C_c, mask_c in zip(*chunks, state_masks, strict=True):
             if recompute:
                 y, state = checkpoint(
-                    _scan_chunk, u_c, dt_c, A, B_c, C_c, keep_c, state, use_reentrant=False
+                    _scan_chunk, u_c, dt_c, A, B_c, C_c, mask_c, state, use_reentrant=False
                 )
             else:
-                y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, keep_c, state)
+                y, state = _scan_chunk(u_c, dt_c, A, B_c, C_c, mask_c, state)
             outputs.append(y)
         y = torch.cat(outputs).transpose(0, 1) + D * u_
         return (y * F.silu(z.to(dtype))).to(u.dtype), state

@@ -29,7 +29,7 @@ from tests.supervisor import CANARY, History, supervise
 from train.config import RunConfig
 from train.metrics.records import read_lines
 from train.resilience.incidents import REQUEUE
-from train.run_context import code_version, plain
+from train.run_context import code_version, to_plain
 from train.schedule import Schedule
 
 PLAN = "plan.json"  # of a soak that is not over
@@ -269,7 +269,7 @@ def main() -> int:
     paused = begin(
         given.home,
         {
-            "config": plain(asdict(run)),
+            "config": to_plain(asdict(run)),
             "faults": [fault.name for fault in faults],
             "code": code_version(),
         },

@@ -1,4 +1,4 @@
-"""Build a trainer, each part from its config section; resume the newest verified checkpoint."""
+"""Build the trainer from the config and resume from the newest checkpoint that verifies."""
 
 import logging
 from dataclasses import asdict
@@ -53,9 +53,9 @@ def build_trainer(
     watchdog: Watchdog,
     stop_request: StopRequest,
 ) -> Trainer:
-    """One rank's trainer; `record` is the config as trackers show it.
+    """Build one rank's trainer; `record` is the config for trackers.
 
-    Raises InputError, on every rank, when data, kernels or checkpoints are not those of this run.
+    Raises InputError, on every rank, when data, kernels or checkpoints do not fit the config.
     """
     datacheck = DataCheck(config.data, manifests, ranks)
     datacheck.start(config.health.verify_shards)
@@ -63,33 +63,39 @@ def build_trainer(
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
     phases = Phases(watchdog.at)
     with errors_on_all_ranks():
-        kernels = kernels_of(config.compute, ranks.device.type)
+        kernels = load_kernels(config.compute, ranks.device.type)
     model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
     checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
-    found = checkpoints.find_latest()
+    checkpoint = checkpoints.find_latest()
     with errors_on_all_ranks():
-        if found is None:
-            start_from(model, config.run, ranks.tp_rank, ranks.tp_size)
+        if checkpoint is None:
+            load_initial_weights(model, config.run, ranks.tp_rank, ranks.tp_size)
     if config.compute.compile:
         model.compile_blocks()
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
-    fresh = TrainState(0, 0, 0, plan.hash, asdict(config.model))
-    state = fresh if found is None else resume(checkpoints, found, engine, fresh)
+    state = TrainState(0, 0, 0, plan.hash, asdict(config.model))
+    if checkpoint is not None:
+        state = resume(checkpoints, checkpoint, engine, expected=state)
     failure_policy = FailurePolicy(
         config.health, ranks, model, engine, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:
         count_start(config, state, ranks, watchdog.incidents)
-    loader, micro_batch = Loader(plan, manifests), config.parallel.micro_batch_tokens
-    batches = Batches(loader, schedule, ranks, micro_batch, engine.needs_equal_micro_batches)
-    jobs = leaderboard_jobs(config, schedule)
+    batches = Batches(
+        Loader(plan, manifests),
+        schedule,
+        ranks,
+        config.parallel.micro_batch_tokens,
+        engine.needs_equal_micro_batches,
+    )
+    jobs = build_leaderboard_jobs(config, schedule)
     if ranks.is_first:
-        announce(config, plan, kernels, ranks, state)
+        log_run_summary(config, plan, kernels, ranks, state)
     metrics, flops = None, 0.0
     if ranks.is_first and state.tokens < schedule.total:
         flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
@@ -120,13 +126,13 @@ def build_trainer(
     )
 
 
-def kernels_of(config: Compute, device: str) -> Kernels:
-    """The kernels of a run; InputError when they are missing or torch.compile cannot use them."""
+def load_kernels(config: Compute, device: str) -> Kernels:
+    """Load the kernels; InputError when they are missing or torch.compile cannot use them."""
     try:
         kernels = load(config.kernels, device)
     except MissingBackend as error:
         raise InputError(str(error)) from error
-    if config.compile and kernels is REFERENCE:  # which torch.compile would unroll, token by token
+    if config.compile and kernels is REFERENCE:  # torch.compile would unroll its loop over tokens
         raise InputError(
             "compute.compile=true is for blocks around kernels, and the reference kernels are a "
             "loop over tokens: set compute.compile=false, or another compute.kernels"
@@ -135,7 +141,7 @@ def kernels_of(config: Compute, device: str) -> Kernels:
 
 
 def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:
-    """This rank's part of the network, with random weights that depend only on run.seed."""
+    """Build this rank's shard of the model, with random weights that depend only on run.seed."""
     return build_model(
         config.model,
         kernels,
@@ -148,8 +154,8 @@ def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> Falco
     )
 
 
-def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
-    """Initial weights out of the folder that run.init_from names, if it names one."""
+def load_initial_weights(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
+    """Load the weights that run.init_from names, if it is set."""
     if run.init_from is not None:
         try:
             load_hf_weights(model, Path(run.init_from), tp_rank, tp_size)
@@ -158,14 +164,14 @@ def start_from(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None
 
 
 def resume(
-    checkpoints: CheckpointManager, folder: Path, engine: Engine, wanted: TrainState
+    checkpoints: CheckpointManager, folder: Path, engine: Engine, expected: TrainState
 ) -> TrainState:
-    """Load a checkpoint into the engine; InputError if its model or data plan is not `wanted`'s."""
+    """Load a checkpoint; InputError if its model or data plan differs from `expected`."""
     state = checkpoints.load(folder, engine)
     hint = "restore the config it was trained with, or choose another run.name"
-    if state.model != wanted.model:
+    if state.model != expected.model:
         raise InputError(f"{folder} holds another model; {hint}")
-    if state.plan != wanted.plan:
+    if state.plan != expected.plan:
         raise InputError(
             f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}"
         )
@@ -173,16 +179,16 @@ def resume(
 
 
 def count_start(config: RunConfig, state: TrainState, ranks: Ranks, incidents: Incidents) -> None:
-    """Refuse a start that would only crash again; raises InputError on every rank."""
-    why = None
+    """Count this start; InputError on every rank after too many starts without progress."""
+    error = None
     if ranks.is_first:
         starts = Starts(config.run.folder, config.health.max_starts)
-        why = starts.count(state.tokens, incidents)
-    raise_on_all_ranks(why)
+        error = starts.count(state.tokens, incidents)
+    raise_on_all_ranks(error)
 
 
 def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: Ranks) -> Validation:
-    """Held-out loss, shared by the replicas."""
+    """Build the validation, whose batches replicas share."""
     return Validation(
         config.data,
         manifests,
@@ -194,10 +200,12 @@ def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: R
     )
 
 
-def leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
-    """Leaderboards, always of the last checkpoint before the decay and of the run's last."""
-    decay = schedule.total - config.schedule.decay_tokens
-    before_decay = max((end for end in schedule.stage_ends if end <= decay), default=decay)
+def build_leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
+    """Build evaluation jobs, always for the last stage end before the decay and the run's end."""
+    decay_start = schedule.total - config.schedule.decay_tokens
+    before_decay = max(
+        (end for end in schedule.stage_ends if end <= decay_start), default=decay_start
+    )
     return SuiteJobs(
         config.run,
         config.leaderboard.jobs,
@@ -212,10 +220,10 @@ def open_metrics(config: RunConfig, record: dict[str, Any], state: TrainState) -
     return Metrics(*where, tokens=state.tokens, total=config.tokens)
 
 
-def announce(
+def log_run_summary(
     config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: TrainState
 ) -> None:
-    """Log the run in a few lines, before it starts."""
+    """Log the run's size, layout and kernels before it starts."""
     logger.info(
         f"run {config.run.name}: {parameter_count(config.model):,} parameters, "
         f"{config.tokens:,} tokens, {ranks.world_size} ranks on {ranks.device.type} "

@@ -12,34 +12,36 @@ import torch
 from core.errors import InputError
 from train.config import Cluster, Device, EngineKind, Parallel, Precision
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BYTES = 2**30
+# of malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+THRESHOLD_BYTES = 2**30
 # a smaller product does not fill a GPU, and would flatter the utilisation
 SIZE = {"cpu": 1024, "cuda": 8192}
 REPEATS = 8
 
 
-def present_device(wanted: Device) -> str:
-    """The device that a rank gets on this machine, "cuda" or "cpu"."""
-    return "cuda" if wanted is not Device.cpu and torch.cuda.is_available() else "cpu"
+def select_device(requested: Device) -> str:
+    """Return the device type of a rank on this machine, "cuda" or "cpu"."""
+    return "cuda" if requested is not Device.cpu and torch.cuda.is_available() else "cpu"
 
 
-def check_device(wanted: Device, present: str, parallel: Parallel) -> None:
-    """Raise InputError if the GPU asked for is absent (no silent fallback) or the CPU is unfit."""
-    if present == "cpu" and parallel.engine is EngineKind.megatron:
-        device = " cluster.device=cpu" if wanted is Device.cuda else ""
+def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
+    """Raise InputError if a requested GPU is missing or the engine does not support a CPU."""
+    if selected == "cpu" and parallel.engine is EngineKind.megatron:
+        device = " cluster.device=cpu" if requested is Device.cuda else ""
         raise InputError(
             "parallel.engine is megatron, which works on GPUs alone, and this rank has none: set "
             f"parallel.engine=deepspeed{device}"
         )
-    if wanted is Device.cuda and present != "cuda":
+    if requested is Device.cuda and selected != "cuda":
         raise InputError(
-            "cluster.device is cuda, but torch sees no GPU; set cluster.device=auto or cpu"
+            "cluster.device=cuda, but torch sees no GPU: set cluster.device=auto or cpu"
         )
 
 
-def available(device: str) -> int:
-    """Bytes of device memory: one GPU's total, or a CPU machine's free memory for all ranks."""
+def available_bytes(device: str) -> int:
+    """Return this rank's GPU memory, or the free memory that all ranks of a CPU machine share."""
     if device == "cuda":
         return int(
             torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
@@ -47,17 +49,17 @@ def available(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def keep_freed() -> None:
-    """Have glibc, where it is the C library, keep what tensors free for the next ones.
+def keep_freed_memory() -> None:
+    """Make glibc keep freed blocks for later tensors, where it is the C library.
 
-    Else it gives large blocks back and takes their pages again zeroed: 7,500 page faults and 4 to
-    10 % of the time of a step of the demo. The process stays as large as it once was.
+    By default it returns large blocks to the system and gets zeroed pages for the next: 7,500 page
+    faults and 4 to 10 % of the time of a step of the demo. The process never shrinks.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        if not mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):  # glibc before 2.35 takes no more than this
-            mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, THRESHOLD_BYTES)
+        if not mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES):
+            mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum before glibc 2.35
 
 
 def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float:
@@ -79,8 +81,8 @@ def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> 
     return 2 * size**3 / best
 
 
-def memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held so far: allocated on the GPU, or resident in the process."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

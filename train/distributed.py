@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from core.errors import InputError
 from model.parallel.context import ContextRanks
-from train.device import keep_freed
+from train.device import keep_freed_memory
 
 # megatron-core warns of missing optional CUDA packages; DeepSpeed's use of torch at every step
 warnings.filterwarnings("ignore", message=".*Apex.*")
@@ -93,7 +93,7 @@ def init_distributed(
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     else:
-        keep_freed()
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))

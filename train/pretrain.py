@@ -34,19 +34,18 @@ logger = logging.getLogger(__name__)
 
 @command(RunConfig)
 def main(config: RunConfig) -> None:
-    """Check what can be checked without a model, then train."""
+    """Check what needs no model, then train."""
     sys.stdout = BestEffortStream(sys.stdout)
     check_trackers(config.metrics)
-    world, local_world = (
-        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     logger.info("loading torch, DeepSpeed and megatron-core")
-    from train.device import available, check_device, present_device
+    from train.device import available_bytes, check_device, select_device
 
-    device = present_device(config.cluster.device)
-    check_memory(config, world, local_world, device, available(device))
+    device = select_device(config.cluster.device)
+    check_memory(config, world_size, local_world_size, device, available_bytes(device))
     check_device(config.cluster.device, device, config.parallel)
-    require_data(config.data)  # missing data is said before groups and models are built
+    require_data(config.data)  # before process groups and the model are built
     from train.run_context import start
 
     outcome = start(config, device)

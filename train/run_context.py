@@ -1,4 +1,4 @@
-"""What surrounds a run in its folder: lease, signals, watchdog, and a record of how it ended."""
+"""Context of a run: lock of its folder, signals, watchdog, and the record of how it ended."""
 
 import logging
 import os
@@ -28,31 +28,30 @@ from train.resilience.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-# what gloo, NCCL and the checkpoint writer say on the ranks that did not fail themselves
+# errors of gloo, NCCL and the checkpoint writer on ranks whose peer has failed
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 
 
 def run_context(
     run: Run, health: HealthConfig, ranks: Ranks, body: Callable[[Watchdog, StopRequest], Outcome]
 ) -> Outcome:
-    """Run `body` on every rank while this job alone holds the run's folder; returns how it ended,
-    on disk too.
+    """Run `body` on every rank under the run's lock; return the outcome, and write it to disk.
 
     Raises InputError, on every rank, when another job holds the folder or it cannot be written.
     """
     folder = run.folder
-    before = read_outcome(folder)
+    previous = read_outcome(folder)
     run_lock = RunLock(folder)
-    raise_on_all_ranks(_take(run_lock) if ranks.is_first else None)
+    raise_on_all_ranks(_acquire(run_lock) if ranks.is_first else None)
     watchdog = Watchdog(folder, ranks.rank, ranks.world_size, health.hang_seconds)
     try:
         if (
-            before is not None
-            and before.code != FINISHED
+            previous is not None
+            and previous.code != FINISHED
             and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         ):
             # torchrun restarts whatever does not exit with 0: what asked to leave stays out
-            return before
+            return previous
         if ranks.is_first:
             run.files.outcome.unlink(missing_ok=True)
         watchdog.begin(run_lock if ranks.is_first else None)
@@ -72,13 +71,13 @@ def run_context(
         watchdog.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=ranks.rank
         )
-        # which the command line takes for a mistake; in the middle of a run it is none
+        # the command line would report an OSError as a user's mistake
         if isinstance(error, OSError):
             raise RuntimeError(text) from error
         raise
     finally:
-        # after a crash it goes on watching, for leaving a broken process group may hang; but never
-        # for another job
+        # After a crash the watchdog continues, since destroying a broken process group may hang. It
+        # must not renew the lock, which another job may hold.
         watchdog.run_lock = None
         run_lock.release()
         if sys.exc_info()[0] is None:
@@ -86,7 +85,7 @@ def run_context(
 
 
 def start(config: RunConfig, device: str) -> Outcome:
-    """Train with the ranks that the launcher started, from the newest checkpoint on."""
+    """Train with the launcher's ranks, from the newest checkpoint."""
     with init_distributed(
         device, config.parallel.tensor_parallel, config.parallel.context_parallel
     ) as ranks:
@@ -101,9 +100,9 @@ def start(config: RunConfig, device: str) -> Outcome:
 def _train(
     config: RunConfig, ranks: Ranks, watchdog: Watchdog, stop_request: StopRequest
 ) -> Outcome:
-    record = {"code": code_version() if ranks.is_first else None, **plain(asdict(config))}
+    record = {"code": code_version() if ranks.is_first else None, **to_plain(asdict(config))}
     manifests = open_per_node(config.data)
-    # refuses a folder of another run before its record changes
+    # before config.yaml is written: raises if the folder is another run's
     trainer = build_trainer(config, manifests, ranks, record, watchdog, stop_request)
     if ranks.is_first:
         write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
@@ -119,7 +118,7 @@ def _train(
 
 
 def code_version() -> dict[str, Any]:
-    """Commit of the running code, and whether files differ; empty without git or repository."""
+    """Commit of the code and whether files have changed; empty without git or a repository."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -127,7 +126,7 @@ def code_version() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        if git("rev-parse", "--show-prefix") != "":  # installed somewhere inside another repository
+        if git("rev-parse", "--show-prefix") != "":  # installed inside another repository
             return {}
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
@@ -135,17 +134,17 @@ def code_version() -> dict[str, Any]:
         return {}
 
 
-def plain(value: Any) -> Any:
-    """A config as plain JSON-like values."""
+def to_plain(value: Any) -> Any:
+    """Convert a config to JSON-like values."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: to_plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [plain(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     return value.value if isinstance(value, Enum) else value
 
 
-def _take(run_lock: RunLock) -> str | None:
-    """Why the folder cannot be had, or None."""
+def _acquire(run_lock: RunLock) -> str | None:
+    """Acquire the lock; return the error or None."""
     try:
         run_lock.path.parent.mkdir(parents=True, exist_ok=True)
         run_lock.acquire()
@@ -155,6 +154,6 @@ def _take(run_lock: RunLock) -> str | None:
     except OSError as error:
         folder = run_lock.path.parent
         return (
-            f"run.dir {folder} cannot be written ({error}): choose another, or fix its permissions"
+            f"run.dir {folder} cannot be written ({error}): choose another or fix its permissions"
         )
     return None

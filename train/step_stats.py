@@ -1,7 +1,7 @@
-"""One all-reduce per step: losses, flags and compute time of every rank.
+"""One all-reduce per step of losses, flags and every rank's compute time.
 
-Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles. It is the training loop's only
-collective besides the engine's.
+Cost: a gloo all-reduce of 2 x sources + 3 + ranks doubles, the training loop's only collective
+besides the engine's.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class StepStats:
     """Statistics of one step over all ranks."""
 
     sums: list[list[float]]  # [2, sources]: loss in nats, tokens
-    stop: bool  # some rank has a stop request
+    stop: bool  # a rank has a stop request
     save: bool  # rank 0 wants to retry a failed save
-    bad_data: bool  # some rank found a shard that contradicts its manifest
+    bad_data: bool  # a rank found a data shard that differs from its manifest
     compute_seconds: list[float]  # of each rank, per micro-batch
 
     @property
@@ -48,7 +48,7 @@ def reduce_step_stats(
 
 
 def add_losses(sums: Tensor, source: Tensor, losses: Tensor) -> None:
-    """Add a micro-batch's losses [b, l] and tokens to sums [2, sources] by its sources [b]."""
+    """Add a micro-batch's losses [b, l] and tokens to sums [2, sources], by source [b]."""
     source = source.cpu()
     sums[0].index_add_(0, source, losses.double().sum(1).cpu())
     sums[1].index_add_(0, source, torch.full(source.shape, losses.shape[1], dtype=torch.float64))

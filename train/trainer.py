@@ -1,8 +1,8 @@
-"""The training loop, from one token position to the next. train/build.py makes its parts.
+"""The training loop; train/build.py builds its parts.
 
-A step is a function of its position: the schedule gives batch, context and rate, the data plan the
-tokens, the engine the update. train/resilience/failure_policy.py decides what follows when a step
-goes wrong, from values that all ranks share.
+A step is a function of its token position: the schedule gives batch, sequence length and learning
+rate, the data plan the tokens, the engine the update. When a step goes wrong,
+train/resilience/failure_policy.py decides from values that all ranks share.
 """
 
 import time
@@ -20,7 +20,7 @@ from model.mamba import FalconMamba
 from model.parallel.context import ContextRanks
 from train.batches import Batches, MicroBatches
 from train.checkpoint.manager import CheckpointManager, TrainState
-from train.device import memory_gib
+from train.device import peak_memory_gib
 from train.distributed import Ranks, raise_on_all_ranks
 from train.engines.protocol import Engine
 from train.metrics.sinks import Metrics
@@ -35,7 +35,7 @@ from train.step_stats import StepStats, add_losses, reduce_step_stats
 
 @dataclass
 class Trainer:
-    """One rank's share of a run."""
+    """The training loop of one rank."""
 
     ranks: Ranks
     schedule: Schedule
@@ -64,8 +64,8 @@ class Trainer:
             why = self._steps()
             if self.state.step > loaded_step:
                 self.failure_policy.final_save(self.state)
-            self._score(now=True)
-        except InputError:  # raised on every rank alike, so that a save in flight can end
+            self._poll_leaderboard(now=True)
+        except InputError:  # raised on every rank, so that a save in flight can end
             self.checkpoints.writer.wait()
             raise
         finally:
@@ -79,24 +79,26 @@ class Trainer:
     def _steps(self) -> str | None:
         """Step until the end, or until any rank has been asked to leave; returns why."""
         while self.state.tokens < self.schedule.total:
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             step_schedule = self.schedule.at(self.state.tokens)
             self.phases.enter(self.state.step, "read")
             batches = self.batches.read(self.state.tokens)
-            waited = time.perf_counter() - begun
-            result = self._step(step_schedule, batches, waited)
-            before, self.state.tokens = self.state.tokens, self.state.tokens + step_schedule.tokens
+            data_wait_seconds = time.perf_counter() - started_at
+            result = self._step(step_schedule, batches, data_wait_seconds)
+            before = self.state.tokens
+            self.state.tokens += step_schedule.tokens
             self.state.step += 1
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - started_at
             self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
             with self.model.without_context_parallel():
                 validation = self.validation.after(before, self.state.tokens, self.model)
             self.phases.enter(self.state.step, "log")
             if self.metrics is not None:
-                record = self._record(step_schedule, result, seconds, waited)
-                record |= {} if validation is None else {"validation": validation}
+                record = self._record(step_schedule, result, seconds, data_wait_seconds)
+                if validation is not None:
+                    record["validation"] = validation
                 self.metrics.log(record, self.checkpoints.status())
-                self._score()
+                self._poll_leaderboard()
             if result["stats"].bad_data:
                 raise_on_all_ranks(self.datacheck.error)
             self.failure_policy.after(self.state, before, result["stats"])
@@ -105,30 +107,30 @@ class Trainer:
         return None
 
     def _step(
-        self, step_schedule: StepSchedule, batches: MicroBatches, waited: float
+        self, step_schedule: StepSchedule, batches: MicroBatches, data_wait_seconds: float
     ) -> dict[str, Any]:
-        """Forward, backward and update of one global batch; returns the step's losses and norms."""
+        """Run forward, backward and update of one global batch; return statistics and norm."""
         # nats and tokens of each source
         sums = torch.zeros(2, len(self.sources), dtype=torch.float64)
-        # seconds of this rank's own work: reading and forward passes, which wait for no other rank
-        own = waited
+        # reading and forward passes, which wait for no other rank
+        compute_seconds = data_wait_seconds
         for index, (batch, is_padding) in enumerate(batches):
             self.phases.enter(self.state.step, "forward")
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             losses, total = self._forward(batch)
             if not is_padding:
-                # waits for the device, so that the time is the work's
+                # synchronizes with the device, so that the time covers the forward
                 add_losses(sums, batch.source, losses.detach())
-            own += time.perf_counter() - begun
+            compute_seconds += time.perf_counter() - started_at
             self.phases.enter(self.state.step, "backward")
-            # the mean over the tokens of the global batch, whoever holds them
+            # gradients sum over ranks to the mean over the tokens of the global batch
             weight = 0.0 if is_padding else 1 / step_schedule.tokens
             self.engine.backward(total * weight, last=index == len(batches) - 1)
         self.phases.enter(self.state.step, "reduce_stats")
         stats = reduce_step_stats(
             self.ranks,
             sums,
-            own / len(batches),
+            compute_seconds / len(batches),
             stop=self.stop_request.reason() is not None,
             save=self.ranks.is_first and self.checkpoints.retry_due,
             bad_data=self.datacheck.error is not None,
@@ -137,11 +139,11 @@ class Trainer:
         return {"stats": stats, **self.failure_policy.update(self.state, step_schedule, stats.loss)}
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses [b, l] of a micro-batch in nats, and the sum that the backward starts from."""
+        """Return a micro-batch's losses [b, l] in nats, and their sum with the z-loss."""
         batch = batch.to(self.ranks.device)
         if self.context is not None:
             batch = batch.map_tokens(self.context.local_chunk)
-        # without its cache, which would hold a bf16 copy of every weight until the forward ends
+        # autocast's cache would keep a bf16 copy of every weight until the forward ends
         with torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
         ):
@@ -151,8 +153,8 @@ class Trainer:
             total = total + self.z_loss * log_sums.square().sum()
         return losses, total
 
-    def _score(self, *, now: bool = False) -> None:
-        """Start the suites that are due, and record what others have found."""
+    def _poll_leaderboard(self, *, now: bool = False) -> None:
+        """Start evaluation jobs that are due, and log the scores of finished ones."""
         if self.metrics is not None:
             for record in self.jobs.poll(now=now):
                 self.metrics.log_scores(record)
@@ -179,7 +181,7 @@ class Trainer:
             "stage": step_schedule.stage,
             "tokens_per_second": rate,
             "mfu": rate * self.utilisation_per_rate,
-            "memory_gib": memory_gib(self.ranks.device),
+            "memory_gib": peak_memory_gib(self.ranks.device),
             "data_wait_seconds": waited,
             "step_seconds": seconds,
         }

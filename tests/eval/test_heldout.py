@@ -33,7 +33,7 @@ from model.checkpoint import read_state
 from tests.commands import until
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
-from train.build import start_from
+from train.build import load_initial_weights
 from train.metrics.records import read_lines, read_scores
 from train.metrics.scores import collecting
 
@@ -114,18 +114,20 @@ def test_what_is_held_out_is_not_trained_on(
         Validation(data, open_manifests(data), SETTINGS)
 
 
-def test_a_run_can_start_from_an_exported_folder(config: EvaluationConfig, tmp_path: Path) -> None:
+def test_a_run_can_load_initial_weights_an_exported_folder(
+    config: EvaluationConfig, tmp_path: Path
+) -> None:
     export(config)
     expected = load_model(config, find_checkpoint(config))
     run = Run("next", str(tmp_path), 0, str(config.run.files.hf))
     model = model_of(MODEL, seed=9)
-    start_from(model, run, 0, 1)
+    load_initial_weights(model, run, 0, 1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
     with pytest.raises(InputError, match=r"give model\.vocab_size=288"):
-        start_from(model_of(replace(MODEL, vocab_size=300)), run, 0, 1)
+        load_initial_weights(model_of(replace(MODEL, vocab_size=300)), run, 0, 1)
     with pytest.raises(InputError, match="run.init_from"):
-        start_from(model, replace(run, init_from=str(tmp_path)), 0, 1)
+        load_initial_weights(model, replace(run, init_from=str(tmp_path)), 0, 1)
 
 
 def test_suites_run_as_jobs_of_their_own(

@@ -19,7 +19,7 @@ from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
 from tests.commands import PATIENCE, forked
 from tests.compose import run_config
-from train.build import announce
+from train.build import log_run_summary
 from train.checkpoint.manager import TrainState
 from train.config import EngineKind
 from train.costs.memory import check_memory, estimate_memory
@@ -173,7 +173,7 @@ def test_a_gpu_run_on_slow_kernels_says_why_and_what_to_install(
     with mock.patch.object(
         cuda, "unavailable_reason", lambda: "no cuda-core: pip install 'cuda-core[cu13]'"
     ):
-        announce(config, plan, REFERENCE, ranks, TrainState(0, 0, 0, "", {}))
+        log_run_summary(config, plan, REFERENCE, ranks, TrainState(0, 0, 0, "", {}))
     lines = capsys.readouterr().out.splitlines()
     assert "warning: the reference kernels are far too slow for a GPU run" in lines
     assert "faster kernels are not used: cuda: no cuda-core: pip install 'cuda-core[cu13]'" in lines

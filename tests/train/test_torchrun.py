@@ -1,6 +1,4 @@
-"""The demo's own command under torchrun: a rank, the launcher and the job are ended, and it goes on
-where it was.
-"""
+"""The demo's command under torchrun resumes after the loss of a rank, the launcher, or the job."""
 
 import os
 import signal
@@ -39,7 +37,7 @@ SHORTER = [
 
 
 class Job:
-    """torchrun with two ranks of one run: together, or as on two nodes with one each."""
+    """torchrun with two ranks of a run, on one node or simulating two nodes."""
 
     def __init__(self, run: Path, data: Path, nodes: int = 1) -> None:
         self.folder = run
@@ -68,36 +66,36 @@ class Job:
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
                 for _ in range(nodes)
             ]
-        self.seen: set[psutil.Process] = set()
+        self.known_ranks: set[psutil.Process] = set()
 
     def steps(self) -> int:
-        """Steps that metrics.jsonl has."""
+        """Last step in metrics.jsonl."""
         lines = read_lines(self.folder / "metrics.jsonl")
         return lines[-1]["step"] if lines else 0
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes of the ranks."""
+        """Processes of the ranks."""
         children = [
             child
             for launcher in self.launchers
             for child in psutil.Process(launcher.pid).children()
         ]
-        found = [child for child in children if "pretrain.py" in " ".join(child.cmdline())]
-        self.seen |= set(found)
-        return found
+        ranks = [child for child in children if "pretrain.py" in " ".join(child.cmdline())]
+        self.known_ranks |= set(ranks)
+        return ranks
 
     def until(self, condition: Callable[[], bool], what: str) -> float:
-        """Wait for something; returns the seconds it took."""
+        """Wait for a condition; return the seconds it took."""
         return until(condition, lambda: f"{what}:\n{self.log()[-3000:]}")
 
     def log(self) -> str:
-        """What it has printed."""
+        """Output of torchrun and the ranks."""
         return self.folder.with_name(f"{self.folder.name}.log").read_text()
 
-    def gone(self) -> bool:
-        """Whether no rank is left."""
+    def has_exited(self) -> bool:
+        """Whether all ranks have exited."""
         return not any(
-            rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in self.seen
+            rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in self.known_ranks
         )
 
 
@@ -117,27 +115,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
-    """The keys of a start that is gone, of a rank that never came to an answer too, mislead
-    nobody.
-    """
-    store, world = dist.HashStore(), 3
-    with ThreadPoolExecutor(world) as pool:
+def test_a_start_ignores_store_keys_of_earlier_starts() -> None:
+    """Also the request of a rank that died before it read rank 0's answer."""
+    store, world_size = dist.HashStore(), 3
+    with ThreadPoolExecutor(world_size) as pool:
         store.set("request/1", "a rank that is dead")
         for _ in range(3):
-            late = [pool.submit(per_start_store, store, rank, world) for rank in (0, 2)]
-            time.sleep(0.1)  # the first rank has answered the dead one
-            late.append(pool.submit(per_start_store, store, 1, world))
-            parts = [future.result(PATIENCE) for future in late]
-            for rank, part in enumerate(parts):
-                assert not part.check(["address"])
-                part.set(f"address/{rank}", str(rank))
+            futures = [pool.submit(per_start_store, store, rank, world_size) for rank in (0, 2)]
+            time.sleep(0.1)  # rank 0 has answered the dead rank
+            futures.append(pool.submit(per_start_store, store, 1, world_size))
+            stores = [future.result(PATIENCE) for future in futures]
+            for rank, start_store in enumerate(stores):
+                assert not start_store.check(["address"])
+                start_store.set(f"address/{rank}", str(rank))
             assert all(
-                part.get(f"address/{rank}") == str(rank).encode()
-                for part in parts
-                for rank in range(world)
+                start_store.get(f"address/{rank}") == str(rank).encode()
+                for start_store in stores
+                for rank in range(world_size)
             )
-            parts[0].set("address", "of a rank that will be dead")
+            stores[0].set("address", "of a rank that will be dead")
 
 
 @pytest.mark.slow
@@ -145,9 +141,7 @@ def test_ranks_meet_beside_what_an_earlier_start_has_left() -> None:
     "torchrun: a rank, the launcher, a rank of two nodes are killed; SIGTERM",
     "the same; no orphans",
 )
-def test_torchrun_loses_a_rank_its_head_and_its_time(
-    data: Path, tmp_path: Path, measured: Any
-) -> None:
+def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any) -> None:
     run = tmp_path / "faulty"
     first = Job(run, data)
     first.until(lambda: first.steps() >= 8 and len(first.ranks()) == 2, "the first steps")
@@ -159,7 +153,7 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(
     assert len(first.ranks()) == 2
     first.launchers[0].kill()
     first.launchers[0].wait()
-    left = first.until(first.gone, "ranks without a launcher")
+    left = first.until(first.has_exited, "ranks without a launcher")
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
 
@@ -176,7 +170,10 @@ def test_torchrun_loses_a_rank_its_head_and_its_time(
     for launcher in second.launchers:
         launcher.send_signal(signal.SIGTERM)
     ended = second.until(
-        lambda: all(launcher.poll() is not None for launcher in second.launchers) and second.gone(),
+        lambda: (
+            all(launcher.poll() is not None for launcher in second.launchers)
+            and second.has_exited()
+        ),
         "leaving",
     )
     outcome = read_outcome(run)

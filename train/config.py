@@ -118,8 +118,8 @@ class Parallel:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.engine is EngineKind.megatron and self.zero_stage != 1:
             raise ValueError(
-                "parallel.engine=megatron supports only ZeRO stage 1, parallel.zero_stage is "
-                f"{self.zero_stage}: set parallel.engine=deepspeed for other stages"
+                f"parallel.engine=megatron needs parallel.zero_stage=1, not {self.zero_stage}: set "
+                "parallel.engine=deepspeed for the other stages"
             )
         if (
             self.tensor_parallel < 1
@@ -147,8 +147,8 @@ class Compute:
         is_parallel = parallel.tensor_parallel > 1 or parallel.context_parallel > 1
         if self.compile and (is_parallel or parallel.zero_stage == 3):
             raise ValueError(
-                "compute.compile needs blocks without collectives: set parallel.tensor_parallel "
-                "and context_parallel to 1, and zero_stage below 3"
+                "compute.compile needs blocks without collectives: parallel.tensor_parallel=1, "
+                "context_parallel=1, zero_stage<3"
             )
 
 
@@ -203,9 +203,7 @@ class ProfileConfig:
                 "train.profile.steps, after_steps, timed_steps and ranks must not be negative"
             )
         if self.steps and not self.ranks:
-            raise ValueError(
-                "train.profile.ranks is empty: name ranks, or set train.profile.steps=0"
-            )
+            raise ValueError("train.profile.ranks is empty; train.profile.steps=0 disables it")
 
 
 @dataclass
@@ -272,8 +270,8 @@ class RunConfig:
             if remainder or chunk < self.model.d_conv - 1:
                 raise ValueError(
                     f"parallel.context_parallel {self.parallel.context_parallel} cannot split "
-                    f"stage {stage.name}'s sequences of {stage.seq_len} tokens: it must divide "
-                    f"them into chunks of at least {self.model.d_conv - 1}"
+                    f"the {stage.seq_len} tokens of stage {stage.name}: it must divide them into "
+                    f"at least {self.model.d_conv - 1} per rank"
                 )
         if self.parallel.sequence_parallel:
             self._check_sequence_parallel()
@@ -289,7 +287,7 @@ class RunConfig:
         if tp_size == 1:
             raise ValueError(
                 "parallel.sequence_parallel shards over tensor-parallel ranks: set "
-                "parallel.tensor_parallel above 1"
+                "parallel.tensor_parallel"
             )
         lengths = {
             f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages

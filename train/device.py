@@ -31,7 +31,7 @@ def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
     if selected == "cpu" and parallel.engine is EngineKind.megatron:
         device = " cluster.device=cpu" if requested is Device.cuda else ""
         raise InputError(
-            "parallel.engine is megatron, which works on GPUs alone, and this rank has none: set "
+            "parallel.engine=megatron needs GPUs, and this rank has none: set "
             f"parallel.engine=deepspeed{device}"
         )
     if requested is Device.cuda and selected != "cuda":

@@ -128,8 +128,8 @@ def raise_open_file_limit(world_size: int) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise InputError(
-            f"{world_size} ranks need {needed:,} open files each, this machine allows {limit:,}: "
-            "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's service"
+            f"{world_size} ranks need {needed:,} open files each, {limit:,} are allowed: raise "
+            "nofile in /etc/security/limits.conf and LimitNOFILE of slurmd"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 

@@ -218,7 +218,7 @@ def memory(config: RunConfig) -> Finding:
     except InputError as error:
         return Finding(
             "bad",
-            str(error).split(". Run")[0],
+            str(error).split(": run ")[0],
             "python launch/plan.py shows the memory by purpose",
         )
     return Finding("ok", f"{available / GIB:.1f} GiB on the {device}")

@@ -136,7 +136,7 @@ def test_a_step_at_full_width(
         ),
         (
             ("parallel.context_parallel=3",),
-            "sequences of 2048 tokens",
+            "cannot split the 2048 tokens",
             "parallel.context_parallel=4",
         ),
         (

@@ -296,7 +296,7 @@ def test_a_damaged_checkpoint_is_skipped(
     damage_checkpoint(best, damage)
     run = replace(config(root, "dp1"), run=Run("damaged", str(tmp_path / "damaged"), 0))
     train(run)
-    assert f"{best} is not used" in capsys.readouterr().out
+    assert f"skipped {best.name}" in capsys.readouterr().out
     assert list(best.parent.glob(f"{best.name}.damaged-*"))
     steps = records(tmp_path, "damaged")
     assert steps[0]["step"] == int(second.name.removeprefix("step-")) + 1

@@ -84,7 +84,7 @@ def verify(checkpoints: list[Path]) -> int:
     for folder in checkpoints:
         reason = invalid_reason(folder)
         is_damaged |= reason is not None
-        print(f"{folder.name}: {reason or 'every file matches the manifest'}", flush=True)
+        print(f"{folder.name}: {reason or 'all files match the manifest'}", flush=True)
     return 1 if is_damaged else 0
 
 
@@ -106,8 +106,8 @@ def diff(left: Path, right: Path) -> int:
             text = f"{relative:.2e} of its norm, at most {float((a - b).abs().max()):.2e}"
             differences.append((relative, kind, name, text))
     print(
-        f"{left} and {right}: {len(keys) - len(differences)} of {len(keys)} tensors are equal "
-        "bit for bit"
+        f"{left} and {right}: {len(keys) - len(differences)} of {len(keys)} tensors are "
+        "bit-identical"
     )
     for _, kind, name, text in sorted(differences, reverse=True)[:MAX_ROWS]:
         print(f"  {kind} {name}: {text}")

@@ -74,9 +74,7 @@ class CheckpointManager:
                 reason = invalid_reason(folder)
                 if reason is not None:
                     renamed = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
-                    logger.warning(
-                        f"checkpoint {folder} is not used: {reason}; renamed to {renamed.name}"
-                    )
+                    logger.warning(f"skipped {folder.name}: {reason}; renamed to {renamed.name}")
                     folder.rename(renamed)
                 elif max_tokens is None or read_state(folder)["tokens"] <= max_tokens:
                     step[0] = step_number(folder)
@@ -97,8 +95,8 @@ class CheckpointManager:
                 self.writer.last_commit = (folder.name, (folder / MANIFEST).stat().st_mtime)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"{folder} matches its manifest but is no checkpoint of this code "
-                f"({type(error).__name__}: {error}): move it away to resume from the one before"
+                f"{folder} matches its manifest but cannot be loaded ({type(error).__name__}: "
+                f"{error}): move it away to load the one before"
             ) from error
         return state
 
@@ -121,11 +119,11 @@ class CheckpointManager:
         parts = ["no checkpoint yet"]
         if self.writer.last_commit is not None:
             name, when = self.writer.last_commit
-            parts = [f"saved {name} {format_age(time.time() - when)} ago"]
+            parts = [f"step {step_of(Path(name)):,} saved {format_age(time.time() - when)} ago"]
         if self.writer.is_saving and self.saved is not None:
-            parts.append(f"saving step {self.saved.step}")
+            parts.append(f"saving step {self.saved.step:,}")
         elif self.writer.error is not None and self.saved is not None:
-            parts.append(f"save of step {self.saved.step} failed: {self.writer.error}")
+            parts.append(f"step {self.saved.step:,} failed: {self.writer.error}")
         return ", ".join(parts)
 
     def save(self, state: TrainState, engine: Engine) -> float:
@@ -149,11 +147,11 @@ class CheckpointManager:
         self.failures = 0 if error is None else self.failures + 1
         if self.failures >= self.config.max_failures:
             raise InputError(
-                f"{self.failures} checkpoints in a row could not be written to {self.folder}: "
-                f"{error}; free space there or choose another run.dir, then start again"
+                f"cannot write to {self.folder}, {self.failures} saves in a row failed ({error}): "
+                "free disk space or choose another run.dir"
             )
         if error is not None and self.ranks.is_first:
-            logger.warning(f"a checkpoint was not written: {error}; older ones are unchanged")
+            logger.warning(f"checkpoint not saved: {error}; older ones are intact")
         return error is None
 
     def save_and_wait(self, state: TrainState, engine: Engine) -> None:
@@ -180,7 +178,7 @@ class CheckpointManager:
                 remove_checkpoint(folder)
             fsync_dir(self.folder)
         except OSError as error:
-            logger.warning(f"an old checkpoint was not removed: {error}")
+            logger.warning(f"cannot remove an old checkpoint: {error}")
 
     def _permanent_checkpoints(self, tokens_by_folder: dict[Path, int | None]) -> set[Path]:
         """Checkpoints at stage ends, and the first past each multiple of keep_every_tokens.
@@ -206,7 +204,7 @@ def invalid_reason(folder: Path) -> str | None:
         return verify_checkpoint(folder)
     # hashes match but a file is no JSON: not written by this code
     except (OSError, ValueError, AttributeError) as error:
-        return f"a file is not readable ({type(error).__name__}: {error})"
+        return f"a file cannot be read ({type(error).__name__}: {error})"
 
 
 def format_age(seconds: float) -> str:

@@ -93,7 +93,7 @@ class CheckpointWriter:
             self.thread = None
         if self.collective_error is not None:
             raise RuntimeError(
-                "a checkpoint was not committed: a rank is gone"
+                "the checkpoint was not committed because a rank is gone"
             ) from self.collective_error
         return self.error
 

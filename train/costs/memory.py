@@ -1,6 +1,6 @@
 """Estimated memory of a rank, from the config alone. Torch-free."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from core.errors import InputError
 from model.config import SCAN_CHUNK, Recompute, loss_chunk
@@ -182,16 +182,11 @@ def check_memory(
     if estimate.total * sharing <= available - headroom:
         return
     reserved = f" less {headroom / GIB:g} of headroom" if headroom else ""
-    who = f"{sharing} ranks of this machine need" if sharing > 1 else "a rank needs"
-    purposes = ", ".join(
-        f"{field.name} {getattr(estimate, field.name) / GIB:.1f}" for field in fields(estimate)
-    )
-    memory = "this machine" if device == "cpu" else "its GPU"
-    cluster = config.cluster
+    count = f"{sharing} ranks need" if sharing > 1 else "a rank needs"
     raise InputError(
-        f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit: {who} "
-        f"{estimate.total * sharing / GIB:.1f} GiB, {memory} has {available / GIB:.1f} GiB"
-        f"{reserved} (one rank: {purposes}). Run +experiment=demo here, raise "
-        f"parallel.tensor_parallel, or run {config.run.name} on its cluster ({cluster.nodes} nodes "
-        f"of {cluster.ranks_per_node} ranks; see python launch/plan.py)"
+        f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit here: {count} "
+        f"{estimate.total * sharing / GIB:.1f} GiB, the {device} has {available / GIB:.1f} GiB"
+        f"{reserved}: run +experiment=demo here, raise parallel.tensor_parallel, or use "
+        f"{config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks (python "
+        "launch/plan.py)"
     )

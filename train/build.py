@@ -86,13 +86,9 @@ def build_trainer(
     failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:
         count_start(config, state, ranks, watchdog.incidents)
-    batches = Batches(
-        Loader(plan, manifests),
-        schedule,
-        ranks,
-        config.parallel.micro_batch_tokens,
-        engine.needs_equal_micro_batches,
-    )
+    loader = Loader(plan, manifests)
+    micro_batch_tokens = config.parallel.micro_batch_tokens
+    batches = Batches(loader, schedule, ranks, micro_batch_tokens, engine.needs_equal_micro_batches)
     jobs = build_leaderboard_jobs(config, schedule)
     if ranks.is_first:
         log_run_summary(config, plan, kernels, ranks, state)

@@ -1,4 +1,4 @@
-"""Moved: `python train/collect_scores.py`. Goes with version 0.3."""
+"""Moved: `python train/collect_scores.py`. Removed in version 0.3."""
 
 import sys
 from pathlib import Path

@@ -119,7 +119,8 @@ class CheckpointManager:
         parts = ["no checkpoint yet"]
         if self.writer.last_commit is not None:
             name, when = self.writer.last_commit
-            parts = [f"step {step_of(Path(name)):,} saved {format_age(time.time() - when)} ago"]
+            age = format_age(time.time() - when)
+            parts = [f"step {step_number(Path(name)):,} saved {age} ago"]
         if self.writer.is_saving and self.saved is not None:
             parts.append(f"saving step {self.saved.step:,}")
         elif self.writer.error is not None and self.saved is not None:

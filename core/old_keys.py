@@ -68,7 +68,7 @@ _warned: set[str] = set()
 
 
 def renamed_overrides(overrides: Iterable[str]) -> list[str]:
-    """Hydra's overrides with current keys."""
+    """Rename old keys in Hydra overrides."""
     renamed: list[str] = []
     changes: list[str] = []
     for override in overrides:

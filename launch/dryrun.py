@@ -85,11 +85,9 @@ def main(run: DryRunConfig) -> None:
 
 
 def shard_sizes(run: DryRunConfig, simulated: "DryRunResult") -> dict[str, Any]:
-    """Elements per rank: a shard of the optimizer state, from stage 2 of gradients, in stage 3 of
-    weights.
+    """Elements per rank: optimizer state is sharded, from stage 2 gradients, in stage 3 weights.
 
-    DeepSpeed shards each optimizer group once, in stage 3 every parameter; megatron-core shards
-    every bucket.
+    DeepSpeed shards each optimizer group, in stage 3 each parameter; megatron-core each bucket.
     """
     is_megatron = run.parallel.engine is EngineKind.megatron
     stage = run.parallel.zero_stage

@@ -57,8 +57,7 @@ def run_until_done(command: list[str], run: Path | None) -> str:
     """Start a stage until it is "done", "failed" or "interrupted" (Ctrl-C).
 
     torchrun turns every exit code into 1, so the outcome of training is read from the folder `run`.
-    A training that asks to be requeued (health.stop_after_seconds, a signal to a rank) is started
-    again.
+    Restarts a training that requests it (health.stop_after_seconds, a signal to a rank).
     """
     while True:
         if run is not None:

@@ -2,8 +2,7 @@
 
 torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names `quiet`) when it
 sets up rendezvous. ChildFailedError is not shown if every failed worker exited with a user error or
-a requeue, whose one-line reason is on the console. The exit code is unchanged, and so are all other
-failures.
+a requeue, whose one-line reason is on the console. Exit codes and other failures are unchanged.
 """
 
 import sys

@@ -100,7 +100,8 @@ def kernels(config: RunConfig) -> Finding:
     except MissingBackend as error:
         return Finding("bad", str(error), "set compute.kernels=auto, or install what is missing")
     generator = torch.Generator().manual_seed(0)
-    b, l, d, n = 2, 33, 16, 8
+    b, l = 2, 33  # batch, length
+    d, n = 16, 8  # d_inner, d_state
     shapes = {
         "u": (b, l, d),
         "dt": (b, l, d),
@@ -122,7 +123,7 @@ def kernels(config: RunConfig) -> Finding:
             name: value.to(device, dtype, copy=True).requires_grad_()
             for name, value in values.items()
         }
-        y, _ = kernel.selective_scan(*[*inputs.values(), doc_starts])
+        y, _ = kernel.selective_scan(*inputs.values(), doc_starts)
         y.square().sum().backward()
         results.append(
             [

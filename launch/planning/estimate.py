@@ -66,8 +66,7 @@ def planned_gpu(run: RunConfig) -> Gpu:
 def roofline_seconds(config: RunConfig, gpu: Gpu) -> float:
     """Minimum seconds per token and GPU at datasheet rates, including recomputation.
 
-    Without sequence parallelism, every tensor-parallel rank computes all norms and residual
-    additions.
+    Without sequence parallelism, each tensor-parallel rank computes all norms and residual adds.
     """
     c = config.model
     p = config.parallel

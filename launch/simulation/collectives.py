@@ -42,6 +42,12 @@ class CollectiveCounter(TorchDispatchMode):
         self.counts: dict[tuple[str, str], Count] = {}
         self.multiplier = 1  # calls that each call stands for
 
+    def reset(self) -> dict[tuple[str, str], Count]:
+        """Return the counts so far and start again from zero."""
+        counts = self.counts
+        self.counts = {}
+        return counts
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -1,8 +1,7 @@
 """Replaces torch.cuda on a CPU for megatron-core's distributed optimizer.
 
 Streams and events do nothing, torch.tensor and torch.zeros with `device="cuda"` create CPU tensors,
-and Tensor.type reports a CUDA type. Only the dry run, benchmarks and tests use this, never
-training (tests/test_architecture.py).
+and Tensor.type reports a CUDA type. Training never uses this (tests/test_architecture.py checks).
 """
 
 import re

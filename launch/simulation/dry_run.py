@@ -110,7 +110,7 @@ def dry_run(config: RunConfig, world: int) -> DryRunResult:
                     ZERO3_WARMUP_MICRO_BATCHES if config.parallel.zero_stage == 3 else 0
                 ):
                     _micro_batch(config, model, engine, step_schedule, sizes[0], last=False)
-            start, collectives.counts = collectives.counts, {}
+            start = collectives.reset()
             for size, count in merge_equal_sizes(sizes, config.parallel.engine):
                 collectives.multiplier = count
                 _micro_batch(config, model, engine, step_schedule, size, last=False)
@@ -122,7 +122,7 @@ def dry_run(config: RunConfig, world: int) -> DryRunResult:
         )
         with fake, FakeScalars(), FakeDataPtr(), cuda():
             engine.clip_and_step(step_schedule.lr)
-            step, collectives.counts = collectives.counts, {}
+            step = collectives.reset()
             optimizer_elements = sum(
                 tensor.numel() for shard, tensor in engine.state_shards() if shard.kind == "param"
             )

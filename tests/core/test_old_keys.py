@@ -54,7 +54,8 @@ def test_a_command_line_with_old_keys(caplog: pytest.LogCaptureFixture) -> None:
     ]
     with caplog.at_level(logging.WARNING):
         config = compose_config(overrides)
-        run, evaluation = convert(RunConfig, config), convert(EvaluationConfig, config)
+        run = convert(RunConfig, config)
+        evaluation = convert(EvaluationConfig, config)
     assert run.compute.precision.value == "bf16" and run.validation.batch_sequences == 4
     assert evaluation.eval.batch_sequences == 3 and evaluation.eval.max_tokens == 5
     assert evaluation.generate.prompt == "hi"

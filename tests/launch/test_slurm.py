@@ -231,14 +231,16 @@ def test_two_nodes_train(slurm: Slurm, jobs: dict[str, Job]) -> None:
 
 def fake_job(slurm: Slurm, folder: Path, ranks: str, *options: str) -> Job:
     """Submit the batch script of training with a shell script in place of torchrun."""
-    run, fake, script = folder / "run", folder / "python", folder / "job.sh"
+    run = folder / "run"
+    fake_python = folder / "python"
+    script = folder / "job.sh"
     run.mkdir(parents=True)
-    fake.write_text(
+    fake_python.write_text(
         f'#!/usr/bin/env bash\n[ "$1" = {ROOT}/launch/attempt.py ] && exec {sys.executable} '
         f'"$@"\nRUN={run}\n{ranks}\n'
     )
-    fake.chmod(0o755)
-    values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake,
+    fake_python.chmod(0o755)
+    values = {"ROOT": ROOT, "WORKING_FOLDER": ROOT, "PYTHON": fake_python,
               "RUN": run, "LOG_DIR": run / "logs", "BAD_NODES": folder / "bad_nodes.txt",
               "RANKS": 1, "RESTARTS": 0, "WARN_SECONDS": 5, "CRASHES": 3, "STRIKES": 1}  # fmt: skip
     settings = "\n".join(f"{key}={value}" for key, value in values.items()) + "\nOVERRIDES=()"
@@ -313,7 +315,8 @@ def test_slurm_arrays_prepare_the_same_data_as_processes(
     slurm: Slurm, jobs: dict[str, Job], raw: list[str], runs: Path, tmp_path: Path
 ) -> None:
     """A job that submits datatrove's arrays builds the same bytes as a local preparation."""
-    run, built = finished(slurm, jobs["arrays"]), runs / "built"
+    run = finished(slurm, jobs["arrays"])
+    built = runs / "built"
     log = next(run.glob("slurm-prepare-*.out")).read_text()
     assert "Slurm partition main, 3 tasks at a time" in log
     numbers = (built / "slurm" / "jobs.txt").read_text().split()

@@ -183,14 +183,14 @@ def cut_windows(text: str, positions: NDArray[np.int64], n: int) -> str:
     """
     tokens = list(PIECE.finditer(text))
     token_starts = [token.start() for token in tokens] + [len(text)]
-    kept: list[str] = []
+    remaining: list[str] = []
     offset = 0
     for start, end in spans(positions, n):
         cut = token_starts[start]
-        kept.append(text[offset:cut])
+        remaining.append(text[offset:cut])
         after_space = cut == 0 or text[cut - 1].isspace()
         offset = token_starts[end] if after_space else tokens[end - 1].end()
-    return "".join([*kept, text[offset:]])
+    return "".join([*remaining, text[offset:]])
 
 
 class Cut(BaseFilter):

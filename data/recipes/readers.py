@@ -64,7 +64,7 @@ class CountingReader(BaseReader):
         """Yield the documents of files rank, rank + world_size, ...
 
         A damaged file yields its readable documents and counts as one dropped row. Raises
-        InputError if a disk or network error prevents reading, which a retry may not meet.
+        InputError if a disk or network error prevents reading, since a retry may succeed.
         """
         self.quarantine_file = self.quarantine and self.quarantine / f"{rank:05d}.jsonl"
         if self.quarantine_file is not None:

@@ -186,9 +186,10 @@ def test_input_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="put files of one kind there"):
         list_raw_files(str(tmp_path))
     (tmp_path / "a.warc.gz").write_bytes(b"")
+    source = make_source("curated", tmp_path)
+    build_dir = pin_input(source, tmp_path / "build")
     with pytest.raises(InputError, match="use recipe web, manuals or mathematics"):
-        source = make_source("curated", tmp_path)
-        open_input(source, pin_input(source, tmp_path / "build"))
+        open_input(source, build_dir)
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="mixes jsonl and warc"):
         list_raw_files(str(tmp_path))

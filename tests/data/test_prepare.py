@@ -281,7 +281,10 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="set data.sources.<name>.input to a folder"):
         prepare(with_left(input=str(tmp_path / "nowhere")))
     assert not (tmp_path / "locks").exists(), "nothing was started"
-    with pytest.raises(InputError, match="is one of books, curated, forums, .*, web, megatron"):
+    with pytest.raises(
+        InputError,
+        match="unknown recipe poems: .* one of books, curated, forums, .*, web, megatron",
+    ):
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):
         prepare(replace(cfg, heldout_percent=0.001))

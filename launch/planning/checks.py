@@ -123,7 +123,7 @@ def kernels(config: RunConfig) -> Finding:
             name: value.to(device, dtype, copy=True).requires_grad_()
             for name, value in values.items()
         }
-        y, _ = kernel.selective_scan(*inputs.values(), doc_starts)
+        y, _ = kernel.selective_scan(**inputs, doc_starts=doc_starts)
         y.square().sum().backward()
         results.append(
             [

@@ -38,8 +38,10 @@ def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPa
         name = "wrong"
 
         @staticmethod
-        def selective_scan(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return correct.selective_scan(*inputs[:-1])  # without state resets
+        def selective_scan(
+            doc_starts: torch.Tensor, **inputs: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return correct.selective_scan(**inputs)  # without state resets
 
     monkeypatch.setattr(kernels, "load", lambda *_: Wrong)
     assert checks.kernels(config).state == "bad"

@@ -24,7 +24,6 @@ from rich.table import Table
 
 from core.command import command
 from core.files import write_json
-from launch.planning.devices import GPUS
 from launch.planning.estimate import (
     PlannedRun,
     StepTime,
@@ -36,6 +35,7 @@ from launch.planning.estimate import (
 )
 from launch.planning.layouts import enumerate_layouts, evaluate_layout, select_layouts
 from model.flops import parameter_count, train_flops_per_token, train_memory_traffic
+from train.costs.gpus import GPUS
 from train.costs.memory import GIB, estimate_memory, headroom_bytes
 from train.schedule import Schedule
 

@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core.errors import InputError
 from core.run import Run
 from data.stream.loader import Loader, compile_plan
@@ -33,6 +35,7 @@ from train.engines.protocol import Engine
 from train.metrics.records import read_scores
 from train.metrics.scores import collecting
 from train.metrics.sinks import Metrics
+from train.metrics.throughput import Throughput
 from train.phases import Phases
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
@@ -92,10 +95,9 @@ def build_trainer(
     jobs = build_leaderboard_jobs(config, schedule)
     if ranks.is_first:
         log_run_summary(config, plan, kernels, ranks, state)
-    metrics, flops = None, 0.0
+    metrics = None
     if ranks.is_first and state.tokens < schedule.total:
-        flops = peak_flops(config.cluster, config.compute.precision, ranks.device)
-        metrics = open_metrics(config, record, state)
+        metrics = open_metrics(config, record, ranks, state)
         jobs.mark_reported(read_scores(metrics.file.path))
     return Trainer(
         ranks=ranks,
@@ -113,9 +115,6 @@ def build_trainer(
         validation=build_validation(config, manifests, ranks),
         jobs=jobs,
         metrics=metrics,
-        utilisation_per_rate=train_flops_per_token(config.model) / flops / ranks.world_size
-        if flops
-        else 0.0,
         phases=phases,
         stop_request=stop_request,
         state=state,
@@ -210,10 +209,23 @@ def build_leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
     )
 
 
-def open_metrics(config: RunConfig, record: dict[str, Any], state: TrainState) -> Metrics:
-    """Where the numbers of the run go on from its state."""
-    where = (config.run.folder, config.run.name, config.metrics, record)
-    return Metrics(*where, tokens=state.tokens, total=config.tokens)
+def open_metrics(
+    config: RunConfig, record: dict[str, Any], ranks: Ranks, state: TrainState
+) -> Metrics:
+    """The sinks of the run's numbers, which continue from its state."""
+    peak = peak_flops(config.cluster, config.compute.precision, ranks.device)
+    if peak is None and ranks.device.type == "cuda":
+        name = torch.cuda.get_device_name(ranks.device)
+        logger.info(f"MFU is not shown: set cluster.peak_tflops, the peak of {name} is not known")
+    return Metrics(
+        config.run.folder,
+        config.run.name,
+        config.metrics,
+        record,
+        Throughput(ranks.world_size, train_flops_per_token(config.model), peak),
+        tokens=state.tokens,
+        total=config.tokens,
+    )
 
 
 def log_run_summary(

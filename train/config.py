@@ -223,7 +223,8 @@ class Cluster:
     memory_gib: float | None  # of one rank's device; None: measured
     # part of it that is reserved for CUDA, NCCL and fragmentation; none on a CPU
     headroom_gib: float
-    # dense, of one rank, in the run's precision; None measures a matrix product
+    # dense, of one rank, in the run's precision; None takes the datasheet of a known GPU in bf16,
+    # and shows no MFU on other devices
     peak_tflops: float | None
 
 

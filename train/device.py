@@ -1,24 +1,21 @@
-"""The device of a rank: which it is, what it has, its speed, and how a CPU keeps its memory."""
+"""The device of a rank: CPU or GPU, its memory, its peak FLOP/s, and the allocator of a CPU."""
 
 import ctypes
 import os
 import platform
 import resource
-import time
 
 import psutil
 import torch
 
 from core.errors import InputError
 from train.config import Cluster, Device, EngineKind, Parallel, Precision
+from train.costs.gpus import bf16_peak_flops
 
 # of malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 THRESHOLD_BYTES = 2**30
-# a smaller product does not fill a GPU, and would flatter the utilisation
-SIZE = {"cpu": 1024, "cuda": 8192}
-REPEATS = 8
 
 
 def select_device(requested: Device) -> str:
@@ -62,23 +59,16 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum before glibc 2.35
 
 
-def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float:
-    """FLOP/s of one rank: the config's datasheet value, or the best of a few matrix products."""
+def peak_flops(cluster: Cluster, precision: Precision, device: torch.device) -> float | None:
+    """Peak FLOP/s of one rank: cluster.peak_tflops, else the datasheet of a known GPU in bf16.
+
+    None where neither says it, as on a CPU: the run then has no MFU.
+    """
     if cluster.peak_tflops is not None:
         return cluster.peak_tflops * 1e12
-    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    size = SIZE[device.type]
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    # what a busy machine takes from a CPU is no part of its peak
-    clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    for _ in range(REPEATS):
-        start = clock()
-        left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, clock() - start)
-    return 2 * size**3 / best
+    if device.type == "cpu" or precision is not Precision.bf16:
+        return None
+    return bf16_peak_flops(torch.cuda.get_device_name(device))
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -52,7 +52,6 @@ class Trainer:
     validation: Validation
     jobs: SuiteJobs
     metrics: Metrics | None  # of the first rank, unless the run is complete
-    utilisation_per_rate: float  # model FLOP utilisation at one token per second
     phases: Phases
     stop_request: StopRequest
     state: TrainState
@@ -162,8 +161,7 @@ class Trainer:
     def _record(
         self, step_schedule: StepSchedule, result: dict[str, Any], seconds: float, waited: float
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; rates are of the whole run, losses in nats per token."""
-        rate = step_schedule.tokens / seconds
+        """The step's line of metrics.jsonl without its rates; losses in nats per token."""
         stats: StepStats = result["stats"]
         nats, tokens = stats.sums
         seen = [row for row in zip(self.sources, nats, tokens, strict=True) if row[2]]
@@ -179,8 +177,6 @@ class Trainer:
             "batch": step_schedule.batch,
             "seq_len": step_schedule.seq_len,
             "stage": step_schedule.stage,
-            "tokens_per_second": rate,
-            "mfu": rate * self.utilisation_per_rate,
             "memory_gib": peak_memory_gib(self.ranks.device),
             "data_wait_seconds": waited,
             "step_seconds": seconds,

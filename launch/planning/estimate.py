@@ -9,7 +9,6 @@ x layers, independent of sequence length.
 import math
 from dataclasses import dataclass, replace
 
-from launch.planning.devices import GPUS, Gpu
 from model.config import Recompute
 from model.flops import (
     matmul_parameters,
@@ -18,6 +17,7 @@ from model.flops import (
     train_memory_traffic,
 )
 from train.config import EngineKind, RunConfig
+from train.costs.gpus import GPUS, Gpu
 from train.costs.traffic import step_traffic
 from train.engines.partition import matmul_dtype_bytes
 from train.schedule import Schedule

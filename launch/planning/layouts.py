@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from launch.planning.devices import Gpu
 from launch.planning.estimate import PlannedRun, phase_times
 from model.config import Recompute
 from train.config import EngineKind, Parallel
+from train.costs.gpus import Gpu
 from train.costs.memory import GIB, estimate_memory, headroom_bytes
 
 

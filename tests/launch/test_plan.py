@@ -9,7 +9,6 @@ import torch
 
 from core.errors import InputError
 from launch.plan import MAX_LAYOUTS_SHOWN, plan
-from launch.planning.devices import GPUS
 from launch.planning.estimate import (
     PlannedRun,
     bytes_sent_per_step,
@@ -27,6 +26,7 @@ from tests.commands import python
 from tests.compose import laid_out, run_config, typed
 from tests.tiny import TINY
 from train.config import Device, EngineKind, Precision
+from train.costs.gpus import GPUS
 from train.costs.memory import GIB, check_memory, estimate_memory, layer_activation_bytes
 from train.schedule import Schedule
 

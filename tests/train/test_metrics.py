@@ -3,22 +3,27 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
+import torch
 import wandb
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import InputError
 from tests.commands import PATIENCE
-from train.config import MetricsConfig
-from train.metrics.console import LiveConsole, Pace, PlainConsole
+from train.config import Cluster, Device, MetricsConfig, Precision
+from train.device import peak_flops
+from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole, end_time
 from train.metrics.curves import draw
 from train.metrics.records import JsonLines, read_lines, short
 from train.metrics.sinks import Metrics
+from train.metrics.throughput import Throughput
 from train.metrics.trackers import (
     ACCELERATED,
     Accelerated,
@@ -38,9 +43,12 @@ def record(step: int, **extra: Any) -> dict[str, Any]:
         "batch": 4,
         "seq_len": 16,
     }
-    rates = {"grad_norm": 1.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": False}
-    rates |= {"step_seconds": 6.4, "data_wait_seconds": 0.0}
+    rates = {"grad_norm": 1.0, "skipped": False, "step_seconds": 6.4, "data_wait_seconds": 0.0}
     return {"step": step, "tokens": step * 64} | fields | rates | extra
+
+
+def throughput(peak_flops: float | None = None) -> Throughput:
+    return Throughput(ranks=1, flops_per_token=1.0, peak_flops=peak_flops)
 
 
 def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
@@ -92,9 +100,8 @@ def test_wandb_that_does_not_answer_costs_nothing(
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 0.1)
     start, over = Wandb._start, threading.Event()
     monkeypatch.setattr(Wandb, "_start", lambda self: (over.wait(), start(self))[1])
-    metrics = Metrics(
-        tmp_path, "run", MetricsConfig("project", False, 0.0), {"a": {"b": 1}}, tokens=0, total=6400
-    )
+    config = MetricsConfig("project", False, 0.0)
+    metrics = Metrics(tmp_path, "run", config, {"a": {"b": 1}}, throughput(), tokens=0, total=6400)
     for step in range(1, 101):
         metrics.log(record(step), "no checkpoint yet")
     metrics.close()
@@ -167,9 +174,9 @@ def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(
     config, now = MetricsConfig(None, True, 60.0), time.time
     monkeypatch.setattr(Tracker, "CLOSE_SECONDS", PATIENCE)
     for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start goes on from step 3
-        metrics = Metrics(
-            tmp_path, "run", config, {"model": {"n_layer": 64}}, tokens=64 * begin, total=6400
-        )
+        run_config = {"model": {"n_layer": 64}}
+        rates = throughput(peak_flops=100.0)
+        metrics = Metrics(tmp_path, "run", config, run_config, rates, tokens=64 * begin, total=6400)
         for step in range(begin + 1, end + 1):
             metrics.log(
                 record(step, loss=float("nan") if step == 2 else loss, source_tokens={"web": 64}),
@@ -190,7 +197,8 @@ def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(
 
 def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "tensorboard").write_text("a file where its folder would be")
-    metrics = Metrics(tmp_path, "run", MetricsConfig(None, True, 60.0), {}, tokens=0, total=6400)
+    config = MetricsConfig(None, True, 60.0)
+    metrics = Metrics(tmp_path, "run", config, {}, throughput(), tokens=0, total=6400)
     metrics.log(record(1), "")
     metrics.close()
     assert (
@@ -243,7 +251,8 @@ def test_accelerates_trackers_are_views_in_processes_of_their_own(
     monkeypatch.setenv("LOCAL_RANK", "0")  # for which accelerate would join a process group
     monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
     config = MetricsConfig(None, False, 60.0, ["aim"])
-    metrics = Metrics(tmp_path, "run", config, {"optim": {"lr": 1.0}}, tokens=0, total=6400)
+    run_config = {"optim": {"lr": 1.0}}
+    metrics = Metrics(tmp_path, "run", config, run_config, throughput(), tokens=0, total=6400)
     for step in (1, 2):
         metrics.log(record(step, loss=float("nan") if step == 2 else 5.0), "")
     (tmp_path / "logged").touch()  # for which the tracker waits
@@ -285,68 +294,145 @@ def test_a_failing_wandb_is_said_and_survived(
 
 
 def test_counts_and_keys_for_readers() -> None:
-    assert [short(x) for x in (7, 1799168, 5.8e12)] == ["7", "1.8M", "5.8T"]
+    assert [short(x) for x in (7, 1799168, 999_900_000, 5.8e12)] == ["7", "1.8M", "1B", "5.8T"]
     assert flatten({"a": {"b": 1}, "c": 2}) == {"a/b": 1, "c": 2}
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
     lines = [
-        record(step, stage="a" if step < 5 else "b", loss=6 - step / 10) for step in range(1, 10)
+        record(step, stage="a" if step < 5 else "b", loss=6 - step / 10, tokens_per_second=10.0)
+        for step in range(1, 10)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = draw(tmp_path).read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
+def of_the_7b(step: int, **extra: Any) -> dict[str, Any]:
+    """A record with figures as long as those of 7b: 256 ranks, 5.8T tokens, 41 % MFU."""
+    figures = {
+        "tokens": 5_123_456_789_012,
+        "stage": "context-8k-dense",
+        "loss": 12.345,
+        "lr": 2.56e-4,
+        "grad_norm": 123.45,
+        "batch": 2048,
+        "seq_len": 8192,
+        "step_seconds": 15.0,
+        "data_wait_seconds": 0.03,
+    }
+    return record(step, **{**figures, **extra})
+
+
+def rates_of_the_7b() -> Throughput:
+    return Throughput(ranks=256, flops_per_token=9e10, peak_flops=989.5e12)
+
+
+CHECKPOINTS = "step 1,400,000 saved 12 min ago, saving step 1,420,000"
+
+
 def test_a_terminal_shows_the_last_step_in_eighty_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    console = LiveConsole(total=6400)
-    console.show(
-        record(
-            1_400_000,
-            tokens=3200,
-            batch=2048,
-            seq_len=8192,
-            lr=1.23e-4,
-            tokens_per_second=1.1e6,
-            grad_norm=12.34,
-        ),
-        "saved step-01399000 12 min ago, saving step 1400000",
-    )
+    rates = rates_of_the_7b()
+    console = LiveConsole(total=5_800_000_000_000, throughput=rates)
+    last = of_the_7b(1_423_456)
+    rates.add(last)
+    console.show(last, CHECKPOINTS)
     console.close()
-    assert "saved step-01399000 12 min ago, saving step 1400000" in capsys.readouterr().out
-    assert (
-        console.progress.tasks[0].completed == 3200 and console.progress.tasks[0].description == "a"
+    rows = [row.plain for row in console.rows]
+    assert rows == [
+        "step 1,423,456  loss 12.345  lr 2.6e-04  grad 123.45  skipped 0",
+        f"1.12M tok/s  MFU 40%  ends {rows[1].split()[5]}  4.37k tok/s/rank  data wait 0.2%",
+        "5.12T of 5.8T tokens  batch 2,048 x 8,192",
+        CHECKPOINTS,
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, rows)) <= 80 and all(row in lines for row in rows)
+    task = console.progress.tasks[0]
+    assert (task.completed, task.description) == (last["tokens"], "context-8k-dense")
+
+
+def test_the_lines_of_a_log_fit_and_say_now_and_then_how_the_run_stands(capsys: Any) -> None:
+    rates = rates_of_the_7b()
+    console = PlainConsole(total=5_800_000_000_000, throughput=rates, seconds=0.0)
+    for step in range(1_423_456, 1_423_456 + 24):
+        length = 8192 if step < 1_423_458 else 16_384
+        last = of_the_7b(step, seq_len=length, skipped=step == 1_423_459)
+        rates.add(last)
+        console.show(last, CHECKPOINTS)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= LOG_COLUMNS
+    assert lines[0].startswith(
+        "context-8k-dense   88.3%  step 1,423,456  loss 12.345  lr 2.6e-04  grad 123.45  "
+        "1.12M tok/s  MFU 40%  ends "
     )
-    assert console.last.plain.startswith("step 1400000 ") and len(console.last.plain) <= 80
-    assert console.far.plain.startswith("3.2k of 6.4k tokens, ") and len(console.far.plain) <= 100
+    assert lines[1:3] == [
+        "  5.12T of 5.8T tokens  batch 2,048 x 8,192  4.37k tok/s/rank  data wait 0.2%  skipped 0",
+        f"  {CHECKPOINTS}",
+    ]
+    # the first line, the first of another context, and every tenth
+    steps = [line.split()[3] for line in lines if line.startswith("context")]
+    assert len(steps) == 24 and sum("batch" in line for line in lines) == 4
+    assert sum("batch 2,048 x 16,384" in line for line in lines) == 3
+    assert sum("skipped 1" in line for line in lines) == 2
 
 
-def test_a_log_line_says_how_the_checkpoints_stand(capsys: Any) -> None:
-    PlainConsole(total=6400, seconds=60.0).show(record(1), "saved step-00000001 3 s ago")
-    assert capsys.readouterr().out.endswith("Z, saved step-00000001 3 s ago\n")
+def test_a_log_shows_a_line_every_few_seconds_and_the_last_one(capsys: Any) -> None:
+    rates = throughput()
+    console = PlainConsole(total=6400, throughput=rates, seconds=60.0)
+    for step in (1, 2, 100):
+        rates.add(record(step))
+        console.show(record(step), "no checkpoint yet")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines if "step" in line] == ["1", "100"]
+    assert lines[1].endswith("  skipped 0  no checkpoint yet") and "MFU" not in lines[0]
 
 
-def test_the_end_of_a_run_is_a_date_by_its_recent_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the tokens are left; one slow step among fifty moves the date by its share alone."""
+def test_a_rate_is_the_mean_of_a_window_without_the_first_step() -> None:
+    """Batches of 64 tokens; the first step compiles, and one of the last fifty is slow."""
+    rates = throughput(peak_flops=100.0)
+    rates.add(record(1, step_seconds=600.0))
+    assert rates.tokens_per_second == pytest.approx(64 / 600)
+    for step in range(2, 40):
+        rates.add(record(step, data_wait_seconds=0.64))
+    assert rates.tokens_per_second == pytest.approx(10.0)
+    assert rates.mfu == pytest.approx(0.1) and rates.data_wait == pytest.approx(0.1)
+    for step in range(40, 101):
+        rates.add(record(step, step_seconds=64.0 if step == 100 else 6.4))
+    assert rates.tokens_per_second == pytest.approx(50 * 64 / (49 * 6.4 + 64.0))
+
+
+def test_the_file_and_the_console_show_the_same_rate(tmp_path: Path, capsys: Any) -> None:
+    config = MetricsConfig(None, False, 0.0)
+    for peak in (None, 100.0):
+        metrics = Metrics(tmp_path, "run", config, {}, throughput(peak), tokens=0, total=6400)
+        for step in (1, 2, 3):
+            metrics.log(record(step, step_seconds=6.4 if step < 3 else 3.2), "")
+        metrics.close()
+        last = read_lines(tmp_path / "metrics.jsonl")[-1]
+        assert last["tokens_per_second"] == pytest.approx(128 / 9.6) and last["step_seconds"] == 3.2
+        assert last.get("mfu") == (None if peak is None else pytest.approx(0.1333, abs=1e-4))
+        said = capsys.readouterr().out
+        assert "  13.3 tok/s  " in said and ("  MFU 13%  " in said) == (peak is not None)
+
+
+def test_no_mfu_without_a_peak() -> None:
+    """A CPU's is not known unless the config gives it; a GPU's by its datasheet in bf16."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    unknown = Cluster(Device.auto, 1, 1, None, 0.0, None)
+    assert peak_flops(unknown, Precision.fp32, cpu) is None
+    assert peak_flops(replace(unknown, peak_tflops=1.5), Precision.fp32, cpu) == 1.5e12
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA L4", None)):
+        with patch("torch.cuda.get_device_name", lambda device, name=name: name):
+            assert peak_flops(unknown, Precision.bf16, gpu) == peak
+            assert peak_flops(unknown, Precision.fp32, gpu) is None
+
+
+def test_the_end_of_a_run_is_a_minute_within_a_week_and_else_a_day(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)  # 2027-01-15 08:00 UTC
-    pace = Pace(total=12_800)
-    for step in range(1, 101):
-        slow = step == 100
-        pace.add(
-            record(
-                step,
-                step_seconds=64.0 if slow else 6.4,
-                tokens_per_second=1.0 if slow else 10.0,
-                data_wait_seconds=0.64,
-                skipped=step in (3, 60),
-            )
-        )
-    seconds = 6400 / (50 * 64 / (49 * 6.4 + 64.0))
-    line = pace.line(record(100))
-    assert line.endswith(
-        f"skipped 2, ends {time.strftime('%Y-%m-%d %H:%MZ', time.gmtime(1_800_000_000 + seconds))}"
-    )
-    assert "data wait 8%" in line and "6.4k of 12.8k tokens" in line
+    ends = [end_time(seconds) for seconds in (600, 6 * 86400, 46 * 86400, 1e30)]
+    assert ends == ["01-15 08:10Z", "01-21 08:00Z", "2027-03-02", "2058-09-23"]

@@ -19,7 +19,7 @@ from model.checkpoint import STATE
 from tests.commands import PATIENCE
 from tests.corpus import make_corpus
 from tests.small import config
-from tests.train.test_metrics import record, scalars
+from tests.train.test_metrics import record, scalars, throughput
 from tests.train.world import train
 from train.config import MetricsConfig
 from train.metrics.page import page
@@ -158,13 +158,17 @@ def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_
     def scored(step: int) -> dict[str, Any]:
         return {"step": step, "tokens": 64 * step, "scores": {"v1": {"ARC": 1.0}}}
 
-    metrics = Metrics(tmp_path, "r", MetricsConfig(None, False, 60.0), {}, tokens=0, total=6400)
+    metrics = Metrics(
+        tmp_path, "r", MetricsConfig(None, False, 60.0), {}, throughput(), tokens=0, total=6400
+    )
     for step in range(1, 8):
         metrics.log(record(step), "")
     metrics.log_scores(scored(2))  # it came at step 7
     metrics.log_scores(scored(6))
     metrics.close()
-    again = Metrics(tmp_path, "r", MetricsConfig(None, False, 60.0), {}, tokens=3 * 64, total=6400)
+    again = Metrics(
+        tmp_path, "r", MetricsConfig(None, False, 60.0), {}, throughput(), tokens=3 * 64, total=6400
+    )
     again.close()
     path = tmp_path / "metrics.jsonl"
     assert [r["step"] for r in read_lines(path)] == [1, 2, 3] and [

@@ -1,116 +1,145 @@
-"""Show a run's last step: a line now and then, or a progress bar in a terminal."""
+"""Show the steps of a run: lines of a log, or rows under a progress bar in a terminal."""
 
 import logging
-import os
 import time
-from collections import deque
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from train.metrics.records import Record, short
+from train.metrics.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
-
-def summary(record: Record) -> str:
-    """One step in a line that fits a terminal of 80 columns."""
-    return (
-        f"step {record['step']} loss {record['loss']:.3f} lr {record['lr']:.1e} "
-        f"batch {record['batch']}x{record['seq_len']} grad {record['grad_norm']:.2f} "
-        f"{short(record['tokens_per_second'])} tok/s MFU {record['mfu']:.0%}"
-    )
+LOG_COLUMNS = 118
+WEEK_SECONDS = 7 * 86400
 
 
-class Pace:
-    """Totals and means of steps: skipped updates so far, recent waits for data, date of the end."""
+class StepText:
+    """Pieces of text about the last step, for both consoles."""
 
-    STEPS = 50  # that a pace is the mean of: one slow step must not move the date by weeks
-
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, throughput: Throughput) -> None:
         self.total = total
-        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self.skipped = 0
-        self.recent: deque[tuple[float, float, float]] = deque(maxlen=self.STEPS)
+        self.throughput = throughput
+        self.num_skipped = 0
 
     def add(self, record: Record) -> None:
-        """Take a step in."""
-        self.skipped += bool(record["skipped"])
-        tokens = record["tokens_per_second"] * record["step_seconds"]
-        self.recent.append((tokens, record["step_seconds"], record["data_wait_seconds"]))
+        """Take in the next step."""
+        self.num_skipped += bool(record["skipped"])
 
-    def line(self, record: Record) -> str:
-        """Tokens in all, pace per rank, waits, skips and the end, in a line of 80 columns."""
-        tokens, seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
-        rate = max(tokens / max(seconds, 1e-9), 1e-9)
-        return (
-            f"{short(record['tokens'])} of {short(self.total)} tokens, "
-            f"{short(rate / self.ranks)} tok/s/rank, data wait "
-            f"{waited / max(seconds, 1e-9):.0%}, skipped {self.skipped}, ends "
-            f"{date((self.total - record['tokens']) / rate)}"
-        )
+    def step(self, record: Record) -> list[str]:
+        """What the step did."""
+        return [
+            f"step {record['step']:,}",
+            f"loss {record['loss']:.3f}",
+            f"lr {record['lr']:.1e}",
+            f"grad {record['grad_norm']:.2f}",
+        ]
+
+    def rate(self, record: Record) -> list[str]:
+        """Tokens per second, MFU where it is known, and when the run ends at this rate."""
+        rate, mfu = self.throughput.tokens_per_second, self.throughput.mfu
+        return [
+            f"{short(rate)} tok/s",
+            *([] if mfu is None else [f"MFU {mfu:.0%}"]),
+            f"ends {end_time((self.total - record['tokens']) / max(rate, 1e-9))}",
+        ]
+
+    def position(self, record: Record) -> list[str]:
+        """Tokens so far and the size of a batch, sequences x tokens."""
+        return [
+            f"{short(record['tokens'])} of {short(self.total)} tokens",
+            f"batch {record['batch']:,} x {record['seq_len']:,}",
+        ]
+
+    def problems(self) -> list[str]:
+        """What may slow the run down: rate of one rank, wait for data, updates of this start that
+        were skipped.
+        """
+        return [
+            f"{short(self.throughput.tokens_per_second / self.throughput.ranks)} tok/s/rank",
+            f"data wait {self.throughput.data_wait:.1%}",
+            f"skipped {self.num_skipped}",
+        ]
 
 
-def date(seconds: float) -> str:
-    """The minute that lies so many seconds ahead, in UTC."""
-    end = time.time() + min(seconds, 1e9)  # a stalled run has no date, and the calendar an end
-    return time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(end))
+def end_time(seconds: float) -> str:
+    """The time in so many seconds, in UTC: the day, and within a week the minute."""
+    end = time.gmtime(time.time() + min(seconds, 1e9))  # a stalled run would leave the calendar
+    return time.strftime("%m-%d %H:%MZ" if seconds < WEEK_SECONDS else "%Y-%m-%d", end)
+
+
+def joined(pieces: list[str], columns: int = LOG_COLUMNS) -> list[str]:
+    """Pieces on as few lines of so many columns as hold them in their order."""
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + 2 + len(piece) <= columns:
+            lines[-1] += f"  {piece}"
+        else:
+            lines.append(piece)
+    return lines
 
 
 class PlainConsole:
-    """A line now and then, for logs."""
+    """A line every few seconds, for logs; every STATUS_LINES of them also one about the run."""
 
-    def __init__(self, total: int, seconds: float) -> None:
-        self.pace = Pace(total)
+    STATUS_LINES = 10
+
+    def __init__(self, total: int, throughput: Throughput, seconds: float) -> None:
+        self.text = StepText(total, throughput)
         self.seconds = seconds
-        self.next = 0.0
+        self.next_time = 0.0
+        self.num_lines = 0
+        self.stage: tuple[str, int] | None = None  # name and seq_len of the last line
 
-    def show(self, record: Record, saves: str) -> None:
+    def show(self, record: Record, checkpoints: str) -> None:
         """Print the record when enough time has passed, and always the last one."""
-        self.pace.add(record)
-        if time.monotonic() >= self.next or record["tokens"] >= self.pace.total:
-            self.next = time.monotonic() + self.seconds
-            share = record["tokens"] / self.pace.total
-            line = (
-                f"{record['stage']:>8} {share:6.1%}  {summary(record)}  "
-                f"{self.pace.line(record)}, {saves}"
-            )
-            logger.info(line)
+        self.text.add(record)
+        if time.monotonic() < self.next_time and record["tokens"] < self.text.total:
+            return
+        self.next_time = time.monotonic() + self.seconds
+        progress = f"{record['tokens'] / self.text.total:6.1%}"
+        pieces = [record["stage"], progress, *self.text.step(record), *self.text.rate(record)]
+        stage = (record["stage"], record["seq_len"])
+        lines = joined(pieces)
+        if self.num_lines % self.STATUS_LINES == 0 or stage != self.stage:
+            status = [*self.text.position(record), *self.text.problems(), checkpoints]
+            lines += [f"  {line}" for line in joined(status, LOG_COLUMNS - 2)]
+        self.num_lines += 1
+        self.stage = stage
+        logger.info("\n".join(lines))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: every line is written."""
 
 
 class LiveConsole:
-    """A progress bar with the last step under it, for terminals."""
+    """A progress bar with the last step under it, for terminals; every row fits 80 columns."""
 
-    def __init__(self, total: int) -> None:
-        columns = (
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-        )
-        self.pace = Pace(total)
+    def __init__(self, total: int, throughput: Throughput) -> None:
+        columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn())
+        self.text = StepText(total, throughput)
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=total)
-        self.last = Text("", no_wrap=True)
-        self.far = Text("", no_wrap=True)
-        self.saves = Text("", no_wrap=True)
-        self.live = Live(
-            Group(self.progress, self.last, self.far, self.saves), refresh_per_second=4
-        )
+        self.rows = [Text("", no_wrap=True, overflow="ellipsis") for _ in range(4)]
+        self.live = Live(Group(self.progress, *self.rows), refresh_per_second=4)
         self.live.start()
 
-    def show(self, record: Record, saves: str) -> None:
-        """Move the bar and replace the lines."""
-        self.pace.add(record)
+    def show(self, record: Record, checkpoints: str) -> None:
+        """Move the bar and replace the rows."""
+        self.text.add(record)
         self.progress.update(self.task, completed=record["tokens"], description=record["stage"])
-        self.last.plain = summary(record)
-        self.far.plain = self.pace.line(record)
-        self.saves.plain = saves
+        per_rank, data_wait, skipped = self.text.problems()
+        rows = (
+            [*self.text.step(record), skipped],
+            [*self.text.rate(record), per_rank, data_wait],
+            self.text.position(record),
+            [checkpoints],
+        )
+        for row, pieces in zip(self.rows, rows, strict=True):
+            row.plain = "  ".join(pieces)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

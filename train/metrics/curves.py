@@ -43,7 +43,12 @@ def draw(folder: Path) -> Path:
 def figure(
     runs: dict[str, list[Record]], plans: dict[str, Plan], panels: tuple[str, ...] = tuple(PANELS)
 ) -> Figure:
-    """Panels of runs, one below another: a colour per run, or per source where there is one run."""
+    """Panels of runs, one below another: a colour per run, or per source where there is one run.
+
+    Runs without MFU, as on CPUs, have no panel of it.
+    """
+    if not any("mfu" in record for records in runs.values() for record in records):
+        panels = tuple(name for name in panels if name != "utilisation")
     heights = [2 if name == "loss" else 1 for name in panels]
     whole = Figure(figsize=(11, 2.2 * sum(heights)), layout="constrained")
     axes = whole.subplots(len(panels), sharex=True, height_ratios=heights)
@@ -68,7 +73,7 @@ def figure(
 def _total(axis: Any, name: str, run: str, records: list[Record], most: int, colour: str) -> None:
     key = PANELS[name][1]
     if key is not None:
-        x, y = curve([(record["tokens"], record[key]) for record in records], most)
+        x, y = curve([(record["tokens"], record.get(key)) for record in records], most)
         axis.plot(x, y, color=colour, label=run, ds="steps-pre" if name in STEPPED else None)
     if name == "gradient":
         axis.set_yscale("log")

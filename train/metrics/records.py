@@ -94,8 +94,8 @@ def finite(value: Any) -> Any:
 
 def short(count: float) -> str:
     """A count with three digits and a unit: 1.8M, 5.8T."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(count) < 1000 or unit == "T":
+    for unit in ("", "k", "M", "B", "T"):
+        if abs(count) < 999.5 or unit == "T":
             return f"{count:.3g}{unit}"
         count /= 1000
     raise AssertionError

@@ -12,6 +12,7 @@ from core.run import RunFiles
 from train.config import MetricsConfig
 from train.metrics.console import LiveConsole, PlainConsole
 from train.metrics.records import JsonLines, Record
+from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
 
 logger = logging.getLogger(__name__)
@@ -26,23 +27,31 @@ class Metrics:
         name: str,
         config: MetricsConfig,
         run_config: Record,
+        throughput: Throughput,
         tokens: int,
         total: int,
     ) -> None:
-        """`tokens`: the run goes on here; later records are dropped. `total`: it ends here."""
+        """Continue at `tokens`, dropping records of later ones; the run ends at `total` tokens."""
+        self.throughput = throughput
         self.file = JsonLines(RunFiles(folder).metrics, tokens)
         self.console = (
-            LiveConsole(total)
+            LiveConsole(total, throughput)
             if sys.stdout.isatty()
-            else PlainConsole(total, config.console_seconds)
+            else PlainConsole(total, throughput, config.console_seconds)
         )
         self.trackers = trackers(folder, name, config, run_config, tokens)
 
-    def log(self, record: Record, saves: str) -> None:
-        """Write one step's record everywhere; `saves` tells the console the checkpoints' state."""
+    def log(self, record: Record, checkpoints: str) -> None:
+        """Add the rates to a step's record and write it everywhere; the console also shows the
+        status of the checkpoints.
+        """
+        self.throughput.add(record)
+        record = {**record, "tokens_per_second": self.throughput.tokens_per_second}
+        if self.throughput.mfu is not None:
+            record["mfu"] = self.throughput.mfu
         self.file.write(record)
         with suppress(OSError):  # standard output may go to a full disk
-            self.console.show(record, saves)
+            self.console.show(record, checkpoints)
         for tracker in self.trackers:
             tracker.log(record)
 

@@ -28,7 +28,7 @@ from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import CANARY, History, supervise
 from train.config import RunConfig
 from train.metrics.records import read_lines
-from train.resilience.incidents import REQUEUE
+from train.resilience.incidents import INTERRUPTED
 from train.run_context import code_version, to_plain
 from train.schedule import Schedule
 
@@ -288,7 +288,7 @@ def main() -> int:
             (given.home / "faulty-log" / "faults" / fault.name).exists() for fault in faults
         )
         print(f"paused after {fired} faults; the same command goes on")
-        return REQUEUE
+        return INTERRUPTED
     signal.alarm(0)
     (given.home / PLAN).unlink()
     Console().print(report(result, result.clean_seconds / steps))

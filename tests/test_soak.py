@@ -6,7 +6,7 @@ from tests.commands import Result, forked
 from tests.corpus import BLOCK, make_corpus
 from tests.small import overrides
 from tests.soak import KINDS
-from train.resilience.incidents import REQUEUE
+from train.resilience.incidents import INTERRUPTED
 
 SHORT = [
     *overrides(60 * BLOCK),
@@ -34,7 +34,7 @@ def soak(folder: Path, *options: object) -> Result:
 def test_every_kind_of_fault_leaves_no_trace_and_a_pause_goes_on(tmp_path: Path) -> None:
     make_corpus(tmp_path / "data")
     paused = soak(tmp_path, "--seconds", 3)
-    assert paused.returncode == REQUEUE, paused.stdout + paused.stderr
+    assert paused.returncode == INTERRUPTED, paused.stdout + paused.stderr
     assert "the same command goes on" in paused.stdout
     whole = soak(tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr

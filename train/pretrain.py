@@ -27,7 +27,6 @@ from data.stream.manifests import require_data
 from train.config import RunConfig
 from train.costs.memory import check_memory
 from train.metrics.trackers import check_trackers
-from train.resilience.incidents import NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ def main(config: RunConfig) -> None:
     from train.run_context import start
 
     outcome = start(config, device)
+    logger.info(outcome.reason)
     if outcome.code:
-        logger.info(f"{NAMES[outcome.code]}: {outcome.reason}")
         sys.exit(outcome.code)
 
 

@@ -50,14 +50,14 @@ def run_context(
             and previous.code != FINISHED
             and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         ):
-            # torchrun restarts whatever does not exit with 0: what asked to leave stays out
+            # torchrun restarts ranks that exit with any other code than 0: these stay stopped
             return previous
         if ranks.is_first:
             run.files.outcome.unlink(missing_ok=True)
         watchdog.begin(run_lock if ranks.is_first else None)
         stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
         stop_request.install()
-        logger.info(f"{ranks.world_size} ranks have met; building the model")
+        logger.info(f"{ranks.world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
         if ranks.is_first:
             outcome.write(folder)

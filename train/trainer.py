@@ -27,7 +27,7 @@ from train.metrics.sinks import Metrics
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
-from train.resilience.incidents import FINISHED, REQUEUE, Outcome
+from train.resilience.incidents import FINISHED, INTERRUPTED, Outcome
 from train.resilience.stop_request import StopRequest
 from train.schedule import Schedule, StepSchedule
 from train.step_stats import StepStats, add_losses, reduce_step_stats
@@ -57,7 +57,7 @@ class Trainer:
     state: TrainState
 
     def run(self) -> Outcome:
-        """Train to the end of the last stage, or until somebody asks this run to leave."""
+        """Train to the end of the last stage, or until a stop is requested."""
         loaded_step = self.state.step
         try:
             why = self._steps()
@@ -72,11 +72,13 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.close()
         if self.state.tokens == self.schedule.total:
-            return Outcome(FINISHED, f"all {self.state.tokens:,} tokens are behind it")
-        return Outcome(REQUEUE, f"{why}; saved at step {self.state.step}")
+            text = f"finished: {self.state.tokens:,} tokens in {self.state.step:,} steps"
+            return Outcome(FINISHED, text)
+        text = f"{why}: the same command continues from step {self.state.step:,}"
+        return Outcome(INTERRUPTED, text)
 
     def _steps(self) -> str | None:
-        """Step until the end, or until any rank has been asked to leave; returns why."""
+        """Step until the end, or until any rank is asked to stop; returns what stopped it."""
         while self.state.tokens < self.schedule.total:
             started_at = time.perf_counter()
             step_schedule = self.schedule.at(self.state.tokens)
@@ -102,7 +104,7 @@ class Trainer:
                 raise_on_all_ranks(self.datacheck.error)
             self.failure_policy.after(self.state, before, result["stats"])
             if result["stats"].stop:
-                return self.stop_request.why or "another rank was asked to leave"
+                return self.stop_request.why or "stopped by a signal to another rank"
         return None
 
     def _step(

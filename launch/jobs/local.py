@@ -10,7 +10,7 @@ from pathlib import Path
 from core.files import ROOT
 from core.run import RunFiles
 from launch.jobs.sweep import SCRIPTS, Job
-from train.resilience.incidents import FINISHED, REQUEUE, read_outcome
+from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def run_jobs(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
             result = run_until_done(command, run.folder if stage == "train" else None)
             if result == "interrupted":
                 logger.warning(
-                    f"{run.name} ({stage}) was interrupted; run the same command to continue"
+                    f"{run.name} ({stage}) was stopped by Ctrl-C: the same command continues"
                 )
-                return REQUEUE
+                return INTERRUPTED
             if result == "failed":
                 failed.append(f"{run.name} ({stage})")
                 break
@@ -57,7 +57,7 @@ def run_until_done(command: list[str], run: Path | None) -> str:
     """Start a stage until it is "done", "failed" or "interrupted" (Ctrl-C).
 
     torchrun turns every exit code into 1, so the outcome of training is read from the folder `run`.
-    Restarts a training that requests it (health.stop_after_seconds, a signal to a rank).
+    An interrupted training (health.stop_after_seconds, a signal to a rank) is started again.
     """
     while True:
         if run is not None:
@@ -70,9 +70,9 @@ def run_until_done(command: list[str], run: Path | None) -> str:
         if is_interrupted:
             return "interrupted"
         outcome = read_outcome(run) if run is not None else None
-        if outcome is None or outcome.code != REQUEUE:
+        if outcome is None or outcome.code != INTERRUPTED:
             return "failed"
-        logger.info(f"== requeue: {outcome.reason}")
+        logger.info(f"== {outcome.reason}; starting it again")
 
 
 def wait(command: list[str]) -> tuple[int, bool]:

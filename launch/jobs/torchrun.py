@@ -12,9 +12,9 @@ from typing import Any
 
 from core.entry import shadowing_file
 from core.errors import USER_ERROR, exit_with_error
-from train.resilience.incidents import REQUEUE
+from train.resilience.incidents import INTERRUPTED
 
-REPORTED = (USER_ERROR, REQUEUE)  # exit codes whose reason a worker has printed
+REPORTED = (USER_ERROR, INTERRUPTED)  # exit codes whose reason a worker has printed
 
 
 def refuse_shadowed(argv: list[str]) -> None:

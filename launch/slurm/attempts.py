@@ -9,7 +9,7 @@ from typing import Any
 
 from core.files import append_json_line, read_json_lines
 from core.run import RunFiles, iter_committed_checkpoints
-from train.resilience.incidents import FINISHED, REQUEUE, read_outcome
+from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -47,7 +47,7 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
     outcome = read_outcome(folder)
     crashed_at = None
     if outcome is not None:
-        verdict = {FINISHED: "done", REQUEUE: "requeue"}.get(outcome.code, "stop")
+        verdict = {FINISHED: "done", INTERRUPTED: "requeue"}.get(outcome.code, "stop")
         reason = outcome.reason
     elif code == 0:
         verdict = "done"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -25,7 +26,7 @@ from tests.supervisor import CONTEXT
 from train.distributed import Ranks, errors_on_all_ranks, init_distributed
 from train.metrics.records import JsonLines, read_lines
 from train.resilience import watchdog
-from train.resilience.incidents import HUNG, REQUEUE, Incidents, Outcome, Starts, read_outcome
+from train.resilience.incidents import HUNG, INTERRUPTED, Incidents, Outcome, Starts, read_outcome
 from train.resilience.run_lock import RunLock, process_start
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -192,8 +193,8 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, ranks: Ranks) -> N
     run = config(tmp_path, "run")
     folder = run.run.folder
     assert run_context(
-        run.run, run.health, ranks, lambda watch, stop_request: Outcome(REQUEUE, "asked")
-    ) == Outcome(REQUEUE, "asked")
+        run.run, run.health, ranks, lambda watch, stop_request: Outcome(INTERRUPTED, "asked")
+    ) == Outcome(INTERRUPTED, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
     def mistake(watch: Any, stop_request: Any) -> Outcome:
@@ -220,13 +221,15 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
-    run_context(run.run, run.health, ranks, lambda watch, stop_request: Outcome(REQUEUE, "asked"))
+    run_context(
+        run.run, run.health, ranks, lambda watch, stop_request: Outcome(INTERRUPTED, "asked")
+    )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert (
         run_context(
             run.run, run.health, ranks, lambda watch, stop_request: pytest.fail("it ran")
         ).code
-        == REQUEUE
+        == INTERRUPTED
     )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert (
@@ -298,8 +301,42 @@ def test_the_time_limit_does_not_follow_the_wall_clock(
     assert stop_request.reason() is None
     real = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: real + 901)
-    assert stop_request.reason() == "the time limit is near"
+    assert stop_request.reason() == "stopped by Slurm's time limit"
     measured("0 effect of +70 years")
+
+
+def test_the_reason_of_a_stop_names_what_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request counts; of two time limits the one that comes first."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    reasons = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}
+    for number, reason in reasons.items():
+        stop_request = StopRequest(None, 0.0)
+        stop_request._handle(number, None)
+        stop_request._handle(signal.SIGUSR1, None)
+        assert stop_request.reason() == reason
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    stop_request = StopRequest(None, 0.0)
+    stop_request._handle(signal.SIGUSR1, None)
+    assert stop_request.reason() == "stopped by SIGUSR1 (Slurm's notice)"
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
+    assert StopRequest(0.0, 0.0).reason() == "stopped by health.stop_after_seconds"
+    assert StopRequest(2000.0, 1000.0).reason() == "stopped by Slurm's time limit"
+    stop_request.why, stop_request.parent = None, -1
+    assert stop_request.reason() == "stopped because its launcher ended"
+
+
+@pytest.mark.parametrize(
+    "code, name, old",
+    [(0, "finished", "finished"), (75, "interrupted", "requeue"), (2, "failed", "stopped")],
+)
+def test_an_outcome_has_a_name_and_older_names_are_read(
+    tmp_path: Path, code: int, name: str, old: str
+) -> None:
+    Outcome(code, "why").write(tmp_path)
+    path = tmp_path / "outcome.json"
+    assert json.loads(path.read_text()) == {"outcome": name, "code": code, "reason": "why"}
+    path.write_text(json.dumps({"outcome": old, "code": code, "reason": "why"}))
+    assert read_outcome(tmp_path) == Outcome(code, "why")
 
 
 def test_an_incident_reaches_its_file_when_the_console_is_gone(

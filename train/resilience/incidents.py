@@ -1,13 +1,16 @@
 """What happened to a run besides its steps, and how it ended: incidents.jsonl and outcome.json in
 its folder.
 
-The exit code says the same to whoever can see it, but torchrun turns every one of them into 1. So
-launchers read outcome.json, which is absent while a run goes on and after a crash:
+A rank exits with the code of the outcome, but torchrun turns every code into 1. So launchers read
+outcome.json, which is absent while a run trains and after a crash:
 
-    code 0   finished   every token is behind it
-    code 75  requeue    it was asked to leave, saved, and goes on when started again (EX_TEMPFAIL)
-    code 2   stopped    no restart cures it; the reason names what would
-    absent   a crash    start it again
+    code 0   finished     it has trained all its tokens
+    code 75  interrupted  a signal or a time limit stopped it, it saved: the same command continues
+    code 2   failed       a restart does not help; the reason says what to change
+    absent   crashed      start it again
+
+75 is EX_TEMPFAIL of sysexits.h. Earlier versions wrote "requeue" and "stopped" for
+"interrupted" and "failed"; readers go by the code.
 """
 
 import logging
@@ -24,14 +27,14 @@ from core.run import RunFiles
 logger = logging.getLogger(__name__)
 
 FINISHED = 0
-REQUEUE = 75
+INTERRUPTED = 75
 HUNG = 76  # left because a peer hung; any code but the three above asks for a restart
-NAMES = {FINISHED: "finished", REQUEUE: "requeue", USER_ERROR: "stopped"}
+NAMES = {FINISHED: "finished", INTERRUPTED: "interrupted", USER_ERROR: "failed"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, for whoever started it."""
+    """How a run ended: exit code, and the reason in one line."""
 
     code: int
     reason: str
@@ -43,7 +46,7 @@ class Outcome:
                 RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None
             )
         except OSError as error:
-            logger.warning(f"outcome.json is not written: {error}")
+            logger.warning(f"cannot write outcome.json: {error}")
 
 
 def read_outcome(folder: Path) -> Outcome | None:

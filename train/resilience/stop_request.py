@@ -1,8 +1,7 @@
-"""Requests to leave: SIGTERM, SIGUSR1, SIGINT, the end of the allotted time, or a launcher that is
-gone.
+"""Requests to stop: Ctrl-C (SIGINT), SIGTERM, SIGUSR1, a time limit, or a launcher that has ended.
 
-The loop asks once per step, on every rank, and all leave after the same step. A request can be
-repeated without harm.
+The loop checks for one after each step on every rank; all ranks stop after the same step and save.
+A repeated request has no effect.
 """
 
 import os
@@ -14,31 +13,42 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process has been asked to leave, and why."""
+    """Whether this process was asked to stop, and by what."""
 
     def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
         """Count the time limit from here; under Slurm also the job's end less the margin."""
         self.why: str | None = None
-        limits = [] if stop_after_seconds is None else [stop_after_seconds]
+        limits: dict[str, float] = {}  # seconds from here
+        if stop_after_seconds is not None:
+            limits["stopped by health.stop_after_seconds"] = stop_after_seconds
         if end := os.environ.get("SLURM_JOB_END_TIME"):
-            limits.append(float(end) - time.time() - margin_seconds)
-        # from now on the monotonic clock counts: the other one may jump
-        self.end = time.monotonic() + min(limits) if limits else None
+            limits["stopped by Slurm's time limit"] = float(end) - time.time() - margin_seconds
+        # from here on the monotonic clock counts: the wall clock may jump
+        self.end = time.monotonic() + min(limits.values()) if limits else None
+        self.limit = min(limits, key=limits.__getitem__, default="")
         self.parent = os.getppid()
 
     def install(self) -> None:
-        """Take over the signals for good: later ones, even on the way out, change nothing."""
+        """Handle the signals from here to the end of the process: later ones have no effect."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def reason(self) -> str | None:
-        """Why this process should leave, or None."""
+        """What stopped the run, as in "stopped by Ctrl-C"; None where nothing has."""
         if self.why is None and self.end is not None and time.monotonic() >= self.end:
-            self.why = "the time limit is near"
+            self.why = self.limit
         if self.why is None and os.getppid() != self.parent:
-            self.why = "its launcher is gone"
+            self.why = "stopped because its launcher ended"
         return self.why
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.why is None:
-            self.why = f"it received {signal.Signals(number).name}"
+            self.why = f"stopped by {name_of(number)}"
+
+
+def name_of(number: int) -> str:
+    """A signal as a user knows it."""
+    if number == signal.SIGINT:
+        return "Ctrl-C"
+    name = signal.Signals(number).name
+    return f"{name} (Slurm's notice)" if "SLURM_JOB_ID" in os.environ else name

@@ -1,8 +1,9 @@
 """torchrun plugin that hides torchrun's traceback when a rank has already printed the reason.
 
 torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names `quiet`) when it
-sets up rendezvous. ChildFailedError is not shown if every failed worker exited with a user error or
-a requeue, whose one-line reason is on the console. Exit codes and other failures are unchanged.
+sets up rendezvous. Two tracebacks are not shown, because the workers have printed the reason on one
+line: ChildFailedError if every failed worker exited with a user error or was interrupted, and
+SignalException after Ctrl-C or SIGTERM. The exit code is unchanged, and so are all other failures.
 """
 
 import sys
@@ -35,6 +36,8 @@ def quiet() -> Callable[..., Any]:
     default_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if kind.__name__ == "SignalException":
+            return  # the workers got the signal too, saved, and printed where the run continues
         failures = getattr(error, "failures", {}).values()
         reported = [failure for failure in failures if failure.exitcode in REPORTED]
         # torchrun kills the other workers after the first failure

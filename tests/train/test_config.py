@@ -1,5 +1,6 @@
 """Every experiment composes and builds on meta; a mistake is reported on one line."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from core.command import CONFIGS, format_error
 from core.errors import InputError
+from launch.jobs.torchrun import quiet
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
@@ -140,6 +143,20 @@ def test_torchrun_prints_the_error_once_without_a_traceback() -> None:
     assert (
         result.stderr.count("error: the config has no key optim.lrr; did you mean optim.lr?") == 1
     )
+
+
+@pytest.mark.parametrize(
+    "error", [SignalException("got signal: 2", signal.SIGINT), OSError("disk")]
+)
+def test_a_signal_leaves_no_traceback_of_torchrun(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["torchrun", "train/pretrain.py"])
+    monkeypatch.setattr(sys, "excepthook", lambda *arguments: shown.append(arguments[1]))
+    quiet()
+    sys.excepthook(type(error), error, None)
+    assert shown == [error] * isinstance(error, OSError)
 
 
 @pytest.mark.parametrize(

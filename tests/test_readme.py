@@ -22,7 +22,6 @@ STAGES = (
     "technical: 15}}]"
 )
 SHORTER = [
-    "health.straggler_factor=1000",  # a busy machine slows a rank down, which would be said
     "schedule.warmup_tokens=10000",
     "schedule.ramp_tokens=60000",
     "schedule.decay_tokens=80000",

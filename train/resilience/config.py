@@ -24,7 +24,7 @@ class HealthConfig:
     max_rollbacks: int
     check_replicas_every_steps: int
     straggler_window_steps: int
-    straggler_factor: float  # times slower than the others
+    straggler_factor: float  # times slower than the other ranks
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
     max_starts: int  # from one position, without a new checkpoint
     # leave for a requeue; Slurm's end of the job counts without it

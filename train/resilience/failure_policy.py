@@ -1,6 +1,7 @@
 """What a step may need besides its update: skip, stop, rewind, check of replicas, save."""
 
 import logging
+import os
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,11 @@ class FailurePolicy:
         self.config, self.ranks, self.phases, self.watchdog = config, ranks, phases, watchdog
         self.model, self.engine, self.checkpoints = model, engine, checkpoints
         self.spike_detector = SpikeDetector(config)
-        self.stragglers = Stragglers(config.straggler_window_steps, config.straggler_factor)
+        self.stragglers = Stragglers(
+            config.straggler_window_steps,
+            config.straggler_factor,
+            one_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.world_size,
+        )
 
     def update(self, state: TrainState, step_schedule: StepSchedule, loss: float) -> dict[str, Any]:
         """Update the weights unless the step does harm; returns the norm, and if it skipped."""
@@ -72,10 +77,8 @@ class FailurePolicy:
         slow = self.stragglers.add(stats.compute_seconds)
         if self.ranks.is_first:
             for rank, times in slow:
-                text = (
-                    f"rank {rank} on {self.watchdog.host(rank)} is {times:.1f} times slower than "
-                    "the others"
-                )
+                host = self.watchdog.host(rank)
+                text = f"rank {rank} on {host} is {times:.1f} times slower than the other ranks"
                 self.watchdog.incidents.log("straggler", text, rank=rank, step=state.step)
         if rolled_back or stats.save or self.checkpoints.is_due(before, state.tokens):
             self.phases.enter(state.step, "save")

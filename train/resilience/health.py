@@ -14,6 +14,7 @@ before it and leave out the data seen since.
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from train.distributed import Ranks, data_parallel_group
 from train.engines.protocol import Engine, Weights
 from train.resilience.config import HealthConfig
 
-MIN_SLOWER_SECONDS = 0.005  # a micro-batch; below that a scheduler's whim looks like a slow machine
+MIN_SLOWER_SECONDS = 0.005  # per micro-batch; less is noise of the scheduler
 
 
 class SpikeDetector:
@@ -175,25 +176,39 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 class Stragglers:
-    """Finds ranks whose own work per micro-batch is slower than others' in two windows in a row."""
+    """Find ranks whose compute time per micro-batch stays longer than that of the other ranks.
 
-    def __init__(self, steps: int, factor: float) -> None:
+    Across machines a rank is slow by its median step of a window, in two windows in a row. The
+    ranks of one machine share its cores, and any other process slows one of them for a while: there
+    a rank is slow by its fastest step of a window, in eight windows in a row. A rank that stays
+    slow is named again after twice as many windows.
+    """
+
+    def __init__(self, window_steps: int, factor: float, *, one_machine: bool) -> None:
         self.factor = factor
-        self.rows: deque[list[float]] = deque(maxlen=steps)
-        self.suspects: set[int] = set()
+        self.statistic: Callable[[Sequence[float]], float] = (
+            min if one_machine else statistics.median
+        )
+        self.num_windows = 8 if one_machine else 2
+        self.steps: deque[list[float]] = deque(maxlen=window_steps)
+        self.slow_windows: dict[int, int] = {}  # rank -> windows in a row
 
     def add(self, seconds: list[float]) -> list[tuple[int, float]]:
         """Take every rank's seconds for one step; returns slow ranks and how many times slower."""
-        self.rows.append(seconds)
-        if len(self.rows) < (self.rows.maxlen or 0):
+        self.steps.append(seconds)
+        if len(self.steps) < (self.steps.maxlen or 0):
             return []
-        typical = [statistics.median(column) for column in zip(*self.rows, strict=True)]
-        self.rows.clear()
+        of_window = [self.statistic(column) for column in zip(*self.steps, strict=True)]
+        self.steps.clear()
         slow = {}
-        for rank, own in enumerate(typical):
-            others = statistics.median(typical[:rank] + typical[rank + 1 :] or [own])
-            if own > self.factor * others and own - others > MIN_SLOWER_SECONDS:
-                slow[rank] = own / max(others, 1e-9)
-        found = [(rank, times) for rank, times in slow.items() if rank in self.suspects]
-        self.suspects = set(slow)
-        return found
+        for rank, local in enumerate(of_window):
+            others = statistics.median(of_window[:rank] + of_window[rank + 1 :] or [local])
+            if local > self.factor * others and local - others > MIN_SLOWER_SECONDS:
+                slow[rank] = local / max(others, 1e-9)
+        self.slow_windows = {rank: self.slow_windows.get(rank, 0) + 1 for rank in slow}
+        return [(rank, times) for rank, times in slow.items() if self._is_due(rank)]
+
+    def _is_due(self, rank: int) -> bool:
+        """Whether the slow windows of a rank are num_windows times a power of two."""
+        times, rest = divmod(self.slow_windows[rank], self.num_windows)
+        return rest == 0 and times.bit_count() == 1

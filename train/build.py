@@ -3,6 +3,7 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from train.distributed import (
 )
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
-from train.metrics.records import read_scores
+from train.metrics.console import LOG_COLUMNS
+from train.metrics.records import read_scores, short
 from train.metrics.scores import collecting
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
@@ -129,8 +131,8 @@ def load_kernels(config: Compute, device: str) -> Kernels:
         raise InputError(str(error)) from error
     if config.compile and kernels is REFERENCE:  # torch.compile would unroll its loop over tokens
         raise InputError(
-            "compute.compile=true is for blocks around kernels, and the reference kernels are a "
-            "loop over tokens: set compute.compile=false, or another compute.kernels"
+            "compute.compile=true cannot compile the reference kernels, a loop over tokens: set "
+            "compute.compile=false or other compute.kernels"
         )
     return kernels
 
@@ -163,12 +165,12 @@ def resume(
 ) -> TrainState:
     """Load a checkpoint; InputError if its model or data plan differs from `expected`."""
     state = checkpoints.load(folder, engine)
-    hint = "restore the config it was trained with, or choose another run.name"
+    hint = "restore its config or choose another run.name"
     if state.model != expected.model:
-        raise InputError(f"{folder} holds another model; {hint}")
+        raise InputError(f"{folder} is of another model: {hint}")
     if state.plan != expected.plan:
         raise InputError(
-            f"{folder} was trained on another data plan (sources, stages, seed or shards); {hint}"
+            f"{folder} has another data plan (sources, stages, seed or shards): {hint}"
         )
     return state
 
@@ -216,7 +218,7 @@ def open_metrics(
     peak = peak_flops(config.cluster, config.compute.precision, ranks.device)
     if peak is None and ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(ranks.device)
-        logger.info(f"MFU is not shown: set cluster.peak_tflops, the peak of {name} is not known")
+        logger.info(f"no MFU: the peak of {name} is not known; set cluster.peak_tflops")
     return Metrics(
         config.run.folder,
         config.run.name,
@@ -233,18 +235,17 @@ def log_run_summary(
 ) -> None:
     """Log the run's size, layout and kernels before it starts."""
     logger.info(
-        f"run {config.run.name}: {parameter_count(config.model):,} parameters, "
-        f"{config.tokens:,} tokens, {ranks.world_size} ranks on {ranks.device.type} "
-        f"(data {ranks.dp_size} x context {ranks.cp_size} x tensor {ranks.tp_size}), "
-        f"kernels {kernels.name}"
+        f"run {config.run.name}: {short(parameter_count(config.model))} parameters, "
+        f"{short(config.tokens)} tokens, {ranks.world_size} ranks on {ranks.device.type} "
+        f"(DP {ranks.dp_size}, CP {ranks.cp_size}, TP {ranks.tp_size}), kernels {kernels.name}"
     )
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in plan.epochs().items())
-    logger.info(f"epochs over the run: {epochs}")
+    logger.info(fill(f"epochs of each source: {epochs}", LOG_COLUMNS))
     if kernels.name == "reference" and ranks.device.type == "cuda":
         logger.warning("the reference kernels are far too slow for a GPU run")
     for line in skipped_kernels(kernels, ranks.device.type):
         logger.info(f"faster kernels are not used: {line}")
     if state.tokens == config.tokens:
-        logger.info(f"reused: the run is complete at step {state.step}")
+        logger.info(f"reused: the run is complete at step {state.step:,}")
     elif state.tokens:
-        logger.info(f"going on at step {state.step}, {state.tokens:,} tokens")
+        logger.info(f"continuing from step {state.step:,}, {state.tokens:,} tokens")

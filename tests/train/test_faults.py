@@ -88,7 +88,7 @@ def test_exit_codes_say_what_happened(short: Result) -> None:
 def test_incidents_name_the_rank_and_the_tokens(short: Result) -> None:
     found = {entry["incident"]: entry for entry in incidents_of(short.folder)}
     assert found["drift"]["ranks"] == [1]
-    assert "no sign of life from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
+    assert "no heartbeat from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
     assert (
         found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
     )

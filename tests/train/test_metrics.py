@@ -131,7 +131,7 @@ def test_wandb_that_does_not_answer_keeps_every_record(
         "W&B's service may still hold records back"
     )
     said = capsys.readouterr().out
-    assert "goes on offline" in said and "W&B is off" not in said
+    assert "logging offline" in said and "W&B is disabled" not in said
     stored = b"".join(
         path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     )
@@ -202,7 +202,7 @@ def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, ca
     metrics.log(record(1), "")
     metrics.close()
     assert (
-        "TensorBoard is off (" in capsys.readouterr().out
+        "TensorBoard is disabled (" in capsys.readouterr().out
         and len(read_lines(tmp_path / "metrics.jsonl")) == 1
     )
 
@@ -277,7 +277,7 @@ def test_a_failing_tracker_of_accelerates_is_said_and_survived(
     sink = Accelerated("aim", "run", tmp_path, {})
     sink.log(record(1))
     sink.close()
-    assert "aim is off (" in capsys.readouterr().out
+    assert "aim is disabled (" in capsys.readouterr().out
 
 
 def test_a_failing_wandb_is_said_and_survived(
@@ -290,7 +290,7 @@ def test_a_failing_wandb_is_said_and_survived(
     sink = Wandb("project", "run", tmp_path, {})
     sink.log(record(1))
     sink.close()
-    assert "W&B is off (RuntimeError: no space)" in capsys.readouterr().out
+    assert "W&B is disabled (RuntimeError: no space)" in capsys.readouterr().out
 
 
 def test_counts_and_keys_for_readers() -> None:

@@ -157,7 +157,7 @@ def test_a_rank_that_does_not_move_says_where_and_leaves(
     watch.begin(None)
     assert left.get(timeout=PATIENCE) == HUNG
     (entry,) = read_json_lines(watch.incidents.path)
-    assert entry["incident"] == "hang" and "(step 7, forward); alive but" in entry["text"]
+    assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
 
 
 def test_a_move_may_take_its_patience_times_the_limit(

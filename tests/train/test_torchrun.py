@@ -148,7 +148,7 @@ def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any
     at = first.steps()
     first.ranks()[1].kill()
     restarted = first.until(
-        lambda: "going on at step" in first.log() and first.steps() > at + 4, "a restart"
+        lambda: "continuing from step" in first.log() and first.steps() > at + 4, "a restart"
     )
     assert len(first.ranks()) == 2
     first.launchers[0].kill()
@@ -160,10 +160,10 @@ def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any
     second = Job(run, data, nodes=2)
     at = second.steps()
     second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
-    at, starts = second.steps(), second.log().count("going on at step")
+    at, starts = second.steps(), second.log().count("continuing from step")
     second.ranks()[0].kill()
     second.until(
-        lambda: second.log().count("going on at step") > starts and second.steps() > at + 3,
+        lambda: second.log().count("continuing from step") > starts and second.steps() > at + 3,
         "a restart",
     )
     assert len(second.ranks()) == 2

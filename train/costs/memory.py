@@ -182,11 +182,12 @@ def check_memory(
     if estimate.total * sharing <= available - headroom:
         return
     reserved = f" less {headroom / GIB:g} of headroom" if headroom else ""
-    count = f"{sharing} ranks need" if sharing > 1 else "a rank needs"
+    who = f"{sharing} ranks need" if sharing > 1 else "a rank needs"
+    memory = "this machine" if device == "cpu" else "its GPU"
+    cluster = config.cluster
     raise InputError(
-        f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit here: {count} "
-        f"{estimate.total * sharing / GIB:.1f} GiB, the {device} has {available / GIB:.1f} GiB"
+        f"{parameter_count(config.model) / 1e9:.2f}B parameters do not fit: {who} "
+        f"{estimate.total * sharing / GIB:.1f} GiB, {memory} has {available / GIB:.1f} GiB"
         f"{reserved}: run +experiment=demo here, raise parallel.tensor_parallel, or use "
-        f"{config.cluster.nodes} nodes of {config.cluster.ranks_per_node} ranks (python "
-        "launch/plan.py)"
+        f"{cluster.nodes} nodes of {cluster.ranks_per_node} ranks (python launch/plan.py)"
     )

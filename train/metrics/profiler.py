@@ -174,7 +174,7 @@ class Profiler:
             (self.folder / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
             logger.info(text, extra=ALL_RANKS)
         except OSError as error:
-            logger.warning(f"no profile is written: {error}")
+            logger.warning(f"cannot write the profile: {error}")
         self.trace, self.done = None, True
 
 

@@ -52,9 +52,7 @@ class JsonLines:
                 self.waiting.popleft()
         except OSError as error:
             if not self.failed:
-                logger.warning(
-                    f"metrics.jsonl cannot be written ({error}); its lines wait in memory"
-                )
+                logger.warning(f"cannot write metrics.jsonl ({error}); its lines wait in memory")
             self.failed = True
 
     def _append(self, line: bytes) -> None:
@@ -69,7 +67,7 @@ class JsonLines:
         """Close the file."""
         self.file.close()
         if self.waiting:
-            logger.warning(f"the last {len(self.waiting)} lines of metrics.jsonl are lost")
+            logger.warning(f"lost the last {len(self.waiting)} lines of metrics.jsonl")
 
 
 def read_lines(path: Path) -> list[Record]:

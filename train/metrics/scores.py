@@ -38,7 +38,7 @@ def collect(folder: Path) -> int:
     """
     files = RunFiles(folder)
     if not files.config.is_file():
-        raise InputError(f"{folder} holds no config.yaml: name the folder of a run")
+        raise InputError(f"{folder} has no config.yaml: name the folder of a run")
     config = load_config(files.config)
     run = Run(config.run.name, str(folder), config.run.seed)
     settings: Any = OmegaConf.to_object(
@@ -56,7 +56,7 @@ def collect(folder: Path) -> int:
             run_lock.acquire()
         except InputError as error:  # the run itself, or another job at its end
             if time.monotonic() > end:
-                logger.info(f"scores are left to the run: {error}")
+                logger.info(f"the run records its scores itself: {error}")
                 return 0
             time.sleep(AGAIN_SECONDS)
             continue

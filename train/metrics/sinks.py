@@ -10,8 +10,8 @@ from pathlib import Path
 
 from core.run import RunFiles
 from train.config import MetricsConfig
-from train.metrics.console import LiveConsole, PlainConsole
-from train.metrics.records import JsonLines, Record
+from train.metrics.console import LiveConsole, PlainConsole, joined
+from train.metrics.records import JsonLines, Record, short
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
 
@@ -83,7 +83,8 @@ def trackers(
 
 
 def say(record: Record) -> None:
-    """A line for each suite of a record of scores."""
+    """Log the scores of each suite in a record."""
     for suite, rows in record["scores"].items():
-        line = ", ".join(f"{label} {score:.2f}" for label, score in rows.items())
-        logger.info(f"{suite} at step {record['step']}, {record['tokens']:,} tokens: {line}")
+        head = f"{suite} at step {record['step']:,}, {short(record['tokens'])} tokens:"
+        pieces = [f"{label} {score:.2f}" for label, score in rows.items()]
+        logger.info("\n".join(joined([head, *pieces])))

@@ -50,7 +50,7 @@ class Tracker(ABC):
         self.thread.join(self.CLOSE_SECONDS)
         if self.thread.is_alive():
             logger.warning(
-                f"{self.NAME} is still busy and is left behind; metrics.jsonl is complete"
+                f"{self.NAME} has not sent its last records in time; metrics.jsonl has them all"
             )
 
     def _work(self) -> None:
@@ -63,7 +63,7 @@ class Tracker(ABC):
             Exception
         ) as error:  # whatever it raises must not reach the run; the message says what is lost
             what = f"{type(error).__name__}: {error}"
-            logger.warning(f"{self.NAME} is off ({what}); metrics.jsonl is complete")
+            logger.warning(f"{self.NAME} is disabled ({what}); metrics.jsonl has all records")
 
     @abstractmethod
     def _open(self) -> None:
@@ -144,7 +144,7 @@ class Wandb(Tracker):
         except (
             Exception
         ) as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
-            logger.warning(f"W&B does not answer ({type(error).__name__}); it goes on offline")
+            logger.warning(f"W&B does not answer ({type(error).__name__}); logging offline")
             wandb.teardown()  # its service still holds the id of the run that failed to start
             return wandb.init(mode="offline", **arguments)
 
@@ -245,7 +245,7 @@ def check_trackers(config: MetricsConfig) -> None:
             raise InputError(f"metrics.trackers has {name!r}; it takes {', '.join(ACCELERATED)}")
         if find_spec(name) is None:
             raise InputError(
-                f"metrics.trackers has {name}, but there is no such package: pip install {name}"
+                f"metrics.trackers has {name}, but its package is not installed: pip install {name}"
             )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(

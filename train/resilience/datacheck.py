@@ -79,9 +79,9 @@ class DataCheck:
             path = folder / file.name
             try:
                 good = sha256_of(path) == file.sha256
-                why = "does not hash to its manifest's SHA-256"
+                why = "differs from its manifest (SHA-256)"
             except OSError as error:
-                good, why = False, f"is not readable ({error})"
+                good, why = False, f"cannot be read ({error})"
             if not good:
                 self.error = (
                     f"shard {path} {why}: restore it, or remove {folder} and prepare the data again"
@@ -90,4 +90,4 @@ class DataCheck:
             done += file.tokens
             if self.is_first and time.monotonic() > said + SAY_SECONDS:
                 said = time.monotonic()
-                logger.info(f"shards: {done / total:.0%} of this rank's share verified")
+                logger.info(f"verified {done / total:.0%} of the shards of this rank")

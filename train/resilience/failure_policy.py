@@ -47,7 +47,7 @@ class FailurePolicy:
         why = self.spike_detector.check(loss, step_schedule.stage)
         if why is None:
             grad_norm, skipped = self.engine.clip_and_step(step_schedule.lr)
-            why = "its gradient is not finite" if skipped else None
+            why = "the gradient is not finite" if skipped else None
             spiked = False
         else:
             self.engine.skip_step()
@@ -56,7 +56,7 @@ class FailurePolicy:
         state.updates += not skipped
         if why is not None and self.ranks.is_first:
             end = state.tokens + step_schedule.tokens
-            text = f"step {state.step + 1} (tokens {state.tokens:,} to {end:,}): {why}"
+            text = f"step {state.step + 1:,} (tokens {state.tokens:,} to {end:,}): {why}"
             self.watchdog.incidents.log(
                 "skipped update", text, step=state.step + 1, tokens=[state.tokens, end]
             )
@@ -67,9 +67,8 @@ class FailurePolicy:
         self.phases.enter(state.step, "check")
         if self.spike_detector.should_abort is not None:
             raise InputError(
-                f"{self.spike_detector.should_abort}, up to step {state.step}: lower optim.lr or "
-                "optim.clip_norm, or look at the tokens that incidents.jsonl names, and start "
-                "from an earlier checkpoint"
+                f"{self.spike_detector.should_abort} (step {state.step:,}): lower optim.lr or "
+                "clip_norm and start from an earlier checkpoint; incidents.jsonl lists the tokens"
             )
         rolled_back = self.spike_detector.should_roll_back and self._roll_back(state)
         if state.step % self.config.check_replicas_every_steps == 0:
@@ -85,7 +84,7 @@ class FailurePolicy:
             state.health = self.spike_detector.state()
             waited = self.checkpoints.save(state, self.engine)
             logger.info(
-                f"checkpoint of step {state.step} is being written; the loop waited {waited:.2f} s"
+                f"saving step {state.step:,} in the background; the loop waited {waited:.2f} s"
             )
 
     def final_save(self, state: TrainState) -> None:
@@ -98,7 +97,7 @@ class FailurePolicy:
         """Raise RuntimeError on every rank when weights drifted; the next start repairs them."""
         if drifted := drifting(self.model, self.engine, self.ranks):
             names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in drifted)
-            text = f"weights of {names} differ from their master copies after step {step}"
+            text = f"weights of {names} differ from their master copies after step {step:,}"
             if self.ranks.is_first:
                 self.watchdog.incidents.log("drift", text, ranks=drifted, step=step)
             raise RuntimeError(text)
@@ -119,10 +118,11 @@ class FailurePolicy:
         state.updates = old.updates
         if self.ranks.is_first:
             text = (
-                f"the loss has spiked since token {since:,}: weights of {folder.name}, and "
-                f"tokens {old.tokens:,} to {state.tokens:,} are left out"
+                f"a loss spike lasts: loaded {folder.name}, skipped tokens {old.tokens:,} to "
+                f"{state.tokens:,}"
             )
+            tokens = [old.tokens, state.tokens]
             self.watchdog.incidents.log(
-                "rollback", text, tokens=[old.tokens, state.tokens], number=rollbacks
+                "rollback", text, tokens=tokens, number=rollbacks, since=since
             )
         return True

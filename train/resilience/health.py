@@ -75,13 +75,13 @@ class SpikeDetector:
         if stage != self.stage:
             self.stage, self.window = stage, []
         if not math.isfinite(loss):
-            return f"its loss is {loss}"
+            return f"the loss is {loss}"
         if len(self.window) < self.config.spike_window_updates:
             return None
         limit = statistics.fmean(self.window) + self.config.spike_sigmas * statistics.pstdev(
             self.window
         )
-        return f"its loss {loss:.4f} is a spike above {limit:.4f}" if loss > limit else None
+        return f"the loss {loss:.4f} is a spike above {limit:.4f}" if loss > limit else None
 
     def update(self, loss: float, tokens: int, updated: bool, spiked: bool) -> None:
         """Record a step that started at token position `tokens`."""
@@ -114,8 +114,8 @@ class SpikeDetector:
             return f"{self.skipped} updates in a row were skipped"
         if self.should_roll_back and self.rollbacks >= self.config.max_rollbacks:
             return (
-                f"the loss spiked again within {self.config.spike_window_updates} updates of the "
-                f"{self.rollbacks}th rollback"
+                f"the loss spiked again within {self.config.spike_window_updates} updates of "
+                f"rollback {self.rollbacks}"
             )
         return None
 

@@ -98,13 +98,11 @@ class Starts:
                 if entry.get("incident") in ("crash", "hang")
             ]
             last = (
-                crashes[-1]["text"]
-                if crashes
-                else "none left a message, as after kill -9 or without memory"
+                crashes[-1]["text"] if crashes else "no message, as after kill -9 or out of memory"
             )
             return (
-                f"{self.limit} starts from {tokens:,} tokens ended before a new checkpoint; the "
-                f"last crash: {last}. Mend that, remove {self.path}, and start again"
+                f"{self.limit} starts from {tokens:,} tokens crashed before a new checkpoint: fix "
+                f"the cause, remove {self.path}, start again; the last crash: {last}"
             )
         write_json(self.path, {"tokens": tokens, "starts": starts}, indent=None)
         return None

@@ -106,14 +106,14 @@ class Watchdog:
         behind = min(after.values(), key=order)
         blamed = silent or [rank for rank, place in after.items() if order(place) == order(behind)]
         names = "; ".join(
-            f"rank {rank} on {after[rank].get('host')} at step {after[rank].get('step')}, "
-            f"{after[rank].get('phase')}"
+            f"rank {rank} on {after[rank].get('host')} (step {after[rank].get('step')}, "
+            f"{after[rank].get('phase')})"
             for rank in blamed
         )
         step, phase, _ = self.place
-        state = "no sign of life from" if silent else "alive but furthest behind:"
+        state = "no heartbeat from" if silent else "furthest behind:"
         text = (
-            f"rank {self.rank} has not moved for {self.limit:.0f} s (step {step}, {phase}); "
+            f"rank {self.rank} made no progress for {self.limit:.0f} s (step {step}, {phase}); "
             f"{state} {names}"
         )
         self._exit("hang", text, [after[rank] for rank in silent])

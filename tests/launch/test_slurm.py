@@ -36,7 +36,6 @@ CLUSTER = [
     "cluster.device=cpu",
     "cluster.nodes=2",
     "cluster.ranks_per_node=1",
-    "cluster.peak_tflops=1",
     "metrics.wandb_project=null",
     "validation.every_tokens=1_000_000",
     "slurm.warn_seconds=300",

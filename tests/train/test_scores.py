@@ -114,9 +114,8 @@ def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys:
     result(tmp_path, "v1", 4, 30.0)
     result(tmp_path, "v1", 9, 50.0)
     assert collect(tmp_path) == 2 and collect(tmp_path) == 0
-    assert (
-        "v1 at step 9, 576 tokens: ARC 50.00, GSM8K 52.00, average 51.00" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "v1 at step 9, 576 tokens:  ARC 50.00  GSM8K 52.00  average 51.00" in said
     path = tmp_path / "metrics.jsonl"
     assert [line["step"] for line in read_lines(path)] == list(range(1, 10))
     assert [(line["step"], line["scores"]["v1"]["average"]) for line in read_scores(path)] == [

@@ -54,10 +54,8 @@ class StepText:
             f"batch {record['batch']:,} x {record['seq_len']:,}",
         ]
 
-    def problems(self) -> list[str]:
-        """What may slow the run down: rate of one rank, wait for data, updates of this start that
-        were skipped.
-        """
+    def details(self) -> list[str]:
+        """Rate of one rank, wait for data, and updates of this start that were skipped."""
         return [
             f"{short(self.throughput.tokens_per_second / self.throughput.ranks)} tok/s/rank",
             f"data wait {self.throughput.data_wait:.1%}",
@@ -105,7 +103,7 @@ class PlainConsole:
         stage = (record["stage"], record["seq_len"])
         lines = joined(pieces)
         if self.num_lines % self.STATUS_LINES == 0 or stage != self.stage:
-            status = [*self.text.position(record), *self.text.problems(), checkpoints]
+            status = [*self.text.position(record), *self.text.details(), checkpoints]
             lines += [f"  {line}" for line in joined(status, LOG_COLUMNS - 2)]
         self.num_lines += 1
         self.stage = stage
@@ -131,7 +129,7 @@ class LiveConsole:
         """Move the bar and replace the rows."""
         self.text.add(record)
         self.progress.update(self.task, completed=record["tokens"], description=record["stage"])
-        per_rank, data_wait, skipped = self.text.problems()
+        per_rank, data_wait, skipped = self.text.details()
         rows = (
             [*self.text.step(record), skipped],
             [*self.text.rate(record), per_rank, data_wait],

@@ -1,8 +1,7 @@
-"""metrics.jsonl: one record per step, the numbers of a run, and one for each checkpoint whose
-scores came in.
+"""metrics.jsonl: a record of each step, and one of each checkpoint's leaderboard scores.
 
-A record of scores (step, tokens, scores by suite) stands where the run was when they came, with the
-step and the tokens of the checkpoint that they belong to.
+A record of scores has the step and tokens of its checkpoint and the scores by suite. It is written
+when the scores arrive, so it follows records of later steps.
 """
 
 import errno
@@ -19,19 +18,16 @@ from core.files import read_json_lines, write_text
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-# of a curve on a page; longer runs are averaged over so many spans, or the page would grow with
-# them
-POINTS = 2000
+POINTS = 2000  # of a curve on a page; longer runs are averaged, so that the page does not grow
 
 
 class JsonLines:
     """One JSON object per line, in the order of tokens, without duplicates across restarts.
 
-    A disk that is full for a while costs no record: lines wait in memory, up to a bound, and are
-    written later.
+    While the disk is full, up to MAX_WAITING lines wait in memory and are written later.
     """
 
-    WAITING = 100_000
+    MAX_WAITING = 100_000
 
     def __init__(self, path: Path, tokens: int) -> None:
         kept = [line for line in read_json_lines(path) if line["tokens"] <= tokens]
@@ -39,7 +35,7 @@ class JsonLines:
         self.path = path
         self.file = path.open("ab", buffering=0)
         self.end = path.stat().st_size
-        self.waiting: deque[bytes] = deque(maxlen=self.WAITING)
+        self.waiting: deque[bytes] = deque(maxlen=self.MAX_WAITING)
 
     def write(self, record: Record) -> None:
         """Append a record; values that JSON lacks (NaN, infinity) become null."""
@@ -56,7 +52,7 @@ class JsonLines:
             self.failed = True
 
     def _append(self, line: bytes) -> None:
-        """Write a whole line, or leave the file as it was."""
+        """Write a whole line, or restore the length of the file and raise OSError."""
         written = self.file.write(line)
         if written != len(line):  # the disk was full in the middle
             self.file.truncate(self.end)
@@ -71,7 +67,9 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Records of a metrics file's steps, or all of another's; drops a last line cut by a kill."""
+    """Records of the steps in a metrics file, or all of another JSON Lines file; drops a last line
+    that a kill has truncated.
+    """
     return [record for record in read_json_lines(path) if "scores" not in record]
 
 
@@ -100,10 +98,10 @@ def short(count: float) -> str:
 
 
 def curve(
-    points: list[tuple[int, float | None]], most: int = POINTS
+    points: list[tuple[int, float | None]], max_points: int = POINTS
 ) -> tuple[list[int], list[float | None]]:
-    """At most `most` points, each a span's mean, placed at its end; None if no value is finite."""
-    span = -(-len(points) // most) if points else 1
+    """At most `max_points` points: means of equal spans at their last x; None if none is finite."""
+    span = -(-len(points) // max_points) if points else 1
     x, y = [], []
     for start in range(0, len(points), span):
         values = [value for _, value in points[start : start + span] if value is not None]

@@ -1,6 +1,6 @@
-"""Where the numbers of a run go: metrics.jsonl, the console, and the trackers that are wanted.
+"""Sinks of a run's records: metrics.jsonl, the console, and the configured trackers.
 
-The file is the record; the others are views of it and can neither delay nor stop the run.
+metrics.jsonl has every record. Console and trackers can neither delay nor stop the run.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """All sinks of one run; only its first rank makes one."""
+    """All sinks of one run, on its first rank."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Metrics:
             tracker.log(record)
 
     def log_scores(self, record: Record) -> None:
-        """Write the scores of a checkpoint wherever they belong."""
+        """Write the scores of a checkpoint to the file, the console and the trackers."""
         self.file.write(record)
         say(record)
         for tracker in self.trackers:
@@ -73,7 +73,7 @@ class Metrics:
 def trackers(
     folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int
 ) -> list[Tracker]:
-    """The views that the config wants; `tokens` is where the run goes on."""
+    """The trackers of the config, for a run that continues at `tokens`."""
     chosen: list[Tracker] = []
     if config.wandb_project is not None:
         chosen.append(Wandb(config.wandb_project, name, folder, run_config))

@@ -27,7 +27,7 @@ class HealthConfig:
     straggler_factor: float  # times slower than the other ranks
     hang_seconds: float  # without a move of a rank; six times as long at start and at the end
     max_starts: int  # from one position, without a new checkpoint
-    # leave for a requeue; Slurm's end of the job counts without it
+    # save and exit with code 75 after as many seconds; the end of a Slurm job counts in any case
     stop_after_seconds: float | None
     stop_margin_seconds: float  # before Slurm's end of the job
     verify_shards: VerifyShards

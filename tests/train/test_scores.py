@@ -97,14 +97,16 @@ def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
     result(tmp_path, "v1", 4, 30.0)
     result(tmp_path, "v1", 9, 50.0)
     jobs = SuiteJobs(Run("r", str(tmp_path), 0), Jobs(SUITES, 100, Launcher.local, [], []))
-    first = jobs.news()
+    first = jobs.collect()
     assert [(r["step"], r["tokens"]) for r in first] == [(4, 256), (9, 576)]
     assert first[0]["scores"] == {"v1": {"ARC": 30.0, "GSM8K": 32.0, "average": 31.0}}
-    assert jobs.news() == [] and held.exists()
+    assert jobs.collect() == [] and held.exists()
     result(tmp_path, "v2", 4, 7.0, complete=False)
-    assert jobs.news() == [], "it goes on"
+    assert jobs.collect() == [], "it goes on"
     result(tmp_path, "v2", 4, 7.0, complete=False, missing={"MATH": "no dataset"})
-    assert jobs.news() == [{"step": 4, "tokens": 256, "scores": {"v2": {"ARC": 7.0, "GSM8K": 9.0}}}]
+    assert jobs.collect() == [
+        {"step": 4, "tokens": 256, "scores": {"v2": {"ARC": 7.0, "GSM8K": 9.0}}}
+    ]
     assert not held.exists()
 
 

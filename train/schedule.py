@@ -4,8 +4,8 @@ Nothing of it is checkpointed.
 
 Falcon Mamba (arXiv 2410.05355, section 3, and its model card): linear warmup, constant peak,
 exponential decay peak * (min / peak)^r over the last tokens; batch ramped linearly in tokens;
-BatchScaling keeps lr / sqrt(batch) constant during the ramp. How warmup and BatchScaling combine is
-not published: here they multiply.
+BatchScaling keeps lr / sqrt(batch) constant during the ramp. It multiplies the maximal rate
+(tiiuae/Falcon-H1, docs/post_training_details.md), so it multiplies the warmup too.
 
 Other decay shapes, for ablations, are min + (peak - min) f(r), with r the completed fraction of the
 decay: f = 1 - r (linear) and 1 - sqrt(r) (one_minus_sqrt), which Haegele et al. compare (arXiv

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import psutil
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, python
 
 STAGES = (
     "data.stages=[{name: short, tokens: 160000, seq_len: 128, mixture: {code: 50, math: 35, web: "
@@ -192,3 +194,34 @@ def test_a_second_time_reuses_finished_stages(demo: Demo) -> None:
     assert all("reused" in output for output in demo.outputs.values())
     changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
     assert changed <= {"config.yaml", "outcome.json"}
+
+
+def test_the_readme_is_short_and_links_to_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.isascii() and text.count("\n") <= 120
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
+    assert len(links) > 30
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_its_python_runs_on_the_export(demo: Demo) -> None:
+    text = (ROOT / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(code) == 1 and "runs/demo/hf" in code[0]
+    names: dict[str, Any] = {}
+    exec(code[0].replace("runs/demo/hf", str(demo.run / "hf")), names)
+    assert len(names["ids"]) == 8
+
+
+def test_the_pictures_are_drawn_from_a_run(demo: Demo, tmp_path: Path) -> None:
+    result = python("docs/pictures.py", str(demo.run), "--output", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("demo_curves.svg", "console.svg"):
+        drawn, committed = tmp_path / name, ROOT / "docs" / "pages" / "images" / name
+        for path in (drawn, committed):
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+            assert 10_000 < path.stat().st_size < 150_000
+            text = path.read_text()
+            assert "@font-face" not in text and "@import" not in text  # nothing to load
+    shown = (tmp_path / "console.svg").read_text().replace("&#160;", " ")
+    assert "torchrun --nproc-per-node 2" in shown and "100.0%" in shown and " saved " in shown

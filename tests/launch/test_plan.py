@@ -245,7 +245,7 @@ def test_layouts_are_sorted_and_have_reasons(run: PlannedRun, layouts: list[Layo
 
 
 def test_fastest_layout_of_the_7b(megatron: PlannedRun) -> None:
-    """configs/experiment/7b.yaml, README.md and docs/design/parallelism.md quote these figures."""
+    """configs/experiment/7b.yaml and docs/design/parallelism.md quote these figures."""
     fastest = enumerate_layouts(megatron, 256, H100)[0]
     configured = evaluate_layout(megatron, megatron.parallel, megatron.compute.recompute, 256, H100)
     assert (fastest.tensor_parallel, fastest.sequence_parallel, fastest.recompute) == (

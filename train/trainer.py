@@ -102,7 +102,7 @@ class Trainer:
                 self._poll_leaderboard()
             if result["stats"].bad_data:
                 raise_on_all_ranks(self.datacheck.error)
-            self.failure_policy.after(self.state, before, result["stats"])
+            self.failure_policy.after_step(self.state, before, result["stats"])
             if result["stats"].stop:
                 return self.stop_request.why or "stopped by a signal to another rank"
         return None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import health as settings
-from train.resilience.health import SpikeDetector, Stragglers, bits
+from train.resilience.health import SpikeDetector, StragglerDetector, bit_sum
 
 CONFIG = replace(
     settings(),
@@ -114,7 +114,7 @@ def test_a_restart_anywhere_changes_no_decision(seed: int, cut: int, bad: set[in
 def test_a_straggler_is_named_and_nobody_else(measured: Any) -> None:
     chance = random.Random(0)
     noise = [[0.1 * chance.lognormvariate(0, 0.15) for _ in range(8)] for _ in range(1000)]
-    fair, slow = (Stragglers(8, 1.5, one_machine=False) for _ in range(2))
+    fair, slow = (StragglerDetector(8, 1.5, one_machine=False) for _ in range(2))
     assert all(fair.add(row) == [] for row in noise)
     named = named_by(slow, [[*row[:5], row[5] + 0.08, *row[6:]] for row in noise])
     first, _ = named[0]
@@ -123,7 +123,7 @@ def test_a_straggler_is_named_and_nobody_else(measured: Any) -> None:
     measured(f"named after {first} steps; 0 false alarms in 1,000")
 
 
-def named_by(stragglers: Stragglers, seconds: list[list[float]]) -> list[tuple[int, int]]:
+def named_by(stragglers: StragglerDetector, seconds: list[list[float]]) -> list[tuple[int, int]]:
     """Step and rank of each alarm, from every rank's seconds of each step."""
     return [(step, rank) for step, row in enumerate(seconds, 1) for rank, _ in stragglers.add(row)]
 
@@ -152,10 +152,10 @@ def test_noise_on_one_machine_is_no_straggler_and_a_slow_rank_is(measured: Any) 
     false, by_median, delays = 0, 0, []
     for seed in range(20):
         noise = busy_machine(seed, 1000)
-        false += len(named_by(Stragglers(8, 1.5, one_machine=True), noise))
-        by_median += len(named_by(Stragglers(8, 1.5, one_machine=False), noise))
+        false += len(named_by(StragglerDetector(8, 1.5, one_machine=True), noise))
+        by_median += len(named_by(StragglerDetector(8, 1.5, one_machine=False), noise))
         slow = [[first, 2.5 * second] for first, second in noise]
-        named = named_by(Stragglers(8, 1.5, one_machine=True), slow)
+        named = named_by(StragglerDetector(8, 1.5, one_machine=True), slow)
         assert {rank for _, rank in named} == {1}
         delays.append(named[0][0])
     assert false == 0 and by_median > 20
@@ -164,8 +164,8 @@ def test_noise_on_one_machine_is_no_straggler_and_a_slow_rank_is(measured: Any) 
 
 def test_every_bit_of_a_weight_counts() -> None:
     weight = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = bits(weight)
+    whole = bit_sum(weight)
     for bit in range(32):
         flipped = weight.clone()
         flipped.view(torch.int32)[bit * 31] ^= torch.tensor(1 << bit).to(torch.int32)
-        assert bits(flipped) != whole
+        assert bit_sum(flipped) != whole

@@ -1,35 +1,35 @@
-"""When a step, a rank or a start counts as failed. Torch-free; the values stand in configs/."""
+"""Config section `health`: limits for failing steps, ranks and starts. Torch-free."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class VerifyShards(Enum):
-    """When the hashes of the token shards are checked; their sizes are checked at every start."""
+    """When shards are hashed; their sizes are checked at every start."""
 
-    before = "before"  # training begins when all are
-    background = "background"  # training begins at once, and stops at the first bad one
+    before = "before"  # before training
+    background = "background"  # during training, which stops at the first bad shard
     never = "never"
 
 
 @dataclass
 class HealthConfig:
-    """What a run does about faulty steps, ranks and starts (train/README.md has the table)."""
+    """Limits for failing steps, ranks and starts; train/README.md lists the failures."""
 
-    max_skipped_updates: int  # updates in a row that may be skipped
-    spike_window_updates: int  # updates whose losses a new one is compared with
-    spike_sigmas: float  # standard deviations above their mean that make a spike
-    spike_patience_updates: int  # spikes in a row after which the run rolls back to a checkpoint
-    # the run stops when a spike lasts again after as many; a whole window of good updates resets it
+    max_skipped_updates: int  # consecutive skipped updates before the run stops
+    spike_window_updates: int  # number of past losses that define a spike
+    spike_sigmas: float  # a loss this many standard deviations above their mean is a spike
+    spike_patience_updates: int  # consecutive spikes before the run rolls back to a checkpoint
+    # rollbacks before the run stops; a whole window of updates resets the count
     max_rollbacks: int
     check_replicas_every_steps: int
     straggler_window_steps: int
     straggler_factor: float  # times slower than the other ranks
-    hang_seconds: float  # without a move of a rank; six times as long at start and at the end
-    max_starts: int  # from one position, without a new checkpoint
-    # save and exit with code 75 after as many seconds; the end of a Slurm job counts in any case
+    hang_seconds: float  # without progress of a rank; six times as long at the start and the end
+    max_starts: int  # from the same position without a new checkpoint
+    # save and exit with code 75 after this time; Slurm's job end is always respected
     stop_after_seconds: float | None
-    stop_margin_seconds: float  # before Slurm's end of the job
+    stop_margin_seconds: float  # before the end of the Slurm job
     verify_shards: VerifyShards
 
     def __post_init__(self) -> None:

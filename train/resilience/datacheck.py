@@ -1,10 +1,10 @@
-"""Whether the token shards are what their manifests say.
+"""Verify token shards against their manifests.
 
-One rank of each node reads the manifests and checks names, sizes and folders of all files; the
-others receive them. Every rank hashes its share of the files: `before` holds the run until all are
-hashed; `background` trains meanwhile and stops the run at the first bad file.
-Cost: the corpus is read once per start, shared by all ranks (11.6 TB at 5.8T tokens: 45 GB for each
-of 256 ranks).
+One rank per node reads the manifests and checks names and sizes of all files; the other ranks
+receive them. The files are distributed over ranks for hashing: `before` delays training until all
+are hashed; `background` trains meanwhile and stops the run at the first bad file.
+Cost: all ranks together read the corpus once per start (11.6 TB at 5.8T tokens: 45 GB for each of
+256 ranks).
 """
 
 import json
@@ -24,22 +24,22 @@ from train.resilience.config import VerifyShards
 
 logger = logging.getLogger(__name__)
 
-SAY_SECONDS = 10.0
+LOG_SECONDS = 10.0
 
 
 def open_per_node(config: DataConfig) -> dict[str, Manifest]:
-    """Manifests of all sources on every rank, opened and checked by the first rank of each node.
+    """Return all manifests on every rank; the first rank of each node opens and checks them.
 
-    Raises InputError on every rank when one of those finds a fault, or other manifests than rank 0.
+    Raises InputError on every rank if one of those finds an error, or differs from rank 0.
     """
     opened: dict[str, Manifest] | None = None
-    why = None
+    error = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             opened = open_manifests(config)
-        except (InputError, OSError) as error:
-            why = str(error)
-    raise_on_all_ranks(why)
+        except (InputError, OSError) as exception:
+            error = str(exception)
+    raise_on_all_ranks(error)
     text = json.dumps({name: asdict(manifest) for name, manifest in (opened or {}).items()})
     shared = {name: parse_manifest(raw) for name, raw in json.loads(broadcast_text(text)).items()}
     raise_on_all_ranks(
@@ -52,7 +52,7 @@ def open_per_node(config: DataConfig) -> dict[str, Manifest]:
 
 
 class DataCheck:
-    """This rank's share of the files."""
+    """Hashes this rank's share of the shards."""
 
     def __init__(self, config: DataConfig, manifests: dict[str, Manifest], ranks: Ranks) -> None:
         files = [
@@ -65,7 +65,7 @@ class DataCheck:
         self.error: str | None = None
 
     def start(self, mode: VerifyShards) -> None:
-        """Hash now, in the background, or never; raises InputError on every rank for a bad file."""
+        """Hash now, in the background or never. Raises InputError on every rank for a bad file."""
         if mode is VerifyShards.before:
             self._work()
             raise_on_all_ranks(self.error)
@@ -73,21 +73,24 @@ class DataCheck:
             threading.Thread(target=self._work, name="datacheck", daemon=True).start()
 
     def _work(self) -> None:
-        done, total = 0, sum(file.tokens for _, file in self.files)
-        said = time.monotonic()
+        hashed_tokens = 0
+        total = sum(file.tokens for _, file in self.files)
+        logged_at = time.monotonic()
         for folder, file in self.files:
             path = folder / file.name
             try:
-                good = sha256_of(path) == file.sha256
-                why = "differs from its manifest (SHA-256)"
-            except OSError as error:
-                good, why = False, f"cannot be read ({error})"
-            if not good:
+                error = None
+                if sha256_of(path) != file.sha256:
+                    error = "differs from its manifest (SHA-256)"
+            except OSError as exception:
+                error = f"cannot be read ({exception})"
+            if error is not None:
                 self.error = (
-                    f"shard {path} {why}: restore it, or remove {folder} and prepare the data again"
+                    f"shard {path} {error}: restore it, or remove {folder} and prepare the data "
+                    "again"
                 )
                 return
-            done += file.tokens
-            if self.is_first and time.monotonic() > said + SAY_SECONDS:
-                said = time.monotonic()
-                logger.info(f"verified {done / total:.0%} of the shards of this rank")
+            hashed_tokens += file.tokens
+            if self.is_first and time.monotonic() > logged_at + LOG_SECONDS:
+                logged_at = time.monotonic()
+                logger.info(f"verified {hashed_tokens / total:.0%} of the shards of this rank")

@@ -1,4 +1,4 @@
-"""What a step may need besides its update: skip, stop, rewind, check of replicas, save."""
+"""Decide after each step: skip the update, roll back, abort, check replicas, save."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from train.distributed import Ranks
 from train.engines.protocol import Engine
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.config import HealthConfig
-from train.resilience.health import SpikeDetector, Stragglers, drifting
+from train.resilience.health import SpikeDetector, StragglerDetector, diverged_ranks
 from train.resilience.watchdog import Watchdog
 from train.schedule import StepSchedule
 from train.step_stats import StepStats
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class FailurePolicy:
-    """Watches over the steps of one rank; all ranks' guards decide alike."""
+    """What one rank does about failing steps; it decides alike on all ranks."""
 
     def __init__(
         self,
@@ -33,37 +33,47 @@ class FailurePolicy:
         phases: Phases,
         watchdog: Watchdog,
     ) -> None:
-        self.config, self.ranks, self.phases, self.watchdog = config, ranks, phases, watchdog
-        self.model, self.engine, self.checkpoints = model, engine, checkpoints
+        self.config = config
+        self.ranks = ranks
+        self.model = model
+        self.engine = engine
+        self.checkpoints = checkpoints
+        self.phases = phases
+        self.watchdog = watchdog
         self.spike_detector = SpikeDetector(config)
-        self.stragglers = Stragglers(
+        self.straggler_detector = StragglerDetector(
             config.straggler_window_steps,
             config.straggler_factor,
             one_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.world_size,
         )
 
     def update(self, state: TrainState, step_schedule: StepSchedule, loss: float) -> dict[str, Any]:
-        """Update the weights unless the step does harm; returns the norm, and if it skipped."""
-        why = self.spike_detector.check(loss, step_schedule.stage)
-        if why is None:
+        """Update the weights, or skip the update; returns `grad_norm` and `skipped`."""
+        skip_reason = self.spike_detector.check(loss, step_schedule.stage)
+        if skip_reason is None:
             grad_norm, skipped = self.engine.clip_and_step(step_schedule.lr)
-            why = "the gradient is not finite" if skipped else None
+            skip_reason = "the gradient is not finite" if skipped else None
             spiked = False
         else:
             self.engine.skip_step()
-            grad_norm, skipped, spiked = float("nan"), True, "spike" in why
+            grad_norm = float("nan")
+            skipped = True
+            spiked = "spike" in skip_reason
         self.spike_detector.update(loss, state.tokens, not skipped, spiked)
         state.updates += not skipped
-        if why is not None and self.ranks.is_first:
+        if skip_reason is not None and self.ranks.is_first:
             end = state.tokens + step_schedule.tokens
-            text = f"step {state.step + 1:,} (tokens {state.tokens:,} to {end:,}): {why}"
+            text = f"step {state.step + 1:,} (tokens {state.tokens:,} to {end:,}): {skip_reason}"
             self.watchdog.incidents.log(
                 "skipped update", text, step=state.step + 1, tokens=[state.tokens, end]
             )
         return {"grad_norm": grad_norm, "skipped": skipped}
 
-    def after(self, state: TrainState, before: int, stats: StepStats) -> None:
-        """Check the step from token `before` to now; InputError on every rank stops the run."""
+    def after_step(self, state: TrainState, start: int, stats: StepStats) -> None:
+        """Check and, if due, save after the step that began at token `start`.
+
+        Raises InputError on every rank if the run must stop.
+        """
         self.phases.enter(state.step, "check")
         if self.spike_detector.should_abort is not None:
             raise InputError(
@@ -73,44 +83,44 @@ class FailurePolicy:
         rolled_back = self.spike_detector.should_roll_back and self._roll_back(state)
         if state.step % self.config.check_replicas_every_steps == 0:
             self.check_replicas(state.step)
-        slow = self.stragglers.add(stats.compute_seconds)
+        stragglers = self.straggler_detector.add(stats.compute_seconds)
         if self.ranks.is_first:
-            for rank, times in slow:
+            for rank, factor in stragglers:
                 host = self.watchdog.host(rank)
-                text = f"rank {rank} on {host} is {times:.1f} times slower than the other ranks"
+                text = f"rank {rank} on {host} is {factor:.1f} times slower than the other ranks"
                 self.watchdog.incidents.log("straggler", text, rank=rank, step=state.step)
-        if rolled_back or stats.save or self.checkpoints.is_due(before, state.tokens):
+        if rolled_back or stats.save or self.checkpoints.is_due(start, state.tokens):
             self.phases.enter(state.step, "save")
             state.health = self.spike_detector.state()
-            waited = self.checkpoints.save(state, self.engine)
+            seconds = self.checkpoints.save(state, self.engine)
             logger.info(
-                f"saving step {state.step:,} in the background; the loop waited {waited:.2f} s"
+                f"saving step {state.step:,} in the background; the loop waited {seconds:.2f} s"
             )
 
     def final_save(self, state: TrainState) -> None:
-        """The last save, which waits until it is on disk."""
+        """Save before the run ends, and wait until the checkpoint is on disk."""
         self.phases.enter(state.step, "exit", LONG_PATIENCE)
         state.health = self.spike_detector.state()
         self.checkpoints.save_and_wait(state, self.engine)
 
     def check_replicas(self, step: int) -> None:
-        """Raise RuntimeError on every rank when weights drifted; the next start repairs them."""
-        if drifted := drifting(self.model, self.engine, self.ranks):
-            names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in drifted)
-            text = f"weights of {names} differ from their master copies after step {step:,}"
+        """Raise RuntimeError on every rank if weights diverged; the next start repairs them."""
+        if diverged := diverged_ranks(self.model, self.engine, self.ranks):
+            names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in diverged)
+            text = f"weights of {names} differ from their master weights after step {step:,}"
             if self.ranks.is_first:
-                self.watchdog.incidents.log("drift", text, ranks=drifted, step=step)
+                self.watchdog.incidents.log("drift", text, ranks=diverged, step=step)
             raise RuntimeError(text)
 
     def _roll_back(self, state: TrainState) -> bool:
-        """Load a checkpoint from before a lasting spike; leave out the data since then."""
+        """Load the checkpoint before a lasting spike and skip the data since; returns if it did."""
         since = self.spike_detector.since
         assert since is not None
         self.phases.enter(state.step, "save", LONG_PATIENCE)
         self.checkpoints.wait()
         folder = self.checkpoints.find_latest(max_tokens=since)
         if folder is None:
-            return False  # the updates go on being skipped, until there are too many
+            return False  # updates stay skipped until max_skipped_updates
         old = self.checkpoints.load(folder, self.engine)
         rollbacks = self.spike_detector.rollbacks + 1
         self.spike_detector.load(old.health)

@@ -125,63 +125,67 @@ class SpikeDetector:
         return self.spikes >= self.config.spike_patience_updates
 
 
-def drifting(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
-    """Ranks whose weights are not, bit for bit, what they should be.
+def diverged_ranks(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
+    """Return the ranks whose weights are not bit-identical to the master weights or replicas.
 
-    That is the masters of which they are copies (after each update of ZeRO-1 and 2 all copies are
-    written anew, so this sees what went wrong since, and a gather that does not arrive;
-    megatron-core's gather comes right before, so of that only the latter), or what most replicas
-    hold. Ranks that hold parts alone (ZeRO-3) have nothing to compare. Sums of bit patterns: one
-    pass over the weights, and a few bytes exchanged.
+    ZeRO-1 and 2 write all copies of the master weights anew at each update: the check finds what
+    went wrong since. megatron-core gathers just before the check, which then finds only gathers
+    that did not arrive. With ZeRO stage 0 the majority of replicas is right. ZeRO-3 ranks hold
+    shards only: there is nothing to compare. Compares sums of bit patterns: one pass over the
+    weights, and a few bytes sent.
     """
     if engine.weights is Weights.SHARDED:
         return []
-    # first, for megatron-core gathers weights for the next forward only, or for this
-    shards = engine.state_shards()
+    # read first: megatron-core gathers the weights when the state is read
+    state_shards = engine.state_shards()
     weights = dict(model.named_parameters())
-    # cut, whole tensors
-    held, owned = (torch.zeros(2, dtype=torch.int64, device=ranks.device) for _ in range(2))
+    # sums over [tensor-parallel shards, whole tensors]
+    weight_sums = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    master_sums = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     for name, weight in weights.items():
-        held[int(shard_spec(name) is None)] += bits(weight)
+        weight_sums[int(shard_spec(name) is None)] += bit_sum(weight)
     if engine.weights is Weights.REPLICATED:
-        return outvoted(held.cpu(), ranks)
-    for shard, tensor in shards:
+        return minority_ranks(weight_sums.cpu(), ranks)
+    for shard, tensor in state_shards:
         if shard.kind == "param":
-            owned[int(shard_spec(shard.name) is None)] += bits(tensor.to(weights[shard.name].dtype))
-    cut, whole = owned[:1].cpu(), owned[1:].cpu()
-    dist.all_reduce(cut, group=data_parallel_group())
-    dist.all_reduce(whole)
+            master = tensor.to(weights[shard.name].dtype)
+            master_sums[int(shard_spec(shard.name) is None)] += bit_sum(master)
+    of_shards, of_whole = master_sums[:1].cpu(), master_sums[1:].cpu()
+    dist.all_reduce(of_shards, group=data_parallel_group())
+    dist.all_reduce(of_whole)
+    differs = (weight_sums.cpu() != torch.cat([of_shards, of_whole])).any()
     flags = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
-    dist.all_gather(flags, (held.cpu() != torch.cat([cut, whole])).any().long().view(1))
+    dist.all_gather(flags, differs.long().view(1))
     return [rank for rank, flag in enumerate(flags) if flag]
 
 
-def outvoted(held: Tensor, ranks: Ranks) -> list[int]:
-    """Ranks whose sums `held` are not their replicas' majority; all, where there is no majority."""
-    gathered = [torch.zeros_like(held) for _ in range(ranks.world_size)]
-    dist.all_gather(gathered, held)
+def minority_ranks(weight_sums: Tensor, ranks: Ranks) -> list[int]:
+    """Return the ranks whose sums differ from most of their replicas; all, without a majority."""
+    gathered = [torch.zeros_like(weight_sums) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, weight_sums)
     sums = [tuple(pair.tolist()) for pair in gathered]
     replicas = [sums[rank % ranks.tp_size :: ranks.tp_size] for rank in range(ranks.world_size)]
     return [
         rank
-        for rank, own in enumerate(sums)
-        if 2 * replicas[rank].count(own) <= len(replicas[rank])
+        for rank, rank_sums in enumerate(sums)
+        if 2 * replicas[rank].count(rank_sums) <= len(replicas[rank])
     ]
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's bit patterns, modulo 2^64."""
-    kinds = {4: torch.int32, 2: torch.int16}
-    return tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
+def bit_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bit patterns, modulo 2^64."""
+    int_types = {4: torch.int32, 2: torch.int16}
+    bits = tensor.detach().contiguous().view(int_types[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
 
 
-class Stragglers:
+class StragglerDetector:
     """Find ranks whose compute time per micro-batch stays longer than that of the other ranks.
 
-    Across machines a rank is slow by its median step of a window, in two windows in a row. The
-    ranks of one machine share its cores, and any other process slows one of them for a while: there
-    a rank is slow by its fastest step of a window, in eight windows in a row. A rank that stays
-    slow is named again after twice as many windows.
+    Across machines, a rank is slow if its median step is slow in two consecutive windows. Ranks of
+    one machine share its cores, so any other process slows one of them for a while: there, a rank
+    is slow if its fastest step is slow in eight consecutive windows. A rank that stays slow is
+    reported again after twice as many windows.
     """
 
     def __init__(self, window_steps: int, factor: float, *, one_machine: bool) -> None:
@@ -191,24 +195,25 @@ class Stragglers:
         )
         self.num_windows = 8 if one_machine else 2
         self.steps: deque[list[float]] = deque(maxlen=window_steps)
-        self.slow_windows: dict[int, int] = {}  # rank -> windows in a row
+        self.slow_windows: dict[int, int] = {}  # rank -> consecutive slow windows
 
     def add(self, seconds: list[float]) -> list[tuple[int, float]]:
-        """Take every rank's seconds for one step; returns slow ranks and how many times slower."""
+        """Add every rank's seconds for one step; returns (slow rank, factor) pairs."""
         self.steps.append(seconds)
         if len(self.steps) < (self.steps.maxlen or 0):
             return []
-        of_window = [self.statistic(column) for column in zip(*self.steps, strict=True)]
+        rank_seconds = [self.statistic(column) for column in zip(*self.steps, strict=True)]
         self.steps.clear()
-        slow = {}
-        for rank, local in enumerate(of_window):
-            others = statistics.median(of_window[:rank] + of_window[rank + 1 :] or [local])
-            if local > self.factor * others and local - others > MIN_SLOWER_SECONDS:
-                slow[rank] = local / max(others, 1e-9)
-        self.slow_windows = {rank: self.slow_windows.get(rank, 0) + 1 for rank in slow}
-        return [(rank, times) for rank, times in slow.items() if self._is_due(rank)]
+        factors = {}
+        for rank, own_seconds in enumerate(rank_seconds):
+            others = rank_seconds[:rank] + rank_seconds[rank + 1 :] or [own_seconds]
+            typical = statistics.median(others)
+            if own_seconds > self.factor * typical and own_seconds - typical > MIN_SLOWER_SECONDS:
+                factors[rank] = own_seconds / max(typical, 1e-9)
+        self.slow_windows = {rank: self.slow_windows.get(rank, 0) + 1 for rank in factors}
+        return [(rank, factor) for rank, factor in factors.items() if self._is_due(rank)]
 
     def _is_due(self, rank: int) -> bool:
-        """Whether the slow windows of a rank are num_windows times a power of two."""
-        times, rest = divmod(self.slow_windows[rank], self.num_windows)
-        return rest == 0 and times.bit_count() == 1
+        """Whether a rank's slow windows are num_windows times a power of two."""
+        multiple, remainder = divmod(self.slow_windows[rank], self.num_windows)
+        return remainder == 0 and multiple.bit_count() == 1

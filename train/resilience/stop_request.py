@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what."""
+    """Records whether and why this process must stop."""
 
     def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
         """Count the time limit from here; under Slurm also the job's end less the margin."""
@@ -34,7 +34,7 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def reason(self) -> str | None:
-        """What stopped the run, as in "stopped by Ctrl-C"; None where nothing has."""
+        """Return why the run must stop, such as "stopped by Ctrl-C", or None."""
         if self.why is None and self.end is not None and time.monotonic() >= self.end:
             self.why = self.limit
         if self.why is None and os.getppid() != self.parent:
@@ -43,11 +43,11 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.why is None:
-            self.why = f"stopped by {name_of(number)}"
+            self.why = f"stopped by {signal_name(number)}"
 
 
-def name_of(number: int) -> str:
-    """A signal as a user knows it."""
+def signal_name(number: int) -> str:
+    """Return a signal's name for messages."""
     if number == signal.SIGINT:
         return "Ctrl-C"
     name = signal.Signals(number).name

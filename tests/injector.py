@@ -78,7 +78,7 @@ class Injector:
 
     def patient(self) -> None:
         """Let the watchdog's limit count from a hang on: a slow machine does not end a rank."""
-        at, beat = Watchdog.at, Watchdog._beat
+        at, beat = Watchdog.enter_phase, Watchdog._write_heartbeat
 
         def moved(watchdog: Watchdog, step: int, phase: str, patience: float = 1.0) -> None:
             at(watchdog, step, phase, 1e6)
@@ -86,10 +86,10 @@ class Injector:
         def beating(watchdog: Watchdog) -> None:
             beat(watchdog)
             if any(path.exists() for path in self.hangs):
-                step, phase, end = watchdog.place
-                watchdog.place = (step, phase, min(end, time.monotonic() + watchdog.limit))
+                step, phase, end = watchdog.progress
+                watchdog.progress = (step, phase, min(end, time.monotonic() + watchdog.limit))
 
-        Watchdog.at, Watchdog._beat = moved, beating  # type: ignore[method-assign]
+        Watchdog.enter_phase, Watchdog._write_heartbeat = moved, beating  # type: ignore[method-assign]
 
     def patched(self) -> None:
         """Wrap a step, the loader and the points of a save."""

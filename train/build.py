@@ -66,7 +66,7 @@ def build_trainer(
     datacheck.start(config.health.verify_shards)
     plan = compile_plan(config.data, manifests)
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
-    phases = Phases(watchdog.at)
+    phases = Phases(watchdog.enter_phase)
     with errors_on_all_ranks():
         kernels = load_kernels(config.compute, ranks.device.type)
     model = build_rank_model(config, kernels, ranks)

@@ -54,7 +54,7 @@ def run_context(
             return previous
         if ranks.is_first:
             run.files.outcome.unlink(missing_ok=True)
-        watchdog.begin(run_lock if ranks.is_first else None)
+        watchdog.start(run_lock if ranks.is_first else None)
         stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
         stop_request.install()
         logger.info(f"{ranks.world_size} ranks connected; building the model")
@@ -67,7 +67,7 @@ def run_context(
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        text = f"rank {ranks.rank} on {watchdog.who['host']}: {type(error).__name__}: {error}"
+        text = f"rank {ranks.rank} on {watchdog.process['host']}: {type(error).__name__}: {error}"
         watchdog.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=ranks.rank
         )
@@ -81,7 +81,7 @@ def run_context(
         watchdog.run_lock = None
         run_lock.release()
         if sys.exc_info()[0] is None:
-            watchdog.end()
+            watchdog.stop()
 
 
 def start(config: RunConfig, device: str) -> Outcome:

@@ -152,9 +152,9 @@ def test_a_rank_that_does_not_move_says_where_and_leaves(
 ) -> None:
     left: queue.Queue[int] = queue.Queue()
     watch = Watchdog(tmp_path, 0, 1, hang_seconds=0.2)
-    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.end(), left.put(code)))
-    watch.at(7, "forward")
-    watch.begin(None)
+    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.stop(), left.put(code)))
+    watch.enter_phase(7, "forward")
+    watch.start(None)
     assert left.get(timeout=PATIENCE) == HUNG
     (entry,) = read_json_lines(watch.incidents.path)
     assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
@@ -165,11 +165,11 @@ def test_a_move_may_take_its_patience_times_the_limit(
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     watch = Watchdog(tmp_path, 0, 1, hang_seconds=5.0)
-    assert watch.place == (0, "start", 130.0)
-    watch.at(7, "forward")
-    assert watch.place == (7, "forward", 105.0)
-    watch.at(7, "save", patience=6.0)
-    assert watch.place == (7, "save", 130.0)
+    assert watch.progress == (0, "start", 130.0)
+    watch.enter_phase(7, "forward")
+    assert watch.progress == (7, "forward", 105.0)
+    watch.enter_phase(7, "save", patience=6.0)
+    assert watch.progress == (7, "save", 130.0)
 
 
 @pytest.mark.fault(

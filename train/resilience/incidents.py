@@ -1,11 +1,10 @@
-"""What happened to a run besides its steps, and how it ended: incidents.jsonl and outcome.json in
-its folder.
+"""Write incidents.jsonl and outcome.json of a run.
 
 A rank exits with the code of the outcome, but torchrun turns every code into 1. So launchers read
 outcome.json, which is absent while a run trains and after a crash:
 
-    code 0   finished     it has trained all its tokens
-    code 75  interrupted  a signal or a time limit stopped it, it saved: the same command continues
+    code 0   finished     the run has trained on all its tokens
+    code 75  interrupted  stopped by a signal or a time limit, saved; the same command continues
     code 2   failed       a restart does not help; the reason says what to change
     absent   crashed      start it again
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED = 0
 INTERRUPTED = 75
-HUNG = 76  # left because a peer hung; any code but the three above asks for a restart
+HUNG = 76  # exited because a peer hung; any code other than 0, 75 and 2 requests a restart
 NAMES = {FINISHED: "finished", INTERRUPTED: "interrupted", USER_ERROR: "failed"}
 
 
@@ -50,7 +49,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """How the last start of a run ended, or None when it is running or crashed."""
+    """Return how the last start of a run ended, or None if it is running or crashed."""
     raw = read_json(RunFiles(folder).outcome)
     try:
         return Outcome(int(raw["code"]), str(raw["reason"]))
@@ -59,13 +58,13 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 class Incidents:
-    """The log of all but plain steps: one JSON object per line, also printed on the console."""
+    """Writes events other than plain steps as JSON lines, and logs them."""
 
     def __init__(self, folder: Path) -> None:
         self.path = RunFiles(folder).incidents
 
     def log(self, kind: str, text: str, **facts: Any) -> None:
-        """Write an incident; a full disk or a closed console is no reason to stop."""
+        """Write an incident; a full disk or a closed console does not stop the run."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "incident": kind,
@@ -78,14 +77,14 @@ class Incidents:
 
 
 class Starts:
-    """Counts starts from the same tokens; stops a run that crashes repeatedly before a save."""
+    """Counts starts from the same position, to stop a run that crashes before every save."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.path = RunFiles(folder).starts
         self.limit = limit
 
     def count(self, tokens: int, incidents: Incidents) -> str | None:
-        """Note a start at `tokens`; returns why it must not go on, or None."""
+        """Count a start at token position `tokens`; returns why the run must stop, or None."""
         raw = read_json(self.path)
         try:
             starts = int(raw["starts"]) + 1 if int(raw["tokens"]) == tokens else 1

@@ -15,18 +15,18 @@ from core.errors import InputError
 from core.files import TEMP_SUFFIX
 from core.run import RunFiles
 
-LOCK_TIMEOUT_SECONDS = 60.0  # longer than a network file system keeps attributes cached
+LOCK_TIMEOUT_SECONDS = 60.0  # longer than network file systems cache attributes
 RENEW_SECONDS = 10.0
 
 
 def machine() -> str:
-    """This machine since its last boot, and the process ids that are visible in it."""
+    """Identify this machine, its boot and its PID namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks; None if it is gone or a zombie."""
+    """Return a process's start time in kernel ticks, or None if it has exited or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -35,7 +35,7 @@ def process_start(pid: int) -> str | None:
 
 
 class RunLock:
-    """The lock of one run folder, held by its first rank."""
+    """The lock of a run folder, held by its first rank."""
 
     def __init__(self, folder: Path, seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
         self.path = RunFiles(folder).lock
@@ -43,39 +43,39 @@ class RunLock:
         self.descriptor = -1
 
     def acquire(self) -> None:
-        """Hold the lock; raises InputError while another job does, and then has written nothing.
+        """Acquire the lock. Raises InputError, and writes nothing, while another job holds it.
 
-        Takes over from a job that is gone, after a moment on the same machine and after `seconds`
-        elsewhere.
+        Takes over from a job that has ended: at once on the same machine, elsewhere after
+        `seconds`.
         """
-        mine = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        part = self.path.with_name(
+        owner = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
+        temporary = self.path.with_name(
             f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}{TEMP_SUFFIX}"
         )
-        part.write_text(json.dumps(mine) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(owner) + "\n", encoding="utf-8")
         try:
             while True:
                 try:
-                    os.link(part, self.path)  # with its content, or not at all
+                    os.link(temporary, self.path)  # atomic, including the content
                     break
                 except FileExistsError:
                     self._clear()
         finally:
-            part.unlink()
+            temporary.unlink()
         self.descriptor = os.open(self.path, os.O_RDONLY)
 
     def renew(self) -> bool:
-        """Show that the holder lives, without disk space; False when the lock is another's."""
+        """Touch the lock file, which needs no disk space; False if another job has the lock."""
         try:
             os.utime(self.descriptor)
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
         except FileNotFoundError:
             return False
-        except OSError:  # a file system that hangs or turned read-only is no other holder
+        except OSError:  # a hanging or read-only file system does not mean another holder
             return True
 
     def release(self) -> None:
-        """Give the lock back, unless it is another's by now."""
+        """Release the lock, unless another job has taken it."""
         if self.descriptor >= 0:
             if self.renew():
                 self.path.unlink(missing_ok=True)
@@ -83,36 +83,41 @@ class RunLock:
             self.descriptor = -1
 
     def _clear(self) -> None:
-        """Remove the lock of a job that is gone; raises InputError when it lives."""
+        """Remove the lock of an ended job; raises InputError if the job runs."""
         try:
             stale = self.path.stat()
             holder = json.loads(self.path.read_text(encoding="utf-8"))
-            where, pid, start = str(holder["machine"]), int(holder["pid"]), holder["start"]
+            host = str(holder["machine"])
+            pid = int(holder["pid"])
+            start = holder["start"]
         except FileNotFoundError:
-            return  # given back in this moment
+            return  # released in the meantime
         except (ValueError, KeyError, TypeError):
-            where, pid, start = "an unknown machine", 0, None
-        lives = (
-            process_start(pid) == start if where == machine() else self._changes(stale.st_mtime_ns)
-        )
-        if lives:
+            host = "an unknown machine"
+            pid = 0
+            start = None
+        if host == machine():
+            is_running = process_start(pid) == start
+        else:
+            is_running = self._is_renewed(stale.st_mtime_ns)
+        if is_running:
             raise InputError(
-                f"{self.path.parent} is in use by process {pid} on {where.split()[0]}: wait for "
-                "it, end it, or choose another run.name"
+                f"{self.path.parent} is in use by process {pid} on {host.split()[0]}: wait for it, "
+                "stop it, or choose another run.name"
             )
         try:
             if os.path.samestat(stale, self.path.stat()):
                 self.path.unlink()
         except FileNotFoundError:
-            return  # somebody else removed it, and taking it is tried next
+            return  # removed by another job; acquire tries again
 
-    def _changes(self, before: int) -> bool:
-        """Whether the lock is renewed within `seconds`."""
+    def _is_renewed(self, before: int) -> bool:
+        """Whether the holder renews the lock within `seconds`."""
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             time.sleep(min(1.0, self.seconds / 10))
             try:
-                with self.path.open("rb") as file:  # opening asks the file server anew
+                with self.path.open("rb") as file:  # opening refreshes cached attributes
                     if os.fstat(file.fileno()).st_mtime_ns != before:
                         return True
             except FileNotFoundError:

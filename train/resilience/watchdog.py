@@ -1,10 +1,9 @@
-"""A thread beside the loop: shows that this rank lives, renews the run's lease, and ends a rank
-that is stuck.
+"""Watchdog thread of a rank: writes heartbeats, renews the run's lock, ends a rank that hangs.
 
-A rank that stops (kill -STOP, a dead GPU, a storage that does not answer) leaves its peers inside a
-collective. Each rank writes its place and a beat to a small file; when it has not moved for the
-limit, it says whose beat has stopped, or who is furthest behind, writes the stacks of its threads,
-and leaves with a code that asks for a restart.
+A stopped rank (kill -STOP, a dead GPU, unresponsive storage) leaves its peers inside a collective.
+Each rank writes its step, phase and a counter to a small file. A rank that makes no progress within
+the limit reports the peer whose heartbeat stopped, or the one furthest behind, writes its threads'
+stacks, and exits with a code that requests a restart.
 Cost: a file of 512 bytes per rank, overwritten every few seconds.
 """
 
@@ -26,7 +25,7 @@ from train.phases import LONG_PATIENCE, PHASES
 from train.resilience.incidents import HUNG, Incidents
 from train.resilience.run_lock import RENEW_SECONDS, RunLock, machine, process_start
 
-SIZE = 512
+HEARTBEAT_BYTES = 512
 
 
 class Watchdog:
@@ -40,34 +39,38 @@ class Watchdog:
         self.period = min(RENEW_SECONDS, hang_seconds / 4)
         self.run_lock: RunLock | None = None
         self.incidents = Incidents(folder)
-        self.beats = 0
-        self.ended = threading.Event()
-        self.who = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
-        self.who["start"] = process_start(os.getpid())
+        self.num_heartbeats = 0
+        self.stopped = threading.Event()
+        self.process = {
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "start": process_start(os.getpid()),
+        }
         self.descriptor = -1
-        self.at(0, "start", LONG_PATIENCE)
+        self.enter_phase(0, "start", LONG_PATIENCE)
 
-    def at(self, step: int, phase: str, patience: float = 1.0) -> None:
-        """The loop has come this far; the next move may take `patience` times the limit."""
-        self.place = (step, phase, time.monotonic() + patience * self.limit)
+    def enter_phase(self, step: int, phase: str, patience: float = 1.0) -> None:
+        """Record progress; the phase may take `patience` times the limit."""
+        self.progress = (step, phase, time.monotonic() + patience * self.limit)
 
-    def begin(self, run_lock: RunLock | None) -> None:
-        """Start to beat; the first rank renews the lease."""
+    def start(self, run_lock: RunLock | None) -> None:
+        """Start writing heartbeats; `run_lock` is renewed if given (first rank)."""
         self.run_lock = run_lock
         self.heartbeats.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self._path(self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
-        self._beat()
-        threading.Thread(target=self._work, name="watchdog", daemon=True).start()
+        self._write_heartbeat()
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
-    def end(self) -> None:
-        """Stop to watch, and leave no sign of life behind."""
-        self.ended.set()
+    def stop(self) -> None:
+        """Stop the thread and remove the heartbeat file."""
+        self.stopped.set()
         if self.descriptor >= 0:
             with suppress(OSError):
                 self._path(self.rank).unlink()
 
     def host(self, rank: int) -> str:
-        """Where a rank runs, for messages."""
+        """Return the host of a rank, for messages."""
         return str(self._read(rank).get("host", "an unknown host"))
 
     def _path(self, rank: int) -> Path:
@@ -75,42 +78,44 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
-            return found
+            heartbeat: dict[str, Any] = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            return heartbeat
         except (OSError, ValueError):
             return {}
 
-    def _work(self) -> None:
-        while not self.ended.wait(self.period):
-            self._beat()
+    def _run(self) -> None:
+        while not self.stopped.wait(self.period):
+            self._write_heartbeat()
             if self.run_lock is not None and not self.run_lock.renew():
                 self._exit("lost run lock", "another job took over this run's folder", [])
-            if time.monotonic() > self.place[2]:
-                self._hang()
+            if time.monotonic() > self.progress[2]:
+                self._report_hang()
 
-    def _beat(self) -> None:
-        """Overwrite this rank's file in place, which needs no room on a full disk."""
-        self.beats += 1
-        step, phase, _ = self.place
-        line = json.dumps({"step": step, "phase": phase, "beats": self.beats, **self.who})
-        # peers would take this rank for silent, and say so; nothing else depends on it
+    def _write_heartbeat(self) -> None:
+        """Overwrite this rank's file in place, which needs no free disk space."""
+        self.num_heartbeats += 1
+        step, phase, _ = self.progress
+        line = json.dumps(
+            {"step": step, "phase": phase, "beats": self.num_heartbeats, **self.process}
+        )
+        # on an error peers report this rank as silent; nothing else depends on the file
         with suppress(OSError):
-            os.pwrite(self.descriptor, line.ljust(SIZE).encode(), 0)
+            os.pwrite(self.descriptor, line.ljust(HEARTBEAT_BYTES).encode(), 0)
 
-    def _hang(self) -> None:
+    def _report_hang(self) -> None:
         before = {rank: self._read(rank) for rank in range(self.world_size)}
-        self.ended.wait(2.5 * self.period)
-        self._beat()
+        self.stopped.wait(2.5 * self.period)
+        self._write_heartbeat()
         after = {rank: self._read(rank) for rank in range(self.world_size)}
         silent = [rank for rank in after if rank != self.rank and before[rank] == after[rank]]
-        behind = min(after.values(), key=order)
-        blamed = silent or [rank for rank, place in after.items() if order(place) == order(behind)]
+        slowest = min(map(progress_of, after.values()))
+        suspects = silent or [rank for rank in after if progress_of(after[rank]) == slowest]
         names = "; ".join(
             f"rank {rank} on {after[rank].get('host')} (step {after[rank].get('step')}, "
             f"{after[rank].get('phase')})"
-            for rank in blamed
+            for rank in suspects
         )
-        step, phase, _ = self.place
+        step, phase, _ = self.progress
         state = "no heartbeat from" if silent else "furthest behind:"
         text = (
             f"rank {self.rank} made no progress for {self.limit:.0f} s (step {step}, {phase}); "
@@ -118,8 +123,8 @@ class Watchdog:
         )
         self._exit("hang", text, [after[rank] for rank in silent])
 
-    def _exit(self, kind: str, text: str, frozen: list[dict[str, Any]]) -> None:
-        """Log it, write the stacks, end this machine's peers that cannot end themselves, exit."""
+    def _exit(self, kind: str, text: str, stopped_peers: list[dict[str, Any]]) -> None:
+        """Log an incident, dump stacks, kill this machine's stopped peers, and exit."""
         self.incidents.log(kind, text, rank=self.rank)
         try:
             with (self.heartbeats / f"stacks-{self.rank:05d}.txt").open(
@@ -128,18 +133,17 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        for peer in frozen:
-            # a stopped process does not hear SIGTERM, and launchers wait half a minute before they
-            # do the same
+        for peer in stopped_peers:
+            # a stopped process ignores SIGTERM, and launchers wait half a minute before SIGKILL
             if peer.get("machine") == machine() and process_start(peer["pid"]) == peer["start"]:
                 os.kill(peer["pid"], signal.SIGKILL)
         exit_now(HUNG)
 
 
-def order(place: dict[str, Any]) -> tuple[int, int]:
-    """How far a rank has come."""
-    phase = place.get("phase")
-    return int(place.get("step", -1)), PHASES.index(phase) if phase in PHASES else -1
+def progress_of(heartbeat: dict[str, Any]) -> tuple[int, int]:
+    """Return a sort key: step, then phase."""
+    phase = heartbeat.get("phase")
+    return int(heartbeat.get("step", -1)), PHASES.index(phase) if phase in PHASES else -1
 
 
-exit_now: Callable[[int], Any] = os._exit  # from a thread sys.exit would end the thread alone
+exit_now: Callable[[int], Any] = os._exit  # sys.exit in a thread ends only the thread

@@ -203,7 +203,9 @@ class ProfileConfig:
                 "train.profile.steps, after_steps, timed_steps and ranks must not be negative"
             )
         if self.steps and not self.ranks:
-            raise ValueError("train.profile.ranks is empty; train.profile.steps=0 disables it")
+            raise ValueError(
+                "train.profile.ranks is empty: name ranks or set train.profile.steps=0"
+            )
 
 
 @dataclass
@@ -272,7 +274,7 @@ class RunConfig:
                 raise ValueError(
                     f"parallel.context_parallel {self.parallel.context_parallel} cannot split "
                     f"the {stage.seq_len} tokens of stage {stage.name}: it must divide them into "
-                    f"at least {self.model.d_conv - 1} per rank"
+                    f"chunks of at least {self.model.d_conv - 1}"
                 )
         if self.parallel.sequence_parallel:
             self._check_sequence_parallel()
@@ -288,7 +290,7 @@ class RunConfig:
         if tp_size == 1:
             raise ValueError(
                 "parallel.sequence_parallel shards over tensor-parallel ranks: set "
-                "parallel.tensor_parallel"
+                "parallel.tensor_parallel above 1"
             )
         lengths = {
             f"stage {s.name}": s.seq_len // self.parallel.context_parallel for s in self.data.stages

@@ -121,7 +121,8 @@ def test_a_run_gives_trace_and_table_and_stays_the_same(
         text.splitlines()[0] == "steps 2 to 5 of rank 0 by phase"
         and text in capsys.readouterr().out
     )
-    shares = {line.split()[0]: float(line.split()[2][:-1]) for line in text.splitlines()[2:12]}
+    rows = [line.rsplit(maxsplit=2) for line in text.splitlines()[2:12]]
+    shares = {phase.strip(): float(share[:-1]) for phase, _, share in rows}
     assert set(shares) == set(ROWS.values()) and sum(shares.values()) == pytest.approx(100, abs=0.6)
     assert sum(shares[ROWS[phase]] for phase in MODEL) > 50
 

@@ -11,7 +11,7 @@ import pytest
 from data.config import Source
 from examples.demo_corpus import arithmetic, standard_library
 from tests.commands import python
-from tests.data.test_recipes import run
+from tests.data.test_recipes import run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,10 @@ def test_pages_and_archives_hold_the_same_text(corpus: Path, tmp_path: Path) -> 
     (tmp_path / "few").mkdir()
     for page in sorted((corpus / "pages").iterdir())[:12]:
         (tmp_path / "few" / page.name).write_bytes(page.read_bytes())
-    files, _ = run(Source("manuals", str(tmp_path / "few"), "PSF-2.0", 1.0, 1), tmp_path / "files")
-    archives, steps = run(
+    files, _ = run_recipe(
+        Source("manuals", str(tmp_path / "few"), "PSF-2.0", 1.0, 1), tmp_path / "files"
+    )
+    archives, steps = run_recipe(
         Source("manuals", str(corpus / "web"), "PSF-2.0", 1.0, 2), tmp_path / "archives"
     )
     by_group = {row["group"]: row["text"] for row in archives}

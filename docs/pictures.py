@@ -168,7 +168,7 @@ def draw_console(run: Path, path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    log.set_up()
+    log.init_logger()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,7 @@
-"""The page of every config key, made of the dataclasses and configs/ when the site is built:
-nothing to keep in step.
+"""mkdocs hook: generate the page of every config key from the dataclasses and configs/.
 
-A key's meaning is the comment behind its field and the one behind its value, and the docstring
-above stands for those that need none. mkdocs loads this as a hook.
+A key's meaning is the comment on its field and the one on its value in configs/; MEANINGS holds
+those of keys that need no comment in the code.
 """
 
 import ast
@@ -33,7 +32,7 @@ SCHEMAS = (DryRunConfig, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyCo
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is
-one override away: `optim.clip_norm=0.5`. What no source tells is marked *assumed*.
+one override away: `optim.clip_norm=0.5`. A value that no source gives is marked *assumed*.
 """
 MEANINGS = {  # of fields whose names need no comment where they are used
     "run.dir": "folder that holds everything the run writes",
@@ -42,37 +41,38 @@ MEANINGS = {  # of fields whose names need no comment where they are used
     "model.n_layer": "blocks",
     "model.d_inner": "channels of the mixer",
     "model.d_state": "state elements per channel",
-    "model.d_conv": "taps of the causal convolution",
+    "model.d_conv": "width of the causal convolution",
     "model.dt_rank": "width of the low-rank projection of the time step",
     "model.dt_max": "see dt_min",
     "model.dt_floor": "see dt_min",
-    "data.folder": "where data/prepare.py builds, and the loader reads",
+    "data.folder": "folder that data/prepare.py builds and the loader reads",
     "data.tokenizer.vocab_size": "ids of the tokenizer; a trained one gets as many",
     "data.sources.NAME.licence": "SPDX name, kept in the manifest",
     "optim.beta1": "decay of AdamW's first moment",
     "optim.beta2": "decay of AdamW's second moment",
     "optim.eps": "added to the root of the second moment",
     "schedule.min_lr": "rate at the end of the decay",
-    "schedule.warmup_tokens": "over which the rate grows linearly from zero",
-    "schedule.batch_start_sequences": "of the first steps",
-    "schedule.batch_end_sequences": "after the ramp",
-    "schedule.ramp_tokens": "over which the batch grows linearly",
-    "checkpoint.every_tokens": "from one save to the next",
-    "checkpoint.keep_last": "newest checkpoints that are kept",
+    "schedule.warmup_tokens": "tokens over which the rate grows linearly from zero",
+    "schedule.batch_start_sequences": "batch of the first steps",
+    "schedule.batch_end_sequences": "batch after the ramp",
+    "schedule.ramp_tokens": "tokens over which the batch grows linearly",
+    "checkpoint.every_tokens": "tokens between two saves",
+    "checkpoint.keep_last": "number of newest checkpoints to keep",
     "cluster.nodes": "machines",
     "cluster.ranks_per_node": "processes of a machine, one per GPU",
-    "generate.prompt": "that the sample goes on from",
-    "generate.sampling.seed": "of the sample",
-    "validation.every_tokens": "from one held-out loss to the next",
-    "validation.seq_len": "context of it",
-    "leaderboard.jobs.every_tokens": "from one leaderboard to the next",
+    "generate.prompt": "text that the sample continues",
+    "generate.sampling.seed": "seed of the sample",
+    "validation.every_tokens": "tokens between two held-out losses",
+    "validation.seq_len": "context of the held-out loss",
+    "leaderboard.jobs.every_tokens": "tokens between two leaderboards",
     "leaderboard.suite.rows[].label": "its name in tables",
     "leaderboard.suite.rows[].task": "its name in lm-evaluation-harness",
     "leaderboard.suite.rows[].shots": "examples in the prompt",
     "leaderboard.suite.published": "scores of other models, in the order of the rows",
     "data.stages[].name": "shown in metrics and consoles",
-    "leaderboard.suite.name": "of its results' files",
-    "executor.poll_seconds": "between two looks at the tasks",
+    "leaderboard.suite.name": "name of its results' files",
+    "slurm.account": "account that the jobs are charged to",
+    "executor.poll_seconds": "seconds between two looks at the tasks",
 }
 
 

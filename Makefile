@@ -6,7 +6,8 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 60
-.PHONY: help install constraints demo test test-rest test-all nightly check format bench docs soak faults matrix
+ADDRESS ?= 127.0.0.1:8000
+.PHONY: help install constraints demo test test-rest test-all nightly check format bench docs serve soak faults matrix
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -45,9 +46,18 @@ constraints: install  ## constraints.txt anew from pyproject.toml and constraint
 	    --no-annotate --custom-compile-command "make constraints" $(UPGRADE) -o constraints.txt
 	@sed -i "s/ ; python_full_version < '3.14' and sys_platform == 'linux'$$//" constraints.txt
 
-docs: install  ## the documentation as a site in runs/site
+# the extra is installed when it is missing, or when what it asks for has changed
+.venv/docs-installed: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
+	@touch $@
+
+docs: .venv/docs-installed  ## the documentation as a site in runs/site; prints where it is
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
+	@echo "site: $(CURDIR)/runs/site/index.html"
+	@echo "make serve shows it with search, and builds it again after every edit"
+
+serve: .venv/docs-installed  ## the documentation at http://127.0.0.1:8000 (ADDRESS=HOST:PORT), built again after every edit
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve -f docs/mkdocs.yml -a $(ADDRESS)
 
 bench: install  ## CPU kernels beside their baselines; on a GPU: .venv/bin/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.cpu

@@ -23,6 +23,7 @@ log.init_logger()
 # test-all` runs it too.
 GATES = (
     "tests/benchmarks",
+    "tests/docs/test_pages.py::test_own_text_is_built_and_looked_at",
     "tests/eval/test_clients.py",
     "tests/eval/test_suite.py",
     "tests/launch/test_dryrun.py::test_a_step_at_full_width",

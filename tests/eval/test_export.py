@@ -206,7 +206,7 @@ def test_layer_by_layer_finds_what_whole_models_find(
     wrong = CheckpointReader.read_rows
     monkeypatch.setattr(
         CheckpointReader,
-        "rows",
+        "read_rows",
         lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1),
     )
     assert compare_by_layer(here.run.files.hf, reader, MODEL, entries(here)) > 1e-4

@@ -1,5 +1,6 @@
-"""Prove that validation is held out: read every training shard once, and fail where one holds a
-validation document.
+"""Check that no training shard contains a validation document.
+
+Reads every training shard once and compares documents by hash.
 
 examples:
   python eval/check_leakage.py +experiment=demo
@@ -26,15 +27,15 @@ from data.stream.manifests import DTYPE, Manifest, open_manifests, source_folder
 from data.stream.shards import Shards
 from data.tokenizer import EOS
 from eval.config import EvaluationConfig, ValidationConfig
-from eval.heldout import files_apart, fixed_tokens
+from eval.heldout import check_split_files, read_validation_tokens
 
 logger = logging.getLogger(__name__)
 
-READ_TOKENS = 1 << 24  # of a training shard at once
+READ_TOKENS = 1 << 24  # of a training shard per read
 
 
-def documents(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, length (with end-of-text) and token sum of each document that is whole in ids [t]."""
+def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, length (with end-of-text) and token sum of each document that ends in ids [t]."""
     ends = np.flatnonzero(ids == EOS) + 1
     if not len(ends):
         return ends, ends, ends
@@ -42,36 +43,41 @@ def documents(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return starts, ends - starts, np.add.reduceat(ids, starts)
 
 
-def digest(ids: np.ndarray) -> bytes:
-    """SHA-256 of a document's tokens as they lie in a shard."""
+def document_hash(ids: np.ndarray) -> bytes:
+    """SHA-256 of a document's tokens, encoded as in a shard."""
     return hashlib.sha256(ids.astype(DTYPE).tobytes()).digest()
 
 
-def trained_documents(
+def leaked_documents(
     config: DataConfig, manifests: dict[str, Manifest], settings: ValidationConfig
 ) -> Iterator[tuple[str, str, int]]:
-    """Held-out documents that a training shard holds too: (source, trained in, times)."""
-    # length and sum first: few need a hash
-    held: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
+    """Yield (validation source, training source, count) of documents in both splits."""
+    # compare lengths and token sums first, so that few documents are hashed
+    heldout: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
     for name, manifest in manifests.items():
-        ids = fixed_tokens(config, name, manifest, settings)
-        for start, length, total in zip(*documents(ids), strict=True):
-            held[int(length), int(total)][digest(ids[start : start + length])] = name
-    keys = np.array(sorted(length << 32 | total for length, total in held), dtype=np.int64)
+        ids = read_validation_tokens(config, name, manifest, settings)
+        for start, length, token_sum in zip(*document_bounds(ids), strict=True):
+            hashes = heldout[int(length), int(token_sum)]
+            hashes[document_hash(ids[start : start + length])] = name
+    keys = np.array(sorted(length << 32 | total for length, total in heldout), dtype=np.int64)
     for name, manifest in manifests.items():
-        found: dict[str, int] = defaultdict(int)
-        for ids in _training_pieces(config, name, manifest):
-            starts, lengths, totals = documents(ids)
-            for place in np.flatnonzero(np.isin(lengths << 32 | totals, keys)):
-                start, length = int(starts[place]), int(lengths[place])
-                owner = held[length, int(totals[place])].get(digest(ids[start : start + length]))
-                if owner is not None:
-                    found[owner] += 1
-        yield from ((owner, name, times) for owner, times in found.items())
+        counts: dict[str, int] = defaultdict(int)
+        for ids in _read_training_tokens(config, name, manifest):
+            starts, lengths, token_sums = document_bounds(ids)
+            for index in np.flatnonzero(np.isin(lengths << 32 | token_sums, keys)):
+                start = int(starts[index])
+                length = int(lengths[index])
+                hashes = heldout[length, int(token_sums[index])]
+                source = hashes.get(document_hash(ids[start : start + length]))
+                if source is not None:
+                    counts[source] += 1
+        yield from ((source, name, count) for source, count in counts.items())
 
 
-def _training_pieces(config: DataConfig, name: str, manifest: Manifest) -> Iterator[np.ndarray]:
-    """A source's training tokens in pieces that begin with a document."""
+def _read_training_tokens(
+    config: DataConfig, name: str, manifest: Manifest
+) -> Iterator[np.ndarray]:
+    """Yield a source's training tokens in blocks that start with a document."""
     shards = Shards(source_folder(config, name), manifest, "train")
     start = 0
     while start < shards.tokens:
@@ -81,20 +87,20 @@ def _training_pieces(config: DataConfig, name: str, manifest: Manifest) -> Itera
         start += int(ends[-1]) + 1 if len(ends) else len(ids)
 
 
-def prove(config: EvaluationConfig) -> None:
-    """Read every training shard once, and name what validation and training share."""
+def check_leakage(config: EvaluationConfig) -> None:
+    """Raise InputError that lists the validation documents found in training shards."""
     manifests = open_manifests(config.data)
-    files_apart(manifests)
-    shared = list(trained_documents(config.data, manifests, config.validation))
-    if shared:
-        lines = "; ".join(f"{times} of {owner} in {name}" for owner, name, times in shared)
+    check_split_files(manifests)
+    leaked = list(leaked_documents(config.data, manifests, config.validation))
+    if leaked:
+        counts = "; ".join(f"{count} of {source} in {name}" for source, name, count in leaked)
         raise InputError(
-            f"held-out documents are in the training shards: {lines}. Deduplicate across splits"
+            f"training shards contain held-out documents: {counts}. Deduplicate across splits"
         )
-    logger.info("no document of validation is in a training shard")
+    logger.info("no training shard contains a validation document")
 
 
-main = command(EvaluationConfig)(prove)
+main = command(EvaluationConfig)(check_leakage)
 
 if __name__ == "__main__":
     main()

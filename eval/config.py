@@ -1,4 +1,4 @@
-"""What evaluation and export need to know, torch-free; the values stand in configs/."""
+"""Config sections of evaluation and export; torch-free. configs/ holds the values."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -13,9 +13,9 @@ class ValidationConfig:
     """Held-out loss during training."""
 
     every_tokens: int
-    tokens: int  # of each source, its first held-out ones
+    tokens: int  # per source, from the start of its held-out split
     seq_len: int
-    batch_sequences: int  # of a forward
+    batch_sequences: int  # per forward
 
     def __post_init__(self) -> None:
         if min(self.every_tokens, self.tokens, self.seq_len, self.batch_sequences) < 1:
@@ -25,21 +25,21 @@ class ValidationConfig:
 
 
 class Launcher(Enum):
-    """How an evaluation job is started."""
+    """How to start an evaluation job."""
 
     local = "local"
     slurm = "slurm"
 
 
 @dataclass
-class Jobs:
-    """Leaderboards on saved checkpoints while the run goes on."""
+class JobsConfig:
+    """Leaderboard jobs on saved checkpoints during a run."""
 
     suites: list[str]  # choices of configs/suite
     every_tokens: int
     launcher: Launcher
-    sbatch: list[str]  # further options of sbatch
-    overrides: list[str]  # of eval/run.py
+    sbatch: list[str]  # extra options of sbatch
+    overrides: list[str]  # extra overrides of eval/run.py
 
     def __post_init__(self) -> None:
         if self.every_tokens < 1:
@@ -47,42 +47,41 @@ class Jobs:
 
 
 @dataclass
-class Row:
-    """Leaderboard column: a task or group of lm-evaluation-harness and how it is scored."""
+class SuiteRow:
+    """A score of a suite: a task or group of lm-evaluation-harness and how to score it."""
 
     label: str
     task: str
     shots: int
-    metrics: list[str]  # "metric,filter" as the harness names them; their mean counts
-    floor: float  # score of guessing that is mapped to 0
-    floors: dict[str, float]  # idem of single subtasks
-    by_size: bool  # subtasks weigh by their documents, else equally
+    metrics: list[str]  # "metric,filter" as the harness names them; the score is their mean
+    floor: float  # score of random guessing, rescaled to 0
+    floors: dict[str, float]  # floors of subtasks that differ from `floor`
+    by_size: bool  # weight subtasks by their number of documents, else equally
 
     def __post_init__(self) -> None:
         if self.shots < 0 or not self.metrics:
             raise ValueError(
-                f"leaderboard.suite row {self.label}: shots must not be "
-                "negative and metrics not empty"
+                f"leaderboard.suite row {self.label}: shots must be >= 0 and metrics not empty"
             )
         if any(metric.startswith("exact_match_original") for metric in self.metrics):
             raise ValueError(
-                f"leaderboard.suite row {self.label}: exact_match_original needs antlr4 4.11, "
-                "which hydra excludes; without it, equal answers of another form count as wrong: "
-                "take exact_match"
+                f"leaderboard.suite row {self.label}: use exact_match. exact_match_original needs "
+                "antlr4 4.11, which conflicts with hydra, and without antlr4 it rejects correct "
+                "answers in another form"
             )
         if not all(0 <= floor < 1 for floor in (self.floor, *self.floors.values())):
-            raise ValueError(f"leaderboard.suite row {self.label}: floors must lie in [0, 1)")
+            raise ValueError(f"leaderboard.suite row {self.label}: floors must be in [0, 1)")
 
 
 @dataclass
 class Suite:
-    """A leaderboard and what others reached on it, in the order of its rows."""
+    """A leaderboard, and published scores in the order of its rows."""
 
     name: str
-    max_length_tokens: int  # tokens of a prompt and its answer
-    include: str | None  # folder of further task files
-    limit_documents: int | None  # documents of each task at most, for a trial
-    rows: list[Row]
+    max_length_tokens: int  # prompt and answer together
+    include: str | None  # folder of extra task files
+    limit_documents: int | None  # max documents per task, for a trial
+    rows: list[SuiteRow]
     published: dict[str, list[float]]
 
     def __post_init__(self) -> None:
@@ -98,11 +97,11 @@ class Suite:
 
 @dataclass
 class LeaderboardConfig:
-    """Which leaderboard eval/run.py runs, and which ones a run starts on its checkpoints."""
+    """The suite that eval/run.py runs, and the jobs that a run starts on its checkpoints."""
 
-    suite: Suite | None  # instead of held-out text
-    jobs: Jobs
-    batch_tokens: int = 8192  # of a forward; a default for the config.yaml of runs before 0.2
+    suite: Suite | None  # None: eval/run.py scores held-out text
+    jobs: JobsConfig
+    batch_tokens: int = 8192  # per forward; runs before 0.2 have no such key in config.yaml
 
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
@@ -113,9 +112,9 @@ class LeaderboardConfig:
 class EvalConfig:
     """How much held-out text eval/run.py reads."""
 
-    seq_len: int  # context
-    batch_sequences: int  # of a forward
-    max_tokens: int  # of each source at most
+    seq_len: int
+    batch_sequences: int  # per forward
+    max_tokens: int  # per source
 
     def __post_init__(self) -> None:
         if min(self.seq_len, self.batch_sequences, self.max_tokens) < 1:
@@ -124,10 +123,10 @@ class EvalConfig:
 
 @dataclass
 class GenerateConfig:
-    """The sample that eval/run.py and eval/generate.py write."""
+    """Sampling of eval/run.py and eval/generate.py."""
 
     prompt: str
-    new_tokens: int  # after the prompt at most
+    new_tokens: int  # max tokens after the prompt
     sampling: Sampling
 
     def __post_init__(self) -> None:
@@ -137,11 +136,11 @@ class GenerateConfig:
 
 @dataclass
 class ExportConfig:
-    """How weights are exported and where they are published."""
+    """Dtypes of exported weights, and the hub repository."""
 
-    dtype: str  # of the weights: float32 or bfloat16
-    keep_fp32: list[str]  # parameters in fp32 all the same, by their last name: A_log, D, ...
-    hub: str | None  # USER/MODEL that eval/push.py uploads to
+    dtype: str  # float32 or bfloat16
+    keep_fp32: list[str]  # last names of parameters to export in fp32: A_log, D, ...
+    hub: str | None  # USER/MODEL to upload to with eval/push.py
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -150,7 +149,7 @@ class ExportConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The sections that the commands of eval/ read."""
+    """Config sections that the commands of eval/ read."""
 
     run: Run
     model: ModelConfig

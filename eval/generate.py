@@ -1,4 +1,4 @@
-"""Generate text from a run's newest checkpoint, streamed to the terminal.
+"""Generate text from a run's newest checkpoint and stream it to the terminal.
 
 examples:
   python eval/generate.py +experiment=demo generate.prompt="import os"
@@ -21,51 +21,52 @@ from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
-from eval.subject import best_device, find_checkpoint, load_model
+from eval.model_source import best_device, find_checkpoint, load_model
 from model.config import Sampling
 from model.mamba import FalconMamba
 
-UNFINISHED = "\ufffd"  # what decoding gives for bytes of a character that is not complete yet
+INCOMPLETE = "\ufffd"  # the decoder's output for an incomplete UTF-8 character
 
 
 def stream(
-    model: FalconMamba, tokenizer: Tokenizer, prompt: str, count: int, sampling: Sampling
+    model: FalconMamba, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[str]:
-    """Yield text after a prompt up to end-of-text, in pieces of complete characters."""
+    """Yield the continuation of a prompt up to end-of-text, in complete characters."""
     ids: list[int] = []
-    shown = ""
+    yielded = ""
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [EOS]
-    for tokens in model.stream([prompt_ids], count, sampling):
+    for tokens in model.stream([prompt_ids], max_new_tokens, sampling):
         token = int(tokens)
         if token == EOS:
             break
         ids.append(token)
         text = tokenizer.decode(ids)
-        if text.endswith(UNFINISHED):
+        if text.endswith(INCOMPLETE):
             continue
-        yield text[len(shown) :]
-        shown = text
-        if text.endswith("\n"):  # what is behind needs no decoding again
-            ids, shown = [], ""
+        yield text[len(yielded) :]
+        yielded = text
+        if text.endswith("\n"):  # a finished line need not be decoded again
+            ids = []
+            yielded = ""
 
 
-def show(config: EvaluationConfig) -> None:
-    """Stream a continuation of the configured prompt."""
+def generate(config: EvaluationConfig) -> None:
+    """Print the configured prompt and stream its continuation."""
     model = load_model(config, find_checkpoint(config), best_device())
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     print(config.generate.prompt, end="", flush=True)
-    for piece in stream(
+    for text in stream(
         model,
         tokenizer,
         config.generate.prompt,
         config.generate.new_tokens,
         config.generate.sampling,
     ):
-        print(piece, end="", flush=True)
+        print(text, end="", flush=True)
     print(flush=True)
 
 
-main = command(EvaluationConfig)(show)
+main = command(EvaluationConfig)(generate)
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,8 @@
-"""The one scorer of held-out text: for an evaluation of all of it, and for validation while
-training goes on.
+"""Loss and bits per byte of held-out text, for evaluation and for validation during training.
 
-An evaluation reads each source's held-out split up to a limit and compares with the best unigram
-model of the same tokens. Validation takes the first tokens of it, the same ones every time, shared
-by data-parallel ranks.
+`evaluate` reads each source's held-out split up to a limit and compares it with the best unigram
+model of the same tokens. `Validation` scores the same first tokens each time, split over the
+data-parallel ranks.
 """
 
 import math
@@ -29,35 +28,36 @@ from model.mamba import FalconMamba
 
 
 @torch.no_grad()
-def sum_of_losses(
+def sum_loss(
     model: FalconMamba, batches: Iterable[tuple[Tensor, int]], reset_state: bool, bf16: bool = False
 ) -> Tensor:
-    """Nats of all predicted tokens, fp64 on the model's device.
+    """Return the summed loss in nats of all predicted tokens, fp64 on the model's device.
 
-    Batches are rows [b, l + 1] of ids, of which the first few count; documents are kept apart as in
-    training.
+    A batch is token ids [b, l + 1] and how many of its first rows count. `reset_state` resets the
+    state at document boundaries, as in training.
     """
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    for rows, counted in batches:
-        rows = rows.to(device)
-        tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    for ids, num_scored in batches:
+        ids = ids.to(device)
+        tokens = ids[:, :-1].contiguous()
+        targets = ids[:, 1:].contiguous()
         doc_starts = find_doc_starts(tokens) if reset_state else None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             losses, _ = model(tokens, targets, doc_starts)
-        nats += losses[:counted].double().sum()
+        nats += losses[:num_scored].double().sum()
     return nats
 
 
 @dataclass
-class Score:
+class HeldoutScore:
     """Held-out result of one source."""
 
     tokens: int
     bytes: int
     loss: float  # nats per token
     bits_per_byte: float
-    # of the token frequencies of this very text: no unigram model does better on it
+    # entropy of this text's own token frequencies: the lower bound of any unigram model
     unigram_bits_per_byte: float
 
 
@@ -66,15 +66,15 @@ def evaluate(
     config: DataConfig,
     manifests: dict[str, Manifest],
     seq_len: int,
-    batch: int,
+    batch_size: int,
     max_tokens: int,
-) -> Iterator[tuple[str, Score]]:
-    """Score every source's held-out split, yielding one by one.
+) -> Iterator[tuple[str, HeldoutScore]]:
+    """Yield the score of every source's held-out split.
 
-    Reads at most max_tokens of each, in windows of seq_len whose tokens are all predicted but the
-    very first, `batch` windows at once.
+    Reads at most max_tokens of each source in windows of seq_len, batch_size windows per forward.
+    Every token but the first is predicted once.
     """
-    lengths = torch.from_numpy(
+    token_bytes = torch.from_numpy(
         byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
     )
     for name, manifest in manifests.items():
@@ -83,29 +83,34 @@ def evaluate(
         if count < 1:
             continue
         ids = torch.from_numpy(shards.read(0, count + 1))
-        batches = ((rows, len(rows)) for rows in _windows(ids, seq_len, batch))
-        nats = float(sum_of_losses(model, batches, config.reset_state))
-        size = int(lengths[ids[1:]].sum())
-        yield (
-            name,
-            Score(
-                count, size, nats / count, nats / math.log(2) / size, unigram_bits(ids[1:]) / size
-            ),
+        batches = ((windows, len(windows)) for windows in _windows(ids, seq_len, batch_size))
+        nats = float(sum_loss(model, batches, config.reset_state))
+        num_bytes = int(token_bytes[ids[1:]].sum())
+        score = HeldoutScore(
+            tokens=count,
+            bytes=num_bytes,
+            loss=nats / count,
+            bits_per_byte=nats / math.log(2) / num_bytes,
+            unigram_bits_per_byte=unigram_bits(ids[1:]) / num_bytes,
         )
+        yield name, score
 
 
-def _windows(ids: Tensor, seq_len: int, batch: int) -> Iterator[Tensor]:
-    """Rows [b, l + 1] that cover ids; neighbours share one token, the tail is its own row."""
-    whole = (len(ids) - 1) // seq_len
-    rows = ids.unfold(0, seq_len + 1, seq_len) if whole else ids.new_empty(0, 1)
-    for start in range(0, whole, batch):
-        yield rows[start : start + batch]
-    if len(ids) - 1 > whole * seq_len:
-        yield ids[whole * seq_len :].unsqueeze(0)
+def _windows(ids: Tensor, seq_len: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield batches [b, seq_len + 1] that cover ids; neighbouring windows share one token.
+
+    The last window is shorter and comes in a batch of its own.
+    """
+    num_full = (len(ids) - 1) // seq_len
+    windows = ids.unfold(0, seq_len + 1, seq_len) if num_full else ids.new_empty(0, 1)
+    for start in range(0, num_full, batch_size):
+        yield windows[start : start + batch_size]
+    if len(ids) - 1 > num_full * seq_len:
+        yield ids[num_full * seq_len :].unsqueeze(0)
 
 
 def unigram_bits(ids: Tensor) -> float:
-    """Bits that ids [t] take under their own token frequencies."""
+    """Bits of ids [t] under their own token frequencies."""
     counts = np.bincount(ids.numpy()).astype(np.float64)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum())
@@ -122,90 +127,94 @@ class Validation:
         *,
         bf16: bool = False,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         group: Any = None,
     ) -> None:
-        """`rank` of `ranks` in the data-parallel `group` takes every ranks-th row; bf16 as in
-        training.
+        """Score every world_size-th window, from `rank` on; `group` is all-reduced.
 
-        Raises InputError when held-out files are trained on.
+        `bf16` enables autocast. Raises InputError when a held-out file is also a training file.
         """
-        files_apart(manifests)
-        self.config, self.manifests, self.settings, self.bf16 = config, manifests, settings, bf16
-        self.rank, self.ranks, self.group = rank, ranks, group
-        self.rows: dict[str, Tensor] = {}
-        # of them; one more may fill up, for all ranks run equally many forwards
-        self.counted: dict[str, int] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}  # tokens and bytes that are predicted
+        check_split_files(manifests)
+        self.config = config
+        self.manifests = manifests
+        self.settings = settings
+        self.bf16 = bf16
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+        self.windows: dict[str, Tensor] = {}  # this rank's, [n, seq_len + 1] of each source
+        # a padding window may follow: every rank runs the same number of forwards
+        self.num_scored: dict[str, int] = {}
+        self.totals: dict[str, tuple[int, int]] = {}  # predicted tokens and bytes, all ranks
 
-    def _read(self) -> None:
-        """This rank's rows, at the first validation: a start costs nothing."""
-        config, length = self.config, self.settings.seq_len
-        lengths = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+    def _load_windows(self) -> None:
+        """Load this rank's windows; deferred to the first validation to keep the start fast."""
+        config = self.config
+        seq_len = self.settings.seq_len
+        token_bytes = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
         for name, manifest in self.manifests.items():
-            ids = fixed_tokens(config, name, manifest, self.settings)
-            if len(ids) <= length:
+            ids = read_validation_tokens(config, name, manifest, self.settings)
+            if len(ids) <= seq_len:
                 continue
-            windows = torch.from_numpy(ids).unfold(0, length + 1, length)
-            numbers = torch.arange(self.rank, len(windows), self.ranks)
-            self.counted[name] = len(numbers)
-            rows = -(-len(windows) // self.ranks)
-            self.rows[name] = windows[F.pad(numbers, (0, rows - len(numbers)))]
-            count = len(windows) * length
-            self.sizes[name] = (count, int(lengths[ids[1 : count + 1]].sum()))
+            windows = torch.from_numpy(ids).unfold(0, seq_len + 1, seq_len)
+            indices = torch.arange(self.rank, len(windows), self.world_size)
+            self.num_scored[name] = len(indices)
+            windows_per_rank = -(-len(windows) // self.world_size)
+            self.windows[name] = windows[F.pad(indices, (0, windows_per_rank - len(indices)))]
+            count = len(windows) * seq_len
+            self.totals[name] = (count, int(token_bytes[ids[1 : count + 1]].sum()))
 
-    def after(
-        self, before: int, now: int, model: FalconMamba
+    def run_if_due(
+        self, previous_tokens: int, tokens: int, model: FalconMamba
     ) -> dict[str, dict[str, float]] | None:
-        """Results if (before, now] has a multiple of every_tokens, else None; call on all ranks."""
+        """Run if (previous_tokens, tokens] has a multiple of every_tokens; call on all ranks."""
         every = self.settings.every_tokens
-        return self.run(model) if now // every > before // every else None
+        return self.run(model) if tokens // every > previous_tokens // every else None
 
     def run(self, model: FalconMamba) -> dict[str, dict[str, float]]:
-        """Nats per token and bits per byte of each source."""
-        if not self.rows:
-            self._read()
-        nats = torch.zeros(
-            len(self.rows), dtype=torch.float64, device=next(model.parameters()).device
-        )
-        for place, name in enumerate(self.rows):
-            nats[place] = sum_of_losses(
-                model, self._batches(name), self.config.reset_state, self.bf16
-            )
+        """Return loss (nats per token) and bits per byte of each source; call on all ranks."""
+        if not self.windows:
+            self._load_windows()
+        device = next(model.parameters()).device
+        nats = torch.zeros(len(self.windows), dtype=torch.float64, device=device)
+        for index, name in enumerate(self.windows):
+            nats[index] = sum_loss(model, self._batches(name), self.config.reset_state, self.bf16)
         if dist.is_initialized():
             dist.all_reduce(nats, group=self.group)
         return {
-            name: {"loss": total / tokens, "bits_per_byte": total / math.log(2) / size}
-            for (name, (tokens, size)), total in zip(self.sizes.items(), nats.tolist(), strict=True)
+            name: {"loss": total / tokens, "bits_per_byte": total / math.log(2) / num_bytes}
+            for (name, (tokens, num_bytes)), total in zip(
+                self.totals.items(), nats.tolist(), strict=True
+            )
         }
 
     def _batches(self, name: str) -> Iterator[tuple[Tensor, int]]:
-        rows, batch = self.rows[name], self.settings.batch_sequences
-        for start in range(0, len(rows), batch):
-            yield rows[start : start + batch], max(0, self.counted[name] - start)
+        windows = self.windows[name]
+        batch_size = self.settings.batch_sequences
+        for start in range(0, len(windows), batch_size):
+            yield windows[start : start + batch_size], max(0, self.num_scored[name] - start)
 
 
-def fixed_tokens(
+def read_validation_tokens(
     config: DataConfig, name: str, manifest: Manifest, settings: ValidationConfig
 ) -> np.ndarray:
-    """The first held-out tokens of a source, and one more to predict."""
+    """Read a source's first held-out tokens, and one more to predict."""
     shards = Shards(source_folder(config, name), manifest, "heldout")
     return shards.read(0, min(settings.tokens + 1, shards.tokens))
 
 
-def files_apart(manifests: dict[str, Manifest]) -> None:
+def check_split_files(manifests: dict[str, Manifest]) -> None:
     """Raise InputError when a held-out file is a training file of any source, by SHA-256."""
-    trained = {
+    train_source = {
         file.sha256: name
-        for name, m in manifests.items()
-        for file in m.splits["train"]
+        for name, manifest in manifests.items()
+        for file in manifest.splits["train"]
         if file.tokens
     }
     for name, manifest in manifests.items():
         for file in manifest.splits["heldout"]:
-            if file.tokens and file.sha256 in trained:
-                owner = trained[file.sha256]
+            if file.tokens and file.sha256 in train_source:
                 raise InputError(
-                    f"{name}: held-out {file.name} is a training file of {owner}: prepare the "
-                    "data again"
+                    f"{name}: held-out {file.name} is also a training file of "
+                    f"{train_source[file.sha256]}; prepare the data again"
                 )

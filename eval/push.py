@@ -1,8 +1,7 @@
-"""Publish: upload a run's export with a model card.
+"""Upload a run's export and a model card to the Hugging Face hub.
 
-The card is made of the run's own records. The token is that of `hf auth login` or HF_TOKEN; it is
-never written anywhere. Uploading again continues: files that the hub has already are not sent
-twice.
+The model card is made from the run's own records. The token comes from `hf auth login` or HF_TOKEN
+and is never written anywhere. A repeated upload skips files that the hub already has.
 
 examples:
   python eval/push.py +experiment=demo export.hub=USER/MODEL
@@ -25,28 +24,28 @@ from core.errors import InputError
 from eval.config import EvaluationConfig
 from eval.hf.card import model_card
 from eval.hf.exported import require_export
-from eval.subject import export_folder, find_checkpoint
+from eval.model_source import export_folder, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def push(config: EvaluationConfig) -> None:
-    """Check the export, write the card and upload; a new repository is private."""
+    """Check the export, write the model card and upload both; a new repository is private."""
     if config.export.hub is None:
-        raise InputError("where to? give export.hub=USER/MODEL")
-    folder = find_checkpoint(config)
-    home = export_folder(config, folder)
-    require_export(home, folder)
+        raise InputError("no repository to upload to: give export.hub=USER/MODEL")
+    checkpoint = find_checkpoint(config)
+    hf_folder = export_folder(config, checkpoint)
+    require_export(hf_folder, checkpoint)
     card = config.run.files.card
-    card.write_text(model_card(config.run.folder, folder, config.model), encoding="utf-8")
+    card.write_text(model_card(config.run.folder, checkpoint, config.model), encoding="utf-8")
     api = HfApi()
-    logger.info(f"uploading {home} to {config.export.hub}")
+    logger.info(f"uploading {hf_folder} to {config.export.hub}")
     try:
         api.create_repo(config.export.hub, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=config.export.hub,
-            folder_path=home,
-            commit_message=f"{folder.name} of {config.run.name}",
+            folder_path=hf_folder,
+            commit_message=f"{checkpoint.name} of {config.run.name}",
         )
         for path in (card, config.run.files.curves):
             if path.is_file():
@@ -54,9 +53,9 @@ def push(config: EvaluationConfig) -> None:
                     repo_id=config.export.hub, path_or_fileobj=path, path_in_repo=path.name
                 )
     except HfHubHTTPError as error:
-        line = str(error).splitlines()[0]
+        first_line = str(error).splitlines()[0]
         raise InputError(
-            f"the hub refused ({line}): log in with `hf auth login`, check export.hub"
+            f"the hub refused ({first_line}): log in with `hf auth login`, check export.hub"
         ) from error
     logger.info(f"published: https://huggingface.co/{config.export.hub} (private)")
 

@@ -192,7 +192,7 @@ def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: R
         config.validation,
         bf16=config.compute.precision is Precision.bf16,
         rank=ranks.replica_rank,  # the group holds context-parallel ranks too
-        ranks=ranks.num_replicas,
+        world_size=ranks.num_replicas,
         group=data_parallel_group(),
     )
 
@@ -207,7 +207,7 @@ def build_leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
         config.run,
         config.leaderboard.jobs,
         always={before_decay, schedule.total},
-        after=collecting(config.run.folder),
+        then=collecting(config.run.folder),
     )
 
 

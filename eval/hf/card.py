@@ -1,4 +1,4 @@
-"""A model card out of a run's own files: config.yaml, eval.json and scores/."""
+"""Model card from a run's own files: config.yaml, eval.json and scores/."""
 
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "text-generation"
 
 
-def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
-    """README.md of an exported checkpoint folder `step` of a run: data, recipe, results, curves.
+def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
+    """Render the README.md of an exported checkpoint: data, recipe, results and curves.
 
-    What the run did not record (scores that were not taken) is left out. Raises InputError without
-    config.yaml.
+    Leaves out scores that the run did not record. Raises InputError without config.yaml.
     """
-    files = RunFiles(run)
+    files = RunFiles(run_dir)
     if not files.config.is_file():
-        raise InputError(f"{run} holds no config.yaml: it is written by train/pretrain.py")
+        raise InputError(f"{run_dir} has no config.yaml: train/pretrain.py writes it")
     config: Any = OmegaConf.to_container(load_config(files.config))
-    heldout = _of(step, files.evaluation).get("heldout", {})
-    suites = [suite for path in sorted(files.scores.glob("*.json")) if (suite := _of(step, path))]
+    heldout = _read_results(files.evaluation, checkpoint).get("heldout", {})
+    suites = [
+        suite
+        for path in sorted(files.scores.glob("*.json"))
+        if (suite := _read_results(path, checkpoint))
+    ]
     results = [
         EvalResult(TASK, name, f"{name}, held out", "bits_per_byte", row["bits_per_byte"])
         for name, row in heldout.items()
@@ -42,17 +45,17 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["falcon_mamba", "mamba", "state-space-model", "pretrained"],
-        model_name=config["run"]["name"] if results else None,  # the key of its results
+        model_name=config["run"]["name"] if results else None,  # eval_results needs it
         eval_results=results or None,
     )
     text = render(
         TEMPLATE,
         card_data=data.to_yaml(),
         config=config,
-        shape=shape,
-        parameters=parameter_count(shape),
-        tokens=read_state(step)["tokens"],
-        step=step.name,
+        model=model,
+        parameters=parameter_count(model),
+        tokens=read_state(checkpoint)["tokens"],
+        step=checkpoint.name,
         heldout=heldout,
         suites=suites,
         curves=files.curves.is_file(),
@@ -60,7 +63,7 @@ def model_card(run: Path, step: Path, shape: ModelConfig) -> str:
     return str(ModelCard(text))
 
 
-def _of(step: Path, path: Path) -> dict[str, Any]:
-    """What a file of results says, if of this very checkpoint."""
+def _read_results(path: Path, checkpoint: Path) -> dict[str, Any]:
+    """Read a file of results; empty if they are of another checkpoint."""
     result = read_json(path)
-    return result if result.get("checkpoint") == step.name else {}
+    return result if result.get("checkpoint") == checkpoint.name else {}

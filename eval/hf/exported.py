@@ -1,4 +1,4 @@
-"""What an exported folder was made of, and whether it is untouched."""
+"""Check that an exported folder matches its record."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from core.files import read_json
 from core.run import RunFiles
 
 
-def require_export(home: Path, folder: Path) -> None:
-    """Raise InputError unless `home` is the untouched export of a checkpoint folder."""
-    record = read_json(RunFiles.export_record(home))
-    if record.get("checkpoint") != folder.name or sizes(home) != record["files"]:
+def require_export(hf_folder: Path, checkpoint: Path) -> None:
+    """Raise InputError unless hf_folder is the complete export of a checkpoint folder."""
+    record = read_json(RunFiles.export_record(hf_folder))
+    if record.get("checkpoint") != checkpoint.name or file_sizes(hf_folder) != record["files"]:
         raise InputError(
-            f"{home} does not hold {folder.name}: run `python eval/export.py`, same overrides, "
-            "first"
+            f"{hf_folder} is no export of {checkpoint.name}: run `python eval/export.py` with the "
+            "same overrides first"
         )
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Size of every file of a folder."""
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.tokenizer import EOS, EOS_TOKEN
 from data.tokenizer import load as load_tokenizer
-from eval.subject import Subject, best_device, model_from_folder
+from eval.model_source import ModelSource, best_device, model_from_checkpoint
 from model.checkpoint import read_state
 from model.config import ModelConfig, Sampling
 from model.mamba import FalconMamba
@@ -228,22 +228,22 @@ def device_here() -> torch.device:
     return device
 
 
-def language_model(subject: Subject, max_length: int, batch_tokens: int) -> Any:
+def language_model(source: ModelSource, max_length: int, batch_tokens: int) -> Any:
     """A subject as lm-evaluation-harness wants it, on this process's device."""
-    if subject.tokenizer is None:
+    if source.tokenizer is None:
         from lm_eval.models.huggingface import HFLM
 
         rows = max(1, batch_tokens // max_length)
         return HFLM(
-            str(subject.folder),
+            str(source.folder),
             max_length=max_length,
             batch_size=rows,
             device=best_device(),
             dtype="float32",
             prefix_token_id=EOS,
         )
-    shape, device = ModelConfig(**read_state(subject.folder)["model"]), device_here()
-    vocabulary = load_tokenizer(subject.tokenizer)
+    shape, device = ModelConfig(**read_state(source.folder)["model"]), device_here()
+    vocabulary = load_tokenizer(source.tokenizer)
     return FalconMambaLM(
-        model_from_folder(shape, subject.folder, device), vocabulary, max_length, batch_tokens
+        model_from_checkpoint(shape, source.folder, device), vocabulary, max_length, batch_tokens
     )

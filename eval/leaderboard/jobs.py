@@ -1,10 +1,10 @@
-"""Leaderboards while a run goes on: jobs of their own on saved checkpoints, scores back to the run.
+"""Leaderboard jobs on a run's saved checkpoints.
 
-The first rank looks now and then for committed checkpoints that are due: the first past each
-multiple of every_tokens, the last one before the decay and the run's last. It holds their files by
-hard links (retention may remove the original while the job waits) and starts `eval/run.py` on them,
-here or by Slurm. What was started stands in scores/jobs.json, so that a resumed run starts nothing
-twice; what was reported stands in the run's own records.
+Rank 0 polls for committed checkpoints that are due: the first past each multiple of every_tokens,
+the last one before the decay and the run's last. It pins their files by hard links, because
+retention may delete the checkpoint while the job waits, and starts `eval/run.py` locally or with
+Slurm. scores/jobs.json lists the started jobs, so that a resumed run starts none twice. The run's
+metrics.jsonl holds the reported scores.
 """
 
 import logging
@@ -20,13 +20,13 @@ from typing import Any
 
 from core.files import ROOT, read_json, write_json
 from core.run import Run, iter_committed_checkpoints, step_number
-from eval.config import Jobs, Launcher
+from eval.config import JobsConfig, Launcher
 from model.checkpoint import read_state
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 60.0
-OF_A_LAUNCHER = (
+POLL_SECONDS = 60.0
+LAUNCHER_VARIABLES = (  # of torchrun; jobs must not inherit them
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -38,76 +38,82 @@ OF_A_LAUNCHER = (
 
 
 class SuiteJobs:
-    """The jobs of one run; only its first rank uses them."""
+    """Suite jobs of one run; only rank 0 uses them."""
 
     def __init__(
-        self, run: Run, settings: Jobs, *, always: Collection[int] = (), after: Sequence[str] = ()
+        self,
+        run: Run,
+        settings: JobsConfig,
+        *,
+        always: Collection[int] = (),
+        then: Sequence[str] = (),
     ) -> None:
-        """Score `always` tokens whatever every_tokens says; end each job with command `after`."""
-        self.run, self.settings, self.always, self.after = run, settings, always, after
+        """Also score checkpoints at `always` tokens; each job ends by running command `then`."""
+        self.run = run
+        self.settings = settings
+        self.always = always
+        self.then = then
         self.scores = run.files.scores
         self.record = run.files.score_jobs
         self.reported: set[tuple[int, str]] = set()  # step, suite
-        self.next_look = 0.0
+        self.next_poll = 0.0
 
     def mark_reported(self, records: Sequence[dict[str, Any]]) -> None:
-        """Take these records of scores for reported."""
+        """Do not return the scores of these records again."""
         self.reported |= {
             (record["step"], suite) for record in records for suite in record["scores"]
         }
 
     def poll(self, *, now: bool = False) -> list[dict[str, Any]]:
-        """Start what is due, at most once in LOOK_SECONDS or now; returns scores that have come in
-        since.
+        """Start jobs that are due and return new scores.
 
-        A record holds the step and the tokens of a checkpoint, and scores in percent by suite and
-        row.
+        Returns [] within POLL_SECONDS of the last poll unless `now`. A record contains the step and
+        tokens of a checkpoint, and scores in percent by suite and row.
         """
-        if not self.settings.suites or (time.monotonic() < self.next_look and not now):
+        if not self.settings.suites or (time.monotonic() < self.next_poll and not now):
             return []
-        self.next_look = time.monotonic() + LOOK_SECONDS
+        self.next_poll = time.monotonic() + POLL_SECONDS
         self.scores.mkdir(parents=True, exist_ok=True)
         started: dict[str, int] = read_json(self.record).get("started", {})
         for folder, tokens in self._due(started):
             started[folder.name] = tokens
             write_json(self.record, {"started": started})
-            self._hold_and_launch(folder)
+            self._pin_and_launch(folder)
         return self.collect()
 
     def _due(self, started: dict[str, int]) -> list[tuple[Path, int]]:
-        """Checkpoints that no job was started for and that are due, oldest first."""
-        found = []
-        before = max(started.values(), default=0)
+        """Checkpoints that are due and have no job yet, oldest first."""
+        due = []
+        last_tokens = max(started.values(), default=0)
         for folder in reversed(list(iter_committed_checkpoints(self.run.files.checkpoints))):
             tokens = int(read_state(folder)["tokens"])
             every = self.settings.every_tokens
-            if tokens > before and (tokens // every > before // every or tokens in self.always):
-                found.append((folder, tokens))
-                before = tokens
-        return found
+            past_multiple = tokens // every > last_tokens // every
+            if tokens > last_tokens and (past_multiple or tokens in self.always):
+                due.append((folder, tokens))
+                last_tokens = tokens
+        return due
 
-    def _hold_and_launch(self, folder: Path) -> None:
-        """Every suite as a job on the held files of a checkpoint."""
-        held = self.run.files.pinned_checkpoints / folder.name
-        shutil.copytree(folder, held, copy_function=os.link, dirs_exist_ok=True)
+    def _pin_and_launch(self, folder: Path) -> None:
+        """Hard-link a checkpoint's files and start a job per suite on them."""
+        pinned = self.run.files.pinned_checkpoints / folder.name
+        shutil.copytree(folder, pinned, copy_function=os.link, dirs_exist_ok=True)
         for suite in self.settings.suites:
-            self._launch(suite, held)
+            self._launch(suite, pinned)
 
-    def _launch(self, suite: str, held: Path) -> None:
-        """Start a job: python eval/run.py on the held checkpoint, then the command `after`."""
-        name = f"{suite}-{held.name}"
-        words = [
+    def _launch(self, suite: str, pinned: Path) -> None:
+        """Start a job: python eval/run.py on the pinned checkpoint, then the command `then`."""
+        name = f"{suite}-{pinned.name}"
+        evaluate = [
             sys.executable,
             str(ROOT / "eval" / "run.py"),
-            f"checkpoint={held.resolve()}",
+            f"checkpoint={pinned.resolve()}",
             f"suite={suite}",
-        ]
-        words += [
             f"run.name='{self.run.name}'",
             f"run.dir='{self.run.folder.resolve()}'",
             *self.settings.overrides,
         ]
-        script = "; ".join(shlex.join(part) for part in (words, self.after) if part)
+        script = "; ".join(shlex.join(command) for command in (evaluate, self.then) if command)
         log = self.scores / f"{name}.log"
         command = ["sh", "-c", script]
         if self.settings.launcher is Launcher.slurm:
@@ -118,9 +124,10 @@ class SuiteJobs:
                 *self.settings.sbatch,
                 f"--wrap={script}",
             ]
-        environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         environment = {
-            key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC")
+            key: value
+            for key, value in os.environ.items()
+            if key not in LAUNCHER_VARIABLES and not key.startswith("TORCHELASTIC")
         }
         try:
             with log.open("ab") as out:
@@ -132,31 +139,33 @@ class SuiteJobs:
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            logger.info(f"evaluation: {name} started, {log}")
-        except OSError as error:  # no sbatch here: the run does not stop for it
-            logger.warning(f"{name} could not be started ({error})")
+            logger.info(f"started evaluation job {name}, log in {log}")
+        except OSError as error:  # e.g. no sbatch; training continues
+            logger.warning(f"cannot start evaluation job {name}: {error}")
 
     def collect(self) -> list[dict[str, Any]]:
-        """Scores of ended jobs not reported before; releases the checkpoints they held."""
+        """Return unreported scores of finished jobs and delete their pinned checkpoints."""
         records = []
         started: dict[str, int] = read_json(self.record).get("started", {})
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
             step = step_number(Path(name))
-            ended = {suite: self._ended(f"{suite}-{name}") for suite in self.settings.suites}
+            finished = {
+                suite: self._read_finished(f"{suite}-{name}") for suite in self.settings.suites
+            }
             new = {
                 suite: rows
-                for suite, rows in ended.items()
+                for suite, rows in finished.items()
                 if rows and (step, suite) not in self.reported
             }
             if new:
                 records.append({"step": step, "tokens": tokens, "scores": new})
-            if None not in ended.values():
+            if None not in finished.values():
                 shutil.rmtree(self.run.files.pinned_checkpoints / name, ignore_errors=True)
         self.mark_reported(records)
         return records
 
-    def _ended(self, name: str) -> dict[str, float] | None:
-        """Scores of a job's rows, with their average if all exist; None while the job runs."""
+    def _read_finished(self, name: str) -> dict[str, float] | None:
+        """Scores of a job's rows, and their average if none is missing; None while it runs."""
         result = read_json(self.scores / f"{name}.json")
         if not result.get("complete") and not result.get("missing"):
             return None

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from core.errors import InputError
 from core.files import read_json, write_json
-from eval.config import EvaluationConfig, Row, Suite
-from eval.subject import Subject, subject_of
+from eval.config import EvaluationConfig, Suite, SuiteRow
+from eval.model_source import ModelSource, find_model
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def run_suite(config: EvaluationConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     suite = config.leaderboard.suite
     assert suite is not None
-    subject = subject_of(config)
-    path = subject.results / f"{suite.name}-{subject.name}.json"
+    source = find_model(config)
+    path = source.results_dir / f"{suite.name}-{source.name}.json"
     made_of = {
-        **subject.identity,
+        **source.provenance,
         "suite": suite.name,
         "max_length": suite.max_length_tokens,
         "limit": suite.limit_documents,
@@ -58,7 +58,7 @@ def run_suite(config: EvaluationConfig) -> None:
     missing: dict[str, str] = {}
     wanted = [row for row in suite.rows if row.label not in results]
     first = int(os.environ.get("RANK", "0")) == 0
-    run = runner(config, subject) if wanted else None
+    run = runner(config, source) if wanted else None
     for row in wanted:
         assert run is not None
         if first:
@@ -77,7 +77,7 @@ def run_suite(config: EvaluationConfig) -> None:
         dist.destroy_process_group()
     if first:
         Console(width=max(WIDTH, Console().width)).print(
-            table(suite, subject.name, results, siblings(suite, path))
+            table(suite, source.name, results, siblings(suite, path))
         )
         logger.info(f"scores: {path}" if results else "no row could be scored")
     if missing:
@@ -97,7 +97,7 @@ def write(
     write_json(path, {**made_of, "complete": complete, "rows": rows, "missing": missing or {}})
 
 
-def fits(entry: Result, row: Row) -> bool:
+def fits(entry: Result, row: SuiteRow) -> bool:
     """Whether a stored result is of this very row."""
     return bool(entry.get("row") == asdict(row))
 
@@ -106,7 +106,7 @@ class MissingTask(Exception):
     """A row whose task or data set is not here."""
 
 
-def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result | None]:
+def runner(config: EvaluationConfig, source: ModelSource) -> Callable[[SuiteRow], Result | None]:
     """The function that runs a row and gives the harness's results on the first rank."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -117,13 +117,13 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
     assert suite is not None
     # it warns at every row that shots were set
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = language_model(subject, suite.max_length_tokens, config.leaderboard.batch_tokens)
+    model = language_model(source, suite.max_length_tokens, config.leaderboard.batch_tokens)
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
         # its own tasks too: reading their 14,000 files takes seconds
         manager = TaskManager(include_path=suite.include)
 
-    def run(row: Row) -> Result | None:
+    def run(row: SuiteRow) -> Result | None:
         try:
             tasks = manager.load([row.task])["tasks"]
         except Exception as error:  # datasets, the hub and the tasks' own modules raise anything
@@ -148,7 +148,7 @@ def runner(config: EvaluationConfig, subject: Subject) -> Callable[[Row], Result
     return run
 
 
-def reason(row: Row, error: Exception) -> str:
+def reason(row: SuiteRow, error: Exception) -> str:
     """Why a task cannot be loaded, in one line."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[
         :120
@@ -156,7 +156,7 @@ def reason(row: Row, error: Exception) -> str:
     return f"{row.task} ({type(error).__name__}: {line})"
 
 
-def score(row: Row, raw: Result) -> Result:
+def score(row: SuiteRow, raw: Result) -> Result:
     """Score of a row in percent, its standard error, and the parts it was made of.
 
     `raw` holds the harness's results of each leaf task. Standard errors of leaves are taken as

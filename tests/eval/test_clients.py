@@ -18,9 +18,9 @@ from core.errors import InputError
 from eval.config import EvaluationConfig
 from eval.export import export
 from eval.hf.card import model_card
+from eval.model_source import find_checkpoint
 from eval.push import push
-from eval.run import evaluation
-from eval.subject import find_checkpoint
+from eval.run import run_evaluation
 from model.hf import tensor_names, to_hf
 from tests.compose import run_config
 from tests.tiny import TINY, model_of
@@ -100,7 +100,7 @@ def test_push_uploads_the_checked_export_with_a_card(
     with pytest.raises(InputError, match="eval/export.py"):
         push(ready)
     export(config)
-    evaluation(config)
+    run_evaluation(config)
     whole = run_config("demo")
     record = {
         **json.loads(json.dumps(asdict(whole), default=lambda value: value.value)),

@@ -21,8 +21,8 @@ from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.hf.compare import compare, compare_by_layer
-from eval.run import evaluation, generate, total
-from eval.subject import find_checkpoint, load_model
+from eval.model_source import find_checkpoint, load_model
+from eval.run import combine_scores, generate, run_evaluation
 from model.checkpoint import CheckpointReader
 from model.hf import hf_config
 from model.mamba import FalconMamba
@@ -121,7 +121,7 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     manifests = open_manifests(config.data)
-    scores = dict(evaluate(model, config.data, manifests, seq_len=16, batch=3, max_tokens=500))
+    scores = dict(evaluate(model, config.data, manifests, seq_len=16, batch_size=3, max_tokens=500))
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     for name, score in scores.items():
         folder = source_folder(config.data, name)
@@ -137,7 +137,7 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
         counts = np.bincount(ids)
         entropy = -sum(c * math.log2(c / 500) for c in counts if c)
         assert score.unigram_bits_per_byte == pytest.approx(entropy / size)
-    everything = total(list(scores.values()))
+    everything = combine_scores(list(scores.values()))
     assert everything.tokens == 1000 and everything.loss == pytest.approx(math.log(288), rel=1e-5)
 
 
@@ -165,21 +165,21 @@ def test_results_are_reused_only_while_they_hold(
     config: EvaluationConfig, exported: Path, capsys: Any
 ) -> None:
     export(config, max_bytes=40_000)
-    evaluation(config)
-    evaluation(config)
+    run_evaluation(config)
+    run_evaluation(config)
     assert "reused" in capsys.readouterr().out.splitlines()[-1]
     # another way to read the same text
-    evaluation(replace(config, data=replace(config.data, reset_state=False)))
+    run_evaluation(replace(config, data=replace(config.data, reset_state=False)))
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
     (config.run.folder / "eval.json").write_text('{"checkp')  # cut short
-    evaluation(config)
+    run_evaluation(config)
     weights = next(exported.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(InputError, match="eval/export.py"):
-        evaluation(config)
+        run_evaluation(config)
     export(config, max_bytes=40_000)
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
-    evaluation(config)
+    run_evaluation(config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,12 +21,12 @@ from core.errors import InputError
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
-from eval.config import EvaluationConfig, Row, Suite
+from eval.config import EvaluationConfig, Suite, SuiteRow
 from eval.export import export
 from eval.leaderboard.harness import FalconMambaLM
 from eval.leaderboard.suite import run_suite, score, siblings, table
-from eval.run import expand
-from eval.subject import find_checkpoint, load_model, subject_of
+from eval.model_source import find_checkpoint, find_model, load_model
+from eval.run import expand_checkpoint
 from tests.commands import python
 from tests.compose import run_config
 from tests.eval.test_export_layout import hf_folder
@@ -47,14 +47,14 @@ def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 def suite_of(folder: Path | None, *names: str) -> Suite:
     known = {
-        "local_choice": Row(
+        "local_choice": SuiteRow(
             "choice", "local_choice", 2, ["acc_norm,none", "acc,none"], 0.25, {}, True
         ),
-        "local_text": Row("text", "local_text", 0, ["bits_per_byte,none"], 0.0, {}, True),
-        "local_answer": Row("answer", "local_answer", 0, ["exact_match,none"], 0.0, {}, True),
-        "local_math": Row("math", "local_math", 4, ["exact_match,none"], 0.0, {}, True),
-        "absent": Row("absent", "no_such_task", 0, ["acc,none"], 0.0, {}, True),
-        "arc": Row("ARC", "arc_challenge", 25, ["acc_norm,none"], 0.0, {}, True),
+        "local_text": SuiteRow("text", "local_text", 0, ["bits_per_byte,none"], 0.0, {}, True),
+        "local_answer": SuiteRow("answer", "local_answer", 0, ["exact_match,none"], 0.0, {}, True),
+        "local_math": SuiteRow("math", "local_math", 4, ["exact_match,none"], 0.0, {}, True),
+        "absent": SuiteRow("absent", "no_such_task", 0, ["acc,none"], 0.0, {}, True),
+        "arc": SuiteRow("ARC", "arc_challenge", 25, ["acc_norm,none"], 0.0, {}, True),
     }
     rows = [known[name] for name in names]
     return Suite(
@@ -203,8 +203,8 @@ def test_mathematics_is_checked_by_value(
 
 
 def test_a_metric_that_would_be_wrong_here_is_refused() -> None:
-    with pytest.raises(ValueError, match="take exact_match"):
-        Row("MATH", "leaderboard_math_hard", 4, ["exact_match_original,none"], 0.0, {}, True)
+    with pytest.raises(ValueError, match="use exact_match"):
+        SuiteRow("MATH", "leaderboard_math_hard", 4, ["exact_match_original,none"], 0.0, {}, True)
 
 
 def test_another_export_in_the_same_place_is_another_subject(
@@ -217,7 +217,7 @@ def test_another_export_in_the_same_place_is_another_subject(
         shutil.rmtree(folder, ignore_errors=True)
         hf_folder(folder, model_of(TINY, seed=seed))
         here = replace(config, run=replace(config.run, checkpoint=str(folder)))
-        identities.append(subject_of(here).identity)
+        identities.append(find_model(here).provenance)
     assert identities[0]["folder"] == identities[1]["folder"] and identities[0] != identities[1]
 
 
@@ -245,18 +245,18 @@ def test_scores_are_rescaled_as_the_leaderboard_does() -> None:
     group = {"a": leaf(0.7, 0.03, 100), "b": leaf(0.4, 0.04, 300), "c": leaf(0.1, 0.02, 50)}
     # https://huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: MuSR's example is
     # 0.7, 0.4, 0.6
-    row = Row("x", "x", 0, ["acc,none"], 0.0, {"a": 0.5, "b": 0.2, "c": 1 / 3}, False)
+    row = SuiteRow("x", "x", 0, ["acc,none"], 0.0, {"a": 0.5, "b": 0.2, "c": 1 / 3}, False)
     result = score(row, group)
     assert result["score"] == pytest.approx((40 + 25 + 0) / 3)
     assert result["stderr"] == pytest.approx(100 * math.sqrt((0.06) ** 2 + 0.05**2 + 0.03**2) / 3)
-    gpqa = score(Row("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)})
+    gpqa = score(SuiteRow("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)})
     assert gpqa["score"] == pytest.approx(46.67, abs=0.005) and gpqa["stderr"] == pytest.approx(
         100 * 0.02 / 0.75
     )
-    by_size = score(Row("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
+    by_size = score(SuiteRow("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
     assert by_size["score"] == pytest.approx(100 * (0.7 * 100 + 0.4 * 300 + 0.1 * 50) / 450)
     assert score(row, {"a": leaf(0.7, "N/A", 10)})["stderr"] is None
-    two = Row("x", "x", 0, ["acc,none", "loose,none"], 0.0, {}, True)
+    two = SuiteRow("x", "x", 0, ["acc,none", "loose,none"], 0.0, {}, True)
     assert score(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})["score"] == pytest.approx(
         60
     )
@@ -298,24 +298,24 @@ def test_floors_of_bbh_are_those_of_its_choices() -> None:
 
 
 def test_the_short_words_of_the_command_line() -> None:
-    assert expand(["suite=leaderboard_v1", "+experiment=demo"]) == [
+    assert expand_checkpoint(["suite=leaderboard_v1", "+experiment=demo"]) == [
         "suite=leaderboard_v1",
         "+experiment=demo",
     ]
-    given = expand(["checkpoint=/runs/x/checkpoints/step-00000009"])
+    given = expand_checkpoint(["checkpoint=/runs/x/checkpoints/step-00000009"])
     assert given == [
         "run.name='x'",
         "run.dir='/runs/x'",
         "run.checkpoint=/runs/x/checkpoints/step-00000009",
     ]
-    assert expand(["checkpoint=/runs/x/hf", "--cfg", "job"]) == [
+    assert expand_checkpoint(["checkpoint=/runs/x/hf", "--cfg", "job"]) == [
         "run.name='x'",
         "run.dir='/runs/x'",
         "run.checkpoint=/runs/x/hf",
         "--cfg",
         "job",
     ]
-    assert expand(["checkpoint=/a/b", "+experiment=demo"]) == [
+    assert expand_checkpoint(["checkpoint=/a/b", "+experiment=demo"]) == [
         "run.checkpoint=/a/b",
         "+experiment=demo",
     ]
@@ -348,7 +348,7 @@ def test_two_ranks_print_one_table_with_the_same_scores(
         "rows"
     ]["choice"]
     suite = suite_of(tasks, "local_choice")
-    row = Row("choice", "local_choice", 2, ["acc_norm,none"], 0.0, {}, True)
+    row = SuiteRow("choice", "local_choice", 2, ["acc_norm,none"], 0.0, {}, True)
     run_suite(
         replace(
             config,

@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import InputError
 from core.run import MANIFEST, Run
-from eval.config import Jobs, Launcher
+from eval.config import JobsConfig, Launcher
 from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import STATE
 from tests.commands import PATIENCE
@@ -71,10 +71,12 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
     """The first past each multiple, the last one before the decay and the run's last, each once."""
     launched: list[int] = []
     monkeypatch.setattr(
-        SuiteJobs, "_hold_and_launch", lambda self, folder: launched.append(int(folder.name[5:]))
+        SuiteJobs, "_pin_and_launch", lambda self, folder: launched.append(int(folder.name[5:]))
     )
     jobs = SuiteJobs(
-        Run("r", str(tmp_path), 0), Jobs(SUITES, 1000, Launcher.local, [], []), always={1600, 1900}
+        Run("r", str(tmp_path), 0),
+        JobsConfig(SUITES, 1000, Launcher.local, [], []),
+        always={1600, 1900},
     )
     for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
         checkpoint(tmp_path, step, tokens)
@@ -96,7 +98,7 @@ def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
     held.mkdir(parents=True)
     result(tmp_path, "v1", 4, 30.0)
     result(tmp_path, "v1", 9, 50.0)
-    jobs = SuiteJobs(Run("r", str(tmp_path), 0), Jobs(SUITES, 100, Launcher.local, [], []))
+    jobs = SuiteJobs(Run("r", str(tmp_path), 0), JobsConfig(SUITES, 100, Launcher.local, [], []))
     first = jobs.collect()
     assert [(r["step"], r["tokens"]) for r in first] == [(4, 256), (9, 576)]
     assert first[0]["scores"] == {"v1": {"ARC": 30.0, "GSM8K": 32.0, "average": 31.0}}
@@ -219,13 +221,15 @@ def test_a_run_scores_itself_before_the_decay_and_at_its_end(
 
     def score(self: SuiteJobs, suite: str, held: Path) -> None:
         step = int(held.name[5:])
-        assert (held / MANIFEST).is_file() and "train/collect_scores.py" in self.after[1]
+        assert (held / MANIFEST).is_file() and "train/collect_scores.py" in self.then[1]
         result(self.run.folder, suite, step, float(step))
 
     monkeypatch.setattr(SuiteJobs, "_launch", score)
     make_corpus(tmp_path / "data")
     run = config(tmp_path, "scored")
-    run.leaderboard = replace(run.leaderboard, jobs=Jobs(["v1"], 10**9, Launcher.local, [], []))
+    run.leaderboard = replace(
+        run.leaderboard, jobs=JobsConfig(["v1"], 10**9, Launcher.local, [], [])
+    )
     run.metrics = MetricsConfig(None, False, 60.0)
     train(run)
     path = run.run.folder / "metrics.jsonl"

@@ -12,8 +12,8 @@ from core.errors import InputError
 from core.files import ROOT
 from core.old_keys import load_config
 from core.run import Run, RunFiles
-from eval.config import Jobs
-from eval.leaderboard.jobs import LOOK_SECONDS, SuiteJobs
+from eval.config import JobsConfig
+from eval.leaderboard.jobs import POLL_SECONDS, SuiteJobs
 from train.config import MetricsConfig
 from train.metrics.records import JsonLines, read_lines, read_scores
 from train.metrics.sinks import say, trackers
@@ -21,8 +21,8 @@ from train.resilience.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 AGAIN_SECONDS = 5.0
-# for a run that lives to take them: it looks once in LOOK_SECONDS, between two steps
-PATIENCE = 5 * LOOK_SECONDS
+# for a run that lives to take them: it looks once in POLL_SECONDS, between two steps
+PATIENCE = 5 * POLL_SECONDS
 
 
 def collecting(folder: Path) -> list[str]:
@@ -42,7 +42,7 @@ def collect(folder: Path) -> int:
     config = load_config(files.config)
     run = Run(config.run.name, str(folder), config.run.seed)
     settings: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(Jobs), config.leaderboard.jobs)
+        OmegaConf.merge(OmegaConf.structured(JobsConfig), config.leaderboard.jobs)
     )
     run_lock, path = RunLock(folder), files.metrics
     end = time.monotonic() + PATIENCE

@@ -24,7 +24,7 @@ from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig, Suite, SuiteRow
 from eval.export import export
 from eval.leaderboard.harness import FalconMambaLM
-from eval.leaderboard.suite import run_suite, score, siblings, table
+from eval.leaderboard.suite import other_checkpoints, run_suite, score_row, score_table
 from eval.model_source import find_checkpoint, find_model, load_model
 from eval.run import expand_checkpoint
 from tests.commands import python
@@ -156,7 +156,7 @@ def test_a_whole_suite_gives_the_same_scores_from_both(
         assert result["score"] == pytest.approx(expected[label]["score"], rel=1e-5), label
         assert result["parts"][f"local_{label}"]["documents"] == 12
     # another checkpoint of the run stands beside it: before and after the decay
-    assert siblings(suite, files[1]) == {
+    assert other_checkpoints(suite, files[1]) == {
         f"{step}\n0 tokens": [mine[row.label]["score"] for row in suite.rows]
     }
     assert mine["text"]["score"] > 100  # bits per byte, times 100: an untrained model
@@ -246,20 +246,22 @@ def test_scores_are_rescaled_as_the_leaderboard_does() -> None:
     # https://huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: MuSR's example is
     # 0.7, 0.4, 0.6
     row = SuiteRow("x", "x", 0, ["acc,none"], 0.0, {"a": 0.5, "b": 0.2, "c": 1 / 3}, False)
-    result = score(row, group)
+    result = score_row(row, group)
     assert result["score"] == pytest.approx((40 + 25 + 0) / 3)
     assert result["stderr"] == pytest.approx(100 * math.sqrt((0.06) ** 2 + 0.05**2 + 0.03**2) / 3)
-    gpqa = score(SuiteRow("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)})
+    gpqa = score_row(
+        SuiteRow("x", "x", 0, ["acc,none"], 0.25, {}, True), {"a": leaf(0.6, 0.02, 100)}
+    )
     assert gpqa["score"] == pytest.approx(46.67, abs=0.005) and gpqa["stderr"] == pytest.approx(
         100 * 0.02 / 0.75
     )
-    by_size = score(SuiteRow("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
+    by_size = score_row(SuiteRow("x", "x", 0, ["acc,none"], 0.0, {}, True), group)
     assert by_size["score"] == pytest.approx(100 * (0.7 * 100 + 0.4 * 300 + 0.1 * 50) / 450)
-    assert score(row, {"a": leaf(0.7, "N/A", 10)})["stderr"] is None
+    assert score_row(row, {"a": leaf(0.7, "N/A", 10)})["stderr"] is None
     two = SuiteRow("x", "x", 0, ["acc,none", "loose,none"], 0.0, {}, True)
-    assert score(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})["score"] == pytest.approx(
-        60
-    )
+    assert score_row(two, {"a": {**leaf(0.7, 0.03, 9), "loose,none": 0.5}})[
+        "score"
+    ] == pytest.approx(60)
 
 
 @pytest.mark.parametrize(("name", "best", "wanted"), [("v1", 64.09, 6), ("v2", 15.04, 6)])
@@ -272,7 +274,7 @@ def test_the_leaderboards(name: str, best: float, wanted: int) -> None:
     mean = sum(suite.published["FalconMamba-7B"]) / len(suite.rows)
     assert mean == pytest.approx(best, abs=0.006)
     rows = {row.label: {"score": 50.0, "stderr": 1.0} for row in suite.rows}
-    grid = table(suite, "ours", rows)
+    grid = score_table(suite, "ours", rows)
     assert grid.row_count == 1 + len(suite.published)
     assert list(grid.columns[-1].cells)[0] == f"50.00\n+-{1 / math.sqrt(wanted):.2f}"
     assert list(grid.columns[-1].cells)[1] == f"{mean:.2f}\n{50 - mean:+.2f}"

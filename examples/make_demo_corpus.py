@@ -1,16 +1,15 @@
-"""Write the demo's raw text: what every Python carries, as the files that a corpus of your own
-would be.
+"""Write the demo's raw corpus from the text of Python's standard library.
 
     FOLDER/web/*.warc.gz      help pages of standard modules, as a crawl
-    FOLDER/pages/*.html       the same pages as files, to try recipe manuals on
+    FOLDER/pages/*.html       the same pages as files, for the recipe `manuals`
                               (data.sources.web.input=FOLDER/pages)
-    FOLDER/code/*.jsonl       standard modules, a row per file
+    FOLDER/code/*.jsonl       standard modules, one row per file
     FOLDER/technical/*.jsonl  reference pages of other modules
     FOLDER/curated/*.jsonl    chapters of the language reference
     FOLDER/math/*.jsonl       worked arithmetic
 
-Two files a kind, which two tasks read. Nothing is done where the same Python has written them
-before.
+Writes two files of each kind, so that two tasks can read them. Does nothing if the same version of
+Python has already written the folder.
 """
 
 import argparse
@@ -31,9 +30,9 @@ from core.errors import USER_ERROR
 from examples.demo_corpus import arithmetic, standard_library
 from examples.demo_corpus.archives import write_archive
 
-FILES = 2  # of a kind
-VERSION = 1  # raised with what is written
-KINDS = ("web", "pages", "code", "technical", "curated", "math")  # a folder each
+FILES_PER_KIND = 2
+VERSION = 1  # increase when the output changes
+KINDS = ("web", "pages", "code", "technical", "curated", "math")
 RECORD = "made.json"
 EXAMPLES = """examples:
   python examples/make_demo_corpus.py
@@ -43,7 +42,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """The command line."""
+    """Write the corpus to the folder of the command line."""
     parser = argparse.ArgumentParser(
         prog=format_commands("python examples/make_demo_corpus.py"),
         description=__doc__,
@@ -52,59 +51,58 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/data/demo/raw"))
     folder: Path = parser.parse_args().folder
-    made_by = {"version": VERSION, "python": platform.python_version()}
+    provenance = {"version": VERSION, "python": platform.python_version()}
     record = folder / RECORD
-    strangers = (
-        {path.name for path in folder.iterdir()} - {RECORD, *KINDS} if folder.is_dir() else set()
-    )
-    if strangers:
+    existing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if unknown := existing - {RECORD, *KINDS}:
         print(
-            f"error: {folder} holds {min(strangers)}, and would be replaced: name a new folder",
+            f"error: {folder} would be replaced, but contains {min(unknown)}: name a new folder",
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == made_by:
-        print(f"reused: {folder} was written by this Python")
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == provenance:
+        print(f"reused: this version of Python has written {folder}")
         return
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    (part / RECORD).write_text(json.dumps(made_by) + "\n", encoding="utf-8")
+    temp_folder = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temp_folder, ignore_errors=True)
+    temp_folder.mkdir(parents=True)
+    write_corpus(temp_folder)
+    (temp_folder / RECORD).write_text(json.dumps(provenance) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    temp_folder.rename(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB of raw text by Python {platform.python_version()}")
 
 
-def write(folder: Path) -> None:
-    """A folder of every kind."""
+def write_corpus(folder: Path) -> None:
+    """Write a subfolder of every kind."""
     pages = list(standard_library.help_pages())
     (folder / "pages").mkdir()
     for name, html in pages:
         if html is not None:
             (folder / "pages" / f"{name}.html").write_text(html, encoding="utf-8", errors="replace")
     (folder / "web").mkdir()
-    for number in range(FILES):
-        with (folder / "web" / f"{number:05d}.warc.gz").open("wb") as file:
-            some = (
+    for index in range(FILES_PER_KIND):
+        with (folder / "web" / f"{index:05d}.warc.gz").open("wb") as file:
+            archived = (
                 (f"http://host.invalid/{name}.html", html)
-                for name, html in pages[number::FILES]
+                for name, html in pages[index::FILES_PER_KIND]
                 if html
             )
-            write_archive(file, some)
+            write_archive(file, archived)
     kinds: dict[str, Iterable[standard_library.Row]] = {
         "code": standard_library.code_files(),
         "technical": standard_library.reference_pages(),
         "curated": standard_library.chapters(),
         "math": arithmetic.problems(),
     }
-    for kind, made in kinds.items():
-        rows = list(made)
+    for kind, generated in kinds.items():
+        rows = list(generated)
         (folder / kind).mkdir()
-        for number in range(FILES):
-            with (folder / kind / f"{number:05d}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in islice(rows, number, None, FILES))
+        for index in range(FILES_PER_KIND):
+            with (folder / kind / f"{index:05d}.jsonl").open("w", encoding="utf-8") as file:
+                for row in islice(rows, index, None, FILES_PER_KIND):
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

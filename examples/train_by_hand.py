@@ -1,6 +1,6 @@
-"""Build a small Falcon Mamba, train it by hand, save it for Hugging Face, load it and generate.
+"""Train a small Falcon Mamba in a plain loop, save it for Hugging Face, reload it and generate.
 
-Needs the base install only, no extra.
+Needs the base install only.
 
   python examples/train_by_hand.py
   python -m examples.train_by_hand     # from a wheel
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-if (CHECKOUT / "model" / "mamba.py").is_file():  # not where this file is copied to
+if (CHECKOUT / "model" / "mamba.py").is_file():  # false for a copy of this file
     sys.path[0] = str(CHECKOUT)
 
 import torch
@@ -43,12 +43,15 @@ CONFIG = ModelConfig(
 
 
 def train(model: FalconMamba, steps: int) -> list[float]:
-    """AdamW on sequences that count upwards; returns the loss of every step."""
-    named = list(model.named_parameters())
+    """Train with AdamW on sequences that count upwards; returns the loss of every step."""
+    decay = []
+    no_decay = []
+    for name, parameter in model.named_parameters():
+        (decay if has_weight_decay(name) else no_decay).append(parameter)
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for name, p in named if has_weight_decay(name)], "weight_decay": 0.1},
-            {"params": [p for name, p in named if not has_weight_decay(name)], "weight_decay": 0.0},
+            {"params": decay, "weight_decay": 0.1},
+            {"params": no_decay, "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),
@@ -58,8 +61,8 @@ def train(model: FalconMamba, steps: int) -> list[float]:
     for _ in range(steps):
         first = torch.randint(CONFIG.vocab_size, (8, 1), generator=generator)
         tokens = (first + torch.arange(33)) % CONFIG.vocab_size
-        per_token, _ = model(tokens[:, :-1], tokens[:, 1:])
-        loss = per_token.mean()
+        token_losses, _ = model(tokens[:, :-1], tokens[:, 1:])
+        loss = token_losses.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -68,7 +71,7 @@ def train(model: FalconMamba, steps: int) -> list[float]:
 
 
 def main() -> None:
-    """Train with the fastest kernels that are here and with the reference, then go by disk."""
+    """Train with the fastest available kernels and the reference, then save, load and generate."""
     for backend in (Backend.auto, Backend.reference):
         kernels = load(backend, "cpu")
         model = build_model(CONFIG, kernels, seed=0, device=torch.device("cpu"))
@@ -76,10 +79,10 @@ def main() -> None:
         print(f"{kernels.name} kernels: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, Path(folder), EOS)
-        # AutoModelForCausalLM.from_pretrained(folder) reads it too
-        again = FalconMamba(HfFolder(Path(folder)).config, load(Backend.auto, "cpu"))
-        load_hf_weights(again, Path(folder))
-    print("after 5 6 7:", *again.generate([[5, 6, 7]], count=8)[0].tolist())
+        # AutoModelForCausalLM.from_pretrained(folder) loads it as well
+        reloaded = FalconMamba(HfFolder(Path(folder)).config, load(Backend.auto, "cpu"))
+        load_hf_weights(reloaded, Path(folder))
+    print("after 5 6 7:", *reloaded.generate([[5, 6, 7]], count=8)[0].tolist())
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ DOORS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "eval": (
         {"check_leakage", "export", "generate", "push", "run"},
-        {"config", "heldout", "subject"},
+        {"config", "heldout", "model_source"},
     ),
     "train": (
         {"checkpoints", "collect_scores", "pretrain", "report"},

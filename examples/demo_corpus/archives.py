@@ -1,4 +1,4 @@
-"""Web archives, as a crawler leaves them."""
+"""WARC files, as a crawler writes them."""
 
 from collections.abc import Iterable
 from io import BytesIO
@@ -9,8 +9,9 @@ from warcio.warcwriter import WARCWriter
 
 
 def write_archive(stream: BinaryIO, pages: Iterable[tuple[str, str]]) -> None:
-    """Write (address, HTML) pairs as response records; identifiers and dates are fixed: equal
-    pages, equal bytes.
+    """Write (URL, HTML) pairs as response records.
+
+    Identifiers and dates are fixed, so that equal pages give equal bytes.
     """
     writer = WARCWriter(stream, gzip=True)
     for url, html in pages:

@@ -1,4 +1,4 @@
-"""Worked arithmetic: problems solved step by step by a seeded generator."""
+"""Arithmetic problems with step-by-step solutions, from a seeded generator."""
 
 from collections.abc import Callable, Iterator
 from random import Random
@@ -48,9 +48,10 @@ PLACES = (
 def addition(r: Random) -> str:
     """Column addition, digit by digit with the carry."""
     a, b = r.randrange(100, 10**6), r.randrange(100, 10**6)
-    lines, carry = [], 0
-    for place in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**place % 10, b // 10**place % 10
+    lines = []
+    carry = 0
+    for power in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**power % 10, b // 10**power % 10
         digit_sum = x + y + carry
         with_carry = f" + {carry}" if carry else ""
         lines.append(
@@ -67,28 +68,29 @@ def addition(r: Random) -> str:
 
 
 def subtraction(r: Random) -> str:
-    """A difference by steps of tens and hundreds."""
+    """Subtraction of one decimal place after another."""
     a, b = sorted((r.randrange(1000, 10**6), r.randrange(1000, 10**6)), reverse=True)
-    lines, left = [], a
-    for place in reversed(range(len(str(b)))):
-        part = b // 10**place % 10 * 10**place
-        if part:
-            lines.append(f"{left} - {part} = {left - part}")
-            left -= part
+    lines = []
+    remainder = a
+    for power in reversed(range(len(str(b)))):
+        term = b // 10**power % 10 * 10**power
+        if term:
+            lines.append(f"{remainder} - {term} = {remainder - term}")
+            remainder -= term
     return (
         f"What is {a} minus {b}?\nTake the parts of {b} away one after another.\n"
         + "\n".join(lines)
-        + f"\nAnswer: {left}"
+        + f"\nAnswer: {remainder}"
     )
 
 
 def multiplication(r: Random) -> str:
-    """A product by partial products."""
+    """Multiplication by partial products."""
     a, b = r.randrange(12, 5000), r.randrange(12, 1000)
-    digits = [(b // 10**place % 10) * 10**place for place in range(len(str(b)))]
-    parts = [(a * part, part) for part in reversed(digits) if part]
-    lines = [f"{a} * {part} = {product}" for product, part in parts]
-    total = " + ".join(str(product) for product, _ in parts)
+    terms = [(b // 10**power % 10) * 10**power for power in range(len(str(b)))]
+    products = [(a * term, term) for term in reversed(terms) if term]
+    lines = [f"{a} * {term} = {product}" for product, term in products]
+    total = " + ".join(str(product) for product, _ in products)
     return (
         f"Multiply {a} by {b}.\n"
         + "\n".join(lines)
@@ -97,22 +99,23 @@ def multiplication(r: Random) -> str:
 
 
 def division(r: Random) -> str:
-    """Long division with remainder and the check."""
+    """Long division with remainder, and its check."""
     b, a = r.randrange(3, 100), r.randrange(1000, 10**6)
-    lines, rest = [], 0
+    lines = []
+    remainder = 0
     for digit in str(a):
-        current = rest * 10 + int(digit)
-        quotient, rest = divmod(current, b)
-        lines.append(f"Bring down {digit}: {current} / {b} is {quotient}, rest {rest}.")
+        current = remainder * 10 + int(digit)
+        quotient, remainder = divmod(current, b)
+        lines.append(f"Bring down {digit}: {current} / {b} is {quotient}, rest {remainder}.")
     body = "\n".join(lines)
     return (
-        f"Divide {a} by {b}.\n{body}\n{a} = {b} * {a // b} + {rest}\nThe quotient is {a // b} "
-        f"and the remainder {rest}."
+        f"Divide {a} by {b}.\n{body}\n{a} = {b} * {a // b} + {remainder}\nThe quotient is {a // b} "
+        f"and the remainder {remainder}."
     )
 
 
 def fraction(r: Random) -> str:
-    """A sum of two fractions, reduced."""
+    """Sum of two fractions, reduced."""
     a, b, c, d = (r.randrange(1, 40) for _ in range(4))
     b, d = b + 1, d + 1
     top, bottom = a * d + c * b, b * d
@@ -133,8 +136,10 @@ def fraction(r: Random) -> str:
 
 
 def equation(r: Random) -> str:
-    """A linear equation in one unknown."""
-    a, x, b = r.randrange(2, 60), r.randrange(-90, 91), r.randrange(1, 500)
+    """Linear equation in one unknown."""
+    a = r.randrange(2, 60)
+    x = r.randrange(-90, 91)
+    b = r.randrange(1, 500)
     return (
         f"Solve {a}x + {b} = {a * x + b} for x.\nSubtract {b} from both sides: {a}x = "
         f"{a * x + b} - {b} = {a * x}.\nDivide both sides by {a}: x = {a * x} / {a} = "
@@ -145,7 +150,8 @@ def equation(r: Random) -> str:
 def shopping(r: Random) -> str:
     """Two purchases and the change."""
     name, (first, second) = r.choice(NAMES), r.sample(GOODS, 2)
-    n, p, m, q = r.randrange(2, 40), r.randrange(2, 60), r.randrange(2, 40), r.randrange(2, 60)
+    n, p = r.randrange(2, 40), r.randrange(2, 60)
+    m, q = r.randrange(2, 40), r.randrange(2, 60)
     total = n * p + m * q
     paid = total + r.randrange(1, 100)
     return (
@@ -159,25 +165,24 @@ def shopping(r: Random) -> str:
 def journey(r: Random) -> str:
     """Distance, speed and time over two legs."""
     name, (start, end) = r.choice(NAMES), r.sample(PLACES, 2)
-    v, w, hours, more = (
-        r.randrange(3, 30),
-        r.randrange(31, 120),
-        r.randrange(1, 9),
-        r.randrange(1, 9),
-    )
-    far = v * hours + w * more
+    v, w = r.randrange(3, 30), r.randrange(31, 120)
+    hours, train_hours = r.randrange(1, 9), r.randrange(1, 9)
+    total = v * hours + w * train_hours
     return (
         f"{name} leaves {start} and cycles for {hours} hours at {v} km per hour, then takes a "
-        f"train for {more} hours at {w} km per hour to {end}. How long is the way?\nBy bicycle: "
-        f"{v} * {hours} = {v * hours} km.\nBy train: {w} * {more} = {w * more} km.\nAltogether: "
-        f"{v * hours} + {w * more} = {far} km."
+        f"train for {train_hours} hours at {w} km per hour to {end}. How long is the way?\n"
+        f"By bicycle: {v} * {hours} = {v * hours} km.\n"
+        f"By train: {w} * {train_hours} = {w * train_hours} km.\n"
+        f"Altogether: {v * hours} + {w * train_hours} = {total} km."
     )
 
 
 def sharing(r: Random) -> str:
-    """Equal shares with a rest, in two steps."""
-    one, other, thing = *r.sample(NAMES, 2), r.choice(GOODS)
-    a, b, friends = r.randrange(20, 900), r.randrange(20, 900), r.randrange(3, 25)
+    """Equal shares with a remainder, in two steps."""
+    one, other = r.sample(NAMES, 2)
+    thing = r.choice(GOODS)
+    a, b = r.randrange(20, 900), r.randrange(20, 900)
+    friends = r.randrange(3, 25)
     each, rest = divmod(a + b, friends)
     return (
         f"{one} has {a} {thing} and {other} has {b}. They put them together and share them "
@@ -189,7 +194,7 @@ def sharing(r: Random) -> str:
 
 
 def percentage(r: Random) -> str:
-    """A price after a reduction."""
+    """Price after a discount."""
     name, thing = r.choice(NAMES), r.choice(GOODS)
     percent, price = r.randrange(1, 20) * 5, r.randrange(2, 500) * 20
     off = price * percent // 100
@@ -202,14 +207,23 @@ def percentage(r: Random) -> str:
 
 
 FAMILIES: tuple[Callable[[Random], str], ...] = (
-    *(addition, subtraction, multiplication, division, fraction),
-    *(equation, shopping, journey, sharing, percentage),
+    addition,
+    subtraction,
+    multiplication,
+    division,
+    fraction,
+    equation,
+    shopping,
+    journey,
+    sharing,
+    percentage,
 )
 
 
 def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
-    """Distinct problems of all families by turns, about `total_chars` characters; the same ones on
-    every machine.
+    """Yield distinct problems of all families in turn, about `total_chars` characters in all.
+
+    The problems are the same on every machine.
     """
     seen: set[str] = set()
     chars = index = 0
@@ -218,7 +232,7 @@ def problems(total_chars: int = TOTAL_CHARS) -> Iterator[dict[str, Any]]:
         group = f"{make.__name__} {index // len(FAMILIES)}"
         index += 1
         text = make(Random(group)) + "\n"
-        if text not in seen:  # the same problem twice could be trained on and held out
+        if text not in seen:  # a duplicate could be in both splits
             seen.add(text)
             chars += len(text)
             yield {"id": group, "text": text, "group": group}

@@ -1,9 +1,8 @@
-"""The text every Python carries, in four kinds: pages of help, code, reference pages, chapters of
-the language.
+"""Text of Python's standard library: help pages, code, reference pages and language chapters.
 
-A module's source text, its docstrings and its rendered help share sentences, so every module
-belongs to exactly one source: otherwise a held-out page would be trained on as code. Submodules go
-with their top-level package.
+The code, docstrings and help page of a module share sentences. Every module therefore belongs to
+one source only; otherwise a held-out page would be trained on as code. Submodules belong to the
+source of their top-level package.
 """
 
 import ast
@@ -20,8 +19,8 @@ from unittest import mock
 
 Row = dict[str, Any]
 
-# Test suites, programs, bundled wheels, and the topics, which are the curated source.
-SKIPPED_PARTS = {
+# test suites, programs, bundled wheels, and the topics, which are the curated source
+SKIPPED_NAMES = {
     "__pycache__",
     "test",
     "tests",
@@ -31,11 +30,10 @@ SKIPPED_PARTS = {
     "site-packages",
     "dist-packages",
 }
-SKIPPED_PARTS |= {"_bundled", "pydoc_data", "__main__.py", "__phello__"}
+SKIPPED_NAMES |= {"_bundled", "pydoc_data", "__main__.py", "__phello__"}
 
-# Rendering help imports the module, so only these may become web pages: importing them starts
-# nothing and opens no window or browser (`this` prints, `antigravity` browses, tkinter wants a
-# display).
+# Rendering help imports the module, so web pages come only from modules without side effects on
+# import (`this` prints, `antigravity` opens a browser, tkinter needs a display).
 IMPORTABLE = frozenset(
     "abc argparse ast asyncio base64 bdb bisect bz2 calendar cmd codecs codeop collections "
     "colorsys compileall concurrent configparser contextlib contextvars copy copyreg csv "
@@ -51,83 +49,80 @@ IMPORTABLE = frozenset(
     "weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zoneinfo".split()
 )
 
-# Of a hundred top-level modules: how many become web pages, and how many of the rest technical
-# text; what remains is source code. Chosen so that the demo reads no source more than a few times.
-WEB_SHARE, TECHNICAL_SHARE = 50, 20  # of the importable ones
-OTHER_TECHNICAL_SHARE = 25
+# Percent of top-level modules per source; the others are code. Chosen so that the demo repeats no
+# source more than a few times.
+WEB_PERCENT = 50  # of importable modules
+TECHNICAL_PERCENT = 20  # of importable modules
+OTHER_TECHNICAL_PERCENT = 25  # of the other modules
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the running Python's standard library that is prose
-    or code of its own.
-    """
+    """Map dotted names to files of the running Python's standard library, without SKIPPED_NAMES."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = {}
+    paths = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        # _sysconfigdata holds the paths of the machine that built Python.
-        if SKIPPED_PARTS & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
+        # _sysconfigdata contains paths of the machine that built Python
+        if SKIPPED_NAMES & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
             continue
-        found[".".join(relative.with_suffix("").parts).removesuffix(".__init__")] = path
-    return found
+        paths[".".join(relative.with_suffix("").parts).removesuffix(".__init__")] = path
+    return paths
 
 
 def source_of(module: str) -> str:
-    """The one source that may have a module: "web", "technical" or "code"; depends on nothing
-    but the name.
-    """
+    """Source of a module, from its name only: "web", "technical" or "code"."""
     top = module.split(".")[0]
     bucket = int(hashlib.sha256(top.encode()).hexdigest(), 16) % 100
     if top not in IMPORTABLE:
-        return "technical" if bucket < OTHER_TECHNICAL_SHARE else "code"
-    if bucket < WEB_SHARE:
+        return "technical" if bucket < OTHER_TECHNICAL_PERCENT else "code"
+    if bucket < WEB_PERCENT:
         return "web"
-    return "technical" if bucket < WEB_SHARE + TECHNICAL_SHARE else "code"
+    return "technical" if bucket < WEB_PERCENT + TECHNICAL_PERCENT else "code"
 
 
 def modules_of(source: str) -> Iterator[tuple[str, Path]]:
-    """(dotted name, file) of the modules that a source may have, in a fixed order."""
+    """Yield (dotted name, file) of a source's modules, in a fixed order."""
     return ((name, path) for name, path in modules().items() if source_of(name) == source)
 
 
 class Page(pydoc.HTMLDoc):
-    """The help page of one module, without what would leak or repeat.
+    """Help page of one module, without local data and without text of other modules.
 
-    Values of data stay out: they hold this machine's environment and paths. So do members defined
-    elsewhere: their text belongs to another page, which may be on the other side of the held-out
-    split.
+    Values of data are left out, because they contain this machine's environment and paths. Members
+    that another module defines are left out too: their text belongs to another page, which may be
+    in the other split.
     """
 
     def __init__(self, module: str) -> None:
         super().__init__()
         self.module = module
 
-    def own(self, thing: object) -> bool:
-        """Whether the module, or the C module behind it, defines the thing."""
-        return getattr(thing, "__module__", None) in (self.module, "_" + self.module)
+    def is_defined_here(self, member: object) -> bool:
+        """Whether the module, or its C implementation, defines a member."""
+        return getattr(member, "__module__", None) in (self.module, "_" + self.module)
 
     def docother(self, object, name=None, mod=None, *ignored):  # type: ignore[no-untyped-def]
-        """The name of a datum without its value."""
+        """Show the name of data without its value."""
         return f"<strong>{name}</strong>" if name else ""
 
     def filelink(self, url, path):  # type: ignore[no-untyped-def]
-        """No path of this machine."""
+        """Omit the path."""
         return ""
 
     def formattree(self, tree, modname, parent=None):  # type: ignore[no-untyped-def]
-        """No list of class names."""
+        """Omit the list of class names."""
         return ""
 
     def docclass(self, object, name=None, mod=None, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """A class that the module defines; its own members only."""
-        if not self.own(object):
+        """Show a class that the module defines, with members that the class itself defines."""
+        if not self.is_defined_here(object):
             return ""
 
-        def own_members(cls):  # type: ignore[no-untyped-def]
+        def classify_without_inherited(cls):  # type: ignore[no-untyped-def]
             return [member for member in classify(cls) if member[2] is cls]
 
         classify = pydoc.classify_class_attrs
-        with mock.patch.object(pydoc, "classify_class_attrs", own_members):
+        with mock.patch.object(pydoc, "classify_class_attrs", classify_without_inherited):
             return super().docclass(object, name, mod, *args, **kwargs)
 
     def docroutine(  # type: ignore[no-untyped-def]
@@ -141,50 +136,49 @@ class Page(pydoc.HTMLDoc):
         cl=None,
         *rest,
     ):
-        """A function that the module defines, or any method of a class that is shown."""
-        if cl is None and not self.own(object):
+        """Show a function that the module defines, or a method of a class on the page."""
+        if cl is None and not self.is_defined_here(object):
             return ""
         return super().docroutine(object, name, mod, funcs, classes, methods, cl, *rest)
 
 
 def help_page(name: str) -> str | None:
-    """Help of a standard module as HTML, or None where the module does not exist on this system."""
+    """Render help of a standard module as HTML; None if this system lacks the module."""
     try:
         module = importlib.import_module(name)
     except ImportError:
         return None
     page = Page(name)
-    # Addresses in default arguments change with every process.
-    return re.sub(
-        r"(&nbsp;| )at(&nbsp;| )0x[0-9a-fA-F]+", "", page.page(name, page.docmodule(module, name))
-    )
+    html = page.page(name, page.docmodule(module, name))
+    # memory addresses in default arguments change with every process
+    return re.sub(r"(&nbsp;| )at(&nbsp;| )0x[0-9a-fA-F]+", "", html)
 
 
 def help_pages() -> Iterator[tuple[str, str | None]]:
-    """(dotted name, HTML) of every help page; no HTML of a module that this system lacks."""
+    """Yield (dotted name, HTML) of every help page; None for a module that this system lacks."""
     return ((name, help_page(name)) for name, _ in modules_of("web"))
 
 
 def code_files() -> Iterator[Row]:
-    """The modules that are read as code."""
+    """Yield the modules of the source "code"."""
     for name, path in modules_of("code"):
-        # A few files declare an older encoding; what is not UTF-8 is replaced rather than lost.
+        # a few files declare an older encoding; replace bytes that are not UTF-8
         text = path.read_text(encoding="utf-8", errors="replace")
         yield {"id": name, "text": text, "group": name}
 
 
 def chapters() -> Iterator[Row]:
-    """Chapters of the language reference that the interactive help carries."""
+    """Yield the chapters of the language reference that interactive help contains."""
     from pydoc_data.topics import topics
 
-    # "if" and "else" are one chapter under two names; twice, it could be trained on and held out.
+    # "if" and "else" are names of one chapter; a duplicate could be in both splits
     names = {text: name for name, text in sorted(topics.items(), reverse=True)}
     for text, name in sorted(names.items(), key=lambda item: item[1]):
         yield {"id": name, "text": text, "group": f"topic {name}"}
 
 
 def signature(node: ast.AST) -> str:
-    """`class A(B)` or `def f(x, y=1) -> int` as written, on one line."""
+    """Format `class A(B)` or `def f(x, y=1) -> int` on one line."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return f"class {node.name}({bases})" if bases else f"class {node.name}"
@@ -194,9 +188,7 @@ def signature(node: ast.AST) -> str:
 
 
 def reference_page(name: str, source: str) -> str:
-    """All docstrings of a module under their signatures, in the order of the file; parsed, never
-    imported.
-    """
+    """All docstrings of a module under their signatures; the source is parsed, not imported."""
     tree = ast.parse(source)
     parts = [f"{name}\n{'=' * len(name)}", ast.get_docstring(tree) or ""]
 
@@ -218,7 +210,7 @@ def reference_page(name: str, source: str) -> str:
 
 
 def reference_pages() -> Iterator[Row]:
-    """One reference page per module that is read as technical text; some modules have none."""
+    """Yield one reference page per module of the source "technical"; it may be empty."""
     for name, path in modules_of("technical"):
         text = reference_page(name, path.read_text(encoding="utf-8", errors="replace"))
         yield {"id": name, "text": text, "group": name}

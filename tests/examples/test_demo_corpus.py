@@ -27,7 +27,7 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     (tmp_path / "made.json").write_text('{"version": 0}')
     result = python("examples/make_demo_corpus.py", tmp_path)
-    assert result.returncode == 2 and "holds mine.txt, and would be replaced" in result.stderr
+    assert result.returncode == 2 and "contains mine.txt" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made.json", "mine.txt"]
 
 

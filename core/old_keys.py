@@ -51,6 +51,12 @@ RENAMED = {
     "plan.storage_gbytes": "plan.storage_gbytes_per_second",
     "plan.host_gbytes": "plan.host_gbytes_per_second",
     "world": "dryrun.world_size",
+    "slurm.options": "slurm.sbatch_options",
+    "slurm.restarts": "slurm.max_restarts",
+    "slurm.crashes": "slurm.max_crashes",
+    "slurm.strikes": "slurm.max_strikes",
+    "slurm.bad_nodes": "slurm.bad_nodes_file",
+    "leaderboard.jobs.sbatch": "leaderboard.jobs.sbatch_options",
 }
 REMOVED = ("eval.bench", "plan.price_per_gpu_hour")
 # config groups that are now sections of config.yaml, with the only choice that they had
@@ -199,7 +205,7 @@ def new_key(key: str) -> str:
         section, dot, _ = section.rpartition(".")
         if not dot:
             return key
-    return RENAMED[section] + key.removeprefix(section)
+    return new_key(RENAMED[section] + key.removeprefix(section))  # it may have changed twice
 
 
 def warn_once(source: str, changes: list[str]) -> None:

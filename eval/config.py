@@ -38,7 +38,7 @@ class JobsConfig:
     suites: list[str]  # choices of configs/suite
     every_tokens: int
     launcher: Launcher
-    sbatch: list[str]  # extra options of sbatch
+    sbatch_options: list[str]  # extra options of sbatch
     overrides: list[str]  # extra overrides of eval/run.py
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ CONFIG = ModelConfig(
 
 def train(model: FalconMamba, steps: int) -> list[float]:
     """Train with AdamW on sequences that count upwards; returns the loss of every step."""
-    decay = []
-    no_decay = []
+    decay: list[torch.nn.Parameter] = []
+    no_decay: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decay if has_weight_decay(name) else no_decay).append(parameter)
     optimizer = torch.optim.AdamW(

@@ -16,27 +16,30 @@ class Slurm:
     warn_seconds: int
     gpus: bool
     exclusive: bool  # no other jobs on the nodes of a training
-    options: list[str]
+    sbatch_options: list[str]
     env: dict[str, str]
-    restarts: int
-    crashes: int
-    strikes: int
-    bad_nodes: str
+    max_restarts: int
+    max_crashes: int
+    max_strikes: int
+    bad_nodes_file: str
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             raise ValueError(
                 f"slurm.time is {self.time!r}; write DAYS-HOURS:MINUTES:SECONDS, such as 1-00:00:00"
             )
-        if min(self.warn_seconds, self.crashes, self.strikes) < 1 or self.restarts < 0:
+        if min(self.warn_seconds, self.max_crashes, self.max_strikes) < 1 or self.max_restarts < 0:
             raise ValueError(
-                "slurm.warn_seconds, crashes and strikes must be at least 1, restarts not negative"
+                "slurm.warn_seconds, max_crashes and max_strikes must be at least 1, "
+                "max_restarts at least 0"
             )
         if invalid := [
-            option for option in self.options if not option.startswith("--") or "\n" in option
+            option
+            for option in self.sbatch_options
+            if not option.startswith("--") or "\n" in option
         ]:
             raise ValueError(
-                f"slurm.options {invalid} are not long options of sbatch; write --name=value"
+                f"slurm.sbatch_options {invalid} are not long options of sbatch; write --name=value"
             )
         if secrets := [name for name in self.env if SECRET.search(name)]:
             raise ValueError(

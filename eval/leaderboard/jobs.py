@@ -121,7 +121,7 @@ class SuiteJobs:
                 "sbatch",
                 f"--job-name={name}",
                 f"--output={log}",
-                *self.settings.sbatch,
+                *self.settings.sbatch_options,
                 f"--wrap={script}",
             ]
         environment = {

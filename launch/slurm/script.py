@@ -45,9 +45,9 @@ def sbatch_options(job: Job, stage: str) -> list[str]:
         options.append("--exclusive")
     if slurm.gpus and cluster.device.value != "cpu" and stage != "prepare":
         options.append(f"--gpus-per-node={cluster.ranks_per_node if is_training else 1}")
-    if bad := excluded_nodes(bad_nodes_file(job), slurm.strikes):
+    if bad := excluded_nodes(bad_nodes_file(job), slurm.max_strikes):
         options.append(f"--exclude={','.join(bad)}")
-    return [*options, *slurm.options]
+    return [*options, *slurm.sbatch_options]
 
 
 def script_variables(job: Job, program: str) -> str:
@@ -63,10 +63,10 @@ def script_variables(job: Job, program: str) -> str:
         "BAD_NODES": str(bad_nodes_file(job).resolve()),
         "RANKS": str(job.config.cluster.ranks_per_node),
         "TENSOR_PARALLEL": str(job.config.parallel.tensor_parallel),
-        "RESTARTS": str(slurm.restarts),
+        "RESTARTS": str(slurm.max_restarts),
         "WARN_SECONDS": str(slurm.warn_seconds),
-        "CRASHES": str(slurm.crashes),
-        "STRIKES": str(slurm.strikes),
+        "CRASHES": str(slurm.max_crashes),
+        "STRIKES": str(slurm.max_strikes),
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in job.overrides)})")
@@ -77,4 +77,4 @@ def script_variables(job: Job, program: str) -> str:
 
 def bad_nodes_file(job: Job) -> Path:
     """File of strikes against nodes."""
-    return Path(job.submit.slurm.bad_nodes)
+    return Path(job.submit.slurm.bad_nodes_file)

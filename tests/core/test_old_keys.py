@@ -87,6 +87,10 @@ def test_values_and_prefixes_are_kept() -> None:
     ]
 
 
+def test_a_key_that_was_renamed_twice_is_accepted() -> None:
+    assert renamed_overrides(["eval.jobs.sbatch=[a]"]) == ["leaderboard.jobs.sbatch_options=[a]"]
+
+
 def test_a_table_of_old_keys_becomes_one_override_per_value() -> None:
     table = (
         "eval={batch: 3, prompt: 'a, b', sampling: {seed: 1}, keep_fp32: [D], bench: {tokens: 1}}"

@@ -85,7 +85,7 @@ def submit(slurm: Slurm, data: Path, run: Path, *extra: str) -> list[str]:
     command += [
         f"run.name={run.name}",
         f"run.dir={run}",
-        f"slurm.bad_nodes={run.parent / 'bad_nodes.txt'}",
+        f"slurm.bad_nodes_file={run.parent / 'bad_nodes.txt'}",
         *extra,
     ]
     result = subprocess.run(

@@ -41,8 +41,8 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
     overrides = [
         *CLUSTER,
         "slurm.partition=h100",
-        f"slurm.bad_nodes={bad}",
-        "slurm.options=['--qos=long']",
+        f"slurm.bad_nodes_file={bad}",
+        "slurm.sbatch_options=['--qos=long']",
         quoted,
     ]
     text = render(compose_job(overrides), "train", "train/pretrain.py")
@@ -74,7 +74,7 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
         (["+slurm.env.WANDB_API_KEY=1"], "export them before sbatch"),
         (["schedule.min_lr=1"], "exceeds the peak optim.lr"),
         (["parallel.micro_batch_tokens=1"], "is below the longest sequence"),
-        (["compute.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit here"),
+        (["compute.recompute=none", "parallel.micro_batch_tokens=65536"], "do not fit"),
     ],
 )
 def test_errors_are_found_before_submission(

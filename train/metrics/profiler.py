@@ -34,7 +34,7 @@ ROWS = {
     "backward": "backward",
     "reduce": "reduce",
     "update": "optimizer",
-    "reduce_stats": "step stats",
+    "reduce_stats": "stats",
     "validate": "validation",
     "log": "log",
     "check": "checks",

@@ -1,8 +1,9 @@
-"""A run of eval's tests: a small checkpoint with a real vocabulary."""
+"""Fixtures: a run with a small checkpoint and a real tokenizer, and local harness tasks."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
@@ -28,9 +29,7 @@ MODEL = replace(TINY, vocab_size=288)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
-    """An untrained model as a committed checkpoint, over shards of made-up ids and a byte-level
-    vocabulary.
-    """
+    """A committed checkpoint of an untrained model, generated shards and a byte-level tokenizer."""
     root = tmp_path_factory.mktemp("eval")
     data: DataConfig = corpus_config(root / "data", vocab_size=288)
     tokenizer_path(data).parent.mkdir(parents=True)
@@ -48,8 +47,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
             ranks,
         )
         state = TrainState(0, 0, 0, "", {**MODEL.__dict__})
-        keep = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
-        CheckpointManager(run.files.checkpoints, keep, ranks, frozenset()).save_and_wait(
+        settings = CheckpointConfig(1, 1, None, False, retry_seconds=0.0, max_failures=1)
+        CheckpointManager(run.files.checkpoints, settings, ranks, frozenset()).save_and_wait(
             state, engine
         )
     demo = typed(EvaluationConfig, "demo")
@@ -66,9 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Local tasks: a multiple choice, a perplexity, a generation, and MATH by the harness's own
-    rules.
-    """
+    """Local tasks: multiple choice, perplexity, generation, and MATH by the harness's template."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
         {
@@ -92,7 +89,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fewshot_split": "test",
     }
     mean = {"aggregation": "mean", "higher_is_better": True}
-    write = {
+    tasks: dict[str, dict[str, Any]] = {
         "local_choice": {
             "output_type": "multiple_choice",
             "doc_to_text": "{{q}}",
@@ -114,11 +111,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metric_list": [{"metric": "exact_match", **mean}],
         },
     }
-    math = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "math" / "_template_yaml"
-    write["local_math"] = {  # the harness's own rules, over problems of ours
-        "include": str(math), "fewshot_split": None,
+    template = Path(lm_eval.__file__).parent / "tasks" / "leaderboard" / "math" / "_template_yaml"
+    tasks["local_math"] = {
+        "include": str(template), "fewshot_split": None,
         "generation_kwargs": {"until": ["Problem:"], "max_gen_toks": 8, "do_sample": False},
     }  # fmt: skip
-    for name, body in write.items():
+    for name, body in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **body}))
     return folder

@@ -1,6 +1,4 @@
-"""Whoever else reads the export: mamba-ssm's names by way of mambapy, llama.cpp's name table, the
-hub.
-"""
+"""Other readers of the export: mambapy (mamba-ssm's names), llama.cpp's name table, the hub."""
 
 import json
 from dataclasses import asdict, replace
@@ -26,41 +24,43 @@ from tests.compose import run_config
 from tests.tiny import TINY, model_of
 
 
-def test_mamba_ssm_names() -> None:
-    """mambapy's layers are named as mamba-ssm's, which are transformers' names; loaded with ours,
-    it gives our logits.
+def test_mambapy_computes_the_same_logits() -> None:
+    """mambapy's layers have mamba-ssm's names, which are also transformers' names.
 
-    mambapy has one eps for all norms and weights of one in the inner ones, so the model here has
-    one eps too.
+    mambapy has one eps for all norms, so the model of this test has one eps too. The weights of its
+    inner norms are ones.
     """
-    shape = replace(TINY, mixer_norm_eps=TINY.norm_eps)
-    model = model_of(shape, seed=5)
-    theirs = {t: to_hf(o, model.get_parameter(o).detach()) for o, t in tensor_names(shape.n_layer)}
-    other = Mamba(MambaConfig(d_model=24, n_layers=2, d_state=6, dt_rank=5, inner_layernorms=True))
+    config = replace(TINY, mixer_norm_eps=TINY.norm_eps)
+    model = model_of(config, seed=5)
+    hf_tensors = {
+        hf_name: to_hf(name, model.get_parameter(name).detach())
+        for name, hf_name in tensor_names(config.n_layer)
+    }
+    mambapy = Mamba(
+        MambaConfig(d_model=24, n_layers=2, d_state=6, dt_rank=5, inner_layernorms=True)
+    )
     layers = {
         name.removeprefix("backbone."): x
-        for name, x in theirs.items()
+        for name, x in hf_tensors.items()
         if name.startswith("backbone.layers.")
     }
-    result = other.load_state_dict(layers, strict=False)
+    result = mambapy.load_state_dict(layers, strict=False)
     assert not result.unexpected_keys and all("layernorm" in name for name in result.missing_keys)
     tokens = torch.randint(0, 96, (2, 40))
     with torch.no_grad():
-        hidden = other(F.embedding(tokens, theirs["backbone.embeddings.weight"]))
-        normed = F.rms_norm(hidden, (24,), theirs["backbone.norm_f.weight"], shape.norm_eps)
-        logits = F.linear(normed, theirs["lm_head.weight"])
+        hidden = mambapy(F.embedding(tokens, hf_tensors["backbone.embeddings.weight"]))
+        normed = F.rms_norm(hidden, (24,), hf_tensors["backbone.norm_f.weight"], config.norm_eps)
+        logits = F.linear(normed, hf_tensors["lm_head.weight"])
         torch.testing.assert_close(logits, model.logits(tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_llama_cpp_names() -> None:
-    """gguf, the part of llama.cpp's converter that PyPI carries, knows every tensor and needs no
-    other.
-    """
+def test_llama_cpp_knows_every_tensor() -> None:
+    """The name table of gguf, llama.cpp's package on PyPI, maps each of our tensors to its own."""
     layers = 64
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, layers)
     mapped = [
-        table.get_name(theirs, try_suffixes=(".weight", ".bias"))
-        for _, theirs in tensor_names(layers)
+        table.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        for _, hf_name in tensor_names(layers)
     ]
     assert None not in mapped and len(set(mapped)) == 643
     kinds = {
@@ -75,12 +75,12 @@ def test_llama_cpp_names() -> None:
         "token_embd.weight",
         "output.weight",
     } <= kinds
-    # how it says that this is Falcon's Mamba
+    # the key that marks Falcon Mamba
     assert gguf.Keys.SSM.DT_B_C_RMS == "{arch}.ssm.dt_b_c_rms"
 
 
-class Hub:
-    """Stands in for the hub: no network in tests."""
+class FakeHub:
+    """Records the calls to HfApi; tests have no network."""
 
     calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -90,20 +90,20 @@ class Hub:
         )
 
 
-def test_push_uploads_the_checked_export_with_a_card(
+def test_push_uploads_the_export_and_a_model_card(
     config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("eval.push.HfApi", Hub)
+    monkeypatch.setattr("eval.push.HfApi", FakeHub)
     with pytest.raises(InputError, match="export.hub=USER/MODEL"):
         push(config)
-    ready = replace(config, export=replace(config.export, hub="me/falcon"))
+    with_hub = replace(config, export=replace(config.export, hub="me/falcon"))
     with pytest.raises(InputError, match="eval/export.py"):
-        push(ready)
+        push(with_hub)
     export(config)
     run_evaluation(config)
-    whole = run_config("demo")
+    demo = run_config("demo")
     record = {
-        **json.loads(json.dumps(asdict(whole), default=lambda value: value.value)),
+        **json.loads(json.dumps(asdict(demo), default=lambda value: value.value)),
         "run": asdict(config.run),
     }
     (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
@@ -117,26 +117,22 @@ def test_push_uploads_the_checked_export_with_a_card(
     (scores / "b.json").write_text(
         json.dumps({"checkpoint": "step-1", "suite": "of another step", "rows": rows})
     )
-    push(ready)
-    names = [name for name, _ in Hub.calls]
+    push(with_hub)
+    names = [name for name, _ in FakeHub.calls]
     assert names == ["create_repo", "upload_folder", "upload_file"]
-    assert (
-        Hub.calls[0][1]["private"] is True and Hub.calls[1][1]["folder_path"] == config.run.files.hf
-    )
+    assert FakeHub.calls[0][1]["private"] is True
+    assert FakeHub.calls[1][1]["folder_path"] == config.run.files.hf
     card = (config.run.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and "PSF-2.0" in card
-    assert (
-        "| decay | 400,000 | 256 |" in card
-        and "| ARC | 12.35 | 0.50 |" in card
-        and "another step" not in card
-    )
+    assert "| decay | 400,000 | 256 |" in card and "| ARC | 12.35 | 0.50 |" in card
+    assert "another step" not in card
     heldout = json.loads((config.run.folder / "eval.json").read_text())["heldout"]["all"]
     assert f"{heldout['bits_per_byte']:.3f}" in card and "0.004, 1.5625e-05" in card
-    results = ModelCard(card).data.eval_results  # what the hub shows beside the text
+    results = ModelCard(card).data.eval_results  # the hub shows these beside the text
     assert [row.metric_value for row in results if row.metric_type == "leaderboard_v1"] == [12.345]
     assert heldout["bits_per_byte"] in [row.metric_value for row in results]
 
 
-def test_a_card_needs_a_run(tmp_path: Path) -> None:
+def test_a_model_card_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="config.yaml"):
         model_card(tmp_path, tmp_path, TINY)

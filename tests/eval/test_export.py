@@ -1,4 +1,4 @@
-"""Export and evaluation on a small checkpoint with a real vocabulary."""
+"""Export and evaluation on a small checkpoint with a real tokenizer."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def exported(config: EvaluationConfig) -> Path:
     return config.run.files.hf
 
 
-def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationConfig) -> None:
+def test_export_has_the_published_layout(exported: Path, config: EvaluationConfig) -> None:
     written = json.loads((exported / "config.json").read_text())
     assert written["tie_word_embeddings"] is False and written["mixer_rms_eps"] == 1e-6
     assert written["expand"] == 2 and written["intermediate_size"] == 48
@@ -54,29 +54,30 @@ def test_the_folder_has_the_published_layout(exported: Path, config: EvaluationC
     assert not list(exported.glob("part-*")) and not (config.run.folder / "hf.part").exists()
 
 
-def test_transformers_gives_our_logits_and_its_cache_path_too(
+def test_transformers_computes_our_logits_with_and_without_cache(
     exported: Path, config: EvaluationConfig
 ) -> None:
-    ours = load_model(config, find_checkpoint(config))
-    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    model = load_model(config, find_checkpoint(config))
+    hf_model = AutoModelForCausalLM.from_pretrained(exported)
     tokens = torch.randint(12, 280, (1, 9))
     with torch.no_grad():
-        expected = ours.logits(tokens)
-        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-5)
-        cache, steps = None, []
+        expected = model.logits(tokens)
+        torch.testing.assert_close(hf_model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        cache = None
+        steps = []
         for t in range(tokens.shape[1]):
-            out = theirs(tokens[:, t : t + 1], cache_params=cache, use_cache=True)
+            out = hf_model(tokens[:, t : t + 1], cache_params=cache, use_cache=True)
             cache = out.cache_params
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_tokenizer_loads_and_generates(exported: Path, config: EvaluationConfig) -> None:
+def test_export_loads_with_its_tokenizer_and_generates(
+    exported: Path, config: EvaluationConfig
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    assert (
-        tokenizer.eos_token_id == EOS
-        and tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
-    )
+    assert tokenizer.eos_token_id == EOS
+    assert tokenizer.decode(tokenizer("def f3").input_ids) == "def f3"
     assert generate(exported, config.generate).startswith("def f")
 
 
@@ -93,7 +94,7 @@ def test_bfloat16_export_agrees_with_rounded_weights(
     assert AutoModelForCausalLM.from_pretrained(folder / "hf").dtype == torch.bfloat16
 
 
-def test_a_wrong_export_is_caught(
+def test_a_wrong_export_is_refused(
     config: EvaluationConfig, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -106,7 +107,7 @@ def test_a_wrong_export_is_caught(
     assert (config.run.files.hf / "config.json").stat().st_mtime_ns == before
 
 
-def test_plain_mamba_has_no_such_folder() -> None:
+def test_plain_mamba_cannot_be_exported() -> None:
     with pytest.raises(ValueError, match="mixer_norms"):
         hf_config(replace(MODEL, mixer_norms=False), EOS, "float32")
     with pytest.raises(ValueError, match="no multiple"):
@@ -114,9 +115,7 @@ def test_plain_mamba_has_no_such_folder() -> None:
 
 
 def test_bits_per_byte(config: EvaluationConfig) -> None:
-    """Of a model that knows nothing: ln(vocab) nats a token, over the bytes that those tokens
-    are.
-    """
+    """A uniform model has ln(vocab) nats per token, divided by the bytes of the tokens."""
     model: FalconMamba = load_model(config, find_checkpoint(config))
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -126,29 +125,29 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
     for name, score in scores.items():
         folder = source_folder(config.data, name)
         files = manifests[name].splits["heldout"]
-        ids = np.concatenate([np.fromfile(folder / file.name, DTYPE) for file in files]).astype(
-            int
-        )[1:501]
-        # byte level: a character stands for a byte
-        size = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)
-        assert score.tokens == 500 and score.bytes == size
+        shards = [np.fromfile(folder / file.name, DTYPE) for file in files]
+        ids = np.concatenate(shards).astype(int)[1:501]
+        # byte-level tokens have one character per byte
+        num_bytes = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)
+        assert score.tokens == 500 and score.bytes == num_bytes
         assert score.loss == pytest.approx(math.log(288), rel=1e-5)
-        assert score.bits_per_byte == pytest.approx(500 * math.log2(288) / size, rel=1e-5)
+        assert score.bits_per_byte == pytest.approx(500 * math.log2(288) / num_bytes, rel=1e-5)
         counts = np.bincount(ids)
         entropy = -sum(c * math.log2(c / 500) for c in counts if c)
-        assert score.unigram_bits_per_byte == pytest.approx(entropy / size)
-    everything = combine_scores(list(scores.values()))
-    assert everything.tokens == 1000 and everything.loss == pytest.approx(math.log(288), rel=1e-5)
+        assert score.unigram_bits_per_byte == pytest.approx(entropy / num_bytes)
+    combined = combine_scores(list(scores.values()))
+    assert combined.tokens == 1000 and combined.loss == pytest.approx(math.log(288), rel=1e-5)
 
 
-def test_windows_cover_every_token_once(config: EvaluationConfig) -> None:
-    """The score does not depend on how many windows are taken at once."""
+def test_the_score_does_not_depend_on_the_batch_size(config: EvaluationConfig) -> None:
     model = load_model(config, find_checkpoint(config))
-    one, many = (
-        dict(evaluate(model, config.data, open_manifests(config.data), 16, batch, max_tokens=333))
-        for batch in (1, 7)
+    manifests = open_manifests(config.data)
+    single, batched = (
+        dict(evaluate(model, config.data, manifests, 16, batch_size, max_tokens=333))
+        for batch_size in (1, 7)
     )
-    assert all(one[name].loss == pytest.approx(many[name].loss, rel=1e-6) for name in one)
+    for name in single:
+        assert single[name].loss == pytest.approx(batched[name].loss, rel=1e-6)
     assert unigram_bits(torch.tensor([3, 3, 4, 4])) == pytest.approx(4.0)
 
 
@@ -161,17 +160,17 @@ def test_errors_name_the_fix(config: EvaluationConfig) -> None:
         find_checkpoint(replace(config, run=replace(config.run, checkpoint="/nonexistent")))
 
 
-def test_results_are_reused_only_while_they_hold(
+def test_results_are_reused_unless_data_or_export_changed(
     config: EvaluationConfig, exported: Path, capsys: Any
 ) -> None:
     export(config, max_bytes=40_000)
     run_evaluation(config)
     run_evaluation(config)
     assert "reused" in capsys.readouterr().out.splitlines()[-1]
-    # another way to read the same text
+    # reset_state changes the scores
     run_evaluation(replace(config, data=replace(config.data, reset_state=False)))
     assert "reused" not in capsys.readouterr().out.splitlines()[-1]
-    (config.run.folder / "eval.json").write_text('{"checkp')  # cut short
+    (config.run.folder / "eval.json").write_text('{"checkp')  # truncated
     run_evaluation(config)
     weights = next(exported.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -183,38 +182,37 @@ def test_results_are_reused_only_while_they_hold(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_by_layer_finds_what_whole_models_find(
+def test_comparison_by_layers_equals_that_of_full_models(
     config: EvaluationConfig,
     tmp_path: Path,
     dtype: str,
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without memory for two models the comparison goes by layers, agrees as closely, and catches a
-    wrong layer.
-    """
+    """Without memory for two models, export compares by layers; a wrong layer is detected."""
     (tmp_path / "checkpoints").symlink_to(config.run.files.checkpoints)
     settings = replace(config.export, dtype=dtype, keep_fp32=["A_log"])
-    here = replace(config, run=Run("layers", str(tmp_path), 0), export=settings)
+    run = replace(config, run=Run("layers", str(tmp_path), 0), export=settings)
     monkeypatch.setattr("eval.export.COMPARE_BYTES", 1 << 40)
-    export(here)
+    export(run)
     assert "layer by layer" in capsys.readouterr().out
-    reader = CheckpointReader(find_checkpoint(here))
-    difference = compare_by_layer(here.run.files.hf, reader, MODEL, entries(here))
-    whole = compare(here.run.files.hf, load_model(here, find_checkpoint(here)), entries(here))
-    assert difference < 1e-5 and whole < 1e-5
-    wrong = CheckpointReader.read_rows
+    checkpoint = find_checkpoint(run)
+    reader = CheckpointReader(checkpoint)
+    hf_folder = run.run.files.hf
+    assert compare_by_layer(hf_folder, reader, MODEL, entries(run)) < 1e-5
+    assert compare(hf_folder, load_model(run, checkpoint), entries(run)) < 1e-5
+    read_rows = CheckpointReader.read_rows
     monkeypatch.setattr(
         CheckpointReader,
         "read_rows",
-        lambda p, k, n, a, b: wrong(p, k, n, a, b) * (1.01 if "1.mixer.D" in n else 1),
+        lambda self, kind, name, start, stop: (
+            read_rows(self, kind, name, start, stop) * (1.01 if "1.mixer.D" in name else 1)
+        ),
     )
-    assert compare_by_layer(here.run.files.hf, reader, MODEL, entries(here)) > 1e-4
+    assert compare_by_layer(hf_folder, reader, MODEL, entries(run)) > 1e-4
 
 
-def test_a_logit_that_is_not_a_number_is_caught(
-    config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_logits_are_refused(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.compare", lambda *arguments: float("nan"))
     (config.run.folder / "export.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match="logits differ"):

@@ -112,7 +112,7 @@ class LeaderboardConfig:
 class EvalConfig:
     """How much held-out text eval/run.py reads."""
 
-    seq_len: int
+    seq_len: int  # tokens per window
     batch_sequences: int  # per forward
     max_tokens: int  # per source
 

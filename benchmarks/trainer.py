@@ -34,10 +34,9 @@ from core.files import ROOT
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import open_manifests
 from data.tokenizer import EOS
-from model import hf_writer as layout
 from model.flops import parameter_count
 from model.hf import hf_config, tensor_names, to_hf
-from model.hf_writer import Entry, json_bytes
+from model.hf_writer import Entry, json_bytes, plan_files, write_files
 from model.kernels import REFERENCE
 from model.parallel.build import build_model
 from model.parameters import has_weight_decay
@@ -131,12 +130,12 @@ def export_initial(config: RunConfig, folder: Path) -> None:
         stale.unlink()
     model = build_model(config.model, REFERENCE, config.run.seed, torch.device("cpu"))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    files = layout.plan(
-        Entry(ours, theirs, torch.float32, tuple(to_hf(ours, weights[ours]).shape))
-        for ours, theirs in tensor_names(config.model.n_layer)
+    layout = plan_files(
+        Entry(name, hf_name, torch.float32, tuple(to_hf(name, weights[name]).shape))
+        for name, hf_name in tensor_names(config.model.n_layer)
     )
-    layout.write(
-        folder, files, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print
+    write_files(
+        folder, layout, lambda name, start, stop: to_hf(name, weights[name][start:stop]), print
     )
     (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
 

@@ -1,9 +1,8 @@
-"""CPU benchmark: `make bench`. Ceilings first, then scan, convolution and a whole training step
-beside their baselines.
+"""CPU benchmark, `make bench`: machine limits, then scan, convolution and a training step.
 
-Rivals, in the same process on one thread: transformers' loop and mambapy's parallel scan (both
-through transformers' own mamba_selective_scan), our reference, and transformers'
-FalconMambaForCausalLM for the whole step. B 1, D 512, N 16.
+The baselines run in the same process on one thread: transformers' loop and mambapy's parallel scan
+(both through transformers' mamba_selective_scan), our reference, and transformers'
+FalconMambaForCausalLM for the training step. B 1, D 512, N 16.
 """
 
 import argparse
@@ -15,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Row, in_turn, median_seconds, show, write
+from benchmarks.timing import (
+    Measurement,
+    median_seconds,
+    print_table,
+    time_interleaved,
+    write_results,
+)
 from model.config import ModelConfig
 from model.hf import hf_config, tensor_names, to_hf
 from model.kernels import CPU, REFERENCE
@@ -29,7 +34,7 @@ DEVICE = torch.device("cpu")
 
 
 def scan_inputs(length: int) -> list[Tensor]:
-    """Inputs as at initialisation: A = -(1..16), dt log-uniform in 0.001 to 0.1."""
+    """Random inputs as at initialisation: A = -(1..16), dt log-uniform in 0.001 to 0.1."""
     generator = torch.Generator().manual_seed(0)
     u, z = (torch.randn(1, length, CHANNELS, generator=generator) for _ in range(2))
     B, C = (torch.randn(1, length, STATES, generator=generator) for _ in range(2))
@@ -41,21 +46,20 @@ def scan_inputs(length: int) -> list[Tensor]:
 
 
 def transformers_scan(mambapy: bool) -> Callable[..., Tensor]:
-    """transformers' scan without kernels: its loop, or mambapy's parallel scan."""
+    """transformers' scan without fused kernels: its loop, or mambapy's parallel scan."""
     from transformers.models.falcon_mamba.modeling_falcon_mamba import mamba_selective_scan
 
     def scan(
         u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
     ) -> Tensor:
-        rows = [x.transpose(1, 2) for x in (u, dt, B, C, z)]
         y = mamba_selective_scan(
-            rows[0],
-            rows[1],
+            u.transpose(1, 2),
+            dt.transpose(1, 2),
             A,
-            rows[2],
-            rows[3],
+            B.transpose(1, 2),
+            C.transpose(1, 2),
             D,
-            rows[4],
+            z.transpose(1, 2),
             bias,
             delta_softplus=True,
             use_mambapy=mambapy,
@@ -65,67 +69,64 @@ def transformers_scan(mambapy: bool) -> Callable[..., Tensor]:
     return scan
 
 
-def scans(lengths: list[int], missing: dict[str, str]) -> list[Row]:
-    """Scan, forward and backward together, for every implementation."""
-    who: dict[str, Callable[..., Tensor]] = {
+def scans(lengths: list[int], missing: dict[str, str]) -> list[Measurement]:
+    """Time scan forward and backward together for every implementation."""
+    implementations: dict[str, Callable[..., Tensor]] = {
         "ours": lambda *x: CPU.selective_scan(*x)[0],
         "reference": lambda *x: REFERENCE.selective_scan(*x)[0],
         "transformers": transformers_scan(mambapy=False),
     }
     if "mambapy" not in missing:
-        who["mambapy"] = transformers_scan(mambapy=True)
+        implementations["mambapy"] = transformers_scan(mambapy=True)
     rows = []
     for length in lengths:
         inputs = scan_inputs(length)
-        expected = who["reference"](*inputs).detach()
+        expected = implementations["reference"](*inputs).detach()
         weight = torch.randn_like(expected)
         calls = {}
-        for name, scan in who.items():
-            # the same problem
+        for name, scan in implementations.items():
+            # check the result first
             torch.testing.assert_close(scan(*inputs).detach(), expected, rtol=1e-3, atol=1e-4)
 
-            def both(
+            def forward_backward(
                 scan: Callable[..., Tensor] = scan,
                 inputs: list[Tensor] = inputs,
                 weight: Tensor = weight,
             ) -> Any:
                 return torch.autograd.grad(scan(*inputs), inputs, weight)
 
-            calls[name] = both
-        rows += in_turn("scan, forward and backward", f"L {length}", calls)
+            calls[name] = forward_backward
+        rows += time_interleaved("scan, forward and backward", f"L {length}", calls)
     return rows
 
 
-def convolutions(lengths: list[int]) -> list[Row]:
-    """Convolution and SiLU, forward and backward together."""
+def convolutions(lengths: list[int]) -> list[Measurement]:
+    """Time convolution and SiLU, forward and backward together."""
     rows = []
     for length in lengths:
         x = torch.randn(1, length, CHANNELS).requires_grad_()
-        weight, bias = (
-            torch.randn(CHANNELS, 4).requires_grad_(),
-            torch.randn(CHANNELS).requires_grad_(),
-        )
+        weight = torch.randn(CHANNELS, 4).requires_grad_()
+        bias = torch.randn(CHANNELS).requires_grad_()
         calls = {}
         for name, kernels in (("ours", CPU), ("reference", REFERENCE)):
 
-            def both(conv: Any = kernels.causal_conv1d, inputs: Any = (x, weight, bias)) -> Any:
+            def forward_backward(
+                conv: Any = kernels.causal_conv1d, inputs: Any = (x, weight, bias)
+            ) -> Any:
                 return torch.autograd.grad(conv(*inputs).sum(), inputs)
 
-            calls[name] = both
-        rows += in_turn("conv and SiLU, forward and backward", f"L {length}", calls)
+            calls[name] = forward_backward
+        rows += time_interleaved("conv and SiLU, forward and backward", f"L {length}", calls)
     return rows
 
 
-def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
-    """The block's norm, and head with loss, forward and backward together; torch's norm, and torch
-    with all logits.
-    """
-    rows, cross_entropy = [], torch.nn.functional.cross_entropy
+def norms_and_losses(lengths: list[int], config: ModelConfig) -> list[Measurement]:
+    """Time norm, and head with loss, forward and backward; beside torch, which keeps all logits."""
+    rows = []
+    cross_entropy = torch.nn.functional.cross_entropy
     for length in lengths:
-        x, norm_weight = (
-            torch.randn(length, config.d_model).requires_grad_(),
-            torch.ones(config.d_model).requires_grad_(),
-        )
+        x = torch.randn(length, config.d_model).requires_grad_()
+        norm_weight = torch.ones(config.d_model).requires_grad_()
         head = torch.randn(config.vocab_size, config.d_model).requires_grad_()
         labels = torch.randint(
             0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)
@@ -144,23 +145,23 @@ def rows_of_a_model(lengths: list[int], config: ModelConfig) -> list[Row]:
                 0
             ].mean()
         for what, calls in (("norm", norms), ("head and loss", losses)):
-            both = {who: (lambda call=call: call().backward()) for who, call in calls.items()}
-            rows += in_turn(f"{what}, forward and backward", f"L {length}", both)
+            steps = {who: (lambda call=call: call().backward()) for who, call in calls.items()}
+            rows += time_interleaved(f"{what}, forward and backward", f"L {length}", steps)
     return rows
 
 
-def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
-    """Forward and backward of the whole demo model on the same weights and tokens."""
+def training_steps(lengths: list[int], config: ModelConfig) -> list[Measurement]:
+    """Time forward and backward of the demo model, with equal weights and tokens."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    ours = {
-        name: build_model(config, k, 0, DEVICE)
-        for name, k in (("ours", CPU), ("reference", REFERENCE))
+    models = {
+        name: build_model(config, kernels, 0, DEVICE)
+        for name, kernels in (("ours", CPU), ("reference", REFERENCE))
     }
     hf_model = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
     names = dict(tensor_names(config.n_layer))
     hf_model.load_state_dict(
-        {names[name]: to_hf(name, p.detach()) for name, p in ours["ours"].named_parameters()}
+        {names[name]: to_hf(name, p.detach()) for name, p in models["ours"].named_parameters()}
     )
     rows = []
     for length in lengths:
@@ -169,24 +170,24 @@ def steps(lengths: list[int], config: ModelConfig) -> list[Row]:
         )
         inputs, targets = ids[:, :-1], ids[:, 1:]
 
-        def theirs(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+        def hf_loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
             logits = hf_model(inputs, use_cache=False).logits
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
         losses = {
-            name: (lambda m=m, i=inputs, t=targets: m(i, t)[0].mean()) for name, m in ours.items()
+            name: (lambda m=m, i=inputs, t=targets: m(i, t)[0].mean()) for name, m in models.items()
         }
-        losses["transformers"] = theirs
+        losses["transformers"] = hf_loss
         expected = losses["ours"]().item()
         for name, loss in losses.items():
-            assert abs(loss().item() - expected) < 1e-3, name  # the same model and tokens
+            assert abs(loss().item() - expected) < 1e-3, name  # check the loss first
         calls = {name: (lambda loss=loss: loss().backward()) for name, loss in losses.items()}
-        rows += in_turn("demo model, training step", f"L {length}", calls)
+        rows += time_interleaved("demo model, training step", f"L {length}", calls)
     return rows
 
 
-def ceilings() -> list[Row]:
-    """The machine's own limits: a matrix product and a copy."""
+def ceilings() -> list[Measurement]:
+    """Time a matrix product and a copy: the limits of this machine."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     source, target = torch.randn(2**26), torch.empty(2**26)
     rows = []
@@ -195,7 +196,7 @@ def ceilings() -> list[Row]:
         ("copy", "256 MiB", lambda: target.copy_(source)),
     ):
         seconds, runs = median_seconds(call, DEVICE, budget=1.0)
-        rows.append(Row(what, shape, "torch", seconds, runs))
+        rows.append(Measurement(what, shape, "torch", seconds, runs))
     return rows
 
 
@@ -212,32 +213,24 @@ def main() -> None:
         else {"mambapy": "pip install --no-deps mambapy==1.2.0"}
     )
     rows = ceilings() + scans(arguments.lengths, missing) + convolutions(arguments.lengths)
-    rows += rows_of_a_model(arguments.lengths, run_config("demo").model)
-    rows += steps(
+    rows += norms_and_losses(arguments.lengths, run_config("demo").model)
+    rows += training_steps(
         [length for length in arguments.lengths if length >= 256], run_config("demo").model
     )
-    show(rows, f"one thread, {instruction_set()}")
+    print_table(rows, f"one thread, {instruction_set()}")
     for name, fix in missing.items():
-        print(f"not measured: {name} is missing ({fix})")
+        print(f"not measured: {name} is not installed ({fix})")
     if not arguments.no_record:
-        text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model = next(
-            (
-                line.split(":")[1].strip()
-                for line in text.splitlines()
-                if line.startswith("model name")
-            ),
-            "?",
-        )
-        print(
-            write(
-                rows,
-                "cpu",
-                f"one thread of {model}, {instruction_set()}",
-                missing,
-                {"channels": CHANNELS, "states": STATES},
-            )
-        )
+        hardware = f"one thread of {cpu_model()}, {instruction_set()}"
+        sizes = {"channels": CHANNELS, "states": STATES}
+        print(write_results(rows, "cpu", hardware, missing, sizes))
+
+
+def cpu_model() -> str:
+    """Model name in /proc/cpuinfo, "?" if unknown."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "?")
 
 
 if __name__ == "__main__":

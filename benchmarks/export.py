@@ -1,8 +1,7 @@
-"""Writes the 7B's three files from a made-up checkpoint of two ranks: `python -m benchmarks.export
-FOLDER`.
+"""Benchmark of the 7B's export: `python -m benchmarks.export FOLDER`.
 
-Takes 44 GB of disk for some minutes, prints sizes, peak memory and rate, and removes everything
-again.
+Writes a generated checkpoint of two ranks and exports its three files. Needs 44 GB of disk for some
+minutes, prints sizes, peak memory and rate, and deletes FOLDER at the end.
 """
 
 import json
@@ -25,35 +24,36 @@ from tests.compose import run_config
 RANKS = 2
 
 
-def made_up(name: str, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a flat piece: their number inside it, folded."""
+def generated_values(name: str, start: int, stop: int) -> Tensor:
+    """Values of elements [start, stop) of a flat shard, from their index."""
     return (torch.arange(start, stop) % 4093).float() * 1e-3
 
 
 def write_checkpoint(folder: Path) -> None:
-    """fp32 weights in flat pieces over RANKS data-parallel ranks."""
+    """Write fp32 weights in flat shards of RANKS data-parallel ranks."""
     files = {}
     for rank in range(RANKS):
-        shards, entries = [], []
+        shards = []
+        entries = []
         for name, shape in parameter_shapes(run_config("7b").model).items():
             numel = torch.Size(shape).numel() // RANKS
-            piece = TensorShard("param", name, shape, 0, 1, rank * numel, numel)
-            shards.append(asdict(piece))
-            entries.append(Entry(name, piece.key, torch.float32, (numel,)))
+            tensor_shard = TensorShard("param", name, shape, 0, 1, rank * numel, numel)
+            shards.append(asdict(tensor_shard))
+            entries.append(Entry(name, tensor_shard.key, torch.float32, (numel,)))
         stem = f"rank-{rank:05d}"
-        write_files(folder, Layout([File(f"{stem}.safetensors", entries)]), made_up, print)
+        write_files(folder, Layout([File(f"{stem}.safetensors", entries)]), generated_values, print)
         (folder / f"{stem}.json").write_text(json.dumps(shards))
         files |= {f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
 
 def peak_gib() -> float:
-    """Highest resident memory of this process so far, mapped pages of files included."""
+    """Peak resident memory of this process so far, mapped file pages included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(root: Path) -> None:
-    """Build, export, measure, remove."""
+    """Write the checkpoint, measure the export and delete everything."""
     config = run_config("7b").model
     shapes = parameter_shapes(config)
     try:
@@ -62,21 +62,19 @@ def main(root: Path) -> None:
         write_checkpoint(root / "step")
         before = peak_gib()
         reader = CheckpointReader(root / "step")
-        named = (
-            (o, t, to_hf(o, torch.empty(shapes[o], device="meta")).shape)
-            for o, t in tensor_names(config.n_layer)
-        )
-        layout = plan_files(
-            Entry(ours, theirs, torch.bfloat16, tuple(shape)) for ours, theirs, shape in named
-        )
-        begun = time.perf_counter()
+        entries = []
+        for name, hf_name in tensor_names(config.n_layer):
+            shape = to_hf(name, torch.empty(shapes[name], device="meta")).shape
+            entries.append(Entry(name, hf_name, torch.bfloat16, tuple(shape)))
+        layout = plan_files(iter(entries))
+        start = time.perf_counter()
         write_files(
             root / "hf",
             layout,
-            lambda n, start, stop: to_hf(n, reader.read_rows("param", n, start, stop)),
+            lambda name, begin, end: to_hf(name, reader.read_rows("param", name, begin, end)),
             print,
         )
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         sizes = [path.stat().st_size for path in sorted((root / "hf").iterdir())]
         print(f"sizes {sizes}, chunk {CHUNK * 4 / 2**20:.0f} MiB of fp32")
         print(

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import gpu_model, gpu_operations
 from benchmarks.gpu_bench import Bench
-from benchmarks.timing import show, with_ratios, write
+from benchmarks.timing import add_ratios, print_table, write_results
 from tests.compose import run_config
 
 # as the 7b has it, in small
@@ -118,10 +118,10 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
     }
     assert tuple(sections) == SECTIONS
     for name in arguments.sections:
-        begun = time.monotonic()
+        start = time.monotonic()
         with bench.attempt("all", name):
             sections[name]()
-        print(f"# {name}: {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"# {name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def file_name(hardware: str, sections: Sequence[str]) -> str:
@@ -134,12 +134,12 @@ def file_name(hardware: str, sections: Sequence[str]) -> str:
 
 def report(bench: Bench, hardware: str, name: str | None) -> Path | None:
     """Print what was measured and what was not, and write both unless `name` is None."""
-    show(with_ratios(bench.rows, "cuda" if bench.device.type == "cuda" else "cpu"), hardware)
+    print_table(add_ratios(bench.rows, "cuda" if bench.device.type == "cuda" else "cpu"), hardware)
     for who, why in bench.missing.items():
         print(f"not measured: {who} ({why})")
     if name is None:
         return None
-    path = write(
+    path = write_results(
         bench.rows, name, hardware, bench.missing, {"length": bench.length, "memory": bench.memory}
     )
     print(path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Row, median_seconds
+from benchmarks.timing import Measurement, median_seconds
 from model.kernels import BACKENDS, REFERENCE
 from model.kernels.interface import Kernels
 from train.config import RunConfig
@@ -35,7 +35,7 @@ class Bench:
         self.length, self.batches = length, batches
         self.budget, self.least = budget, least  # seconds and runs of a measurement
         self.dtype = torch.bfloat16
-        self.rows: list[Row] = []
+        self.rows: list[Measurement] = []
         self.missing: dict[str, str] = {}
         self.memory: list[dict[str, Any]] = []  # of a rank's step, beside the plan's
         self.backends: dict[str, Kernels] = {}
@@ -68,7 +68,7 @@ class Bench:
     def time(self, what: str, shape: str, who: str, call: Callable[[], Any]) -> float:
         """Measure and keep a row."""
         seconds, runs = median_seconds(call, self.device, self.budget, self.least)
-        self.rows.append(Row(what, shape, who, seconds, runs))
+        self.rows.append(Measurement(what, shape, who, seconds, runs))
         return seconds
 
     def rotation(self, make: Callable[[int], list[Tensor]]) -> Callable[[], list[Tensor]]:

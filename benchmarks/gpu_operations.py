@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_bench import Bench, agree
-from benchmarks.timing import CALLS, Row
+from benchmarks.timing import CALLS, Measurement
 from model.kernels import REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
@@ -135,7 +135,7 @@ def jax_scans(bench: Bench, python: str | None) -> None:
                         ("scan, forward", "forward"),
                         ("scan, forward and backward", "both"),
                     ):
-                        bench.rows.append(Row(what, shape, who, row[key], row["runs"]))
+                        bench.rows.append(Measurement(what, shape, who, row[key], row["runs"]))
             except BaseException:
                 process.kill()
                 raise

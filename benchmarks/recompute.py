@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import Row, show, write
+from benchmarks.timing import Measurement, print_table, write_results
 from launch.simulation.dry_run import fake_distributed
 from model.config import Recompute
 from model.flops import parameter_count
@@ -103,9 +103,9 @@ def seconds_per_step(rounds: int) -> dict[Recompute, list[float]]:
         for number in range(rounds):
             for choice in list(Recompute)[:: 1 if number % 2 else -1]:
                 model.set_recompute(choice)
-                begun = time.process_time()
+                start = time.process_time()
                 step(model, engine, run.model.vocab_size)
-                found[choice].append(time.process_time() - begun)
+                found[choice].append(time.process_time() - start)
     return found
 
 
@@ -150,7 +150,7 @@ def main() -> None:
         )
         seconds = statistics.median(times[choice])
         rows.append(
-            Row(
+            Measurement(
                 "training step",
                 shape,
                 f"recompute {choice.value}",
@@ -160,7 +160,7 @@ def main() -> None:
             )
         )
     count = parameter_count(run_config("demo").model)
-    show(
+    print_table(
         rows,
         f"processor time of a step, {count:,} parameters, one thread; the last column is against "
         "none",
@@ -173,7 +173,7 @@ def main() -> None:
         )
     if not arguments.no_record:
         notes = {"memory_bytes": memory, "gib_of_a_rank_of_7b_by_formula": large}
-        print(write(rows, "recompute", "one thread", {}, notes))
+        print(write_results(rows, "recompute", "one thread", {}, notes))
 
 
 if __name__ == "__main__":

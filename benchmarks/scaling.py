@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.timing import Row, show, write
+from benchmarks.timing import Measurement, print_table, write_results
 from model.kernels import CPU
 from model.parallel.build import build_model
 from tests.compose import run_config
@@ -71,13 +71,13 @@ def step_seconds(folder: Path, name: str, sequences: int) -> None:
         for _ in range(1 + STEPS):
             ids = torch.randint(run.model.vocab_size, shape, generator=generator)
             dist.barrier()
-            begun, busy = time.perf_counter(), time.process_time()
+            start, busy = time.perf_counter(), time.process_time()
             for index in range(micro_batches):
                 loss = model(ids[:, :-1], ids[:, 1:])[0].sum() / (sequences * SEQ_LEN)
                 engine.backward(loss, last=index == micro_batches - 1)
             engine.clip_and_step(1e-3)
             dist.barrier()
-            wall.append(time.perf_counter() - begun)
+            wall.append(time.perf_counter() - start)
             processor.append(time.process_time() - busy)
     text = json.dumps([statistics.median(wall[1:]), statistics.median(processor[1:])])
     (folder / f"{name}-{os.environ['RANK']}.json").write_text(text)
@@ -107,7 +107,7 @@ def sent(name: str) -> float:
     )
 
 
-def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
+def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Measurement]:
     """Times, and ratios to one rank of the same work: in all (strong), and per rank (weak)."""
     rows = []
     for kind, which in (("wall", 0), ("processor", 1)):
@@ -118,7 +118,7 @@ def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
                     times[name][which] / times[base][which] for times in rounds
                 )
                 rows.append(
-                    Row(
+                    Measurement(
                         f"{what} scaling, {kind}",
                         f"{SEQ_LEN} tokens",
                         name,
@@ -144,7 +144,7 @@ def main() -> None:
             rounds.append(one_round(Path(folder)))
             print(f"round {number + 1} of {arguments.rounds}, load {loads[-1]:.1f}", flush=True)
     rows = rows_of(rounds)
-    show(
+    print_table(
         rows,
         f"a step of 1.5M parameters on {os.cpu_count()} processors; the last column is against "
         "one rank",
@@ -156,7 +156,9 @@ def main() -> None:
     }
     if not arguments.no_record:
         print(
-            write(rows, "scaling", f"{os.cpu_count()} processors, one thread a process", {}, notes)
+            write_results(
+                rows, "scaling", f"{os.cpu_count()} processors, one thread a process", {}, notes
+            )
         )
 
 

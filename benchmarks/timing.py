@@ -1,4 +1,4 @@
-"""Timing, tables and records that both benchmarks share."""
+"""Timing, tables and result files of the benchmarks."""
 
 import importlib.metadata
 import json
@@ -17,72 +17,73 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-CALLS = 8  # between two events on a GPU, and between two waits of jax_scan.py
-LONG = 10.0  # seconds of a call that is not repeated
+CALLS = 8  # calls between two CUDA events, and between two synchronizations of jax_scan.py
+SINGLE_RUN_SECONDS = 10.0  # a longer call is not repeated
 
 
 @dataclass
-class Row:
-    """One measurement: seconds are medians of `runs`."""
+class Measurement:
+    """Row of a result table; its seconds are a median over `runs`."""
 
     what: str
     shape: str
     who: str
     seconds: float
     runs: int
-    ratio: float | None = None  # this one's seconds over ours
+    ratio: float | None = None  # its seconds divided by ours
 
 
 def median_seconds(
-    call: Callable[[], Any], device: torch.device, budget: float = 3.0, least: int = 5
+    call: Callable[[], Any], device: torch.device, budget: float = 3.0, min_runs: int = 5
 ) -> tuple[float, int]:
-    """Median over at least `least` runs and about `budget` seconds, after a warm-up.
+    """Median seconds of a call, and the number of runs.
 
-    On a GPU a run is CALLS calls between two events, so that the host's part of all but the first
-    does not count; it is one call where that takes long, and the only run where it takes LONG
-    seconds.
+    After a warm-up, measures at least `min_runs` runs and about `budget` seconds. A call longer
+    than SINGLE_RUN_SECONDS is measured once. On a GPU a run is CALLS calls between two events,
+    which hides the launch overhead of all but the first; a run of a long call is one call.
     """
     call()
     first = _seconds(call, device, 1)
-    if first > LONG:
+    if first > SINGLE_RUN_SECONDS:
         return first, 1
     calls = CALLS if device.type == "cuda" and CALLS * first < budget else 1
     times: list[float] = []
-    spent = time.perf_counter()
-    while len(times) < least or (time.perf_counter() - spent < budget and len(times) < 200):
+    start = time.perf_counter()
+    while len(times) < min_runs or (time.perf_counter() - start < budget and len(times) < 200):
         times.append(_seconds(call, device, calls))
     return statistics.median(times), len(times)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, calls: int) -> float:
-    """Mean of some calls one after another."""
+    """Mean seconds of consecutive calls."""
     if device.type != "cuda":
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - begun) / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+        return (time.perf_counter() - started_at) / calls
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
     for _ in range(calls):
         call()
     end.record()
     torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end)) / 1e3 / calls
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
-def in_turn(
+def time_interleaved(
     what: str,
     shape: str,
     calls: dict[str, Callable[[], Any]],
     ours: str = "ours",
     rounds: int = 7,
-    turn: float = 0.05,
-) -> list[Row]:
-    """A row for each call on the processor. They take turns, since its speed changes by the second
-    where others work.
+    turn_seconds: float = 0.05,
+) -> list[Measurement]:
+    """Time several calls on the CPU in interleaved turns.
 
-    A turn is one call that does not count, then calls for `turn` seconds. Seconds are medians over
-    rounds of a turn's median; ratios to ours are medians over rounds of ratios within one.
+    On a shared machine the speed changes from second to second, so only times of the same round
+    are comparable. A turn is an untimed call, then calls for turn_seconds. Seconds are medians over
+    rounds of a turn's median; ratios to `ours` are medians over rounds of the ratio in a round.
     """
     medians: dict[str, list[float]] = {who: [] for who in calls}
     runs = dict.fromkeys(calls, 0)
@@ -90,32 +91,32 @@ def in_turn(
         call()
     for _ in range(rounds):
         for who, call in calls.items():
-            if medians[who] and medians[who][-1] < turn:  # caches hold what the others left
+            if medians[who] and medians[who][-1] < turn_seconds:  # refill the caches
                 call()
             times: list[float] = []
-            while not times or sum(times) < turn:
-                begun = time.perf_counter()
+            while not times or sum(times) < turn_seconds:
+                start = time.perf_counter()
                 call()
-                times.append(time.perf_counter() - begun)
+                times.append(time.perf_counter() - start)
             medians[who].append(statistics.median(times))
             runs[who] += len(times)
     return [
-        Row(
+        Measurement(
             what,
             shape,
             who,
             statistics.median(medians[who]),
             runs[who],
             statistics.median(
-                theirs / base for theirs, base in zip(medians[who], medians[ours], strict=True)
+                seconds / base for seconds, base in zip(medians[who], medians[ours], strict=True)
             ),
         )
         for who in calls
     ]
 
 
-def with_ratios(rows: list[Row], ours: str) -> list[Row]:
-    """Fill each row's ratio to ours, where ours was measured on the same problem."""
+def add_ratios(rows: list[Measurement], ours: str) -> list[Measurement]:
+    """Set each row's ratio to `ours`, if `ours` has a row of the same operation and shape."""
     base = {(row.what, row.shape): row.seconds for row in rows if row.who == ours}
     for row in rows:
         if (row.what, row.shape) in base:
@@ -123,8 +124,8 @@ def with_ratios(rows: list[Row], ours: str) -> list[Row]:
     return rows
 
 
-def show(rows: list[Row], title: str) -> None:
-    """The rows as a table."""
+def print_table(rows: list[Measurement], title: str) -> None:
+    """Print the rows as a table."""
     table = Table("what", "shape", "who", "ms", "times ours", title=title)
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
@@ -132,8 +133,8 @@ def show(rows: list[Row], title: str) -> None:
     Console(width=120).print(table)
 
 
-def commit() -> str | None:
-    """The commit of this checkout; None without git."""
+def git_commit() -> str | None:
+    """Commit of this checkout; None without git."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
@@ -143,10 +144,14 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write(
-    rows: list[Row], name: str, hardware: str, missing: dict[str, str], notes: dict[str, Any]
+def write_results(
+    rows: list[Measurement],
+    name: str,
+    hardware: str,
+    missing: dict[str, str],
+    notes: dict[str, Any],
 ) -> Path:
-    """Write the rows with date, hardware, commit and versions; returns the file."""
+    """Write the rows with date, hardware, commit and package versions; returns the file."""
     packages = (
         "torch",
         "transformers",
@@ -167,7 +172,7 @@ def write(
         "date": now.isoformat(timespec="seconds"),
         "hardware": hardware,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": versions,
         "missing": missing,
         "notes": notes,

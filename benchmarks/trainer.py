@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from benchmarks.timing import Row, show, with_ratios, write
+from benchmarks.timing import Measurement, add_ratios, print_table, write_results
 from core.files import ROOT
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import open_manifests
@@ -280,10 +280,10 @@ def main() -> None:
     (folder / "losses.json").write_text(json.dumps({**result, **curves}, indent=1) + "\n")
     draw(folder / "losses.png", ours, again, theirs)
     shape = f"{parameter_count(config.model):,} parameters, {BATCH} x {SEQ_LEN}"
-    rows = [Row("step", shape, name, seconds, done) for name, (_, seconds) in runs.items()]
-    show(with_ratios(rows, "ours"), "mean of a step, one thread")
+    rows = [Measurement("step", shape, name, seconds, done) for name, (_, seconds) in runs.items()]
+    print_table(add_ratios(rows, "ours"), "mean of a step, one thread")
     print(json.dumps(result, indent=1))
-    print("written:", write(rows, "trainer", "one thread", {}, result))
+    print("written:", write_results(rows, "trainer", "one thread", {}, result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""One way to drive what generation is measured of: ours, transformers' FalconMamba and a Llama of
-its size.
-"""
+"""Decoders of the generation benchmark: ours, transformers' FalconMamba and a Llama of its size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,56 +10,55 @@ from data.tokenizer import EOS
 from model.config import Backend, ModelConfig
 from model.flops import parameter_count
 from model.hf import hf_config
-from model.kernels import load as kernels_of
+from model.kernels import load as load_kernels
 from model.parallel.build import build_model
 
-# prompt, count, what is called after each token
+# prompt, number of tokens, callback after each token
 Decoder = Callable[[list[int], int, Callable[[], None]], None]
 
 
-def ours(config: ModelConfig, device: torch.device) -> Decoder:
-    """Our recurrent decoding, with initial weights."""
-    model = build_model(config, kernels_of(Backend.auto, device.type), 0, device).eval()
+def falcon_mamba(config: ModelConfig, device: torch.device) -> Decoder:
+    """Our recurrent decoding, with random initial weights."""
+    model = build_model(config, load_kernels(Backend.auto, device.type), 0, device).eval()
     if device.type == "cuda":
         model.bfloat16()
 
-    def decode(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
+    def decode(prompt: list[int], count: int, on_token: Callable[[], None]) -> None:
         for _ in model.stream([prompt], count, compiled=True):
-            watch()
+            on_token()
 
     return decode
 
 
-def falcon(config: ModelConfig, device: torch.device) -> Decoder:
-    """transformers' generate for FalconMamba."""
+def hf_falcon_mamba(config: ModelConfig, device: torch.device) -> Decoder:
+    """transformers' generate with its FalconMamba."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    return _decoder(
-        FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, EOS, "float32"))), device
-    )
+    model = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, EOS, "float32")))
+    return _generate_with(model, device)
 
 
-def llama(config: ModelConfig, device: torch.device) -> Decoder:
-    """transformers' generate for a Llama-shaped transformer."""
+def hf_llama(config: ModelConfig, device: torch.device) -> Decoder:
+    """transformers' generate with a Llama of the same size."""
     from transformers import LlamaForCausalLM
 
-    return _decoder(LlamaForCausalLM(llama_config(config)), device)
+    return _generate_with(LlamaForCausalLM(llama_config(config)), device)
 
 
 def llama_config(config: ModelConfig) -> Any:
-    """LlamaConfig of the same width, vocabulary and, by its number of layers, parameters.
+    """LlamaConfig with the same width, vocabulary and about the same number of parameters.
 
-    A layer has 4 e^2 of attention and 8 e^2 of gated MLP (inside 8/3 e).
+    A layer has 4 e^2 parameters of attention and 8 e^2 of gated MLP (intermediate size 8/3 e).
     """
     from transformers import LlamaConfig
 
     width = config.d_model
-    inside = parameter_count(config) - 2 * config.vocab_size * width
+    layer_parameters = parameter_count(config) - 2 * config.vocab_size * width
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
-        num_hidden_layers=max(1, round(inside / (12 * width * width))),
+        num_hidden_layers=max(1, round(layer_parameters / (12 * width * width))),
         num_attention_heads=max(1, width // 128),
         max_position_embeddings=1 << 20,
         tie_word_embeddings=False,
@@ -71,31 +68,36 @@ def llama_config(config: ModelConfig) -> Any:
     )
 
 
-def _decoder(model: Any, device: torch.device) -> Decoder:
-    """Greedy generate of transformers, which never stops early."""
+def _generate_with(model: Any, device: torch.device) -> Decoder:
+    """Greedy decoding with transformers' generate, without a stop at end-of-text."""
     from transformers import StoppingCriteria, StoppingCriteriaList
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it says at every model that the fused kernels are absent
+    logging.set_verbosity_error()  # every model warns that the fused kernels are absent
     model = model.to(device).eval()
     if device.type == "cuda":
         model.bfloat16()
     model.generation_config.eos_token_id = None
 
-    class Watched(StoppingCriteria):
-        def __init__(self, watch: Callable[[], None]) -> None:
-            self.watch = watch
+    class TokenCallback(StoppingCriteria):
+        """Calls on_token after each token and never stops."""
 
-        def __call__(self, ids: Tensor, scores: Any, **named: Any) -> Tensor:
-            self.watch()
+        def __init__(self, on_token: Callable[[], None]) -> None:
+            self.on_token = on_token
+
+        def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            self.on_token()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def decode(prompt: list[int], count: int, watch: Callable[[], None]) -> None:
+    def decode(prompt: list[int], count: int, on_token: Callable[[], None]) -> None:
         ids = torch.tensor([prompt], device=device)
-        settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": EOS}
-        watched = StoppingCriteriaList([Watched(watch)])
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), stopping_criteria=watched, **settings
+            ids,
+            attention_mask=torch.ones_like(ids),
+            stopping_criteria=StoppingCriteriaList([TokenCallback(on_token)]),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=EOS,
         )
 
     return decode

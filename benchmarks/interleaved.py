@@ -1,9 +1,8 @@
-"""Several decoders in turns, a block of tokens each: their speeds compare whatever else the machine
-does meanwhile.
+"""Interleaved timing: compare the speed of decoders on a shared machine.
 
-A machine that others share changes its speed by half from one second to the next. Blocks that lie
-side by side in time see the same machine, so that the ratio of their times, and the median of that
-over many rounds, is the decoders' own.
+The speed of a shared machine may change by half from one second to the next. The decoders therefore
+generate a block of tokens each in turn. Consecutive blocks run at about the same machine speed, so
+the median over rounds of the ratio of their times does not depend on other load.
 """
 
 import statistics
@@ -15,75 +14,75 @@ import torch
 
 from benchmarks.baselines import Decoder
 
-BLOCK = 64  # tokens that are timed together
+BLOCK_TOKENS = 64
 
 
 class InterleavedRunner:
-    """A decoder that waits after each block for its next turn; it works in a thread of its own."""
+    """Runs a decoder in its own thread and pauses it after each block of tokens."""
 
-    def __init__(self, decode: Decoder, first: int, rounds: int) -> None:
-        """Generate `first` tokens before the first turn, then a block in each of `rounds`."""
-        self.decode, self.first, self.rounds = decode, first, rounds
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, decode: Decoder, num_context: int, rounds: int) -> None:
+        """Generate num_context tokens in the first turn, then a block in each of `rounds`."""
+        self.decode = decode
+        self.num_context = num_context
+        self.rounds = rounds
+        self.resume = threading.Semaphore(0)
+        self.paused = threading.Semaphore(0)
         self.count = 0
-        self.seconds = 0.0  # of the processor, in the last turn
+        self.seconds = 0.0  # CPU time of the last turn
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def turn(self) -> float:
-        """Let it generate up to its next stop; returns the seconds of processor time that it
-        took.
-        """
-        self.go.release()
-        self.done.acquire()
+    def run_turn(self) -> float:
+        """Generate up to the next pause; returns the seconds of CPU time."""
+        self.resume.release()
+        self.paused.acquire()
         if self.error is not None:
             raise self.error
         return self.seconds
 
-    def _work(self) -> None:
-        torch.set_num_threads(1)  # of this thread
-        self.go.acquire()
-        self.begun = time.thread_time()
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # applies to this thread
+        self.resume.acquire()
+        self.started_at = time.thread_time()
         try:
-            self.decode([12], self.first + BLOCK * self.rounds, self._watch)
-        except BaseException as error:  # raised in the turn that asked for it
+            self.decode([12], self.num_context + BLOCK_TOKENS * self.rounds, self._on_token)
+        except BaseException as error:  # run_turn raises it
             self.error = error
-            self.done.release()
+            self.paused.release()
 
-    def _watch(self) -> None:
-        """After each token: end the turn when its tokens are there."""
+    def _on_token(self) -> None:
+        """Count a token; pause at the end of a turn."""
         self.count += 1
-        if self.count < self.first or (self.count - self.first) % BLOCK:
+        timed = self.count - self.num_context
+        if timed < 0 or timed % BLOCK_TOKENS:
             return
-        self.seconds = time.thread_time() - self.begun
-        self.done.release()
-        if self.count < self.first + BLOCK * self.rounds:
-            self.go.acquire()
-        self.begun = time.thread_time()
+        self.seconds = time.thread_time() - self.started_at
+        self.paused.release()
+        if timed < BLOCK_TOKENS * self.rounds:
+            self.resume.acquire()
+        self.started_at = time.thread_time()
 
 
 def relative_speeds(decoders: dict[str, tuple[Decoder, int]], rounds: int) -> dict[str, float]:
-    """Speed of each decoder relative to the first one's: the median over rounds of the ratio of
-    neighbouring blocks.
+    """Speed of each decoder relative to the first: median over rounds of the ratio of block times.
 
-    Each comes with the tokens that it generates before it is timed. On a CPU only: time is each
-    thread's own.
+    `decoders` maps a name to a decoder and the tokens that it generates before it is timed. CPU
+    only: times are CPU times of threads.
     """
     runners = {
-        name: InterleavedRunner(decode, first, rounds) for name, (decode, first) in decoders.items()
+        name: InterleavedRunner(decode, num_context, rounds)
+        for name, (decode, num_context) in decoders.items()
     }
-    for each in runners.values():
-        each.turn()  # the tokens before
-    times = list(_rounds(runners, rounds))
+    for runner in runners.values():
+        runner.run_turn()  # the untimed tokens
+    times = list(_run_rounds(runners, rounds))
     base = next(iter(runners))
     return {name: statistics.median(row[base] / row[name] for row in times) for name in runners}
 
 
-def _rounds(runners: dict[str, InterleavedRunner], rounds: int) -> Iterator[dict[str, float]]:
-    """Times of a block of each, round by round; every other round goes backwards, so that no order
-    is an advantage.
-    """
-    for number in range(rounds):
-        order = list(runners)[:: 1 if number % 2 else -1]
-        yield {name: runners[name].turn() for name in order}
+def _run_rounds(runners: dict[str, InterleavedRunner], rounds: int) -> Iterator[dict[str, float]]:
+    """Yield the seconds of a block per decoder; every other round runs in reverse order."""
+    for index in range(rounds):
+        order = list(runners)[:: 1 if index % 2 else -1]
+        yield {name: runners[name].run_turn() for name in order}

@@ -136,11 +136,11 @@ P
     log memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m benchmarks.gpu_day.smoke --small
     log racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -m benchmarks.gpu_day.smoke --small
     LINES_OF=20 log generate 150 python3 -c '
-from benchmarks.generation import Extent, bench
+from benchmarks.generation import Limits, bench
 from core.command import compose_config, convert
 from eval.config import EvaluationConfig
 words = ["+experiment=demo", "model=130m", "run.name=gen"]
-bench(convert(EvaluationConfig, compose_config(words)), Extent(4096, 1024, 8192, 8.0))
+bench(convert(EvaluationConfig, compose_config(words)), Limits(4096, 1024, 8192, 8.0))
 '
 }
 

@@ -18,8 +18,8 @@ ROOMS = {
     "run",
     "a fault": "tests/train/test_faults.py::test_incidents_name_the_rank_and_the_tokens",
     "prepare with a kill": "tests/data/test_prepare.py::test_killed_run_resumes_to_the_same_bytes",
-    "export and load": "tests/eval/test_export.py::test_transformers_gives_our_logits_and_its_"
-    "cache_path_too",
+    "export and load": "tests/eval/test_export.py::test_transformers_computes_our_logits_with_"
+    "and_without_cache",
     "plan": "tests/launch/test_plan.py::test_the_command_writes_json",
     "README's own commands": "tests/test_readme.py::test_it_learns",
     "golden losses": "tests/test_golden.py::test_golden_losses_are_kept",

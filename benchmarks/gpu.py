@@ -1,12 +1,10 @@
-"""GPU benchmark: `python -m benchmarks.gpu`. Ceilings, then every operation, a layer and a rank's
-step of the 7B.
+"""GPU benchmark, `python -m benchmarks.gpu`: limits, operations, a layer, a rank's step of the 7B.
 
-Each backend that is present is measured on the same random inputs, which rotate past the L2 cache;
-medians; ratios are to `cuda`, ours. Who is measured is checked on a short problem first, and not
-timed when wrong. What is missing or fails is named with the reason, and everything else is
-measured, printed and written all the same, also when it is stopped by a signal. `--device cpu
---small` runs the same code on tiny sizes without a GPU, to see that it works; its times mean
-nothing.
+Measures every available backend on the same random inputs, which rotate to miss the L2 cache. Times
+are medians; ratios are to `cuda`, our backend. Every implementation is first checked on a small
+problem and is not timed if it is wrong. Missing or failed measurements are listed with the reason;
+the others are printed and written, also after a signal. `--device cpu --small` tries the code on
+tiny sizes without a GPU; its times mean nothing.
 """
 
 import argparse
@@ -23,7 +21,7 @@ from benchmarks.gpu_bench import Bench
 from benchmarks.timing import add_ratios, print_table, write_results
 from tests.compose import run_config
 
-# as the 7b has it, in small
+# the 7b's settings on the demo's model
 SMALL = (
     "parallel.engine=megatron",
     "compute.precision=bf16",
@@ -47,40 +45,44 @@ SECTIONS = (
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the benchmark")
     parser.add_argument(
-        "--budget", type=float, default=2.0, help="seconds of a measurement, at least 5 runs of it"
+        "--budget", type=float, default=2.0, help="seconds per measurement; at least 5 runs"
     )
     parser.add_argument(
-        "--layers", type=int, default=64, help="layers of the rank's step, halved until they fit"
+        "--layers",
+        type=int,
+        default=64,
+        help="layers of the rank's step, halved until they fit in memory",
     )
-    parser.add_argument(
-        "--jax-python", help="a Python that has jax-linear-attention, to time its scan beside ours"
-    )
+    parser.add_argument("--jax-python", help="Python with jax-linear-attention, to time its scan")
     parser.add_argument(
         "--sections",
         nargs="+",
         choices=SECTIONS,
         default=SECTIONS,
-        help="what is measured, all of it",
+        help="sections to measure; default: all",
     )
     parser.add_argument(
         "--no-reference",
         action="store_true",
-        help="without plain torch, which takes minutes on a GPU",
+        help="skip the reference in plain torch, which takes minutes on a GPU",
     )
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU; --device cpu --small runs the code without one")
+        raise SystemExit("no GPU found; --device cpu --small tries the code without one")
     run = run_config("demo", *SMALL) if arguments.small else run_config("7b")
-    length, batches = (64, [1, 2]) if arguments.small else (8192, [1, 2, 4])
-    device = torch.device(arguments.device)
     bench = Bench(
-        device, run, length, batches, *((0.0, 2) if arguments.small else (arguments.budget, 5))
+        torch.device(arguments.device),
+        run,
+        length=64 if arguments.small else 8192,
+        batch_sizes=[1, 2] if arguments.small else [1, 2, 4],
+        budget=0.0 if arguments.small else arguments.budget,
+        min_runs=2 if arguments.small else 5,
     )
     hardware = (
         torch.cuda.get_device_name()
@@ -91,7 +93,7 @@ def main() -> None:
         bench.backends.pop("reference")
     try:
         measure(bench, arguments)
-    finally:  # also when somebody has had enough
+    finally:  # also after Ctrl-C or SIGTERM
         report(
             bench,
             hardware,
@@ -100,12 +102,11 @@ def main() -> None:
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> None:
-    """The chosen sections; one that fails as a whole is named, and the others go on."""
+    """Measure the chosen sections; a section that fails does not stop the others."""
     small = arguments.small
+    matmul_size, copy_bytes = (64, 2**16) if small else (8192, 2 * 2**30)
     sections: dict[str, Callable[[], None]] = {
-        "ceilings": lambda: gpu_operations.ceilings(
-            bench, *((64, 2**16) if small else (8192, 2 * 2**30))
-        ),
+        "ceilings": lambda: gpu_operations.ceilings(bench, matmul_size, copy_bytes),
         "check": lambda: gpu_operations.check(bench),
         "scan": lambda: gpu_operations.scans(bench),
         "jax": lambda: gpu_operations.jax_scans(bench, arguments.jax_python),
@@ -125,18 +126,16 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> None:
 
 
 def file_name(hardware: str, sections: Sequence[str]) -> str:
-    """What the record is called, before the date: some of the sections do not replace others of the
-    same day.
-    """
+    """Name of the results, before the date; contains the sections if not all were measured."""
     words = [] if set(sections) == set(SECTIONS) else sections
     return "-".join(["gpu", *hardware.lower().split(), *words])
 
 
 def report(bench: Bench, hardware: str, name: str | None) -> Path | None:
-    """Print what was measured and what was not, and write both unless `name` is None."""
+    """Print the results and what is missing; write them unless `name` is None."""
     print_table(add_ratios(bench.rows, "cuda" if bench.device.type == "cuda" else "cpu"), hardware)
-    for who, why in bench.missing.items():
-        print(f"not measured: {who} ({why})")
+    for what, reason in bench.missing.items():
+        print(f"not measured: {what} ({reason})")
     if name is None:
         return None
     path = write_results(
@@ -146,14 +145,12 @@ def report(bench: Bench, hardware: str, name: str | None) -> Path | None:
     return path
 
 
-def stop(*_: Any) -> None:
-    """End as an interrupt does, once: `timeout` sends its signal twice, and the second would end
-    the report.
-    """
+def handle_sigterm(*_: Any) -> None:
+    """Exit after the report; ignores further signals, because `timeout` sends SIGTERM twice."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, handle_sigterm)
     main()

@@ -1,6 +1,4 @@
-"""The GPU benchmark's layer and step of a rank, beside transformers' FalconMamba and a Llama's
-layer.
-"""
+"""Layer and rank's step of the GPU benchmark, beside transformers' FalconMamba and Llama layers."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import llama_config
-from benchmarks.gpu_bench import Bench, agree
+from benchmarks.gpu_bench import Bench, assert_close
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from launch.simulation.dry_run import fake_distributed
 from model.flops import train_flops_per_token
@@ -25,20 +23,20 @@ from train.costs.memory import GIB, estimate_memory
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 
-SHORT = 64  # tokens of the problem that a rival's layer is checked on
+CHECK_TOKENS = 64  # of the check of transformers' layer
 
 
 def layers(bench: Bench) -> None:
-    """One whole block, forward and backward, micro-batch 1."""
+    """Time a block forward and backward, micro-batch 1."""
     calls: dict[str, Any] = {}
     for name, kernels in bench.backends.items():
         with bench.attempt(name, "layer"), bench.device:
-            calls[name] = _filled(Block(bench.config, kernels))
+            calls[name] = _randomize(Block(bench.config, kernels))
     with bench.attempt("transformers' FalconMamba", "layer"):
-        calls["transformers' FalconMamba"] = falcon_layer(bench)
+        calls["transformers' FalconMamba"] = hf_falcon_mamba_layer(bench)
     with bench.attempt("Llama", "layer"):
-        llama, size = llama_layer(bench)
-        calls[f"a Llama's layer of {size / 1e6:.0f}M parameters"] = llama
+        llama, num_parameters = llama_layer(bench)
+        calls[f"a Llama's layer of {num_parameters / 1e6:.0f}M parameters"] = llama
     for name, layer in calls.items():
         with bench.attempt(name, "layer"):
             x = torch.randn(
@@ -53,55 +51,55 @@ def layers(bench: Bench) -> None:
             bench.time("one layer, forward and backward", f"B 1, L {bench.length}", name, step)
 
 
-def falcon_layer(bench: Bench) -> Any:
-    """transformers' layer, after it has given our output and gradients with our weights on a short
-    problem in fp32.
-    """
+def hf_falcon_mamba_layer(bench: Bench) -> Any:
+    """transformers' layer, checked in fp32: equal outputs and gradients with our weights."""
     from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
-    small = replace(bench.config, n_layer=1, vocab_size=16)
-    ours = FalconMamba(small, REFERENCE)
-    initialize(ours, small, 0, lambda name, full: full)
-    theirs = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(small, 11, "float32"))).train()
+    config = replace(bench.config, n_layer=1, vocab_size=16)
+    model = FalconMamba(config, REFERENCE)
+    initialize(model, config, 0, lambda name, full: full)
+    hf_model = FalconMambaForCausalLM(FalconMambaConfig(**hf_config(config, 11, "float32"))).train()
     names = dict(tensor_names(1))
-    theirs.load_state_dict(
-        {names[name]: to_hf(name, p.detach()) for name, p in ours.named_parameters()}
+    hf_model.load_state_dict(
+        {names[name]: to_hf(name, p.detach()) for name, p in model.named_parameters()}
     )
-    block, layer = ours.layers[0].to(bench.device), theirs.backbone.layers[0].to(bench.device)
+    block = model.layers[0].to(bench.device)
+    hf_layer = hf_model.backbone.layers[0].to(bench.device)
 
     def call(x: Tensor, doc_starts: None) -> Tensor:
-        out = layer(x)
+        out = hf_layer(x)
         return out[0] if isinstance(out, tuple) else out
 
-    x = torch.randn(1, SHORT, small.d_model, device=bench.device).requires_grad_()
+    x = torch.randn(1, CHECK_TOKENS, config.d_model, device=bench.device).requires_grad_()
     results = []
-    for function, mixer in ((call, layer.mixer), (block, block.mixer)):
+    for function, mixer in ((call, hf_layer.mixer), (block, block.mixer)):
         out = function(x, None)
-        wanted = [x, mixer.A_log, mixer.x_proj.weight, mixer.in_proj.weight]
-        results.append(
-            [out.detach(), *torch.autograd.grad(out, wanted, torch.sin(out.detach() * 100))]
-        )
-    agree(results[0], results[1], 1e-3)
+        inputs = [x, mixer.A_log, mixer.x_proj.weight, mixer.in_proj.weight]
+        grads = torch.autograd.grad(out, inputs, torch.sin(out.detach() * 100))
+        results.append([out.detach(), *grads])
+    assert_close(results[0], results[1], 1e-3)
     return call
 
 
 def llama_layer(bench: Bench) -> tuple[Any, int]:
-    """A layer of a Llama of the same width with torch's attention, its final norm with it; and its
-    parameters.
-    """
+    """A Llama layer of the same width with torch's attention and the final norm; its parameters."""
     from transformers import LlamaModel
 
     config = llama_config(replace(bench.config, vocab_size=16))
-    config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
+    config.num_hidden_layers = 1
+    config._attn_implementation = "sdpa"
     model = LlamaModel(config).to(bench.device)
-    size = sum(parameter.numel() for parameter in model.layers.parameters())
-    return lambda x, doc_starts: model(inputs_embeds=x, use_cache=False).last_hidden_state, size
+    num_parameters = sum(parameter.numel() for parameter in model.layers.parameters())
+
+    def call(x: Tensor, doc_starts: None) -> Tensor:
+        output: Tensor = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return output
+
+    return call, num_parameters
 
 
 def embedding(bench: Bench) -> None:
-    """The lookup, forward and backward: with the head and loss, what a rank's step has besides its
-    layers.
-    """
+    """Time the embedding, forward and backward."""
     c = bench.config
     with bench.attempt("torch", "embedding"):
         table = nn.Embedding(c.vocab_size, c.d_model, device=bench.device)
@@ -111,44 +109,46 @@ def embedding(bench: Bench) -> None:
 
 
 def rank(bench: Bench, n_layer: int) -> None:
-    """A data-parallel rank's step of as many layers as fit, from n_layer on by halves."""
+    """Time a data-parallel rank's step; halves n_layer until the model fits in memory."""
     bench.missing["transformers' FalconMamba: a rank's step"] = (
-        "it has no engine that shards; its layer is measured"
+        "it has no sharded engine; its layer is measured"
     )
     for name, kernels in bench.backends.items():
         if kernels is REFERENCE and bench.device.type == "cuda":
             bench.missing["reference: a rank's step"] = "minutes; its layer is measured"
             continue
-        left = n_layer
-        while left:
-            tried, left = left, 0
-            with bench.attempt(name, f"a rank's step of {tried} layers"):
+        layers = n_layer
+        fits = False
+        while layers and not fits:
+            fits = True
+            with bench.attempt(name, f"a rank's step of {layers} layers"):
                 try:
-                    _rank(bench, name, kernels, tried)
+                    _time_rank(bench, name, kernels, layers)
                 except torch.cuda.OutOfMemoryError:
-                    print(f"{name}: {tried} layers do not fit", flush=True)
-                    left = tried // 2
+                    print(f"{name}: {layers} layers do not fit in memory", flush=True)
+                    fits = False
+            layers //= 2
 
 
-def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
-    """The run's own engine on the last of all its ranks, in a world whose other ranks take part in
-    nothing.
+def _time_rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
+    """Time a step of the last rank with the run's engine and a fake process group.
 
-    Weights, gradients, this rank's part of the optimizer, recompute and update are the run's.
-    Collectives pass nothing on and cost nothing.
+    Weights, gradients, this rank's optimizer shard, recompute and update are the run's. Collectives
+    transfer nothing and take no time.
     """
     run = replace(bench.run, model=replace(bench.config, n_layer=n_layer))
-    world, p = run.cluster.nodes * run.cluster.ranks_per_node, run.parallel
+    world_size = run.cluster.nodes * run.cluster.ranks_per_node
+    p = run.parallel
     on_cpu = (
         cuda_on_cpu
         if (bench.device.type, p.engine) == ("cpu", EngineKind.megatron)
         else nullcontext
     )
-    with fake_distributed(run, world) as ranks, on_cpu():
+    with fake_distributed(run, world_size) as ranks, on_cpu():
         model = build_meta_model(
             run.model, kernels, ranks.tp_size, p.sequence_parallel, run.compute.recompute
         )
-        set_tp_attributes(_filled(model.to_empty(device=bench.device)), ranks.tp_size)
+        set_tp_attributes(_randomize(model.to_empty(device=bench.device)), ranks.tp_size)
         engine = build_engine(
             model, run.optim, p, run.compute.precision, replace(ranks, device=bench.device)
         )
@@ -157,22 +157,26 @@ def _rank(bench: Bench, name: str, kernels: Kernels, n_layer: int) -> None:
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         shape = (
-            f"{n_layer} layers, 1 of {world} ranks, {p.engine.value}, "
+            f"{n_layer} layers, 1 of {world_size} ranks, {p.engine.value}, "
             f"{run.compute.precision.value}, recompute {run.compute.recompute.value}, "
             f"{p.micro_batch_tokens} tokens"
         )
         rate = p.micro_batch_tokens / bench.time("a rank's step", shape, name, step)
     peak = torch.cuda.max_memory_allocated() / GIB if bench.device.type == "cuda" else None
-    plan = estimate_memory(run, world).total / GIB
+    estimated = estimate_memory(run, world_size).total / GIB
     bench.memory.append(
-        {"who": name, "layers": n_layer, "ranks": world, "peak_gib": peak, "plan_gib": plan}
+        {
+            "who": name,
+            "layers": n_layer,
+            "ranks": world_size,
+            "peak_gib": peak,
+            "plan_gib": estimated,
+        }
     )
     tflops = rate * train_flops_per_token(run.model) / 1e12
     print(f"{name}, {shape}: {rate:.0f} tokens/s, {tflops:.1f} model TFLOP/s", flush=True)
     measured = "not measured on a CPU" if peak is None else f"{peak:.1f} GiB"
-    print(
-        f"{name}, {shape}: largest memory allocated {measured}, planned {plan:.1f} GiB", flush=True
-    )
+    print(f"{name}, {shape}: peak memory {measured}, estimated {estimated:.1f} GiB", flush=True)
 
 
 def _step(bench: Bench, run: RunConfig, model: FalconMamba, engine: Engine) -> Callable[[], None]:
@@ -185,13 +189,13 @@ def _step(bench: Bench, run: RunConfig, model: FalconMamba, engine: Engine) -> C
             losses, _ = model(tokens[:, :-1], tokens[:, 1:])
         engine.backward(losses.mean(), last=True)
         _, skipped = engine.clip_and_step(run.optim.lr)
-        assert not skipped, "the gradient's norm is not finite"
+        assert not skipped, "the gradient norm is not finite"
 
     return step
 
 
-def _filled(module: nn.Module) -> nn.Module:
-    """Small random parameters: times do not depend on them."""
+def _randomize(module: nn.Module) -> nn.Module:
+    """Set small random parameters in place."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.uniform_(-0.01, 0.01)

@@ -1,6 +1,4 @@
-"""The GPU benchmark's operations: ceilings, scan, convolution, norms, head and loss, beside their
-baselines.
-"""
+"""Operations of the GPU benchmark, beside baselines: limits, scan, convolution, norms, loss."""
 
 import importlib.util
 import json
@@ -12,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_bench import Bench, agree
+from benchmarks.gpu_bench import Bench, assert_close
 from benchmarks.timing import CALLS, Measurement
 from model.kernels import REFERENCE
 from model.kernels.cross_entropy import linear_cross_entropy
 from model.kernels.interface import Kernels
 from tests.model.cases import Case, assert_equal, on_device
 
-CHECKED = 256  # tokens of the problems that baselines are checked on
+CHECK_TOKENS = 256  # of the checks of baselines
 
 
-def ceilings(bench: Bench, size: int, copied: int) -> None:
-    """A square matrix product in bf16 and a copy."""
+def ceilings(bench: Bench, size: int, copy_bytes: int) -> None:
+    """Time a square matrix product in bf16 and a copy: the limits of the GPU."""
     with bench.attempt("torch", "matrix product"):
         left, right = (
             torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2)
@@ -31,36 +29,33 @@ def ceilings(bench: Bench, size: int, copied: int) -> None:
         seconds = bench.time("matrix product, bf16", f"{size}^3", "torch", lambda: left @ right)
         print(f"matrix product: {2 * size**3 / seconds / 1e12:.1f} TFLOP/s", flush=True)
     with bench.attempt("torch", "copy"):
-        source = torch.empty(copied, device=bench.device, dtype=torch.uint8)
+        source = torch.empty(copy_bytes, device=bench.device, dtype=torch.uint8)
         target = torch.empty_like(source)
         seconds = bench.time(
-            "copy", f"{copied / 2**30:.2f} GiB", "torch", lambda: target.copy_(source)
+            "copy", f"{copy_bytes / 2**30:.2f} GiB", "torch", lambda: target.copy_(source)
         )
-        print(f"copy: {2 * copied / seconds / 1e12:.3f} TB/s read and written", flush=True)
+        print(f"copy: {2 * copy_bytes / seconds / 1e12:.3f} TB/s read and written", flush=True)
 
 
 def check(bench: Bench) -> None:
-    """Every backend against the formula in fp64 before its time means anything; one that is wrong
-    is not timed.
-    """
-    n = bench.config.d_state
+    """Check every backend against the formula in fp64; remove those that are wrong."""
+    d_state = bench.config.d_state
     for name, kernels in list(bench.backends.items()):
-        there = on_device(kernels, bench.device)
-        right = False
+        moved = on_device(kernels, bench.device)
+        is_correct = False
         with bench.attempt(name, "all, wrong or failing"):
-            assert_equal(there, Case(2, 100, 64, n), torch.float32, 1e-3)
-            # several segments
-            assert_equal(
-                there, Case(1, 600, 64, n, resets=0.01, has_state=True), torch.bfloat16, 8e-3
-            )
-            right = True
-        if not right:
+            assert_equal(moved, Case(2, 100, 64, d_state), torch.float32, 1e-3)
+            segments = Case(1, 600, 64, d_state, resets=0.01, has_state=True)
+            assert_equal(moved, segments, torch.bfloat16, 8e-3)
+            is_correct = True
+        if not is_correct:
             del bench.backends[name]
 
 
 def scan_inputs(bench: Bench, batch: int, seed: int) -> list[Tensor]:
-    """Inputs as at initialisation: A = -(1..n), dt log-uniform."""
-    c, generator = bench.config, torch.Generator(bench.device).manual_seed(seed)
+    """Random inputs with the values of initialisation: A = -(1..n), dt log-uniform."""
+    c = bench.config
+    generator = torch.Generator(bench.device).manual_seed(seed)
     kwargs: dict[str, Any] = {"device": bench.device, "generator": generator}
     u, z = (torch.randn(batch, bench.length, c.d_inner, **kwargs).to(bench.dtype) for _ in range(2))
     B, C = (torch.randn(batch, bench.length, c.d_state, **kwargs).to(bench.dtype) for _ in range(2))
@@ -73,40 +68,38 @@ def scan_inputs(bench: Bench, batch: int, seed: int) -> list[Tensor]:
 
 
 def scans(bench: Bench) -> None:
-    """Scan forward, and forward with backward, per backend."""
-    for batch in bench.batches:
+    """Time scan forward, and forward with backward, per backend."""
+    for batch in bench.batch_sizes:
         shape = f"B {batch}, L {bench.length}"
         for name, kernels in bench.backends.items():
             with bench.attempt(name, f"scan, {shape}"):
-                _scan(bench, name, kernels, batch, shape)
+                _time_scan(bench, name, kernels, batch, shape)
 
 
-def _scan(bench: Bench, name: str, kernels: Kernels, batch: int, shape: str) -> None:
-    inputs, scan = (
-        bench.rotation(lambda seed: scan_inputs(bench, batch, seed)),
-        kernels.selective_scan,
-    )
+def _time_scan(bench: Bench, name: str, kernels: Kernels, batch: int, shape: str) -> None:
+    next_inputs = bench.rotation(lambda seed: scan_inputs(bench, batch, seed))
+    scan = kernels.selective_scan
     weight = torch.randn(
         batch, bench.length, bench.config.d_inner, device=bench.device, dtype=bench.dtype
     )
 
-    def both() -> Any:
-        held = inputs()
-        return torch.autograd.grad(scan(*held)[0], held, weight)
+    def forward_backward() -> Any:
+        inputs = next_inputs()
+        return torch.autograd.grad(scan(*inputs)[0], inputs, weight)
 
     with torch.no_grad():
-        bench.time("scan, forward", shape, name, lambda: scan(*inputs()))
-    seconds = bench.time("scan, forward and backward", shape, name, both)
+        bench.time("scan, forward", shape, name, lambda: scan(*next_inputs()))
+    seconds = bench.time("scan, forward and backward", shape, name, forward_backward)
     layers = bench.config.n_layer
     per_token = 1e6 * seconds / (batch * bench.length) * layers
     print(f"{name}, {shape}: scan {per_token:.2f} us per token over {layers} layers", flush=True)
 
 
 def jax_scans(bench: Bench, python: str | None) -> None:
-    """jax-linear-attention's scan in a process of its own, with an interpreter that has it."""
+    """Time jax-linear-attention's scan in a process of the Python that has it."""
     who = "jax-linear-attention"
     if python is None:
-        bench.missing[who] = "name a Python 3.12 that has it with --jax-python; see jax_scan.py"
+        bench.missing[who] = "give a Python 3.12 that has it with --jax-python; see jax_scan.py"
         return
     c = bench.config
     sizes = {
@@ -116,18 +109,18 @@ def jax_scans(bench: Bench, python: str | None) -> None:
         "copies": 4,
         "runs": 30,
     }
-    sizes |= {"calls": CALLS, "checked": CHECKED}
+    sizes |= {"calls": CALLS, "checked": CHECK_TOKENS}
     command = [
         python,
         str(Path(__file__).with_name("jax_scan.py")),
         "--batches",
-        *map(str, bench.batches),
+        *map(str, bench.batch_sizes),
     ]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     with bench.attempt(who, "scan"), tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             try:
-                # a batch each, as it comes: it stays when this is stopped
+                # a line per batch size; append each now, to keep it after a signal
                 for line in process.stdout or ():
                     row = json.loads(line)
                     shape = f"B {row['batch']}, L {bench.length}"
@@ -141,15 +134,14 @@ def jax_scans(bench: Bench, python: str | None) -> None:
                 raise
         if process.returncode:
             errors.seek(0)
-            raise RuntimeError(
-                f"its run failed: {(errors.read().strip().splitlines() or ['without a word'])[-1]}"
-            )
+            lines = errors.read().strip().splitlines() or ["no message"]
+            raise RuntimeError(f"jax_scan.py failed: {lines[-1]}")
 
 
 def convolutions(bench: Bench) -> None:
-    """Convolution and SiLU, forward and backward together."""
+    """Time convolution and SiLU, forward and backward together."""
     c = bench.config
-    for batch in bench.batches:
+    for batch in bench.batch_sizes:
 
         def make(seed: int, batch: int = batch) -> list[Tensor]:
             x = torch.randn(batch, bench.length, c.d_inner, device=bench.device).to(bench.dtype)
@@ -160,97 +152,108 @@ def convolutions(bench: Bench) -> None:
 
         for name, kernels in bench.backends.items():
             with bench.attempt(name, f"convolution, B {batch}"):
-                inputs = bench.rotation(make)
+                next_inputs = bench.rotation(make)
 
-                def both(conv: Any = kernels.causal_conv1d, inputs: Any = inputs) -> Any:
-                    held = inputs()
-                    out = conv(*held)
-                    return torch.autograd.grad(out, held, torch.ones_like(out))
+                def forward_backward(
+                    conv: Any = kernels.causal_conv1d, next_inputs: Any = next_inputs
+                ) -> Any:
+                    inputs = next_inputs()
+                    out = conv(*inputs)
+                    return torch.autograd.grad(out, inputs, torch.ones_like(out))
 
                 bench.time(
                     "conv and SiLU, forward and backward",
                     f"B {batch}, L {bench.length}",
                     name,
-                    both,
+                    forward_backward,
                 )
 
 
-def _torchs_norm(
-    x: Tensor, weight: Any, eps: float, parts: Any = None, dtype: Any = None
+def _torch_norm(
+    x: Tensor, weight: Any, eps: float, widths: Any = None, dtype: Any = None
 ) -> Tensor:
-    pieces = [
-        nn.functional.rms_norm(p, p.shape[-1:], weight, eps)
-        for p in x.split(parts or x.shape[-1], -1)
+    normed = [
+        nn.functional.rms_norm(part, part.shape[-1:], weight, eps)
+        for part in x.split(widths or x.shape[-1], -1)
     ]
-    return torch.cat(pieces, -1).to(dtype or x.dtype)
+    return torch.cat(normed, -1).to(dtype or x.dtype)
 
 
 def norms(bench: Bench) -> None:
-    """RMSNorm of the residual stream and of dt, B and C, forward and backward, beside torch's."""
-    c, parts = bench.config, [bench.config.dt_rank, bench.config.d_state, bench.config.d_state]
+    """Time RMSNorm of the residual stream and of dt, B and C, forward and backward."""
+    c = bench.config
+    widths = [c.dt_rank, c.d_state, c.d_state]
     weight = torch.ones(c.d_model, device=bench.device).requires_grad_()
 
-    def rows(width: int, dtype: torch.dtype) -> Any:
+    def inputs(width: int, dtype: torch.dtype) -> Any:
         return bench.rotation(
             lambda _: [torch.randn(bench.length, width, device=bench.device).to(dtype)]
         )
 
-    def whole(norm: Any, x: Tensor) -> Any:
+    def time_block_norm(norm: Any, x: Tensor) -> Any:
         out = norm(x.requires_grad_(), weight, 1e-5, None, bench.dtype)
         return torch.autograd.grad(out, [x, weight], torch.ones_like(out))
 
-    def split(norm: Any, x: Tensor) -> Any:
-        out = norm(x.requires_grad_(), None, 1e-6, parts)
+    def time_split_norm(norm: Any, x: Tensor) -> Any:
+        out = norm(x.requires_grad_(), None, 1e-6, widths)
         return torch.autograd.grad(out, [x], torch.ones_like(out))
 
     norms_of = {name: kernels.rms_norm for name, kernels in bench.backends.items()} | {
-        "torch": _torchs_norm
+        "torch": _torch_norm
     }
     for name, norm in norms_of.items():
         with bench.attempt(name, "norms"):
-            if name == "torch":  # backends are checked already
-                x = torch.randn(CHECKED, c.d_model, device=bench.device)
-                agree([norm(x, weight, 1e-5)], [REFERENCE.rms_norm(x, weight, 1e-5)], 1e-5)
-            stream, selected = rows(c.d_model, torch.float32), rows(sum(parts), bench.dtype)
+            if name == "torch":  # `check` covers the backends
+                x = torch.randn(CHECK_TOKENS, c.d_model, device=bench.device)
+                assert_close([norm(x, weight, 1e-5)], [REFERENCE.rms_norm(x, weight, 1e-5)], 1e-5)
+            residual = inputs(c.d_model, torch.float32)
+            dt_b_c = inputs(sum(widths), bench.dtype)
             shape = f"{bench.length} x {c.d_model}"
             bench.time(
-                "norm, forward and backward", shape, name, lambda n=norm, x=stream: whole(n, *x())
+                "norm, forward and backward",
+                shape,
+                name,
+                lambda n=norm, x=residual: time_block_norm(n, *x()),
             )
-            shape = f"{bench.length} x {sum(parts)}"
+            shape = f"{bench.length} x {sum(widths)}"
             bench.time(
-                "norms of dt, B and C", shape, name, lambda n=norm, x=selected: split(n, *x())
+                "norms of dt, B and C",
+                shape,
+                name,
+                lambda n=norm, x=dt_b_c: time_split_norm(n, *x()),
             )
 
 
 def loss(bench: Bench) -> None:
-    """Head and cross entropy, forward and backward: ours in chunks, torch with all logits, Liger's
-    fused one.
-    """
-    c, where = bench.config, bench.device
-    hidden = torch.randn(bench.length, c.d_model, device=where).requires_grad_()
-    head = nn.Linear(c.d_model, c.vocab_size, bias=False, device=where).weight
-    labels = torch.randint(0, c.vocab_size, (bench.length,), device=where)
+    """Time head and cross entropy, forward and backward, beside torch with all logits and Liger."""
+    c = bench.config
+    device = bench.device
+    hidden = torch.randn(bench.length, c.d_model, device=device).requires_grad_()
+    head = nn.Linear(c.d_model, c.vocab_size, bias=False, device=device).weight
+    labels = torch.randint(0, c.vocab_size, (bench.length,), device=device)
 
-    def plain(hidden: Tensor, labels: Tensor) -> Tensor:
+    def torch_loss(hidden: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy((hidden @ head.t()).float(), labels)
 
     calls: dict[str, Any] = {
         name: lambda h, l, k=kernels: linear_cross_entropy(h, head, l, k.loss)[0].mean()
         for name, kernels in bench.backends.items()
     }
-    calls["torch, all logits"] = plain
+    calls["torch, all logits"] = torch_loss
     calls["Liger Kernel"] = None
-    few = hidden[:CHECKED].detach().requires_grad_()
-    exact = plain(few, labels[:CHECKED])
-    expected = [exact, *torch.autograd.grad(exact, [few, head])]
+    check_hidden = hidden[:CHECK_TOKENS].detach().requires_grad_()
+    check_labels = labels[:CHECK_TOKENS]
+    exact = torch_loss(check_hidden, check_labels)
+    expected = [exact, *torch.autograd.grad(exact, [check_hidden, head])]
     for name, call in calls.items():
         with (
             bench.attempt(name, "head and loss"),
-            torch.autocast(where.type, torch.bfloat16, cache_enabled=False),
+            torch.autocast(device.type, torch.bfloat16, cache_enabled=False),
         ):
-            call = call or _liger(head)
-            result = call(few, labels[:CHECKED])
-            agree([result, *torch.autograd.grad(result, [few, head])], expected, 2e-2)
+            call = call or _liger_loss(head)
+            result = call(check_hidden, check_labels)
+            grads = torch.autograd.grad(result, [check_hidden, head])
+            assert_close([result, *grads], expected, 2e-2)
             what = "head and loss, forward and backward"
             shape = f"{bench.length} tokens"
             bench.time(
@@ -261,7 +264,7 @@ def loss(bench: Bench) -> None:
             )
 
 
-def _liger(head: Tensor) -> Any:
+def _liger_loss(head: Tensor) -> Any:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("pip install --no-deps liger-kernel==0.8.5")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

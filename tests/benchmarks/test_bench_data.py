@@ -1,9 +1,9 @@
-"""The data benchmark runs from end to end on small sizes."""
+"""The data benchmark runs on small sizes."""
 
 from tests.commands import forked
 
 
-def test_it_runs() -> None:
+def test_benchmark_runs() -> None:
     result = forked("-m", "benchmarks.data", "--small", "--no-record")
     assert result.returncode == 0, result.stderr
     for what in (

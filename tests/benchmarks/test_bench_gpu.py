@@ -1,6 +1,4 @@
-"""What the GPU benchmark does when something is missing, wrong or failing: it costs that row, and
-is named.
-"""
+"""The GPU benchmark lists what is missing, wrong or failing, and measures the rest."""
 
 import json
 import sys
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_model, gpu_operations, timing
-from benchmarks.gpu_bench import COPIES, L2_BYTES, Bench, agree
+from benchmarks.gpu_bench import MAX_COPIES, ROTATION_BYTES, Bench, assert_close
 from model.kernels import CPU, REFERENCE
 from model.kernels.interface import Kernels
 from tests.compose import run_config
@@ -27,8 +25,8 @@ def bench() -> Bench:
 
 
 def wrong_scan(*arguments: Any, **named: Any) -> Any:
-    y, last = REFERENCE.selective_scan(*arguments, **named)
-    return y * 1.01, last
+    y, state = REFERENCE.selective_scan(*arguments, **named)
+    return y * 1.01, state
 
 
 def failing_scan(*arguments: Any, **named: Any) -> Any:
@@ -39,31 +37,30 @@ def with_scan(name: str, scan: Any) -> Kernels:
     return replace(REFERENCE, name=name, selective_scan=scan)
 
 
-def test_a_backend_that_is_wrong_or_fails_is_named_and_not_timed(bench: Bench) -> None:
+def test_a_wrong_or_failing_backend_is_listed_and_not_timed(bench: Bench) -> None:
     bench.backends = {
         "wrong": with_scan("wrong", wrong_scan),
         "failing": with_scan("failing", failing_scan),
-    } | {"cpu": CPU}
+        "cpu": CPU,
+    }
     gpu_operations.check(bench)
     gpu_operations.scans(bench)
     assert {row.who for row in bench.rows} == {"cpu"}
     assert bench.missing["wrong: all, wrong or failing"].startswith(
         "AssertionError: ('wrong', 'scan_results'"
     )
-    failed = "RuntimeError: an illegal memory access was encountered"
-    assert bench.missing["failing: all, wrong or failing"] == failed
+    reason = "RuntimeError: an illegal memory access was encountered"
+    assert bench.missing["failing: all, wrong or failing"] == reason
 
 
-def test_a_backend_that_fails_at_full_size_costs_its_own_rows(bench: Bench) -> None:
+def test_a_backend_that_fails_at_full_size_does_not_stop_others(bench: Bench) -> None:
     bench.backends = {"failing": with_scan("failing", failing_scan), "cpu": CPU}
     gpu_operations.scans(bench)
-    assert [row.who for row in bench.rows] == [
-        "cpu",
-        "cpu",
-    ] and "failing: scan, B 1, L 16" in bench.missing
+    assert [row.who for row in bench.rows] == ["cpu", "cpu"]
+    assert "failing: scan, B 1, L 16" in bench.missing
 
 
-def test_a_section_that_fails_is_named_and_the_others_go_on(
+def test_a_failing_section_does_not_stop_others(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_operations, "norms", failing_scan)
@@ -78,14 +75,14 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(
     assert any(row.what.startswith("head and loss") for row in bench.rows)
 
 
-def test_what_was_measured_is_written_when_somebody_stops_it(
+def test_results_are_written_after_an_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And without git."""
+    """Without git the commit is null."""
 
     def measure(bench: Bench, *rest: Any) -> None:
         gpu_operations.ceilings(bench, 64, 2**16)
-        bench.missing["a rival"] = "not here"
+        bench.missing["a baseline"] = "not installed"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu, "measure", measure)
@@ -96,14 +93,12 @@ def test_what_was_measured_is_written_when_somebody_stops_it(
         gpu.main()
     (path,) = tmp_path.glob("gpu-cpu*.json")
     record = json.loads(path.read_text())
-    assert record["commit"] is None and record["missing"]["a rival"] == "not here"
+    assert record["commit"] is None and record["missing"]["a baseline"] == "not installed"
     assert [row["what"] for row in record["rows"]] == ["matrix product, bf16", "copy"]
 
 
-def test_jax_in_its_own_process(bench: Bench, tmp_path: Path) -> None:
-    """Rows of batches that it has done stay when the next one fails; no interpreter at all is named
-    too.
-    """
+def test_jax_scan_runs_in_another_process(bench: Bench, tmp_path: Path) -> None:
+    """Finished batch sizes are kept when the next one fails; a missing interpreter is listed."""
     python = tmp_path / "python"
     row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
     python.write_text(f"#!/bin/sh\necho '{row}'\necho wrong: result 2 is off >&2\nexit 1\n")
@@ -118,78 +113,73 @@ def test_jax_in_its_own_process(bench: Bench, tmp_path: Path) -> None:
 def test_layers_that_do_not_fit_are_halved(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def step(bench: Bench, name: str, kernels: Kernels, layers: int) -> None:
+    def time_rank(bench: Bench, name: str, kernels: Kernels, layers: int) -> None:
         tried.append(layers)
         if layers > 2:
             raise torch.cuda.OutOfMemoryError
         raise ValueError("something else")
 
-    monkeypatch.setattr(gpu_model, "_rank", step)
+    monkeypatch.setattr(gpu_model, "_time_rank", time_rank)
     bench.backends = {"cpu": CPU}
     gpu_model.rank(bench, 8)
-    assert (
-        tried == [8, 4, 2]
-        and bench.missing["cpu: a rank's step of 2 layers"] == "ValueError: something else"
-    )
+    assert tried == [8, 4, 2]
+    assert bench.missing["cpu: a rank's step of 2 layers"] == "ValueError: something else"
 
 
-def test_a_layer_of_transformers_that_is_another_is_refused(
+def test_a_wrong_layer_of_transformers_is_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = gpu_model.falcon_layer(bench)
-    assert layer(torch.randn(1, 3, bench.config.d_model), None).shape == (
-        1,
-        3,
-        bench.config.d_model,
-    )
+    layer = gpu_model.hf_falcon_mamba_layer(bench)
+    width = bench.config.d_model
+    assert layer(torch.randn(1, 3, width), None).shape == (1, 3, width)
     to_hf = gpu_model.to_hf
     monkeypatch.setattr(
         gpu_model, "to_hf", lambda name, x: to_hf(name, x) * (1.1 if name.endswith("D") else 1.0)
     )
     with pytest.raises(AssertionError, match="wrong: result"):
-        gpu_model.falcon_layer(bench)
+        gpu_model.hf_falcon_mamba_layer(bench)
 
 
-def test_results_agree_or_not() -> None:
+def test_assert_close() -> None:
     x = torch.ones(4, requires_grad=True)
-    agree([x], [x * 1.001], 1e-2)
+    assert_close([x], [x * 1.001], 1e-2)
     with pytest.raises(AssertionError, match="result 1 is off by"):
-        agree([x, x], [x, x * 1.1], 1e-2)
+        assert_close([x, x], [x, x * 1.1], 1e-2)
     with pytest.raises(AssertionError):
-        agree([x * float("nan")], [x], 1e-2)
+        assert_close([x * float("nan")], [x], 1e-2)
 
 
-def test_inputs_rotate_past_the_cache(bench: Bench) -> None:
-    """Small ones by many copies."""
+def test_small_inputs_rotate_through_many_copies(bench: Bench) -> None:
     made = []
 
     def make(seed: int) -> list[torch.Tensor]:
         made.append(seed)
-        return [torch.empty(L2_BYTES // 20, dtype=torch.uint8)]
+        return [torch.empty(ROTATION_BYTES // 20, dtype=torch.uint8)]
 
-    turn = bench.rotation(make)
-    assert len(made) == 21 <= COPIES and len({id(turn()[0]) for _ in range(50)}) == 21
+    next_inputs = bench.rotation(make)
+    assert len(made) == 21 <= MAX_COPIES
+    assert len({id(next_inputs()[0]) for _ in range(50)}) == 21
 
 
-def test_a_gpu_is_given_several_calls_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for CUDA's clock on which a call takes 2 ms."""
+def test_a_gpu_run_has_several_calls_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA events are replaced by a clock on which a call takes 2 ms."""
     calls: list[int] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
-            self.at = 0
+            self.recorded = 0
 
         def record(self) -> None:
-            self.at = len(calls)
+            self.recorded = len(calls)
 
         def elapsed_time(self, end: "Event") -> float:
-            return 2.0 * (end.at - self.at)
+            return 2.0 * (end.recorded - self.recorded)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     synchronize = mock.Mock()
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     seconds, runs = timing.median_seconds(
-        lambda: calls.append(0), torch.device("cuda"), budget=0.1, least=3
+        lambda: calls.append(0), torch.device("cuda"), budget=0.1, min_runs=3
     )
     assert seconds == pytest.approx(2e-3) and synchronize.call_count == runs + 1
     assert len(calls) == 2 + runs * timing.CALLS

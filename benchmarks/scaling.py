@@ -1,10 +1,9 @@
-"""A step of the demo's model on one and on two processes of this machine: `python -m
-benchmarks.scaling`.
+"""Scaling benchmark, `python -m benchmarks.scaling`: a step of the demo on one and two processes.
 
-Weak scaling: as many sequences per rank on two ranks as on one. Strong: as many in all. One thread
-per process; layouts take turns in several rounds, and ratios are medians over rounds, each taken
-within one, since the machine may be busy. Processor time is given besides: it does not count what a
-rank waits, for others or for a core.
+Weak scaling keeps the sequences per rank, strong scaling the global batch. Each process has one
+thread. Layouts alternate in several rounds; ratios are medians over rounds of the ratio in a round,
+because the machine may be shared. CPU time is reported too: it excludes the time that a rank waits
+for other ranks or for a core.
 """
 
 import argparse
@@ -30,10 +29,11 @@ from train.costs.traffic import step_traffic
 from train.distributed import context_ranks, init_distributed
 from train.engines.build import build_engine
 
-SEQ_LEN, MICRO_BATCH = 256, 8
-STEPS = 3  # timed, after one that is not
-ONE = {"one rank, half the batch": MICRO_BATCH, "one rank": 2 * MICRO_BATCH}  # sequences
-TWO: dict[str, dict[str, Any]] = {
+SEQ_LEN = 256
+MICRO_BATCH = 8  # sequences
+STEPS = 3  # timed, after a warm-up step
+ONE_RANK = {"one rank, half the batch": MICRO_BATCH, "one rank": 2 * MICRO_BATCH}  # sequences
+TWO_RANKS: dict[str, dict[str, Any]] = {
     "data 2, ZeRO-0": {"zero_stage": 0},
     "data 2, ZeRO-1": {},
     "data 2, ZeRO-2": {"zero_stage": 2},
@@ -44,78 +44,83 @@ TWO: dict[str, dict[str, Any]] = {
 }
 
 
-def layout(name: str) -> RunConfig:
-    """The demo in one of the layouts."""
+def demo(layout: str) -> RunConfig:
+    """The demo's config in a layout."""
     run = run_config("demo")
-    return replace(run, parallel=replace(run.parallel, **TWO.get(name, {})))
+    return replace(run, parallel=replace(run.parallel, **TWO_RANKS.get(layout, {})))
 
 
-def step_seconds(folder: Path, name: str, sequences: int) -> None:
-    """Time steps of a global batch, and write this rank's wall and processor seconds per step."""
-    run = layout(name)
+def time_steps(folder: Path, layout: str, sequences: int) -> None:
+    """Time steps of a global batch and write this rank's wall and CPU seconds per step."""
+    run = demo(layout)
     p = run.parallel
     with init_distributed("cpu", p.tensor_parallel, p.context_parallel) as ranks:
-        cut = {
-            "tp_rank": ranks.tp_rank,
-            "tp_size": ranks.tp_size,
-            "sequence_parallel": p.sequence_parallel,
-        }
-        model = build_model(run.model, CPU, 0, ranks.device, **cut)
+        model = build_model(
+            run.model,
+            CPU,
+            0,
+            ranks.device,
+            tp_rank=ranks.tp_rank,
+            tp_size=ranks.tp_size,
+            sequence_parallel=p.sequence_parallel,
+        )
         if ranks.cp_size > 1:
             model.set_context(context_ranks())
         engine = build_engine(model, run.optim, p, run.compute.precision, ranks)
         micro_batches = sequences // ranks.dp_size // MICRO_BATCH
         generator = torch.Generator().manual_seed(ranks.dp_rank)
         shape = (MICRO_BATCH, SEQ_LEN // ranks.cp_size + 1)
-        wall, processor = [], []
+        wall_seconds = []
+        cpu_seconds = []
         for _ in range(1 + STEPS):
             ids = torch.randint(run.model.vocab_size, shape, generator=generator)
             dist.barrier()
-            start, busy = time.perf_counter(), time.process_time()
+            wall_start = time.perf_counter()
+            cpu_start = time.process_time()
             for index in range(micro_batches):
                 loss = model(ids[:, :-1], ids[:, 1:])[0].sum() / (sequences * SEQ_LEN)
                 engine.backward(loss, last=index == micro_batches - 1)
             engine.clip_and_step(1e-3)
             dist.barrier()
-            wall.append(time.perf_counter() - start)
-            processor.append(time.process_time() - busy)
-    text = json.dumps([statistics.median(wall[1:]), statistics.median(processor[1:])])
-    (folder / f"{name}-{os.environ['RANK']}.json").write_text(text)
+            wall_seconds.append(time.perf_counter() - wall_start)
+            cpu_seconds.append(time.process_time() - cpu_start)
+    medians = [statistics.median(wall_seconds[1:]), statistics.median(cpu_seconds[1:])]
+    (folder / f"{layout}-{os.environ['RANK']}.json").write_text(json.dumps(medians))
 
 
-def one_round(folder: Path) -> dict[str, tuple[float, float]]:
-    """Seconds per step of every layout: wall, and processor of the busiest rank."""
-    run_ranks(1, [(step_seconds, (folder, name, sequences)) for name, sequences in ONE.items()])
-    run_ranks(2, [(step_seconds, (folder, name, 2 * MICRO_BATCH)) for name in TWO])
-    found = {}
-    for name in [*ONE, *TWO]:
-        times = [json.loads(path.read_text()) for path in folder.glob(f"{name}-[01].json")]
-        wall, processor = (max(values) for values in zip(*times, strict=True))
-        found[name] = wall, processor
-    return found
+def run_round(folder: Path) -> dict[str, tuple[float, float]]:
+    """Wall and CPU seconds per step of every layout, each of the slowest rank."""
+    run_ranks(1, [(time_steps, (folder, name, sequences)) for name, sequences in ONE_RANK.items()])
+    run_ranks(2, [(time_steps, (folder, name, 2 * MICRO_BATCH)) for name in TWO_RANKS])
+    seconds = {}
+    for name in [*ONE_RANK, *TWO_RANKS]:
+        per_rank = [json.loads(path.read_text()) for path in folder.glob(f"{name}-[01].json")]
+        wall, cpu = (max(values) for values in zip(*per_rank, strict=True))
+        seconds[name] = wall, cpu
+    return seconds
 
 
-def sent(name: str) -> float:
-    """Bytes that a rank of two sends in the step, by the formula."""
-    run = layout(name)
+def estimate_sent_bytes(layout: str) -> float:
+    """Estimated bytes that one of two ranks sends per step."""
+    run = demo(layout)
     p = run.parallel
     sequences = MICRO_BATCH * p.tensor_parallel * p.context_parallel
     return sum(
-        x.sent_bytes
-        for x in step_traffic(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN)
-        if x.group != "world"
+        traffic.sent_bytes
+        for traffic in step_traffic(run, 2, sequences, sequences // MICRO_BATCH, SEQ_LEN)
+        if traffic.group != "world"
     )
 
 
-def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Measurement]:
-    """Times, and ratios to one rank of the same work: in all (strong), and per rank (weak)."""
+def make_rows(rounds: list[dict[str, tuple[float, float]]]) -> list[Measurement]:
+    """Times, and ratios to one rank with equal global batch (strong) or batch per rank (weak)."""
     rows = []
-    for kind, which in (("wall", 0), ("processor", 1)):
+    for kind, index in (("wall", 0), ("processor", 1)):
         for what, base in (("strong", "one rank"), ("weak", "one rank, half the batch")):
-            for name in (base, *TWO):
-                seconds = statistics.median(times[name][which] for times in rounds)
+            for name in (base, *TWO_RANKS):
+                seconds = statistics.median(times[name][index] for times in rounds)
                 ratio = statistics.median(
-                    times[name][which] / times[base][which] for times in rounds
+                    times[name][index] / times[base][index] for times in rounds
                 )
                 rows.append(
                     Measurement(
@@ -131,33 +136,33 @@ def rows_of(rounds: list[dict[str, tuple[float, float]]]) -> list[Measurement]:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rounds, loads = [], []
+    rounds = []
+    loads = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.rounds):
+        for index in range(arguments.rounds):
             loads.append(os.getloadavg()[0])
-            rounds.append(one_round(Path(folder)))
-            print(f"round {number + 1} of {arguments.rounds}, load {loads[-1]:.1f}", flush=True)
-    rows = rows_of(rounds)
+            rounds.append(run_round(Path(folder)))
+            print(f"round {index + 1} of {arguments.rounds}, load {loads[-1]:.1f}", flush=True)
+    rows = make_rows(rounds)
     print_table(
         rows,
-        f"a step of 1.5M parameters on {os.cpu_count()} processors; the last column is against "
-        "one rank",
+        f"a step of 1.5M parameters on {os.cpu_count()} CPU cores; ratios are to one rank",
     )
     notes = {
         "sequences": {"one rank, half the batch": MICRO_BATCH, "others": 2 * MICRO_BATCH},
         "load": loads,
-        "bytes_sent_by_a_rank": {name: sent(name) for name in TWO},
+        "bytes_sent_by_a_rank": {name: estimate_sent_bytes(name) for name in TWO_RANKS},
     }
     if not arguments.no_record:
         print(
             write_results(
-                rows, "scaling", f"{os.cpu_count()} processors, one thread a process", {}, notes
+                rows, "scaling", f"{os.cpu_count()} CPU cores, one thread per process", {}, notes
             )
         )
 

@@ -1,15 +1,16 @@
-"""Our training beside transformers' Trainer: the same initial weights, batches, rates and rules,
-the loss of each step.
+"""Compare the losses of our training and transformers' Trainer, step by step.
 
-`python -m benchmarks.trainer FOLDER --steps N` trains the demo's model by the real command, once
-more by it with the reference kernels and small batches accumulated, whose sums are rounded in
-another order, and then by the Trainer. How far the first two part is the yardstick for how far the
-Trainer may: training is chaotic, so differences of rounding grow. It needs the demo's data (`python
-data/prepare.py +experiment=demo`), writes losses.json and losses.png into FOLDER and the
-differences into benchmarks/results/. transformers cannot reset state between documents, so all do
-without; its scan is mambapy's, several times faster on a CPU than its own loop, and small batches
-are faster again. With --minutes it stops there, and the curves are compared as far as it came; what
-ours has done stays.
+`python -m benchmarks.trainer FOLDER --steps N` trains the demo's model three times with equal
+initial weights, batches, learning rates, weight decay and clipping: with our command, with our
+command again but other rounding (reference kernels, gradient accumulation), and with the Trainer.
+Training is chaotic, so rounding differences grow; the difference of our two runs is the noise level
+for the difference to the Trainer. Needs the demo's data (`python data/prepare.py
++experiment=demo`). Writes losses.json and losses.png into FOLDER and the differences into
+benchmarks/results/.
+
+transformers cannot reset state between documents, so no run does. The Trainer uses mambapy's scan
+and small micro-batches, which are several times faster on a CPU than its own loop. --minutes stops
+the Trainer early; the curves are then compared up to its last step.
 """
 
 import argparse
@@ -46,27 +47,31 @@ from train.schedule import Schedule
 
 BATCH = 16
 SEQ_LEN = 128
-# sequences of a forward pass of theirs: larger tensors get fresh pages from glibc each time
+# sequences per forward of the Trainer: glibc maps new pages for each larger tensor
 MICRO_BATCH = 2
-OTHERWISE = ("compute.kernels=reference", f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}")
-EVERY = 20  # steps between lines of progress
-PARTS = 10  # of the run, each with its mean differences
-TIMES = 3.0  # how many yardsticks the curves may be apart in any part and be called equal to noise
+OTHER_ROUNDING = (
+    "compute.kernels=reference",
+    f"parallel.micro_batch_tokens={MICRO_BATCH * SEQ_LEN}",
+)
+LOG_EVERY = 20  # steps
+NUM_PARTS = 10  # parts of the run, each with its mean difference
+MAX_NOISE_RATIO = 3.0  # curves are equal to noise if no part differs by more times the noise level
 
 
 def overrides(steps: int) -> list[str]:
-    """The demo with one context and a constant batch, for `steps` steps, a fifth of them decay."""
+    """Overrides of the demo: one context, constant batch, `steps` steps, a fifth of them decay."""
     tokens = steps * BATCH * SEQ_LEN
     decay = tokens // 5 // (BATCH * SEQ_LEN) * BATCH * SEQ_LEN
     stages = (
-        f"data.stages=[{{name: stable, tokens: {tokens - decay}, seq_len: {SEQ_LEN}, "
-        f"mixture: {{web: 20, code: 70, "
-        f"technical: 10}}}}, {{name: decay, tokens: {decay}, seq_len: {SEQ_LEN}, "
-        f"mixture: {{web: 10, code: 35, "
-        "technical: 10, curated: 20, math: 25}}]"
+        ("stable", tokens - decay, "{web: 20, code: 70, technical: 10}"),
+        ("decay", decay, "{web: 10, code: 35, technical: 10, curated: 20, math: 25}"),
     )
+    stage_values = [
+        f"{{name: {name}, tokens: {count}, seq_len: {SEQ_LEN}, mixture: {mixture}}}"
+        for name, count, mixture in stages
+    ]
     return [
-        stages,
+        f"data.stages=[{', '.join(stage_values)}]",
         "data.reset_state=false",
         f"schedule.decay_tokens={decay}",
         f"schedule.warmup_tokens={tokens // 20}",
@@ -79,7 +84,7 @@ def overrides(steps: int) -> list[str]:
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
-    """The run's sequences in its own order, each with the token that its last place predicts."""
+    """The run's sequences in data order, each with one more token to predict."""
 
     def __init__(self, config: RunConfig) -> None:
         manifests = open_manifests(config.data)
@@ -88,43 +93,43 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for stage in self.plan.stages:
-            for number in range(stage.tokens // stage.seq_len):
-                batch = self.loader.read(stage, np.array([number]))
+            for index in range(stage.tokens // stage.seq_len):
+                batch = self.loader.read(stage, np.array([index]))
                 ids = torch.cat([batch.tokens[0], batch.targets[0, -1:]])
                 yield {"input_ids": ids, "labels": ids}
 
 
-class Recorded(Trainer):
-    """transformers' Trainer that keeps every step's loss and seconds, and stops in time."""
+class RecordingTrainer(Trainer):
+    """transformers' Trainer that records the loss and end time of every step, with a time limit."""
 
     losses: list[float]
-    times: list[float]  # when each step was over
-    until: float
+    end_times: list[float]  # of steps
+    micro_batch_losses: list[float]  # of the current step
+    deadline: float
 
-    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        # this small batch's share of the step's mean
-        part = super().training_step(*arguments, **named)
-        self.parts.append(float(part))
-        if len(self.parts) == BATCH // MICRO_BATCH:
-            self._note(sum(self.parts))
-            self.parts = []
-        return part
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        # the micro-batch's part of the step's mean loss
+        loss = super().training_step(*args, **kwargs)
+        self.micro_batch_losses.append(float(loss))
+        if len(self.micro_batch_losses) == BATCH // MICRO_BATCH:
+            self._record(sum(self.micro_batch_losses))
+            self.micro_batch_losses = []
+        return loss
 
-    def _note(self, loss: float) -> None:
+    def _record(self, loss: float) -> None:
         self.losses.append(loss)
-        self.times.append(time.monotonic())
-        if len(self.losses) % EVERY == 1 and len(self.losses) > 1:
-            rate = (len(self.losses) - 1) / (self.times[-1] - self.times[0])
-            left = (self.args.max_steps - len(self.losses)) / rate / 60
-            print(
-                f"Trainer: step {len(self.losses)} loss {loss:.3f}, {left:.1f} min left", flush=True
-            )
-        if time.monotonic() > self.until:
+        self.end_times.append(time.monotonic())
+        steps = len(self.losses)
+        if steps % LOG_EVERY == 1 and steps > 1:
+            steps_per_second = (steps - 1) / (self.end_times[-1] - self.end_times[0])
+            minutes = (self.args.max_steps - steps) / steps_per_second / 60
+            print(f"Trainer: step {steps} loss {loss:.3f}, {minutes:.1f} min left", flush=True)
+        if time.monotonic() > self.deadline:
             self.control.should_training_stop = True
 
 
 def export_initial(config: RunConfig, folder: Path) -> None:
-    """The run's initial weights as a Hugging Face folder."""
+    """Write the run's initial weights as a Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.safetensors"):
         stale.unlink()
@@ -140,29 +145,30 @@ def export_initial(config: RunConfig, folder: Path) -> None:
     (folder / "config.json").write_bytes(json_bytes(hf_config(config.model, EOS, "float32")))
 
 
-def train_theirs(
+def train_hf(
     config: RunConfig, folder: Path, steps: int, minutes: float
 ) -> tuple[list[float], float]:
-    """Losses of transformers' Trainer with our rates, weight decay rule and clipping; mean seconds
-    of a step.
+    """Train with transformers' Trainer; returns the losses and the mean seconds per step.
+
+    Learning rates, weight decay groups and clipping are ours.
     """
     export_initial(config, folder / "initial")
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=torch.float32)
     for layer in model.backbone.layers:
         layer.mixer.use_mambapy = True
-    schedule, optim = Schedule(config.schedule, config.optim.lr, config.data), config.optim
-    ours = {theirs: name for name, theirs in tensor_names(config.model.n_layer)}
+    optim = config.optim
+    schedule = Schedule(config.schedule, optim.lr, config.data)
+    our_names = {hf_name: name for name, hf_name in tensor_names(config.model.n_layer)}
+    decay = []
+    no_decay = []
+    for hf_name, parameter in model.named_parameters():
+        (decay if has_weight_decay(our_names[hf_name]) else no_decay).append(parameter)
     groups = [
-        {
-            "params": [
-                p for name, p in model.named_parameters() if has_weight_decay(ours[name]) is decayed
-            ],
-            "weight_decay": decay,
-        }
-        for decayed, decay in ((True, optim.weight_decay), (False, 0.0))
+        {"params": decay, "weight_decay": optim.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-    rates = torch.optim.lr_scheduler.LambdaLR(
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
         adamw, lambda step: schedule.at(min(step, steps - 1) * BATCH * SEQ_LEN).lr
     )
     arguments = TrainingArguments(
@@ -177,15 +183,20 @@ def train_theirs(
         disable_tqdm=True,
         logging_strategy="no",
     )
-    trainer = Recorded(model, arguments, train_dataset=Batches(config), optimizers=(adamw, rates))
-    trainer.losses, trainer.times, trainer.parts = [], [], []
-    trainer.until = time.monotonic() + 60 * minutes
+    trainer = RecordingTrainer(
+        model, arguments, train_dataset=Batches(config), optimizers=(adamw, lr_scheduler)
+    )
+    trainer.losses = []
+    trainer.end_times = []
+    trainer.micro_batch_losses = []
+    trainer.deadline = time.monotonic() + 60 * minutes
     trainer.train()
-    return trainer.losses, (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
+    times = trainer.end_times
+    return trainer.losses, (times[-1] - times[0]) / (len(times) - 1)
 
 
 def train_ours(folder: Path, *settings: str) -> tuple[list[float], float]:
-    """Losses of the real command, one rank; mean seconds of a step."""
+    """Train with our command on one rank; returns the losses and the mean seconds per step."""
     command = [
         sys.executable,
         "-m",
@@ -198,57 +209,57 @@ def train_ours(folder: Path, *settings: str) -> tuple[list[float], float]:
         [*command, "+experiment=demo", f"run.dir={folder}", *settings], cwd=ROOT, check=True
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines], float(
-        np.mean([line["step_seconds"] for line in lines])
-    )
+    seconds = float(np.mean([line["step_seconds"] for line in lines]))
+    return [line["loss"] for line in lines], seconds
 
 
-def apart(left: list[float], right: list[float]) -> list[float]:
-    """Mean magnitude of the difference of two curves in each part of the run."""
-    parts = np.array_split(np.abs(np.array(left) - np.array(right)), PARTS)
+def mean_differences(a: list[float], b: list[float]) -> list[float]:
+    """Mean absolute difference of two loss curves in each part of the run."""
+    parts = np.array_split(np.abs(np.array(a) - np.array(b)), NUM_PARTS)
     return [float(part.mean()) for part in parts]
 
 
-def judge(ours: list[float], again: list[float], theirs: list[float]) -> dict[str, Any]:
-    """How far the Trainer's curve is from ours, in nats and in yardsticks."""
-    to_theirs, yardstick = apart(ours, theirs), apart(ours, again)
-    # 1e-7: of fp32
-    ratios = [mine / max(other, 1e-7) for mine, other in zip(to_theirs, yardstick, strict=True)]
-    difference = np.abs(np.array(ours) - np.array(theirs))
+def compare(ours: list[float], rerun: list[float], hf: list[float]) -> dict[str, Any]:
+    """Difference of the Trainer's losses from ours, in nats and relative to the noise level."""
+    differences = mean_differences(ours, hf)
+    noise = mean_differences(ours, rerun)
+    # 1e-7: precision of fp32
+    ratios = [value / max(level, 1e-7) for value, level in zip(differences, noise, strict=True)]
+    difference = np.abs(np.array(ours) - np.array(hf))
     return {
-        "first": [ours[0], again[0], theirs[0]],
-        "last_20_mean": [float(np.mean(losses[-20:])) for losses in (ours, again, theirs)],
+        "first": [ours[0], rerun[0], hf[0]],
+        "last_20_mean": [float(np.mean(losses[-20:])) for losses in (ours, rerun, hf)],
         "largest_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
         "difference_of_first_20": float(difference[:20].max()),
-        "mean_difference_by_part": to_theirs,
-        "yardstick_by_part": yardstick,
+        "mean_difference_by_part": differences,
+        "yardstick_by_part": noise,
         "yardsticks_by_part": ratios,
-        "equal_to_noise": max(ratios) <= TIMES,
+        "equal_to_noise": max(ratios) <= MAX_NOISE_RATIO,
     }
 
 
-def draw(path: Path, ours: list[float], again: list[float], theirs: list[float]) -> None:
-    """The curves, and their differences below."""
+def plot(path: Path, ours: list[float], rerun: list[float], hf: list[float]) -> None:
+    """Plot the losses and, below, their differences."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(
+    figure, (losses, differences) = pyplot.subplots(
         2, 1, figsize=(9, 7), sharex=True, height_ratios=[2, 1]
     )
-    above.plot(theirs, linewidth=2.5, label="transformers.Trainer")
-    above.plot(ours, linewidth=1, label="ours")
-    above.set_ylabel("loss, nats per token")
-    above.legend()
-    below.semilogy(np.abs(np.array(ours) - np.array(theirs)), label="ours - Trainer")
-    below.semilogy(
-        np.abs(np.array(ours) - np.array(again)), label="ours - ours, rounded otherwise", alpha=0.7
+    losses.plot(hf, linewidth=2.5, label="transformers.Trainer")
+    losses.plot(ours, linewidth=1, label="ours")
+    losses.set_ylabel("loss, nats per token")
+    losses.legend()
+    differences.semilogy(np.abs(np.array(ours) - np.array(hf)), label="ours - Trainer")
+    differences.semilogy(
+        np.abs(np.array(ours) - np.array(rerun)), label="ours - ours, other rounding", alpha=0.7
     )
-    below.set_ylabel("magnitude of the difference")
-    below.set_xlabel("step")
-    below.legend()
+    differences.set_ylabel("magnitude of the difference")
+    differences.set_xlabel("step")
+    differences.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -260,9 +271,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="of the Trainer's part at most"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit of the Trainer")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder, steps = arguments.folder.resolve(), arguments.steps
@@ -270,18 +279,21 @@ def main() -> None:
     config = run_config("demo", f"run.dir={folder / 'ours'}", *settings)
     runs = {
         "ours": train_ours(folder / "ours", *settings),
-        "ours, rounded otherwise": train_ours(folder / "again", *settings, *OTHERWISE),
-        "transformers.Trainer": train_theirs(config, folder, steps, arguments.minutes),
+        "ours, other rounding": train_ours(folder / "again", *settings, *OTHER_ROUNDING),
+        "transformers.Trainer": train_hf(config, folder, steps, arguments.minutes),
     }
-    done = min(len(losses) for losses, _ in runs.values())
-    ours, again, theirs = (losses[:done] for losses, _ in runs.values())
-    result = {"steps": done, "of": steps, **judge(ours, again, theirs)}
-    curves = {"ours": ours, "again": again, "theirs": theirs}
+    num_compared = min(len(losses) for losses, _ in runs.values())
+    ours, rerun, hf = (losses[:num_compared] for losses, _ in runs.values())
+    result = {"steps": num_compared, "of": steps, **compare(ours, rerun, hf)}
+    curves = {"ours": ours, "again": rerun, "theirs": hf}
     (folder / "losses.json").write_text(json.dumps({**result, **curves}, indent=1) + "\n")
-    draw(folder / "losses.png", ours, again, theirs)
+    plot(folder / "losses.png", ours, rerun, hf)
     shape = f"{parameter_count(config.model):,} parameters, {BATCH} x {SEQ_LEN}"
-    rows = [Measurement("step", shape, name, seconds, done) for name, (_, seconds) in runs.items()]
-    print_table(add_ratios(rows, "ours"), "mean of a step, one thread")
+    rows = [
+        Measurement("step", shape, name, seconds, num_compared)
+        for name, (_, seconds) in runs.items()
+    ]
+    print_table(add_ratios(rows, "ours"), "mean seconds of a step, one thread")
     print(json.dumps(result, indent=1))
     print("written:", write_results(rows, "trainer", "one thread", {}, result))
 

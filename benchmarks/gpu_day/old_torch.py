@@ -1,13 +1,12 @@
-"""Change a copy of the code so that it runs with torch 2.11, which GPU images carry: `old_torch.py
-ROOT`.
+"""Patch a copy of the code for torch 2.11, which GPU images contain: `old_torch.py ROOT`.
 
-torch.compile has no recompile_limit there, and dynamo cannot trace is_autocast_available.
+In torch 2.11, torch.compile has no recompile_limit and dynamo cannot trace is_autocast_available.
 """
 
 import sys
 from pathlib import Path
 
-CHANGES = {
+PATCHES = {
     "model/mamba.py": (
         ("fullgraph=True, recompile_limit=COMPILED_VARIANTS", "fullgraph=True"),
         (
@@ -22,16 +21,16 @@ CHANGES = {
 }
 
 
-def change(root: Path) -> None:
-    """Replace what CHANGES names; raises ValueError where the code has moved on."""
-    for name, pairs in CHANGES.items():
+def patch(root: Path) -> None:
+    """Apply PATCHES; raises ValueError if the code to replace has changed."""
+    for name, pairs in PATCHES.items():
         text = (root / name).read_text(encoding="utf-8")
         for old, new in pairs:
             if old not in text:
-                raise ValueError(f"{name} does not hold {old!r}: mend {__file__}")
+                raise ValueError(f"{name} does not contain {old!r}: update {__file__}")
             text = text.replace(old, new)
         (root / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    change(Path(sys.argv[1]))
+    patch(Path(sys.argv[1]))

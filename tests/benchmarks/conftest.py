@@ -1,4 +1,4 @@
-"""The small checkpoint of eval's tests, which the benchmark of generation takes too."""
+"""The small checkpoint of tests/eval, for the generation benchmark."""
 
 from tests.eval.conftest import config
 

@@ -1,6 +1,4 @@
-"""The scripts of a GPU day, as far as they can run without one: what they name exists, and the
-smoke test runs.
-"""
+"""The scripts of gpu_day/, checked without a GPU: names exist and the smoke test runs."""
 
 import importlib
 import json
@@ -15,7 +13,7 @@ import pytest
 
 from benchmarks import gpu, timing
 from benchmarks.gpu import SECTIONS
-from benchmarks.gpu_day.old_torch import CHANGES, change
+from benchmarks.gpu_day.old_torch import PATCHES, patch
 from tests.commands import forked, python
 from tests.compose import run_config
 
@@ -26,11 +24,12 @@ SCRIPT = ROOT / "benchmarks" / "gpu_day" / "gpu_day.sh"
 def test_the_smoke_test_runs_on_a_cpu() -> None:
     result = forked("-m", "benchmarks.gpu_day.smoke", "--device", "cpu")
     assert result.returncode == 0, result.stdout + result.stderr
-    said = result.stdout
-    assert said.endswith("all right\n") and said.count("\nok   ") == 5 and "FAIL" not in said
+    output = result.stdout
+    assert output.endswith("all right\n") and output.count("\nok   ") == 5
+    assert "FAIL" not in output
 
 
-def test_the_script_parses_and_names_what_exists() -> None:
+def test_the_script_parses_and_its_names_exist() -> None:
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     text = SCRIPT.read_text()
     for path in re.findall(r"\b(?:tests|train|launch|benchmarks)/[\w/]+\.(?:py|sh)\b", text):
@@ -46,26 +45,26 @@ def test_the_script_parses_and_names_what_exists() -> None:
         assert set(line.split()) <= set(SECTIONS), line
 
 
-def benchmarks() -> list[list[str]]:
-    """The options of every `python3 -m benchmarks.gpu`."""
+def gpu_benchmark_options() -> list[list[str]]:
+    """Options of every `python3 -m benchmarks.gpu` in the script."""
     return [words.split() for words in re.findall(r"-m benchmarks\.gpu (.+)", SCRIPT.read_text())]
 
 
-def test_each_of_its_benchmarks_has_a_file_of_its_own(
+def test_each_benchmark_writes_its_own_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "measure", lambda bench, arguments: None)
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
-    for words in benchmarks():
+    for words in gpu_benchmark_options():
         monkeypatch.setattr(sys, "argv", ["gpu", *words, "--device", "cpu", "--small"])
         gpu.main()
-    assert len(list(tmp_path.glob("gpu-*.json"))) == len(benchmarks()) == 3
+    assert len(list(tmp_path.glob("gpu-*.json"))) == len(gpu_benchmark_options()) == 3
 
 
-RIVAL = """import array, fcntl, os, signal, termios, time
+FAKE_JAX_PYTHON = """import array, fcntl, os, signal, termios, time
 print(row, flush=True)
 unread = array.array("i", [1])
-while unread[0]:  # the benchmark has not taken the row from the pipe yet
+while unread[0]:  # the benchmark has not read the row from the pipe yet
     fcntl.ioctl(1, termios.FIONREAD, unread)
     time.sleep(0.1)
 time.sleep(1)
@@ -75,14 +74,14 @@ time.sleep(3600)
 """
 
 
-def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path: Path) -> None:
-    """By SIGTERM as `timeout` sends it, twice, while the rival is at its second batch."""
+def test_results_are_written_after_a_timeout(tmp_path: Path) -> None:
+    """SIGTERM arrives twice, as from `timeout`, during the second batch size of the jax scan."""
     row = json.dumps({"batch": 1, "runs": 30, "forward": 1.0, "both": 3.0})
-    rival = tmp_path / "python"
-    rival.write_text(f"#!{sys.executable}\nrow = {row!r}\n{RIVAL}")
-    rival.chmod(0o755)
-    (words,) = [words for words in benchmarks() if "--jax-python" in words]
-    words[words.index("--jax-python") + 1] = str(rival)
+    fake_python = tmp_path / "python"
+    fake_python.write_text(f"#!{sys.executable}\nrow = {row!r}\n{FAKE_JAX_PYTHON}")
+    fake_python.chmod(0o755)
+    (words,) = [words for words in gpu_benchmark_options() if "--jax-python" in words]
+    words[words.index("--jax-python") + 1] = str(fake_python)
     code = (
         "import pathlib, runpy, sys; from benchmarks import timing; timing.RESULTS = "
         "pathlib.Path(sys.argv.pop(1));runpy.run_module('benchmarks.gpu', run_name='__main__', "
@@ -94,42 +93,39 @@ def test_a_benchmark_that_its_limit_stops_has_written_what_it_measured(tmp_path:
     assert [row["seconds"] for row in json.loads(record.read_text())["rows"]] == [1.0, 3.0]
 
 
-def variable(name: str) -> str:
-    """What the script sets a variable to."""
-    found = re.search(rf"^{name}=(['\"])(.*?)\1$", SCRIPT.read_text(), re.M | re.S)
-    assert found is not None, name
-    return found[2]
+def script_variable(name: str) -> str:
+    """Value of a variable in the script."""
+    match = re.search(rf"^{name}=(['\"])(.*?)\1$", SCRIPT.read_text(), re.M | re.S)
+    assert match is not None, name
+    return match[2]
 
 
-def test_its_trainings_have_configs() -> None:
-    """Every `train NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES`, with the overrides that all of them
-    share.
-    """
-    shared = [word for word in variable("RUN").split() if not word.startswith("+experiment")]
+def test_the_training_runs_have_valid_configs() -> None:
+    """Compose every `train NAME TOKENS SEQ_LEN SEQUENCES OVERRIDES` with the shared overrides."""
+    shared = [word for word in script_variable("RUN").split() if not word.startswith("+experiment")]
     lines = re.findall(
         r"^\s+(?:LIMIT=\d+ )?train (\S+) (\d+) (\d+) (\d+) ([^#\n]*)", SCRIPT.read_text(), re.M
     )
     assert len(lines) == 5
     for name, tokens, length, sequences, more in lines:
-        stage = variable("ONE") % (int(tokens), int(length))
+        stage = script_variable("ONE") % (int(tokens), int(length))
         words = [
             f"schedule.batch_start_sequences={sequences}",
             f"schedule.batch_end_sequences={sequences}",
             f"run.name={name}",
         ]
         run = run_config("demo", *shared, stage, *words, *more.split())
-        assert run.data.stages[0].seq_len == int(
-            length
-        ) and run.schedule.batch_end_sequences == int(sequences)
+        assert run.data.stages[0].seq_len == int(length)
+        assert run.schedule.batch_end_sequences == int(sequences)
 
 
-def test_the_code_can_be_changed_for_an_older_torch(tmp_path: Path) -> None:
-    for name in CHANGES:
+def test_the_code_can_be_patched_for_an_older_torch(tmp_path: Path) -> None:
+    for name in PATCHES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    change(tmp_path)
-    for name in CHANGES:
+    patch(tmp_path)
+    for name in PATCHES:
         compile((tmp_path / name).read_text(), name, "exec")
         assert (tmp_path / name).read_text() != (ROOT / name).read_text()
-    with pytest.raises(ValueError, match="does not hold"):
-        change(tmp_path)
+    with pytest.raises(ValueError, match="does not contain"):
+        patch(tmp_path)

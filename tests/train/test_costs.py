@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.recompute import demo, largest_sum
+from benchmarks.recompute import demo, peak_allocated
 from launch.simulation.cuda_on_cpu import cuda_on_cpu
 from launch.simulation.dry_run import fake_distributed, skip_order_check
 from model.config import Recompute
@@ -184,7 +184,7 @@ def peak_bytes(run: RunConfig, world_size: int, kernels: Kernels) -> int:
             if index % 2 == 1:
                 engine.clip_and_step(1e-3)
     assert torch.get_num_threads() == 1
-    return largest_sum(recorded)
+    return peak_allocated(recorded)
 
 
 def case_name(case: Any) -> str:

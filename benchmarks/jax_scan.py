@@ -20,11 +20,7 @@ def main() -> None:
     import jax.numpy as jnp
     from jla import ops
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("length", "channels", "states", "copies", "runs", "calls", "checked"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--batches", type=int, nargs="+", required=True)
-    args = parser.parse_args()
+    args = parse_arguments()
 
     def scan(u, dt, A, B, C, D, z, bias):
         y, _ = ops.linear_attention(
@@ -86,16 +82,30 @@ def main() -> None:
         copies = [make_inputs(batch, args.length, seed) for seed in range(args.copies)]
         row = {"batch": batch, "runs": args.runs}
         for name, call in (("forward", jax.jit(scan)), ("both", jax.jit(forward_backward))):
-            jax.block_until_ready(call(*copies[0]))
-            seconds = []
-            # several calls between synchronizations, to hide the launch overhead
-            for _ in range(args.runs):
-                start = time.perf_counter()
-                out = [call(*copies[i % len(copies)]) for i in range(args.calls)][-1]
-                jax.block_until_ready(out)
-                seconds.append((time.perf_counter() - start) / args.calls)
-            row[name] = statistics.median(seconds)
+            row[name] = median_seconds(call, copies, args.runs, args.calls)
         print(json.dumps(row), flush=True)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("length", "channels", "states", "copies", "runs", "calls", "checked"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", required=True)
+    return parser.parse_args()
+
+
+def median_seconds(call, copies, runs, calls):
+    """Median over runs of the mean seconds of consecutive calls, which hide the launch overhead."""
+    import jax
+
+    jax.block_until_ready(call(*copies[0]))  # compile
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        out = [call(*copies[i % len(copies)]) for i in range(calls)][-1]
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - start) / calls)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

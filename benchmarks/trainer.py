@@ -5,8 +5,8 @@ initial weights, batches, learning rates, weight decay and clipping: with our co
 command again but other rounding (reference kernels, gradient accumulation), and with the Trainer.
 Training is chaotic, so rounding differences grow; the difference of our two runs is the noise level
 for the difference to the Trainer. Needs the demo's data (`python data/prepare.py
-+experiment=demo`). Writes losses.json and losses.png into FOLDER and the differences into
-benchmarks/results/.
++experiment=demo`). Writes losses.json and losses.png into FOLDER, and the differences into a file
+in benchmarks/results/.
 
 transformers cannot reset state between documents, so no run does. The Trainer uses mambapy's scan
 and small micro-batches, which are several times faster on a CPU than its own loop. --minutes stops

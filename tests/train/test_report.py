@@ -1,6 +1,4 @@
-"""The page of a run: every panel draws in a real browser, several runs share it, and nothing on it
-is code.
-"""
+"""HTML page of runs: panels in a real browser, several runs on a page, no scripts."""
 
 import json
 import math
@@ -13,22 +11,20 @@ import pytest
 from matplotlib import image
 
 from tests.commands import PATIENCE
-from train.metrics.curves import PANELS, plan_line, realised
-from train.metrics.page import config_of, names, page, planned
+from train.metrics.curves import PANELS, actual_mixture, planned_curve
+from train.metrics.page import page, planned_mixture, read_config, run_names
 from train.metrics.records import POINTS, curve, read_lines
 
 
-def write_run(folder: Path, shift: float) -> Path:
-    """Sixty steps in two stages, with a skipped one, held-out losses, an incident and a
-    checkpoint.
-    """
+def write_run(folder: Path, loss_offset: float) -> Path:
+    """Write 60 steps in two stages with a skipped update, an incident and a checkpoint."""
     folder.mkdir()
     lines = []
     for step in range(1, 61):
-        loss = 2 + 3 * math.exp(-step / 20) + shift
+        loss = 2 + 3 * math.exp(-step / 20) + loss_offset
         record: dict[str, Any] = {
             "step": step, "tokens": 100 * step, "loss": None if step == 9 else loss, "lr": 1e-3,
-            "grad_norm": 1.0 + shift,
+            "grad_norm": 1.0 + loss_offset,
             "source_tokens": {"web": 75, "code": 25} if step < 30 else {"web": 40, "code": 60},
             "source_loss": {"web": loss + 0.1, "code": loss - 0.1},
             "skipped": step == 9, "batch": 4 + step // 20,
@@ -61,7 +57,7 @@ def write_run(folder: Path, shift: float) -> Path:
 
 
 def browse(path: Path, *options: str) -> str:
-    """What headless Chromium makes of a page, without a network."""
+    """Open a page in headless Chromium; returns its standard output."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
@@ -82,7 +78,7 @@ def browse(path: Path, *options: str) -> str:
     return result.stdout
 
 
-def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
+def test_browser_draws_every_panel(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "one", 0.0), write_run(tmp_path / "two", 0.5)]
     path = page(runs, tmp_path / "report.html")
     picture = tmp_path / "page.png"
@@ -96,11 +92,11 @@ def test_a_browser_draws_every_panel(tmp_path: Path) -> None:
     assert "step-00000060" in document and "1 GiB" in document
     pixels = image.imread(picture)[..., :3]
     for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # the colours of both runs
-        seen = (abs(pixels * 255 - colour).max(axis=2) < 8).sum()
-        assert seen > 2000, (colour, seen)
+        num_pixels = (abs(pixels * 255 - colour).max(axis=2) < 8).sum()
+        assert num_pixels > 2000, (colour, num_pixels)
 
 
-def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
+def test_planned_and_actual_mixture(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one", 0.0)
     text = page([folder], tmp_path / "report.html").read_text()
     for row in (
@@ -109,27 +105,27 @@ def test_the_mixture_is_planned_against_realised(tmp_path: Path) -> None:
         ("long", "math", "50.00%", "0.00%", "0"),
     ):
         assert "".join(f"<td>{cell}</td>" for cell in row) in text
-    assert ">web</text>" in text and ">math</text>" not in text  # no token came: the table says so
+    assert ">web</text>" in text and ">math</text>" not in text  # no tokens: only in the table
     records = read_lines(folder / "metrics.jsonl")
-    assert realised(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
-    plan = planned(config_of(folder))
-    assert plan_line(records, plan, "code") == (
+    assert actual_mixture(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
+    plan = planned_mixture(read_config(folder))
+    assert planned_curve(records, plan, "code") == (
         [100, 2900, 2900, 3000, 6000, 6000],
         [0.25, 0.25, None] * 2,
     )
-    old = [
+    old_records = [
         {key: value for key, value in record.items() if key != "source_tokens"}
         for record in records
     ]
-    assert realised(old) == {}
+    assert actual_mixture(old_records) == {}
 
 
-def test_runs_of_the_same_name_stay_apart(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_named_by_path(tmp_path: Path) -> None:
     folders = [tmp_path / "one" / "demo", tmp_path / "two" / "demo"]
-    assert names([*folders, folders[0].with_name("other")])[:2] == [
+    assert run_names([*folders, folders[0].with_name("other")])[:2] == [
         str(folder) for folder in folders
     ]
-    assert names([folders[0]]) == ["demo"]
+    assert run_names([folders[0]]) == ["demo"]
     for folder in folders:
         folder.parent.mkdir()
     text = page(
@@ -138,14 +134,14 @@ def test_runs_of_the_same_name_stay_apart(tmp_path: Path) -> None:
     assert all(f"<h2>{folder}</h2>" in text for folder in folders)
 
 
-def test_the_page_needs_no_network_and_runs_no_text(tmp_path: Path) -> None:
+def test_page_has_no_scripts_and_needs_no_network(tmp_path: Path) -> None:
     text = page([write_run(tmp_path / "one", 0.0)], tmp_path / "report.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; boom" in text
     assert "<script" not in text and 'src="http' not in text
 
 
-def test_names_are_text_in_pictures(tmp_path: Path) -> None:
-    """Not formulas between dollars, nor elements."""
+def test_source_names_are_plain_text_in_pictures(tmp_path: Path) -> None:
+    """A name with dollar signs is no formula, a name with angle brackets no HTML element."""
     folder = write_run(tmp_path / "one", 0.0)
     lines = (folder / "metrics.jsonl").read_text().replace('"web"', '"$x_{$ <b>"')
     (folder / "metrics.jsonl").write_text(lines)
@@ -153,7 +149,7 @@ def test_names_are_text_in_pictures(tmp_path: Path) -> None:
     assert ">$x_{$ &lt;b&gt;</text>" in text and "<b>" not in text
 
 
-def test_curves_of_long_runs_are_means_of_spans() -> None:
+def test_curves_of_long_runs_are_averaged() -> None:
     points = [(step, float(step % 2)) for step in range(1, 10 * POINTS + 1)]
     x, y = curve(points)
     assert len(x) == POINTS and x[-1] == 10 * POINTS and set(y) == {0.5}

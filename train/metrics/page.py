@@ -1,4 +1,4 @@
-"""Runs on one page: curves and tables, without scripts and without a network."""
+"""HTML page of one or more runs: curves and tables, without scripts or network requests."""
 
 from collections import Counter
 from io import StringIO
@@ -13,7 +13,7 @@ from core.files import read_json, read_json_lines, write_text
 from core.old_keys import load_config
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
-from train.metrics.curves import Plan, figure
+from train.metrics.curves import Mixture, figure
 from train.metrics.records import Record, read_lines, read_scores, short
 from train.resilience.incidents import read_outcome
 
@@ -22,107 +22,108 @@ Rows = list[tuple[Any, ...]]
 
 
 def page(folders: list[Path], path: Path) -> Path:
-    """One HTML file with every panel of every run, and what happened to them."""
+    """Write one HTML file with the curves and tables of all runs; returns its path."""
     runs = {
         name: read_lines(RunFiles(folder).metrics)
-        for name, folder in zip(names(folders), folders, strict=True)
+        for name, folder in zip(run_names(folders), folders, strict=True)
     }
-    configs = [config_of(folder) for folder in folders]
-    plans = {name: planned(config) for name, config in zip(runs, configs, strict=True)}
+    configs = [read_config(folder) for folder in folders]
+    plans = {name: planned_mixture(config) for name, config in zip(runs, configs, strict=True)}
     picture = StringIO()
     figure(runs, plans).savefig(picture, format="svg")
     svg = picture.getvalue()
-    facts = [
+    tables = [
         {
             "name": name,
-            "facts": facts_of(folder, config, runs[name]),
+            "facts": fact_rows(folder, config, runs[name]),
             "mixture": mixture_rows(runs[name], plans[name]),
             "scores": score_tables(read_scores(RunFiles(folder).metrics)),
-            "events": events_of(folder),
-            "checkpoints": checkpoints_of(folder),
+            "events": event_rows(folder),
+            "checkpoints": checkpoint_rows(folder),
         }
         for name, folder, config in zip(runs, folders, configs, strict=True)
     ]
-    write_text(path, render(TEMPLATE, picture=Markup(svg[svg.index("<svg") :]), runs=facts))
+    write_text(path, render(TEMPLATE, picture=Markup(svg[svg.index("<svg") :]), runs=tables))
     return path
 
 
-def names(folders: list[Path]) -> list[str]:
-    """What each run is called: its folder, by the whole path where others are called the same."""
-    short_ones = [folder.name for folder in folders]
-    return (
-        short_ones if len(set(short_ones)) == len(folders) else [str(folder) for folder in folders]
-    )
+def run_names(folders: list[Path]) -> list[str]:
+    """Names of the folders, or their full paths if two have the same name."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """What the run was told, or nothing."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run; empty if there is none."""
     path = RunFiles(folder).config
-    found: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
-    return dict(found)
+    config: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
+    return dict(config)
 
 
-def planned(config: dict[str, Any]) -> Plan:
-    """Share of each source in the tokens of each stage."""
+def planned_mixture(config: dict[str, Any]) -> Mixture:
+    """Planned share of each source in the tokens of each stage."""
     stages = config.get("data", {}).get("stages", [])
     return {
         stage["name"]: {
-            source: part / sum(stage["mixture"].values())
-            for source, part in stage["mixture"].items()
+            source: weight / sum(stage["mixture"].values())
+            for source, weight in stage["mixture"].items()
         }
         for stage in stages
     }
 
 
-def mixture_rows(records: list[Record], plan: Plan) -> Rows:
-    """Stage, source, planned and realised share, tokens; nothing of records of older versions."""
+def mixture_rows(records: list[Record], plan: Mixture) -> Rows:
+    """Stage, source, planned and actual share, tokens.
+
+    Empty for records of older versions, which have no `source_tokens`.
+    """
     rows: Rows = []
     if not any("source_tokens" in record for record in records):
         return rows
-    for stage, inside in groupby(records, key=lambda record: record["stage"]):
-        read: Counter[str] = Counter()
-        for record in inside:
-            read.update(record.get("source_tokens", {}))
-        for source in sorted({*plan.get(stage, {}), *read}):
+    for stage, stage_records in groupby(records, key=lambda record: record["stage"]):
+        tokens: Counter[str] = Counter()
+        for record in stage_records:
+            tokens.update(record.get("source_tokens", {}))
+        for source in sorted({*plan.get(stage, {}), *tokens}):
             share = plan.get(stage, {}).get(source)
-            said = "" if share is None else f"{share:.2%}"
-            part = f"{read[source] / max(read.total(), 1):.2%}"
-            rows.append((stage, source, said, part, short(read[source])))
+            planned = "" if share is None else f"{share:.2%}"
+            actual = f"{tokens[source] / max(tokens.total(), 1):.2%}"
+            rows.append((stage, source, planned, actual, short(tokens[source])))
     return rows
 
 
-def facts_of(folder: Path, config: dict[str, Any], records: list[Record]) -> Rows:
-    """Where the run stands."""
+def fact_rows(folder: Path, config: dict[str, Any], records: list[Record]) -> Rows:
+    """State, commit and progress of a run."""
     outcome = read_outcome(folder)
-    facts: Rows = [("state", "running or crashed" if outcome is None else outcome.reason)]
+    rows: Rows = [("state", "running or crashed" if outcome is None else outcome.reason)]
     if code := config.get("code"):
-        facts.append(("code", code["commit"] + (", with changes" if code["dirty"] else "")))
+        rows.append(("code", code["commit"] + (", with changes" if code["dirty"] else "")))
     if records:
         last = records[-1]
-        facts += [
+        rows += [
             ("step", last["step"]),
             ("tokens", short(last["tokens"])),
             ("stage", last["stage"]),
             ("skipped updates", sum(bool(record["skipped"]) for record in records)),
         ]
-    return facts
+    return rows
 
 
-def events_of(folder: Path) -> Rows:
-    """Starts, ends and incidents in the order of time."""
+def event_rows(folder: Path) -> Rows:
+    """Starts, ends and incidents, ordered by time."""
     files = RunFiles(folder)
-    begun = [
+    attempts = [
         (e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", [])))
         for e in read_json_lines(files.attempts)
     ]
-    happened = [
+    incidents = [
         (e.get("time"), e.get("incident"), e.get("text")) for e in read_json_lines(files.incidents)
     ]
-    return sorted([*begun, *happened], key=lambda event: str(event[0]))
+    return sorted([*attempts, *incidents], key=lambda event: str(event[0]))
 
 
-def checkpoints_of(folder: Path) -> Rows:
-    """Name, size and count of files of each committed checkpoint."""
+def checkpoint_rows(folder: Path) -> Rows:
+    """Name, size and number of files of each committed checkpoint, oldest first."""
     rows: Rows = []
     for checkpoint in reversed(list(iter_committed_checkpoints(RunFiles(folder).checkpoints))):
         files = read_json(checkpoint / MANIFEST).get("files", {}).values()
@@ -132,7 +133,7 @@ def checkpoints_of(folder: Path) -> Rows:
 
 
 def score_tables(scores: list[Record]) -> dict[str, tuple[list[str], Rows]]:
-    """Head and rows for each suite; a column for each checkpoint in the order of tokens."""
+    """Column titles and rows of each suite; a column per checkpoint, ordered by tokens."""
     tables = {}
     for suite in sorted({suite for record in scores for suite in record["scores"]}):
         columns = {r["tokens"]: r["scores"][suite] for r in scores if suite in r["scores"]}

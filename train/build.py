@@ -35,7 +35,7 @@ from train.engines.build import build_engine
 from train.engines.protocol import Engine
 from train.metrics.console import LOG_COLUMNS
 from train.metrics.records import read_scores, short
-from train.metrics.scores import collecting
+from train.metrics.scores import collect_command
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
 from train.phases import Phases
@@ -207,7 +207,7 @@ def build_leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
         config.run,
         config.leaderboard.jobs,
         always={before_decay, schedule.total},
-        then=collecting(config.run.folder),
+        then=collect_command(config.run.folder),
     )
 
 

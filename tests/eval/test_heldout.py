@@ -33,7 +33,7 @@ from tests.eval.conftest import MODEL
 from tests.tiny import model_of
 from train.build import load_initial_weights
 from train.metrics.records import read_lines, read_scores
-from train.metrics.scores import collecting
+from train.metrics.scores import collect_command
 
 SETTINGS = ValidationConfig(every_tokens=1000, tokens=321, seq_len=16, batch_sequences=3)
 
@@ -157,7 +157,7 @@ def test_suite_jobs_report_their_scores(
         "eval": {"jobs": {**asdict(settings), "launcher": "local"}},
     }  # fmt: skip
     (config.run.folder / "config.yaml").write_text(json.dumps(record))  # JSON is YAML
-    jobs = SuiteJobs(config.run, settings, then=collecting(config.run.folder))
+    jobs = SuiteJobs(config.run, settings, then=collect_command(config.run.folder))
     assert jobs.poll() == []
     pinned = config.run.folder / "scores" / "held" / folder.name
     file = next(folder.glob("*.safetensors"))

@@ -135,7 +135,7 @@ def test_a_run_that_lives_takes_its_scores_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job waits while the folder is held, and takes what the run has not taken when it left."""
-    monkeypatch.setattr("train.metrics.scores.AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("train.metrics.scores.RETRY_SECONDS", 0.05)
     finished(tmp_path)
     result(tmp_path, "v1", 4, 30.0)
     run_lock = RunLock(tmp_path)
@@ -148,7 +148,7 @@ def test_a_run_that_lives_takes_its_scores_itself(
     run_lock.release()
     job.join(PATIENCE)
     assert counts == [1]
-    monkeypatch.setattr("train.metrics.scores.PATIENCE", 0.1)
+    monkeypatch.setattr("train.metrics.scores.MAX_WAIT_SECONDS", 0.1)
     result(tmp_path, "v1", 9, 50.0)
     run_lock.acquire()
     assert collect(tmp_path) == 0

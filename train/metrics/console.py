@@ -1,4 +1,4 @@
-"""Show the steps of a run: lines of a log, or rows under a progress bar in a terminal."""
+"""Console of a run: lines in a log, or rows below a progress bar in a terminal."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ WEEK_SECONDS = 7 * 86400
 
 
 class StepText:
-    """Pieces of text about the last step, for both consoles."""
+    """Texts about the last step, for both consoles."""
 
     def __init__(self, total: int, throughput: Throughput) -> None:
         self.total = total
@@ -26,11 +26,11 @@ class StepText:
         self.num_skipped = 0
 
     def add(self, record: Record) -> None:
-        """Take in the next step."""
+        """Count the step of a record."""
         self.num_skipped += bool(record["skipped"])
 
     def step(self, record: Record) -> list[str]:
-        """What the step did."""
+        """Step, loss, learning rate and gradient norm."""
         return [
             f"step {record['step']:,}",
             f"loss {record['loss']:.3f}",
@@ -39,8 +39,9 @@ class StepText:
         ]
 
     def rate(self, record: Record) -> list[str]:
-        """Tokens per second, MFU where it is known, and when the run ends at this rate."""
-        rate, mfu = self.throughput.tokens_per_second, self.throughput.mfu
+        """Tokens per second, MFU if known, and the time at which the run ends at this rate."""
+        rate = self.throughput.tokens_per_second
+        mfu = self.throughput.mfu
         return [
             f"{short(rate)} tok/s",
             *([] if mfu is None else [f"MFU {mfu:.0%}"]),
@@ -48,14 +49,14 @@ class StepText:
         ]
 
     def position(self, record: Record) -> list[str]:
-        """Tokens so far and the size of a batch, sequences x tokens."""
+        """Tokens so far, and the batch as sequences x tokens."""
         return [
             f"{short(record['tokens'])} of {short(self.total)} tokens",
             f"batch {record['batch']:,} x {record['seq_len']:,}",
         ]
 
     def details(self) -> list[str]:
-        """Rate of one rank, wait for data, and updates of this start that were skipped."""
+        """Tokens per second of one rank, data wait, and updates skipped since this start."""
         return [
             f"{short(self.throughput.tokens_per_second / self.throughput.ranks)} tok/s/rank",
             f"data wait {self.throughput.data_wait:.1%}",
@@ -64,57 +65,60 @@ class StepText:
 
 
 def end_time(seconds: float) -> str:
-    """The time in so many seconds, in UTC: the day, and within a week the minute."""
-    end = time.gmtime(time.time() + min(seconds, 1e9))  # a stalled run would leave the calendar
+    """UTC time in `seconds` from now: the date, or within a week month, day and minute."""
+    end = time.gmtime(time.time() + min(seconds, 1e9))  # gmtime fails far in the future
     return time.strftime("%m-%d %H:%MZ" if seconds < WEEK_SECONDS else "%Y-%m-%d", end)
 
 
-def joined(pieces: list[str], columns: int = LOG_COLUMNS) -> list[str]:
-    """Pieces on as few lines of so many columns as hold them in their order."""
-    lines = [pieces[0]]
-    for piece in pieces[1:]:
-        if len(lines[-1]) + 2 + len(piece) <= columns:
-            lines[-1] += f"  {piece}"
+def wrap(texts: list[str], columns: int = LOG_COLUMNS) -> list[str]:
+    """Lines of at most `columns` columns with the texts in order, two spaces between them."""
+    lines = [texts[0]]
+    for text in texts[1:]:
+        if len(lines[-1]) + 2 + len(text) <= columns:
+            lines[-1] += f"  {text}"
         else:
-            lines.append(piece)
+            lines.append(text)
     return lines
 
 
 class PlainConsole:
-    """A line every few seconds, for logs; every STATUS_LINES of them also one about the run."""
+    """A log line every `seconds`; every STATUS_LINES lines also the status of the run.
+
+    A new stage or context length shows the status too.
+    """
 
     STATUS_LINES = 10
 
     def __init__(self, total: int, throughput: Throughput, seconds: float) -> None:
         self.text = StepText(total, throughput)
-        self.seconds = seconds
+        self.seconds = seconds  # between two lines
         self.next_time = 0.0
         self.num_lines = 0
         self.stage: tuple[str, int] | None = None  # name and seq_len of the last line
 
     def show(self, record: Record, checkpoints: str) -> None:
-        """Print the record when enough time has passed, and always the last one."""
+        """Log the record if `seconds` have passed since the last line or the run is complete."""
         self.text.add(record)
         if time.monotonic() < self.next_time and record["tokens"] < self.text.total:
             return
         self.next_time = time.monotonic() + self.seconds
         progress = f"{record['tokens'] / self.text.total:6.1%}"
-        pieces = [record["stage"], progress, *self.text.step(record), *self.text.rate(record)]
+        texts = [record["stage"], progress, *self.text.step(record), *self.text.rate(record)]
         stage = (record["stage"], record["seq_len"])
-        lines = joined(pieces)
+        lines = wrap(texts)
         if self.num_lines % self.STATUS_LINES == 0 or stage != self.stage:
             status = [*self.text.position(record), *self.text.details(), checkpoints]
-            lines += [f"  {line}" for line in joined(status, LOG_COLUMNS - 2)]
+            lines += [f"  {line}" for line in wrap(status, LOG_COLUMNS - 2)]
         self.num_lines += 1
         self.stage = stage
         logger.info("\n".join(lines))
 
     def close(self) -> None:
-        """Do nothing: every line is written."""
+        """Do nothing: all lines are written."""
 
 
 class LiveConsole:
-    """A progress bar with the last step under it, for terminals; every row fits 80 columns."""
+    """A progress bar with the last step below it, for terminals; every row fits 80 columns."""
 
     def __init__(self, total: int, throughput: Throughput) -> None:
         columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn())
@@ -126,7 +130,7 @@ class LiveConsole:
         self.live.start()
 
     def show(self, record: Record, checkpoints: str) -> None:
-        """Move the bar and replace the rows."""
+        """Update the bar and the rows."""
         self.text.add(record)
         self.progress.update(self.task, completed=record["tokens"], description=record["stage"])
         per_rank, data_wait, skipped = self.text.details()
@@ -136,9 +140,9 @@ class LiveConsole:
             self.text.position(record),
             [checkpoints],
         )
-        for row, pieces in zip(self.rows, rows, strict=True):
-            row.plain = "  ".join(pieces)
+        for row, texts in zip(self.rows, rows, strict=True):
+            row.plain = "  ".join(texts)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """Stop the updates; the last rows stay on the screen."""
         self.live.stop()

@@ -1,7 +1,7 @@
-"""metrics.jsonl: a record of each step, and one of each checkpoint's leaderboard scores.
+"""metrics.jsonl: a record per step, and a record per checkpoint with leaderboard scores.
 
 A record of scores has the step and tokens of its checkpoint and the scores by suite. It is written
-when the scores arrive, so it follows records of later steps.
+when the scores arrive, after records of later steps.
 """
 
 import errno
@@ -18,11 +18,11 @@ from core.files import read_json_lines, write_text
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-POINTS = 2000  # of a curve on a page; longer runs are averaged, so that the page does not grow
+POINTS = 2000  # of a curve on the page; more points are averaged, which bounds the page size
 
 
 class JsonLines:
-    """One JSON object per line, in the order of tokens, without duplicates across restarts.
+    """A JSON Lines file without duplicates across restarts: a start drops records after `tokens`.
 
     While the disk is full, up to MAX_WAITING lines wait in memory and are written later.
     """
@@ -30,15 +30,15 @@ class JsonLines:
     MAX_WAITING = 100_000
 
     def __init__(self, path: Path, tokens: int) -> None:
-        kept = [line for line in read_json_lines(path) if line["tokens"] <= tokens]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_json_lines(path) if line["tokens"] <= tokens]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self.path = path
         self.file = path.open("ab", buffering=0)
         self.end = path.stat().st_size
         self.waiting: deque[bytes] = deque(maxlen=self.MAX_WAITING)
 
     def write(self, record: Record) -> None:
-        """Append a record; values that JSON lacks (NaN, infinity) become null."""
+        """Append a record; NaN and infinity, which JSON lacks, become null."""
         if not self.waiting:
             self.failed = False
         self.waiting.append((json.dumps(finite(record)) + "\n").encode())
@@ -48,13 +48,13 @@ class JsonLines:
                 self.waiting.popleft()
         except OSError as error:
             if not self.failed:
-                logger.warning(f"cannot write metrics.jsonl ({error}); its lines wait in memory")
+                logger.warning(f"cannot write metrics.jsonl ({error}); records wait in memory")
             self.failed = True
 
     def _append(self, line: bytes) -> None:
-        """Write a whole line, or restore the length of the file and raise OSError."""
+        """Write the complete line, or restore the length of the file and raise OSError."""
         written = self.file.write(line)
-        if written != len(line):  # the disk was full in the middle
+        if written != len(line):  # the disk filled up within the line
             self.file.truncate(self.end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.end += written
@@ -67,14 +67,15 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Records of the steps in a metrics file, or all of another JSON Lines file; drops a last line
-    that a kill has truncated.
+    """Records of steps in a metrics file, or all lines of another JSON Lines file.
+
+    A last line truncated by a kill is dropped.
     """
     return [record for record in read_json_lines(path) if "scores" not in record]
 
 
 def read_scores(path: Path) -> list[Record]:
-    """The records of scores in a metrics file, in the order of their tokens."""
+    """Records of scores in a metrics file, ordered by tokens."""
     return sorted(
         (record for record in read_json_lines(path) if "scores" in record),
         key=lambda record: record["tokens"],
@@ -82,14 +83,14 @@ def read_scores(path: Path) -> list[Record]:
 
 
 def finite(value: Any) -> Any:
-    """The same value with None for every number that is not finite."""
+    """The value with None in place of NaN and infinity, in nested dicts too."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(count: float) -> str:
-    """A count with three digits and a unit: 1.8M, 5.8T."""
+    """Format a count with three digits and a unit: 1.8M, 5.8T."""
     for unit in ("", "k", "M", "B", "T"):
         if abs(count) < 999.5 or unit == "T":
             return f"{count:.3g}{unit}"
@@ -100,9 +101,13 @@ def short(count: float) -> str:
 def curve(
     points: list[tuple[int, float | None]], max_points: int = POINTS
 ) -> tuple[list[int], list[float | None]]:
-    """At most `max_points` points: means of equal spans at their last x; None if none is finite."""
+    """Average a curve down to `max_points` points: means over equal spans, at the last x of each.
+
+    None values are left out; a span of only None gives None.
+    """
     span = -(-len(points) // max_points) if points else 1
-    x, y = [], []
+    x: list[int] = []
+    y: list[float | None] = []
     for start in range(0, len(points), span):
         values = [value for _, value in points[start : start + span] if value is not None]
         x.append(points[min(start + span, len(points)) - 1][0])

@@ -1,4 +1,4 @@
-"""Scores of evaluation jobs, into the records of a run that is over."""
+"""Write the scores of evaluation jobs into the records of a run that has ended."""
 
 import logging
 import sys
@@ -16,25 +16,25 @@ from eval.config import JobsConfig
 from eval.leaderboard.jobs import POLL_SECONDS, SuiteJobs
 from train.config import MetricsConfig
 from train.metrics.records import JsonLines, read_lines, read_scores
-from train.metrics.sinks import say, trackers
+from train.metrics.sinks import log_suites, make_trackers
 from train.resilience.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
-AGAIN_SECONDS = 5.0
-# for a run that lives to take them: it looks once in POLL_SECONDS, between two steps
-PATIENCE = 5 * POLL_SECONDS
+RETRY_SECONDS = 5.0  # between two attempts to lock the folder
+# a run that is training takes the scores itself: it looks every POLL_SECONDS, between two steps
+MAX_WAIT_SECONDS = 5 * POLL_SECONDS
 
 
-def collecting(folder: Path) -> list[str]:
-    """The command that takes in the scores of a run."""
+def collect_command(folder: Path) -> list[str]:
+    """Command line of train/collect_scores.py for a run."""
     return [sys.executable, str(ROOT / "train" / "collect_scores.py"), str(folder.resolve())]
 
 
 def collect(folder: Path) -> int:
-    """Write the scores that nobody has recorded yet; returns how many records. Waits while another
-    job does the same.
+    """Write the scores that are not recorded yet; returns the number of records.
 
-    Raises InputError when the folder is no run's.
+    Waits up to MAX_WAIT_SECONDS while the run or another job has locked the folder, then leaves
+    the scores to the run. Raises InputError when the folder holds no run.
     """
     files = RunFiles(folder)
     if not files.config.is_file():
@@ -44,47 +44,47 @@ def collect(folder: Path) -> int:
     settings: Any = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(JobsConfig), config.leaderboard.jobs)
     )
-    run_lock, path = RunLock(folder), files.metrics
-    end = time.monotonic() + PATIENCE
+    run_lock = RunLock(folder)
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
     while True:
         jobs = SuiteJobs(run, settings)
-        jobs.mark_reported(read_scores(path))
-        records = jobs.collect()
-        if not records:
+        jobs.mark_reported(read_scores(files.metrics))
+        if not jobs.collect():
             return 0
         try:
             run_lock.acquire()
-        except InputError as error:  # the run itself, or another job at its end
-            if time.monotonic() > end:
+        except InputError as error:  # held by the run or by another job
+            if time.monotonic() > deadline:
                 logger.info(f"the run records its scores itself: {error}")
                 return 0
-            time.sleep(AGAIN_SECONDS)
+            time.sleep(RETRY_SECONDS)
             continue
         try:
-            jobs = SuiteJobs(run, settings)  # somebody may have taken them in the meantime
-            jobs.mark_reported(read_scores(path))
+            jobs = SuiteJobs(run, settings)  # another job may have written them meanwhile
+            jobs.mark_reported(read_scores(files.metrics))
             return _write(folder, config, jobs.collect())
         finally:
             run_lock.release()
 
 
 def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
-    """Append the records and show them wherever the run is shown."""
+    """Append the records to metrics.jsonl and send them to the console and the trackers."""
     if not records:
         return 0
-    wanted: Any = OmegaConf.to_object(
+    metrics_config: Any = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics)
     )
     path = RunFiles(folder).metrics
     last = max((record["tokens"] for record in read_lines(path)), default=0)
     file = JsonLines(path, last)
-    views = trackers(folder, config.run.name, wanted, OmegaConf.to_container(config), last)  # type: ignore[arg-type]
+    run_config: Any = OmegaConf.to_container(config)
+    trackers = make_trackers(folder, config.run.name, metrics_config, run_config, last)
     for record in records:
         file.write(record)
-        say(record)
-        for view in views:
-            view.log(record)
+        log_suites(record)
+        for tracker in trackers:
+            tracker.log(record)
     file.close()
-    for view in views:
-        view.close()
+    for tracker in trackers:
+        tracker.close()
     return len(records)

@@ -1,4 +1,4 @@
-"""Sinks of a run's records: metrics.jsonl, the console, and the configured trackers.
+"""Sinks of the records of a run: metrics.jsonl, the console, and the configured trackers.
 
 metrics.jsonl has every record. Console and trackers can neither delay nor stop the run.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.run import RunFiles
 from train.config import MetricsConfig
-from train.metrics.console import LiveConsole, PlainConsole, joined
+from train.metrics.console import LiveConsole, PlainConsole, wrap
 from train.metrics.records import JsonLines, Record, short
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """All sinks of one run, on its first rank."""
+    """All sinks of a run, on the first rank."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Metrics:
         tokens: int,
         total: int,
     ) -> None:
-        """Continue at `tokens`, dropping records of later ones; the run ends at `total` tokens."""
+        """Continue at `tokens` and drop later records; the run ends at `total` tokens."""
         self.throughput = throughput
         self.file = JsonLines(RunFiles(folder).metrics, tokens)
         self.console = (
@@ -39,11 +39,12 @@ class Metrics:
             if sys.stdout.isatty()
             else PlainConsole(total, throughput, config.console_seconds)
         )
-        self.trackers = trackers(folder, name, config, run_config, tokens)
+        self.trackers = make_trackers(folder, name, config, run_config, tokens)
 
     def log(self, record: Record, checkpoints: str) -> None:
-        """Add the rates to a step's record and write it everywhere; the console also shows the
-        status of the checkpoints.
+        """Add tokens/s and MFU to the record of a step and write it to every sink.
+
+        `checkpoints` is the status of the checkpoints, for the console.
         """
         self.throughput.add(record)
         record = {**record, "tokens_per_second": self.throughput.tokens_per_second}
@@ -58,7 +59,7 @@ class Metrics:
     def log_scores(self, record: Record) -> None:
         """Write the scores of a checkpoint to the file, the console and the trackers."""
         self.file.write(record)
-        say(record)
+        log_suites(record)
         for tracker in self.trackers:
             tracker.log(record)
 
@@ -70,21 +71,21 @@ class Metrics:
             tracker.close()
 
 
-def trackers(
+def make_trackers(
     folder: Path, name: str, config: MetricsConfig, run_config: Record, tokens: int
 ) -> list[Tracker]:
-    """The trackers of the config, for a run that continues at `tokens`."""
-    chosen: list[Tracker] = []
+    """Trackers of the config, for a run that continues at `tokens`."""
+    trackers: list[Tracker] = []
     if config.wandb_project is not None:
-        chosen.append(Wandb(config.wandb_project, name, folder, run_config))
+        trackers.append(Wandb(config.wandb_project, name, folder, run_config))
     if config.tensorboard:
-        chosen.append(TensorBoard(folder, run_config, tokens))
-    return chosen + [Accelerated(other, name, folder, run_config) for other in config.trackers]
+        trackers.append(TensorBoard(folder, run_config, tokens))
+    return trackers + [Accelerated(other, name, folder, run_config) for other in config.trackers]
 
 
-def say(record: Record) -> None:
+def log_suites(record: Record) -> None:
     """Log the scores of each suite in a record."""
     for suite, rows in record["scores"].items():
-        head = f"{suite} at step {record['step']:,}, {short(record['tokens'])} tokens:"
-        pieces = [f"{label} {score:.2f}" for label, score in rows.items()]
-        logger.info("\n".join(joined([head, *pieces])))
+        title = f"{suite} at step {record['step']:,}, {short(record['tokens'])} tokens:"
+        texts = [f"{label} {score:.2f}" for label, score in rows.items()]
+        logger.info("\n".join(wrap([title, *texts])))

@@ -1,4 +1,4 @@
-"""Tokens per second, MFU and data wait of a run: one mean over its last steps, for every sink."""
+"""Tokens per second, MFU and data wait of a run, averaged over the last steps for all sinks."""
 
 from collections import deque
 
@@ -6,17 +6,17 @@ from train.metrics.records import Record
 
 
 class Throughput:
-    """Means over the last WINDOW steps of this start.
+    """Means over the last WINDOW steps since this start.
 
-    The time of a step is `step_seconds`: reading, forward, backward and update. Validation, checks
-    and saves between two steps do not count. The first step of a start, which compiles kernels and
-    fills caches, leaves the window when the second one arrives.
+    The time of a step is `step_seconds`: reading, forward, backward and update, without
+    validation, checks and saves. The first step of a start compiles kernels and fills caches; the
+    second step removes it from the window.
     """
 
-    WINDOW = 50  # steps: a single slow one must not move the end of the run by weeks
+    WINDOW = 50  # steps; one slow step must not move the shown end of the run by weeks
 
     def __init__(self, ranks: int, flops_per_token: float, peak_flops: float | None) -> None:
-        """`peak_flops` is the peak of one rank in FLOP/s; None where it is not known."""
+        """`peak_flops` is the peak FLOP/s of one rank, None if not known."""
         self.ranks = ranks
         self.mfu_per_rate = None if peak_flops is None else flops_per_token / (ranks * peak_flops)
         self.num_steps = 0
@@ -24,7 +24,7 @@ class Throughput:
         self.window: deque[tuple[int, float, float]] = deque(maxlen=self.WINDOW)
 
     def add(self, record: Record) -> None:
-        """Take in the step of a record."""
+        """Add the step of a record."""
         if self.num_steps == 1:
             self.window.clear()
         self.num_steps += 1
@@ -33,17 +33,17 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of all ranks together."""
+        """Tokens per second of all ranks."""
         return sum(tokens for tokens, _, _ in self.window) / self._seconds
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP/s as a share of the peak of all ranks; None where the peak is not known."""
+        """Model FLOP/s as a share of the peak of all ranks; None if the peak is not known."""
         return None if self.mfu_per_rate is None else self.tokens_per_second * self.mfu_per_rate
 
     @property
     def data_wait(self) -> float:
-        """Share of the time that the first rank waited for data."""
+        """Share of time in which the first rank waited for data."""
         return sum(wait for _, _, wait in self.window) / self._seconds
 
     @property

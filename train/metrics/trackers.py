@@ -1,4 +1,4 @@
-"""Send a run's records to W&B, TensorBoard and others, in threads that cannot delay or stop it."""
+"""Trackers (W&B, TensorBoard, accelerate's), in threads that cannot delay or stop the run."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ from train.metrics.records import Record, finite
 
 logger = logging.getLogger(__name__)
 
-# accelerate's names, which are their packages' too; it has W&B and TensorBoard as well, but no run
-# that goes on offline, no axis of tokens, no lost future
+# Names of accelerate's trackers and of their packages. Ours are used for W&B and TensorBoard:
+# accelerate's cannot resume a run offline, use tokens as the axis or purge records after a restart.
 ACCELERATED = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 
 
@@ -45,12 +45,13 @@ class Tracker(ABC):
             self.queue.put_nowait(record)
 
     def close(self) -> None:
-        """Let the thread finish, for a bounded time."""
+        """Wait up to CLOSE_SECONDS for the thread to finish."""
         self.queue.put(None, timeout=1) if not self.queue.full() else None
         self.thread.join(self.CLOSE_SECONDS)
         if self.thread.is_alive():
             logger.warning(
-                f"{self.NAME} has not sent its last records in time; metrics.jsonl has them all"
+                f"{self.NAME} did not finish within {self.CLOSE_SECONDS:.0f} s; "
+                "metrics.jsonl has all records"
             )
 
     def _work(self) -> None:
@@ -59,31 +60,27 @@ class Tracker(ABC):
             while (record := self.queue.get()) is not None:
                 self._write(finite(record))
             self._finish()
-        except (
-            Exception
-        ) as error:  # whatever it raises must not reach the run; the message says what is lost
-            what = f"{type(error).__name__}: {error}"
-            logger.warning(f"{self.NAME} is disabled ({what}); metrics.jsonl has all records")
+        except Exception as error:  # no error of a tracker may stop the run
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning(f"{self.NAME} is disabled ({reason}); metrics.jsonl has all records")
 
     @abstractmethod
     def _open(self) -> None:
-        """Start, in the thread."""
+        """Start the tracker; called in its thread."""
 
     @abstractmethod
     def _write(self, record: Record) -> None:
-        """Show a record; numbers that are not finite are None."""
+        """Send a record, in which None stands for NaN and infinity."""
 
     @abstractmethod
     def _finish(self) -> None:
-        """Write what is held back, and end."""
+        """Flush and end."""
 
 
 class Wandb(Tracker):
-    """W&B.
+    """W&B: online if WANDB_API_KEY is set and the server answers, else offline in the run's folder.
 
-    Online with WANDB_API_KEY in the environment, else offline into the run's folder; offline too
-    when the server does not answer. The run id follows from the folder, so that a restarted run
-    goes on in the same W&B run.
+    The W&B run id is derived from the folder, so a restart continues the same W&B run.
     """
 
     NAME = "W&B"
@@ -94,37 +91,37 @@ class Wandb(Tracker):
         run_id = re.sub(r"[^A-Za-z0-9_-]", "-", f"{name}-{digest}")
         self.settings = {"project": project, "name": name, "id": run_id, "dir": str(folder)}
         self.run_config = run_config
-        self.at: Record = {}  # the step that W&B counts, once there is one
-        self.defined: set[str] = set()
+        self.last_step: Record = {}  # argument `step` of wandb.log; empty before the first step
+        self.defined: set[str] = set()  # metrics with their own axis
         super().__init__()
 
     def _open(self) -> None:
         self.run = self._start()
-        # of this start
+        # the commit may differ from that of the first start
         self.run.config.update({"code": self.run_config.get("code")}, allow_val_change=True)
-        # runs of other batches are compared by what they have read
+        # runs with different batch sizes are compared over tokens
         self.run.define_metric("*", step_metric="tokens")
 
     def _write(self, record: Record) -> None:
         if "scores" in record:
             self._write_scores(record)
             return
-        self.at = {"step": record["step"]}
-        self.run.log(grouped(record), **self.at)
+        self.last_step = {"step": record["step"]}
+        self.run.log(grouped(record), **self.last_step)
 
     def _write_scores(self, record: Record) -> None:
-        """Log scores over their checkpoint's tokens: W&B's own steps can only grow."""
+        """Log scores over the tokens of their checkpoint, since steps of W&B can only increase."""
         values = {**flatten({"scores": record["scores"]}), "scores/tokens": record["tokens"]}
         for key in values.keys() - self.defined - {"scores/tokens"}:
             self.run.define_metric(key, step_metric="scores/tokens")
             self.defined.add(key)
-        self.run.log(values, **self.at)
+        self.run.log(values, **self.last_step)
 
     def _finish(self) -> None:
         import wandb
 
         self.run.finish()
-        # finish does not wait for the service's last write; the end of its process does
+        # finish() does not wait for the last write of W&B's service; teardown() does
         wandb.teardown()
 
     def _start(self) -> Any:
@@ -141,26 +138,26 @@ class Wandb(Tracker):
             return wandb.init(mode="offline", **arguments)
         try:
             return wandb.init(mode="online", **arguments)
-        except (
-            Exception
-        ) as error:  # unreachable, refused or timed out: keep the numbers for a later `wandb sync`
-            logger.warning(f"W&B does not answer ({type(error).__name__}); logging offline")
+        except Exception as error:  # unreachable, refused or timed out
+            logger.warning(
+                f"W&B does not answer ({type(error).__name__}); logging offline, for `wandb sync`"
+            )
             wandb.teardown()  # its service still holds the id of the run that failed to start
             return wandb.init(mode="offline", **arguments)
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's files in the run's folder, by torch's writer: `tensorboard --logdir
-    RUN_FOLDER/tensorboard`.
+    """TensorBoard over tokens: `tensorboard --logdir RUN_FOLDER/tensorboard`.
 
-    Its axis is tokens. A restart hides what an earlier start wrote beyond the tokens it goes on
-    from.
+    A restart purges values that an earlier start wrote after the tokens at which it continues.
     """
 
     NAME = "TensorBoard"
 
     def __init__(self, folder: Path, run_config: Record, tokens: int) -> None:
-        self.folder, self.run_config, self.tokens = folder, run_config, tokens
+        self.folder = folder
+        self.run_config = run_config
+        self.tokens = tokens
         super().__init__()
 
     def _open(self) -> None:
@@ -183,17 +180,18 @@ class TensorBoard(Tracker):
 
 
 class Accelerated(Tracker):
-    """A tracker of accelerate's, in a process of its own, which starts in the run's folder.
+    """A tracker of accelerate over tokens, in a separate process whose working folder is the run's.
 
-    The process knows nothing of ranks: accelerate would join their process group, and Comet and
-    ClearML replace functions of torch. Its axis is tokens.
+    The process has no rank variables, since accelerate would join the ranks' process group. It is
+    separate because Comet and ClearML patch functions of torch.
     """
 
     CODE = "import sys; sys.path[0] = {!r}; from train.metrics.trackers import serve; serve()"
 
     def __init__(self, name: str, project: str, folder: Path, run_config: Record) -> None:
-        self.NAME, self.folder = name, folder
-        self.opening = [name, project, str(folder.resolve()), run_config]
+        self.NAME = name
+        self.folder = folder
+        self.header = [name, project, str(folder.resolve()), run_config]
         super().__init__()
 
     def _open(self) -> None:
@@ -209,7 +207,7 @@ class Accelerated(Tracker):
             env=environment,
             start_new_session=True,
         )
-        self._write(self.opening)
+        self._write(self.header)
 
     def _write(self, record: Any) -> None:
         assert self.process.stdin is not None
@@ -222,24 +220,30 @@ class Accelerated(Tracker):
 
 
 def serve() -> None:
-    """The process of an Accelerated: what it is, then records, come as lines of JSON."""
+    """Main function of the process of an Accelerated.
+
+    Reads lines of JSON: first [tracker, project, folder, config of the run], then records.
+    """
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # the log lines of accelerate's trackers ask for it
+    PartialState()  # the loggers of accelerate's trackers need it
     name, project, folder, run_config = json.loads(sys.stdin.readline())
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    view = kind(project, *([folder] if kind.requires_logging_directory else []))
-    view.start()
-    view.store_init_configuration(flatten(run_config))
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    if tracker_class.requires_logging_directory:
+        tracker = tracker_class(project, folder)
+    else:
+        tracker = tracker_class(project)
+    tracker.start()
+    tracker.store_init_configuration(flatten(run_config))
     for line in sys.stdin:
         record = json.loads(line)
-        view.log(numbers(record), step=record["tokens"])
-    view.finish()
+        tracker.log(numbers(record), step=record["tokens"])
+    tracker.finish()
 
 
 def check_trackers(config: MetricsConfig) -> None:
-    """Raise InputError when a view is asked for that is not known, or whose package is absent."""
+    """Raise InputError if a configured tracker is unknown or its package is not installed."""
     for name in config.trackers:
         if name not in ACCELERATED:
             raise InputError(f"metrics.trackers has {name!r}; it takes {', '.join(ACCELERATED)}")
@@ -249,13 +253,13 @@ def check_trackers(config: MetricsConfig) -> None:
             )
     if config.tensorboard and find_spec("tensorboard") is None:
         raise InputError(
-            "metrics.tensorboard is true and the tensorboard package is absent: "
+            "metrics.tensorboard needs the tensorboard package: "
             f"{install_command('tensorboard')}, or metrics.tensorboard=false"
         )
 
 
 def flatten(record: Record, prefix: str = "") -> Record:
-    """Nested records with slashes in their keys, as W&B groups them."""
+    """Flatten nested records to keys with slashes, by which W&B groups them."""
     flat: Record = {}
     for key, value in record.items():
         flat |= (
@@ -275,7 +279,7 @@ GROUPS = {"loss": "loss/all", "source_loss": "loss", "source_tokens": "mixture"}
 
 
 def numbers(record: Record) -> Record:
-    """The numbers of a record by the keys of their panels, its tokens aside, which are the axis."""
+    """Numbers of a record by `grouped` key, without tokens, which are the axis."""
     return {
         key: value
         for key, value in grouped(record).items()
@@ -284,5 +288,5 @@ def numbers(record: Record) -> Record:
 
 
 def grouped(record: Record) -> Record:
-    """A record with keys that W&B shows in sections; step and tokens stay as they are: axes."""
+    """Flatten a record to keys that W&B shows in sections; `step` and `tokens` keep their keys."""
     return flatten({GROUPS.get(key, key): value for key, value in record.items()})

@@ -197,8 +197,11 @@ def test_the_api_page_names_what_exists() -> None:
         module, _, last = name.rpartition(".")
         file = ROOT / module.replace(".", "/")
         source = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        assert source.is_file(), name
         tree = ast.parse(source.read_text()).body
-        assert any(isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == last for n in tree)
+        assert any(
+            isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == last for n in tree
+        ), name
     for members in re.findall(r"members: \[(.+)\]", text):
         assert set(members.split(", ")) <= defined(), members
 

@@ -11,7 +11,7 @@ class Slurm:
     """Settings of sbatch, restarts and strikes against nodes."""
 
     partition: str | None
-    account: str | None
+    account: str | None  # Slurm account that is charged
     time: str  # limit of one start, in sbatch's format
     warn_seconds: int
     gpus: bool

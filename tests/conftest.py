@@ -1,4 +1,4 @@
-"""What all tests share, and the table of faults that `make faults` prints."""
+"""Settings and fixtures of all tests, and the table of faults that `make faults` prints."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from core import log
 
-# a busy machine fails no test: neither an example that takes long nor the drawing of examples
+# no test fails on a busy machine: no deadline for an example, none for drawing examples
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,8 +19,7 @@ torch.set_num_threads(1)
 log.init_logger()
 
 
-# What gates a change and is too long for `make test`: files, or single tests of a file. `make
-# test-all` runs it too.
+# Files and tests that gate a change but take too long for `make test`; `make test-all` runs them.
 GATES = (
     "tests/benchmarks",
     "tests/docs/test_pages.py::test_own_text_is_built_and_looked_at",
@@ -33,7 +32,7 @@ GATES = (
     "tests/model/test_cuda.py",
     "tests/test_soak.py",
     "tests/train/test_costs.py",
-    "tests/train/test_faults.py::test_a_spike_that_lasts_is_rewound_and_left_out",
+    "tests/train/test_faults.py::test_persistent_spike_is_rolled_back_and_its_data_skipped",
     "tests/train/test_faults.py::test_bad_shards_are_named",
     "tests/train/test_faults.py::test_other_zero_stages_under_faults",
     "tests/train/test_matrix.py",
@@ -44,28 +43,27 @@ GATES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--faults", action="store_true", help="the tests of faults alone, the slow ones too"
+        "--faults", action="store_true", help="only the tests of faults, slow ones included"
     )
-    parser.addoption(
-        "--slow", action="store_true", help="the slow tests too, as `make matrix` does"
-    )
+    parser.addoption("--slow", action="store_true", help="slow tests too, as `make matrix` does")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses by what is marked here
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marks set here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen, slow = config.getoption("--faults"), config.getoption("--slow")
-    kept = [
+    faults_only = config.getoption("--faults")
+    slow = config.getoption("--slow")
+    selected = [
         item
         for item in items
         if (
             item.get_closest_marker("fault")
-            if chosen
+            if faults_only
             else slow or not item.get_closest_marker("slow")
         )
     ]
-    dropped = [item for item in items if item not in kept]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = kept
+    deselected = [item for item in items if item not in selected]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = selected
     for item in items:
         if item.nodeid.startswith(GATES):
             item.add_marker("gate")
@@ -73,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Notes the figure that a test of a fault has measured."""
+    """A function that records a measured figure for the table of faults."""
     return lambda text: request.node.user_properties.append(("measured", text))
 
 
@@ -86,15 +84,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """A line for each fault: what is promised, whether it held, what was measured."""
+    """Print a line per fault: outcome, promise, test, measured figures, duration."""
     if not config.getoption("--faults"):
         return
     terminalreporter.section("faults")
     for report in sorted(
         (
             report
-            for kind in ("passed", "failed", "error", "skipped")
-            for report in terminalreporter.stats.get(kind, [])
+            for outcome in ("passed", "failed", "error", "skipped")
+            for report in terminalreporter.stats.get(outcome, [])
         ),
         key=lambda report: (getattr(report, "fault", ("", ""))[0], report.nodeid),
     ):

@@ -1,8 +1,7 @@
-"""Faults at chosen places of a run, each once: what breaks on a cluster, done to the real code from
-outside it.
+"""Fault injection: patches the training code so that chosen faults occur in chosen ranks and steps.
 
-A fault fires in the rank it names, when the run has reached its step. That it has fired is a file,
-so that the run, which comes past the same step again after a restart, meets it once.
+A fault fires once, when its rank reaches its step. A file records that it has fired, so that it
+does not fire again when a restarted run repeats the step.
 """
 
 import errno
@@ -26,24 +25,21 @@ from train.resilience.run_lock import RunLock
 from train.resilience.watchdog import Watchdog
 from train.trainer import Trainer
 
-# change the run's course by design, so a clean run to compare with gets them too
+# these change losses by design, so the clean run of a comparison gets them too
 NUMERIC = ("nan", "inf", "spike")
-# They end a start. Each has one of its own, in their order, however slow the machine: two at once
-# would be one.
+# These end a start. They fire one per start, in order: two at once would count as one.
 ENDING = (
     *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
     *("loader dies", "loader hangs", "weights flip"),
 )
 HANGS = ("stop", "loader hangs")
-WRITE_POINTS = 18  # places of one save where a kill can fall: in the first rank, which commits
-PEER_POINTS = 8  # and in another
+WRITE_POINTS = 18  # points of a save at which a kill can occur, on the first rank, which commits
+PEER_POINTS = 8  # on the other ranks
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, in which rank, before which step counted from 0; `detail` picks a place or a
-    length.
-    """
+    """A fault: its kind, rank and step, counted from 0. `detail` is a point, a length or a seed."""
 
     kind: str
     rank: int
@@ -52,65 +48,73 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """Names the file that says it has fired."""
+        """Name of the file that records that the fault has fired."""
         return f"{self.kind}-{self.rank}-{self.step}-{self.detail}"
 
 
 class Injector:
-    """Puts the faults of one rank into the code that it is about to run."""
+    """Patches the code of this process with the faults of one rank."""
 
     def __init__(self, faults: list[Fault], folder: Path, rank: int) -> None:
         self.faults = [fault for fault in faults if fault.rank == rank]
-        self.waiting = [
+        self.pending = [
             f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()
         ]
         self.hangs = [
             folder / f.name for f in faults if f.kind in HANGS and not (folder / f.name).exists()
         ]
-        self.folder = folder  # beside the run's, not inside
+        self.folder = folder  # outside the run's folder
         self.rank = rank
         folder.mkdir(exist_ok=True)
         self.points = 0
         self.full_until = -1
         self.slow_until = -1
-        self.patched()
-        self.patient()
+        self.patch_training()
+        self.patch_watchdog()
 
-    def patient(self) -> None:
-        """Let the watchdog's limit count from a hang on: a slow machine does not end a rank."""
-        at, beat = Watchdog.enter_phase, Watchdog._write_heartbeat
+    def patch_watchdog(self) -> None:
+        """Count the limit only after a hang, so that the watchdog ends no rank that is slow."""
+        enter_phase = Watchdog.enter_phase
+        write_heartbeat = Watchdog._write_heartbeat
 
-        def moved(watchdog: Watchdog, step: int, phase: str, patience: float = 1.0) -> None:
-            at(watchdog, step, phase, 1e6)
+        def patient_enter_phase(
+            watchdog: Watchdog, step: int, phase: str, patience: float = 1.0
+        ) -> None:
+            enter_phase(watchdog, step, phase, 1e6)
 
-        def beating(watchdog: Watchdog) -> None:
-            beat(watchdog)
+        def write_heartbeat_and_limit(watchdog: Watchdog) -> None:
+            write_heartbeat(watchdog)
             if any(path.exists() for path in self.hangs):
                 step, phase, end = watchdog.progress
                 watchdog.progress = (step, phase, min(end, time.monotonic() + watchdog.limit))
 
-        Watchdog.enter_phase, Watchdog._write_heartbeat = moved, beating  # type: ignore[method-assign]
+        Watchdog.enter_phase = patient_enter_phase  # type: ignore[method-assign]
+        Watchdog._write_heartbeat = write_heartbeat_and_limit  # type: ignore[method-assign]
 
-    def patched(self) -> None:
-        """Wrap a step, the loader and the points of a save."""
-        step, read = Trainer._step, Loader.read
+    def patch_training(self) -> None:
+        """Wrap the step, the loader, the replica check and the functions of a save."""
+        step = Trainer._step
+        read = Loader.read
 
-        def counted(trainer: Trainer, *arguments: Any) -> Any:
+        def faulty_step(trainer: Trainer, *arguments: Any) -> Any:
             self.now = trainer.state.step
             if self.rank == 0:
-                # every step that is begun, the repeated ones too
+                # one line per started step, repeated steps included
                 with (self.folder / "steps").open("a") as file:
                     file.write(f"{self.now}\n")
-            rows = [
-                row for batch, is_padding in arguments[1] if not is_padding for row in batch.tokens
+            sequences = [
+                sequence
+                for batch, is_padding in arguments[1]
+                if not is_padding
+                for sequence in batch.tokens
             ]
             with (self.folder / f"samples-{self.rank}").open("a") as file:
-                hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
+                hashes = [hashlib.sha256(s.numpy().tobytes()).hexdigest()[:16] for s in sequences]
                 file.write(f"{self.now} {' '.join(hashes)}\n")
             self.before_step(trainer)
             return step(trainer, *arguments)
 
-        def reading(loader: Loader, *arguments: Any) -> Any:
+        def faulty_read(loader: Loader, *arguments: Any) -> Any:
             if self.fires("loader dies"):
                 raise OSError(errno.EIO, "Input/output error (injected)")
             if self.fires("loader hangs"):
@@ -119,15 +123,16 @@ class Injector:
 
         check = FailurePolicy.check_replicas
 
-        def checked(failure_policy: FailurePolicy, step: int) -> None:
-            if self.fires("weights flip"):  # before the next update would write the copy anew
+        def faulty_check(failure_policy: FailurePolicy, step: int) -> None:
+            if self.fires("weights flip"):  # before the next update overwrites the copy
                 weight = next(failure_policy.model.parameters())
                 weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
             check(failure_policy, step)
 
         self.now = -1
-        FailurePolicy.check_replicas = checked  # type: ignore[method-assign]
-        Trainer._step, Loader.read = counted, reading  # type: ignore[method-assign]
+        FailurePolicy.check_replicas = faulty_check  # type: ignore[method-assign]
+        Trainer._step = faulty_step  # type: ignore[method-assign]
+        Loader.read = faulty_read  # type: ignore[method-assign]
         for name in (
             "save_file",
             "write_json",
@@ -135,10 +140,10 @@ class Injector:
             "manifest_entry",
             "remove_checkpoint",
         ):
-            setattr(commit, name, self.around(getattr(commit, name)))
+            setattr(commit, name, self.wrap(getattr(commit, name)))
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with a place for a fault before and after it."""
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with a fault point before and after it."""
 
         def wrapped(*arguments: Any) -> Any:
             self.point()
@@ -149,7 +154,7 @@ class Injector:
         return wrapped
 
     def point(self) -> None:
-        """A place inside a save: die here, or find the disk full or broken."""
+        """Fault point of a save: be killed, wait for a slow disk, or get a disk error."""
         self.points += 1
         if self.fires("slow disk"):
             time.sleep(2.0)
@@ -157,31 +162,31 @@ class Injector:
             if self.fires(kind):
                 raise OSError(number, f"{os.strerror(number)} (injected)")
         for fault in self.due("kill in save"):
-            places = WRITE_POINTS if self.rank == 0 else PEER_POINTS
-            if self.points % places == fault.detail % places:
+            num_points = WRITE_POINTS if self.rank == 0 else PEER_POINTS
+            if self.points % num_points == fault.detail % num_points:
                 self.mark(fault)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def due(self, kind: str) -> list[Fault]:
-        """Faults of a kind whose step is reached and that have not fired."""
-        found = [f for f in self.faults if f.kind == kind and f.step <= self.now]
+        """Faults of a kind that have not fired and whose step is reached."""
+        due = [f for f in self.faults if f.kind == kind and f.step <= self.now]
         if kind in ENDING:
-            found = [f for f in found if f.name in self.waiting[:1]]
-        return [f for f in found if not (self.folder / f.name).exists()]
+            due = [f for f in due if f.name in self.pending[:1]]
+        return [f for f in due if not (self.folder / f.name).exists()]
 
     def mark(self, fault: Fault) -> None:
-        """It happens now."""
+        """Record that a fault fires now."""
         (self.folder / fault.name).touch()
 
     def fires(self, kind: str) -> Fault | None:
-        """The next fault of a kind, marked."""
+        """The next due fault of a kind, which is marked; None if there is none."""
         for fault in self.due(kind):
             self.mark(fault)
             return fault
         return None
 
     def before_step(self, trainer: Trainer) -> None:
-        """Everything that strikes between two steps."""
+        """Fire the faults that occur between two steps."""
         if self.fires("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fires("stop"):
@@ -212,7 +217,7 @@ class Injector:
         self.numeric(trainer)
 
     def fill_log(self, trainer: Trainer) -> None:
-        """metrics.jsonl finds no room until `full_until`."""
+        """Fail writes to metrics.jsonl until the step `full_until`."""
         if trainer.metrics is None:
             return
         sink = trainer.metrics.file
@@ -226,8 +231,9 @@ class Injector:
         sink._append = full  # type: ignore[method-assign]
 
     def numeric(self, trainer: Trainer) -> None:
-        """Losses that are not finite or far too large, as in a clean run, so never marked; and slow
-        forward passes.
+        """Patch the forward pass: NaN, infinite or large losses, and slow passes.
+
+        These are not marked as fired, since the clean run has them too.
         """
         values = {"nan": float("nan"), "inf": float("inf"), "spike": 3.0}
         factors = [
@@ -236,24 +242,22 @@ class Injector:
             if f.kind in NUMERIC and f.step <= self.now < f.step + f.detail
         ]
         model = trainer.model
-        if not hasattr(model, "whole_forward"):
-            model.whole_forward = model.forward
-        forward: Any = model.whole_forward
+        if not hasattr(model, "original_forward"):
+            model.original_forward = model.forward
+        forward: Any = model.original_forward
 
-        def wrong(*arguments: Any) -> Any:
-            begun = time.monotonic()
+        def faulty_forward(*arguments: Any) -> Any:
+            started_at = time.monotonic()
             losses, log_sums = forward(*arguments)
-            if self.now < self.slow_until:  # as many times slower under load as on an idle machine
-                time.sleep(0.05 + 4 * (time.monotonic() - begun))
+            if self.now < self.slow_until:  # relative, so that load does not hide it
+                time.sleep(0.05 + 4 * (time.monotonic() - started_at))
             return losses * factors[0] if factors else losses, log_sums
 
-        model.forward = wrong
+        model.forward = faulty_forward
 
 
 def samples(folder: Path, world: int) -> dict[int, list[str]]:
-    """Hashes of the sequences that each step has trained on, over all ranks; of a repeated step,
-    its last time.
-    """
+    """Hashes of the sequences of each step over all ranks; a repeated step counts its last time."""
     steps: dict[int, dict[int, list[str]]] = {}
     for rank in range(world):
         path = folder / f"samples-{rank}"
@@ -261,26 +265,27 @@ def samples(folder: Path, world: int) -> dict[int, list[str]]:
             step, *hashes = line.split()
             steps.setdefault(int(step), {})[rank] = hashes
     return {
-        step: sorted(one for hashes in ranks.values() for one in hashes)
+        step: sorted(entry for hashes in ranks.values() for entry in hashes)
         for step, ranks in steps.items()
     }
 
 
 def damage(folder: Path, detail: int) -> bool:
-    """Spoil a file of the newest checkpoint, if there is one: flip a bit, cut the end, or remove
-    it.
+    """Damage a file of the newest checkpoint: flip a bit, truncate it or remove it.
+
+    Returns whether there is a checkpoint.
     """
-    best = next(iter_checkpoints(folder), None)
-    if best is None:
+    newest = next(iter_checkpoints(folder), None)
+    if newest is None:
         return False
-    files = sorted(path for path in best.iterdir() if path.is_file())
+    files = sorted(path for path in newest.iterdir() if path.is_file())
     path = files[detail % len(files)]
     data = bytearray(path.read_bytes())
-    how = detail // len(files) % 3
-    if how == 0:
+    action = detail // len(files) % 3
+    if action == 0:
         data[detail * 7919 % len(data)] ^= 1 << (detail % 8)
         path.write_bytes(data)
-    elif how == 1:
+    elif action == 1:
         path.write_bytes(data[: len(data) // 2])
     else:
         path.unlink()

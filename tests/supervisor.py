@@ -1,9 +1,7 @@
-"""A launcher for tests: starts ranks as real processes, and restarts them as torchrun and a
-requeued job would.
+"""Launcher for tests: starts ranks as processes and restarts them like torchrun and a requeued job.
 
-The ranks are forks of one process that has imported everything, so a restart costs a fraction of a
-second and faults by the dozen are affordable. What they run is train/run_context.py's start, with
-the command line's exit codes.
+The ranks are forks of a process that has imported everything, so a restart takes a fraction of a
+second. They run start() of train/run_context.py and exit with the codes of the command.
 """
 
 import contextlib
@@ -29,9 +27,9 @@ from train.resilience.incidents import read_outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
-GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL for peers of a rank that failed
+GRACE_SECONDS = 60.0  # between SIGTERM and SIGKILL, for peers of a failed rank
 CANARY = "canary-5e1f-not-for-any-file"
-# of every rank; nobody answers at this address
+# environment of every rank; no server listens at this address
 SECRETS = {
     "WANDB_API_KEY": CANARY,
     "FALCON_TEST_SECRET": CANARY,
@@ -41,89 +39,87 @@ SECRETS = {
 
 @dataclass
 class History:
-    """What the launcher saw: exit codes of all ranks by start, none where it was interrupted; and
-    the time.
-    """
+    """Exit codes of all ranks per start, empty if the start was interrupted, and total seconds."""
 
     codes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def starts(self) -> int:
-        """How often the ranks were started."""
+        """Number of starts."""
         return len(self.codes)
 
 
 def supervise(
-    run: RunConfig, world: int, faults: list[Any], home: Path, limit: int = 200
+    run: RunConfig, world: int, faults: list[Any], log_dir: Path, limit: int = 200
 ) -> History:
-    """Start, and start again, until outcome.json says that the run is finished or stopped; logs lie
-    in `home`.
+    """Start the ranks until outcome.json says that the run has finished or failed.
 
-    Interrupted by Ctrl-C, the ranks save and leave, and another call with the same arguments goes
-    on.
+    Logs are written to `log_dir`. After Ctrl-C the ranks save and exit, and another call with the
+    same arguments continues.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    record = home / "starts.jsonl"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    record = log_dir / "starts.jsonl"
     while len(read_lines(record)) < limit:
         outcome = read_outcome(run.run.folder)
         if outcome is not None and outcome.code in (0, 2):
             break
         codes: list[int] = []
-        begun = time.monotonic()
+        started_at = time.monotonic()
         try:
-            codes = start_once(run, world, faults, home)
+            codes = start_once(run, world, faults, log_dir)
         finally:
             with record.open("a") as file:
-                file.write(json.dumps({"codes": codes, "seconds": time.monotonic() - begun}) + "\n")
+                file.write(
+                    json.dumps({"codes": codes, "seconds": time.monotonic() - started_at}) + "\n"
+                )
     starts = read_lines(record)
     return History([start["codes"] for start in starts], sum(start["seconds"] for start in starts))
 
 
-def start_once(run: RunConfig, world: int, faults: list[Any], home: Path) -> list[int]:
-    """One start of all ranks; when one fails the others are ended, as torchrun does. Returns their
-    exit codes.
-    """
+def start_once(run: RunConfig, world: int, faults: list[Any], log_dir: Path) -> list[int]:
+    """Start all ranks once; returns their exit codes. If one fails, the others are ended."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     ranks = [
-        CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, home))
+        CONTEXT.Process(target=_rank, args=(rank, world, port, run, faults, log_dir))
         for rank in range(world)
     ]
     try:
         for rank in ranks:
-            begin(rank)
+            start_rank(rank)
         while all(rank.is_alive() for rank in ranks) or (
             any(rank.is_alive() for rank in ranks)
             and all(rank.exitcode in (None, 0, 75) for rank in ranks)
         ):
             time.sleep(0.02)
     finally:
-        codes = finish([rank for rank in ranks if rank.pid])
+        codes = end_ranks([rank for rank in ranks if rank.pid])
     return codes
 
 
-def begin(rank: Any) -> None:
-    """Start a rank. A pause that is asked for meanwhile comes after it, or nobody would end it."""
-    forkserver.ensure_running()  # outside, since it would hand the mask on to every rank
-    pauses = {signal.SIGALRM, signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, pauses)
+def start_rank(rank: Any) -> None:
+    """Start a rank. Signals to pause are blocked meanwhile, so that the rank is not orphaned."""
+    forkserver.ensure_running()  # before the mask, which every rank would inherit
+    pause_signals = {signal.SIGALRM, signal.SIGINT, signal.SIGTERM}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, pause_signals)
     try:
         rank.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def finish(ranks: list[Any]) -> list[int]:
-    """End the ranks that still run, by SIGTERM and after a while by SIGKILL; those that are stopped
-    by SIGKILL, since they do not hear SIGTERM. Returns the exit codes of all.
+def end_ranks(ranks: list[Any]) -> list[int]:
+    """End running ranks by SIGTERM, after GRACE_SECONDS by SIGKILL; returns all exit codes.
+
+    Stopped ranks get SIGKILL at once, since they cannot handle SIGTERM.
     """
     if any(rank.is_alive() for rank in ranks):
         for rank in ranks:
-            rank.kill() if stopped(rank.pid) else rank.terminate()
-        end = time.monotonic() + GRACE_SECONDS
+            rank.kill() if is_stopped(rank.pid) else rank.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
         for rank in ranks:
-            rank.join(max(0.0, end - time.monotonic()))
+            rank.join(max(0.0, deadline - time.monotonic()))
             if rank.is_alive():
                 rank.kill()
     for rank in ranks:
@@ -131,15 +127,17 @@ def finish(ranks: list[Any]) -> list[int]:
     return [rank.exitcode or 0 for rank in ranks]
 
 
-def stopped(pid: int) -> bool:
-    """Whether a process has got SIGSTOP."""
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False
 
 
-def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], home: Path) -> None:
-    """One rank, with the command line's way to leave."""
+def _rank(
+    rank: int, world: int, port: int, run: RunConfig, faults: list[Any], log_dir: Path
+) -> None:
+    """Run one rank and exit with the code of the command."""
     os.environ |= SECRETS | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -148,7 +146,7 @@ def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], h
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    descriptor = os.open(home / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(log_dir / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -162,7 +160,7 @@ def _rank(rank: int, world: int, port: int, run: RunConfig, faults: list[Any], h
     from tests.injector import Injector
     from train.run_context import start
 
-    Injector(faults, home / "faults", rank)
+    Injector(faults, log_dir / "faults", rank)
     code = 1
     try:
         code = start(run, "cpu").code

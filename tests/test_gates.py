@@ -1,4 +1,4 @@
-"""What gates a change: `make test` touches every room, and no name in a list is out of date."""
+"""`make test` covers every area, and the names in the lists of gates exist."""
 
 import ast
 
@@ -7,14 +7,14 @@ import pytest
 from tests.commands import ROOT
 from tests.conftest import GATES
 
-# What `make test` shows of every room, by a test of it.
-ROOMS = {
+# one test of `make test` for each area
+AREAS = {
     "parity with transformers": "tests/model/test_mamba.py::test_equals_transformers",
     "kernels": "tests/model/test_kernels.py::test_cpu_in_fp32",
     "tensor parallelism of 2": "tests/train/test_world.py::test_two_ranks_equal_one",
     "ZeRO 0, 2 and 3": "tests/train/test_world.py::test_another_layout_or_engine_resumes_from_a_"
     "checkpoint",
-    "kill and resume": "tests/train/test_faults.py::test_a_short_soak_ends_bit_for_bit_as_a_clean_"
+    "kill and resume": "tests/train/test_faults.py::test_short_soak_is_bit_identical_to_a_clean_"
     "run",
     "a fault": "tests/train/test_faults.py::test_incidents_name_the_rank_and_the_tokens",
     "prepare with a kill": "tests/data/test_prepare.py::test_killed_run_resumes_to_the_same_bytes",
@@ -27,24 +27,24 @@ ROOMS = {
 }
 
 
-def marks(name: str) -> list[str]:
-    """Decorators of a test that is there, as `file::function`."""
+def decorators(name: str) -> list[str]:
+    """Decorators of a test, `file::function`; fails if there is no such test."""
     file, _, function = name.partition("::")
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             return [ast.unparse(decorator) for decorator in node.decorator_list]
-    raise AssertionError(f"there is no {name}")
+    raise AssertionError(f"no test {name}")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_make_test_touches_every_room(room: str) -> None:
-    assert "pytest.mark.slow" not in marks(ROOMS[room])
-    assert not ROOMS[room].startswith(GATES)
+@pytest.mark.parametrize("area", AREAS)
+def test_make_test_covers_every_area(area: str) -> None:
+    assert "pytest.mark.slow" not in decorators(AREAS[area])
+    assert not AREAS[area].startswith(GATES)
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_what_make_test_leaves_out_is_there(name: str) -> None:
+def test_names_in_gates_exist(name: str) -> None:
     if "::" in name:
-        marks(name)
+        decorators(name)
     else:
         assert (ROOT / name).exists(), name

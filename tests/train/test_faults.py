@@ -1,6 +1,4 @@
-"""A run under faults ends as a clean one: real processes, killed, stopped, cut off, and started
-again.
-"""
+"""Runs under injected faults, in real processes, compared with clean runs."""
 
 import json
 import random
@@ -18,7 +16,7 @@ from data.stream.manifests import read_manifest, source_folder
 from tests.corpus import make_corpus
 from tests.injector import Fault, samples
 from tests.small import config, health
-from tests.soak import Result, differences, log_of, moved, schedule, soak, steps_of
+from tests.soak import Result, differences, in_folder, log_dir, schedule, soak, steps_of
 from tests.supervisor import History, start_once, supervise
 from train.config import RunConfig
 from train.metrics.records import read_lines
@@ -43,74 +41,76 @@ def incidents_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def quick(root: Path) -> RunConfig:
-    """The small run, with a watchdog that counts from a hang on (tests/injector.py)."""
+    """Config of a small run; tests/injector.py counts hang_seconds only after a hang."""
     run = config(root, "run")
     run.health = replace(health(), hang_seconds=2.0, max_starts=20, spike_window_updates=8)
     return run
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the corpus."""
-    home = tmp_path_factory.mktemp("faults")
-    make_corpus(home / "data")
-    return home
+    root = tmp_path_factory.mktemp("faults")
+    make_corpus(root / "data")
+    return root
 
 
 @pytest.fixture(scope="module")
-def short(home: Path) -> Result:
-    folder = home / "short"
+def short(root: Path) -> Result:
+    folder = root / "short"
     folder.mkdir()
-    return soak(quick(home), SHORT, folder)
+    return soak(quick(root), SHORT, folder)
 
 
-@pytest.mark.fault(
-    "eight faults of eight kinds in one short run", "ends bit for bit as a clean one"
-)
-def test_a_short_soak_ends_bit_for_bit_as_a_clean_run(short: Result, measured: Any) -> None:
+@pytest.mark.fault("eight faults of eight kinds in one short run", "bit-identical to a clean run")
+def test_short_soak_is_bit_identical_to_a_clean_run(short: Result, measured: Any) -> None:
     assert short.differences == []
     assert {fault.name for fault in short.faults} == short.fired
     harmless = {"nan", "disk full"}
     assert short.history.starts == 1 + len({fault.kind for fault in SHORT} - harmless)
-    measured(f"{short.lost} of {short.steps} steps done again, {short.history.starts} starts")
+    measured(f"{short.repeated} of {short.steps} repeated steps, {short.history.starts} starts")
 
 
-def test_exit_codes_say_what_happened(short: Result) -> None:
+def test_exit_codes_tell_the_kind_of_end(short: Result) -> None:
     codes = short.history.codes
     assert codes[-1] == [0, 0]
-    assert [75, 75] in codes  # asked to leave by one rank's SIGTERM, three times over
+    assert [75, 75] in codes  # one rank got SIGTERM three times
     assert sum(-9 in start for start in codes) >= 4
-    assert any(76 in start for start in codes)  # the peer of the stopped rank
+    assert any(76 in start for start in codes)  # the peer of the stopped rank: a hang
     outcome = read_outcome(short.folder)
     assert outcome is not None and outcome.code == 0
 
 
 def test_incidents_name_the_rank_and_the_tokens(short: Result) -> None:
-    found = {entry["incident"]: entry for entry in incidents_of(short.folder)}
-    assert found["drift"]["ranks"] == [1]
-    assert "no heartbeat from rank 1" in found["hang"]["text"] and found["hang"]["rank"] == 0
+    incidents = {entry["incident"]: entry for entry in incidents_of(short.folder)}
+    assert incidents["drift"]["ranks"] == [1]
     assert (
-        found["skipped update"]["step"] == 25 and "loss is nan" in found["skipped update"]["text"]
+        "no heartbeat from rank 1" in incidents["hang"]["text"] and incidents["hang"]["rank"] == 0
     )
-    low, high = found["skipped update"]["tokens"]
+    assert (
+        incidents["skipped update"]["step"] == 25
+        and "loss is nan" in incidents["skipped update"]["text"]
+    )
+    low, high = incidents["skipped update"]["tokens"]
     lines = read_lines(short.folder / "metrics.jsonl")
     assert [low, high] == [lines[23]["tokens"], lines[24]["tokens"]]
     assert [line["step"] for line in lines if line["skipped"]] == [25]
     assert (short.folder / "heartbeats" / "stacks-00000.txt").read_text().count("File") > 5
 
 
-@pytest.mark.fault("a secret in the environment", "is in no file and in no log")
-def test_no_secret_of_the_environment_is_written(short: Result, measured: Any) -> None:
+@pytest.mark.fault("a secret in the environment", "is in no file and no log")
+def test_no_file_contains_a_secret_of_the_environment(short: Result, measured: Any) -> None:
     assert short.secrets == []
     measured(f"0 of {sum(path.is_file() for path in short.folder.parent.rglob('*'))} files")
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.fault(
-    "ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit for bit as a clean run"
+    "ZeRO stages 0, 2, 3: NaN, kill -9, kill -9 in a save, SIGTERM", "bit-identical to a clean run"
 )
-def test_other_zero_stages_under_faults(home: Path, stage: int, measured: Any) -> None:
-    run, folder = config(home, "run"), home / f"zero-{stage}"
+def test_other_zero_stages_under_faults(root: Path, stage: int, measured: Any) -> None:
+    run = config(root, "run")
+    folder = root / f"zero-{stage}"
     run.parallel.zero_stage = stage
     folder.mkdir()
     faults = [
@@ -125,76 +125,77 @@ def test_other_zero_stages_under_faults(home: Path, stage: int, measured: Any) -
         line["step"] for line in read_lines(result.folder / "metrics.jsonl") if line["skipped"]
     ]
     assert skipped == [9] and result.history.starts == 4 and [75, 75] in result.history.codes
-    measured(f"bit-identical; {result.lost} steps done again, {result.history.starts} starts")
+    measured(f"bit-identical; {result.repeated} repeated steps, {result.history.starts} starts")
 
 
 @dataclass
 class Clean:
-    """A clean run, to be compared with many others."""
+    """A clean run, with which many tests compare."""
 
     run: RunConfig
-    home: Path
+    root: Path
     history: History
 
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
-    home = tmp_path_factory.mktemp("clean")
-    make_corpus(home / "data")
-    run = quick(home)
-    return Clean(run, home, supervise(moved(run, home / "clean"), 2, [], home / "clean-log"))
+    root = tmp_path_factory.mktemp("clean")
+    make_corpus(root / "data")
+    run = quick(root)
+    history = supervise(in_folder(run, root / "clean"), 2, [], root / "clean-log")
+    return Clean(run, root, history)
 
 
 MATRIX = [
     (
         "kill",
-        "all ranks start again from the newest valid checkpoint",
+        "all ranks restart from the newest valid checkpoint",
         [Fault("kill", 0, 13), Fault("kill", 1, 29)],
     ),
     (
         "checkpoint damaged",
-        "named, put aside, the one before is taken",
+        "named and renamed; the one before it is loaded",
         [Fault("checkpoint damaged", 0, 9 + 6 * i, 7 * i + i) for i in range(4)],
     ),
     (
         "kill in save",
-        "the partial one is invisible",
+        "the partial checkpoint is ignored",
         [Fault("kill in save", i % 2, 6 + 6 * i, i) for i in range(6)],
     ),
     (
         "disk full",
-        "the save is tried again, no step is lost",
+        "the save is retried, no step is lost",
         [Fault("disk full", 0, 8), Fault("disk full", 1, 20)],
     ),
     (
         "disk error",
-        "the save is tried again, no step is lost",
+        "the save is retried, no step is lost",
         [Fault("disk error", 1, 8), Fault("disk error", 0, 20)],
     ),
     (
         "SIGTERM",
-        "saved within one step, exit 75; a second signal is harmless",
+        "saved within one step, exit 75; a second signal has no effect",
         [Fault("SIGTERM", 0, 9), Fault("SIGTERM", 1, 23)],
     ),
     (
-        "SIGTERM while a save is under way",
-        "both are on disk before it leaves",
+        "SIGTERM during a save",
+        "both checkpoints are on disk before the exit",
         [Fault("slow disk", 1, 9), Fault("SIGTERM", 0, 14)],
     ),
     ("SIGUSR1", "saved within one step, exit 75", [Fault("SIGUSR1", 1, 15)]),
     (
         "stop",
-        "a rank that hangs is named, ended, and all start again",
+        "the hanging rank is named and ended, all restart",
         [Fault("stop", 0, 11), Fault("stop", 1, 22)],
     ),
     (
         "weights flip",
-        "the rank that drifts is named, all start again",
+        "the drifting rank is named, all restart",
         [Fault("weights flip", 0, 19)],
     ),
     (
         "loader dies",
-        "all start again, no sample is lost or repeated",
+        "all restart, no sample is lost or repeated",
         [Fault("loader dies", 1, 17)],
     ),
     (
@@ -203,7 +204,7 @@ MATRIX = [
         [Fault("loader hangs", 0, 17)],
     ),
     ("slow", "named, the run continues", [Fault("slow", 1, 5, 36)]),
-    ("log disk full", "lines wait in memory", [Fault("log disk full", 0, 12, 6)]),
+    ("log disk full", "records wait in memory", [Fault("log disk full", 0, 12, 6)]),
     ("clock jumps", "no effect", [Fault("clock jumps", 0, 9, 1), Fault("clock jumps", 1, 9, 2)]),
     ("second job", "refused", [Fault("second job", 0, 14)]),
 ]
@@ -217,49 +218,49 @@ MATRIX = [
         for kind, promise, faults in MATRIX
     ],
 )
-def test_each_kind_of_fault_leaves_no_trace(
+def test_each_kind_of_fault_is_bit_identical_to_a_clean_run(
     clean: Clean, kind: str, faults: list[Fault], measured: Any
 ) -> None:
     run = clean.run
-    if kind == "slow":  # eight windows of a run of 43 steps
+    if kind == "slow":  # eight windows in 43 steps
         run = replace(run, health=replace(run.health, straggler_window_steps=4))
-    result = soak(run, faults, clean.home, clean=clean.history)
+    result = soak(run, faults, clean.root, clean=clean.history)
     assert result.differences == [] and {fault.name for fault in faults} == result.fired
-    asked = sum(fault.kind.startswith("SIG") for fault in faults)
-    if asked:
-        assert result.lost == 0 and result.history.codes == [[75, 75]] * asked + [[0, 0]]
+    num_signals = sum(fault.kind.startswith("SIG") for fault in faults)
+    if num_signals:
+        assert result.repeated == 0 and result.history.codes == [[75, 75]] * num_signals + [[0, 0]]
     if kind in ("disk full", "disk error", "slow", "log disk full", "clock jumps", "second job"):
-        assert result.lost == 0 and result.history.starts == 1
+        assert result.repeated == 0 and result.history.starts == 1
     if kind == "slow":
-        named = {
+        stragglers = {
             entry["rank"]
             for entry in incidents_of(result.folder)
             if entry["incident"] == "straggler"
         }
-        assert 1 in named
-    measured(f"bit-identical; {result.history.starts} starts, {result.lost} steps done again")
+        assert 1 in stragglers
+    measured(f"bit-identical; {result.history.starts} starts, {result.repeated} repeated steps")
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "kill -9 at 20 random steps, of either rank", "bit for bit the uninterrupted run"
+    "kill -9 at 20 random steps, of either rank", "bit-identical to the uninterrupted run"
 )
 def test_twenty_random_kills(clean: Clean, measured: Any) -> None:
-    chance = random.Random(0)
-    steps = sorted(chance.sample(range(1, steps_of(clean.run)), 20))
+    rng = random.Random(0)
+    steps = sorted(rng.sample(range(1, steps_of(clean.run)), 20))
     result = soak(
         clean.run,
-        [Fault("kill", chance.randrange(2), step) for step in steps],
-        clean.home,
+        [Fault("kill", rng.randrange(2), step) for step in steps],
+        clean.root,
         clean=clean.history,
     )
     assert result.differences == [] and len(result.fired) == 20 and result.history.starts >= 21
-    measured(f"bit-identical; {result.lost} steps done again")
+    measured(f"bit-identical; {result.repeated} repeated steps")
 
 
 @pytest.mark.slow
-@pytest.mark.fault("52 faults of 18 kinds in one run", "bit for bit as a clean one")
-def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
+@pytest.mark.fault("52 faults of 18 kinds in one run", "bit-identical to a clean run")
+def test_52_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
     run = quick(tmp_path)
     run.health.max_starts = 60
@@ -272,36 +273,43 @@ def test_fifty_faults_of_all_kinds(tmp_path: Path, measured: Any) -> None:
     )
     share = result.clean_seconds / result.history.seconds
     measured(
-        f"bit-identical; {result.history.starts} starts, {result.lost} steps done again, "
+        f"bit-identical; {result.history.starts} starts, {result.repeated} repeated steps, "
         f"{share:.0%} of the time"
     )
 
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "kill -9 at every edge: ramp, context, stage, decay", "bit for bit the uninterrupted run"
+    "kill -9 at every boundary: ramp, context, stage, decay",
+    "bit-identical to the uninterrupted run",
 )
-def test_kills_at_every_edge(clean: Clean, measured: Any) -> None:
+def test_kills_at_every_boundary(clean: Clean, measured: Any) -> None:
     run = clean.run
     plan = Schedule(run.schedule, run.optim.lr, run.data)
-    edges = {
+    boundaries = {
         run.schedule.ramp_tokens,
         run.schedule.warmup_tokens,
         plan.total - run.schedule.decay_tokens,
     }
-    edges |= {end for end, _, _ in plan.stages[:-1]}
-    at = {step for edge in edges for step in (steps_until(plan, edge) - 1, steps_until(plan, edge))}
-    faults = [Fault("kill", step % 2, step) for step in sorted(at)]
-    result = soak(run, faults, clean.home, clean=clean.history)
+    boundaries |= {end for end, _, _ in plan.stages[:-1]}
+    kill_steps = {
+        step
+        for boundary in boundaries
+        for step in (steps_until(plan, boundary) - 1, steps_until(plan, boundary))
+    }
+    faults = [Fault("kill", step % 2, step) for step in sorted(kill_steps)]
+    result = soak(run, faults, clean.root, clean=clean.history)
     assert result.differences == [] and len(result.fired) == len(faults) >= 8
-    measured(f"bit-identical; {len(faults)} kills at {len(edges)} edges")
+    measured(f"bit-identical; {len(faults)} kills at {len(boundaries)} boundaries")
 
 
 def steps_until(plan: Schedule, tokens: int) -> int:
-    """Steps until the one that reaches a token."""
-    at, steps = 0, 0
-    while at < tokens:
-        at, steps = at + plan.at(at).tokens, steps + 1
+    """Number of steps after which a run has read at least `tokens`."""
+    total = 0
+    steps = 0
+    while total < tokens:
+        total += plan.at(total).tokens
+        steps += 1
     return steps
 
 
@@ -309,62 +317,65 @@ def steps_until(plan: Schedule, tokens: int) -> int:
 @pytest.mark.fault(
     "another world size: 2, then 1, then 2 ranks", "the same samples, losses to 1e-6"
 )
-def test_another_number_of_ranks_sees_the_same_samples(clean: Clean, measured: Any) -> None:
-    run, log = moved(clean.run, clean.home / "elastic"), clean.home / "elastic-log"
+def test_another_number_of_ranks_reads_the_same_samples(clean: Clean, measured: Any) -> None:
+    run = in_folder(clean.run, clean.root / "elastic")
+    log = clean.root / "elastic-log"
     log.mkdir()
     assert start_once(run, 2, [Fault("SIGTERM", 0, 12)], log) == [75, 75]
     assert start_once(run, 1, [Fault("SIGUSR1", 0, 26)], log) == [75]
     assert start_once(run, 2, [], log) == [0, 0]
-    ids = samples(log / "faults", 2)
-    assert ids and all(ids.values())
-    assert ids == samples(log_of(clean.home / "clean") / "faults", 2)
+    hashes = samples(log / "faults", 2)
+    assert hashes and all(hashes.values())
+    assert hashes == samples(log_dir(clean.root / "clean") / "faults", 2)
     curves = [
         torch.tensor(
             [line["loss"] for line in read_lines(folder / "metrics.jsonl")], dtype=torch.float64
         )
-        for folder in (run.run.folder, clean.home / "clean")
+        for folder in (run.run.folder, clean.root / "clean")
     ]
-    worst = float(((curves[0] - curves[1]) / curves[1]).abs().max())
-    assert len(curves[0]) == len(curves[1]) and worst < 1e-6
-    measured(f"{sum(map(len, ids.values()))} samples equal, losses to {worst:.1e}")
+    max_error = float(((curves[0] - curves[1]) / curves[1]).abs().max())
+    assert len(curves[0]) == len(curves[1]) and max_error < 1e-6
+    measured(f"{sum(map(len, hashes.values()))} samples equal, losses to {max_error:.1e}")
 
 
 @pytest.mark.fault(
-    "a loss spike that lasts",
-    "back to a checkpoint from before, its data left out; too often: exit 2",
+    "a persistent loss spike",
+    "rollback to a checkpoint before it, its data skipped; too often: exit 2",
 )
-def test_a_spike_that_lasts_is_rewound_and_left_out(tmp_path: Path, measured: Any) -> None:
+def test_persistent_spike_is_rolled_back_and_its_data_skipped(
+    tmp_path: Path, measured: Any
+) -> None:
     make_corpus(tmp_path / "data")
-    run = moved(quick(tmp_path), tmp_path / "rewound")
+    run = in_folder(quick(tmp_path), tmp_path / "rollback")
     spike = Fault("spike", 0, 28, run.health.spike_patience_updates)
-    assert supervise(run, 1, [spike], tmp_path / "rewound-log").codes == [[0]]
-    found = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rollback"]
+    assert supervise(run, 1, [spike], tmp_path / "rollback-log").codes == [[0]]
+    rollbacks = [entry for entry in incidents_of(run.run.folder) if entry["incident"] == "rollback"]
     lines = read_lines(run.run.folder / "metrics.jsonl")
-    assert len(found) == 1 and found[0]["tokens"][1] == lines[30]["tokens"]
+    assert len(rollbacks) == 1 and rollbacks[0]["tokens"][1] == lines[30]["tokens"]
     assert [line["step"] for line in lines if line["skipped"]] == [29, 30, 31]
-    # killed in the middle of the spike, and right after the rewind
-    again = moved(run, tmp_path / "again")
+    # killed during the spike and right after the rollback
+    again = in_folder(run, tmp_path / "again")
     faults = [spike, Fault("kill", 0, 29), Fault("kill", 0, 31)]
     assert supervise(again, 1, faults, tmp_path / "again-log").starts == 3
     assert differences(run.run.folder, again.run.folder, 1) == []
-    low, high = found[0]["tokens"]
-    endless = moved(run, tmp_path / "endless")
+    low, high = rollbacks[0]["tokens"]
+    endless = in_folder(run, tmp_path / "endless")
     endless.health = replace(endless.health, max_rollbacks=1)
     assert supervise(
         endless, 1, [Fault("spike", 0, 28, 10_000)], tmp_path / "endless-log"
     ).codes == [[2]]
     outcome = read_outcome(endless.run.folder)
     assert outcome is not None and "spiked again" in outcome.reason
-    measured(f"{high - low} tokens left out, reproducible under kill -9")
+    measured(f"{high - low} tokens skipped, reproducible under kill -9")
 
 
 @pytest.mark.slow
-@pytest.mark.fault("every start crashes at one place", "stops with exit code 2 and the reason")
-def test_a_crash_loop_stops(clean: Clean, measured: Any) -> None:
-    run = moved(clean.run, clean.home / "loop")
+@pytest.mark.fault("every start crashes at the same step", "stops with exit code 2 and the reason")
+def test_crash_loop_stops(clean: Clean, measured: Any) -> None:
+    run = in_folder(clean.run, clean.root / "loop")
     run.health = replace(run.health, max_starts=3)
     history = supervise(
-        run, 2, [Fault("loader dies", 0, 2, number) for number in range(9)], clean.home / "loop-log"
+        run, 2, [Fault("loader dies", 0, 2, number) for number in range(9)], clean.root / "loop-log"
     )
     assert history.codes[-1] == [2, 2] and history.starts == 4
     outcome = read_outcome(run.run.folder)
@@ -377,8 +388,8 @@ def test_a_crash_loop_stops(clean: Clean, measured: Any) -> None:
 
 
 @pytest.mark.fault(
-    "a shard that is flipped, cut, missing or swapped",
-    "named, exit code 2, before or while training",
+    "a shard that is corrupted, truncated, missing or swapped",
+    "named, exit code 2, before or during training",
 )
 def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
     make_corpus(tmp_path / "data")
@@ -389,8 +400,8 @@ def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
     flipped = bytearray(good[1])
     flipped[1001] ^= 4
     cases = {
-        "flipped": (good[0], bytes(flipped)),
-        "cut": (good[0], good[1][:-2]),
+        "corrupted": (good[0], bytes(flipped)),
+        "truncated": (good[0], good[1][:-2]),
         "missing": (good[0], None),
         "swapped": (good[1], good[0]),
     }
@@ -401,16 +412,16 @@ def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
                 path.write_bytes(content)
         log = tmp_path / f"{name}-log"
         log.mkdir()
-        assert start_once(moved(run, tmp_path / name), 2, [], log) == [2, 2], name
-        said = (log / "rank-0.log").read_text()
-        assert f"shard {files[0 if name == 'swapped' else 1]}" in said and "error: " in said
+        assert start_once(in_folder(run, tmp_path / name), 2, [], log) == [2, 2], name
+        output = (log / "rank-0.log").read_text()
+        assert f"shard {files[0 if name == 'swapped' else 1]}" in output and "error: " in output
         assert not (tmp_path / name / "metrics.jsonl").exists()
     files[0].write_bytes(good[0])
     files[1].write_bytes(flipped)
-    later = moved(run, tmp_path / "background")
-    later.health = replace(later.health, verify_shards=VerifyShards.background)
+    background = in_folder(run, tmp_path / "background")
+    background.health = replace(background.health, verify_shards=VerifyShards.background)
     (tmp_path / "background-log").mkdir()
-    assert start_once(later, 2, [], tmp_path / "background-log") == [2, 2]
+    assert start_once(background, 2, [], tmp_path / "background-log") == [2, 2]
     reason = json.loads((tmp_path / "background" / "outcome.json").read_text())["reason"]
     assert str(files[1]) in reason
     steps = len(read_lines(tmp_path / "background" / "metrics.jsonl"))
@@ -418,9 +429,10 @@ def test_bad_shards_are_named(tmp_path: Path, measured: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("a rank hangs", "found within the limit")
-def test_a_hang_is_found_within_its_limit(clean: Clean, measured: Any) -> None:
-    run, log = moved(clean.run, clean.home / "hang"), clean.home / "hang-log"
+@pytest.mark.fault("a rank hangs", "detected within the limit")
+def test_hang_is_detected_within_the_limit(clean: Clean, measured: Any) -> None:
+    run = in_folder(clean.run, clean.root / "hang")
+    log = clean.root / "hang-log"
     log.mkdir()
     stop = Fault("stop", 1, 10)
     codes = start_once(run, 2, [stop], log)

@@ -105,7 +105,7 @@ def steps_of(run: RunConfig) -> int:
 def soak(
     run: RunConfig, faults: list[Fault], root: Path, ranks: int = 2, clean: History | None = None
 ) -> Result:
-    """Run under faults and compare with a clean run, which is run first unless `clean` is args."""
+    """Run under faults and compare with a clean run, which is run first unless `clean` is given."""
     name = f"faulty-{len(list(root.glob('faulty*-log')))}"
     if clean is None:
         name = "faulty"

@@ -1,4 +1,4 @@
-"""metrics.jsonl is complete and without duplicates; W&B can neither delay nor stop a run."""
+"""Metrics: metrics.jsonl, trackers, console and throughput."""
 
 import json
 import threading
@@ -51,16 +51,16 @@ def throughput(peak_flops: float | None = None) -> Throughput:
     return Throughput(ranks=1, flops_per_token=1.0, peak_flops=peak_flops)
 
 
-def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
+def test_restart_drops_later_records_and_a_truncated_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, tokens=0)
     for step in (1, 2, 3):
         first.write(record(step))
     first.close()
     path.write_text(path.read_text() + '{"step": 4, "tok')  # killed while writing
-    again = JsonLines(path, tokens=128)
-    again.write(record(3, loss=4.0))
-    again.close()
+    second = JsonLines(path, tokens=128)
+    second.write(record(3, loss=4.0))
+    second.close()
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
         (1, 5.0),
         (2, 5.0),
@@ -68,7 +68,7 @@ def test_a_restart_drops_the_lost_future_and_a_cut_line(tmp_path: Path) -> None:
     ]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "m.jsonl", 0)
     sink.write(record(1, loss=float("nan"), source_loss={"web": float("inf")}))
     line = json.loads(
@@ -79,37 +79,38 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A W&B that answers nobody; only its server is waited for briefly, not its own service."""
+    """A W&B server that does not answer; its timeout is short, that of the local service is not."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(Wandb, "ANSWER_SECONDS", PATIENCE)
     init = wandb.init
 
-    def started(mode: str, settings: wandb.Settings, **arguments: Any) -> Any:
+    def init_with_timeout(mode: str, settings: wandb.Settings, **arguments: Any) -> Any:
         settings.init_timeout = 2.0 if mode == "online" else PATIENCE
         return init(mode=mode, settings=settings, **arguments)
 
-    monkeypatch.setattr(wandb, "init", started)
+    monkeypatch.setattr(wandb, "init", init_with_timeout)
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_wandb_that_does_not_answer_costs_nothing(
+def test_unreachable_wandb_does_not_delay_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", 0.1)
-    start, over = Wandb._start, threading.Event()
-    monkeypatch.setattr(Wandb, "_start", lambda self: (over.wait(), start(self))[1])
+    start = Wandb._start
+    server_timeout = threading.Event()
+    monkeypatch.setattr(Wandb, "_start", lambda self: (server_timeout.wait(), start(self))[1])
     config = MetricsConfig("project", False, 0.0)
     metrics = Metrics(tmp_path, "run", config, {"a": {"b": 1}}, throughput(), tokens=0, total=6400)
     for step in range(1, 101):
         metrics.log(record(step), "no checkpoint yet")
     metrics.close()
     thread = metrics.trackers[0].thread
-    assert thread.is_alive(), "logging or closing waited for W&B, which has not begun to answer"
+    assert thread.is_alive(), "logging or closing waited for W&B"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
-    over.set()
-    thread.join(PATIENCE)  # in this process another test starts W&B
+    server_timeout.set()
+    thread.join(PATIENCE)  # another test starts W&B in this process
     assert not thread.is_alive()
     assert "0" * 40 not in "".join(
         p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file()
@@ -117,7 +118,7 @@ def test_wandb_that_does_not_answer_costs_nothing(
 
 
 @pytest.mark.usefixtures("unreachable")
-def test_wandb_that_does_not_answer_keeps_every_record(
+def test_unreachable_wandb_keeps_every_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", PATIENCE)
@@ -128,10 +129,10 @@ def test_wandb_that_does_not_answer_keeps_every_record(
     assert not sink.thread.is_alive()
     alive = [child.name() for child in psutil.Process().children(recursive=True)]
     assert not [name for name in alive if "wandb" in name], (
-        "W&B's service may still hold records back"
+        "W&B's service may not have written all records"
     )
-    said = capsys.readouterr().out
-    assert "logging offline" in said and "W&B is disabled" not in said
+    output = capsys.readouterr().out
+    assert "logging offline" in output and "W&B is disabled" not in output
     stored = b"".join(
         path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     )
@@ -143,7 +144,7 @@ def test_wandb_writes_offline_without_a_key(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", PATIENCE)
-    for step in (1, 2):  # a start, and one after a requeue
+    for step in (1, 2):  # a start, and a restart
         sink = Wandb(
             "project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}}
         )
@@ -160,20 +161,21 @@ def test_wandb_writes_offline_without_a_key(
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder: (step, value) of each tag."""
-    shown = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    """(step, value) pairs of each tag that TensorBoard shows of a folder."""
+    events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
     return {
-        tag: [(point.step, point.value) for point in shown.Scalars(tag)]
-        for tag in shown.Tags()["scalars"]
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
     }
 
 
-def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(
+def test_tensorboard_shows_numbers_over_tokens_and_a_restart_purges_later_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, now = MetricsConfig(None, True, 60.0), time.time
+    config = MetricsConfig(None, True, 60.0)
+    now = time.time
     monkeypatch.setattr(Tracker, "CLOSE_SECONDS", PATIENCE)
-    for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start goes on from step 3
+    for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start continues from step 3
         run_config = {"model": {"n_layer": 64}}
         rates = throughput(peak_flops=100.0)
         metrics = Metrics(tmp_path, "run", config, run_config, rates, tokens=64 * begin, total=6400)
@@ -183,19 +185,19 @@ def test_tensorboard_shows_every_number_over_tokens_and_no_lost_future(
                 "",
             )
         metrics.close()
-        # the names of TensorBoard's files hold the second, and are read in their order
+        # TensorBoard orders files by the second in their names
         monkeypatch.setattr(time, "time", lambda: now() + 10)
-    shown = scalars(tmp_path / "tensorboard")
+    values = scalars(tmp_path / "tensorboard")
     expected = [(64, 5.0), (192, 5.0), *((64 * step, 4.0) for step in range(4, 8))]
-    assert shown["loss/all"] == expected
-    assert shown["mixture/web"] == [(64 * step, 64.0) for step in range(1, 8)]
-    assert {"speed/mfu", "schedule/lr", "health/grad_norm"} <= set(shown)
+    assert values["loss/all"] == expected
+    assert values["mixture/web"] == [(64 * step, 64.0) for step in range(1, 8)]
+    assert {"speed/mfu", "schedule/lr", "health/grad_norm"} <= set(values)
     assert b"n_layer" in b"".join(
         path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()
     )
 
 
-def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, capsys: Any) -> None:
+def test_tensorboard_that_cannot_write_is_disabled(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "tensorboard").write_text("a file where its folder would be")
     config = MetricsConfig(None, True, 60.0)
     metrics = Metrics(tmp_path, "run", config, {}, throughput(), tokens=0, total=6400)
@@ -207,7 +209,7 @@ def test_a_tensorboard_that_cannot_write_is_said_and_survived(tmp_path: Path, ca
     )
 
 
-def test_a_view_without_its_package_is_refused_before_the_run(
+def test_tracker_without_its_package_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_trackers(MetricsConfig(None, True, 60.0))
@@ -241,21 +243,21 @@ class Run(dict):
 """
 
 
-def test_accelerates_trackers_are_views_in_processes_of_their_own(
+def test_trackers_of_accelerate_run_in_separate_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the package, and accelerate's own code in front of it."""
+    """With a fake aim package behind accelerate's own code."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "aim.py").write_text(AIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-    monkeypatch.setenv("LOCAL_RANK", "0")  # for which accelerate would join a process group
+    monkeypatch.setenv("LOCAL_RANK", "0")  # with it, accelerate would join a process group
     monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
     config = MetricsConfig(None, False, 60.0, ["aim"])
     run_config = {"optim": {"lr": 1.0}}
     metrics = Metrics(tmp_path, "run", config, run_config, throughput(), tokens=0, total=6400)
     for step in (1, 2):
         metrics.log(record(step, loss=float("nan") if step == 2 else 5.0), "")
-    (tmp_path / "logged").touch()  # for which the tracker waits
+    (tmp_path / "logged").touch()  # the fake package waits for this file
     metrics.log_scores({"step": 1, "tokens": 64, "scores": {"v1": {"ARC": 30.0}}})
     metrics.close()
     name, values, rows, ranks, devices = json.loads((tmp_path / "aim.json").read_text())
@@ -264,11 +266,11 @@ def test_accelerates_trackers_are_views_in_processes_of_their_own(
     assert ["schedule/lr", 128, 1e-3] in rows and ["scores/v1/ARC", 64, 30.0] in rows
 
 
-def test_the_names_are_accelerates() -> None:
+def test_accelerated_names_are_those_of_accelerate() -> None:
     assert {*ACCELERATED} == LOGGER_TYPE_TO_CLASS.keys() - {"wandb", "tensorboard"}
 
 
-def test_a_failing_tracker_of_accelerates_is_said_and_survived(
+def test_failing_tracker_of_accelerate_is_disabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "aim.py").write_text("raise OSError('no space')")
@@ -280,7 +282,7 @@ def test_a_failing_tracker_of_accelerates_is_said_and_survived(
     assert "aim is disabled (" in capsys.readouterr().out
 
 
-def test_a_failing_wandb_is_said_and_survived(
+def test_failing_wandb_is_disabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def fail(self: Wandb) -> None:
@@ -293,12 +295,12 @@ def test_a_failing_wandb_is_said_and_survived(
     assert "W&B is disabled (RuntimeError: no space)" in capsys.readouterr().out
 
 
-def test_counts_and_keys_for_readers() -> None:
+def test_short_counts_and_flat_keys() -> None:
     assert [short(x) for x in (7, 1799168, 999_900_000, 5.8e12)] == ["7", "1.8M", "1B", "5.8T"]
     assert flatten({"a": {"b": 1}, "c": 2}) == {"a/b": 1, "c": 2}
 
 
-def test_the_curves_are_drawn(tmp_path: Path) -> None:
+def test_curves_are_drawn(tmp_path: Path) -> None:
     lines = [
         record(step, stage="a" if step < 5 else "b", loss=6 - step / 10, tokens_per_second=10.0)
         for step in range(1, 10)
@@ -308,8 +310,8 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
 
-def of_the_7b(step: int, **extra: Any) -> dict[str, Any]:
-    """A record with figures as long as those of 7b: 256 ranks, 5.8T tokens, 41 % MFU."""
+def record_7b(step: int, **extra: Any) -> dict[str, Any]:
+    """A record with numbers as long as those of 7b: 256 ranks, 5.8T tokens, 41 % MFU."""
     figures = {
         "tokens": 5_123_456_789_012,
         "stage": "context-8k-dense",
@@ -324,20 +326,18 @@ def of_the_7b(step: int, **extra: Any) -> dict[str, Any]:
     return record(step, **{**figures, **extra})
 
 
-def rates_of_the_7b() -> Throughput:
+def throughput_7b() -> Throughput:
     return Throughput(ranks=256, flops_per_token=9e10, peak_flops=989.5e12)
 
 
 CHECKPOINTS = "step 1,400,000 saved 12 min ago, saving step 1,420,000"
 
 
-def test_a_terminal_shows_the_last_step_in_eighty_columns(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_live_console_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    rates = rates_of_the_7b()
+    rates = throughput_7b()
     console = LiveConsole(total=5_800_000_000_000, throughput=rates)
-    last = of_the_7b(1_423_456)
+    last = record_7b(1_423_456)
     rates.add(last)
     console.show(last, CHECKPOINTS)
     console.close()
@@ -354,12 +354,12 @@ def test_a_terminal_shows_the_last_step_in_eighty_columns(
     assert (task.completed, task.description) == (last["tokens"], "context-8k-dense")
 
 
-def test_the_lines_of_a_log_fit_and_say_now_and_then_how_the_run_stands(capsys: Any) -> None:
-    rates = rates_of_the_7b()
+def test_plain_console_lines_fit_and_repeat_the_status(capsys: Any) -> None:
+    rates = throughput_7b()
     console = PlainConsole(total=5_800_000_000_000, throughput=rates, seconds=0.0)
     for step in range(1_423_456, 1_423_456 + 24):
         length = 8192 if step < 1_423_458 else 16_384
-        last = of_the_7b(step, seq_len=length, skipped=step == 1_423_459)
+        last = record_7b(step, seq_len=length, skipped=step == 1_423_459)
         rates.add(last)
         console.show(last, CHECKPOINTS)
     lines = capsys.readouterr().out.splitlines()
@@ -372,14 +372,14 @@ def test_the_lines_of_a_log_fit_and_say_now_and_then_how_the_run_stands(capsys: 
         "  5.12T of 5.8T tokens  batch 2,048 x 8,192  4.37k tok/s/rank  data wait 0.2%  skipped 0",
         f"  {CHECKPOINTS}",
     ]
-    # the first line, the first of another context, and every tenth
+    # status with the first line, the first of a new context, and every tenth
     steps = [line.split()[3] for line in lines if line.startswith("context")]
     assert len(steps) == 24 and sum("batch" in line for line in lines) == 4
     assert sum("batch 2,048 x 16,384" in line for line in lines) == 3
     assert sum("skipped 1" in line for line in lines) == 2
 
 
-def test_a_log_shows_a_line_every_few_seconds_and_the_last_one(capsys: Any) -> None:
+def test_plain_console_logs_every_few_seconds_and_the_last_step(capsys: Any) -> None:
     rates = throughput()
     console = PlainConsole(total=6400, throughput=rates, seconds=60.0)
     for step in (1, 2, 100):
@@ -390,8 +390,8 @@ def test_a_log_shows_a_line_every_few_seconds_and_the_last_one(capsys: Any) -> N
     assert lines[1].endswith("  skipped 0  no checkpoint yet") and "MFU" not in lines[0]
 
 
-def test_a_rate_is_the_mean_of_a_window_without_the_first_step() -> None:
-    """Batches of 64 tokens; the first step compiles, and one of the last fifty is slow."""
+def test_throughput_is_the_mean_of_a_window_without_the_first_step() -> None:
+    """Batches of 64 tokens; the first step compiles, and one of the last 50 is slow."""
     rates = throughput(peak_flops=100.0)
     rates.add(record(1, step_seconds=600.0))
     assert rates.tokens_per_second == pytest.approx(64 / 600)
@@ -404,7 +404,7 @@ def test_a_rate_is_the_mean_of_a_window_without_the_first_step() -> None:
     assert rates.tokens_per_second == pytest.approx(50 * 64 / (49 * 6.4 + 64.0))
 
 
-def test_the_file_and_the_console_show_the_same_rate(tmp_path: Path, capsys: Any) -> None:
+def test_file_and_console_show_the_same_rate(tmp_path: Path, capsys: Any) -> None:
     config = MetricsConfig(None, False, 0.0)
     for peak in (None, 100.0):
         metrics = Metrics(tmp_path, "run", config, {}, throughput(peak), tokens=0, total=6400)
@@ -414,12 +414,12 @@ def test_the_file_and_the_console_show_the_same_rate(tmp_path: Path, capsys: Any
         last = read_lines(tmp_path / "metrics.jsonl")[-1]
         assert last["tokens_per_second"] == pytest.approx(128 / 9.6) and last["step_seconds"] == 3.2
         assert last.get("mfu") == (None if peak is None else pytest.approx(0.1333, abs=1e-4))
-        said = capsys.readouterr().out
-        assert "  13.3 tok/s  " in said and ("  MFU 13%  " in said) == (peak is not None)
+        output = capsys.readouterr().out
+        assert "  13.3 tok/s  " in output and ("  MFU 13%  " in output) == (peak is not None)
 
 
 def test_no_mfu_without_a_peak() -> None:
-    """A CPU's is not known unless the config gives it; a GPU's by its datasheet in bf16."""
+    """The peak of a CPU comes from the config, that of a GPU from its datasheet in bf16."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     unknown = Cluster(Device.auto, 1, 1, None, 0.0, None)
     assert peak_flops(unknown, Precision.fp32, cpu) is None
@@ -430,7 +430,7 @@ def test_no_mfu_without_a_peak() -> None:
             assert peak_flops(unknown, Precision.fp32, gpu) is None
 
 
-def test_the_end_of_a_run_is_a_minute_within_a_week_and_else_a_day(
+def test_end_time_has_minutes_only_within_a_week(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)  # 2027-01-15 08:00 UTC

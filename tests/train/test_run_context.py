@@ -1,6 +1,4 @@
-"""What surrounds a run: one job per folder, how it ended, starts that lead nowhere, disks that
-refuse.
-"""
+"""Run context: the lock of the folder, the outcome, starts without progress, full disks."""
 
 import errno
 import json
@@ -35,11 +33,11 @@ from train.run_context import code_version, run_context
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with init_distributed("cpu", 1) as alone:
-        yield alone
+    with init_distributed("cpu", 1) as ranks:
+        yield ranks
 
 
-def _hold(folder: Path, ready: Any) -> None:
+def _hold_lock(folder: Path, ready: Any) -> None:
     RunLock(folder).acquire()
     ready.set()
     time.sleep(PATIENCE)
@@ -47,11 +45,11 @@ def _hold(folder: Path, ready: Any) -> None:
 
 @pytest.mark.fault(
     "two jobs in one run folder",
-    "the second refuses and writes nothing; a dead one's place is free",
+    "the second refuses and writes nothing; the lock of a dead job is taken over",
 )
-def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: Any) -> None:
+def test_second_job_is_refused_while_the_first_lives(tmp_path: Path, measured: Any) -> None:
     ready = CONTEXT.Event()
-    first = CONTEXT.Process(target=_hold, args=(tmp_path, ready))
+    first = CONTEXT.Process(target=_hold_lock, args=(tmp_path, ready))
     first.start()
     ready.wait()
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -60,28 +58,24 @@ def test_a_second_job_refuses_until_the_first_is_gone(tmp_path: Path, measured: 
     assert sorted(path.name for path in tmp_path.iterdir()) == before == ["run.lock"]
     first.kill()
     first.join()
-    begun = time.monotonic()
+    started_at = time.monotonic()
     run_lock = RunLock(tmp_path)
     run_lock.acquire()
-    measured(f"taken over {time.monotonic() - begun:.2f} s after kill -9")
+    measured(f"taken over {time.monotonic() - started_at:.2f} s after kill -9")
     run_lock.release()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_record_of_a_run_names_the_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a repository with train/ at its top: clean, changed; in one that merely lies around the
-    code: nothing.
-    """
+def test_code_version_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clean and changed in the repository of the code; empty inside another repository."""
 
     def git(*words: str) -> str:
-        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
         return subprocess.run(
-            ["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+            ["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True
         ).stdout
 
-    script = tmp_path / "train" / "session.py"
+    script = tmp_path / "train" / "run.py"
     script.parent.mkdir()
     script.write_text("1\n")
     monkeypatch.setattr("train.run_context.ROOT", tmp_path)
@@ -101,22 +95,22 @@ def test_the_record_of_a_run_names_the_code(
     assert code_version() == {}
 
 
-def elsewhere(folder: Path) -> Path:
-    """The lock of a job on another machine."""
+def lock_of_another_machine(folder: Path) -> Path:
+    """Write the lock of a job on another machine; returns its path."""
     lock = folder / "run.lock"
     holder = {"machine": "node7 boot pid:[1]", "pid": 1, "start": "1"}
     lock.write_text(json.dumps(holder))
     return lock
 
 
-def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(
+def test_lock_of_another_machine_holds_while_it_is_renewed_whatever_its_clock_says(
     tmp_path: Path,
 ) -> None:
-    lock = elsewhere(tmp_path)
+    lock = lock_of_another_machine(tmp_path)
     stop = threading.Event()
 
     def renew() -> None:
-        past = 1_000_000_000  # years ago, and going backwards
+        past = 1_000_000_000  # years ago, and decreasing
         while not stop.wait(0.2):
             past -= 3600
             os.utime(lock, (past, past))
@@ -131,36 +125,36 @@ def test_a_job_on_another_machine_holds_while_it_renews_whatever_its_clock_says(
     assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_that_another_took_is_noticed_and_left_alone(tmp_path: Path) -> None:
+def test_lock_taken_by_another_job_is_noticed_and_not_removed(tmp_path: Path) -> None:
     run_lock = RunLock(tmp_path)
     run_lock.acquire()
     assert run_lock.renew()
     run_lock.path.unlink()
-    elsewhere(tmp_path)
+    lock_of_another_machine(tmp_path)
     assert not run_lock.renew()
     run_lock.release()
     assert "node7" in run_lock.path.read_text()
 
 
-def test_a_process_is_known_by_its_start_not_by_its_number() -> None:
+def test_process_start_identifies_a_process() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid()) is not None
     assert process_start(2**22 + 1) is None
 
 
-def test_a_rank_that_does_not_move_says_where_and_leaves(
+def test_rank_without_progress_logs_its_phase_and_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left: queue.Queue[int] = queue.Queue()
+    exit_codes: queue.Queue[int] = queue.Queue()
     watch = Watchdog(tmp_path, 0, 1, hang_seconds=0.2)
-    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.stop(), left.put(code)))
+    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.stop(), exit_codes.put(code)))
     watch.enter_phase(7, "forward")
     watch.start(None)
-    assert left.get(timeout=PATIENCE) == HUNG
+    assert exit_codes.get(timeout=PATIENCE) == HUNG
     (entry,) = read_json_lines(watch.incidents.path)
     assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
 
 
-def test_a_move_may_take_its_patience_times_the_limit(
+def test_phase_may_take_its_patience_times_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
@@ -173,23 +167,22 @@ def test_a_move_may_take_its_patience_times_the_limit(
 
 
 @pytest.mark.fault(
-    "crash after crash at one place", "stops after max_starts, with the last crash as the reason"
+    "repeated crashes at the same step", "stops after max_starts; the reason names the last crash"
 )
 def test_starts_without_progress_stop(tmp_path: Path, measured: Any) -> None:
     incidents = Incidents(tmp_path)
     incidents.log("crash", "rank 3: CUDA error: uncorrectable ECC error")
     starts = Starts(tmp_path, limit=5)
     assert [starts.count(100, incidents) for _ in range(4)] == [None] * 4
-    assert starts.count(200, incidents) is None  # a checkpoint further on
+    assert starts.count(200, incidents) is None  # a later checkpoint
     assert [starts.count(200, incidents) for _ in range(4)] == [None] * 4
-    why = starts.count(200, incidents)
-    assert (
-        why is not None and "5 starts from 200 tokens" in why and "uncorrectable ECC error" in why
-    )
+    reason = starts.count(200, incidents)
+    assert reason is not None
+    assert "5 starts from 200 tokens" in reason and "uncorrectable ECC error" in reason
     measured("stopped at start 6 of 5")
 
 
-def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, ranks: Ranks) -> None:
+def test_outcome_is_written_to_the_run_folder(tmp_path: Path, ranks: Ranks) -> None:
     run = config(tmp_path, "run")
     folder = run.run.folder
     assert run_context(
@@ -197,18 +190,18 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, ranks: Ranks) -> N
     ) == Outcome(INTERRUPTED, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
-    def mistake(watch: Any, stop_request: Any) -> Outcome:
+    def user_error(watch: Any, stop_request: Any) -> Outcome:
         assert read_outcome(folder) is None and (folder / "run.lock").exists()
         raise InputError("no such thing; do this")
 
     with pytest.raises(InputError):
-        run_context(run.run, run.health, ranks, mistake)
+        run_context(run.run, run.health, ranks, user_error)
     assert read_outcome(folder) == Outcome(2, "no such thing; do this")
 
     def crash(watch: Any, stop_request: Any) -> Outcome:
         raise OSError(errno.EIO, "Input/output error")
 
-    # not an OSError, which the command line would take for a mistake
+    # not an OSError, which the command would report as a user error
     with pytest.raises(RuntimeError):
         run_context(run.run, run.health, ranks, crash)
     assert (
@@ -217,7 +210,7 @@ def test_how_a_run_ended_stands_in_its_folder(tmp_path: Path, ranks: Ranks) -> N
     )
 
 
-def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
+def test_restart_by_torchrun_after_an_interruption_returns_the_same_outcome(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
@@ -239,9 +232,9 @@ def test_torchrun_restarting_what_asked_to_leave_gets_the_same_answer(
 
 
 @pytest.mark.fault(
-    "a run folder that cannot be written", "one line with the reason before anything is trained"
+    "a run folder that cannot be written", "one line with the reason before training"
 )
-def test_a_read_only_folder_is_said(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
+def test_read_only_folder_is_refused(tmp_path: Path, ranks: Ranks, measured: Any) -> None:
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
     with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
@@ -250,63 +243,63 @@ def test_a_read_only_folder_is_said(tmp_path: Path, ranks: Ranks, measured: Any)
 
 
 @pytest.mark.fault(
-    "a full disk under the logs", "lines wait in memory and are written when there is room"
+    "a full disk for the logs", "records wait in memory and are written when there is space"
 )
-def test_no_line_is_lost_or_cut_on_a_full_disk(
+def test_full_disk_loses_and_truncates_no_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
     sink = JsonLines(tmp_path / "metrics.jsonl", 0)
-    room = [10_000]
+    free_bytes = [10_000]
 
-    class Full:
-        """A file on a disk that takes some bytes of the line and then no more."""
+    class FullDisk:
+        """A file on a disk that fills up within a line."""
 
         def __init__(self, file: Any) -> None:
             self.file = file
 
         def write(self, line: bytes) -> int:
-            if room[0] == 0:
+            if free_bytes[0] == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written: int = self.file.write(line[: room[0]])
-            room[0] -= written
+            written: int = self.file.write(line[: free_bytes[0]])
+            free_bytes[0] -= written
             return written
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    sink.file = Full(sink.file)  # type: ignore[assignment]
+    sink.file = FullDisk(sink.file)  # type: ignore[assignment]
     for step in range(500):
         sink.write({"step": step, "tokens": step, "loss": 1.5})
         if step == 400:
-            room[0] = 10**9
+            free_bytes[0] = 10**9
     sink.close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(500))
-    measured("500 of 500 lines, none cut")
+    measured("500 of 500 lines, none truncated")
 
 
-def test_standard_output_on_a_full_disk_stops_nothing() -> None:
+def test_standard_output_on_a_full_disk_does_not_stop_the_run() -> None:
     out = BestEffortStream(open("/dev/full", "w", buffering=1))  # noqa: SIM115
     print("a line", file=out, flush=True)  # type: ignore[call-overload]
     with pytest.raises(OSError):
         out.stream.write("x\n" * 10_000)
 
 
-@pytest.mark.fault("a clock that jumps", "limits and rates count on another clock")
-def test_the_time_limit_does_not_follow_the_wall_clock(
+@pytest.mark.fault("a clock that jumps", "limits and rates use the monotonic clock")
+def test_time_limit_does_not_depend_on_the_wall_clock(
     monkeypatch: pytest.MonkeyPatch, measured: Any
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
     stop_request = StopRequest(None, margin_seconds=100.0)
     monkeypatch.setattr(time, "time", lambda: 4e9)
     assert stop_request.reason() is None
-    real = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: real + 901)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 901)
     assert stop_request.reason() == "stopped by Slurm's time limit"
     measured("0 effect of +70 years")
 
 
-def test_the_reason_of_a_stop_names_what_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first request counts; of two time limits the one that comes first."""
+def test_stop_request_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first signal counts; of two time limits, the earlier one."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     reasons = {signal.SIGINT: "stopped by Ctrl-C", signal.SIGTERM: "stopped by SIGTERM"}
     for number, reason in reasons.items():
@@ -329,7 +322,7 @@ def test_the_reason_of_a_stop_names_what_the_user_did(monkeypatch: pytest.Monkey
     "code, name, old",
     [(0, "finished", "finished"), (75, "interrupted", "requeue"), (2, "failed", "stopped")],
 )
-def test_an_outcome_has_a_name_and_older_names_are_read(
+def test_outcome_names_and_names_of_older_versions(
     tmp_path: Path, code: int, name: str, old: str
 ) -> None:
     Outcome(code, "why").write(tmp_path)
@@ -339,7 +332,7 @@ def test_an_outcome_has_a_name_and_older_names_are_read(
     assert read_outcome(tmp_path) == Outcome(code, "why")
 
 
-def test_an_incident_reaches_its_file_when_the_console_is_gone(
+def test_incident_is_written_if_the_console_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Closed:
@@ -364,7 +357,7 @@ def _one_rank_fails(root: Path) -> None:
             (root / f"rank-{ranks.rank}").write_text(str(error))
 
 
-def test_a_mistake_of_one_rank_is_said_on_all(tmp_path: Path) -> None:
+def test_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     run_ranks(2, [(_one_rank_fails, (tmp_path,))])
-    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
-    assert said == ["run.init_from: not on this node"] * 2
+    errors = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    assert errors == ["run.init_from: not on this node"] * 2

@@ -1,6 +1,4 @@
-"""Scores of evaluation jobs: which checkpoints get them, and that none is lost on the way to the
-run's records.
-"""
+"""Scores of evaluation jobs: which checkpoints are scored, and that every score is recorded."""
 
 import json
 import threading
@@ -32,7 +30,7 @@ from train.resilience.run_lock import RunLock
 SUITES = ["v1", "v2"]
 
 
-def checkpoint(run: Path, step: int, tokens: int) -> Path:
+def write_checkpoint(run: Path, step: int, tokens: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
     (folder / STATE).write_text(json.dumps({"tokens": tokens}))
@@ -40,14 +38,14 @@ def checkpoint(run: Path, step: int, tokens: int) -> Path:
     return folder
 
 
-def result(run: Path, suite: str, step: int, score: float, **extra: Any) -> None:
+def write_result(run: Path, suite: str, step: int, score: float, **extra: Any) -> None:
     rows = {"ARC": {"score": score}, "GSM8K": {"score": score + 2}}
     body = {"complete": True, "rows": rows, **extra}
     (run / "scores" / f"{suite}-step-{step:08d}.json").write_text(json.dumps(body))
 
 
-def finished(run: Path, tensorboard: bool = False) -> list[str]:
-    """A run that is over, with jobs on two of its checkpoints."""
+def write_finished_run(run: Path, tensorboard: bool = False) -> list[str]:
+    """Write the folder of a finished run with jobs on two checkpoints."""
     started = {"step-00000004": 256, "step-00000009": 576}
     (run / "scores").mkdir(parents=True)
     (run / "scores" / "jobs.json").write_text(json.dumps({"started": started}))
@@ -59,8 +57,8 @@ def finished(run: Path, tensorboard: bool = False) -> list[str]:
         "overrides": [],
     }
     metrics = {"wandb_project": None, "tensorboard": tensorboard, "console_seconds": 1.0}
-    whole = {"run": {"name": "r", "seed": 0}, "metrics": metrics, "eval": {"jobs": jobs}}
-    (run / "config.yaml").write_text(json.dumps(whole))
+    config = {"run": {"name": "r", "seed": 0}, "metrics": metrics, "eval": {"jobs": jobs}}
+    (run / "config.yaml").write_text(json.dumps(config))
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(record(step)) + "\n" for step in range(1, 10))
     )
@@ -68,7 +66,7 @@ def finished(run: Path, tensorboard: bool = False) -> list[str]:
 
 
 def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first past each multiple, the last one before the decay and the run's last, each once."""
+    """First after each multiple of every_tokens, last before the decay, last of the run."""
     launched: list[int] = []
     monkeypatch.setattr(
         SuiteJobs, "_pin_and_launch", lambda self, folder: launched.append(int(folder.name[5:]))
@@ -79,47 +77,45 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
         always={1600, 1900},
     )
     for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
-        checkpoint(tmp_path, step, tokens)
+        write_checkpoint(tmp_path, step, tokens)
     assert jobs.poll() == [] and launched == [2]
-    for step, tokens in ((4, 1600), (5, 1700), (6, 1900)):  # all within one look
-        checkpoint(tmp_path, step, tokens)
-    assert jobs.poll() == [] and launched == [2], "it has just looked"
+    for step, tokens in ((4, 1600), (5, 1700), (6, 1900)):  # all before the next poll
+        write_checkpoint(tmp_path, step, tokens)
+    assert jobs.poll() == [] and launched == [2], "it has just polled"
     assert jobs.poll(now=True) == [] and launched == [2, 4, 6]
-    again = SuiteJobs(jobs.run, jobs.settings, always=jobs.always)
-    assert again.poll() == [] and launched == [2, 4, 6]
+    restarted = SuiteJobs(jobs.run, jobs.settings, always=jobs.always)
+    assert restarted.poll() == [] and launched == [2, 4, 6]
 
 
-def test_scores_come_once_and_of_every_checkpoint(tmp_path: Path) -> None:
-    """Two checkpoints ready at one look; a suite with rows that cannot be scored is no reason to
-    wait for ever.
-    """
-    finished(tmp_path)
-    held = tmp_path / "scores" / "held" / "step-00000004"
-    held.mkdir(parents=True)
-    result(tmp_path, "v1", 4, 30.0)
-    result(tmp_path, "v1", 9, 50.0)
+def test_scores_of_each_checkpoint_are_collected_once(tmp_path: Path) -> None:
+    """Two checkpoints at one poll; a suite with rows that cannot be scored counts as complete."""
+    write_finished_run(tmp_path)
+    pinned = tmp_path / "scores" / "held" / "step-00000004"
+    pinned.mkdir(parents=True)
+    write_result(tmp_path, "v1", 4, 30.0)
+    write_result(tmp_path, "v1", 9, 50.0)
     jobs = SuiteJobs(Run("r", str(tmp_path), 0), JobsConfig(SUITES, 100, Launcher.local, [], []))
     first = jobs.collect()
     assert [(r["step"], r["tokens"]) for r in first] == [(4, 256), (9, 576)]
     assert first[0]["scores"] == {"v1": {"ARC": 30.0, "GSM8K": 32.0, "average": 31.0}}
-    assert jobs.collect() == [] and held.exists()
-    result(tmp_path, "v2", 4, 7.0, complete=False)
-    assert jobs.collect() == [], "it goes on"
-    result(tmp_path, "v2", 4, 7.0, complete=False, missing={"MATH": "no dataset"})
+    assert jobs.collect() == [] and pinned.exists()
+    write_result(tmp_path, "v2", 4, 7.0, complete=False)
+    assert jobs.collect() == [], "the job still runs"
+    write_result(tmp_path, "v2", 4, 7.0, complete=False, missing={"MATH": "no dataset"})
     assert jobs.collect() == [
         {"step": 4, "tokens": 256, "scores": {"v2": {"ARC": 7.0, "GSM8K": 9.0}}}
     ]
-    assert not held.exists()
+    assert not pinned.exists()
 
 
-def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys: Any) -> None:
-    finished(tmp_path, tensorboard=True)
+def test_job_that_ends_after_the_run_writes_its_scores(tmp_path: Path, capsys: Any) -> None:
+    write_finished_run(tmp_path, tensorboard=True)
     assert collect(tmp_path) == 0
-    result(tmp_path, "v1", 4, 30.0)
-    result(tmp_path, "v1", 9, 50.0)
+    write_result(tmp_path, "v1", 4, 30.0)
+    write_result(tmp_path, "v1", 9, 50.0)
     assert collect(tmp_path) == 2 and collect(tmp_path) == 0
-    said = capsys.readouterr().out
-    assert "v1 at step 9, 576 tokens:  ARC 50.00  GSM8K 52.00  average 51.00" in said
+    output = capsys.readouterr().out
+    assert "v1 at step 9, 576 tokens:  ARC 50.00  GSM8K 52.00  average 51.00" in output
     path = tmp_path / "metrics.jsonl"
     assert [line["step"] for line in read_lines(path)] == list(range(1, 10))
     assert [(line["step"], line["scores"]["v1"]["average"]) for line in read_scores(path)] == [
@@ -131,13 +127,13 @@ def test_a_job_that_ends_after_its_run_brings_its_scores(tmp_path: Path, capsys:
         collect(tmp_path / "scores")
 
 
-def test_a_run_that_lives_takes_its_scores_itself(
+def test_running_run_collects_its_scores_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job waits while the folder is held, and takes what the run has not taken when it left."""
+    """The job waits while the folder is locked, then writes the scores that are left."""
     monkeypatch.setattr("train.metrics.scores.RETRY_SECONDS", 0.05)
-    finished(tmp_path)
-    result(tmp_path, "v1", 4, 30.0)
+    write_finished_run(tmp_path)
+    write_result(tmp_path, "v1", 4, 30.0)
     run_lock = RunLock(tmp_path)
     run_lock.acquire()
     counts: list[int] = []
@@ -149,13 +145,13 @@ def test_a_run_that_lives_takes_its_scores_itself(
     job.join(PATIENCE)
     assert counts == [1]
     monkeypatch.setattr("train.metrics.scores.MAX_WAIT_SECONDS", 0.1)
-    result(tmp_path, "v1", 9, 50.0)
+    write_result(tmp_path, "v1", 9, 50.0)
     run_lock.acquire()
     assert collect(tmp_path) == 0
     run_lock.release()
 
 
-def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_again(
+def test_restart_keeps_scores_up_to_its_tokens(
     tmp_path: Path,
 ) -> None:
     def scored(step: int) -> dict[str, Any]:
@@ -166,7 +162,7 @@ def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_
     )
     for step in range(1, 8):
         metrics.log(record(step), "")
-    metrics.log_scores(scored(2))  # it came at step 7
+    metrics.log_scores(scored(2))  # logged at step 7
     metrics.log_scores(scored(6))
     metrics.close()
     again = Metrics(
@@ -179,10 +175,10 @@ def test_a_restart_keeps_scores_and_a_rewound_run_gets_those_of_its_lost_future_
     ] == [2]
 
 
-def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(
+def test_wandb_gets_scores_at_the_tokens_of_their_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B's own steps only grow, so scores have an axis of their own."""
+    """Steps of W&B can only increase, so scores have their own axis."""
 
     class Remote:
         config: dict[str, Any] = {}
@@ -201,7 +197,7 @@ def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(
     monkeypatch.setattr(Wandb, "_start", lambda self: remote)
     sink = Wandb("project", "r", tmp_path, {})
     scores = {"step": 4, "tokens": 256, "scores": {"v1": {"ARC": 30.0}}}
-    sink.log(scores)  # of a job that ends after its run
+    sink.log(scores)  # from a job that ends after the run
     sink.log(record(9))
     sink.log({**scores, "step": 8, "tokens": 512})
     sink.close()
@@ -212,17 +208,15 @@ def test_wandb_gets_them_at_the_tokens_of_their_checkpoint(
     assert logged[1][1] == 9 and logged[2] == ({"scores/v1/ARC": 30.0, "scores/tokens": 512}, 9)
 
 
-def test_a_run_scores_itself_before_the_decay_and_at_its_end(
+def test_run_is_scored_before_the_decay_and_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole run whose jobs end at once: both checkpoints stand in its records and side by side on
-    its page.
-    """
+    """A run whose jobs end at once: both checkpoints are in its records and on its page."""
 
-    def score(self: SuiteJobs, suite: str, held: Path) -> None:
-        step = int(held.name[5:])
-        assert (held / MANIFEST).is_file() and "train/collect_scores.py" in self.then[1]
-        result(self.run.folder, suite, step, float(step))
+    def score(self: SuiteJobs, suite: str, pinned: Path) -> None:
+        step = int(pinned.name[5:])
+        assert (pinned / MANIFEST).is_file() and "train/collect_scores.py" in self.then[1]
+        write_result(self.run.folder, suite, step, float(step))
 
     monkeypatch.setattr(SuiteJobs, "_launch", score)
     make_corpus(tmp_path / "data")
@@ -233,9 +227,9 @@ def test_a_run_scores_itself_before_the_decay_and_at_its_end(
     run.metrics = MetricsConfig(None, False, 60.0)
     train(run)
     path = run.run.folder / "metrics.jsonl"
-    found = read_scores(path)
+    scores = read_scores(path)
     end = run.data.tokens_of(run.data.stages[0]) + run.data.tokens_of(run.data.stages[1])
-    assert [r["tokens"] for r in found] == [end, read_lines(path)[-1]["tokens"]]
-    assert [r["scores"]["v1"]["ARC"] for r in found] == [float(r["step"]) for r in found]
+    assert [r["tokens"] for r in scores] == [end, read_lines(path)[-1]["tokens"]]
+    assert [r["scores"]["v1"]["ARC"] for r in scores] == [float(r["step"]) for r in scores]
     text = page([run.run.folder], tmp_path / "page.html").read_text()
-    assert f"<th>{end:,} tokens</th>" in text and f"<td>{float(found[0]['step']):.2f}</td>" in text
+    assert f"<th>{end:,} tokens</th>" in text and f"<td>{float(scores[0]['step']):.2f}</td>" in text

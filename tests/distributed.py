@@ -1,4 +1,4 @@
-"""Run a function on several ranks in processes of their own."""
+"""Run functions on several ranks in separate processes."""
 
 import gc
 import multiprocessing
@@ -20,28 +20,26 @@ Job = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def run_ranks(world_size: int, jobs: list[Job], device: str = "cpu") -> None:
-    """Call one `function(*arguments)` after another on every rank, each with a launcher's
-    environment of its own.
+    """Call each `function(*arguments)` on every rank, each with a new launcher environment.
 
-    One set of processes does all jobs, forked from one that has imported everything; for GPUs they
-    begin anew, since DeepSpeed takes a device once for a process and its children, and took the
-    CPU. Raises with a failing rank's traceback.
+    One set of processes runs all jobs. On CPU they are forks of a process that has imported
+    everything; on GPU they are spawned, since DeepSpeed chooses a device once for a process and its
+    forks. Raises with the traceback of a failing rank.
     """
-    ports, method = free_ports(len(jobs)), "forkserver" if device == "cpu" else "spawn"
+    ports = free_ports(len(jobs))
+    method = "forkserver" if device == "cpu" else "spawn"
     mp.start_processes(_rank, (world_size, ports, jobs), nprocs=world_size, start_method=method)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below those that a system gives to connections: one of gloo's own could take it before
-    its job begins.
-    """
-    found: list[int] = []
+    """Free ports below the ephemeral range, from which a connection of gloo could take one."""
+    ports: list[int] = []
     for port in random.SystemRandom().sample(range(12_000, 32_000), 20 * count):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError(f"no {count} free ports between 12,000 and 32,000")
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"fewer than {count} free ports between 12,000 and 32,000")
 
 
 def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None:
@@ -60,4 +58,4 @@ def _rank(rank: int, world_size: int, ports: list[int], jobs: list[Job]) -> None
             function(*arguments)
         except BaseException:
             raise RuntimeError(f"rank {rank}:\n{traceback.format_exc()}") from None
-        gc.collect()  # process groups of the job, whose threads would add up
+        gc.collect()  # process groups of the job, whose threads would accumulate

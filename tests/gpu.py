@@ -1,6 +1,4 @@
-"""What a test carries that needs an NVIDIA GPU, and the devices of one that runs with and
-without.
-"""
+"""Marks of tests that need an NVIDIA GPU, and devices of tests that run on CPU and GPU."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Everything slow to import, loaded once in the process that tests/supervisor.py forks its ranks
-from.
-"""
+"""Slow imports, loaded once in the process from which test ranks are forked."""
 
 import gc
 
@@ -15,7 +13,7 @@ from train.engines.deepspeed import _import_deepspeed
 torch.set_num_threads(1)
 _import_deepspeed("cpu")
 demo()
-# what is here lives as long as the forks: their collections, which DeepSpeed asks for, pass it over
+# DeepSpeed calls gc.collect(); frozen objects are skipped
 gc.collect()
 gc.freeze()
 __all__ = ["parallel_state", "tensor_parallel", "train"]

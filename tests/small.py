@@ -1,6 +1,4 @@
-"""The smallest run that has everything: two sources, three stages, a ramp, a context change, decay,
-clipping.
-"""
+"""Config of a small run: two sources, three stages, batch ramp, context change, decay, clipping."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +24,7 @@ from train.resilience.config import HealthConfig, VerifyShards
 
 
 def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: int = 1) -> RunConfig:
-    """Some thirty steps: batches ramp from 1 (a rank has none) to 8 by odd numbers, contexts 16 and
-    32, clipping.
-    """
+    """43 steps: batches ramp from 1 (a rank has none) to 8, contexts are 16 and 32."""
     base = demo()
     return RunConfig(
         run=Run(name, str(root / name), 0),
@@ -54,13 +50,13 @@ def config(root: Path, name: str, tensor_parallel: int = 1, context_parallel: in
 
 
 def evaluation(run: RunConfig) -> EvaluationConfig:
-    """What the commands of eval/ read of a run."""
+    """Config of the commands of eval/ for a run."""
     demo = typed(EvaluationConfig, "demo")
     return replace(demo, run=run.run, model=run.model, data=run.data)
 
 
 def overrides(tokens: int) -> list[str]:
-    """For commands of the demo: a model of this size, and one stage of the made-up corpus."""
+    """Overrides that give the demo a tiny model and one stage of the test corpus."""
     curated = "{recipe: curated, input: raw, licence: CC0-1.0, max_epochs: 40, tasks: 1}"
     stage = f"name: only, tokens: {tokens}, seq_len: 16, mixture: {{prose: 1, sums: 1}}"
     return [
@@ -77,7 +73,7 @@ def overrides(tokens: int) -> list[str]:
 
 
 def health() -> HealthConfig:
-    """Checks at short intervals; no spikes, for a run this short has no window to tell one."""
+    """Health checks at short intervals; the spike window is longer than the run."""
     return HealthConfig(
         max_skipped_updates=10,
         spike_window_updates=128,

@@ -1,6 +1,4 @@
-"""What commit bd3e05a wrote is read, verified, resumed and exported by the code of today
-(tests/fixtures/README.md).
-"""
+"""Files written by commit bd3e05a are read, verified, resumed and exported (fixtures/README.md)."""
 
 import json
 import shutil
@@ -29,8 +27,8 @@ ZERO_STAGES = {"zero0-dp2": 0, "zero1-dp2": 1, "zero2-dp2": 2, "zero3-dp2": 3}
 LAYOUTS = (*ZERO_STAGES, "megatron-dp2", "zero1-tp2", "zero1-cp2")
 
 
-def of_layout(root: Path, name: str) -> RunConfig:
-    """The config that a fixture was trained with, to go on below `root`."""
+def layout_config(root: Path, name: str) -> RunConfig:
+    """Config of the run of a fixture, to be continued below `root`."""
     run = config(
         root,
         name,
@@ -47,27 +45,27 @@ def of_layout(root: Path, name: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All layouts, taken up from the checkpoints of the fixtures and trained to their end."""
+    """Runs of all layouts, resumed from the checkpoints of the fixtures and trained to the end."""
     root = tmp_path_factory.mktemp("resumed")
     for name in LAYOUTS:
         shutil.copytree(FIXTURES / "runs" / name / "checkpoints", root / name / "checkpoints")
-    run_ranks(2, [(train, (of_layout(root, name),)) for name in LAYOUTS])
+    run_ranks(2, [(train, (layout_config(root, name),)) for name in LAYOUTS])
     return root
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_goes_on_from_an_old_checkpoint(resumed: Path, name: str) -> None:
-    found = curve(resumed, name)
+def test_run_resumes_from_an_old_checkpoint(resumed: Path, name: str) -> None:
+    losses = curve(resumed, name)
     expected = curve(FIXTURES / "runs", name)
-    assert len(found) == 15 and len(expected) == 43
-    torch.testing.assert_close(found, expected[28:], rtol=RELATIVE, atol=1e-7)
+    assert len(losses) == 15 and len(expected) == 43
+    torch.testing.assert_close(losses, expected[28:], rtol=RELATIVE, atol=1e-7)
     assert [r["tokens"] for r in records(resumed, name)] == [
         r["tokens"] for r in records(FIXTURES / "runs", name)
     ][28:]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
+def test_old_checkpoints_verify_and_have_every_tensor(name: str) -> None:
     (folder,) = iter_checkpoints(FIXTURES / "runs" / name / "checkpoints")
     assert verify_checkpoint(folder) is None and read_state(folder)["step"] == 28
     reader = CheckpointReader(folder)
@@ -78,16 +76,16 @@ def test_old_checkpoints_verify_and_hold_every_tensor(name: str) -> None:
     )
 
 
-def test_an_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
+def test_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
     old = FIXTURES / "runs" / "zero1-dp2"
     shutil.copytree(old / "checkpoints", tmp_path / "zero1-dp2" / "checkpoints")
-    run = of_layout(tmp_path, "zero1-dp2")
+    run = layout_config(tmp_path, "zero1-dp2")
     export(evaluation(run), max_bytes=20_000)
     files = {path.name: path.read_bytes() for path in run.run.files.hf.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
 
 
-def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
+def test_old_export_is_read_by_us_and_by_transformers() -> None:
     folder = FIXTURES / "runs" / "zero1-dp2" / "hf"
     ours = HfFolder(folder)
     (step,) = iter_checkpoints(FIXTURES / "runs" / "zero1-dp2" / "checkpoints")
@@ -96,24 +94,22 @@ def test_an_old_export_is_read_by_us_and_by_transformers() -> None:
     assert sum(p.numel() for p in load_transformers_model(folder).parameters()) == 14_952
 
 
-def test_the_record_of_an_old_run_is_a_config_and_makes_a_card() -> None:
+def test_config_of_an_old_run_is_read_and_gives_a_model_card() -> None:
     folder = FIXTURES / "runs" / "zero1-dp2"
     record = load_config(folder / "config.yaml")
     assert record.pop("code")["commit"].startswith("bd3e05a")
     run = convert(RunConfig, record)
-    wanted = config(Path("runs"), "zero1-dp2")
-    assert {source.input for source in run.data.sources.values()} == {"host"}, (
-        "which was a word of bd3e05a"
-    )
+    expected = config(Path("runs"), "zero1-dp2")
+    assert {source.input for source in run.data.sources.values()} == {"host"}, "a value of bd3e05a"
     assert run == replace(
-        wanted,
-        data=replace(wanted.data, folder="corpus", sources=run.data.sources),
-        health=replace(wanted.health, hang_seconds=60.0),
+        expected,
+        data=replace(expected.data, folder="corpus", sources=run.data.sources),
+        health=replace(expected.health, hang_seconds=60.0),
     )
     (step,) = iter_checkpoints(folder / "checkpoints")
     card = model_card(folder, step, run.model)
     assert "14,952 parameters after 816 tokens" in card and "| prose | curated | CC0-1.0 |" in card
-    assert "## Results" not in card and "model-index" not in card  # none were taken
+    assert "## Results" not in card and "model-index" not in card  # no benchmark was run
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"
 
 
@@ -121,7 +117,7 @@ def test_a_checkpoint_that_is_none_keeps_no_initial_weights_out(tmp_path: Path) 
     """A kill may leave a folder without a manifest before the first save is whole."""
     runs = []
     for name in ("clean", "broken"):
-        run = of_layout(tmp_path, name)
+        run = layout_config(tmp_path, name)
         hf = FIXTURES / "runs" / "zero1-dp2" / "hf"
         runs.append(replace(run, run=replace(run.run, init_from=str(hf))))
     (runs[1].run.files.checkpoints / "step-00000010").mkdir(parents=True)

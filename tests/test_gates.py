@@ -23,7 +23,7 @@ AREAS = {
     "plan": "tests/launch/test_plan.py::test_the_command_writes_json",
     "README's own commands": "tests/test_readme.py::test_it_learns",
     "golden losses": "tests/test_golden.py::test_golden_losses_are_kept",
-    "fixtures": "tests/test_fixtures.py::test_a_run_goes_on_from_an_old_checkpoint",
+    "fixtures": "tests/test_fixtures.py::test_run_resumes_from_an_old_checkpoint",
 }
 
 

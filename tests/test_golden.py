@@ -1,6 +1,4 @@
-"""The golden losses of tests/golden, in a process of its own: it fixes the instruction set before
-torch is loaded.
-"""
+"""Golden losses; tests.golden runs in its own process to fix the instruction set before torch."""
 
 from pathlib import Path
 
@@ -19,10 +17,10 @@ def test_golden_losses_are_kept() -> None:
     )
 
 
-def test_on_another_machine_figures_are_near_and_nan_is_not(
+def test_figures_of_another_machine_are_compared_with_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(golden, "HERE", tmp_path)
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
     (tmp_path / "run.txt").write_text("# a machine torch 1\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0001 2.9999"]) == []
     assert (
@@ -35,10 +33,10 @@ def test_on_another_machine_figures_are_near_and_nan_is_not(
         ]
 
 
-def test_on_the_same_machine_every_digit_counts(
+def test_figures_of_the_same_machine_are_compared_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(golden, "HERE", tmp_path)
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
     (tmp_path / "run.txt").write_text(f"{golden.machine()}\n1 2.0 3.0\n")
     assert golden.differences("run", ["1 2.0 3.0"]) == []
     assert golden.report(["run"]) == "all golden losses are equal to the last digit"

@@ -1,4 +1,4 @@
-"""A model small enough for every test, with all sizes unequal so that a swapped axis shows."""
+"""A tiny model; all sizes differ, so that a swapped axis is detected."""
 
 import torch
 
@@ -29,5 +29,5 @@ TINY = ModelConfig(
 def model_of(
     config: ModelConfig, seed: int = 0, kernels: Kernels = REFERENCE, device: str = "cpu"
 ) -> FalconMamba:
-    """A freshly initialised model."""
+    """A newly initialised model."""
     return build_model(config, kernels, seed, torch.device(device))

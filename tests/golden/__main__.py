@@ -1,11 +1,11 @@
-"""Golden losses: `step loss grad_norm` of short runs, which a change of structure must not change.
+"""Golden losses: `step loss grad_norm` of short runs, which a refactoring must not change.
 
-    python -m tests.golden            # run them and compare, exit code 1 where one differs
-    python -m tests.golden --write    # run and write: only with a change meant to change losses
+    python -m tests.golden            # run and compare; exit code 1 if one differs
+    python -m tests.golden --write    # run and write, for a change meant to change losses
 
-A run has the same digits on one instruction set: the process chooses AVX2 for torch and for our
-kernels, where the processor has it, and for MKL the path that all x86 processors share. On another
-machine (a file's first line says which one wrote it) the figures agree to RELATIVE.
+The digits depend on the instruction set. The process chooses AVX2 for torch and our kernels if the
+processor has it, and for MKL the code path common to all x86 processors. The first line of a file
+names the machine that wrote it; on other machines, figures are compared to within RELATIVE.
 """
 
 import json
@@ -18,21 +18,22 @@ from pathlib import Path
 
 from model.kernels.cpu_library import instruction_set
 
-# torch believes what it is told: it would run AVX2 on a processor without it
+# torch does not check the processor: it would run AVX2 where it is not available
 TORCH = "default" if instruction_set() == "portable" else "avx2"
-# read by the libraries when they are loaded, so this process is replaced by one that has them from
-# its start
-FIXED = {
+# libraries read these when they are loaded, so the process replaces itself by one that has them
+ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": TORCH,
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "OMP_NUM_THREADS": "1",
 }
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in FIXED.items()):
+if __name__ == "__main__" and any(
+    os.environ.get(name) != value for name, value in ENVIRONMENT.items()
+):
     os.execve(
         sys.executable,
         [sys.executable, "-m", "tests.golden", *sys.argv[1:]],
-        {**os.environ, **FIXED},
+        {**os.environ, **ENVIRONMENT},
     )
 
 import torch
@@ -41,12 +42,12 @@ from tests.distributed import run_ranks
 from tests.golden.runs import INSTRUCTIONS, runs, train_on_one_instruction_set
 from train.config import RunConfig
 
-HERE = Path(__file__).resolve().parent
-RELATIVE = 2e-4  # of a figure, on another instruction set or with another torch
+FOLDER = Path(__file__).resolve().parent
+RELATIVE = 2e-4  # tolerance with another instruction set or torch version
 
 
 def lines_of(run: RunConfig) -> list[str]:
-    """`step loss grad_norm` of a run's records, every digit of them."""
+    """`step loss grad_norm` of the records of a run, with all digits."""
     records = [
         json.loads(line) for line in (run.run.folder / "metrics.jsonl").read_text().splitlines()
     ]
@@ -54,26 +55,26 @@ def lines_of(run: RunConfig) -> list[str]:
 
 
 def machine() -> str:
-    """What decides the last digits: processor, instruction set, torch."""
+    """Processor, instruction set and torch version, which determine the last digits."""
     vendor = "unknown"
     if (info := Path("/proc/cpuinfo")).is_file():
-        found = [
+        vendors = [
             line.split(":")[1].strip()
             for line in info.read_text().splitlines()
             if line.startswith("vendor_id")
         ]
-        vendor = found[0] if found else vendor
+        vendor = vendors[0] if vendors else vendor
     return f"# {platform.machine()} {vendor} {INSTRUCTIONS} torch {torch.__version__.split('+')[0]}"
 
 
 def read(name: str) -> tuple[str, list[str]]:
-    """Which machine wrote a golden file, and its lines."""
-    head, *golden = (HERE / f"{name}.txt").read_text().splitlines()
+    """First line of a golden file, which names the machine, and the other lines."""
+    head, *golden = (FOLDER / f"{name}.txt").read_text().splitlines()
     return head, golden
 
 
 def differences(name: str, lines: list[str]) -> list[str]:
-    """How a run differs from its golden file; nothing when it does not."""
+    """Lines that differ from the golden file of a run."""
     head, golden = read(name)
     if head == machine():
         return [
@@ -85,48 +86,51 @@ def differences(name: str, lines: list[str]) -> list[str]:
     return [
         f"{name} (another machine): {' '.join(new)} instead of {' '.join(old)}"
         for old, new in pairs
-        if not all(near(float(a), float(b)) for a, b in zip(old, new, strict=True))
+        if not all(is_close(float(a), float(b)) for a, b in zip(old, new, strict=True))
     ]
 
 
-def near(old: float, new: float) -> bool:
-    """Whether a figure is within RELATIVE of the golden one; NaN is near nothing."""
+def is_close(old: float, new: float) -> bool:
+    """Whether a figure is within RELATIVE of the golden one; False for NaN."""
     return abs(old - new) <= RELATIVE * abs(old)
 
 
 def report(names: Iterable[str]) -> str:
-    """How golden losses were found to agree, which depends on the machine that wrote them."""
+    """Summary line of a comparison without differences."""
     heads = sorted({read(name)[0] for name in names})
-    found = [
+    results = [
         "equal to the last digit"
         if head == machine()
         else f"within {RELATIVE} of those of {head[2:]}"
         for head in heads
     ]
-    return f"all golden losses are {' or '.join(found)}"
+    return f"all golden losses are {' or '.join(results)}"
 
 
 def main(write: bool) -> int:
-    """Run everything; returns the exit code."""
-    wrong = []
+    """Run all golden runs; returns the exit code."""
+    different = []
     with tempfile.TemporaryDirectory() as folder:
-        wanted = runs(Path(folder))
+        golden_runs = runs(Path(folder))
         for size in (1, 2):
             jobs = [
                 (train_on_one_instruction_set, (run,))
-                for ranks, run in wanted.values()
+                for ranks, run in golden_runs.values()
                 if ranks == size
             ]
             run_ranks(size, jobs)
-        for name, (_, run) in wanted.items():
+        for name, (_, run) in golden_runs.items():
             lines = lines_of(run)
             if write:
-                (HERE / f"{name}.txt").write_text("\n".join([machine(), *lines]) + "\n")
+                (FOLDER / f"{name}.txt").write_text("\n".join([machine(), *lines]) + "\n")
             else:
-                wrong += differences(name, lines)
+                different += differences(name, lines)
             print(f"{name}: {len(lines)} steps", flush=True)
-    print("\n".join(wrong) if wrong else "written" if write else report(wanted), flush=True)
-    return 1 if wrong else 0
+    print(
+        "\n".join(different) if different else "written" if write else report(golden_runs),
+        flush=True,
+    )
+    return 1 if different else 0
 
 
 if __name__ == "__main__":

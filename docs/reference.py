@@ -31,53 +31,53 @@ PAGE = "config.md"
 SCHEMAS = (DryRunConfig, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
-Values are those of `+experiment=7b`; an experiment changes what differs. Any of them is
-one override away: `optim.clip_norm=0.5`. A value that no source gives is marked *assumed*.
+Values are those of `+experiment=7b`. Override any of them on the command line:
+`optim.clip_norm=0.5`. Values without a published source are marked *assumed*.
 """
-MEANINGS = {  # of fields whose names need no comment where they are used
+MEANINGS = {  # of fields without a comment in the code
     "run.dir": "folder that holds everything the run writes",
-    "model.vocab_size": "rows of the embedding and of the head",
-    "model.d_model": "width of the residual",
+    "model.vocab_size": "rows of the embedding and the head",
+    "model.d_model": "width of the residual stream",
     "model.n_layer": "blocks",
     "model.d_inner": "channels of the mixer",
     "model.d_state": "state elements per channel",
-    "model.d_conv": "width of the causal convolution",
+    "model.d_conv": "kernel size of the causal convolution",
     "model.dt_rank": "width of the low-rank projection of the time step",
     "model.dt_max": "see dt_min",
     "model.dt_floor": "see dt_min",
-    "data.folder": "folder that data/prepare.py builds and the loader reads",
-    "data.tokenizer.vocab_size": "ids of the tokenizer; a trained one gets as many",
-    "data.sources.NAME.licence": "SPDX name, kept in the manifest",
+    "data.folder": "folder that data/prepare.py writes and the loader reads",
+    "data.tokenizer.vocab_size": "number of ids; a trained tokenizer gets as many",
+    "data.sources.NAME.licence": "SPDX name, stored in the manifest",
     "optim.beta1": "decay of AdamW's first moment",
     "optim.beta2": "decay of AdamW's second moment",
     "optim.eps": "added to the root of the second moment",
-    "schedule.min_lr": "rate at the end of the decay",
-    "schedule.warmup_tokens": "tokens over which the rate grows linearly from zero",
-    "schedule.batch_start_sequences": "batch of the first steps",
-    "schedule.batch_end_sequences": "batch after the ramp",
+    "schedule.min_lr": "learning rate at the end of the decay",
+    "schedule.warmup_tokens": "tokens over which the learning rate rises linearly from zero",
+    "schedule.batch_start_sequences": "batch size of the first steps, in sequences",
+    "schedule.batch_end_sequences": "batch size after the ramp, in sequences",
     "schedule.ramp_tokens": "tokens over which the batch grows linearly",
     "checkpoint.every_tokens": "tokens between two saves",
     "checkpoint.keep_last": "number of newest checkpoints to keep",
-    "cluster.nodes": "machines",
-    "cluster.ranks_per_node": "processes of a machine, one per GPU",
+    "cluster.nodes": "number of machines",
+    "cluster.ranks_per_node": "processes per machine, one per GPU",
     "generate.prompt": "text that the sample continues",
     "generate.sampling.seed": "seed of the sample",
-    "validation.every_tokens": "tokens between two held-out losses",
-    "validation.seq_len": "context of the held-out loss",
+    "validation.every_tokens": "tokens between two validations",
+    "validation.seq_len": "context length of validation",
     "leaderboard.jobs.every_tokens": "tokens between two leaderboards",
-    "leaderboard.suite.rows[].label": "its name in tables",
-    "leaderboard.suite.rows[].task": "its name in lm-evaluation-harness",
+    "leaderboard.suite.rows[].label": "name in tables",
+    "leaderboard.suite.rows[].task": "name in lm-evaluation-harness",
     "leaderboard.suite.rows[].shots": "examples in the prompt",
-    "leaderboard.suite.published": "scores of other models, in the order of the rows",
-    "data.stages[].name": "shown in metrics and consoles",
-    "leaderboard.suite.name": "name of its results' files",
+    "leaderboard.suite.published": "published scores of other models, in the order of the rows",
+    "data.stages[].name": "name shown in metrics and on the console",
+    "leaderboard.suite.name": "name of the suite, part of the names of its result files",
     "slurm.account": "account that the jobs are charged to",
-    "executor.poll_seconds": "seconds between two looks at the tasks",
+    "executor.poll_seconds": "seconds between two polls of the tasks",
 }
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """mkdocs' event: put the generated page among the written ones."""
+    """Add the generated page to the site (an event hook of mkdocs)."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, PAGE, content=page()))
@@ -85,7 +85,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def page() -> str:
-    """The whole page as Markdown."""
+    """The page as Markdown."""
     composed = compose_config(["+experiment=7b"])
     sections: dict[str, type] = {}
     for schema in SCHEMAS:
@@ -98,7 +98,7 @@ def page() -> str:
         if name in single
     }
     cells = [
-        row(name, type_name(sections.pop(name)), shown(composed.get(name)), notes[name])
+        row(name, type_name(sections.pop(name)), format_value(composed.get(name)), notes[name])
         for name in single
     ]
     parts = [HEAD, "\n| key | type | value | meaning |\n|---|---|---|---|", *cells]
@@ -116,13 +116,14 @@ def page() -> str:
 def entries(
     schema: type, values: Any, prefix: str, yaml: dict[str, str]
 ) -> list[tuple[str, str, str, str]]:
-    """(key, type, value, meaning) of each leaf of a dataclass, or of a table's entries' fields."""
-    found = []
+    """(key, type, value, meaning) of each leaf field of a dataclass."""
+    rows = []
     notes = field_comments(schema)
     for name, hint in typing.get_type_hints(schema).items():
         if name not in {field.name for field in dataclasses.fields(schema)}:
             continue
-        key, value = f"{prefix}.{name}", raw(values, name)
+        key = f"{prefix}.{name}"
+        value = raw_value(values, name)
         note = "; ".join(
             text for text in (notes.get(name) or MEANINGS.get(key), yaml.get(key)) if text
         )
@@ -131,20 +132,25 @@ def entries(
             None,
         )
         if inner is None:
-            found.append(
-                (key, type_name(hint), shown(value), note or first_sentence(schema, of_enum=hint))
+            rows.append(
+                (
+                    key,
+                    type_name(hint),
+                    format_value(value),
+                    note or first_sentence(schema, of_enum=hint),
+                )
             )
             continue
-        marks = {"dict": ".NAME", "list": "[]"}
-        mark = marks.get(getattr(typing.get_origin(hint), "__name__", ""), "")
-        if mark or note:
-            found.append((key + mark, type_name(hint), "", note or first_sentence(inner)))
-        found += entries(inner, value if not mark else None, key + mark, yaml)
-    return found
+        suffixes = {"dict": ".NAME", "list": "[]"}
+        suffix = suffixes.get(getattr(typing.get_origin(hint), "__name__", ""), "")
+        if suffix or note:
+            rows.append((key + suffix, type_name(hint), "", note or first_sentence(inner)))
+        rows += entries(inner, value if not suffix else None, key + suffix, yaml)
+    return rows
 
 
-def raw(values: Any, name: str) -> Any:
-    """A value as it is written, interpolations unresolved."""
+def raw_value(values: Any, name: str) -> Any:
+    """A value with interpolations unresolved."""
     return (
         OmegaConf.to_container(values, resolve=False).get(name)
         if isinstance(values, DictConfig)
@@ -153,19 +159,21 @@ def raw(values: Any, name: str) -> Any:
 
 
 def field_comments(schema: type) -> dict[str, str]:
-    """The comments above and behind the fields of a dataclass."""
+    """Comments of the fields of a dataclass: above, and at the end of the line."""
     source = textwrap.dedent(inspect.getsource(schema))
     lines = source.splitlines()
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    comments = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            _, _, behind = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
+            _, _, trailing = lines[(node.end_lineno or node.lineno) - 1].partition("  # ")
             above = list(itertools.takewhile(is_comment, reversed(lines[: node.lineno - 1])))
-            if note := " ".join([*(line.strip()[2:] for line in reversed(above)), behind]).strip():
-                found[node.target.id] = note
-    return found
+            if note := " ".join(
+                [*(line.strip()[2:] for line in reversed(above)), trailing]
+            ).strip():
+                comments[node.target.id] = note
+    return comments
 
 
 def is_comment(line: str) -> bool:
@@ -174,8 +182,8 @@ def is_comment(line: str) -> bool:
 
 
 def comments_of(section: str) -> dict[str, str]:
-    """The comments above and behind the values in a section's files, by full key."""
-    found: dict[str, str] = {}
+    """Comments of the values in the files of a config section, by full key."""
+    comments: dict[str, str] = {}
     for path in [
         *sorted((ROOT / "configs" / section).glob("*.yaml")),
         ROOT / "configs" / "config.yaml",
@@ -184,28 +192,28 @@ def comments_of(section: str) -> dict[str, str]:
         above: list[str] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             if is_comment(line):
-                above += [line.strip()[2:]] if number else []  # the first line is the file's
+                above += [line.strip()[2:]] if number else []  # the first line describes the file
             elif match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
                 indent = len(match[1])
                 parents = [(at, name) for at, name in parents if at < indent]
                 parents.append((indent, match[2]))
                 if note := " ".join([*above, match[3] or ""]).strip():
-                    found.setdefault(".".join(name for _, name in parents), note)
+                    comments.setdefault(".".join(name for _, name in parents), note)
                 above = []
             else:
                 above = []
-    return found
+    return comments
 
 
 def first_sentence(schema: type, of_enum: Any = None) -> str:
-    """What a docstring says first; of an enum's key the enum's."""
+    """First paragraph of the docstring of a dataclass, or of the enum for a key of that type."""
     if of_enum is not None and not (inspect.isclass(of_enum) and issubclass(of_enum, enum.Enum)):
         return ""
     return (inspect.getdoc(of_enum or schema) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def type_name(hint: Any) -> str:
-    """A type as a user writes its values."""
+    """A type, or the values of an enum, for users."""
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in hint)
     return re.sub(
@@ -215,14 +223,14 @@ def type_name(hint: Any) -> str:
     )
 
 
-def shown(value: Any) -> str:
-    """A value, short."""
+def format_value(value: Any) -> str:
+    """A value; the number of entries for a long list or dict."""
     if isinstance(value, list | dict) and len(str(value)) > 60:
         return f"{len(value)} entries"
     return "" if value is None else f"`{value}`"
 
 
 def row(key: str, kind: str, value: str, note: str) -> str:
-    """A line of a table; what would end a cell is escaped."""
+    """A table row with `|` escaped."""
     cells = (cell.replace("|", r"\|") for cell in (f"`{key}`", kind, value, note))
     return f"| {' | '.join(cells)} |"

@@ -1,6 +1,4 @@
-"""The house rules that a reader relies on: what lies where, which room imports which, what stays
-torch-free.
-"""
+"""Rules of the code base: files of each folder, allowed imports, modules without torch, sizes."""
 
 import ast
 import subprocess
@@ -15,11 +13,11 @@ from tests.commands import PATIENCE, python
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
 
-# which import the house, and which nobody in it imports
+# these import FOLDERS, which must not import them
 OUTSIDE = ("benchmarks", "docs", "examples", "tests")
 
-# Commands at the door, rooms behind: what lies in the root of a folder. (command, not command)
-DOORS: dict[str, tuple[set[str], set[str]]] = {
+# commands and other modules directly in each folder; all others are in subfolders
+TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
     "core": (
         set(),
         {"command", "entry", "errors", "files", "log", "old_keys", "run", "templates"},
@@ -65,8 +63,8 @@ DOORS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "launch": ({"attempt", "collect", "doctor", "dryrun", "plan", "submit"}, {"config"}),
 }
-MOST = {"train": 14, "data": 12, "eval": 12, "launch": 12}
-MOVED = {  # scripts that answer with their new place, until version 0.3
+MAX_FILES = {"train": 14, "data": 12, "eval": 12, "launch": 12}
+MOVED = {  # old paths of commands, which print the new path until version 0.3
     "data/plan.py": "data/mixture_report.py",
     "data/prefetch.py": "data/download.py",
     "eval/validation.py": "eval/check_leakage.py",
@@ -88,8 +86,7 @@ MAY_IMPORT = {
     "eval": {"core", "eval", "model", "data"},
     "train": {"core", "train", "eval", "model", "data"},
 }
-# of what trains, launch sees configuration and arithmetic, and reads and shows the records of
-# runs
+# launch imports configs and arithmetic of the other folders, and reads the records of runs
 LAUNCH = {
     *(
         "core",
@@ -108,9 +105,8 @@ LAUNCH = {
         "train.resilience.incidents",
     ),
 }
-# what a machine must be able to run is tried by the doctor's checks; what a run would do, by the
-# simulation
-LAUNCH_ROOMS = {
+# exceptions: the doctor tries kernels and the loader, the dry run simulates a run
+LAUNCH_EXCEPTIONS = {
     "launch/planning/checks.py": {"model.kernels", "data.stream"},
     "launch/simulation": {"data", "model", "train"},
 }
@@ -145,77 +141,78 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of the house that a file imports, wherever in the file; of a package, what is taken
-    from it.
-    """
-    found = set()
+    """Modules of this repository that a file imports anywhere, by full name."""
+    names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path} imports relatively"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in whole}
-    return {name for name in found if name.split(".")[0] in (*FOLDERS, *OUTSIDE)}
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in members}
+    return {name for name in names if name.split(".")[0] in (*FOLDERS, *OUTSIDE)}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_point_one_way(path: Path) -> None:
     folder = path.parts[0]
     for name in imports(path):
-        assert name not in FOLDERS, f"{path}: import {name} hides which part is used"
+        assert name not in FOLDERS, f"{path}: import {name} hides which module is used"
         if folder == "launch":
-            room = next(
-                (more for place, more in LAUNCH_ROOMS.items() if str(path).startswith(place)), set()
+            exceptions = next(
+                (
+                    names
+                    for prefix, names in LAUNCH_EXCEPTIONS.items()
+                    if str(path).startswith(prefix)
+                ),
+                set(),
             )
-            assert any(name == may or name.startswith(may + ".") for may in LAUNCH | room), (
-                f"{path} imports {name}"
-            )
+            assert any(
+                name == allowed or name.startswith(allowed + ".") for allowed in LAUNCH | exceptions
+            ), f"{path} imports {name}"
         else:
             assert name.split(".")[0] in MAY_IMPORT[folder], f"{path} imports {name}"
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
-    below = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
-    left = set(below)
-    while ground := {name for name in left if not below[name] & left}:
-        left -= ground
-    assert not left, f"in circles, or above one: {sorted(left)}"
+def test_no_circular_imports() -> None:
+    imported = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    remaining = set(imported)
+    while leaves := {name for name in remaining if not imported[name] & remaining}:
+        remaining -= leaves
+    assert not remaining, f"in an import cycle, or importing one: {sorted(remaining)}"
 
 
-def test_some_imports_are_seen() -> None:
+def test_imports_are_found() -> None:
     assert "model.mamba" in imports(Path("train/engines/deepspeed.py"))
     assert "train.config" in imports(Path("launch/planning/estimate.py"))
     assert "data.pipeline.accounting" in imports(Path("data/prepare.py"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_commands_are_at_the_door_and_rooms_behind(folder: str) -> None:
-    commands, others = DOORS[folder]
+def test_files_of_each_folder(folder: str) -> None:
+    commands, others = TOP_LEVEL[folder]
     moved = {Path(path).stem for path in MOVED if path.startswith(f"{folder}/")}
-    found = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
-    assert found - moved == commands | others, "list it here, or put it into a room"
-    assert len(found - moved) <= MOST.get(folder, len(found))
+    names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert names - moved == commands | others, "list it in TOP_LEVEL or move it to a subfolder"
+    assert len(names - moved) <= MAX_FILES.get(folder, len(names))
     runnable = {
         path
         for path in SOURCES
         if path.parts[0] == folder and "__main__" in (ROOT / path).read_text()
     }
-    # which only name it
+    # these mention it without being commands
     runnable -= {Path("core/command.py"), Path("core/entry.py"), Path("core/log.py")}
     assert {str(path) for path in runnable} == {f"{folder}/{name}.py" for name in commands}
 
 
-def test_an_imported_file_is_never_runnable() -> None:
-    commands = {f"{folder}.{name}" for folder, (names, _) in DOORS.items() for name in names}
+def test_no_module_imports_a_command() -> None:
+    commands = {f"{folder}.{name}" for folder, (names, _) in TOP_LEVEL.items() for name in names}
     for path in SOURCES:
         assert not imports(path) & commands, f"{path} imports a command"
 
 
-def test_the_files_of_a_run_are_named_once() -> None:
-    """In core/run.py; config.yaml and README.md have namesakes elsewhere (in configs/, in a folder
-    to upload).
-    """
+def test_file_names_of_a_run_are_defined_once() -> None:
+    """They are defined in core/run.py. config.yaml and README.md also name other files."""
     names = {path.name for path in vars(RunFiles(Path("run"))).values() if path.suffix} - {
         "config.yaml",
         "README.md",
@@ -223,18 +220,18 @@ def test_the_files_of_a_run_are_named_once() -> None:
     assert {"metrics.jsonl", "outcome.json"} <= names
     for path in SOURCES:
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-        spelled = {
+        literals = {
             node.value
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant) and node.value in names
         }
-        assert not spelled or path == Path("core/run.py"), (
-            f"{path} spells {sorted(spelled)}: take it from RunFiles"
+        assert not literals or path == Path("core/run.py"), (
+            f"{path} contains {sorted(literals)}: use RunFiles"
         )
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_path_answers_with_the_new_one(old: str) -> None:
+def test_old_path_of_a_command_names_the_new_one(old: str) -> None:
     result = python(old, "+experiment=demo")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: this is now: python ") and result.stderr.endswith(
@@ -246,13 +243,12 @@ def test_an_old_path_answers_with_the_new_one(old: str) -> None:
     )
 
 
-def test_no_training_takes_the_cpu_for_a_gpu() -> None:
-    """The dry run alone does, whose tensors hold nothing."""
-    found = [str(path) for path in SOURCES if "launch.simulation.cuda_on_cpu" in imports(path)]
-    assert found == ["launch/simulation/dry_run.py"]
+def test_only_the_dry_run_imports_cuda_on_cpu() -> None:
+    paths = [str(path) for path in SOURCES if "launch.simulation.cuda_on_cpu" in imports(path)]
+    assert paths == ["launch/simulation/dry_run.py"]
 
 
-def test_configuration_needs_no_torch() -> None:
+def test_torch_free_modules_do_not_import_torch() -> None:
     modules = [module_of(Path(name)) for name in TORCH_FREE]
     code = (
         f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; "
@@ -272,11 +268,13 @@ def test_packages_resolve_to_this_checkout() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_no_file_hides_the_standard_library(path: Path) -> None:
-    assert path.stem not in sys.stdlib_module_names, f"{path} would break the scripts beside it"
+def test_no_file_shadows_the_standard_library(path: Path) -> None:
+    assert path.stem not in sys.stdlib_module_names, (
+        f"{path} shadows a module of the standard library"
+    )
 
 
-def test_sizes_stay_readable() -> None:
+def test_file_and_function_sizes() -> None:
     for path in SOURCES:
         text = (ROOT / path).read_text(encoding="utf-8")
         assert text.isascii(), f"{path} is not ASCII"
@@ -286,7 +284,7 @@ def test_sizes_stay_readable() -> None:
                 assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name} is too long"
 
 
-def test_no_pickle_is_read() -> None:
+def test_no_pickle_and_no_shell() -> None:
     for path in SOURCES:
         text = (ROOT / path).read_text(encoding="utf-8")
         for word in ("torch.load", "torch.save", "import pickle", "allow_pickle", "shell=True"):

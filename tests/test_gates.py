@@ -21,7 +21,7 @@ AREAS = {
     "export and load": "tests/eval/test_export.py::test_transformers_computes_our_logits_with_"
     "and_without_cache",
     "plan": "tests/launch/test_plan.py::test_the_command_writes_json",
-    "README's own commands": "tests/test_readme.py::test_it_learns",
+    "README's own commands": "tests/test_readme.py::test_loss_decreases",
     "golden losses": "tests/test_golden.py::test_golden_losses_are_kept",
     "fixtures": "tests/test_fixtures.py::test_run_resumes_from_an_old_checkpoint",
 }

@@ -1,4 +1,4 @@
-"""launch/install.sh, and constraints.txt against what the tests run with."""
+"""launch/install.sh, and constraints.txt compared with the installed packages."""
 
 import os
 import re
@@ -50,7 +50,8 @@ def test_cuda_toolkit_and_nvrtc_match_torch() -> None:
 
 
 def test_constraints_in_is_a_subset_of_constraints_txt() -> None:
-    direct, closure = pins("constraints.in"), pins("constraints.txt")
+    direct = pins("constraints.in")
+    closure = pins("constraints.txt")
     assert len(closure) > 4 * len(direct) > 0
     assert {name: closure.get(name) for name in direct} == direct
 
@@ -89,7 +90,7 @@ def install(
     )
 
 
-def test_installing_prints_little_and_logs_everything(tmp_path: Path) -> None:
+def test_install_prints_little_and_logs_everything(tmp_path: Path) -> None:
     result = install(tmp_path)
     assert result.returncode == 0 and result.stdout.count("\n") < 10, result.stdout
     assert result.stdout.startswith("installing into .venv")
@@ -98,7 +99,7 @@ def test_installing_prints_little_and_logs_everything(tmp_path: Path) -> None:
     assert log[-1].endswith("-c constraints.txt -e .[all,dev]")
 
 
-def test_a_failed_installation_shows_the_end_of_the_log(tmp_path: Path) -> None:
+def test_failed_install_shows_the_end_of_the_log(tmp_path: Path) -> None:
     result = install(tmp_path, pip_exit_code="1")
     assert result.returncode == 1
     assert "last line: install" in result.stderr and "package-1\n" not in result.stderr
@@ -115,7 +116,7 @@ def test_cpu_torch_comes_from_its_own_index(tmp_path: Path) -> None:
     assert second.endswith("-c constraints.txt -e .[all,dev]")
 
 
-def test_an_unknown_torch_is_refused(tmp_path: Path) -> None:
+def test_unknown_torch_is_refused(tmp_path: Path) -> None:
     result = install(tmp_path, torch="rocm")
     assert result.returncode == 2 and "TORCH=rocm is unknown" in result.stderr
 

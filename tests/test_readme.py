@@ -1,6 +1,4 @@
-"""The README's commands, as a newcomer types them, on a shorter run: everything comes out, and
-means something.
-"""
+"""The commands of the README on a shorter run, and what they write."""
 
 import json
 import os
@@ -23,7 +21,7 @@ STAGES = (
     "15}},{name: decay, tokens: 80000, seq_len: 256, mixture: {code: 35, math: 35, curated: 15, "
     "technical: 15}}]"
 )
-SHORTER = [
+SHORTER_RUN = [
     "schedule.warmup_tokens=10000",
     "schedule.ramp_tokens=60000",
     "schedule.decay_tokens=80000",
@@ -35,14 +33,14 @@ SHORTER = [
 
 
 def commands() -> list[list[str]]:
-    """The block of the README that holds the demo's plain commands."""
+    """Commands of the demo in the README."""
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     block = next(block for block in blocks if "eval/run.py" in block)
     return [line.split() for line in block.strip().splitlines()]
 
 
 def processor_seconds(tree: psutil.Process) -> float:
-    """What a process and its children have computed, which a busy machine does not change."""
+    """Processor time of a process and its children, which does not depend on load."""
     seconds = 0.0
     for process in (tree, *tree.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -51,27 +49,29 @@ def processor_seconds(tree: psutil.Process) -> float:
 
 
 class Demo:
-    """One run of all commands, and what each printed."""
+    """Runs the commands of the README; keeps the output of each."""
 
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
         self.data = folder / "data"
-        self.overrides = [f"run.dir={self.run}", f"data.folder={self.data}", STAGES, *SHORTER]
+        self.overrides = [f"run.dir={self.run}", f"data.folder={self.data}", STAGES, *SHORTER_RUN]
         self.outputs: dict[str, str] = {}
-        self.silences: dict[str, float] = {}  # seconds of a processor between two lines
+        self.max_silence: dict[str, float] = {}  # processor seconds between two lines
 
-    def all(self) -> None:
+    def run_all(self) -> None:
         for command in commands():
-            self.one(command)
+            self.run_command(command)
 
-    def one(self, command: list[str]) -> None:
+    def run_command(self, command: list[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        lines, silence, last = [], 0.0, 0.0
-        corpus = command[-1] == "examples/make_demo_corpus.py"
-        arguments = [*command, str(self.data / "raw")] if corpus else [*command, *self.overrides]
+        makes_corpus = command[-1] == "examples/make_demo_corpus.py"
+        arguments = [str(self.data / "raw")] if makes_corpus else self.overrides
+        lines = []
+        silence = 0.0
+        last = 0.0
         with subprocess.Popen(
-            arguments,
+            [*command, *arguments],
             cwd=ROOT,
             env=environment,
             text=True,
@@ -82,21 +82,23 @@ class Demo:
             tree = psutil.Process(process.pid)
             for line in process.stdout:
                 now = max(last, processor_seconds(tree))
-                silence, last = max(silence, now - last), now
+                silence = max(silence, now - last)
+                last = now
                 lines.append(line)
         name = next(word for word in command if word.endswith(".py"))
-        self.outputs[name], self.silences[name] = "".join(lines), silence
+        self.outputs[name] = "".join(lines)
+        self.max_silence[name] = silence
         assert process.returncode == 0, f"{command}:\n{self.outputs[name]}"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    run = Demo(tmp_path_factory.mktemp("demo"))
-    run.all()
-    return run
+    demo = Demo(tmp_path_factory.mktemp("demo"))
+    demo.run_all()
+    return demo
 
 
-def test_the_readme_has_the_five_commands() -> None:
+def test_readme_has_five_commands() -> None:
     scripts = [next(word for word in command if word.endswith(".py")) for command in commands()]
     assert scripts == [
         "examples/make_demo_corpus.py",
@@ -107,7 +109,7 @@ def test_the_readme_has_the_five_commands() -> None:
     ]
 
 
-def test_everything_lies_in_the_run_folder(demo: Demo) -> None:
+def test_run_folder_has_all_files(demo: Demo) -> None:
     names = (
         "config.yaml",
         "metrics.jsonl",
@@ -123,7 +125,7 @@ def test_everything_lies_in_the_run_folder(demo: Demo) -> None:
     assert list((demo.run / "wandb").glob("offline-run-*"))
 
 
-def test_it_learns(demo: Demo) -> None:
+def test_loss_decreases(demo: Demo) -> None:
     steps = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["loss"] - steps[-1]["loss"] > 2.0
     heldout = json.loads((demo.run / "eval.json").read_text())["heldout"]
@@ -131,7 +133,7 @@ def test_it_learns(demo: Demo) -> None:
     assert heldout["all"]["bits_per_byte"] < 0.95 * heldout["all"]["unigram_bits_per_byte"]
 
 
-def test_every_record_is_whole(demo: Demo) -> None:
+def test_records_have_all_keys(demo: Demo) -> None:
     steps = [json.loads(line) for line in (demo.run / "metrics.jsonl").read_text().splitlines()]
     keys = {
         "loss",
@@ -166,37 +168,38 @@ def test_every_record_is_whole(demo: Demo) -> None:
     assert all(0 < step["memory_gib"] < 24 for step in steps)
 
 
-def test_progress_is_shown_all_along(demo: Demo) -> None:
-    assert max(demo.silences.values()) < 20, demo.silences
+def test_commands_print_progress(demo: Demo) -> None:
+    assert max(demo.max_silence.values()) < 20, demo.max_silence
 
 
-def test_nothing_ugly_is_printed(demo: Demo) -> None:
+def test_no_warnings_or_tracebacks_are_printed(demo: Demo) -> None:
     for name, output in demo.outputs.items():
         assert "Traceback" not in output, name
-        own = [
+        warnings = [
             line
             for line in output.splitlines()
             if "arning" in line and "OMP_NUM_THREADS" not in line
         ]
-        assert own == [], (name, own)
+        assert warnings == [], (name, warnings)
 
 
-def test_a_second_time_reuses_finished_stages(demo: Demo) -> None:
+def test_second_run_of_the_commands_reuses_results(demo: Demo) -> None:
     before = {
         path: path.stat().st_mtime_ns
         for path in demo.run.rglob("*")
         if path.is_file() and path.suffix != ".png"
     }
-    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
-    demo.all()
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime < 60
+    before_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    demo.run_all()
+    after_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = sum(after_usage[:2]) - sum(before_usage[:2])  # user and system time
+    assert seconds < 60
     assert all("reused" in output for output in demo.outputs.values())
     changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
     assert changed <= {"config.yaml", "outcome.json"}
 
 
-def test_the_readme_is_short_and_links_to_what_exists() -> None:
+def test_readme_is_short_and_its_links_exist() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.isascii() and text.count("\n") <= 120
     links = re.findall(r"\]\((?!https?://)([^)#]+)", text)
@@ -204,7 +207,7 @@ def test_the_readme_is_short_and_links_to_what_exists() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_its_python_runs_on_the_export(demo: Demo) -> None:
+def test_python_of_the_readme_runs_on_the_export(demo: Demo) -> None:
     text = (ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(code) == 1 and "runs/demo/hf" in code[0]
@@ -213,15 +216,16 @@ def test_its_python_runs_on_the_export(demo: Demo) -> None:
     assert len(names["ids"]) == 8
 
 
-def test_the_pictures_are_drawn_from_a_run(demo: Demo, tmp_path: Path) -> None:
+def test_pictures_are_drawn_from_a_run(demo: Demo, tmp_path: Path) -> None:
     result = python("docs/pictures.py", str(demo.run), "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("demo_curves.svg", "console.svg"):
-        drawn, committed = tmp_path / name, ROOT / "docs" / "pages" / "images" / name
+        drawn = tmp_path / name
+        committed = ROOT / "docs" / "pages" / "images" / name
         for path in (drawn, committed):
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
             assert 10_000 < path.stat().st_size < 150_000
             text = path.read_text()
-            assert "@font-face" not in text and "@import" not in text  # nothing to load
-    shown = (tmp_path / "console.svg").read_text().replace("&#160;", " ")
-    assert "torchrun --nproc-per-node 2" in shown and "100.0%" in shown and " saved " in shown
+            assert "@font-face" not in text and "@import" not in text  # loads nothing
+    console = (tmp_path / "console.svg").read_text().replace("&#160;", " ")
+    assert "torchrun --nproc-per-node 2" in console and "100.0%" in console and " saved " in console

@@ -1,4 +1,4 @@
-"""The wheel: its files, the dependencies of its base, and commands from a user's folder."""
+"""The wheel: its files, the dependencies without extras, and commands from a user's folder."""
 
 import os
 import re
@@ -103,7 +103,9 @@ def test_files_that_commands_read_are_packaged(site: Path) -> None:
     assert sorted(path for path in expected if not (site / path).is_file()) == []
 
 
-def test_the_base_trains_saves_loads_and_generates(site: Path, user_folder: Path) -> None:
+def test_install_without_extras_trains_saves_loads_and_generates(
+    site: Path, user_folder: Path
+) -> None:
     """The example runs from a user's folder without packages of any extra."""
     result = python(site, user_folder, "-m", "examples.train_by_hand", absent=NOT_IN_BASE)
     assert result.returncode == 0, result.stderr
@@ -111,7 +113,9 @@ def test_the_base_trains_saves_loads_and_generates(site: Path, user_folder: Path
     assert "cpu kernels" in result.stdout and "reference kernels" in result.stdout
 
 
-def test_the_base_imports_every_module_of_the_model(site: Path, user_folder: Path) -> None:
+def test_install_without_extras_imports_every_module_of_the_model(
+    site: Path, user_folder: Path
+) -> None:
     code = """import importlib, pkgutil
 import model
 sharded = ("model.parallel.tensor", "model.parallel.sequence")  # these import megatron-core

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-import train.checkpoint.writer as commit
+import train.checkpoint.writer as writer
 from core.errors import InputError
 from core.run import iter_checkpoints
 from data.stream.loader import Loader
@@ -66,7 +66,7 @@ class Injector:
         self.folder = folder  # outside the run's folder
         self.rank = rank
         folder.mkdir(exist_ok=True)
-        self.points = 0
+        self.num_points = 0  # fault points passed
         self.full_until = -1
         self.slow_until = -1
         self.patch_training()
@@ -140,22 +140,22 @@ class Injector:
             "manifest_entry",
             "remove_checkpoint",
         ):
-            setattr(commit, name, self.wrap(getattr(commit, name)))
+            setattr(writer, name, self.wrap(getattr(writer, name)))
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with a fault point before and after it."""
 
         def wrapped(*arguments: Any) -> Any:
-            self.point()
+            self.fault_point()
             result = function(*arguments)
-            self.point()
+            self.fault_point()
             return result
 
         return wrapped
 
-    def point(self) -> None:
+    def fault_point(self) -> None:
         """Fault point of a save: be killed, wait for a slow disk, or get a disk error."""
-        self.points += 1
+        self.num_points += 1
         if self.fires("slow disk"):
             time.sleep(2.0)
         for kind, number in (("disk full", errno.ENOSPC), ("disk error", errno.EIO)):
@@ -163,7 +163,7 @@ class Injector:
                 raise OSError(number, f"{os.strerror(number)} (injected)")
         for fault in self.due("kill in save"):
             num_points = WRITE_POINTS if self.rank == 0 else PEER_POINTS
-            if self.points % num_points == fault.detail % num_points:
+            if self.num_points % num_points == fault.detail % num_points:
                 self.mark(fault)
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -204,33 +204,34 @@ class Injector:
             self.slow_until = self.now + fault.detail
         if fault := self.fires("log disk full"):
             self.full_until = self.now + fault.detail
-            self.fill_log(trainer)
+            self.patch_metrics(trainer)
         if fault := self.fires("clock jumps"):
-            jumped, real = 3600.0 * (1 if fault.detail % 2 else -1), time.time
-            time.time = lambda: real() + jumped
+            seconds = 3600.0 if fault.detail % 2 else -3600.0
+            original_time = time.time
+            time.time = lambda: original_time() + seconds
         if self.fires("second job"):
             try:
                 RunLock(trainer.checkpoints.folder.parent).acquire()
             except InputError:
                 return
             raise AssertionError("a second job took the run's folder")
-        self.numeric(trainer)
+        self.patch_forward(trainer)
 
-    def fill_log(self, trainer: Trainer) -> None:
+    def patch_metrics(self, trainer: Trainer) -> None:
         """Fail writes to metrics.jsonl until the step `full_until`."""
         if trainer.metrics is None:
             return
         sink = trainer.metrics.file
         append = sink._append
 
-        def full(line: bytes) -> None:
+        def faulty_append(line: bytes) -> None:
             if self.now < self.full_until:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             append(line)
 
-        sink._append = full  # type: ignore[method-assign]
+        sink._append = faulty_append  # type: ignore[method-assign]
 
-    def numeric(self, trainer: Trainer) -> None:
+    def patch_forward(self, trainer: Trainer) -> None:
         """Patch the forward pass: NaN, infinite or large losses, and slow passes.
 
         These are not marked as fired, since the clean run has them too.

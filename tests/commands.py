@@ -14,14 +14,16 @@ from tests.supervisor import CONTEXT
 ROOT = Path(__file__).resolve().parent.parent
 # Timeout in seconds of work that takes up to a minute on an idle machine. It is far above what a
 # busy machine needs, since no test may depend on load.
-PATIENCE = 1800.0
+TIMEOUT_SECONDS = 1800.0
 Result = subprocess.CompletedProcess[str]
 
 
 def python(*words: object) -> Result:
     """Run a script or `-m module` at the root of the checkout."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
 
 
 def forked(*words: object) -> Result:
@@ -33,10 +35,10 @@ def forked(*words: object) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         process = CONTEXT.Process(target=_main, args=(command, Path(folder)))
         process.start()
-        process.join(PATIENCE)
+        process.join(TIMEOUT_SECONDS)
         if process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(command, PATIENCE)
+            raise subprocess.TimeoutExpired(command, TIMEOUT_SECONDS)
         out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
     return Result(command, process.exitcode, out, err)
 
@@ -56,10 +58,12 @@ def _main(command: list[str], folder: Path) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
-def until(condition: Callable[[], object], message: Callable[[], str], pause: float = 0.1) -> float:
+def wait_until(
+    condition: Callable[[], object], message: Callable[[], str], pause: float = 0.1
+) -> float:
     """Wait until a condition holds; returns the seconds waited. Fails with `message`."""
     started_at = time.monotonic()
     while not condition():
-        assert time.monotonic() < started_at + PATIENCE, message()
+        assert time.monotonic() < started_at + TIMEOUT_SECONDS, message()
         time.sleep(pause)
     return time.monotonic() - started_at

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.run import RunFiles
-from tests.commands import PATIENCE, python
+from tests.commands import TIMEOUT_SECONDS, python
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "model", "data", "eval", "train", "launch")
@@ -260,7 +260,11 @@ def test_torch_free_modules_do_not_import_torch() -> None:
 def test_packages_resolve_to_this_checkout() -> None:
     code = f"import importlib; print([importlib.import_module(m).__file__ for m in {FOLDERS}])"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", code],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
     )
     assert all(str(ROOT / folder) in result.stdout for folder in FOLDERS), (
         result.stdout + result.stderr

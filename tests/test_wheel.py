@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core", "model", "data", "eval", "train", "launch", "configs", "examples")
@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder / "sources" / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [*command, "-w", str(folder), str(folder / "sources")], check=True, timeout=PATIENCE
+        [*command, "-w", str(folder), str(folder / "sources")], check=True, timeout=TIMEOUT_SECONDS
     )
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
@@ -81,7 +81,7 @@ def python(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT_SECONDS,
     )
 
 

@@ -17,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from core.command import CONFIGS, compose_config, convert
-from tests.commands import PATIENCE, ROOT
+from tests.commands import ROOT, TIMEOUT_SECONDS
 from train.config import RunConfig
 
 DOCS = ROOT / "docs" / "pages"
@@ -256,7 +256,7 @@ def test_own_text_is_built_and_looked_at(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT_SECONDS,
         )
         assert result.returncode == 0, (line, result.stdout + result.stderr)
     assert (tmp_path / "mine.html").is_file()
@@ -282,7 +282,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT_SECONDS,
     )
     assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
     for page in (tmp_path / "site").rglob("*.html"):

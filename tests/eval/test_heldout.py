@@ -28,7 +28,7 @@ from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
 from eval.model_source import find_checkpoint, load_model
 from model.checkpoint import read_state
-from tests.commands import until
+from tests.commands import wait_until
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
 from train.build import load_initial_weights
@@ -163,7 +163,7 @@ def test_suite_jobs_report_their_scores(
     file = next(folder.glob("*.safetensors"))
     assert (pinned / file.name).stat().st_ino == file.stat().st_ino
     log = config.run.folder / "scores" / f"leaderboard_v1-{folder.name}.log"
-    until(lambda: read_scores(metrics), log.read_text)
+    wait_until(lambda: read_scores(metrics), log.read_text)
     records = read_scores(metrics)
     rows = records[0]["scores"]["leaderboard_v1"]
     assert records[0]["tokens"] == 250 and records[0]["step"] == 0
@@ -192,7 +192,7 @@ def test_slurm_gets_one_job_per_suite(
     )
     SuiteJobs(run, JobsConfig(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).poll()
     arguments = tmp_path / "arguments"
-    until(
+    wait_until(
         lambda: arguments.is_file() and "--wrap" in arguments.read_text(),
         lambda: "sbatch was not called",
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tests.commands import PATIENCE, until
+from tests.commands import TIMEOUT_SECONDS, wait_until
 
 NODES = 10  # for all jobs of the tests at once, which are mostly idle
 PACKAGES = ("slurm-wlm", "munge")
@@ -114,12 +114,14 @@ class Slurm:
         self.run("slurmctld", "-i")
         for number in range(NODES):
             self.start_node(f"n{number + 1}")
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(NODES))
+        self.wait_until(
+            lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(NODES)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.run("scancel", "--user=root", check=False)
-        self.until(lambda: not self.run("squeue", "-h", check=False).strip())
+        self.wait_until(lambda: not self.run("squeue", "-h", check=False).strip())
         for path in [
             *self.root.glob("slurmd-*.pid"),
             self.root / "slurmctld.pid",
@@ -132,7 +134,7 @@ class Slurm:
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command with this cluster's configuration and return its output."""
         result = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE
+            command, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
@@ -177,9 +179,9 @@ class Slurm:
         """State of a job: PENDING, RUNNING, COMPLETED, ..."""
         return self.job(number)["JobState"]
 
-    def until(self, condition: Callable[[], object]) -> None:
+    def wait_until(self, condition: Callable[[], object]) -> None:
         """Wait until a condition is true."""
-        until(condition, lambda: self.run("scontrol", "show", "job", check=False), pause=0.2)
+        wait_until(condition, lambda: self.run("scontrol", "show", "job", check=False), pause=0.2)
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.jobs.sweep import compose_job
 from launch.slurm.script import render
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 
 ENV = Path(__file__).resolve().parents[2] / "launch" / "env.sh"
 
@@ -16,7 +16,12 @@ def environment(**variables: str) -> dict[str, str]:
     command = ["bash", "-euo", "pipefail", "-c", f". {ENV}; env"]
     path = {"PATH": "/usr/bin:/bin"}
     text = subprocess.run(
-        command, env=path | variables, capture_output=True, text=True, check=True, timeout=PATIENCE
+        command,
+        env=path | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=TIMEOUT_SECONDS,
     ).stdout
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import PATIENCE, ROOT, python
+from tests.commands import ROOT, TIMEOUT_SECONDS, python
 from tests.corpus import BLOCK, make_corpus
 from tests.launch.slurm import Slurm, install_slurm
 from tests.small import overrides
@@ -89,7 +89,12 @@ def submit(slurm: Slurm, data: Path, run: Path, *extra: str) -> list[str]:
         *extra,
     ]
     result = subprocess.run(
-        command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, timeout=PATIENCE
+        command,
+        cwd=ROOT,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -108,7 +113,7 @@ def attempts(run: Path, event: str) -> list[dict[str, Any]]:
 def finished(slurm: Slurm, job: Job) -> Path:
     """Wait for a job, assert that it completed, and return its run's folder."""
     active = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-    slurm.until(lambda: slurm.state(job.number) not in active)
+    slurm.wait_until(lambda: slurm.state(job.number) not in active)
     logs = "".join(
         path.read_text() for path in [*job.run.glob("slurm-*.out"), *job.run.glob("logs/*/*.log")]
     )
@@ -172,22 +177,24 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
 ) -> None:
     run = runs / "interrupted"
     job = Job(submit(slurm, data, run), run)
-    slurm.until(lambda: len(checkpoints(run)) > 0)
+    slurm.wait_until(lambda: len(checkpoints(run)) > 0)
     # the warning before the time limit: save, stop, requeue
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)
-    slurm.until(lambda: len(attempts(run, "end")) == 1)
+    slurm.wait_until(lambda: len(attempts(run, "end")) == 1)
     newest = checkpoints(run)[-1]
-    slurm.until(lambda: slurm.state(job.number) == "RUNNING" and checkpoints(run)[-1] != newest)
+    slurm.wait_until(
+        lambda: slurm.state(job.number) == "RUNNING" and checkpoints(run)[-1] != newest
+    )
 
     lost = attempts(run, "begin")[-1]["nodes"][0]  # the node of the batch script
     slurm.lose_node(lost)
     starts = len(attempts(run, "begin"))
-    slurm.until(lambda: len(attempts(run, "begin")) > starts)
+    slurm.wait_until(lambda: len(attempts(run, "begin")) > starts)
     assert lost not in attempts(run, "begin")[-1]["nodes"]
     assert lost in (runs / "bad_nodes.txt").read_text()
     slurm.start_node(lost)
     newest = checkpoints(run)[-1]
-    slurm.until(lambda: checkpoints(run)[-1] != newest)
+    slurm.wait_until(lambda: checkpoints(run)[-1] != newest)
 
     nodes = ",".join(attempts(run, "begin")[-1]["nodes"])
     options = ("-p", "urgent", "-w", nodes, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -282,18 +289,18 @@ while :; do sleep 0.2; done"""
 def test_the_time_limit_requeues_and_scancel_does_not(slurm: Slurm, jobs: dict[str, Job]) -> None:
     """Slurm's warning reaches the ranks and the job restarts; a cancelled job does not."""
     job = jobs["limit"]
-    slurm.until(lambda: (job.run / "started-1").is_file())
+    slurm.wait_until(lambda: (job.run / "started-1").is_file())
     assert attempts(job.run, "end")[0]["verdict"] == "requeue"
     assert "time limit is near" in (job.run.parent / "out").read_text()
     slurm.run("scancel", job.number)
-    slurm.until(lambda: slurm.state(job.number) == "CANCELLED")
+    slurm.wait_until(lambda: slurm.state(job.number) == "CANCELLED")
     assert slurm.job(job.number)["Restarts"] == "1" and len(attempts(job.run, "begin")) == 2
 
 
 def test_a_chain_waits_for_success(slurm: Slurm, jobs: dict[str, Job]) -> None:
     """The first job fails, and the second is cancelled instead of waiting forever."""
     first, second = jobs["chain"].numbers
-    slurm.until(lambda: slurm.state(second) == "CANCELLED")
+    slurm.wait_until(lambda: slurm.state(second) == "CANCELLED")
     assert slurm.state(first) == "FAILED"
 
 

@@ -15,7 +15,7 @@ from launch import submit
 from launch.jobs import local
 from launch.jobs.sweep import compose_job, compose_sweep
 from launch.slurm.script import render
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = [
@@ -229,7 +229,8 @@ time.sleep(3600)"""
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert (
-            process.communicate(timeout=PATIENCE)[0] == "interrupted\n" and process.returncode == 0
+            process.communicate(timeout=TIMEOUT_SECONDS)[0] == "interrupted\n"
+            and process.returncode == 0
         )
     assert (
         starts(tmp_path) == 1 and json.loads((tmp_path / "outcome.json").read_text())["code"] == 75

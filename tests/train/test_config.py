@@ -20,7 +20,7 @@ from launch.jobs.torchrun import quiet
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
-from tests.commands import PATIENCE, forked
+from tests.commands import TIMEOUT_SECONDS, forked
 from tests.compose import run_config
 from train.build import log_run_summary
 from train.checkpoint.manager import TrainState
@@ -138,7 +138,9 @@ def test_torchrun_prints_the_error_once_without_a_traceback() -> None:
         "+experiment=demo",
         "optim.lrr=1",
     ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     assert (
         result.stderr.count("error: the config has no key optim.lrr; did you mean optim.lr?") == 1

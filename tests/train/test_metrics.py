@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.errors import InputError
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 from train.config import Cluster, Device, MetricsConfig, Precision
 from train.device import peak_flops
 from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole, end_time
@@ -83,11 +83,11 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(Wandb, "ANSWER_SECONDS", PATIENCE)
+    monkeypatch.setattr(Wandb, "ANSWER_SECONDS", TIMEOUT_SECONDS)
     init = wandb.init
 
     def init_with_timeout(mode: str, settings: wandb.Settings, **arguments: Any) -> Any:
-        settings.init_timeout = 2.0 if mode == "online" else PATIENCE
+        settings.init_timeout = 2.0 if mode == "online" else TIMEOUT_SECONDS
         return init(mode=mode, settings=settings, **arguments)
 
     monkeypatch.setattr(wandb, "init", init_with_timeout)
@@ -110,7 +110,7 @@ def test_unreachable_wandb_does_not_delay_the_run(
     assert thread.is_alive(), "logging or closing waited for W&B"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 100
     server_timeout.set()
-    thread.join(PATIENCE)  # another test starts W&B in this process
+    thread.join(TIMEOUT_SECONDS)  # another test starts W&B in this process
     assert not thread.is_alive()
     assert "0" * 40 not in "".join(
         p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file()
@@ -121,7 +121,7 @@ def test_unreachable_wandb_does_not_delay_the_run(
 def test_unreachable_wandb_keeps_every_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     sink = Wandb("project", "a/b:c", tmp_path, {})
     for step in range(1, 21):
         sink.log(record(step, marker=f"record-{step}"))
@@ -143,7 +143,7 @@ def test_wandb_writes_offline_without_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(Wandb, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     for step in (1, 2):  # a start, and a restart
         sink = Wandb(
             "project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}}
@@ -174,7 +174,7 @@ def test_tensorboard_shows_numbers_over_tokens_and_a_restart_purges_later_ones(
 ) -> None:
     config = MetricsConfig(None, True, 60.0)
     now = time.time
-    monkeypatch.setattr(Tracker, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(Tracker, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     for begin, end, loss in ((0, 5, 5.0), (3, 7, 4.0)):  # the second start continues from step 3
         run_config = {"model": {"n_layer": 64}}
         rates = throughput(peak_flops=100.0)
@@ -251,7 +251,7 @@ def test_trackers_of_accelerate_run_in_separate_processes(
     (tmp_path / "packages" / "aim.py").write_text(AIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("LOCAL_RANK", "0")  # with it, accelerate would join a process group
-    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     config = MetricsConfig(None, False, 60.0, ["aim"])
     run_config = {"optim": {"lr": 1.0}}
     metrics = Metrics(tmp_path, "run", config, run_config, throughput(), tokens=0, total=6400)
@@ -275,7 +275,7 @@ def test_failing_tracker_of_accelerate_is_disabled(
 ) -> None:
     (tmp_path / "aim.py").write_text("raise OSError('no space')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", PATIENCE)
+    monkeypatch.setattr(Accelerated, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     sink = Accelerated("aim", "run", tmp_path, {})
     sink.log(record(1))
     sink.close()

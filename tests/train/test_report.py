@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 from train.metrics.curves import PANELS, actual_mixture, planned_curve
 from train.metrics.page import page, planned_mixture, read_config, run_names
 from train.metrics.records import POINTS, curve, read_lines
@@ -73,7 +73,7 @@ def browse(path: Path, *options: str) -> str:
         *options,
     ]
     command.append(path.as_uri())
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

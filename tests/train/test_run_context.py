@@ -17,7 +17,7 @@ import pytest
 from core.errors import InputError
 from core.files import read_json_lines
 from core.log import BestEffortStream
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
@@ -40,7 +40,7 @@ def ranks() -> Iterator[Ranks]:
 def _hold_lock(folder: Path, ready: Any) -> None:
     RunLock(folder).acquire()
     ready.set()
-    time.sleep(PATIENCE)
+    time.sleep(TIMEOUT_SECONDS)
 
 
 @pytest.mark.fault(
@@ -118,7 +118,7 @@ def test_lock_of_another_machine_holds_while_it_is_renewed_whatever_its_clock_sa
     holder = threading.Thread(target=renew, daemon=True)
     holder.start()
     with pytest.raises(InputError, match="on node7"):
-        RunLock(tmp_path, seconds=PATIENCE).acquire()
+        RunLock(tmp_path, seconds=TIMEOUT_SECONDS).acquire()
     stop.set()
     holder.join()
     RunLock(tmp_path, seconds=1.0).acquire()
@@ -149,7 +149,7 @@ def test_rank_without_progress_logs_its_phase_and_exits(
     monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.stop(), exit_codes.put(code)))
     watch.enter_phase(7, "forward")
     watch.start(None)
-    assert exit_codes.get(timeout=PATIENCE) == HUNG
+    assert exit_codes.get(timeout=TIMEOUT_SECONDS) == HUNG
     (entry,) = read_json_lines(watch.incidents.path)
     assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
 

@@ -14,7 +14,7 @@ from core.run import MANIFEST, Run
 from eval.config import JobsConfig, Launcher
 from eval.leaderboard.jobs import SuiteJobs
 from model.checkpoint import STATE
-from tests.commands import PATIENCE
+from tests.commands import TIMEOUT_SECONDS
 from tests.corpus import make_corpus
 from tests.small import config
 from tests.train.test_metrics import record, scalars, throughput
@@ -142,7 +142,7 @@ def test_running_run_collects_its_scores_itself(
     time.sleep(0.3)
     assert not counts and not read_scores(tmp_path / "metrics.jsonl")
     run_lock.release()
-    job.join(PATIENCE)
+    job.join(TIMEOUT_SECONDS)
     assert counts == [1]
     monkeypatch.setattr("train.metrics.scores.MAX_WAIT_SECONDS", 0.1)
     write_result(tmp_path, "v1", 9, 50.0)

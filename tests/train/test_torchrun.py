@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from tests.commands import PATIENCE, ROOT, until
+from tests.commands import ROOT, TIMEOUT_SECONDS, wait_until
 from tests.distributed import free_ports
 from tests.soak import differences
 from train.distributed import per_start_store
@@ -84,9 +84,9 @@ class Job:
         self.known_ranks |= set(ranks)
         return ranks
 
-    def until(self, condition: Callable[[], bool], what: str) -> float:
+    def wait_until(self, condition: Callable[[], bool], what: str) -> float:
         """Wait for a condition; return the seconds it took."""
-        return until(condition, lambda: f"{what}:\n{self.log()[-3000:]}")
+        return wait_until(condition, lambda: f"{what}:\n{self.log()[-3000:]}")
 
     def log(self) -> str:
         """Output of torchrun and the ranks."""
@@ -111,7 +111,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         STAGES,
     ]
     for command in (corpus, prepare):
-        subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command, cwd=ROOT, check=True, timeout=TIMEOUT_SECONDS, stdout=subprocess.DEVNULL
+        )
     return folder
 
 
@@ -124,7 +126,7 @@ def test_a_start_ignores_store_keys_of_earlier_starts() -> None:
             futures = [pool.submit(per_start_store, store, rank, world_size) for rank in (0, 2)]
             time.sleep(0.1)  # rank 0 has answered the dead rank
             futures.append(pool.submit(per_start_store, store, 1, world_size))
-            stores = [future.result(PATIENCE) for future in futures]
+            stores = [future.result(TIMEOUT_SECONDS) for future in futures]
             for rank, start_store in enumerate(stores):
                 assert not start_store.check(["address"])
                 start_store.set(f"address/{rank}", str(rank))
@@ -144,32 +146,34 @@ def test_a_start_ignores_store_keys_of_earlier_starts() -> None:
 def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any) -> None:
     run = tmp_path / "faulty"
     first = Job(run, data)
-    first.until(lambda: first.steps() >= 8 and len(first.ranks()) == 2, "the first steps")
+    first.wait_until(lambda: first.steps() >= 8 and len(first.ranks()) == 2, "the first steps")
     at = first.steps()
     first.ranks()[1].kill()
-    restarted = first.until(
+    restarted = first.wait_until(
         lambda: "continuing from step" in first.log() and first.steps() > at + 4, "a restart"
     )
     assert len(first.ranks()) == 2
     first.launchers[0].kill()
     first.launchers[0].wait()
-    left = first.until(first.has_exited, "ranks without a launcher")
+    left = first.wait_until(first.has_exited, "ranks without a launcher")
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 75
 
     second = Job(run, data, nodes=2)
     at = second.steps()
-    second.until(lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start")
+    second.wait_until(
+        lambda: second.steps() > at + 3 and len(second.ranks()) == 2, "the second start"
+    )
     at, starts = second.steps(), second.log().count("continuing from step")
     second.ranks()[0].kill()
-    second.until(
+    second.wait_until(
         lambda: second.log().count("continuing from step") > starts and second.steps() > at + 3,
         "a restart",
     )
     assert len(second.ranks()) == 2
     for launcher in second.launchers:
         launcher.send_signal(signal.SIGTERM)
-    ended = second.until(
+    ended = second.wait_until(
         lambda: (
             all(launcher.poll() is not None for launcher in second.launchers)
             and second.has_exited()
@@ -180,14 +184,14 @@ def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any
     assert outcome is not None and outcome.code == 75
 
     last = Job(run, data)
-    assert last.launchers[0].wait(PATIENCE) == 0
+    assert last.launchers[0].wait(TIMEOUT_SECONDS) == 0
     outcome = read_outcome(run)
     assert outcome is not None and outcome.code == 0
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
     clean = Job(tmp_path / "clean", data)
-    assert clean.launchers[0].wait(PATIENCE) == 0
+    assert clean.launchers[0].wait(TIMEOUT_SECONDS) == 0
     assert differences(tmp_path / "clean", run, 2) == []
     measured(
         f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in "

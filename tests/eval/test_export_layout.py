@@ -196,7 +196,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="such as lm_head.weight"):
         HfFolder(folder)
-    with pytest.raises(ValueError, match="no folder of transformers' layout"):
+    with pytest.raises(ValueError, match="is not a transformers folder"):
         HfFolder(tmp_path / "nowhere")
 
 

@@ -60,7 +60,7 @@ class Trainer:
         """Train to the end of the last stage, or until a stop is requested."""
         loaded_step = self.state.step
         try:
-            why = self._steps()
+            stop_reason = self._steps()
             if self.state.step > loaded_step:
                 self.failure_policy.final_save(self.state)
             self._poll_leaderboard(now=True)
@@ -74,11 +74,11 @@ class Trainer:
         if self.state.tokens == self.schedule.total:
             text = f"finished: {self.state.tokens:,} tokens in {self.state.step:,} steps"
             return Outcome(FINISHED, text)
-        text = f"{why}: the same command continues from step {self.state.step:,}"
+        text = f"{stop_reason}: the same command continues from step {self.state.step:,}"
         return Outcome(INTERRUPTED, text)
 
     def _steps(self) -> str | None:
-        """Step until the end, or until any rank is asked to stop; returns what stopped it."""
+        """Step until the end or a stop request on any rank; return the reason of the stop."""
         while self.state.tokens < self.schedule.total:
             started_at = time.perf_counter()
             step_schedule = self.schedule.at(self.state.tokens)
@@ -161,18 +161,22 @@ class Trainer:
                 self.metrics.log_scores(record)
 
     def _record(
-        self, step_schedule: StepSchedule, result: dict[str, Any], seconds: float, waited: float
+        self,
+        step_schedule: StepSchedule,
+        result: dict[str, Any],
+        seconds: float,
+        data_wait_seconds: float,
     ) -> dict[str, Any]:
-        """The step's line of metrics.jsonl without its rates; losses in nats per token."""
+        """Return the step's line of metrics.jsonl without rates; losses in nats per token."""
         stats: StepStats = result["stats"]
         nats, tokens = stats.sums
-        seen = [row for row in zip(self.sources, nats, tokens, strict=True) if row[2]]
+        rows = [row for row in zip(self.sources, nats, tokens, strict=True) if row[2]]
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
             "loss": stats.loss,
-            "source_loss": {name: n / t for name, n, t in seen},
-            "source_tokens": {name: int(t) for name, _, t in seen},
+            "source_loss": {name: n / t for name, n, t in rows},
+            "source_tokens": {name: int(t) for name, _, t in rows},
             "grad_norm": result["grad_norm"],
             "skipped": result["skipped"],
             "lr": step_schedule.lr,
@@ -180,6 +184,6 @@ class Trainer:
             "seq_len": step_schedule.seq_len,
             "stage": step_schedule.stage,
             "memory_gib": peak_memory_gib(self.ranks.device),
-            "data_wait_seconds": waited,
+            "data_wait_seconds": data_wait_seconds,
             "step_seconds": seconds,
         }

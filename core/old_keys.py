@@ -179,7 +179,8 @@ def rename_keys(config: DictConfig, source: str, given: Collection[str] = ()) ->
                 continue
             changes.append(f"{old} is now {RENAMED[old]}")
             value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-            for new, leaf in flatten(RENAMED[old], value):
+            for name, leaf in flatten(RENAMED[old], value):
+                new = new_key(name)  # a key of a moved section may be renamed too
                 if not any(f"{new}.".startswith(f"{key}.") for key in given):
                     OmegaConf.update(config, new, leaf, force_add=True)
     warn_once(source, changes)

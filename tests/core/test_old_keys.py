@@ -89,6 +89,12 @@ def test_values_and_prefixes_are_kept() -> None:
 
 def test_a_key_that_was_renamed_twice_is_accepted() -> None:
     assert renamed_overrides(["eval.jobs.sbatch=[a]"]) == ["leaderboard.jobs.sbatch_options=[a]"]
+    config = OmegaConf.create({"eval": {"jobs": {"suites": ["v1"], "sbatch": ["a"]}}})
+    rename_keys(config, "a file")
+    assert config == {
+        "eval": {},
+        "leaderboard": {"jobs": {"suites": ["v1"], "sbatch_options": ["a"]}},
+    }
 
 
 def test_a_table_of_old_keys_becomes_one_override_per_value() -> None:

@@ -61,7 +61,9 @@ class Run:
     name: str
     dir: str
     seed: int  # of the initial weights
-    init_from: str | None = None  # a checkpoint, instead of random weights
+    # transformers folder of a FalconMamba whose weights a new run starts from; None: random
+    # weights. Ignored once the run has a checkpoint. The optimizer starts fresh
+    init_from: str | None = None
     # checkpoint that the commands of eval/ read, by default the newest: a step-N folder, or for
     # leaderboards also a Hugging Face folder
     checkpoint: str | None = None

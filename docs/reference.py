@@ -32,8 +32,38 @@ SCHEMAS = (DryRunConfig, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyCo
 HEAD = """# Every config key
 
 Values are those of `+experiment=7b`. Override any of them on the command line:
-`optim.clip_norm=0.5`. Values without a published source are marked *assumed*.
+`optim.clip_norm=0.5`. Values without a published source are marked *assumed*; in a checkout
+`grep -rn assumed: configs/` lists them. An empty value is `null`.
 """
+STAGES = """
+### Stages of `7b`
+
+The sources' shares of tokens in percent. The paper (arXiv 2410.05355) has tokens and shares only in
+its figure 1, without numbers: all of them are *assumed*, except the tokens of the decay (model
+card) and the share of instructions.
+
+| stage | tokens | seq_len | shares | note |
+|---|---|---|---|---|
+"""
+SOURCES = """
+### Sources of `7b`
+
+`expected_tokens` plans a run before the data is prepared. The web's is the model card's; the others
+are *assumed*, and so is every `max_epochs` except that of instructions (4 epochs).
+
+| source | recipe | expected_tokens | max_epochs | note |
+|---|---|---|---|---|
+"""
+OFF = {  # keys that their value 0 switches off
+    "optim.z_loss",
+    "optim.weight_decay",
+    "schedule.ramp_tokens",
+    "schedule.warmup_tokens",
+    "schedule.decay_tokens",
+    "train.profile.steps",
+    "slurm.max_restarts",
+    "health.max_rollbacks",
+}
 MEANINGS = {  # of fields without a comment in the code
     "run.dir": "folder that holds everything the run writes",
     "model.vocab_size": "rows of the embedding and the head",
@@ -101,7 +131,9 @@ def page() -> str:
         row(name, type_name(sections.pop(name)), format_value(composed.get(name)), notes[name])
         for name in single
     ]
-    parts = [HEAD, "\n| key | type | value | meaning |\n|---|---|---|---|", *cells]
+    parts = [HEAD]
+    if cells:
+        parts += ["\n| key | type | value | meaning |\n|---|---|---|---|", *cells]
     for name, schema in sections.items():
         parts.append(
             f"\n## {name}\n\n{first_sentence(schema)}\n\n| key | type | value | meaning "
@@ -110,7 +142,42 @@ def page() -> str:
         parts += [
             row(*entry) for entry in entries(schema, composed.get(name), name, comments_of(name))
         ]
+        if name == "data":
+            parts += data_tables(composed.data)
     return "\n".join(parts) + "\n"
+
+
+def data_tables(data: Any) -> list[str]:
+    """Tables of the stages and sources of a data set, with the comments of their file."""
+    text = (ROOT / "configs" / "data" / "falcon_mamba.yaml").read_text(encoding="utf-8")
+    notes = dict(re.findall(r"^  - name: ([\w-]+)  # (.+)$", text, re.M))
+    stages = [
+        table_row(
+            stage.name,
+            short_count(stage.tokens),
+            f"{stage.seq_len:,}",
+            ", ".join(f"{source} {share:g}" for source, share in stage.mixture.items()),
+            notes[stage.name],
+        )
+        for stage in data.stages
+    ]
+    notes = dict(re.findall(r"^  (\w+):  # (.+)$", text, re.M))
+    sources = [
+        table_row(
+            name,
+            f"`{source.recipe}`",
+            short_count(source.expected_tokens),
+            f"{source.max_epochs:g}",
+            notes.get(name, ""),
+        )
+        for name, source in data.sources.items()
+    ]
+    return [STAGES + "\n".join(stages), SOURCES + "\n".join(sources)]
+
+
+def short_count(tokens: int) -> str:
+    """A count of tokens in its largest unit: 2.5T, 40G."""
+    return f"{tokens / 1e12:g}T" if tokens >= 1e12 else f"{tokens / 1e9:g}G"
 
 
 def entries(
@@ -124,9 +191,7 @@ def entries(
             continue
         key = f"{prefix}.{name}"
         value = raw_value(values, name)
-        note = "; ".join(
-            text for text in (notes.get(name) or MEANINGS.get(key), yaml.get(key)) if text
-        )
+        note = join_notes(notes.get(name) or MEANINGS.get(key), yaml.get(key))
         inner = next(
             (kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)),
             None,
@@ -136,7 +201,7 @@ def entries(
                 (
                     key,
                     type_name(hint),
-                    format_value(value),
+                    format_value(value) + (" (off)" if key in OFF and value == 0 else ""),
                     note or first_sentence(schema, of_enum=hint),
                 )
             )
@@ -147,6 +212,13 @@ def entries(
             rows.append((key + suffix, type_name(hint), "", note or first_sentence(inner)))
         rows += entries(inner, value if not suffix else None, key + suffix, yaml)
     return rows
+
+
+def join_notes(meaning: str | None, value_note: str | None) -> str:
+    """A field's meaning and the comment on its value, without what is said twice."""
+    if meaning and value_note and value_note in meaning:
+        return meaning
+    return "; ".join(text for text in (meaning, value_note) if text)
 
 
 def raw_value(values: Any, name: str) -> Any:
@@ -190,9 +262,11 @@ def comments_of(section: str) -> dict[str, str]:
     ]:
         parents = [] if path.name == "config.yaml" else [(-1, section)]
         above: list[str] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # the comment at the top describes the file
+        for line in itertools.dropwhile(is_comment, lines):
             if is_comment(line):
-                above += [line.strip()[2:]] if number else []  # the first line describes the file
+                above.append(line.strip()[2:])
             elif match := re.match(r"(\s*)(\w+):[^#]*?(?:\s#\s*(.+))?$", line):
                 indent = len(match[1])
                 parents = [(at, name) for at, name in parents if at < indent]
@@ -231,6 +305,10 @@ def format_value(value: Any) -> str:
 
 
 def row(key: str, kind: str, value: str, note: str) -> str:
+    """The table row of a key."""
+    return table_row(f"`{key}`", kind, value, note)
+
+
+def table_row(*cells: str) -> str:
     """A table row with `|` escaped."""
-    cells = (cell.replace("|", r"\|") for cell in (f"`{key}`", kind, value, note))
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

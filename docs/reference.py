@@ -1,4 +1,5 @@
-"""mkdocs hook: generate the page of every config key from the dataclasses and configs/.
+"""mkdocs hook: generate the page of every config key from the dataclasses and configs/, and copy
+the README of data/, train/ and eval/ into the site.
 
 A key's meaning is the comment on its field and the one on its value in configs/; MEANINGS holds
 those of keys that need no comment in the code.
@@ -28,6 +29,7 @@ from launch.config import SubmitConfig
 from launch.planning.dryrun_config import DryRunConfig
 
 PAGE = "config.md"
+READMES = ("data", "train", "eval")  # folders; their READMEs become the pages data.md, ...
 SCHEMAS = (DryRunConfig, EvaluationConfig, PrepareConfig, SubmitConfig, VerifyConfig, BrowseConfig)
 HEAD = """# Every config key
 
@@ -107,11 +109,20 @@ MEANINGS = {  # of fields without a comment in the code
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the generated page to the site (an event hook of mkdocs)."""
+    """Add the generated pages to the site (an event hook of mkdocs)."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, PAGE, content=page()))
+    for folder in READMES:
+        files.append(File.generated(config, f"{folder}.md", content=readme_page(folder)))
     return files
+
+
+def readme_page(folder: str) -> str:
+    """README of a folder, with links into docs/ rewritten and others reduced to their text."""
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\(\.\./docs/(?:pages/)?", "](", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#|design/|log/|\w+\.md)[^)]*\)", r"\1", text)
 
 
 def page() -> str:

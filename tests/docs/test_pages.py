@@ -25,6 +25,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 DESIGN = sorted((ROOT / "docs" / "design").glob("*.md"))
 FOLDERS = "core|model|data|train|eval|launch|configs|examples|benchmarks|tests"
 GENERATED = "config.md"
+# pages that docs/reference.py copies
+READMES = {f"{name}.md": ROOT / name / "README.md" for name in ("data", "train", "eval")}
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"\n]+)\")?\n(.*?)^```$", re.M | re.S)
 OVERRIDE = re.compile(r"[+~]?[\w./@]+=")
 NAME = re.compile(  # dotted, snake_case or CamelCase
@@ -92,7 +94,7 @@ def test_every_page_is_in_the_navigation() -> None:
     written = [str(path.relative_to(DOCS)) for path in PAGES]
     written += [f"design/{path.name}" for path in DESIGN]
     written += [f"log/{path.name}" for path in (ROOT / "docs" / "log").glob("*.md")]
-    assert sorted(leaves(nav)) == sorted([*written, GENERATED])
+    assert sorted(leaves(nav)) == sorted([*written, GENERATED, *READMES])
 
 
 @pytest.mark.parametrize("path", [*PAGES, *DESIGN], ids=ident)
@@ -101,13 +103,14 @@ def test_files_and_links_exist(path: Path) -> None:
     assert text.isascii()
     for file in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w/]+\.(?:py|sh|yaml)\b", text):
         assert (ROOT / file).is_file(), file
+    shown = {"NAME", "mine", *(Path(title).stem for title, _ in blocks(path, "yaml"))}
     for name in re.findall(r"\+(?:experiment|sweep)=(\w+)", text):
-        assert name in ("NAME", "mine") or list(ROOT.glob(f"configs/*/{name}.yaml")), name
+        assert name in shown or list(ROOT.glob(f"configs/*/{name}.yaml")), name
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, target
     for link, anchor in LINK.findall(text):
-        file = path.parent / link if link else path
+        file = READMES.get(link, path.parent / link) if link else path
         if link == GENERATED:
             assert not anchor or anchor in known_keys(), anchor
             continue

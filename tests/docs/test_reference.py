@@ -80,3 +80,9 @@ def test_help_shows_them(script: str) -> None:
     assert help.returncode == 0 and f"\nexamples:\n  python {script} " in help.stdout, (
         help.stdout + help.stderr
     )
+
+
+@pytest.mark.parametrize("folder", ["data", "train", "eval"])
+def test_readmes_link_to_pages_that_exist(reference: ModuleType, folder: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", reference.readme_page(folder))
+    assert links and all((ROOT / "docs" / "pages" / link).is_file() for link in links)

@@ -42,7 +42,7 @@ STAGES = """
 
 The sources' shares of tokens in percent. The paper (arXiv 2410.05355) has tokens and shares only in
 its figure 1, without numbers: all of them are *assumed*, except the tokens of the decay (model
-card) and the share of instructions.
+card). The share of instructions is published; that it is of the decay stage is assumed.
 
 | stage | tokens | seq_len | shares | note |
 |---|---|---|---|---|

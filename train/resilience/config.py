@@ -25,7 +25,8 @@ class HealthConfig:
     check_replicas_every_steps: int
     straggler_window_steps: int
     straggler_factor: float  # times slower than the other ranks
-    hang_seconds: float  # without progress of a rank; six times that at the start, in validation and the last save
+    # without progress of a rank; six times that at the start, in validation and in the last save
+    hang_seconds: float
     max_starts: int  # from the same position without a new checkpoint
     # save and exit with code 75 after this time; Slurm's job end is always respected
     stop_after_seconds: float | None

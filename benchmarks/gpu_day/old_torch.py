@@ -10,9 +10,9 @@ PATCHES = {
     "model/mamba.py": (
         ("fullgraph=True, recompile_limit=COMPILED_VARIANTS", "fullgraph=True"),
         (
-            "        for layer in self.layers:\n            # torch's own types",
+            "        for layer in self.layers:\n            # torch's type stubs",
             "        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS\n"
-            "        for layer in self.layers:\n            # torch's own types",
+            "        for layer in self.layers:\n            # torch's type stubs",
         ),
     ),
     "model/kernels/reference.py": (

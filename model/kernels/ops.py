@@ -115,7 +115,9 @@ def _register_scan(backend: Any, library: OperatorLibrary) -> Any:
         return y, last_state, chunk_states
 
     def fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        u, A, save_states = arguments[0], arguments[2], arguments[10]
+        u = arguments[0]
+        A = arguments[2]
+        save_states = arguments[10]
         last_state = u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
         return _empty_like(u), last_state, new_chunk_states(u, A, save_states)
 

@@ -90,7 +90,9 @@ def causal_conv1d(
     first token of a document: taps never read across it. Computes in compute_dtype(x). Returns
     [b, l, d] in the type of x.
     """
-    length, taps, dtype = x.shape[1], weight.shape[1], x.dtype
+    length = x.shape[1]
+    taps = weight.shape[1]
+    dtype = x.dtype
     x, weight, bias = (t.to(compute_dtype(x)) for t in (x, weight, bias))
     out = bias + weight[:, -1] * x
     visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

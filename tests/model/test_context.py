@@ -26,25 +26,21 @@ CASES = [
 
 
 def problem(resets: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens with one of lookahead, and where documents begin: also at and around the edges of
-    pieces.
-    """
+    """Return tokens [b, l + 1] and doc_starts, some at and around the edges of chunks."""
     tokens = torch.randint(
         0, TINY.vocab_size, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1)
     )
     if resets is None:
         return tokens, None
     doc_starts = torch.zeros(3, LENGTH, dtype=torch.bool)
-    places = {"few": ([5], [20, 21], []), "edges": ([8, 15, 16], [7, 17, 24], [0, 31])}[resets]
-    for row, where in enumerate(places):
-        doc_starts[row, where] = True
+    positions = {"few": ([5], [20, 21], []), "edges": ([8, 15, 16], [7, 17, 24], [0, 31])}[resets]
+    for row, columns in enumerate(positions):
+        doc_starts[row, columns] = True
     return tokens, doc_starts
 
 
 def results(index: int, context: ContextRanks | None) -> dict[str, torch.Tensor]:
-    """Summed loss and gradients of a model with slow decays, so that states reach far, of this
-    rank's piece.
-    """
+    """Return this rank's summed loss and gradients; slow decays make states reach far."""
     kernels, resets, recompute = CASES[index]
     tokens, doc_starts = problem(resets)
     model = build_model(TINY, kernels, 0, torch.device("cpu"), recompute=recompute)
@@ -88,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda i: f"{CASES[i][0].name}-{CASES[i][1]}-{CASES[i][2].value}",
 )
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_pieces_on_ranks_equal_one_rank(folder: Path, ranks: int, index: int) -> None:
+def test_chunks_on_ranks_equal_one_rank(folder: Path, ranks: int, index: int) -> None:
     expected, actual = (
         results(index, None),
         torch.load(folder / f"{ranks}-{index}.pt", weights_only=True),
@@ -98,7 +94,7 @@ def test_pieces_on_ranks_equal_one_rank(folder: Path, ranks: int, index: int) ->
 
 
 def test_what_comes_before_matters(folder: Path) -> None:
-    """The problem would notice a piece that begins from nothing: its loss alone is another."""
+    """The test detects a chunk that starts from a zero state: its loss differs."""
     tokens, _ = problem(None)
     model = build_model(TINY, REFERENCE, 0, torch.device("cpu"))
     halves = [

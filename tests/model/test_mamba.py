@@ -161,10 +161,8 @@ def test_recompute_changes_no_bit(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("kernels", [REFERENCE, CPU], ids=lambda kernels: kernels.name)
-def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> None:
-    """Any cut into pieces, shorter than the convolution too, with documents that begin near the
-    cuts.
-    """
+def test_chunks_equal_the_whole_sequence(kernels: Kernels, resets: bool) -> None:
+    """Chunks of any lengths, also shorter than the convolution, with documents near their edges."""
     model = model_of(TINY, kernels=kernels)
     tokens = torch.randint(0, TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     doc_starts = None
@@ -174,21 +172,23 @@ def test_pieces_of_a_sequence_are_the_whole(kernels: Kernels, resets: bool) -> N
     with torch.no_grad():
         whole = model.hidden(tokens, doc_starts)
         for sizes in ([40], [10, 1, 2, 27], [1] * 40, [3, 37]):
-            state, parts, at = None, [], 0
+            state = None
+            outputs = []
+            start = 0
             for size in sizes:
-                piece = slice(at, at + size)
+                chunk = slice(start, start + size)
                 h, state = model.forward_chunk(
-                    tokens[:, piece], state, None if doc_starts is None else doc_starts[:, piece]
+                    tokens[:, chunk], state, None if doc_starts is None else doc_starts[:, chunk]
                 )
-                parts.append(h)
-                at += size
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+                outputs.append(h)
+                start += size
+            torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
     assert {tuple(layer.conv_state.shape) for layer in state} == {
         (2, TINY.d_conv - 1, TINY.d_inner)
     }
 
 
-def test_gradients_pass_between_pieces() -> None:
+def test_gradients_pass_between_chunks() -> None:
     model = model_of(TINY).double()
     tokens = torch.randint(0, TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     weight = torch.randn(2, 12, TINY.d_model, dtype=torch.float64)

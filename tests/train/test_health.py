@@ -149,7 +149,9 @@ def busy_machine(seed: int, num_steps: int) -> list[list[float]]:
 
 @pytest.mark.fault("ranks that share a busy machine", "none is named unless it stays slow")
 def test_noise_on_one_machine_is_no_straggler_and_a_slow_rank_is(measured: Any) -> None:
-    false, by_median, delays = 0, 0, []
+    false = 0
+    by_median = 0
+    delays = []
     for seed in range(20):
         noise = busy_machine(seed, 1000)
         false += len(named_by(StragglerDetector(8, 1.5, one_machine=True), noise))

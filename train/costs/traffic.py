@@ -127,7 +127,9 @@ def tensor_parallel_traffic(
     embedding's and the final norm's outputs are gathered; gradients of the norms' weights are
     all-reduced in every micro-batch.
     """
-    c, p, recompute = config.model, config.parallel, config.compute.recompute
+    c = config.model
+    p = config.parallel
+    recompute = config.compute.recompute
     dtype_bytes = matmul_dtype_bytes(config)
     x_proj = dtype_bytes * (c.dt_rank + 2 * c.d_state)
     hidden = dtype_bytes * c.d_model
@@ -171,7 +173,9 @@ def context_parallel_traffic(config: RunConfig, sequences: float) -> list[Collec
 
     All-gathered in the forward and in a recompute; their gradients are all-reduced.
     """
-    c, p, recompute = config.model, config.parallel, config.compute.recompute
+    c = config.model
+    p = config.parallel
+    recompute = config.compute.recompute
     conv_state = (c.d_conv - 1) * matmul_dtype_bytes(config)
     ssm_state = (c.d_state + 1) * 4
     chunk = c.d_inner / p.tensor_parallel * (ssm_state + conv_state)

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, python
 from tests.conftest import GATES
 
 # one test of `make test` for each area
@@ -48,3 +48,9 @@ def test_names_in_gates_exist(name: str) -> None:
         decorators(name)
     else:
         assert (ROOT / name).exists(), name
+
+
+def test_the_preloaded_module_imports() -> None:
+    """The fork server ignores an ImportError: then every rank would import everything itself."""
+    result = python("-c", "import tests.preload")
+    assert result.returncode == 0, result.stderr

@@ -25,7 +25,7 @@ from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
-from data.recipes.readers import INPUT_LIST
+from data.readers.inputs import INPUT_LIST
 from data.stream.documents import document_ends
 from data.stream.manifests import (
     MANIFEST,

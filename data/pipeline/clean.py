@@ -23,7 +23,8 @@ from data.pipeline import minhash, substrings
 from data.pipeline.accounting import StepCounts, read_counts
 from data.pipeline.tasks import document_writer, run_task, set_exclusion_writers
 from data.recipes.decontamination import DecontaminationFilter
-from data.recipes.readers import QUARANTINE, pin_files
+from data.readers.base import QUARANTINE
+from data.readers.inputs import pin_files
 
 Job = tuple[Any, ...]
 # lower bound of compressed bytes per word or mark; it only decides the number of partitions

@@ -20,7 +20,7 @@ from data import recipes, tokenizer
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
 from data.recipes import MEGATRON, decontamination
-from data.recipes.readers import list_raw_files
+from data.readers.inputs import list_raw_files
 from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 

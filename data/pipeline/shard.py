@@ -17,7 +17,7 @@ from core.files import sha256_of
 from data import tokenizer
 from data.pipeline.accounting import StepCounts
 from data.pipeline.tasks import run_task
-from data.recipes.readers import Jsonl
+from data.readers.jsonl import Jsonl
 from data.stream.manifests import DTYPE, SPLITS, ShardFile
 
 VERSION = 1  # raise with the split, the order inside a shard, or the tokenized text

@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.stats import PipelineStats
 
-from data.recipes.readers import Jsonl
+from data.readers.jsonl import Jsonl
 
 
 class SingleTaskExecutor(LocalPipelineExecutor):

@@ -10,7 +10,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
 from data.recipes.filters import BasicQualityFilter
-from data.recipes.readers import open_input
+from data.readers.inputs import open_input
 
 REQUIRES = ("orjson", "spacy")
 RECIPE_VERSION = 1

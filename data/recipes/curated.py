@@ -6,7 +6,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
 from data.recipes.filters import BasicQualityFilter
-from data.recipes.readers import open_input
+from data.readers.inputs import open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

@@ -17,7 +17,10 @@ from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
 from data.recipes.filters import BasicQualityFilter
-from data.recipes.readers import CountingReader, Jsonl, Parquet, open_input
+from data.readers.base import CountingReader
+from data.readers.inputs import open_input
+from data.readers.jsonl import Jsonl
+from data.readers.tables import Parquet
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

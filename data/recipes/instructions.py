@@ -13,7 +13,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
 from data.recipes.filters import BasicQualityFilter
-from data.recipes.readers import CountingReader, open_input
+from data.readers.base import CountingReader
+from data.readers.inputs import open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

@@ -15,7 +15,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
 from data.recipes.extraction import MainTextExtractor
-from data.recipes.readers import open_input
+from data.readers.inputs import open_input
 
 REQUIRES = (
     "orjson",

@@ -14,7 +14,8 @@ from data.recipes import web
 from data.recipes.classifiers import MathFilter
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.filters import BasicQualityFilter
-from data.recipes.readers import Warc, open_input
+from data.readers.inputs import open_input
+from data.readers.web import Warc
 from data.recipes.urls import make_blocklist_filter
 
 REQUIRES = (*web.REQUIRES,)

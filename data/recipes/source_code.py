@@ -15,7 +15,7 @@ from data.recipes.filters import (
     GeneratedCodeFilter,
     LicenceFilter,
 )
-from data.recipes.readers import open_input
+from data.readers.inputs import open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

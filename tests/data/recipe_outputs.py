@@ -29,7 +29,7 @@ from data.config import Source
 from data.pipeline import clean, fingerprints, megatron, shard
 from data.pipeline.clean import Build
 from data.pipeline.shard import CleanDocuments, ShardingSpec
-from data.recipes.readers import list_raw_files, pin_files
+from data.readers.inputs import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 

@@ -19,7 +19,8 @@ from data.pipeline.clean import Build
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import correct_line
-from data.recipes.readers import Jsonl, list_raw_files, open_input, pin_files
+from data.readers.inputs import list_raw_files, open_input, pin_files
+from data.readers.jsonl import Jsonl
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 

@@ -22,9 +22,9 @@ from data.config import Assets, Source
 from data.pipeline import minhash, substrings
 from data.pipeline.accounting import StepCounts, read_counts
 from data.pipeline.tasks import document_writer, run_task, set_exclusion_writers
-from data.recipes.decontamination import DecontaminationFilter
 from data.readers.base import QUARANTINE
 from data.readers.inputs import pin_files
+from data.recipes.decontamination import DecontaminationFilter
 
 Job = tuple[Any, ...]
 # lower bound of compressed bytes per word or mark; it only decides the number of partitions

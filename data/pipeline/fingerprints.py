@@ -19,8 +19,8 @@ from core.files import read_json, sha256_of, write_json
 from data import recipes, tokenizer
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
-from data.recipes import MEGATRON, decontamination
 from data.readers.inputs import list_raw_files
+from data.recipes import MEGATRON, decontamination
 from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import BasicQualityFilter
 from data.readers.inputs import open_input
+from data.recipes.filters import BasicQualityFilter
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

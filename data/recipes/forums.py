@@ -16,11 +16,11 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import BasicQualityFilter
 from data.readers.base import CountingReader
 from data.readers.inputs import open_input
 from data.readers.jsonl import Jsonl
 from data.readers.tables import Parquet
+from data.recipes.filters import BasicQualityFilter
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

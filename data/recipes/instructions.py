@@ -12,9 +12,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.recipes.filters import BasicQualityFilter
 from data.readers.base import CountingReader
 from data.readers.inputs import open_input
+from data.recipes.filters import BasicQualityFilter
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

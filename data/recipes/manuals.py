@@ -14,8 +14,8 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
-from data.recipes.extraction import MainTextExtractor
 from data.readers.inputs import open_input
+from data.recipes.extraction import MainTextExtractor
 
 REQUIRES = (
     "orjson",

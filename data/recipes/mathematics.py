@@ -10,12 +10,12 @@ from datatrove.pipeline.base import PipelineStep
 
 from core.errors import InputError
 from data.config import Assets, Source
+from data.readers.inputs import open_input
+from data.readers.web import Warc
 from data.recipes import web
 from data.recipes.classifiers import MathFilter
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.filters import BasicQualityFilter
-from data.readers.inputs import open_input
-from data.readers.web import Warc
 from data.recipes.urls import make_blocklist_filter
 
 REQUIRES = (*web.REQUIRES,)

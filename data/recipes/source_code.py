@@ -9,13 +9,13 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
+from data.readers.inputs import open_input
 from data.recipes.filters import (
     BasicQualityFilter,
     CodeLineFilter,
     GeneratedCodeFilter,
     LicenceFilter,
 )
-from data.readers.inputs import open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

@@ -8,8 +8,8 @@ from datatrove.pipeline.filters import GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
-from data.recipes.filters import BasicQualityFilter
 from data.readers.inputs import open_input
+from data.recipes.filters import BasicQualityFilter
 
 REQUIRES = ("orjson", "spacy")
 RECIPE_VERSION = 1

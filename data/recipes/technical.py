@@ -5,9 +5,9 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
+from data.readers.inputs import open_input
 from data.recipes.filters import BasicQualityFilter
 from data.recipes.papers import PaperBody
-from data.readers.inputs import open_input
 
 REQUIRES = ("orjson",)
 RECIPE_VERSION = 1

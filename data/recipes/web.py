@@ -10,11 +10,11 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
 from data.config import Assets, Source
+from data.readers.inputs import open_input
+from data.readers.web import Warc
 from data.recipes.classifiers import EnglishFilter
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import LineCorrectionFilter
-from data.readers.inputs import open_input
-from data.readers.web import Warc
 from data.recipes.urls import load_blocklist, make_blocklist_filter
 
 # Checked before the first document: without lxml_html_clean or spacy's word splitter, datatrove

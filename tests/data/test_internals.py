@@ -11,9 +11,9 @@ from core.files import ROOT
 from data.pipeline import accounting, minhash
 from data.pipeline.executors import SlurmArray
 from data.pipeline.tasks import SingleTaskExecutor, set_exclusion_writers
+from data.readers.web import Warc
 from data.recipes.classifiers import load_model
 from data.recipes.extraction import MainTextExtractor
-from data.readers.web import Warc
 from data.recipes.urls import make_blocklist_filter
 
 # package -> (version read, our code that relies on it -> the behaviour)

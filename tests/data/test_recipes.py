@@ -16,11 +16,11 @@ from data import recipes
 from data.config import Assets, Source
 from data.pipeline import accounting, clean
 from data.pipeline.clean import Build
+from data.readers.inputs import list_raw_files, open_input, pin_files
+from data.readers.jsonl import Jsonl
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import correct_line
-from data.readers.inputs import list_raw_files, open_input, pin_files
-from data.readers.jsonl import Jsonl
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MANIFEST = "manifest.json"  # last file of a checkpoint to be written
@@ -61,12 +61,23 @@ class Run:
     name: str
     dir: str
     seed: int  # of the initial weights
-    # transformers folder of a FalconMamba whose weights a new run starts from; None: random
-    # weights. Ignored once the run has a checkpoint. The optimizer starts fresh
+    # weights that a new run starts from, with a fresh optimizer: a transformers folder of a
+    # FalconMamba, a checkpoint, or a run's folder; None: random weights
     init_from: str | None = None
+    # checkpoint (or run's folder) that a new run continues, with its optimizer and its position
+    # in the data: another decay, longer or other later stages
+    branch_from: str | None = None
+    # settings that may differ from those of the checkpoint: keys or sections
+    accept_changes: list[str] = field(default_factory=list)
     # checkpoint that the commands of eval/ read, by default the newest: a step-N folder, or for
     # leaderboards also a Hugging Face folder
     checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError(
+                "run.init_from loads only weights and run.branch_from a whole checkpoint: set one"
+            )
 
     @property
     def folder(self) -> Path:

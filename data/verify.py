@@ -93,7 +93,7 @@ def verify(cfg: DataConfig, settings: VerifySettings) -> None:
     plan: Plan = compile_plan(cfg, manifests)
     print("\n" + "\n".join(plan_table(plan)))
     print("\n" + "\n".join(packing_table(plan, manifests)))
-    print(f"\nplan {plan.hash[:16]}: all shards match their manifests")
+    print(f"\nplan {plan.hash_at(plan.tokens)[:16]}: all shards match their manifests")
 
 
 @command(VerifyConfig)

@@ -2,21 +2,18 @@
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import torch
 
 from core.errors import InputError
-from core.run import Run
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import Manifest
 from data.stream.mixture import Plan
 from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
-from model.hf import load_hf_weights
 from model.kernels import REFERENCE, Kernels, MissingBackend, load, skipped_kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
@@ -32,13 +29,15 @@ from train.distributed import (
     raise_on_all_ranks,
 )
 from train.engines.build import build_engine
-from train.engines.protocol import Engine
 from train.metrics.console import LOG_COLUMNS
 from train.metrics.records import read_scores, short
 from train.metrics.scores import collect_command
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
 from train.phases import Phases
+from train.record.changes import join
+from train.record.history import as_table, to_plain, write_record
+from train.record.origin import Origin, find_origin, load_initial_weights, resume
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import Incidents, Starts
@@ -54,17 +53,19 @@ def build_trainer(
     config: RunConfig,
     manifests: dict[str, Manifest],
     ranks: Ranks,
-    record: dict[str, Any],
+    code: dict[str, Any],
     watchdog: Watchdog,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Build one rank's trainer; `record` is the config for trackers.
+    """Build one rank's trainer; `code` is the version of the code, for the run's record.
 
     Raises InputError, on every rank, when data, kernels or checkpoints do not fit the config.
     """
+    record = {"code": code, **to_plain(asdict(config))}
     datacheck = DataCheck(config.data, manifests, ranks)
     datacheck.start(config.health.verify_shards)
     plan = compile_plan(config.data, manifests)
+    tokenizer_hash = next(iter(manifests.values())).tokenizer_sha256  # of all sources
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
     phases = Phases(watchdog.enter_phase)
     with errors_on_all_ranks():
@@ -75,22 +76,24 @@ def build_trainer(
     checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
-    checkpoint = checkpoints.find_latest()
-    with errors_on_all_ranks():
-        if checkpoint is None:
-            load_initial_weights(model, config.run, ranks.tp_rank, ranks.tp_size)
+    origin = find_origin(config, record, checkpoints, ranks)
+    initial = load_initial_weights(model, config, ranks) if origin is None else None
     if config.compute.compile:
         model.compile_blocks()
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
-    state = TrainState(0, 0, 0, plan.hash, asdict(config.model))
-    if checkpoint is not None:
-        state = resume(checkpoints, checkpoint, engine, expected=state)
+    state = TrainState(
+        0, 0, 0, plan.hash_at(0), asdict(config.model), config=record, tokenizer=tokenizer_hash
+    )
+    if origin is not None:
+        state = resume(checkpoints, origin, engine, plan, state)
     failure_policy = FailurePolicy(
         config.health, ranks, model, engine, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:
         count_start(config, state, ranks, watchdog.incidents)
+        if ranks.is_first:
+            record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
     loader = Loader(plan, manifests)
     micro_batch_tokens = config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch_tokens, engine.needs_equal_micro_batches)
@@ -104,7 +107,7 @@ def build_trainer(
     return Trainer(
         ranks=ranks,
         schedule=schedule,
-        sources=list(plan.sources),
+        plan=plan,
         batches=batches,
         model=model,
         context=context,
@@ -151,30 +154,6 @@ def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> Falco
     )
 
 
-def load_initial_weights(model: FalconMamba, run: Run, tp_rank: int, tp_size: int) -> None:
-    """Load the weights that run.init_from names, if it is set."""
-    if run.init_from is not None:
-        try:
-            load_hf_weights(model, Path(run.init_from), tp_rank, tp_size)
-        except InputError as error:
-            raise InputError(f"run.init_from: {error}") from error
-
-
-def resume(
-    checkpoints: CheckpointManager, folder: Path, engine: Engine, expected: TrainState
-) -> TrainState:
-    """Load a checkpoint; InputError if its model or data plan differs from `expected`."""
-    state = checkpoints.load(folder, engine)
-    hint = "restore its config or choose another run.name"
-    if state.model != expected.model:
-        raise InputError(f"{folder} is of another model: {hint}")
-    if state.plan != expected.plan:
-        raise InputError(
-            f"{folder} has another data plan (sources, stages, seed or shards): {hint}"
-        )
-    return state
-
-
 def count_start(config: RunConfig, state: TrainState, ranks: Ranks, incidents: Incidents) -> None:
     """Count this start; InputError on every rank after too many starts without progress."""
     error = None
@@ -182,6 +161,29 @@ def count_start(config: RunConfig, state: TrainState, ranks: Ranks, incidents: I
         starts = Starts(config.run.folder, config.health.max_starts)
         error = starts.count(state.tokens, incidents)
     raise_on_all_ranks(error)
+
+
+def record_start(
+    config: RunConfig,
+    record: dict[str, Any],
+    state: TrainState,
+    origin: Origin | None,
+    initial: str | None,
+    ranks: Ranks,
+    incidents: Incidents,
+) -> None:
+    """Write config.yaml with this start's entry; log changed settings and loaded weights."""
+    write_record(config.run.files.config, record, state, origin, initial, ranks.world_size)
+    if initial is not None:
+        logger.info(f"initial weights: {initial}")
+    if origin is None or not (origin.is_branch or origin.accepted):
+        return
+    kind, text = "changed settings", f"from {state.tokens:,} tokens on"
+    if origin.is_branch:
+        kind, text = "branch", f"continues {origin.checkpoint}, {state.tokens:,} tokens"
+    if origin.accepted:
+        text += f": {join(origin.accepted)}"
+    incidents.log(kind, text, tokens=state.tokens, changes=as_table(origin.accepted))
 
 
 def build_validation(config: RunConfig, manifests: dict[str, Manifest], ranks: Ranks) -> Validation:

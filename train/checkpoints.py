@@ -17,13 +17,8 @@ from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
-from train.checkpoint.inspection import (
-    diff,
-    list_checkpoints,
-    print_table,
-    resolve_pair,
-    verify,
-)
+from train.checkpoint.find import list_checkpoints
+from train.checkpoint.inspection import diff, print_table, resolve_pair, verify
 
 
 def main(arguments: list[str]) -> int:

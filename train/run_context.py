@@ -3,22 +3,17 @@
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from enum import Enum
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from core.errors import USER_ERROR, InputError
-from core.files import ROOT, remove_stale_temp_files, write_text
+from core.files import remove_stale_temp_files
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
 from train.distributed import Ranks, init_distributed, raise_on_all_ranks
 from train.metrics.profiler import profiling
+from train.record.history import code_version
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
@@ -100,12 +95,9 @@ def start(config: RunConfig, device: str) -> Outcome:
 def _train(
     config: RunConfig, ranks: Ranks, watchdog: Watchdog, stop_request: StopRequest
 ) -> Outcome:
-    record = {"code": code_version() if ranks.is_first else None, **to_plain(asdict(config))}
+    code = code_version() if ranks.is_first else {}
     manifests = open_per_node(config.data)
-    # before config.yaml is written: raises if the folder is another run's
-    trainer = build_trainer(config, manifests, ranks, record, watchdog, stop_request)
-    if ranks.is_first:
-        write_text(config.run.files.config, OmegaConf.to_yaml(OmegaConf.create(record)))
+    trainer = build_trainer(config, manifests, ranks, code, watchdog, stop_request)
     with profiling(config.train.profile, config.run.folder, ranks, trainer.phases):
         outcome = trainer.run()
     if ranks.is_first and outcome.code == FINISHED:
@@ -115,32 +107,6 @@ def _train(
             f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}"
         )
     return outcome
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code and whether files have changed; empty without git or a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
-
-    try:
-        if git("rev-parse", "--show-prefix") != "":  # installed inside another repository
-            return {}
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
-def to_plain(value: Any) -> Any:
-    """Convert a config to JSON-like values."""
-    if isinstance(value, dict):
-        return {key: to_plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [to_plain(entry) for entry in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def _acquire(run_lock: RunLock) -> str | None:

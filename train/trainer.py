@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from data.stream.loader import Batch
+from data.stream.mixture import Plan
 from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.mamba import FalconMamba
@@ -39,7 +40,7 @@ class Trainer:
 
     ranks: Ranks
     schedule: Schedule
-    sources: list[str]
+    plan: Plan
     batches: Batches
     model: FalconMamba
     context: ContextRanks | None  # ranks that share a sequence
@@ -89,6 +90,7 @@ class Trainer:
             before = self.state.tokens
             self.state.tokens += step_schedule.tokens
             self.state.step += 1
+            self.state.plan = self.plan.hash_at(self.state.tokens)
             seconds = time.perf_counter() - started_at
             self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
             with self.model.without_context_parallel():
@@ -112,7 +114,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Run forward, backward and update of one global batch; return statistics and norm."""
         # nats and tokens of each source
-        sums = torch.zeros(2, len(self.sources), dtype=torch.float64)
+        sums = torch.zeros(2, len(self.plan.sources), dtype=torch.float64)
         # reading and forward passes, which wait for no other rank
         compute_seconds = data_wait_seconds
         for index, (batch, is_padding) in enumerate(batches):
@@ -170,7 +172,7 @@ class Trainer:
         """Return the step's line of metrics.jsonl without rates; losses in nats per token."""
         stats: StepStats = result["stats"]
         nats, tokens = stats.sums
-        rows = [row for row in zip(self.sources, nats, tokens, strict=True) if row[2]]
+        rows = [row for row in zip(self.plan.sources, nats, tokens, strict=True) if row[2]]
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,

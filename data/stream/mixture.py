@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,11 @@ ROUNDS = 6
 MAX_SCALAR_INDICES = 12  # up to this many indices the scalar permutation is faster
 UINT64_MAX = 2**64 - 1
 Indices = NDArray[np.int64]
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -177,7 +183,8 @@ class Plan:
         self.tokens = first_token
         self.blocks_read = dict(zip(self.sources, map(int, cursor), strict=True))
         self._check_epochs()
-        self.hash = self._hash(fingerprints)
+        self.shard_hashes = {name: sha256_json(fingerprints[name]) for name in self.sources}
+        self.old_hash = self._hash_of_version_1(fingerprints)
 
     def _plan_stage(self, stage: Stage, first_token: int, cursor: Indices) -> PlannedStage:
         names = [name for name in self.sources if stage.mixture.get(name, 0.0) > 0]
@@ -213,8 +220,28 @@ class Plan:
                     f"data.sources.{name}.max_epochs above {limit:g}"
                 )
 
-    def _hash(self, fingerprints: dict[str, str]) -> str:
-        """SHA-256 of all that decides the order of tokens; a resumed run must have the same."""
+    def hash_at(self, tokens: int) -> str:
+        """SHA-256 of all that decides the order of the first `tokens` tokens of the run.
+
+        A chain over the stages up to there: later stages, and sources that only they read, may
+        change. A resumed run must have the hash of its checkpoint.
+        """
+        chain = sha256_json([self.seed, self.block_tokens, self.config.reset_state])
+        for stage in self.stages:
+            read = min(tokens - stage.first_token, stage.tokens)
+            if read > 0:
+                sources = [
+                    [name, self.num_blocks[name], self.shard_hashes[name], quota]
+                    for name, quota in zip(
+                        self.sources, stage.blocks_per_period.tolist(), strict=True
+                    )
+                    if quota
+                ]
+                chain = sha256_json([chain, stage.seq_len, read, sources])
+        return chain
+
+    def _hash_of_version_1(self, fingerprints: dict[str, str]) -> str:
+        """SHA-256 of the whole plan, as checkpoints before version 0.3 have it."""
         facts = {
             "seed": self.seed,
             "block_tokens": self.block_tokens,
@@ -226,7 +253,7 @@ class Plan:
                 for planned, stage in zip(self.stages, self.config.stages, strict=True)
             ],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return sha256_json(facts)
 
     def stage_at(self, token: int) -> PlannedStage:
         """Return the stage at position `token` of the run; past the end, the last stage."""

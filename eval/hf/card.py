@@ -28,6 +28,10 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
     if not files.config.is_file():
         raise InputError(f"{run_dir} has no config.yaml: train/pretrain.py writes it")
     config: Any = OmegaConf.to_container(load_config(files.config))
+    state = read_state(checkpoint)
+    history = [entry for entry in config.pop("history", []) if entry["tokens"] < state["tokens"]]
+    # what the checkpoint was trained with; config.yaml may be of a later start
+    config = state.get("config") or config
     heldout = _read_results(files.evaluation, checkpoint).get("heldout", {})
     suites = [
         suite
@@ -54,7 +58,8 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
         config=config,
         model=model,
         parameters=parameter_count(model),
-        tokens=read_state(checkpoint)["tokens"],
+        tokens=state["tokens"],
+        history=history,
         step=checkpoint.name,
         heldout=heldout,
         suites=suites,

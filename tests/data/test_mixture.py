@@ -138,12 +138,54 @@ def test_a_second_epoch_has_another_order(tmp_path: Path) -> None:
 
 
 def test_plan_hash_covers_source_order_and_state_resets(tmp_path: Path) -> None:
-    default = make_plan(corpus_config(tmp_path)).hash
     swapped = corpus_config(tmp_path)
     swapped.sources = dict(reversed(swapped.sources.items()))
     resets = corpus_config(tmp_path)
     resets.reset_state = not resets.reset_state
-    assert len({default, make_plan(swapped).hash, make_plan(resets).hash}) == 3
+    plans = [make_plan(config) for config in (corpus_config(tmp_path), swapped, resets)]
+    assert len({plan.hash_at(BLOCK) for plan in plans}) == 3
+    assert len({plan.old_hash for plan in plans}) == 3
+
+
+def test_a_hash_covers_what_has_been_read_and_no_more(tmp_path: Path) -> None:
+    """The future may change: longer, other or more stages, and sources that only they read."""
+    plan = make_plan(corpus_config(tmp_path))
+    other = corpus_config(tmp_path)
+    other.stages[1] = replace(other.stages[1], name="stable", tokens=30 * BLOCK)
+    other.stages[2] = replace(other.stages[2], seq_len=16, mixture={"more": 1})
+    other.sources = {"more": other.sources["sums"], **other.sources}
+    other.stages[0] = replace(other.stages[0], mixture={"sums": 10, "prose": 30})  # the same shares
+    sizes = {name: 60 * BLOCK + 6 for name in other.sources}
+    changed = Plan(other, sizes, {name: name for name in sizes})
+    first = all_blocks(plan)[:40]
+    named = [(plan.sources[source], block) for source, block in first]
+    assert named == [(changed.sources[s], block) for s, block in all_blocks(changed)[:40]]
+    for blocks in (0, 1, 20, 21, 40):
+        assert plan.hash_at(blocks * BLOCK) == changed.hash_at(blocks * BLOCK)
+    assert plan.hash_at(41 * BLOCK) != changed.hash_at(41 * BLOCK)
+    hashes = [plan.hash_at(blocks * BLOCK) for blocks in range(53)]
+    assert len(set(hashes)) == 53 and plan.old_hash != changed.old_hash
+
+
+@pytest.mark.parametrize("change", ["mixture", "seq_len", "shorter", "shards", "size", "seed"])
+def test_a_changed_past_changes_the_hash(tmp_path: Path, change: str) -> None:
+    config = corpus_config(tmp_path)
+    tokens = dict.fromkeys(SOURCES, 60 * BLOCK + 6)
+    fingerprints = {name: name for name in SOURCES}
+    before = Plan(config, tokens, fingerprints).hash_at(40 * BLOCK)
+    if change == "mixture":
+        config.stages[0].mixture = {"prose": 3, "sums": 1.1}
+    elif change == "seq_len":
+        config.stages[0].seq_len = 32
+    elif change == "shorter":
+        config.stages[0].tokens -= BLOCK
+    elif change == "shards":
+        fingerprints["sums"] = "others"
+    elif change == "size":
+        tokens["prose"] += BLOCK
+    else:
+        config.seed += 1
+    assert Plan(config, tokens, fingerprints).hash_at(40 * BLOCK) != before
 
 
 def test_a_share_below_the_resolution_is_refused() -> None:
@@ -156,8 +198,8 @@ def test_seed_changes_the_order_and_the_hash(tmp_path: Path) -> None:
     before = make_plan(config)
     config.seed = 6
     after = make_plan(config)
-    assert all_blocks(before) != all_blocks(after) and before.hash != after.hash
-    assert make_plan(config).hash == after.hash
+    assert all_blocks(before) != all_blocks(after) and before.hash_at(BLOCK) != after.hash_at(BLOCK)
+    assert make_plan(config).hash_at(BLOCK) == after.hash_at(BLOCK)
 
 
 def test_too_many_epochs_are_refused_before_training(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from core.errors import InputError
 from core.files import sha256_of
-from core.run import Run
 from data.config import DataConfig
 from data.stream.manifests import (
     DTYPE,
@@ -28,10 +27,10 @@ from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
 from eval.model_source import find_checkpoint, load_model
 from model.checkpoint import read_state
+from model.hf import load_hf_weights
 from tests.commands import wait_until
 from tests.eval.conftest import MODEL
 from tests.tiny import model_of
-from train.build import load_initial_weights
 from train.metrics.records import read_lines, read_scores
 from train.metrics.scores import collect_command
 
@@ -111,18 +110,15 @@ def test_leaked_documents_are_found(
         Validation(data, open_manifests(data), SETTINGS)
 
 
-def test_initial_weights_load_from_an_export(config: EvaluationConfig, tmp_path: Path) -> None:
+def test_initial_weights_load_from_an_export(config: EvaluationConfig) -> None:
     export(config)
     expected = load_model(config, find_checkpoint(config))
-    run = Run("next", str(tmp_path), 0, str(config.run.files.hf))
     model = model_of(MODEL, seed=9)
-    load_initial_weights(model, run, 0, 1)
+    load_hf_weights(model, config.run.files.hf)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
     with pytest.raises(InputError, match=r"give model\.vocab_size=288"):
-        load_initial_weights(model_of(replace(MODEL, vocab_size=300)), run, 0, 1)
-    with pytest.raises(InputError, match="run.init_from"):
-        load_initial_weights(model, replace(run, init_from=str(tmp_path)), 0, 1)
+        load_hf_weights(model_of(replace(MODEL, vocab_size=300)), config.run.files.hf)
 
 
 def test_suite_jobs_report_their_scores(

@@ -23,12 +23,13 @@ from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, errors_on_all_ranks, init_distributed
 from train.metrics.records import JsonLines, read_lines
+from train.record.history import code_version
 from train.resilience import watchdog
 from train.resilience.incidents import HUNG, INTERRUPTED, Incidents, Outcome, Starts, read_outcome
 from train.resilience.run_lock import RunLock, process_start
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
-from train.run_context import code_version, run_context
+from train.run_context import run_context
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_code_version_of_a_repository(tmp_path: Path, monkeypatch: pytest.Monkey
     script = tmp_path / "train" / "run.py"
     script.parent.mkdir()
     script.write_text("1\n")
-    monkeypatch.setattr("train.run_context.ROOT", tmp_path)
+    monkeypatch.setattr("train.record.history.ROOT", tmp_path)
     assert code_version() == {}
     git("init", "-q")
     git("add", ".")
@@ -91,7 +92,7 @@ def test_code_version_of_a_repository(tmp_path: Path, monkeypatch: pytest.Monkey
     assert code_version() == {"commit": commit, "dirty": True}
     inner = tmp_path / "venv" / "train"
     inner.mkdir(parents=True)
-    monkeypatch.setattr("train.run_context.ROOT", inner.parent)
+    monkeypatch.setattr("train.record.history.ROOT", inner.parent)
     assert code_version() == {}
 
 

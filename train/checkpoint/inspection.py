@@ -7,28 +7,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from core.run import MANIFEST, RunFiles, iter_checkpoints
-from model.checkpoint import CheckpointReader, newest_valid, read_manifest, read_state
+from core.run import MANIFEST
+from model.checkpoint import CheckpointReader, read_manifest, read_state
+from train.checkpoint.find import list_checkpoints, resolve_checkpoint
 from train.checkpoint.manager import invalid_reason
 from train.costs.memory import GIB
 
 MAX_ROWS = 12  # differing tensors that diff prints, largest difference first
-
-
-def list_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints of a run's folder, a checkpoints folder or a checkpoint, newest first.
-
-    Raises FileNotFoundError when there is none.
-    """
-    if path.name.startswith("step-") and path.is_dir():
-        return [path]
-    folder = RunFiles(path).checkpoints if RunFiles(path).checkpoints.is_dir() else path
-    checkpoints = list(iter_checkpoints(folder))
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"no checkpoint in {folder}: give a run's folder, its checkpoints, or one of them"
-        )
-    return checkpoints
 
 
 def resolve_pair(path: Path, other: Path | None) -> tuple[Path, Path]:
@@ -39,18 +24,6 @@ def resolve_pair(path: Path, other: Path | None) -> tuple[Path, Path]:
     if len(checkpoints) < 2:
         raise FileNotFoundError(f"{path} holds one checkpoint: give a second one to compare with")
     return checkpoints[1], checkpoints[0]
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at a path, or the newest valid one of several.
-
-    Raises ValueError when none verifies.
-    """
-    checkpoints = list_checkpoints(path)
-    best = path if checkpoints[0] == path else newest_valid(checkpoints[0].parent)[0]
-    if best is None or invalid_reason(best) is not None:
-        raise ValueError(f"{path} has no checkpoint that verifies")
-    return best
 
 
 def print_table(checkpoints: list[Path]) -> int:

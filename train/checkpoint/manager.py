@@ -34,15 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Position of a run; everything else follows from the config."""
+    """Position of a run, and the record of what it was trained with."""
 
     tokens: int  # trained on so far
     step: int
     updates: int  # steps whose update was not skipped
-    plan: str  # hash of the data order
+    plan: str  # hash of the order of these tokens (Plan.hash_at)
     model: dict[str, Any]
     # state of the spike detector (train/resilience/health.py), which a restart must keep
     health: dict[str, Any] = field(default_factory=dict)
+    # every setting of the start that saved it, and its code's version; empty before version 0.3
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""  # SHA-256 of the tokenizer.json of the data
 
 
 class CheckpointManager:

@@ -38,6 +38,7 @@ def page(folders: list[Path], path: Path) -> Path:
             "facts": fact_rows(folder, config, runs[name]),
             "mixture": mixture_rows(runs[name], plans[name]),
             "scores": score_tables(read_scores(RunFiles(folder).metrics)),
+            "starts": start_rows(config),
             "events": event_rows(folder),
             "checkpoints": checkpoint_rows(folder),
         }
@@ -106,6 +107,25 @@ def fact_rows(folder: Path, config: dict[str, Any], records: list[Record]) -> Ro
             ("stage", last["stage"]),
             ("skipped updates", sum(bool(record["skipped"]) for record in records)),
         ]
+    return rows
+
+
+def start_rows(config: dict[str, Any]) -> Rows:
+    """Time, tokens, ranks, commit and torch of each start, and what differs from the one before."""
+    rows: Rows = []
+    for entry in config.get("history", []):
+        changes = {**entry.get("decisive", {}), **entry.get("operational", {})}
+        texts = [f"{key} {before} -> {now}" for key, (before, now) in changes.items()]
+        texts += [
+            f"{key.replace('_', ' ')} {entry[key]}"
+            for key in ("branch_of", "initial_weights")
+            if key in entry
+        ]
+        commit = entry["code"].get("commit", "")[:12]
+        tokens, torch_version = short(entry["tokens"]), entry["versions"].get("torch", "")
+        rows.append(
+            (entry["time"], tokens, entry["ranks"], commit, torch_version, "; ".join(texts))
+        )
     return rows
 
 

@@ -1,0 +1,213 @@
+"""Where a start takes its weights from: its own checkpoint, a parent's, or initial weights."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from core.errors import InputError
+from core.files import sha256_of
+from core.old_keys import load_config
+from core.run import RunFiles
+from data.stream.manifests import tokenizer_path
+from data.stream.mixture import Plan
+from model.checkpoint import CheckpointReader, read_state
+from model.config import ModelConfig
+from model.hf import config_differences, load_hf_weights
+from model.mamba import FalconMamba
+from model.sharding import shard
+from train.checkpoint.find import resolve_checkpoint
+from train.checkpoint.manager import CheckpointManager, TrainState
+from train.config import RunConfig
+from train.distributed import Ranks, broadcast_text, raise_on_all_ranks
+from train.engines.protocol import Engine
+from train.record.changes import Change, check_changes, covers, find_changes
+
+logger = logging.getLogger(__name__)
+VOCABULARY = "data.tokenizer"  # key of run.accept_changes for weights of another vocabulary
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A verified checkpoint that a start continues, and how its settings differ."""
+
+    checkpoint: Path
+    is_branch: bool  # a checkpoint of another run
+    changes: list[Change]  # of the first rank; empty on other ranks
+    accepted: list[Change]  # those of them that change the mathematics
+
+
+def find_origin(
+    config: RunConfig, record: dict[str, Any], checkpoints: CheckpointManager, ranks: Ranks
+) -> Origin | None:
+    """Find the checkpoint to continue and compare its settings with `record`, the present ones.
+
+    The run's newest valid checkpoint, else run.branch_from; None for a new run. Raises InputError,
+    on every rank, for a change that run.accept_changes does not name.
+    """
+    folder = checkpoints.find_latest()
+    is_branch = folder is None and config.run.branch_from is not None
+    if is_branch:
+        path = Path(str(config.run.branch_from))
+        folder, is_hf = resolve_on_first(path, "run.branch_from", ranks)
+        if is_hf:
+            raise InputError(
+                f"run.branch_from: {folder} has no optimizer state: name a checkpoint, or set "
+                "run.init_from to load its weights"
+            )
+        if folder.parent.resolve() == checkpoints.folder.resolve():
+            raise InputError("run.branch_from is this run's own: choose another run.name")
+    if folder is None:
+        return None
+    changes: list[Change] = []
+    accepted: list[Change] = []
+    error = None
+    if ranks.is_first:
+        try:
+            changes = find_changes(trained_with(folder), record)
+            accepted = check_changes(changes, config.run.accept_changes, is_branch=is_branch)
+        except InputError as refused:
+            error = f"{folder}: {refused}"
+    raise_on_all_ranks(error)
+    return Origin(folder, is_branch, changes, accepted)
+
+
+def trained_with(checkpoint: Path) -> dict[str, Any]:
+    """Settings that a checkpoint was trained with.
+
+    Older checkpoints have only the model's; the others are in the run's config.yaml, if there is
+    one.
+    """
+    state = read_state(checkpoint)
+    config: Any = state.get("config")
+    if not config:
+        path = RunFiles(checkpoint.parent.parent).config
+        config = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
+        if not config:
+            logger.warning(f"{checkpoint} has no record of its settings, only of its model's")
+    return {**config, "model": state["model"]}
+
+
+def resume(
+    checkpoints: CheckpointManager, origin: Origin, engine: Engine, plan: Plan, new: TrainState
+) -> TrainState:
+    """Load a checkpoint into the engine; return its position, with the record of `new`.
+
+    Raises InputError if the tokens that it was trained on are not those of the plan.
+    """
+    state = checkpoints.load(origin.checkpoint, engine)
+    if state.tokens > plan.tokens:
+        raise InputError(
+            f"{origin.checkpoint} has {state.tokens:,} tokens, more than the {plan.tokens:,} of "
+            "the stages: make a stage longer"
+        )
+    if state.plan not in (plan.hash_at(state.tokens), plan.old_hash):
+        raise InputError(
+            f"{origin.checkpoint} has another data plan: its first {state.tokens:,} tokens had "
+            "other shards, sources or stages. Restore them, or choose another run.name"
+        )
+    state.model, state.config, state.tokenizer = new.model, new.config, new.tokenizer
+    return state
+
+
+def resolve_on_first(path: Path, key: str, ranks: Ranks) -> tuple[Path, bool]:
+    """Resolve a path on the first rank, for every rank, and say if it is a transformers folder.
+
+    Any other path is resolved to a verified checkpoint. Raises InputError on every rank.
+    """
+    is_hf, folder, error = False, path, None
+    if ranks.is_first:
+        is_hf = (path / "config.json").is_file()
+        try:
+            folder = path if is_hf else resolve_checkpoint(path)
+        except (OSError, ValueError) as failed:
+            error = f"{key}: {failed}"
+    raise_on_all_ranks(error)
+    kind, _, text = broadcast_text(f"{'hf' if is_hf else 'checkpoint'}:{folder}").partition(":")
+    return Path(text), kind == "hf"
+
+
+def load_initial_weights(model: FalconMamba, config: RunConfig, ranks: Ranks) -> str | None:
+    """Load the weights that run.init_from names; return what was loaded, or None if it is not set.
+
+    Raises InputError, on every rank, if they have another shape or another vocabulary than the
+    data, unless run.accept_changes names data.tokenizer.
+    """
+    if config.run.init_from is None:
+        return None
+    folder, is_hf = resolve_on_first(Path(config.run.init_from), "run.init_from", ranks)
+    error = None
+    try:
+        if ranks.is_first and not covers(config.run.accept_changes, VOCABULARY):
+            check_vocabulary(folder, is_hf, tokenizer_path(config.data))
+        if is_hf:
+            load_hf_weights(model, folder, ranks.tp_rank, ranks.tp_size)
+        else:
+            load_checkpoint_weights(model, folder, ranks.tp_rank, ranks.tp_size)
+    except InputError as failed:
+        error = f"run.init_from: {failed}"
+    raise_on_all_ranks(error)
+    if is_hf:
+        return f"transformers folder {folder}"
+    return f"checkpoint {folder}, {read_state(folder)['tokens']:,} tokens"
+
+
+@torch.no_grad()
+def load_checkpoint_weights(model: FalconMamba, folder: Path, tp_rank: int, tp_size: int) -> None:
+    """Load the weights of a verified checkpoint; InputError if its model has another shape."""
+    saved = ModelConfig(**read_state(folder)["model"])
+    if overrides := config_differences(saved, model.config):
+        raise InputError(f"{folder} has another shape: give {' '.join(overrides)}")
+    reader = CheckpointReader(folder)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(shard(name, reader.read_full("param", name), tp_rank, tp_size))
+
+
+def check_vocabulary(folder: Path, is_hf: bool, expected: Path) -> None:
+    """Raise InputError unless weights were trained with the tokenizer at `expected`."""
+    accept = f"'run.accept_changes=[{VOCABULARY}]' loads them all the same"
+    if is_hf:
+        path = folder / expected.name
+        if not path.is_file():
+            raise InputError(
+                f"{folder} has no {path.name} to compare with {expected}: put that of the weights "
+                f"there; {accept}"
+            )
+        if sha256_of(path) == sha256_of(expected) or vocabulary(path) == vocabulary(expected):
+            return
+        reason = f"{path} differs from {expected}"
+    else:
+        saved = read_state(folder).get("tokenizer")
+        if saved == sha256_of(expected):
+            return
+        reason = f"{folder} was trained with tokenizer.json of sha256 {saved}, not {expected}"
+        if not saved:
+            reason = f"{folder}, of an older version, has no record of its vocabulary"
+            accept = f"export it with eval/export.py and name the export; {accept}"
+    raise InputError(
+        f"{reason}: the same text would have other token ids. Set data.tokenizer.path to the "
+        f"weights' tokenizer.json and prepare the data again; {accept}"
+    )
+
+
+def vocabulary(path: Path) -> Any:
+    """All of a tokenizer.json that decides the ids of a text; libraries write it in several ways.
+
+    Raises InputError if the file is no tokenizer.json.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model = raw["model"]
+        merges = [
+            pair.split(" ", 1) if isinstance(pair, str) else pair
+            for pair in model.get("merges", ())
+        ]
+        added = [(token["id"], token["content"]) for token in raw.get("added_tokens", ())]
+        rules = [raw.get(key) for key in ("normalizer", "pre_tokenizer")]
+        return model["vocab"], merges, sorted(added), rules
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a valid tokenizer.json ({error})") from error

@@ -29,10 +29,10 @@ from data.pipeline.accounting import StepCounts
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
 from data.pipeline.executors import Job, TaskExecutor, open_executor
-from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
+from data.readers.listing import Listing, describe_ignored
 from data.stream.manifests import (
     MANIFEST,
     SPLITS,
@@ -69,12 +69,15 @@ def prepare(
     ):
         executor.log("prepare", f"{', '.join(cfg.sources)} into {folder}, {executor.describe()}")
         inputs = list_inputs(cfg)
+        for name, each in inputs.items():
+            if each.listing.ignored:
+                executor.log("input", f"{name}: not read: {describe_ignored(each.listing.ignored)}")
         if not rebuild:
             check_versions(cfg, inputs)
         cleaned = clean_sources(cfg, inputs, executor)
         tokenizer_file = build_tokenizer(cfg, inputs, cleaned, executor)
         manifests = build_shards(cfg, inputs, cleaned, tokenizer_file, executor)
-        report(cfg, cleaned, manifests)
+        report(cfg, inputs, cleaned, manifests)
         executor.log("done", str(folder / "shards"))
 
 
@@ -135,7 +138,7 @@ def clean_sources(
         builds[name] = Build(source, cfg.assets, build_dir, cfg.keep_exclusions)
     for name, build in builds.items():
         fingerprints.pin_num_tasks(folder, name, build.source.tasks)
-        clean.start(build, *inputs[name].listing)
+        clean.start(build, inputs[name].listing)
     for name in run_passes(builds, executor):
         cleaned[name] = finish_clean(cfg, name, inputs[name], builds[name], executor)
     return {name: cleaned[name] for name in cfg.sources if name in cleaned}
@@ -169,6 +172,7 @@ def finish_clean(
     """Check the counts, move the clean documents into place and remove the source's old shards."""
     folder = Path(cfg.folder)
     steps = clean.count_documents(build)
+    accounting.check_files(name, steps, source_input.listing)
     try:
         accounting.check_yield(name, steps, build.source.min_yield)
         if not steps[-1].forwarded:
@@ -316,21 +320,21 @@ def group_by_split(
 
 
 def report(
-    cfg: DataConfig, cleaned: dict[str, CleanDocuments], manifests: dict[str, Manifest]
+    cfg: DataConfig,
+    inputs: dict[str, SourceInput],
+    cleaned: dict[str, CleanDocuments],
+    manifests: dict[str, Manifest],
 ) -> None:
-    """Print the document counts of every step and source, and write them to report.json."""
+    """Print the document counts of every step; write them and counts of files to report.json."""
     steps = {
         name: cleaned[name].steps if name in cleaned else [megatron.step_counts(manifests[name])]
         for name in cfg.sources
     }
     print("\n" + "\n".join(accounting.table(steps)))
-    print(f"\n{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}")
-    for name in cfg.sources:
-        train, heldout = (manifests[name].tokens(split) for split in SPLITS)
-        documents, num_bytes = steps[name][-1].forwarded, 2 * (train + heldout)
-        print(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{num_bytes:>18,}")
+    print("\n" + "\n".join(accounting.token_table(steps, manifests)))
+    files = {name: each.listing.counts() for name, each in inputs.items()}
     counts = {name: [asdict(step) for step in each] for name, each in steps.items()}
-    write_json(Path(cfg.folder) / REPORT, {"steps": counts})
+    write_json(Path(cfg.folder) / REPORT, {"steps": counts, "files": files})
 
 
 @command(PrepareConfig)

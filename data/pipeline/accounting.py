@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.readers.listing import Listing
+from data.stream.manifests import SPLITS, Manifest
+
 EXTRACTOR = "Trafilatura"
 ONLY_REASON = {"Near duplicates": "near_duplicate"}  # for a datatrove step that records no reason
 
@@ -25,6 +28,8 @@ class StepCounts:
     characters: int = 0  # of forwarded documents, where the step counts them
     # "documents" that had text removed, and the removed "characters"
     cut: dict[str, int] = field(default_factory=dict)
+    files: int = 0  # that a reader opened
+    unchanged: int = 0  # forwarded documents that the step does not apply to
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> list[StepCounts]:
@@ -50,6 +55,8 @@ def add_counts(total: StepCounts, step: StepCounts) -> None:
     total.total += step.total
     total.forwarded += step.forwarded
     total.characters += step.characters
+    total.files += step.files
+    total.unchanged += step.unchanged
     for sums, counts in ((total.dropped, step.dropped), (total.cut, step.cut)):
         for name, count in counts.items():
             sums[name] = sums.get(name, 0) + count
@@ -73,7 +80,16 @@ def read_step(raw: dict[str, Any]) -> StepCounts:
     is_writer = "forwarded" not in counts and not dropped
     forwarded = total if is_writer else counts.get("forwarded", 0)
     cut = {name.removeprefix("cut_"): n for name, n in counts.items() if name.startswith("cut_")}
-    return StepCounts(name, total, forwarded, dropped, counts.get("doc_len", 0), cut)
+    return StepCounts(
+        name,
+        total,
+        forwarded,
+        dropped,
+        characters=counts.get("doc_len", 0),
+        cut=cut,
+        files=counts.get("input_files", 0),
+        unchanged=counts.get("unchanged", 0),
+    )
 
 
 def check_conservation(steps: list[StepCounts]) -> None:
@@ -86,12 +102,19 @@ def check_conservation(steps: list[StepCounts]) -> None:
         assert before.forwarded == after.total, f"documents lost between steps: {before} -> {after}"
 
 
+def check_files(source: str, steps: list[StepCounts], listing: Listing) -> None:
+    """Assert that the first step opened every listed file once."""
+    opened, listed = steps[0].files, len(listing.files)
+    assert opened == listed, f"source {source}: {opened} of {listed} input files were read"
+
+
 def check_yield(source: str, steps: list[StepCounts], min_yield: float) -> None:
     """Raise RuntimeError if text was extracted from less than `min_yield` of the pages."""
     for step in steps:
-        if EXTRACTOR in step.name and step.forwarded < min_yield * step.total:
+        pages, extracted = step.total - step.unchanged, step.forwarded - step.unchanged
+        if EXTRACTOR in step.name and extracted < min_yield * pages:
             raise RuntimeError(
-                f"source {source}: text was extracted from {step.forwarded} of {step.total} "
+                f"source {source}: text was extracted from {extracted} of {pages} "
                 f"pages, below min_yield {min_yield:.0%} ({step.dropped}): the extractor is "
                 "broken or the input is not HTML; see its logs"
             )
@@ -124,4 +147,14 @@ def table(steps: dict[str, list[StepCounts]]) -> list[str]:
             lines.append(f"{row}  {ranked_reasons(step.dropped)}{cut}".rstrip())
         total, out = source_steps[0].total, source_steps[-1].forwarded
         lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{total - out:>12,}")
+    return lines
+
+
+def token_table(steps: dict[str, list[StepCounts]], manifests: dict[str, Manifest]) -> list[str]:
+    """Table of documents, tokens per split and bytes of every source."""
+    lines = [f"{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}"]
+    for name, source_steps in steps.items():
+        train, heldout = (manifests[name].tokens(split) for split in SPLITS)
+        documents, num_bytes = source_steps[-1].forwarded, 2 * (train + heldout)
+        lines.append(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{num_bytes:>18,}")
     return lines

@@ -21,11 +21,10 @@ from data.config import DataConfig, ExecutorConfig
 from data.pipeline import fingerprints
 from data.pipeline.accounting import StepCounts
 from data.pipeline.executors import TaskExecutor, open_executor
-from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
-from data.readers.inputs import INPUT_LIST
+from data.readers.listing import INPUT_LIST, Listing
 from data.stream.documents import document_ends
 from data.stream.manifests import (
     MANIFEST,
@@ -139,9 +138,9 @@ class Adoption:
             ) from error
         if files != fingerprints.file_sizes(folder):
             raise InputError(f"files in {folder} differ from its {fingerprints.BUILT}: remove it")
-        kind, listed = self.listings[name]
-        sizes = {file: size for file, (size, _) in listed.items()}
-        if recorded_input != [kind, sorted(listed)] or recorded_sizes not in (None, sizes):
+        listing = self.listings[name]
+        listed = [listing.kind, sorted(listing.files)]
+        if recorded_input != listed or recorded_sizes not in (None, listing.sizes):
             raise InputError(
                 f"{folder} was made from other input files than those in {source.input}: {FIX}"
             )

@@ -9,7 +9,7 @@ documents.
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from data.pipeline import minhash, substrings
 from data.pipeline.accounting import StepCounts, read_counts
 from data.pipeline.tasks import document_writer, run_task, set_exclusion_writers
 from data.readers.base import QUARANTINE
-from data.readers.inputs import pin_files
+from data.readers.listing import Listing, pin_files
 from data.recipes.decontamination import DecontaminationFilter
 
 Job = tuple[Any, ...]
 # lower bound of compressed bytes per word or mark; it only decides the number of partitions
 BYTES_PER_TOKEN = 2
-VERSION = 1  # raise with the order of the passes or the rows that they write
+# raise with the order of the passes, the rows that they write, or the readers
+# 2: line ends, invisible characters (readers/normalize.py); JSON beyond the standard
+VERSION = 2
 KEEP_FOLDERS = ("logs", "excluded", QUARANTINE)
 
 
@@ -80,9 +82,9 @@ def check_packages(source: Source) -> None:
         recipes.require(substrings.REQUIRES, "exact_substrings")
 
 
-def start(build: Build, kind: str, files: Iterable[str]) -> None:
+def start(build: Build, listing: Listing) -> None:
     """Pin the list of input files, and load in this process what forked workers share."""
-    pin_files(build.folder, kind, list(files))
+    pin_files(build.folder, listing)
     preload = getattr(recipes.load(build.source.recipe), "preload", None)
     if preload is not None:
         preload(build.source, build.assets)

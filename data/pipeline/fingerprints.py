@@ -19,7 +19,7 @@ from core.files import read_json, sha256_of, write_json
 from data import recipes, tokenizer
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
-from data.readers.inputs import list_raw_files
+from data.readers.listing import Listing, list_raw_files
 from data.recipes import MEGATRON, decontamination
 from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, read_manifest
@@ -55,9 +55,6 @@ TEXT_SETTINGS = (
 def digest(*parts: Any) -> str:
     """SHA-256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-Listing = tuple[str, dict[str, list[Any]]]  # kind, and [bytes, mtime] by name
 
 
 def list_input(source: Source) -> Listing:
@@ -144,12 +141,10 @@ def text_settings(source: Source) -> dict[str, Any]:
 
 def provenance(source: Source, listing: Listing) -> dict[str, Any]:
     """Versions, settings and input files, stored with clean documents for later comparison."""
-    kind, files = listing
-    sizes = {name: size for name, (size, _) in files.items()}
     return {
         "versions": versions_of(source),
         "settings": text_settings(source),
-        "input": [kind, sizes],
+        "input": [listing.kind, listing.sizes],
     }
 
 
@@ -158,8 +153,7 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 
     Leaves out the input's path and mtimes: the same files elsewhere give the same shards.
     """
-    kind, files = listing
-    input_files = [kind, {name: size for name, (size, _) in files.items()}]
+    input_files = [listing.kind, listing.sizes]
     settings = settings_of(name, cfg.sources[name], cfg.assets)
     return digest(settings, input_files, cfg.seed, cfg.heldout_percent)
 
@@ -167,7 +161,7 @@ def recipe_sha256(cfg: DataConfig, name: str, listing: Listing) -> str:
 def clean_key(cfg: DataConfig, name: str, listing: Listing) -> str:
     """Hash of everything that decides a source's clean documents, with its input files' mtimes."""
     source = cfg.sources[name]
-    input_files = [source.input, *listing]
+    input_files = [source.input, listing.kind, listing.files]
     return digest(settings_of(name, source, cfg.assets), input_files, cfg.keep_exclusions)
 
 

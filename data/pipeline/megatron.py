@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from core.errors import InputError
 from data.pipeline.accounting import StepCounts
 from data.pipeline.shard import describe_shard, split_of
+from data.readers.listing import Listing, count_ignored, find_files, suffixes_of
 from data.recipes import MEGATRON
 from data.stream.manifests import DTYPE, SPLITS, Manifest
 from data.tokenizer import EOS
@@ -40,13 +41,12 @@ class MegatronCorpus:
     tasks: int
 
 
-def list_raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
-    """The kind of input, and [bytes of `.idx` and `.bin`, mtime] by name of `.idx`.
+def list_raw_files(folder: str) -> Listing:
+    """List a folder's corpora, with the bytes of `.idx` and `.bin` by the name of `.idx`.
 
     Raises InputError for a folder without `.idx` files and for an `.idx` without its `.bin`.
     """
-    input_folder = get_datafolder(folder)
-    files = input_folder.find("", detail=True) if input_folder.isdir("") else {}
+    _, files = find_files(folder)
     names = sorted(name for name in files if name.endswith(".idx"))
     if not names:
         raise InputError(
@@ -57,9 +57,12 @@ def list_raw_files(folder: str) -> tuple[str, dict[str, list[Any]]]:
     if unpaired:
         raise InputError(f"input folder {folder} has {unpaired[0]} without {bin_name(unpaired[0])}")
     sizes = {name: files[name]["size"] + files[bin_name(name)]["size"] for name in names}
-    return MEGATRON, {
-        name: [sizes[name], str(files[bin_name(name)].get("mtime"))] for name in names
-    }
+    others = files.keys() - {*names, *map(bin_name, names)}
+    return Listing(
+        MEGATRON,
+        {name: [sizes[name], str(files[bin_name(name)].get("mtime"))] for name in names},
+        count_ignored({name: suffixes_of(name) or "no suffix" for name in others}),
+    )
 
 
 def bin_name(index: str) -> str:

@@ -17,7 +17,7 @@ from core.files import sha256_of
 from data import tokenizer
 from data.pipeline.accounting import StepCounts
 from data.pipeline.tasks import run_task
-from data.readers.jsonl import Jsonl
+from data.readers.inputs import DocumentReader
 from data.stream.manifests import DTYPE, SPLITS, ShardFile
 
 VERSION = 1  # raise with the split, the order inside a shard, or the tokenized text
@@ -61,11 +61,9 @@ def split_of(group: str, heldout_percent: float) -> str:
     return "heldout" if bucket < heldout_percent / 100 * HASH_BUCKETS else "train"
 
 
-def clean_reader(clean: CleanDocuments) -> Jsonl:
+def clean_reader(clean: CleanDocuments) -> DocumentReader:
     """Reader of the listed files of clean documents."""
-    reader = Jsonl(str(clean.folder))
-    reader.files = clean.files
-    return reader
+    return DocumentReader(str(clean.folder), clean.files)
 
 
 def pieces_of(text: str, size: int = PIECE_CHARACTERS) -> list[str]:

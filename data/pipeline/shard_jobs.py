@@ -6,8 +6,8 @@ from typing import Any
 from data import tokenizer
 from data.config import DataConfig
 from data.pipeline import megatron, shard
-from data.pipeline.fingerprints import Listing
 from data.pipeline.shard import CleanDocuments, ShardingSpec
+from data.readers.listing import Listing
 from data.stream.manifests import tokenizer_path
 
 
@@ -25,6 +25,6 @@ def shard_jobs(
         return [(shard.shard_task, spec, rank) for rank in ranks]
     vocab_size = tokenizer.required_vocab_size(tokenizer.load(tokenizer_file))
     corpus = megatron.MegatronCorpus(
-        source.input, sorted(listing[1]), folder, vocab_size, source.tasks
+        source.input, sorted(listing.files), folder, vocab_size, source.tasks
     )
     return [(megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in ranks]

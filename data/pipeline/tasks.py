@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.stats import PipelineStats
 
-from data.readers.jsonl import Jsonl
+from data.readers.inputs import DocumentReader
 
 
 class SingleTaskExecutor(LocalPipelineExecutor):
@@ -33,15 +33,14 @@ def run_task(pipeline: list[PipelineStep], logs: Path, rank: int, tasks: int) ->
     ).run()
 
 
-class Documents(Jsonl):
+class Documents(DocumentReader):
     """Reads the clean documents that the task of the same rank wrote in the previous pass."""
 
     name = "Documents"
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
+        super().__init__(str(folder), [])
         self.folder = folder
-        self.files = []
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -49,7 +48,6 @@ class Documents(Jsonl):
         """Documents of `folder`/<rank>.jsonl.gz; none if the task wrote no file."""
         name = f"{rank:05d}.jsonl.gz"
         self.files = [name] if (self.folder / name).is_file() else []
-        self.quarantine_file = None
         for name in self.files:
             # a damaged file of our own is an error, not a dropped document
             yield from self.read_files_shard([name])

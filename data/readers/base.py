@@ -1,37 +1,69 @@
-"""Base of the readers of raw documents: counts every row and reads a pinned list of files.
+"""Base of the reader of raw documents: counts every row and reads a pinned list of files.
 
 datatrove's readers skip a row without text after one warning, lose the rest of a file at the first
-bad byte, and list the folder when a task starts. These readers count rows as datatrove's filters do
+bad byte, and list the folder when a task starts. This reader counts rows as datatrove's filters do
 (`total`, `forwarded`, `dropped_<reason>`), so that documents in = out + dropped can be asserted.
 Rows that are not documents are written to `quarantine/` with their file and row index.
 """
 
 import base64
 import gzip
+import io
+import json
+import lzma
 import zlib
 from pathlib import Path
 from typing import Any
 
-import orjson
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.readers.base import BaseReader
+from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
 from core.errors import InputError
+from data.readers.normalize import join_surrogates, normalize
 
 QUARANTINE = "quarantine"
 MAX_QUARANTINED_BYTES = 1_000_000  # per row
+BUFFER_BYTES = 2**18
+IS_PAGE = "is_page"  # metadata: the text is HTML
 
 
 class TruncatedArchiveError(Exception):
     """A web archive that ends inside a record."""
 
 
+class AvailableBytes(io.RawIOBase):
+    """Hands on the bytes that a stream has: those before damage must not be lost with it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.read_chunk = getattr(stream, "read1", stream.read)
+
+    def readable(self) -> bool:
+        """Whether the stream can be read, which io.BufferedReader asks; always True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to len(buffer) bytes; returns their number, 0 at the end."""
+        data = self.read_chunk(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Close the stream too."""
+        self.stream.close()
+        super().close()
+
+
+class Page(dict[str, Any]):
+    """A row whose text is HTML, which a recipe has to extract."""
+
+
 def is_damage(error: Exception) -> bool:
     """Whether an error means damaged data, which a retry would meet again, not a disk failure."""
-    if isinstance(
-        error, EOFError | zlib.error | gzip.BadGzipFile | UnicodeDecodeError | TruncatedArchiveError
-    ):
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | lzma.LZMAError):
+        return True
+    if isinstance(error, UnicodeDecodeError | TruncatedArchiveError):
         return True
     if type(error).__module__.split(".")[0] in ("zstandard", "backports", "warcio", "pyarrow"):
         return True
@@ -39,12 +71,29 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is None
 
 
-class CountingReader(BaseReader):
-    """Mixin: counts rows, quarantines rows that are not documents, and reads a pinned file list."""
+class CountingReader(BaseDiskReader):
+    """Counts rows, quarantines rows that are not documents, and reads a pinned list of files.
 
-    files: list[str]
-    quarantine: Path | None = None  # folder
-    is_html = False  # whether documents are HTML pages, whose text a recipe has to extract
+    `columns`: what is read of a Parquet file besides `text_key`, None for all. `instead_of_text`:
+    columns of which one suffices where `text_key` is missing.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        files: list[str],
+        *,
+        text_key: str = "text",
+        quarantine: Path | None = None,
+        columns: tuple[str, ...] | None = (),
+        instead_of_text: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(folder, text_key=text_key)
+        self.files = files
+        self.quarantine = quarantine  # folder
+        self.quarantine_file: Path | None = None
+        self.columns = columns
+        self.instead_of_text = instead_of_text
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -69,6 +118,11 @@ class CountingReader(BaseReader):
                     ) from error
                 self.drop("damaged_file", name, f"the rest of the file is lost: {error}")
 
+    def open_file(self, filepath: str) -> io.BufferedReader:
+        """Open a file for reading, decompressed by its suffix."""
+        stream = self.data_folder.open(filepath, "rb", compression="infer")
+        return io.BufferedReader(AvailableBytes(stream), BUFFER_BYTES)
+
     def drop(self, reason: str, where: str, raw: Any = None, rows: int = 1) -> None:
         """Count rows that yield no document, log them and write them to the quarantine file."""
         self.stat_update("total", "dropped", f"dropped_{reason}", value=rows)
@@ -79,22 +133,31 @@ class CountingReader(BaseReader):
             encoded = base64.b64encode(raw[:MAX_QUARANTINED_BYTES]).decode()
             raw = {"base64": encoded, "bytes": len(raw)}
         self.quarantine_file.parent.mkdir(exist_ok=True)
-        with self.quarantine_file.open("ab") as file:
+        with self.quarantine_file.open("a", encoding="utf-8") as file:
             row = {"where": where, "reason": reason, "rows": rows, "raw": raw}
-            file.write(orjson.dumps(row, default=repr) + b"\n")
+            # orjson refuses lone surrogates and large integers, which a dropped row may have
+            file.write(json.dumps(row, default=repr) + "\n")
 
     def get_document_from_dict(
         self, data: Any, source_file: str, id_in_file: int | str
     ) -> Document | None:
         """Make a document of a row and count it; without text, drop the row and return None."""
         where = f"{source_file}:{id_in_file}"
-        if not isinstance(data, dict) or not isinstance(data.get(self.text_key, ""), str | None):
+        text = data.get(self.text_key, "") if isinstance(data, dict) else data
+        if not isinstance(data, dict) or not isinstance(text, str | None):
             self.drop("corrupt", where, data)
             return None
-        if not data.get(self.text_key):
+        if not (text := normalize(text or "")):
             self.drop("empty", where, data)
             return None
+        is_page = isinstance(data, Page)
+        data = {**data, self.text_key: text}
+        data.pop("media", None)  # not datatrove's media, which other writers do not know
+        if data.get(self.id_key) is None:
+            data[self.id_key] = f"{source_file}/{id_in_file}"
         document = super().get_document_from_dict(data, source_file, id_in_file)
+        document.id = join_surrogates(str(document.id))
+        document.metadata[IS_PAGE] = is_page
         self.stat_update("total", "forwarded")
         self.update_doc_stats(document)
         return document

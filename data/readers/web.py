@@ -1,14 +1,12 @@
 """Reads web pages: records of WARC archives, and HTML files."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from datatrove.data import DocumentsPipeline
-from datatrove.pipeline.readers import WarcReader
-from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.pipeline.readers.warc import process_record
 
-from data.readers.base import CountingReader, TruncatedArchiveError
+from data.readers.base import CountingReader, Page, TruncatedArchiveError
 
 CHARSET = re.compile(rb"""<meta[^>]+charset=["']?([\w-]+)""", re.IGNORECASE)
 
@@ -39,53 +37,39 @@ class TruncationCheckingStream:
             raise TruncatedArchiveError("the last record has no end")
 
 
-class Warc(CountingReader, WarcReader):
-    """One response (or conversion) record per document, whose text is HTML."""
+def warc_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]]:
+    """Yield the response (or conversion) records of one archive; skips requests and metadata."""
+    from warcio.archiveiterator import ArchiveIterator
 
-    is_html = True
-
-    def read_file(self, filepath: str) -> DocumentsPipeline:
-        """Yield the documents of one archive; skips other records (requests, metadata)."""
-        from warcio.archiveiterator import ArchiveIterator
-
-        with self.data_folder.open(filepath, "rb", compression="infer") as stream:
-            checked = TruncationCheckingStream(stream)
-            for index, record in enumerate(ArchiveIterator(checked)):
-                if record.rec_type not in ("response", "conversion"):
-                    continue
-                uri = record.rec_headers.get_header("WARC-Target-URI")
-                try:
-                    row = process_record(record)
-                except KeyError as error:  # a header that the standard requires is missing
-                    self.drop("corrupt", f"{filepath}:{index}", f"{uri}: no header {error}")
-                    continue
-                if row is None:
-                    self.drop("not_html", f"{filepath}:{index}", uri)
-                    continue
-                # wget and the format's first draft put URLs in angle brackets
-                row["url"] = row["url"].strip("<>")
-                document = self.get_document_from_dict(row, filepath, index)
-                if document is not None:
-                    yield document
-            checked.check_end()
+    with reader.open_file(filepath) as stream:
+        checked = TruncationCheckingStream(stream)
+        for index, record in enumerate(ArchiveIterator(checked)):
+            if record.rec_type not in ("response", "conversion"):
+                continue
+            uri = record.rec_headers.get_header("WARC-Target-URI")
+            try:
+                row = process_record(record)
+            except KeyError as error:  # a header that the standard requires is missing
+                reader.drop("corrupt", f"{filepath}:{index}", f"{uri}: no header {error}")
+                continue
+            if row is None:
+                reader.drop("not_html", f"{filepath}:{index}", uri)
+                continue
+            # wget and the format's first draft put URLs in angle brackets
+            row["url"] = row["url"].strip("<>")
+            row[reader.text_key] = row.pop("text")
+            yield index, Page(row)
+        checked.check_end()
 
 
-class Html(CountingReader, BaseDiskReader):
-    """One page per file; the path is the document's id."""
-
-    name = "Html"
-    is_html = True
-
-    def read_file(self, filepath: str) -> DocumentsPipeline:
-        """Yield the page, decoded by its declared charset or as UTF-8."""
-        with self.data_folder.open(filepath, "rb") as file:
-            raw = file.read()
-        declared = CHARSET.search(raw[:2048])
-        try:
-            text = raw.decode(declared[1].decode() if declared else "utf-8")
-        except (UnicodeDecodeError, LookupError):
-            self.drop("undecodable", filepath, raw)
-            return
-        document = self.get_document_from_dict({self.text_key: text, "id": filepath}, filepath, 0)
-        if document is not None:
-            yield document
+def html_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]]:
+    """Yield the page, decoded by its declared charset or as UTF-8; its id is the path."""
+    with reader.open_file(filepath) as file:
+        raw = file.read()
+    declared = CHARSET.search(raw[:2048])
+    try:
+        text = raw.decode(declared[1].decode() if declared else "utf-8")
+    except (UnicodeDecodeError, LookupError):
+        reader.drop("undecodable", filepath, raw)
+        return
+    yield 0, Page({reader.text_key: text, "id": filepath})

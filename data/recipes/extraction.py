@@ -7,6 +7,9 @@ from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
+from data.readers.base import IS_PAGE
+from data.readers.normalize import normalize
+
 # Long enough that a busy machine drops no page; with datatrove's default of 1 s it would.
 TIMEOUT_SECONDS = 60
 
@@ -24,13 +27,18 @@ class MainTextExtractor(Trafilatura):
         self.exclusion_writer: DiskWriter | None = None
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Yield documents with the page's main text as text."""
+        """Yield documents with the page's main text as text, and other documents unchanged."""
         with ExtractorSandbox(timeout=self.timeout, warmup_text="") as sandbox:
             for document in data:
                 self.stat_update("total")
+                if not document.metadata.get(IS_PAGE):
+                    self.stat_update("forwarded", "unchanged")
+                    self.update_doc_stats(document)
+                    yield document
+                    continue
                 with self.track_time():
                     text, reason = try_extract(sandbox, document.text, self.extract)
-                if text:
+                if text and (text := normalize(text)):  # entities may be odd characters
                     document.text = text
                     self.stat_update("forwarded")
                     self.update_doc_stats(document)

@@ -16,10 +16,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
-from data.readers.base import CountingReader
-from data.readers.inputs import open_input
-from data.readers.jsonl import Jsonl
-from data.readers.tables import Parquet
+from data.readers.inputs import DocumentReader, open_input
 from data.recipes.filters import BasicQualityFilter
 
 REQUIRES = ("orjson",)
@@ -102,8 +99,8 @@ def render_conversation(messages: list[Message]) -> str:
     return "\n\n".join(paragraphs)
 
 
-class ConversationReader(CountingReader):
-    """Mixin: reads one document per conversation; drops rows of a thread that appears again later.
+class ConversationReader(DocumentReader):
+    """Reads one document per conversation; drops rows of a thread that appears again later.
 
     Memory: one conversation, and 8 bytes per conversation of the current file.
     """
@@ -123,7 +120,7 @@ class ConversationReader(CountingReader):
                 continue
             finished.add(hash(thread))
             text = render_conversation(linearize(messages))
-            row = {"text": text, "id": thread, "group": thread}
+            row = {self.text_key: text, "id": thread, "group": thread}
             document = make_document(row, filepath, first_row)
             if document is not None:
                 yield document
@@ -151,36 +148,13 @@ class ConversationReader(CountingReader):
                 self.drop("corrupt", where, row)
 
 
-class JsonlConversationReader(ConversationReader, Jsonl):
-    """Reads conversations from jsonl."""
-
-
-class ParquetConversationReader(ConversationReader, Parquet):
-    """Reads conversations from parquet."""
-
-    def rows(self, filepath: str) -> Iterator[tuple[int, Any]]:
-        """Yield (row index, row)."""
-        import pyarrow.parquet
-
-        with (
-            self.data_folder.open(filepath, "rb") as stream,
-            pyarrow.parquet.ParquetFile(stream) as file,
-        ):
-            index = 0
-            for batch in file.iter_batches(self.batch_size):
-                for row in batch.to_pylist():
-                    yield index, row
-                    index += 1
-
-
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list."""
-    pinned = open_input(source, folder)
-    reader: CountingReader
-    if isinstance(pinned, Jsonl):
-        reader = JsonlConversationReader(source.input)
-    else:
-        reader = ParquetConversationReader(source.input)
-    reader.files = pinned.files
-    reader.quarantine = pinned.quarantine
+    reader = open_input(
+        source,
+        folder,
+        reader_class=ConversationReader,
+        columns=None,
+        instead_of_text=("messages", "thread", "link_id"),
+    )
     return [reader, BasicQualityFilter(min_chars=100, min_letters=0.4, max_line=100_000)]

@@ -33,6 +33,9 @@ PROMPT_AND_ANSWER_KEYS = (
     ("question", "response"),
 )
 
+# of which a row has one; the others belong to it
+PROMPT_KEYS = ("messages", "conversations", "instruction", "prompt", "question", "inputs")
+
 
 def render_turns(row: dict[str, Any]) -> str | None:
     """Render a row as text; None if its format is unknown, a turn is empty or no answer is last."""
@@ -88,7 +91,8 @@ def render_rows(reader: CountingReader) -> CountingReader:
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list."""
+    reader = open_input(source, folder, columns=None, instead_of_text=PROMPT_KEYS)
     return [
-        render_rows(open_input(source, folder)),
+        render_rows(reader),
         BasicQualityFilter(min_chars=20, min_letters=0.2, max_line=1_000_000),
     ]

@@ -14,6 +14,7 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from data.config import Assets, Source
+from data.readers.base import IS_PAGE
 from data.readers.inputs import open_input
 from data.recipes.extraction import MainTextExtractor
 
@@ -53,7 +54,9 @@ class PageNameGrouper(BaseFilter):
     name = "Page name"
 
     def filter(self, doc: Document) -> bool:
-        """Set the document's group; always True."""
+        """Set a page's group; always True."""
+        if not doc.metadata.get(IS_PAGE):
+            return True
         path = urlsplit(doc.metadata.get("url") or doc.id).path
         doc.metadata.setdefault("group", path.rsplit("/", 1)[-1].removesuffix(".html"))
         return True
@@ -63,6 +66,6 @@ def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list."""
     reader = open_input(source, folder, allow_html=True)
     pipeline: list[PipelineStep] = [reader]
-    if reader.is_html:
+    if reader.has_pages:
         pipeline += [MainTextExtractor(), PageNameGrouper()]
     return [*pipeline, GopherRepetitionFilter(**REPETITION), GopherQualityFilter(**QUALITY)]

@@ -11,7 +11,6 @@ from datatrove.pipeline.base import PipelineStep
 from core.errors import InputError
 from data.config import Assets, Source
 from data.readers.inputs import open_input
-from data.readers.web import Warc
 from data.recipes import web
 from data.recipes.classifiers import MathFilter
 from data.recipes.extraction import MainTextExtractor
@@ -36,13 +35,13 @@ def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     reader = open_input(source, folder, allow_html=True)
     pipeline: list[PipelineStep] = [reader]
     classifier = assets.math_classifier.path
-    if reader.is_html and classifier is None:
+    if reader.has_pages and classifier is None:
         raise InputError(
             "recipe mathematics: web pages need data.assets.math_classifier.path, a fastText model"
         )
-    if isinstance(reader, Warc):
+    if "warc" in reader.kinds:
         pipeline.append(make_blocklist_filter(assets.url_blocklist.path))
-    if reader.is_html:
+    if reader.has_pages:
         pipeline.append(MainTextExtractor())
     if classifier is not None:
         pipeline.append(MathFilter(classifier))

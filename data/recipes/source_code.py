@@ -28,7 +28,8 @@ def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     If the source's licence is "permissive", each file's own licence is checked; any other licence
     applies to all files.
     """
-    pipeline: list[PipelineStep] = [open_input(source, folder)]
+    columns = (*LicenceFilter.LICENCE_KEYS, *LicenceFilter.REPOSITORY_KEYS)
+    pipeline: list[PipelineStep] = [open_input(source, folder, columns=columns)]
     if source.licence == PERMISSIVE:
         pipeline.append(LicenceFilter())
     return [

@@ -13,6 +13,7 @@ from datatrove.pipeline.filters import URLFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from core.errors import InputError
+from data.readers.base import IS_PAGE
 
 # RefinedWeb (arXiv 2306.01116, appendix G.1) excludes sites that are separate curated sources.
 CURATED_SITES = frozenset(
@@ -46,10 +47,10 @@ class BlocklistFilter(URLFilter):
         self.tldextractor = TLDExtract(suffix_list_urls=())  # use the packaged list
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
-        """True, or (False, reason)."""
+        """True, or (False, reason); documents that are no pages, and files of pages, pass."""
         url = document.metadata.get("url")
-        if not url:
-            return False, "no_url"
+        if not url or not document.metadata.get(IS_PAGE):
+            return True
         if self.tldextractor(url).top_domain_under_public_suffix in CURATED_SITES:
             return False, "curated_site"
         return super().filter(document)

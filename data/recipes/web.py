@@ -11,7 +11,6 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 
 from data.config import Assets, Source
 from data.readers.inputs import open_input
-from data.readers.web import Warc
 from data.recipes.classifiers import EnglishFilter
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import LineCorrectionFilter
@@ -34,14 +33,14 @@ def preload(source: Source, assets: Assets) -> None:
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list.
 
-    Only pages of web archives have a URL to filter by; extracted text (jsonl, parquet) skips the
-    URL filter.
+    Only pages of web archives have a URL to filter by; extracted text (jsonl, parquet, text files)
+    skips the URL filter and Trafilatura.
     """
     reader = open_input(source, folder, allow_html=True)
     pipeline: list[PipelineStep] = [reader]
-    if isinstance(reader, Warc):
+    if "warc" in reader.kinds:
         pipeline.append(make_blocklist_filter(assets.url_blocklist.path))
-    if reader.is_html:
+    if reader.has_pages:
         pipeline.append(MainTextExtractor())
     pipeline += [
         EnglishFilter(str(assets.language_model.path)),

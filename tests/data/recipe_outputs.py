@@ -29,7 +29,7 @@ from data.config import Source
 from data.pipeline import clean, fingerprints, megatron, shard
 from data.pipeline.clean import Build
 from data.pipeline.shard import CleanDocuments, ShardingSpec
-from data.readers.inputs import list_raw_files, pin_files
+from data.readers.listing import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
@@ -256,8 +256,7 @@ def make_builds(root: Path) -> dict[str, Build]:
     for name, source in make_sources(root / "raw").items():
         builds[name] = Build(source, assets, root / "clean" / name, keep_exclusions=False)
         builds[name].folder.mkdir(parents=True)
-        kind, files = list_raw_files(source.input)
-        pin_files(builds[name].folder, kind, list(files))
+        pin_files(builds[name].folder, list_raw_files(source.input))
     return builds
 
 

@@ -16,11 +16,11 @@ from data import recipes
 from data.config import Assets, Source
 from data.pipeline import accounting, clean
 from data.pipeline.clean import Build
-from data.readers.inputs import list_raw_files, open_input, pin_files
-from data.readers.jsonl import Jsonl
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import correct_line
+from data.readers.inputs import DocumentReader, open_input
+from data.readers.listing import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
@@ -35,8 +35,7 @@ def make_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
 def pin_input(source: Source, build_dir: Path) -> Path:
     """Pin the input files of a build, as data/prepare.py does."""
     build_dir.mkdir(exist_ok=True)
-    kind, files = list_raw_files(source.input)
-    pin_files(build_dir, kind, list(files))
+    pin_files(build_dir, list_raw_files(source.input))
     return build_dir
 
 
@@ -218,7 +217,7 @@ def test_a_disk_error_is_not_a_damaged_file(
 ) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
     monkeypatch.setattr(
-        Jsonl, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        DocumentReader, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
     )
     with pytest.raises(InputError, match="a.jsonl cannot be read .* try again"):
         run_recipe(make_source("curated", tmp_path / "raw"), tmp_path / "clean")

@@ -16,11 +16,11 @@ from data import recipes
 from data.config import Assets, Source
 from data.pipeline import accounting, clean
 from data.pipeline.clean import Build
+from data.readers.inputs import DocumentReader, open_input
+from data.readers.listing import list_raw_files, pin_files
 from data.recipes import books, forums, manuals, web
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import correct_line
-from data.readers.inputs import DocumentReader, open_input
-from data.readers.listing import list_raw_files, pin_files
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
 
@@ -217,7 +217,9 @@ def test_a_disk_error_is_not_a_damaged_file(
 ) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"text": PROSE}])
     monkeypatch.setattr(
-        DocumentReader, "read_file", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        DocumentReader,
+        "read_file",
+        lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")),
     )
     with pytest.raises(InputError, match="a.jsonl cannot be read .* try again"):
         run_recipe(make_source("curated", tmp_path / "raw"), tmp_path / "clean")

@@ -21,42 +21,20 @@ from loguru import logger
 
 from core.errors import InputError
 from data.readers.normalize import join_surrogates, normalize
+from data.readers.streams import ZstdFrames, open_stream
 
 QUARANTINE = "quarantine"
 MAX_QUARANTINED_BYTES = 1_000_000  # per row
-BUFFER_BYTES = 2**18
-IS_PAGE = "is_page"  # metadata: the text is HTML
+# metadata that the reader sets: whether a document is from the web, and whether its text is HTML
+IS_PAGE, IS_HTML = "is_page", "is_html"
 
 
 class TruncatedArchiveError(Exception):
     """A web archive that ends inside a record."""
 
 
-class AvailableBytes(io.RawIOBase):
-    """Hands on the bytes that a stream has: those before damage must not be lost with it."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.read_chunk = getattr(stream, "read1", stream.read)
-
-    def readable(self) -> bool:
-        """Whether the stream can be read, which io.BufferedReader asks; always True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read up to len(buffer) bytes; returns their number, 0 at the end."""
-        data = self.read_chunk(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        """Close the stream too."""
-        self.stream.close()
-        super().close()
-
-
 class Page(dict[str, Any]):
-    """A row whose text is HTML, which a recipe has to extract."""
+    """A web page, whose text is HTML that a recipe has to extract, unless `is_html` is False."""
 
 
 def is_damage(error: Exception) -> bool:
@@ -120,8 +98,10 @@ class CountingReader(BaseDiskReader):
 
     def open_file(self, filepath: str) -> io.BufferedReader:
         """Open a file for reading, decompressed by its suffix."""
-        stream = self.data_folder.open(filepath, "rb", compression="infer")
-        return io.BufferedReader(AvailableBytes(stream), BUFFER_BYTES)
+        is_zstd = filepath.lower().endswith(".zst")
+        compression = None if is_zstd else "infer"
+        stream = self.data_folder.open(filepath, "rb", compression=compression)
+        return open_stream(ZstdFrames(stream) if is_zstd else stream)
 
     def drop(self, reason: str, where: str, raw: Any = None, rows: int = 1) -> None:
         """Count rows that yield no document, log them and write them to the quarantine file."""
@@ -151,13 +131,14 @@ class CountingReader(BaseDiskReader):
             self.drop("empty", where, data)
             return None
         is_page = isinstance(data, Page)
+        is_html = is_page and data.get(IS_HTML, True)
         data = {**data, self.text_key: text}
         data.pop("media", None)  # not datatrove's media, which other writers do not know
         if data.get(self.id_key) is None:
             data[self.id_key] = f"{source_file}/{id_in_file}"
         document = super().get_document_from_dict(data, source_file, id_in_file)
         document.id = join_surrogates(str(document.id))
-        document.metadata[IS_PAGE] = is_page
+        document.metadata |= {IS_PAGE: is_page, IS_HTML: is_html}
         self.stat_update("total", "forwarded")
         self.update_doc_stats(document)
         return document

@@ -15,8 +15,9 @@ from typing import Any
 
 import orjson
 
-from data.readers.base import BUFFER_BYTES, CountingReader
+from data.readers.base import CountingReader
 from data.readers.listing import data_suffix
+from data.readers.streams import BUFFER_BYTES
 
 MAX_VALUE_CHARACTERS = 2**28  # of a value in a `.json` file; longer ones are damage
 MARKS = {  # UTF-32 first, since its mark begins with that of UTF-16

@@ -7,7 +7,7 @@ from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
-from data.readers.base import IS_PAGE
+from data.readers.base import IS_HTML
 from data.readers.normalize import normalize
 
 # Long enough that a busy machine drops no page; with datatrove's default of 1 s it would.
@@ -31,7 +31,7 @@ class MainTextExtractor(Trafilatura):
         with ExtractorSandbox(timeout=self.timeout, warmup_text="") as sandbox:
             for document in data:
                 self.stat_update("total")
-                if not document.metadata.get(IS_PAGE):
+                if not document.metadata.get(IS_HTML):
                     self.stat_update("forwarded", "unchanged")
                     self.update_doc_stats(document)
                     yield document

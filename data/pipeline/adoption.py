@@ -3,11 +3,14 @@
 Before 0.2, keys hashed this project's source files, so later versions cannot recompute them.
 Adoption compares the records of each source with the config: settings, input, passes and tokenizer.
 It hashes every shard, and remakes those of the first task from the clean documents: identical bytes
-confirm seed, held-out share and order. It cannot check the content of input files and assets, nor,
+confirm seed, held-out share and order. Text of cleaning version 1 is kept if version 2 would read the same characters and
+rows. It cannot check the content of input files and assets, documents that version 1 dropped, nor,
 in records before 0.2, the input's sizes, `text_key` and the values of passes (14x8 or 93x15, 50
 tokens or 100).
 """
 
+import gzip
+import json
 import logging
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -18,13 +21,14 @@ from core.errors import InputError
 from core.files import read_json, sha256_of
 from data import recipes, tokenizer
 from data.config import DataConfig, ExecutorConfig
-from data.pipeline import fingerprints
+from data.pipeline import clean, fingerprints
 from data.pipeline.accounting import StepCounts
 from data.pipeline.executors import TaskExecutor, open_executor
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
 from data.readers.listing import INPUT_LIST, Listing
+from data.readers.normalize import normalize
 from data.stream.documents import document_ends
 from data.stream.manifests import (
     MANIFEST,
@@ -47,6 +51,13 @@ PASSES = {
 FIX = "use the config that it was prepared with"
 
 
+def is_normalized(path: Path) -> bool:
+    """Whether every clean document of a file has the characters that the readers make."""
+    with gzip.open(path) as lines:
+        texts = (json.loads(line)["text"] for line in lines)
+        return all(normalize(text) == text for text in texts)
+
+
 class Adoption:
     """Adoption of one folder; `check` must pass before `write` changes anything."""
 
@@ -60,6 +71,7 @@ class Adoption:
         self.manifests: dict[str, Manifest] = {}
         self.built: dict[str, dict[str, Any]] = {}  # records of clean documents, by source
         self.skipped: dict[str, str] = {}  # source -> why it is not adopted
+        self.of_cleaning_1: list[str] = []  # sources that version 1 of clean.VERSION made
 
     def check(self) -> None:
         """Raise InputError if a record contradicts the config or a shard differs."""
@@ -77,6 +89,7 @@ class Adoption:
             with closing(
                 open_executor(self.executor_config, self.cfg.workers, self.folder)
             ) as executor:
+                self.check_normalized(executor)
                 self.check_hashes(executor)
                 self.check_remade(executor)
         finally:
@@ -176,7 +189,9 @@ class Adoption:
             for key in sorted(rules)
             if recorded.get(key) != current[key]
         ]
-        if changed_rules:
+        if changed_rules == [f"cleaning 1, now {clean.VERSION}"]:
+            self.of_cleaning_1.append(name)  # its text decides
+        elif changed_rules:
             self.skipped[name] = (
                 f"its recipe or passes had another version ({', '.join(changed_rules)})"
             )
@@ -190,6 +205,23 @@ class Adoption:
                 f"{name} was made with {', '.join(changed_packages)}: assuming that its text is "
                 "the same"
             )
+
+    def check_normalized(self, executor: TaskExecutor) -> None:
+        """Skip sources whose rows or text the readers of `clean.VERSION` 2 would change."""
+        jobs = {
+            name: [
+                (is_normalized, self.folder / "clean" / name / file)
+                for file in self.built[name]["files"]
+            ]
+            for name in self.of_cleaning_1
+        }
+        for name, normalized in executor.run("read", jobs):
+            lost = self.built[name]["steps"][0]["dropped"].get("corrupt", 0)
+            if lost or not all(normalized):
+                self.skipped[name] = (
+                    f"its recipe or passes had another version (cleaning 1, now {clean.VERSION}), "
+                    f"which would read {'more rows' if lost else 'other characters'}"
+                )
 
     def check_hashes(self, executor: TaskExecutor) -> None:
         """Hash every shard with the executor that `prepare` uses."""
@@ -216,8 +248,8 @@ class Adoption:
                 continue
             folder = self.remade / name
             folder.mkdir(parents=True)
-            clean = self.clean_documents(name)
-            jobs[name] = shard_jobs(self.cfg, name, self.listings[name], clean, folder)[:1]
+            documents = self.clean_documents(name)
+            jobs[name] = shard_jobs(self.cfg, name, self.listings[name], documents, folder)[:1]
         for name, (remade,) in executor.run("shards", jobs):
             first = [file for file in self.manifests[name].files() if "_00000." in file.name]
             if remade != [asdict(file) for file in first]:

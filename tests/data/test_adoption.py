@@ -1,5 +1,6 @@
 """A folder prepared by commit bd3e05a (tests/fixtures) is adopted, or refused without a change."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -269,6 +270,40 @@ def test_text_of_another_recipe_version_is_skipped(
         == 2
     )
     assert contents(old) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped", "message"),
+    [
+        ("A line.\r\nAnother line.", {}, "would read other characters"),
+        ("A line.", {"corrupt": 1}, "would read more rows"),
+        ("A line.\n\x0cAnother line.", {"empty": 1}, None),
+    ],
+)
+def test_old_text_is_kept_if_the_readers_make_the_same(
+    old: DataConfig,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    dropped: dict[str, int],
+    message: str | None,
+) -> None:
+    """The documents of cleaning version 1 are compared with the rules of version 2."""
+    folder = Path(old.folder) / "clean" / "left"
+    built = json.loads((folder / "built.json").read_text())
+    (file,) = built["files"]
+    lines = gzip.decompress((folder / file).read_bytes()).splitlines()
+    row = json.dumps(json.loads(lines[-1]) | {"text": text}).encode()
+    (folder / file).write_bytes(gzip.compress(b"\n".join([*lines[:-1], row])))
+    built["files"][file] = (folder / file).stat().st_size
+    built["steps"][0]["dropped"] = dropped
+    (folder / "built.json").write_text(json.dumps(built))
+    if message is None:  # kept so far, the shards of the changed text differ
+        check_refused(old, "shards of left differ from those that this config makes")
+        return
+    adopt(old)
+    out = capsys.readouterr().out
+    assert "left is not adopted: its recipe or passes had another version" in out
+    assert message in out and "adopted    right" in out
 
 
 def test_changed_package_versions_are_logged(

@@ -182,17 +182,14 @@ def test_lost_documents_raise() -> None:
 def test_input_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist: set data.sources"):
         list_raw_files(str(tmp_path / "nowhere"))
-    (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(InputError, match="put files of one kind there"):
+    (tmp_path / "notes.csv").write_text("text")
+    with pytest.raises(InputError, match=r"no documents \(.csv 1 \(notes.csv\)\): put files"):
         list_raw_files(str(tmp_path))
-    (tmp_path / "a.warc.gz").write_bytes(b"")
+    (tmp_path / "a.warc.gz").write_bytes(b"archive")
     source = make_source("curated", tmp_path)
     build_dir = pin_input(source, tmp_path / "build")
     with pytest.raises(InputError, match="use recipe web, manuals or mathematics"):
         open_input(source, build_dir)
-    (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(InputError, match="mixes jsonl and warc"):
-        list_raw_files(str(tmp_path))
 
 
 def test_a_truncated_file_yields_its_readable_rows(tmp_path: Path) -> None:

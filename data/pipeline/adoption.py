@@ -3,10 +3,10 @@
 Before 0.2, keys hashed this project's source files, so later versions cannot recompute them.
 Adoption compares the records of each source with the config: settings, input, passes and tokenizer.
 It hashes every shard, and remakes those of the first task from the clean documents: identical bytes
-confirm seed, held-out share and order. Text of cleaning version 1 is kept if version 2 would read the same characters and
-rows. It cannot check the content of input files and assets, documents that version 1 dropped, nor,
-in records before 0.2, the input's sizes, `text_key` and the values of passes (14x8 or 93x15, 50
-tokens or 100).
+confirm seed, held-out share and order. Text of cleaning version 1 is kept if version 2 would read
+the same characters and rows. It cannot check the content of input files and assets, documents that
+version 1 dropped, nor, in records before 0.2, the input's sizes, `text_key` and the values of
+passes (14x8 or 93x15, 50 tokens or 100).
 """
 
 import gzip

@@ -35,10 +35,12 @@ DISTRIBUTIONS = {
     "fasttext": ("fasttext-numpy2-wheel",),
     "tldextract": ("tldextract",),
     "ahocorasick": ("pyahocorasick",),
-    # faust-cchardet guesses the encoding of a page that is not UTF-8
-    "warcio": ("warcio", "faust-cchardet"),
-    "magic": ("python-magic",),  # detects HTML where the archive names no type
-    "pylibmagic": ("pylibmagic",),
+    "warcio": ("warcio",),
+    # the encoding of a page that is not UTF-8: by its label, and by statistics
+    "webencodings": ("webencodings",),
+    "cchardet": ("faust-cchardet",),
+    "brotli": (),  # any version decompresses the same bytes
+    "zstandard": (),
     "xxhash": ("xxhash",),
 }
 TEXT_SETTINGS = (

@@ -31,7 +31,7 @@ class MainTextExtractor(Trafilatura):
         with ExtractorSandbox(timeout=self.timeout, warmup_text="") as sandbox:
             for document in data:
                 self.stat_update("total")
-                if not document.metadata.get(IS_HTML):
+                if not document.metadata.get(IS_HTML):  # text, or extracted by the crawler
                     self.stat_update("forwarded", "unchanged")
                     self.update_doc_stats(document)
                     yield document

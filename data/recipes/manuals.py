@@ -16,19 +16,12 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from data.config import Assets, Source
 from data.readers.base import IS_PAGE
 from data.readers.inputs import open_input
+from data.readers.web import PAGE_PACKAGES
 from data.recipes.extraction import MainTextExtractor
 
-REQUIRES = (
-    "orjson",
-    "warcio",
-    "pylibmagic",
-    "magic",
-    "trafilatura",
-    "lxml_html_clean",
-    "spacy",
-    "xxhash",
-)
-RECIPE_VERSION = 1
+REQUIRES = (*PAGE_PACKAGES, "trafilatura", "lxml_html_clean", "spacy", "xxhash")
+# 2: pages are decoded by their declared charset, in brotli and zstd too, and have status 2xx
+RECIPE_VERSION = 2
 REPETITION = {
     "dup_line_frac": 0.4,  # [0.3]
     "dup_line_char_frac": 0.3,  # [0.2]

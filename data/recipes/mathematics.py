@@ -19,7 +19,8 @@ from data.recipes.urls import make_blocklist_filter
 
 REQUIRES = (*web.REQUIRES,)
 # 2: min_chars is 50, not 100, since a worked problem is often shorter than a paragraph
-RECIPE_VERSION = 2
+# 3: pages are decoded by their declared charset, in brotli and zstd too, and have status 2xx
+RECIPE_VERSION = 3
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:

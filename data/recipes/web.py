@@ -11,17 +11,18 @@ from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilt
 
 from data.config import Assets, Source
 from data.readers.inputs import open_input
+from data.readers.web import PAGE_PACKAGES
 from data.recipes.classifiers import EnglishFilter
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import LineCorrectionFilter
 from data.recipes.urls import load_blocklist, make_blocklist_filter
 
 # Checked before the first document: without lxml_html_clean or spacy's word splitter, datatrove
-# counts every page as a timeout or fails midway, and reports success. pylibmagic comes before
-# magic, since it provides the system library that magic loads.
-REQUIRES = ("orjson", "warcio", "pylibmagic", "magic", "trafilatura", "lxml_html_clean", "spacy",
-            "fasttext", "tldextract", "ahocorasick", "xxhash")  # fmt: skip
-RECIPE_VERSION = 1
+# counts every page as a timeout or fails midway, and reports success.
+REQUIRES = (*PAGE_PACKAGES, "trafilatura", "lxml_html_clean", "spacy", "fasttext", "tldextract",
+            "ahocorasick", "xxhash")  # fmt: skip
+# 2: pages are decoded by their declared charset, in brotli and zstd too, and have status 2xx
+RECIPE_VERSION = 2
 ASSETS = ("language_model",)
 
 

@@ -11,7 +11,8 @@ from core.files import ROOT
 from data.pipeline import accounting, minhash
 from data.pipeline.executors import SlurmArray
 from data.pipeline.tasks import SingleTaskExecutor, set_exclusion_writers
-from data.readers.web import Warc
+from data.readers.archives import read_record
+from data.readers.web import decompress
 from data.recipes.classifiers import load_model
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.urls import make_blocklist_filter
@@ -27,7 +28,6 @@ READ = {
             "job_id_retriever gets sbatch's answer",
             MainTextExtractor: "extract() runs in ExtractorSandbox.process_document, whose "
             "three errors name the reason why a page has no text",
-            Warc.read_file: "process_record returns a record's text and url, None without HTML",
             make_blocklist_filter: "a filter's lists do not change once download_data() has read "
             "them",
             set_exclusion_writers: "a step that drops documents has an exclusion_writer",
@@ -41,7 +41,14 @@ READ = {
         "0.9.2",
         {load_model: "_FastText(path) reads a model without load_model's warning"},
     ),
-    "warcio": ("1.8.1", {Warc.read_file: "EOFError of the stream silently ends an archive"}),
+    "warcio": (
+        "1.8.1",
+        {
+            read_record: "StatusAndHeadersParser takes the first line apart from the stream, and "
+            "stops at the end of a LimitReader",
+            decompress: "ChunkedDataReader returns a body that is not chunked as it is",
+        },
+    ),
 }
 # file -> private names of other packages that it may use
 PRIVATE = {

@@ -19,6 +19,7 @@ IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 # import names that differ from the distribution's name
 DISTRIBUTION_OF_MODULE = {
     "ahocorasick": "pyahocorasick",
+    "cchardet": "faust-cchardet",
     "cuda": "cuda-core",
     "fasttext": "fasttext-numpy2-wheel",
     "hydra": "hydra-core",

@@ -41,12 +41,13 @@ def read_archive(file: BinaryIO) -> Iterator[Record]:
 
     Raises TruncatedArchiveError or EOFError at the end of a file that ends inside a record.
     """
-    start = file.read(len(ZSTD_FRAME))
+    start = file.read(CHUNK_BYTES)
     file.seek(0)
-    if GZIP_MEMBER.match(start):
+    zstd = start.startswith((ZSTD_FRAME, ZSTD_DICTIONARY))
+    gzip = GZIP_MEMBER.match(start) if RECORD_START in start else GZIP_MEMBER.search(start)
+    if gzip is not None and not zstd:  # searched, as the first member may be damaged
         yield from read_members(file)
         return
-    zstd = start in (ZSTD_FRAME, ZSTD_DICTIONARY)
     stream = open_zstd(file) if zstd else io.BufferedReader(file, CHUNK_BYTES)
     tail = yield from read_records(stream)
     if tail != RECORD_END:

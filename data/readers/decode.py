@@ -35,7 +35,7 @@ NON_ASCII = re.compile("[^\0-\x7f]")
 MAX_BAD_UTF8 = 0.5  # of the characters that are not ASCII
 MAX_BAD = 0.1
 MAX_NO_TEXT = 0.02  # of all characters; random bytes have 0.1 in any encoding
-MIN_UTF16_NULS = 0.2  # of every second byte; markup and spaces have NULs in every script
+MIN_UTF16_NULS = 0.1  # of every second byte; markup and spaces have NULs in every script
 MIN_STATISTICS = 16  # bytes that are not ASCII
 
 
@@ -91,14 +91,14 @@ def count(pattern: re.Pattern[str], text: str) -> int:
 
 def keep_text(text: str) -> str | None:
     """Return the text unless too much of it is control characters and bytes that did not fit."""
-    return text if count(NO_TEXT, text) <= MAX_NO_TEXT * len(text) else None
+    return text if count(NO_TEXT, text) <= max(1, MAX_NO_TEXT * len(text)) else None
 
 
 def utf16_without_mark(raw: bytes) -> str | None:
     """UTF-16's codec by the position of NULs, whatever is declared; None if it is not UTF-16."""
     even, odd = raw[0::2].count(0), raw[1::2].count(0)
-    if max(even, odd) < MIN_UTF16_NULS * (len(raw) // 2) or min(even, odd) > max(even, odd) // 10:
-        return None
+    if max(even, odd) < MIN_UTF16_NULS * (len(raw) // 2) or min(even, odd) > max(even, odd) // 4:
+        return None  # some ideographs have a NUL too, in the other place
     return "utf-16-le" if odd > even else "utf-16-be"
 
 

@@ -4,7 +4,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from warcio.bufferedreaders import ChunkedDataReader
 from warcio.statusandheaders import StatusAndHeaders, StatusAndHeadersParser
@@ -131,14 +131,14 @@ def looks_like_html(body: bytes) -> bool:
     return HTML_START.match(body[:SNIFFED_BYTES].lstrip(MARKS).replace(b"\0", b"")) is not None
 
 
-def decode_body(stream: BinaryIO, codings: list[str], url: str) -> bytes:
+def decode_body(stream: io.BytesIO, codings: list[str], url: str) -> bytes:
     """Undo the codings of an HTTP body; raises NotADocument if that is not possible."""
     body = stream.read()
     for coding in reversed(codings):
         if coding in OTHER_CODINGS:
             raise NotADocument(f"encoding_{coding}", url)
         body = decompress(body, coding)
-    if len(body) > MAX_BODY_BYTES:
+    if max(len(body), stream.getbuffer().nbytes) > MAX_BODY_BYTES:
         raise NotADocument("too_large", url)
     return body
 

@@ -10,7 +10,8 @@ from data.recipes.filters import BasicQualityFilter
 from data.recipes.papers import PaperBody
 
 REQUIRES = ("orjson",)
-RECIPE_VERSION = 1
+# 2: TeX is read by its grammar, macros without arguments are replaced by their values
+RECIPE_VERSION = 2
 
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:

@@ -49,46 +49,6 @@ class GeneratedCodeFilter(BaseFilter):
         return (False, "generated") if any(marker in head for marker in self.MARKERS) else True
 
 
-class LicenceFilter(BaseFilter):
-    """Keeps files whose licences are all permissive, and sets their repository as group."""
-
-    name = "Licence"
-    LICENCE_KEYS = (
-        "license",
-        "licenses",
-        "licence",
-        "detected_licenses",
-        "max_stars_repo_licenses",
-        "gha_license_id",
-    )
-    REPOSITORY_KEYS = ("repo_name", "repository_name", "max_stars_repo_name", "repo_path")
-    # common SPDX identifiers of the Blue Oak Council's list
-    PERMISSIVE = frozenset(
-        "mit mit-0 apache-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear 0bsd isc zlib "
-        "unlicense cc0-1.0 psf-2.0 python-2.0 bsl-1.0 artistic-2.0 ncsa x11 postgresql upl-1.0 "
-        "blueoak-1.0.0 curl ms-pl".split()
-    )
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """True, or (False, reason)."""
-        values = [doc.metadata[key] for key in self.LICENCE_KEYS if doc.metadata.get(key)]
-        names = [
-            str(name).lower()
-            for value in values
-            for name in (value if isinstance(value, list) else [value])
-        ]
-        if not names:
-            return False, "licence_unknown"
-        if not set(names) <= self.PERMISSIVE:
-            return False, "licence_not_permissive"
-        repository = next(
-            (doc.metadata[key] for key in self.REPOSITORY_KEYS if doc.metadata.get(key)), None
-        )
-        if repository is not None:
-            doc.metadata.setdefault("group", str(repository))
-        return True
-
-
 class CodeLineFilter(BaseFilter):
     """Drops data files: lines long on average, or few letters and digits."""
 

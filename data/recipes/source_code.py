@@ -10,15 +10,12 @@ from datatrove.pipeline.base import PipelineStep
 
 from data.config import Assets, Source
 from data.readers.inputs import open_input
-from data.recipes.filters import (
-    BasicQualityFilter,
-    CodeLineFilter,
-    GeneratedCodeFilter,
-    LicenceFilter,
-)
+from data.recipes.filters import BasicQualityFilter, CodeLineFilter, GeneratedCodeFilter
+from data.recipes.licences import LicenceFilter
 
-REQUIRES = ("orjson",)
-RECIPE_VERSION = 1
+REQUIRES = ("orjson", "packaging")
+# 2: licences are SPDX expressions
+RECIPE_VERSION = 2
 PERMISSIVE = "permissive"
 
 

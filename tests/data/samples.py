@@ -1,13 +1,18 @@
-"""Sample texts, and small models and lists as assets of recipes."""
+"""Sample texts, small models and lists as assets of recipes, and a run of one recipe."""
 
+import gzip
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from data.config import Asset, Assets
+from data.config import Asset, Assets, Source
+from data.pipeline import accounting, clean
+from data.pipeline.clean import Build
+from data.readers.listing import list_raw_files, pin_files
 
+NO_ASSETS = Assets()
 PROSE = (
     "The river rises in the hills to the north of the town and runs, with many turns, to the "
     "sea. In the spring it carries the snow of the mountains, and the fields on both sides have "
@@ -69,3 +74,33 @@ def make_assets(folder: Path) -> Assets:
         url_blocklist=Asset(str(folder / "domains")),
         evaluations=Asset(str(folder / "evaluations.jsonl")),
     )
+
+
+def make_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
+    return Source(recipe, str(folder), "CC0-1.0", 1.0, tasks)
+
+
+def pin_input(source: Source, build_dir: Path) -> Path:
+    """Pin the input files of a build, as data/prepare.py does."""
+    build_dir.mkdir(exist_ok=True)
+    pin_files(build_dir, list_raw_files(source.input))
+    return build_dir
+
+
+def read_clean_rows(build_dir: Path) -> list[dict[str, str]]:
+    return [
+        json.loads(line)
+        for path in sorted((build_dir / "documents" / "clean").glob("*.jsonl.gz"))
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+
+
+def run_recipe(
+    source: Source, build_dir: Path, assets: Assets = NO_ASSETS
+) -> tuple[list[dict[str, str]], list[accounting.StepCounts]]:
+    """Return the clean documents of a source and the counts of its steps."""
+    pin_input(source, build_dir)
+    for rank in range(source.tasks):
+        clean.clean_task(Build(source, assets, build_dir, True), rank)
+    counts = accounting.read_counts(build_dir / "logs" / "clean" / "stats", source.tasks)
+    return read_clean_rows(build_dir), counts

@@ -9,7 +9,16 @@ import pytest
 from data import recipes
 from data.pipeline import fingerprints, shard, substrings
 from data.pipeline.clean import Build
-from data.recipes import classifiers, decontamination, filters, lines, manuals, mathematics, urls
+from data.recipes import (
+    classifiers,
+    decontamination,
+    filters,
+    licences,
+    lines,
+    manuals,
+    mathematics,
+    urls,
+)
 from tests.data import recipe_outputs
 from tests.data.recipe_outputs import RECORD, compute_outputs, hash_rules, make_builds
 
@@ -82,9 +91,9 @@ def test_a_change_is_explained() -> None:
         (lines, "SHORT_WORDS", 3, {"web"}),
         (lines, "COUNTER", lines.NUMERIC, {"web"}),
         (
-            filters.LicenceFilter,
+            licences,
             "PERMISSIVE",
-            filters.LicenceFilter.PERMISSIVE | {"gpl-3.0"},
+            licences.PERMISSIVE | {"gpl-3.0"},
             {"source_code"},
         ),
         (manuals, "QUALITY", {}, {"manuals"}),

@@ -17,45 +17,27 @@ from data.config import Assets, Source
 from data.pipeline import accounting, clean
 from data.pipeline.clean import Build
 from data.readers.inputs import DocumentReader, open_input
-from data.readers.listing import list_raw_files, pin_files
-from data.recipes import books, forums, manuals, web
+from data.readers.listing import list_raw_files
+from data.recipes import books, manuals, web
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.lines import correct_line
 from examples.demo_corpus.archives import write_archive
-from tests.data.samples import GERMAN, PROSE, QUESTION, SHOP, SUMS, make_assets, write_rows
+from tests.data.samples import (
+    GERMAN,
+    NO_ASSETS,
+    PROSE,
+    QUESTION,
+    SHOP,
+    SUMS,
+    make_assets,
+    make_source,
+    pin_input,
+    read_clean_rows,
+    run_recipe,
+    write_rows,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
-NO_ASSETS = Assets()
-
-
-def make_source(recipe: str, folder: Path, tasks: int = 1) -> Source:
-    return Source(recipe, str(folder), "CC0-1.0", 1.0, tasks)
-
-
-def pin_input(source: Source, build_dir: Path) -> Path:
-    """Pin the input files of a build, as data/prepare.py does."""
-    build_dir.mkdir(exist_ok=True)
-    pin_files(build_dir, list_raw_files(source.input))
-    return build_dir
-
-
-def read_clean_rows(build_dir: Path) -> list[dict[str, str]]:
-    return [
-        json.loads(line)
-        for path in sorted((build_dir / "documents" / "clean").glob("*.jsonl.gz"))
-        for line in gzip.decompress(path.read_bytes()).splitlines()
-    ]
-
-
-def run_recipe(
-    source: Source, build_dir: Path, assets: Assets = NO_ASSETS
-) -> tuple[list[dict[str, str]], list[accounting.StepCounts]]:
-    """Return the clean documents of a source and the counts of its steps."""
-    pin_input(source, build_dir)
-    for rank in range(source.tasks):
-        clean.clean_task(Build(source, assets, build_dir, True), rank)
-    counts = accounting.read_counts(build_dir / "logs" / "clean" / "stats", source.tasks)
-    return read_clean_rows(build_dir), counts
 
 
 def test_every_row_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None:
@@ -355,96 +337,6 @@ def test_email_and_ip_addresses_are_replaced(tmp_path: Path) -> None:
     assert (
         "ann.lee" not in row["text"] and "8.8.8.8" not in row["text"] and "10.0.0.1" in row["text"]
     )
-
-
-def test_a_permissive_source_checks_the_licence_of_each_file(tmp_path: Path) -> None:
-    code = "def area(width, height):\n    return width * height  # of a rectangle\n" * 4
-    rows = [
-        {"text": code, "id": "kept", "license": "MIT", "repo_name": "ann/area"},
-        {"text": code, "license": "GPL-3.0"},
-        {"text": code, "licenses": ["mit", "agpl-3.0"]},
-        {"text": code},
-        {"text": "# do not edit\n" + code, "license": "MIT"},
-        {"text": "x = [" + "1, " * 300 + "]\n" + code, "license": "MIT"},
-    ]
-    write_rows(tmp_path / "raw" / "a.jsonl", rows)
-    source = replace(make_source("source_code", tmp_path / "raw"), licence="permissive")
-    kept, steps = run_recipe(source, tmp_path / "clean")
-    assert [(row["id"], row["group"]) for row in kept] == [("kept", "ann/area")]
-    assert steps[1].dropped == {"licence_not_permissive": 2, "licence_unknown": 1}
-    assert len(run_recipe(make_source("source_code", tmp_path / "raw"), tmp_path / "ours")[0]) == 4
-
-
-def test_papers_lose_preamble_comments_and_references(tmp_path: Path) -> None:
-    head = "\\documentclass{article}\n\\usepackage{x}\n"
-    tex = head + f"\\section{{Rivers}}\n{PROSE}% note\n%all\n5\\% of it.\n\\bibliography{{b}}"
-    plain = f"Rivers\n\n{PROSE}\n\nReferences\n[1] A. Author, 1999.\n"
-    write_rows(
-        tmp_path / "raw" / "a.jsonl",
-        [{"text": tex}, {"text": plain}, {"text": "\\documentclass{a} none"}],
-    )
-    rows, steps = run_recipe(make_source("technical", tmp_path / "raw"), tmp_path / "clean")
-    assert rows[0]["text"] == f"\\section{{Rivers}}\n{PROSE}\n5\\% of it."
-    assert rows[1]["text"] == f"Rivers\n\n{PROSE}\n" and steps[1].dropped == {"no_heading": 1}
-
-
-def test_conversations_are_rendered_once_and_in_order(tmp_path: Path) -> None:
-    long = "about the river and the fields that lie on both of its sides in spring"
-    tree = [
-        {"id": "q", "title": "Rivers", "text": f"Question {long}", "created": 1, "author": "ann"},
-        {"id": "b", "parent": "q", "text": f"Second {long}", "created": 9},
-        {"id": "a", "parent": "q", "text": f"First {long}", "created": 3},
-        {"id": "c", "parent": "a", "text": f"Reply {long}", "created": 20},
-        {"id": "d", "parent": "b", "text": "[deleted]", "created": 21},
-    ]
-    flat = [{**message, "thread": "t1"} for message in tree]
-    other = {"thread": "t2", "id": "z", "body": f"Alone {long} {long}", "created_utc": 4}
-    write_rows(
-        tmp_path / "raw" / "a.jsonl",
-        [
-            {"id": "n", "messages": tree},
-            *flat,
-            other,
-            {"thread": "t1", "id": "late", "text": "x"},
-            {"no": 1},
-        ],
-    )
-    rows, steps = run_recipe(make_source("forums", tmp_path / "raw"), tmp_path / "clean")
-    messages = [[text.split(" about")[0] for text in row["text"].split("\n\n")] for row in rows]
-    assert messages == [["Rivers", "ann: Question", "First", "Reply", "Second"]] * 2 + [["Alone"]]
-    assert [row["id"] for row in rows] == ["n", "t1", "t2"]
-    assert steps[0].dropped == {"scattered": 1, "corrupt": 1} and steps[0].total == 5
-    order = [message["id"] for message in forums.linearize(reversed(tree))]
-    assert order == ["q", "a", "c", "b", "d"]
-    cycle = [{"id": "x", "parent": "y"}, {"id": "y", "parent": "x"}, {"id": "r", "parent": "lost"}]
-    assert sorted(message["id"] for message in forums.linearize(cycle)) == ["r", "x", "y"]
-
-
-def test_every_instruction_format_becomes_text(tmp_path: Path) -> None:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "Name a river."},
-                {"role": "assistant", "content": "The Oder."},
-            ]
-        },
-        {
-            "conversations": [
-                {"from": "human", "value": "Name a river."},
-                {"from": "gpt", "value": "The Oder."},
-            ]
-        },
-        {"instruction": "Name a river.", "input": "", "output": "The Oder."},
-        {"question": "Name a river.", "answer": "The Oder."},
-        {"text": "User: Name a river.\n\nAssistant: The Oder.\n"},
-        {"messages": [{"role": "user", "content": "No answer."}]},
-        {"messages": ["no turn"]},
-        {"something": "else"},
-    ]
-    write_rows(tmp_path / "raw" / "a.jsonl", rows)
-    kept, steps = run_recipe(make_source("instructions", tmp_path / "raw"), tmp_path / "clean")
-    assert [row["text"] for row in kept] == ["User: Name a river.\n\nAssistant: The Oder.\n"] * 5
-    assert steps[0].dropped == {"unknown_shape": 3}
 
 
 def test_mathematics_keeps_what_the_classifier_selects(tmp_path: Path, assets: Assets) -> None:

@@ -9,7 +9,7 @@ import pytest
 from data.config import Source
 from examples.demo_corpus import arithmetic, standard_library
 from tests.commands import python
-from tests.data.test_recipes import run_recipe
+from tests.data.samples import run_recipe
 
 
 @pytest.fixture(scope="module")

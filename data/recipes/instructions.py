@@ -57,9 +57,6 @@ MAX_LABEL_WORDS = 5
 METADATA = ("id", "group", "url", "metadata", "meta", "title", "source", "license", "answers")
 Turn = tuple[str, str]  # name as rendered, text
 
-# of which a row has one; the others belong to it
-PROMPT_KEYS = ("messages", "conversations", "instruction", "prompt", "question", "inputs")
-
 
 class UnusableRowError(Exception):
     """A row that cannot be rendered; its message is the drop reason."""
@@ -205,7 +202,7 @@ def render_rows(reader: CountingReader) -> CountingReader:
 
 def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
     """Return the steps that clean `source`; `folder` has its pinned input list."""
-    reader = open_input(source, folder, columns=None, instead_of_text=PROMPT_KEYS)
+    reader = open_input(source, folder, columns=None, instead_of_text=(*TURNS_KEYS, *PROMPT_KEYS))
     return [
         render_rows(reader),
         BasicQualityFilter(min_chars=20, min_letters=0.2, max_line=1_000_000),

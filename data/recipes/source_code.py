@@ -13,7 +13,7 @@ from data.readers.inputs import open_input
 from data.recipes.filters import BasicQualityFilter, CodeLineFilter, GeneratedCodeFilter
 from data.recipes.licences import LicenceFilter
 
-REQUIRES = ("orjson", "packaging")
+REQUIRES = ("orjson",)
 # 2: licences are SPDX expressions
 RECIPE_VERSION = 2
 PERMISSIVE = "permissive"

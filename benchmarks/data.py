@@ -27,7 +27,7 @@ from data import tokenizer
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.pipeline.shard import CleanDocuments, ShardingSpec, shard_task
 from data.stream.loader import Loader
-from data.stream.manifests import DTYPE, Manifest, ShardFile, source_folder
+from data.stream.manifests import NARROW, Manifest, ShardFile, source_folder
 from data.stream.mixture import Plan
 from examples.demo_corpus import arithmetic
 from examples.demo_corpus.standard_library import code_files, reference_pages
@@ -47,12 +47,12 @@ def write_corpus(folder: Path, tokens: int) -> DataConfig:
     shards = source_folder(cfg, "web")
     shards.mkdir(parents=True)
     path = shards / "train_00000.ds"
-    np.random.default_rng(0).integers(12, VOCAB_SIZE, tokens).astype(DTYPE).tofile(path)
+    np.random.default_rng(0).integers(12, VOCAB_SIZE, tokens).astype(NARROW).tofile(path)
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = folder / "megatron"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    ids = np.memmap(path, dtype=DTYPE, mode="r")
+    ids = np.memmap(path, dtype=NARROW, mode="r")
     for start in range(0, tokens, 2**20):
         builder.add_item(torch.from_numpy(ids[start : start + 2**20].astype(np.int64)))
         builder.end_document()
@@ -79,7 +79,7 @@ def as_batch(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 def baselines(cfg: DataConfig, tokens: int, seq_len: int) -> dict[str, Callable[[np.ndarray], Any]]:
     """Read batches of the same shape in file order with other libraries."""
     path = source_folder(cfg, "web") / "train_00000.ds"
-    ids = np.memmap(path, dtype=DTYPE, mode="r")
+    ids = np.memmap(path, dtype=NARROW, mode="r")
     windows = (tokens - 1) // seq_len
 
     def read_memmap(indices: np.ndarray) -> Any:
@@ -133,7 +133,7 @@ def mosaicml(
     dataset = LocalDataset(str(out))
     size = len(dataset)
     return {"mosaicml-streaming LocalDataset": lambda n: as_batch(
-        [np.frombuffer(dataset[int(i) % size]["tokens"], dtype=DTYPE) for i in n])}  # fmt: skip
+        [np.frombuffer(dataset[int(i) % size]["tokens"], dtype=NARROW) for i in n])}  # fmt: skip
 
 
 def time_reading(tokens: int, budget: float) -> tuple[list[Measurement], dict[str, float]]:

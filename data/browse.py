@@ -16,6 +16,7 @@ from core.entry import explain_missing_extras
 explain_missing_extras()
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from core.command import command
@@ -27,6 +28,7 @@ from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import Manifest, open_manifests, source_folder, tokenizer_path
 from data.stream.mixture import PlannedStage
+from data.vocabulary import end_id
 
 RULE = "-" * 100
 
@@ -65,7 +67,9 @@ def show_sequences(
 ) -> None:
     """Print sequences of a stage from number `first` on, each with its first token of the run."""
     plan = loader.plan
-    vocabulary = tokenizer.load(tokenizer_path(plan.config))
+    path = tokenizer_path(plan.config)
+    vocabulary = tokenizer.load(path)
+    eos = end_id(path, vocabulary)
     end = min(first + settings.count, stage.tokens // stage.seq_len)
     for number in range(first, end):
         batch = loader.read(stage, np.array([number]))
@@ -78,13 +82,17 @@ def show_sequences(
             f"{RULE}\ntoken {token:,} of the run, stage {stage.name}, sequence {number:,} of "
             f"{stage.seq_len} tokens\nblock {int(block[0]):,} of {name}\n{RULE}"
         )
-        print(truncate(decode(vocabulary, batch.tokens[0].tolist()), settings.characters))
+        print(truncate(decode(vocabulary, eos, batch.tokens[0].numpy()), settings.characters))
 
 
-def decode(vocabulary: Tokenizer, ids: list[int]) -> str:
+def decode(vocabulary: Tokenizer, eos: int, ids: NDArray[np.int64]) -> str:
     """Text of a sequence, with every end token on its own line."""
-    text = vocabulary.decode(ids, skip_special_tokens=False)
-    return text.replace(tokenizer.EOS_TOKEN, f"\n{tokenizer.EOS_TOKEN}\n")
+    documents = np.split(ids, np.flatnonzero(ids == eos) + 1)
+    texts = [
+        vocabulary.decode(document[document != eos].tolist(), skip_special_tokens=False)
+        for document in documents
+    ]
+    return f"\n{vocabulary.id_to_token(eos)}\n".join(texts)
 
 
 def browse(cfg: DataConfig, settings: BrowseSettings) -> None:

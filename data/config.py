@@ -113,6 +113,18 @@ class TokenizerConfig:
     train_megabytes: int  # training text at most, alternating between sources
     # source of data/download.py; hf://<repository>/tokenizer.json for the Hub
     url: str | None = None
+    # special token that ends a document; None: eos_token of tokenizer_config.json beside the file,
+    # or the only special token with a known name
+    eos_token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vocab_size <= 2**32:
+            raise ValueError(f"data.tokenizer.vocab_size is {self.vocab_size}: set 1 to {2**32}")
+        if self.eos_token is not None and self.path is None:
+            raise ValueError(
+                f"data.tokenizer.eos_token is {self.eos_token}, but a trained tokenizer ends "
+                "documents with <|endoftext|>: set data.tokenizer.path, or eos_token to null"
+            )
 
 
 @dataclass
@@ -145,11 +157,6 @@ class DataConfig:
         if not 0 < self.heldout_percent < 100:
             raise ValueError(
                 f"data.heldout_percent is {self.heldout_percent}: set a value between 0 and 100"
-            )
-        if not 12 <= self.tokenizer.vocab_size <= 65536:
-            raise ValueError(
-                f"data.tokenizer.vocab_size is {self.tokenizer.vocab_size}; shards hold uint16 "
-                "ids and ids 0-11 are special tokens: set 12 to 65536"
             )
         for stage in self.stages:
             self._check_stage(stage)

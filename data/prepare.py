@@ -22,7 +22,7 @@ explain_missing_extras()
 from core.command import command
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
-from data import recipes, tokenizer
+from data import recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
 from data.pipeline.accounting import StepCounts
@@ -215,12 +215,11 @@ def build_tokenizer(
     key = fingerprints.tokenizer_key(cfg, [source_input.key for source_input in inputs.values()])
     built = fingerprints.read_built(file.parent, key)
     if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
-        executor.log("tokenizer", f"reused, {built['sha256'][:12]}")
+        executor.log("tokenizer", f"reused, {tokenizer.describe(file)}")
         return file
     build_dir = fingerprints.open_build_dir(Path(cfg.folder), "tokenizer", key)
     if settings.path is not None:
-        source_path = Path(settings.path)
-        tokenizer.copy_tokenizer(source_path, settings.sha256, settings.vocab_size, build_dir)
+        tokenizer.copy_tokenizer(settings, build_dir)
     elif not cleaned:
         raise InputError("no source has text to train a tokenizer on: set data.tokenizer.path")
     else:
@@ -231,8 +230,7 @@ def build_tokenizer(
     fingerprints.write_built(build_dir, key, sha256=sha256)
     fingerprints.move_into_place(build_dir, file.parent)
     action = "trained" if settings.path is None else "copied"
-    num_ids = tokenizer.load(file).get_vocab_size()
-    executor.log("tokenizer", f"{action}, {num_ids:,} ids, {sha256[:12]}")
+    executor.log("tokenizer", f"{action}, {tokenizer.describe(file)}")
     return file
 
 
@@ -281,7 +279,11 @@ def expected_manifests(
 ) -> dict[str, Manifest]:
     """Manifests that match this config, with empty lists of files."""
     sha256 = sha256_of(tokenizer_file)
-    vocab_size = tokenizer.required_vocab_size(tokenizer.load(tokenizer_file))
+    loaded = tokenizer.load(tokenizer_file)
+    eos, vocab_size = (
+        vocabulary.end_id(tokenizer_file, loaded),
+        vocabulary.required_vocab_size(loaded),
+    )
     return {
         name: Manifest(
             source=name,
@@ -289,7 +291,7 @@ def expected_manifests(
             recipe=source.recipe,
             recipe_sha256=fingerprints.recipe_sha256(cfg, name, inputs[name].listing),
             tokenizer_sha256=sha256,
-            eos=tokenizer.EOS,
+            eos=eos,
             vocab_size=vocab_size,
             splits={split: [] for split in SPLITS},
             versions=fingerprints.shard_versions(source),

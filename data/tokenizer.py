@@ -1,20 +1,23 @@
-"""Falcon's tokenizer: byte-level BPE that splits off punctuation and groups digits in threes.
+"""Tokenizers: train Falcon's kind, or copy any `tokenizer.json` with the files of transformers.
 
-The pre-tokenizer splits runs of punctuation, then GPT-2's byte-level pattern, then runs of digits,
-then groups of three digits. Ids 0-10 are Falcon's additional special tokens and id 11 ends a
-document; there is no begin token.
+Falcon's is byte-level BPE: the pre-tokenizer splits runs of punctuation, then GPT-2's byte-level
+pattern, then runs of digits, then groups of three digits. Ids 0-10 are Falcon's additional special
+tokens and id 11 ends a document; there is no begin token.
 """
 
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core.errors import InputError
 from core.files import sha256_of
+from data import vocabulary
+from data.config import TokenizerConfig
+from data.vocabulary import TOKENIZER_CONFIG, required_vocab_size
 
 TRAINING_VERSION = 1  # raise with any change to a trained tokenizer
 EOS_TOKEN = "<|endoftext|>"
@@ -32,26 +35,16 @@ ADDITIONAL_SPECIAL_TOKENS = (
     ">>MIDDLE<<",
 )
 SPECIAL_TOKENS = (*ADDITIONAL_SPECIAL_TOKENS, EOS_TOKEN)
-EOS = len(ADDITIONAL_SPECIAL_TOKENS)  # 11
+EOS = len(ADDITIONAL_SPECIAL_TOKENS)  # 11, in Falcon's tokenizer and those trained here
 FILE = "tokenizer.json"
-
-TRANSFORMERS_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": EOS_TOKEN,
-    "pad_token": EOS_TOKEN,
-    "additional_special_tokens": list(ADDITIONAL_SPECIAL_TOKENS),
-    "add_prefix_space": False,
-    "padding_side": "left",
-    # Falcon's file has true, which deletes the space before punctuation in decode(encode("a , b"))
-    "clean_up_tokenization_spaces": False,
-    "model_input_names": ["input_ids", "attention_mask"],
-}
+# keys of a tokenizer_config.json that name a begin token or code, which training never used
+DROPPED = ("bos_token", "add_bos_token", "add_eos_token", "auto_map", "tokenizer_file")
 
 
 def load(path: Path, sha256: str | None = None) -> Tokenizer:
-    """Load a `tokenizer.json`.
+    """Load a `tokenizer.json` without the truncation and padding that it may ask for.
 
-    Raises InputError if the file is missing or invalid, or if its hash or its end token differs.
+    Raises InputError if the file is missing or invalid, or if its hash differs.
     """
     if not path.is_file():
         raise InputError(
@@ -70,12 +63,19 @@ def load(path: Path, sha256: str | None = None) -> Tokenizer:
         raise InputError(
             f"{path} is not a valid tokenizer.json ({error}): set data.tokenizer.path to one"
         ) from error
-    if tokenizer.token_to_id(EOS_TOKEN) != EOS:
-        raise InputError(
-            f"{path} gives {EOS_TOKEN} the id {tokenizer.token_to_id(EOS_TOKEN)}, not {EOS}: "
-            "set data.tokenizer.path to a tokenizer with Falcon's special tokens"
-        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
+
+
+def describe(path: Path) -> str:
+    """Number of ids, end token and hash of a tokenizer.json, as text."""
+    tokenizer = load(path)
+    end = vocabulary.end_token(path, tokenizer)
+    return (
+        f"{tokenizer.get_vocab_size():,} ids, documents end with {end} "
+        f"({tokenizer.token_to_id(end)}), {sha256_of(path)[:12]}"
+    )
 
 
 def untrained_tokenizer() -> Tokenizer:
@@ -116,51 +116,89 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
         )
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / FILE))
-    write_transformers_files(out)
+    write_transformers_files(out, tokenizer, EOS_TOKEN)
     return tokenizer
 
 
-def required_vocab_size(tokenizer: Tokenizer) -> int:
-    """Embedding rows that a tokenizer needs: its highest id plus one."""
-    return 1 + int(max(tokenizer.get_vocab().values()))
+def copy_tokenizer(settings: TokenizerConfig, out: Path) -> Tokenizer:
+    """Check the tokenizer.json at `settings.path` and copy it into the folder `out`.
 
-
-def copy_tokenizer(path: Path, sha256: str | None, vocab_size: int, out: Path) -> Tokenizer:
-    """Check a tokenizer.json as `load` does and copy it into the folder `out`.
-
-    Raises InputError if it has more than `vocab_size` ids.
+    Raises InputError as `load` does, if it has more than `settings.vocab_size` ids, or if it cannot
+    be trained on.
     """
-    tokenizer = load(path, sha256)
+    path = Path(str(settings.path))
+    tokenizer = load(path, settings.sha256)
     num_ids = required_vocab_size(tokenizer)
-    if num_ids > vocab_size:
+    if num_ids > settings.vocab_size:
         raise InputError(
-            f"{path} has {num_ids} ids: set data.tokenizer.vocab_size, now {vocab_size}, to "
-            f"{num_ids} or more"
+            f"{path} has {num_ids} ids: set data.tokenizer.vocab_size, now {settings.vocab_size}, "
+            f"to {num_ids} or more"
         )
+    eos_token = vocabulary.end_token(path, tokenizer, settings.eos_token)
+    vocabulary.check_trainable(path, tokenizer, eos_token)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / FILE)
-    write_transformers_files(out)
+    own = vocabulary.read_config(path.with_name(TOKENIZER_CONFIG))
+    write_transformers_files(out, tokenizer, eos_token, own)
     return tokenizer
 
 
-def write_transformers_files(out: Path) -> None:
-    """Write the two files that transformers needs to load PreTrainedTokenizerFast."""
-    special = {
-        key: TRANSFORMERS_CONFIG[key]
-        for key in ("eos_token", "pad_token", "additional_special_tokens")
-    }
-    for name, content in (
-        ("tokenizer_config.json", TRANSFORMERS_CONFIG),
-        ("special_tokens_map.json", special),
-    ):
+def write_transformers_files(
+    out: Path, tokenizer: Tokenizer, eos_token: str, own: dict[str, Any] | None = None
+) -> None:
+    """Write the two files that transformers needs to load PreTrainedTokenizerFast.
+
+    `own` is the tokenizer's own tokenizer_config.json, whose other keys are kept.
+    """
+    config = own_config(tokenizer, eos_token, own) if own else new_config(tokenizer, eos_token)
+    names = ("eos_token", "pad_token", "unk_token", "additional_special_tokens")
+    special = {key: config[key] for key in names if config.get(key)}
+    for name, content in ((TOKENIZER_CONFIG, config), ("special_tokens_map.json", special)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text per id, int64 [vocab]; 0 for special tokens."""
-    lengths = np.zeros(required_vocab_size(tokenizer), dtype=np.int64)
-    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for token, id in tokenizer.get_vocab().items():
-        if id not in special:
-            lengths[id] = len(token)  # the byte-level alphabet has one character per byte
-    return lengths
+def new_config(tokenizer: Tokenizer, eos_token: str) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer that has none."""
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    others = [token.content for _, token in added if token.special and token.content != eos_token]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos_token,
+        "pad_token": eos_token,
+        "additional_special_tokens": others,
+        **prefix_space(tokenizer),
+        "padding_side": "left",
+        # Falcon's file has true, which deletes the space before punctuation in
+        # decode(encode("a , b"))
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def own_config(tokenizer: Tokenizer, eos_token: str, own: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's own tokenizer_config.json, changed to load as the run used the tokenizer.
+
+    No text gets a begin token, documents end with `eos_token`, and transformers reads
+    tokenizer.json instead of building a tokenizer of the class that the file names.
+    """
+    kept = {key: value for key, value in own.items() if key not in DROPPED}
+    pad_token = vocabulary.content_of(own.get("pad_token"))
+    known = pad_token is not None and tokenizer.token_to_id(pad_token) is not None
+    decided = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos_token,
+        "pad_token": pad_token if known else eos_token,
+        **prefix_space(tokenizer),
+        "clean_up_tokenization_spaces": False,
+    }
+    config = kept | decided
+    config.setdefault("padding_side", "left")
+    return config
+
+
+def prefix_space(tokenizer: Tokenizer) -> dict[str, bool]:
+    """The pre-tokenizer's add_prefix_space, which transformers would set to false; {} if none."""
+    state = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = state.get("pretokenizers", [state])
+    values = [part["add_prefix_space"] for part in parts if "add_prefix_space" in part]
+    return {"add_prefix_space": values[0]} if values else {}

@@ -42,7 +42,7 @@ def verify_source(
     for split in SPLITS:
         for file in manifest.splits[split] if settings.hashes else ():
             try:
-                actual = describe_shard(folder / file.name)
+                actual = describe_shard(folder / file.name, manifest.eos, manifest.vocab_size)
             except (AssertionError, OSError, ValueError) as error:
                 errors.append(f"{name}: {error}")
                 continue

@@ -23,9 +23,8 @@ import numpy as np
 from core.command import command
 from core.errors import InputError
 from data.config import DataConfig
-from data.stream.manifests import DTYPE, Manifest, open_manifests, source_folder
+from data.stream.manifests import Manifest, open_manifests, source_folder
 from data.stream.shards import Shards
-from data.tokenizer import EOS
 from eval.config import EvaluationConfig, ValidationConfig
 from eval.heldout import check_split_files, read_validation_tokens
 
@@ -34,9 +33,9 @@ logger = logging.getLogger(__name__)
 READ_TOKENS = 1 << 24  # of a training shard per read
 
 
-def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def document_bounds(ids: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start, length (with end-of-text) and token sum of each document that ends in ids [t]."""
-    ends = np.flatnonzero(ids == EOS) + 1
+    ends = np.flatnonzero(ids == eos) + 1
     if not len(ends):
         return ends, ends, ends
     starts = np.concatenate([[0], ends[:-1]])
@@ -44,8 +43,8 @@ def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def document_hash(ids: np.ndarray) -> bytes:
-    """SHA-256 of a document's tokens, encoded as in a shard."""
-    return hashlib.sha256(ids.astype(DTYPE).tobytes()).digest()
+    """SHA-256 of a document's tokens, int64 [t]."""
+    return hashlib.sha256(ids.tobytes()).digest()
 
 
 def leaked_documents(
@@ -56,14 +55,14 @@ def leaked_documents(
     heldout: dict[tuple[int, int], dict[bytes, str]] = defaultdict(dict)
     for name, manifest in manifests.items():
         ids = read_validation_tokens(config, name, manifest, settings)
-        for start, length, token_sum in zip(*document_bounds(ids), strict=True):
+        for start, length, token_sum in zip(*document_bounds(ids, manifest.eos), strict=True):
             hashes = heldout[int(length), int(token_sum)]
             hashes[document_hash(ids[start : start + length])] = name
     keys = np.array(sorted(length << 32 | total for length, total in heldout), dtype=np.int64)
     for name, manifest in manifests.items():
         counts: dict[str, int] = defaultdict(int)
         for ids in _read_training_tokens(config, name, manifest):
-            starts, lengths, token_sums = document_bounds(ids)
+            starts, lengths, token_sums = document_bounds(ids, manifest.eos)
             for index in np.flatnonzero(np.isin(lengths << 32 | token_sums, keys)):
                 start = int(starts[index])
                 length = int(lengths[index])
@@ -83,7 +82,7 @@ def _read_training_tokens(
     while start < shards.tokens:
         ids = shards.read(start, min(READ_TOKENS, shards.tokens - start))
         yield ids
-        ends = np.flatnonzero(ids == EOS)
+        ends = np.flatnonzero(ids == manifest.eos)
         start += int(ends[-1]) + 1 if len(ends) else len(ids)
 
 

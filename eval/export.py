@@ -29,10 +29,10 @@ from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
 from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
-from data.tokenizer import EOS
 from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
 from eval.hf.exported import file_sizes
+from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
     export_folder,
@@ -46,10 +46,9 @@ from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan_files, write
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # max difference of logits relative to the largest logit, between two fp32 implementations
 TOLERANCE = 1e-4
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMPARE_BYTES = 8  # per parameter: two models in fp32
 
 
@@ -69,8 +68,9 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     if read_json(record) == {**provenance, "files": file_sizes(target)}:
         logger.info(f"reused: {target} already contains {checkpoint.name}")
         return
+    eos, pad = token_ids(tokenizer_path(config.data))
     try:
-        hf_config_json = hf_config(config.model, EOS, config.export.dtype)
+        hf_config_json = hf_config(config.model, eos, config.export.dtype, pad)
     except ValueError as error:
         raise InputError(str(error)) from error
     temp_folder = target.with_name(f"{target.name}.part")
@@ -91,10 +91,10 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         log_progress,
     )
     (temp_folder / "config.json").write_bytes(json_bytes(hf_config_json))
-    generation_config = dict.fromkeys(TOKEN_IDS, EOS)
+    generation_config = {key: hf_config_json[key] for key in TOKEN_IDS}
     (temp_folder / "generation_config.json").write_bytes(json_bytes(generation_config))
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer_path(config.data).parent / name, temp_folder / name)
+    write_tokenizer(tokenizer_path(config.data), temp_folder)
+    check_tokenizer(tokenizer_path(config.data), temp_folder, config.model.vocab_size)
     verify(config, checkpoint, temp_folder)
     record.unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)

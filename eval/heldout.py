@@ -19,22 +19,22 @@ from torch.nn import functional as F
 from core.errors import InputError
 from data.config import DataConfig
 from data.stream.loader import find_doc_starts
-from data.stream.manifests import Manifest, source_folder, tokenizer_path
+from data.stream.manifests import Manifest, reset_token, source_folder, tokenizer_path
 from data.stream.shards import Shards
-from data.tokenizer import byte_lengths
 from data.tokenizer import load as load_tokenizer
+from data.vocabulary import byte_lengths
 from eval.config import ValidationConfig
 from model.mamba import FalconMamba
 
 
 @torch.no_grad()
 def sum_loss(
-    model: FalconMamba, batches: Iterable[tuple[Tensor, int]], reset_state: bool, bf16: bool = False
+    model: FalconMamba, batches: Iterable[tuple[Tensor, int]], eos: int | None, bf16: bool = False
 ) -> Tensor:
     """Return the summed loss in nats of all predicted tokens, fp64 on the model's device.
 
-    A batch is token ids [b, l + 1] and how many of its first rows count. `reset_state` resets the
-    state at document boundaries, as in training.
+    A batch is token ids [b, l + 1] and how many of its first rows count. The state is reset after
+    `eos`, as in training; None never resets it.
     """
     device = next(model.parameters()).device
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -42,7 +42,7 @@ def sum_loss(
         ids = ids.to(device)
         tokens = ids[:, :-1].contiguous()
         targets = ids[:, 1:].contiguous()
-        doc_starts = find_doc_starts(tokens) if reset_state else None
+        doc_starts = None if eos is None else find_doc_starts(tokens, eos)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             losses, _ = model(tokens, targets, doc_starts)
         nats += losses[:num_scored].double().sum()
@@ -74,17 +74,16 @@ def evaluate(
     Reads at most max_tokens of each source in windows of seq_len, batch_size windows per forward.
     Every token but the first is predicted once.
     """
-    token_bytes = torch.from_numpy(
-        byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
-    )
+    tokenizer = load_tokenizer(tokenizer_path(config), config.tokenizer.sha256)
     for name, manifest in manifests.items():
+        token_bytes = torch.from_numpy(byte_lengths(tokenizer, manifest.eos))
         shards = Shards(source_folder(config, name), manifest, "heldout")
         count = min(max_tokens, shards.tokens - 1)
         if count < 1:
             continue
         ids = torch.from_numpy(shards.read(0, count + 1))
         batches = ((windows, len(windows)) for windows in _windows(ids, seq_len, batch_size))
-        nats = float(sum_loss(model, batches, config.reset_state))
+        nats = float(sum_loss(model, batches, reset_token(config, manifest)))
         num_bytes = int(token_bytes[ids[1:]].sum())
         score = HeldoutScore(
             tokens=count,
@@ -151,8 +150,9 @@ class Validation:
         """Load this rank's windows; deferred to the first validation to keep the start fast."""
         config = self.config
         seq_len = self.settings.seq_len
-        token_bytes = byte_lengths(load_tokenizer(tokenizer_path(config), config.tokenizer.sha256))
+        tokenizer = load_tokenizer(tokenizer_path(config), config.tokenizer.sha256)
         for name, manifest in self.manifests.items():
+            token_bytes = byte_lengths(tokenizer, manifest.eos)
             ids = read_validation_tokens(config, name, manifest, self.settings)
             if len(ids) <= seq_len:
                 continue
@@ -178,7 +178,8 @@ class Validation:
         device = next(model.parameters()).device
         nats = torch.zeros(len(self.windows), dtype=torch.float64, device=device)
         for index, name in enumerate(self.windows):
-            nats[index] = sum_loss(model, self._batches(name), self.config.reset_state, self.bf16)
+            eos = reset_token(self.config, self.manifests[name])
+            nats[index] = sum_loss(model, self._batches(name), eos, self.bf16)
         if dist.is_initialized():
             dist.all_reduce(nats, group=self.group)
         return {

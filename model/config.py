@@ -65,10 +65,11 @@ class ModelConfig:
     def check_tensor_parallel(self, ranks: int) -> None:
         """Raise ValueError unless `ranks` divides every sharded dimension."""
         for name in ("d_inner", "vocab_size"):
-            if getattr(self, name) % ranks:
+            size = getattr(self, name)
+            if size % ranks:
                 raise ValueError(
-                    f"parallel.tensor_parallel {ranks} does not divide model.{name} "
-                    f"{getattr(self, name)}"
+                    f"parallel.tensor_parallel {ranks} does not divide model.{name} {size}: set "
+                    f"model.{name}={-(-size // ranks) * ranks}, or another tensor_parallel"
                 )
 
 

@@ -70,11 +70,11 @@ def from_hf(name: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(1) if name.endswith("conv_weight") else tensor
 
 
-def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
+def hf_config(config: ModelConfig, eos: int, dtype: str, pad: int | None = None) -> dict[str, Any]:
     """Return a model's config.json. Raises ValueError if transformers cannot express the model.
 
-    eos is also bos and pad, since the tokenizer has no bos; the released config has bos 0, which is
-    the token >>TITLE<<.
+    eos is also bos, since training puts no other token before a document, and pad if there is none;
+    the released config has bos 0, which is the token >>TITLE<<.
     """
     if not config.mixer_norms:
         raise ValueError(
@@ -96,7 +96,7 @@ def hf_config(config: ModelConfig, eos: int, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "bos_token_id": eos,
         "eos_token_id": eos,
-        "pad_token_id": eos,
+        "pad_token_id": eos if pad is None else pad,
         "rescale_prenorm_residual": False,
         "residual_in_fp32": True,
         "tie_word_embeddings": False,  # the class default is true

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from core.files import sha256_of
 from data.config import DataConfig, Source, Stage, TokenizerConfig
 from data.stream.manifests import (
-    DTYPE,
+    NARROW,
     SPLITS,
     Manifest,
     ShardFile,
@@ -89,5 +89,5 @@ def _write_shard(
         steps = np.arange(random.integers(3, 30)) * (source_index + 1)
         ids += (12 + (start + steps) % (vocab_size - 12)).tolist() + [EOS]
     ids = ids[: tokens - 1] + [EOS]
-    path.write_bytes(np.array(ids, dtype=DTYPE).tobytes())
+    path.write_bytes(np.array(ids, dtype=NARROW).tobytes())
     return ShardFile(path.name, tokens, ids.count(EOS), sha256_of(path))

@@ -40,7 +40,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
     ),
     "data": (
         {"browse", "download", "mixture_report", "prepare", "verify"},
-        {"config", "tokenizer"},
+        {"config", "tokenizer", "vocabulary"},
     ),
     "eval": (
         {"check_leakage", "export", "generate", "push", "run"},

@@ -5,12 +5,15 @@ Values are in configs/, each in one place.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import lcm
 
 from core.run import Run
 from data.config import DataConfig
 from eval.config import LeaderboardConfig, ValidationConfig
 from model.config import Backend, ModelConfig, Recompute
 from train.resilience.config import HealthConfig
+
+ROWS_MULTIPLE = 64  # a power of two keeps the head's matmul in whole tiles
 
 
 class Device(Enum):
@@ -264,7 +267,8 @@ class RunConfig:
         if self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} exceeds "
-                f"model.vocab_size {self.model.vocab_size}: some ids would have no embedding"
+                f"model.vocab_size {self.model.vocab_size}: some ids would have no embedding; set "
+                f"model.vocab_size={self._embedding_rows()}"
             )
         self.compute.check_compile(self.parallel)
         self.model.check_tensor_parallel(self.parallel.tensor_parallel)
@@ -302,6 +306,11 @@ class RunConfig:
                     f"parallel.sequence_parallel: {tp_size} tensor-parallel ranks do not divide "
                     f"the {length} tokens of a sequence of {name}"
                 )
+
+    def _embedding_rows(self) -> int:
+        """Rows for the tokenizer's ids that tensor-parallel ranks and matmul tiles divide."""
+        multiple = lcm(ROWS_MULTIPLE, self.parallel.tensor_parallel)
+        return -(-self.data.tokenizer.vocab_size // multiple) * multiple
 
     @property
     def tokens(self) -> int:

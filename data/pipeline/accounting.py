@@ -155,6 +155,7 @@ def token_table(steps: dict[str, list[StepCounts]], manifests: dict[str, Manifes
     lines = [f"{'source':<14}{'documents':>12}{'train tokens':>18}{'held out':>14}{'bytes':>18}"]
     for name, source_steps in steps.items():
         train, heldout = (manifests[name].tokens(split) for split in SPLITS)
-        documents, num_bytes = source_steps[-1].forwarded, 2 * (train + heldout)
+        documents = source_steps[-1].forwarded
+        num_bytes = manifests[name].dtype.itemsize * (train + heldout)
         lines.append(f"{name:<14}{documents:>12,}{train:>18,}{heldout:>14,}{num_bytes:>18,}")
     return lines

@@ -19,7 +19,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.files import read_json, sha256_of
-from data import recipes, tokenizer
+from data import recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig
 from data.pipeline import clean, fingerprints
 from data.pipeline.accounting import StepCounts
@@ -67,6 +67,7 @@ class Adoption:
         self.folder = Path(cfg.folder)
         self.remade = self.folder / "building" / "adopt"  # shards made again for comparison
         self.tokenizer_file = tokenizer_path(cfg)
+        self.eos = -1  # of the tokenizer
         self.listings: dict[str, Listing] = {}
         self.manifests: dict[str, Manifest] = {}
         self.built: dict[str, dict[str, Any]] = {}  # records of clean documents, by source
@@ -98,7 +99,8 @@ class Adoption:
     def check_tokenizer(self) -> None:
         """The tokenizer is the file that the config names, or has the size that it trains."""
         settings, file = self.cfg.tokenizer, self.tokenizer_file
-        vocab_size = tokenizer.required_vocab_size(tokenizer.load(file))
+        self.eos = vocabulary.end_id(file, loaded := tokenizer.load(file))
+        vocab_size = vocabulary.required_vocab_size(loaded)
         if settings.path is not None and sha256_of(Path(settings.path)) != sha256_of(file):
             raise InputError(f"{file} differs from data.tokenizer.path, {settings.path}: {FIX}")
         if settings.path is None and vocab_size != settings.vocab_size:
@@ -115,11 +117,13 @@ class Adoption:
             "recipe": manifest.recipe,
             "licence": manifest.licence,
             "tokenizer": manifest.tokenizer_sha256,
+            "end token": manifest.eos,
         }
         expected = {
             "recipe": source.recipe,
             "licence": source.licence,
             "tokenizer": sha256_of(self.tokenizer_file),
+            "end token": self.eos,
         }
         differences = [
             f"{key} {recorded[key]}, not {expected[key]}"

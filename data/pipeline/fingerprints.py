@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.files import read_json, sha256_of, write_json
-from data import recipes, tokenizer
+from data import recipes, tokenizer, vocabulary
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
 from data.readers.listing import Listing, list_raw_files
@@ -172,7 +172,11 @@ def tokenizer_key(cfg: DataConfig, clean_keys: list[str]) -> str:
     settings = cfg.tokenizer
     if settings.path is not None:
         # with vocab_size, so that a changed value is checked against the file again
-        return digest(sha256_of(Path(settings.path)), settings.vocab_size)
+        path = Path(settings.path)
+        eos_token = vocabulary.end_token(path, tokenizer.load(path), settings.eos_token)
+        # keys of before 0.3 had no end token
+        other = [] if eos_token == tokenizer.EOS_TOKEN else [eos_token]
+        return digest(sha256_of(path), settings.vocab_size, *other)
     training = [settings.vocab_size, settings.train_megabytes, cfg.heldout_percent]
     return digest(clean_keys, training, tokenizer.TRAINING_VERSION, version("tokenizers"))
 

@@ -21,8 +21,7 @@ from data.pipeline.accounting import StepCounts
 from data.pipeline.shard import describe_shard, split_of
 from data.readers.listing import Listing, count_ignored, find_files, suffixes_of
 from data.recipes import MEGATRON
-from data.stream.manifests import DTYPE, SPLITS, Manifest
-from data.tokenizer import EOS
+from data.stream.manifests import SPLITS, Manifest, id_dtype
 
 RECIPE_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
@@ -37,6 +36,7 @@ class MegatronCorpus:
     input: str
     files: list[str]  # names of `.idx`
     folder: Path  # of the shards being built
+    eos: int
     vocab_size: int
     tasks: int
 
@@ -124,12 +124,13 @@ def read_documents(corpus: MegatronCorpus, name: str) -> Iterator[NDArray[np.int
                     f"{bin_name(name)}: document {number} has id {invalid[0]}, the tokenizer has "
                     f"{corpus.vocab_size} ids: set data.tokenizer.path to the corpus's tokenizer"
                 )
-            ids = ids if len(ids) and ids[-1] == EOS else np.append(ids, EOS)
-            yield from np.split(ids, np.flatnonzero(ids == EOS)[:-1] + 1)
+            ids = ids if len(ids) and ids[-1] == corpus.eos else np.append(ids, corpus.eos)
+            yield from np.split(ids, np.flatnonzero(ids == corpus.eos)[:-1] + 1)
 
 
 def shard_task(corpus: MegatronCorpus, heldout_percent: float, rank: int) -> list[dict[str, Any]]:
     """Write one task's files as shards; returns the ShardFiles of non-empty splits as dicts."""
+    dtype = id_dtype(corpus.vocab_size)
     done = corpus.folder / f"{rank:05d}.done"
     paths = {split: corpus.folder / f"{split}_{rank:05d}.ds" for split in SPLITS}
     if not done.is_file():
@@ -139,7 +140,7 @@ def shard_task(corpus: MegatronCorpus, heldout_percent: float, rank: int) -> lis
             for name in corpus.files[rank :: corpus.tasks]:
                 for number, ids in enumerate(read_documents(corpus, name)):
                     split = split_of(f"{name}/{number}", heldout_percent)
-                    files[split].write(ids.astype(DTYPE).tobytes())
+                    files[split].write(ids.astype(dtype).tobytes())
                     ends[split].append((ends[split][-1] if ends[split] else 0) + len(ids))
         finally:
             for file in files.values():
@@ -150,7 +151,11 @@ def shard_task(corpus: MegatronCorpus, heldout_percent: float, rank: int) -> lis
                 path.unlink()
                 path.with_suffix(".ds.index").unlink()
         done.touch()
-    return [asdict(describe_shard(path)) for path in paths.values() if path.is_file()]
+    return [
+        asdict(describe_shard(path, corpus.eos, corpus.vocab_size))
+        for path in paths.values()
+        if path.is_file()
+    ]
 
 
 def step_counts(manifest: Manifest) -> StepCounts:

@@ -18,12 +18,15 @@ from data import tokenizer
 from data.pipeline.accounting import StepCounts
 from data.pipeline.tasks import run_task
 from data.readers.inputs import DocumentReader
-from data.stream.manifests import DTYPE, SPLITS, ShardFile
+from data.stream.manifests import SPLITS, ShardFile, id_dtype
+from data.vocabulary import end_id, required_vocab_size
 
 VERSION = 1  # raise with the split, the order inside a shard, or the tokenized text
 HASH_BUCKETS = 1_000_000
 BATCH_CHARACTERS = 2**21  # text tokenized at once; bounds memory for documents of any length
 PIECE_CHARACTERS = 2**20  # the tokenizer is slow on longer text
+SEAM_CHARACTERS = 200  # on both sides of a line break, tokenized to try a split there
+SEAM_TRIES = 100
 
 
 @dataclass
@@ -66,21 +69,41 @@ def clean_reader(clean: CleanDocuments) -> DocumentReader:
     return DocumentReader(str(clean.folder), clean.files)
 
 
-def pieces_of(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
+def pieces_of(vocabulary: Tokenizer, text: str, size: int = PIECE_CHARACTERS) -> list[str]:
     """Split long text into pieces that tokenize to the same ids as the whole.
 
-    Every piece starts at a line break between two visible characters. Text without one stays whole.
+    Text without a place to split stays whole.
     """
     pieces, start = [], 0
     while len(text) - start > size:
-        end = text.rfind("\n", start + 1, start + size)
-        while end > start + 1 and (text[end - 1].isspace() or text[end + 1].isspace()):
-            end = text.rfind("\n", start + 1, end)
-        if end <= start + 1:
+        end = find_seam(vocabulary, text, start, start + size)
+        if end is None:
             break
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
+
+
+def find_seam(vocabulary: Tokenizer, text: str, start: int, stop: int) -> int | None:
+    """The last line break in (start + 1, stop) at which both sides tokenize independently.
+
+    It is between two visible characters. Many vocabularies have none after punctuation (Llama 3,
+    Qwen), or none at all, since they put a space before every text (Llama 2).
+    """
+    end, tries = stop, 0
+    while (end := text.rfind("\n", start + 1, end)) > start + 1 and tries < SEAM_TRIES:
+        if text[end - 1].isspace() or text[end + 1].isspace():
+            continue
+        before = text[max(start, end - SEAM_CHARACTERS) : end]
+        after = text[end : end + SEAM_CHARACTERS]
+        whole, *sides = (
+            vocabulary.encode(part, add_special_tokens=False).ids
+            for part in (before + after, before, after)
+        )
+        if whole == sides[0] + sides[1]:
+            return end
+        tries += 1
+    return None
 
 
 def batches(
@@ -99,14 +122,17 @@ def batches(
         yield batch
 
 
-def encode(vocabulary: Tokenizer, texts: list[str]) -> Iterator[NDArray[np.uint16]]:
-    """Ids of every text, with the end token. <|endoftext|> inside a text is ordinary text."""
-    pieces = [pieces_of(text) for text in texts]
+def encode(
+    vocabulary: Tokenizer, eos: int, texts: list[str]
+) -> Iterator[NDArray[np.unsignedinteger]]:
+    """Ids of every text, with the end token. A special token inside a text is ordinary text."""
+    dtype = id_dtype(required_vocab_size(vocabulary))
+    pieces = [pieces_of(vocabulary, text) for text in texts]
     flat = [piece for text_pieces in pieces for piece in text_pieces]
     encodings = iter(vocabulary.encode_batch_fast(flat, add_special_tokens=False))
     for text_pieces in pieces:
-        ids = [np.array(next(encodings).ids, dtype=DTYPE) for _ in text_pieces]
-        yield np.concatenate([*ids, np.array([tokenizer.EOS], dtype=DTYPE)])
+        ids = [np.array(next(encodings).ids, dtype=dtype) for _ in text_pieces]
+        yield np.concatenate([*ids, np.array([eos], dtype=dtype)])
 
 
 class TokenWriter(PipelineStep):
@@ -127,6 +153,8 @@ class TokenWriter(PipelineStep):
         """Tokenize and write all documents of the task."""
         vocabulary = tokenizer.load(self.spec.tokenizer_file)
         vocabulary.encode_special_tokens = True
+        eos = end_id(self.spec.tokenizer_file, vocabulary)
+        dtype = id_dtype(required_vocab_size(vocabulary))
         ends: dict[str, list[int]] = {split: [] for split in SPLITS}
         paths = {split: self.spec.folder / f"{split}_{rank:05d}.part" for split in SPLITS}
         files = {split: path.open("wb") for split, path in paths.items()}
@@ -134,7 +162,7 @@ class TokenWriter(PipelineStep):
             for batch in batches(data):
                 self.stat_update("total", value=len(batch))
                 for document, ids in zip(
-                    batch, encode(vocabulary, [d.text for d in batch]), strict=True
+                    batch, encode(vocabulary, eos, [d.text for d in batch]), strict=True
                 ):
                     split = split_of(document.metadata["group"], self.spec.heldout_percent)
                     files[split].write(ids.data)
@@ -146,16 +174,16 @@ class TokenWriter(PipelineStep):
             order = np.random.default_rng([self.spec.seed, rank, number]).permutation(
                 len(ends[split])
             )
-            shuffle(paths[split], ends[split], order)
+            shuffle(paths[split], dtype, ends[split], order)
 
 
-def shuffle(path: Path, ends: list[int], order: NDArray[np.int64]) -> None:
+def shuffle(path: Path, dtype: np.dtype, ends: list[int], order: NDArray[np.int64]) -> None:
     """Rewrite a `.part` file as `.ds` and `.ds.index` with its documents in `order`.
 
     Writes no file if there are no documents.
     """
     if ends:
-        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+        tokens = np.memmap(path, dtype=dtype, mode="r")
         starts = np.array([0, *ends[:-1]], dtype=np.int64)
         lengths = np.array(ends, dtype=np.int64) - starts
         with path.with_suffix(".ds").open("wb", buffering=2**20) as file:
@@ -170,19 +198,19 @@ def shard_task(spec: ShardingSpec, rank: int) -> list[dict[str, Any]]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tasks already run in parallel
     steps = [clean_reader(spec.clean), TokenWriter(spec)]
     run_task(steps, spec.folder / "logs", rank, spec.tasks)
+    vocabulary = tokenizer.load(spec.tokenizer_file)
+    eos, vocab_size = end_id(spec.tokenizer_file, vocabulary), required_vocab_size(vocabulary)
     paths = [spec.folder / f"{split}_{rank:05d}.ds" for split in SPLITS]
-    return [asdict(describe_shard(path)) for path in paths if path.is_file()]
+    return [asdict(describe_shard(path, eos, vocab_size)) for path in paths if path.is_file()]
 
 
-def describe_shard(path: Path) -> ShardFile:
+def describe_shard(path: Path, eos: int, vocab_size: int) -> ShardFile:
     """Counts and hash of a shard; asserts that it has one end token per document."""
     index = np.fromfile(path.with_name(path.name + ".index"), dtype="<u8")
-    tokens = np.memmap(path, dtype=DTYPE, mode="r")
+    tokens = np.memmap(path, dtype=id_dtype(vocab_size), mode="r")
     assert len(tokens) == index[-1], f"{path} has {len(tokens)} tokens, its index says {index[-1]}"
     block = 2**24  # tokens compared at once
-    ends = sum(
-        int((tokens[i : i + block] == tokenizer.EOS).sum()) for i in range(0, len(tokens), block)
-    )
+    ends = sum(int((tokens[i : i + block] == eos).sum()) for i in range(0, len(tokens), block))
     assert ends == len(index), f"{path} has {ends} end tokens for {len(index)} documents"
     return ShardFile(path.name, len(tokens), len(index), sha256_of(path))
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data import tokenizer
+from data import tokenizer, vocabulary
 from data.config import DataConfig
 from data.pipeline import megatron, shard
 from data.pipeline.shard import CleanDocuments, ShardingSpec
@@ -23,8 +23,10 @@ def shard_jobs(
             clean, folder, tokenizer_file, cfg.seed, cfg.heldout_percent, source.tasks
         )
         return [(shard.shard_task, spec, rank) for rank in ranks]
-    vocab_size = tokenizer.required_vocab_size(tokenizer.load(tokenizer_file))
+    loaded = tokenizer.load(tokenizer_file)
+    eos = vocabulary.end_id(tokenizer_file, loaded)
+    vocab_size = vocabulary.required_vocab_size(loaded)
     corpus = megatron.MegatronCorpus(
-        source.input, sorted(listing.files), folder, vocab_size, source.tasks
+        source.input, sorted(listing.files), folder, eos, vocab_size, source.tasks
     )
     return [(megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in ranks]

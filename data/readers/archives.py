@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 from warcio.limitreader import LimitReader
 from warcio.statusandheaders import StatusAndHeaders, StatusAndHeadersParser
@@ -36,7 +36,7 @@ class Record:
     damage: str = ""
 
 
-def read_archive(file: BinaryIO) -> Iterator[Record]:
+def read_archive(file: Any) -> Iterator[Record]:
     """Yield all records, each damaged part of the file as one record with `damage`.
 
     Raises TruncatedArchiveError or EOFError at the end of a file that ends inside a record.
@@ -54,7 +54,7 @@ def read_archive(file: BinaryIO) -> Iterator[Record]:
         raise TruncatedArchiveError("the last record has no end")
 
 
-def read_members(file: BinaryIO) -> Iterator[Record]:
+def read_members(file: Any) -> Iterator[Record]:
     """Yield the records of gzip members, of which each holds one record, or one holds all."""
     source = GzipSource(file)
     damaged = False
@@ -71,7 +71,7 @@ def read_members(file: BinaryIO) -> Iterator[Record]:
         raise TruncatedArchiveError("bytes after the last gzip member")
 
 
-def open_zstd(file: BinaryIO) -> io.BufferedReader:
+def open_zstd(file: Any) -> io.BufferedReader:
     """Open a zstd stream of frames, with the dictionary that its first frame may hold."""
     import zstandard
 
@@ -90,7 +90,7 @@ def open_zstd(file: BinaryIO) -> io.BufferedReader:
 class GzipSource:
     """Compressed bytes, from which members are decompressed one after another."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Any) -> None:
         self.file = file
         self.pending = b""
         self.skipped = False  # whether there was more than padding before the member

@@ -29,6 +29,8 @@ PAGE_KINDS = ("html", "warc")
 class DocumentReader(CountingReader):
     """Reads files of any kind: one document per row, record or page."""
 
+    name = ""
+
     def __init__(self, folder: str, files: list[str], **options: Any) -> None:
         self.kinds = sorted({kind for name in files if (kind := kind_of(name))})
         self.name = self.name or " + ".join(map(str.capitalize, self.kinds))

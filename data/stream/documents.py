@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import InputError
-from data.stream.manifests import DTYPE, Manifest, ShardFile
+from data.stream.manifests import Manifest, ShardFile
 
 
 def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
@@ -30,6 +30,7 @@ class Documents:
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.folder = folder
+        self.dtype = manifest.dtype
         self.files = [file for file in manifest.splits[split] if file.documents]
         # index of each file's first document, and the total
         self.offsets = np.cumsum([0] + [file.documents for file in self.files])
@@ -45,5 +46,5 @@ class Documents:
         index_in_file = index - int(self.offsets[file_index])
         ends = document_ends(self.folder, file)
         start = int(ends[index_in_file - 1]) if index_in_file else 0
-        tokens = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r")
+        tokens = np.memmap(self.folder / file.name, dtype=self.dtype, mode="r")
         return np.asarray(tokens[start : int(ends[index_in_file])], dtype=np.int64)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.stream.manifests import Manifest, source_folder
+from data.stream.manifests import Manifest, reset_token, source_folder
 from data.stream.mixture import Indices, Plan, PlannedStage
 from data.stream.shards import Shards
-from data.tokenizer import EOS
 
 
 @dataclass
@@ -44,10 +43,10 @@ class Batch:
         return Batch(function(self.tokens), function(self.targets), doc_starts, self.source)
 
 
-def find_doc_starts(tokens: Tensor) -> Tensor:
+def find_doc_starts(tokens: Tensor, eos: int) -> Tensor:
     """True at the token after eos. tokens [b, l] -> [b, l] bool; column 0 is False."""
     doc_starts = torch.zeros_like(tokens, dtype=torch.bool)
-    doc_starts[:, 1:] = tokens[:, :-1] == EOS
+    doc_starts[:, 1:] = tokens[:, :-1] == eos
     return doc_starts
 
 
@@ -67,7 +66,8 @@ class Loader:
     def __init__(self, plan: Plan, manifests: dict[str, Manifest]) -> None:
         config = plan.config
         self.plan = plan
-        self.reset_state = config.reset_state
+        # open_manifests checks that all sources have the same
+        self.eos = reset_token(config, manifests[plan.sources[0]])
         self.shards = [
             Shards(source_folder(config, name), manifests[name], "train") for name in plan.sources
         ]
@@ -83,7 +83,7 @@ class Loader:
         ids = torch.from_numpy(rows)
         tokens = ids[:, :-1].contiguous()
         targets = ids[:, 1:].contiguous()
-        doc_starts = find_doc_starts(tokens) if self.reset_state else None
+        doc_starts = None if self.eos is None else find_doc_starts(tokens, self.eos)
         return Batch(tokens, targets, doc_starts, torch.from_numpy(source))
 
     def micro_batches(

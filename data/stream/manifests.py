@@ -1,8 +1,8 @@
 """Manifests: which shards a source has, with their sizes and hashes; written, read and checked.
 
 A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, per split ("train",
-"heldout"), datatrove `.ds` files: little-endian uint16 token ids, no header, every document ended
-by eos.
+"heldout"), datatrove `.ds` files: little-endian token ids, no header, every document ended by eos.
+Ids are uint16 for a vocabulary of at most 65,536 ids and uint32 for a larger one.
 """
 
 import json
@@ -17,10 +17,12 @@ import numpy as np
 from core.errors import InputError
 from core.files import sha256_of, write_json
 from data.config import DataConfig
+from data.vocabulary import TOKENIZER_CONFIG, content_of, read_config
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
-DTYPE = np.dtype("<u2")  # of token ids in shards
+NARROW = np.dtype("<u2")  # token ids in shards of a vocabulary of at most 65,536
+WIDE = np.dtype("<u4")
 
 
 @dataclass
@@ -48,6 +50,15 @@ class Manifest:
     # versions of tokenizer and sharding code; empty in manifests written before 0.2
     versions: dict[str, str | int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eos < self.vocab_size <= 2**32:
+            raise ValueError(f"eos {self.eos} and vocab_size {self.vocab_size} cannot be")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the token ids in the shards."""
+        return id_dtype(self.vocab_size)
+
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
         return sum(file.tokens for file in self.splits[split])
@@ -55,6 +66,11 @@ class Manifest:
     def files(self) -> list[ShardFile]:
         """The files of all splits."""
         return [file for split in self.splits.values() for file in split]
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Type of the token ids of a vocabulary in shards."""
+    return NARROW if vocab_size <= 2**16 else WIDE
 
 
 def parse_manifest(raw: dict[str, Any]) -> Manifest:
@@ -83,11 +99,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is not a manifest ({error}); remove {folder} and prepare the data again"
         ) from error
     for file in manifest.files():
-        check_file(folder, file)
+        check_file(folder, file, manifest.dtype)
     return manifest
 
 
-def check_file(folder: Path, file: ShardFile) -> None:
+def check_file(folder: Path, file: ShardFile, dtype: np.dtype) -> None:
     """Raise InputError if a shard is missing, is outside its folder or has another size.
 
     A regular file directly in the folder, the usual case, costs one request to the file system.
@@ -101,7 +117,7 @@ def check_file(folder: Path, file: ShardFile) -> None:
         if folder.resolve() not in path.resolve().parents:
             raise InputError(f"{folder / MANIFEST} names {file.name}, which is outside its folder")
         size = path.stat().st_size if path.is_file() else -1
-    expected = file.tokens * DTYPE.itemsize
+    expected = file.tokens * dtype.itemsize
     if size != expected:
         problem = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"
         raise InputError(f"shard {path} {problem}; remove {folder} and prepare the data again")
@@ -150,6 +166,7 @@ def open_manifests(config: DataConfig) -> dict[str, Manifest]:
             f"{config.tokenizer.sha256}: use the overrides of data/prepare.py"
         )
     manifests = {name: read_manifest(source_folder(config, name)) for name in config.sources}
+    check_end_token(config, manifests)
     for name, manifest in manifests.items():
         if manifest.tokenizer_sha256 != expected:
             raise InputError(
@@ -163,6 +180,27 @@ def open_manifests(config: DataConfig) -> dict[str, Manifest]:
                 "data/prepare.py"
             )
     return manifests
+
+
+def check_end_token(config: DataConfig, manifests: dict[str, Manifest]) -> None:
+    """Raise InputError if documents end differently among sources, or not as the config says."""
+    if len({manifest.eos for manifest in manifests.values()}) > 1:
+        ends = ", ".join(f"{name} with {manifest.eos}" for name, manifest in manifests.items())
+        raise InputError(
+            f"documents end with different ids ({ends}): run `python data/prepare.py` again"
+        )
+    path = tokenizer_path(config).with_name(TOKENIZER_CONFIG)
+    prepared = content_of(read_config(path).get("eos_token"))
+    if config.tokenizer.eos_token not in (None, prepared):
+        raise InputError(
+            f"data.tokenizer.eos_token is {config.tokenizer.eos_token}, but the shards were "
+            f"prepared with {prepared}: use the overrides of data/prepare.py"
+        )
+
+
+def reset_token(config: DataConfig, manifest: Manifest) -> int | None:
+    """The id after which the model's state is reset; None if documents do not reset it."""
+    return manifest.eos if config.reset_state else None
 
 
 def actual_or_expected_tokens(config: DataConfig) -> tuple[dict[str, int], list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.stream.manifests import DTYPE, Manifest
+from data.stream.manifests import Manifest
 
 
 class Shards:
@@ -19,9 +19,10 @@ class Shards:
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.folder = folder
+        self.dtype = manifest.dtype
         self.files = [file for file in manifest.splits[split] if file.tokens]
         self.starts = list(accumulate((file.tokens for file in self.files), initial=0))
-        self.maps: list[NDArray[np.uint16] | None] = [None] * len(self.files)
+        self.maps: list[NDArray[np.unsignedinteger] | None] = [None] * len(self.files)
         self.tokens = self.starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -46,10 +47,11 @@ class Shards:
             filled += len(values)
             file_index += 1
 
-    def _map(self, file_index: int) -> NDArray[np.uint16]:
+    def _map(self, file_index: int) -> NDArray[np.unsignedinteger]:
         """Map a file; raises ValueError if it is shorter than its manifest says."""
         file = self.files[file_index]
-        memmap = np.memmap(self.folder / file.name, dtype=DTYPE, mode="r", shape=(file.tokens,))
+        path = self.folder / file.name
+        memmap = np.memmap(path, dtype=self.dtype, mode="r", shape=(file.tokens,))
         # A plain array over the same pages: slicing a memmap costs microseconds of bookkeeping.
         tokens = self.maps[file_index] = memmap.view(np.ndarray)
         return tokens

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from data.tokenizer import EOS, EOS_TOKEN
+from core.files import read_json
 from data.tokenizer import load as load_tokenizer
+from data.vocabulary import end_id
 from eval.model_source import ModelSource, best_device, model_from_checkpoint
 from model.checkpoint import read_state
 from model.config import ModelConfig, Sampling
@@ -39,11 +40,17 @@ class FalconMambaLM(TemplateLM):
     """FalconMamba with its tokenizer; a forward has at most `batch_tokens`, padding included."""
 
     def __init__(
-        self, model: FalconMamba, tokenizer: Tokenizer, max_length: int, batch_tokens: int
+        self,
+        model: FalconMamba,
+        tokenizer: Tokenizer,
+        eos: int,
+        max_length: int,
+        batch_tokens: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.bpe_tokenizer = tokenizer
+        self.eos = eos
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self._device = next(model.parameters()).device
@@ -54,7 +61,7 @@ class FalconMambaLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """End-of-text; also the context of requests without one."""
-        return EOS
+        return self.eos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -71,7 +78,7 @@ class FalconMambaLM(TemplateLM):
         for index, (text,) in enumerate(request.args for request in requests):
             rolling = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
-                prefix_token=EOS,
+                prefix_token=self.eos,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
@@ -120,7 +127,7 @@ class FalconMambaLM(TemplateLM):
     def _hidden(self, batch: list[tuple[int, ...]]) -> Tensor:
         """Hidden states [b, l, e]; padding on the right does not affect a causal model."""
         max_length = max(len(ids) for ids in batch)
-        padded = [[*ids, *[EOS] * (max_length - len(ids))] for ids in batch]
+        padded = [[*ids, *[self.eos] * (max_length - len(ids))] for ids in batch]
         return self.model.hidden(torch.tensor(padded, device=self._device))
 
     def _score(self, hidden: Tensor, continuation: list[int]) -> tuple[float, bool]:
@@ -140,7 +147,8 @@ class FalconMambaLM(TemplateLM):
         with tqdm(total=len(requests), disable=hide_bar, desc="generate_until") as bar:
             for indices in groups.values():
                 gen_kwargs = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
-                stops = handle_stop_sequences(gen_kwargs.get("until"), eos=EOS_TOKEN)
+                end_text = self.bpe_tokenizer.id_to_token(self.eos)
+                stops = handle_stop_sequences(gen_kwargs.get("until"), eos=end_text)
                 max_prompt = self.max_length - gen_kwargs["max_gen_toks"]
                 if max_prompt < 1:
                     raise ValueError(
@@ -182,13 +190,15 @@ class FalconMambaLM(TemplateLM):
         ids: list[list[int]] = [[] for _ in prompts]
         done = [False] * len(prompts)
         # an empty prompt continues end-of-text
-        prompts = [prompt or [EOS] for prompt in prompts]
+        prompts = [prompt or [self.eos] for prompt in prompts]
         for tokens in self.model.stream(prompts, gen_kwargs["max_gen_toks"], sampling):
             for row, token in enumerate(tokens.tolist()):
                 if not done[row]:
                     ids[row].append(token)
                     texts[row] = self.bpe_tokenizer.decode(ids[row], skip_special_tokens=True)
-                    done[row] = token == EOS or any(stop and stop in texts[row] for stop in stops)
+                    done[row] = token == self.eos or any(
+                        stop and stop in texts[row] for stop in stops
+                    )
             if all(done):
                 break
         return [postprocess_generated_text(text, stops, None) for text in texts]
@@ -237,8 +247,10 @@ def load_language_model(source: ModelSource, max_length: int, batch_tokens: int)
             batch_size=max(1, batch_tokens // max_length),
             device=best_device(),
             dtype="float32",
-            prefix_token_id=EOS,
+            prefix_token_id=read_json(source.folder / "config.json")["eos_token_id"],
         )
     config = ModelConfig(**read_state(source.folder)["model"])
     model = model_from_checkpoint(config, source.folder, init_device())
-    return FalconMambaLM(model, load_tokenizer(source.tokenizer), max_length, batch_tokens)
+    tokenizer = load_tokenizer(source.tokenizer)
+    eos = end_id(source.tokenizer, tokenizer)
+    return FalconMambaLM(model, tokenizer, eos, max_length, batch_tokens)

@@ -281,7 +281,7 @@ def make_megatron_shards(root: Path) -> list[bytes]:
         builder.end_document()
     builder.finalize(str(root / "raw" / "a.idx"))
     (root / "shards").mkdir()
-    job = megatron.MegatronCorpus(str(root / "raw"), ["a.idx"], root / "shards", 300, 1)
+    job = megatron.MegatronCorpus(str(root / "raw"), ["a.idx"], root / "shards", 11, 300, 1)
     megatron.shard_task(job, 50.0, 0)
     return [path.read_bytes() for path in sorted((root / "shards").glob("*.ds*"))]
 

@@ -263,4 +263,4 @@ def test_targets_are_the_next_tokens(loader: Loader) -> None:
 
 def test_find_doc_starts() -> None:
     tokens = torch.tensor([[EOS, 5, EOS, EOS, 7], [3, 4, 5, 6, EOS]])
-    assert find_doc_starts(tokens).tolist() == [[False, True, False, True, True], [False] * 5]
+    assert find_doc_starts(tokens, EOS).tolist() == [[False, True, False, True, True], [False] * 5]

@@ -48,7 +48,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @settings(max_examples=300)
 @given(st.lists(ALPHABET, max_size=60).map("".join), st.integers(1, 40))
 def test_pieces_tokenize_like_the_whole_text(vocabulary: Tokenizer, text: str, size: int) -> None:
-    pieces = pieces_of(text, size)
+    pieces = pieces_of(vocabulary, text, size)
     assert "".join(pieces) == text
     whole = vocabulary.encode(text, add_special_tokens=False).ids
     assert [
@@ -56,16 +56,16 @@ def test_pieces_tokenize_like_the_whole_text(vocabulary: Tokenizer, text: str, s
     ] == whole
 
 
-def test_long_text_is_split_near_the_size() -> None:
+def test_long_text_is_split_near_the_size(vocabulary: Tokenizer) -> None:
     text = "".join(f"line {i} of the text\n" for i in range(1000))
-    pieces = pieces_of(text, 500)
+    pieces = pieces_of(vocabulary, text, 500)
     assert max(map(len, pieces)) <= 500 and len(pieces) < 50
-    assert pieces_of("x" * 1000, 10) == ["x" * 1000]
+    assert pieces_of(vocabulary, "x" * 1000, 10) == ["x" * 1000]
 
 
 def test_documents_have_one_end_token(vocabulary: Tokenizer) -> None:
     texts = ["a river", f"a {EOS_TOKEN} b", "", "river\n" * 50]
-    for text, ids in zip(texts, encode(vocabulary, texts), strict=True):
+    for text, ids in zip(texts, encode(vocabulary, EOS, texts), strict=True):
         assert ids[-1] == EOS and (ids == EOS).sum() == 1
         assert vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
 

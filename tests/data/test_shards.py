@@ -11,8 +11,8 @@ import pytest
 from core.errors import InputError
 from data.config import DataConfig
 from data.stream.manifests import (
-    DTYPE,
     MANIFEST,
+    NARROW,
     open_manifests,
     read_manifest,
     source_folder,
@@ -32,7 +32,7 @@ def test_reads_cross_file_boundaries(config: DataConfig) -> None:
     manifest = read_manifest(folder)
     shards = Shards(folder, manifest, "train")
     tokens = np.concatenate(
-        [np.fromfile(folder / file.name, dtype=DTYPE) for file in manifest.splits["train"]]
+        [np.fromfile(folder / file.name, dtype=NARROW) for file in manifest.splits["train"]]
     )
     assert shards.tokens == len(tokens) == manifest.tokens("train")
     boundary = manifest.splits["train"][0].tokens

@@ -1,6 +1,7 @@
 """The tokenizer: lossless, with Falcon's special tokens, and readable by transformers."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from tokenizers import Tokenizer, models
 
 from core.errors import InputError
 from data import tokenizer
+from data.config import TokenizerConfig
+from data.vocabulary import byte_lengths, required_vocab_size
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -52,7 +55,7 @@ def test_decoding_inverts_encoding(trained: Tokenizer) -> None:
 
 
 def test_every_byte_has_a_token(trained: Tokenizer) -> None:
-    lengths = tokenizer.byte_lengths(trained)
+    lengths = byte_lengths(trained, tokenizer.EOS)
     assert lengths.shape == (320,) and lengths[12:].min() == 1 and not lengths[:12].any()
     assert (lengths == 1).sum() == 256
     for text in hard_texts():
@@ -107,28 +110,21 @@ def test_mistakes_name_their_fix(folder: Path, tmp_path: Path) -> None:
         tokenizer.train(["too little"], 5000, tmp_path / "small")
 
 
-def test_other_special_tokens_are_refused(tmp_path: Path) -> None:
-    other = tokenizer.untrained_tokenizer()
-    other.add_special_tokens([tokenizer.EOS_TOKEN])
-    other.save(str(tmp_path / "other.json"))
-    with pytest.raises(InputError, match="Falcon's special tokens"):
-        tokenizer.load(tmp_path / "other.json")
-
-
 def test_ids_may_leave_gaps() -> None:
     """The required vocabulary size is the highest id plus one, not the number of tokens."""
     gaps = Tokenizer(models.WordLevel({"a": 0, "bcd": 11, "ef": 40}, unk_token="a"))
-    assert (gaps.get_vocab_size(), tokenizer.required_vocab_size(gaps)) == (3, 41)
-    assert tokenizer.byte_lengths(gaps)[[0, 11, 40]].tolist() == [1, 3, 2]
+    assert (gaps.get_vocab_size(), required_vocab_size(gaps)) == (3, 41)
+    assert byte_lengths(gaps, 0)[[0, 11, 40]].tolist() == [1, 3, 2]
 
 
 def test_copy_tokenizer_copies_every_file(folder: Path, tmp_path: Path) -> None:
-    size = tokenizer.required_vocab_size(tokenizer.load(folder / tokenizer.FILE))
-    tokenizer.copy_tokenizer(folder / tokenizer.FILE, None, size, tmp_path / "copy")
+    size = required_vocab_size(tokenizer.load(folder / tokenizer.FILE))
+    settings = TokenizerConfig(str(folder / tokenizer.FILE), None, size, 1)
+    tokenizer.copy_tokenizer(settings, tmp_path / "copy")
     with pytest.raises(
         InputError, match=f"has {size} ids: set data.tokenizer.vocab_size, now {size - 1}"
     ):
-        tokenizer.copy_tokenizer(folder / tokenizer.FILE, None, size - 1, tmp_path / "other")
+        tokenizer.copy_tokenizer(replace(settings, vocab_size=size - 1), tmp_path / "other")
     names = {path.name for path in folder.iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     for name in names:

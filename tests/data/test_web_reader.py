@@ -15,7 +15,7 @@ from warcio.warcwriter import WARCWriter
 
 from data.pipeline.tasks import document_row
 from data.readers import archives, web
-from data.readers.web import Html, Warc
+from data.readers.inputs import DocumentReader
 from data.recipes.extraction import MainTextExtractor
 
 PAGE = "<!DOCTYPE html>\n<html><body><p>The harbour café is quiet.</p></body></html>"
@@ -48,8 +48,7 @@ def archive(
 def read(folder: Path, raw: bytes, name: str = "a.warc") -> tuple[list[str], dict[str, int]]:
     """Texts of an archive's pages, and the counts of what was dropped."""
     (folder / name).write_bytes(raw)
-    reader = Warc(str(folder))
-    reader.files = [name]
+    reader = DocumentReader(str(folder), [name])
     texts = [document.text for document in reader.run()]
     counts = {key: stat.total for key, stat in reader.stats.stats.items()}
     dropped = {
@@ -218,8 +217,7 @@ def test_records_without_http_headers(tmp_path: Path) -> None:
         other = archive(kind="metadata", warc={"Content-Type": "text/html"})
         raw += other.replace(b"WARC-Type: metadata", f"WARC-Type: {kind}".encode())
     assert read(tmp_path, raw) == ([PAGE, text], {"not_html": 2})
-    reader = Warc(str(tmp_path))
-    reader.files = ["a.warc"]
+    reader = DocumentReader(str(tmp_path), ["a.warc"])
     assert [document.text for document in MainTextExtractor().run(reader.run())][1:] == [text]
 
 
@@ -228,8 +226,7 @@ def test_wgets_brackets_and_missing_headers(tmp_path: Path) -> None:
     raw = raw.replace(b"http://harbour.invalid/a", b"<http://harbour.invalid/a>")
     bare = re.sub(rb"WARC-(Record-ID|Date): [^\r]*\r\n", b"", archive())
     (tmp_path / "a.warc").write_bytes(raw + bare)
-    reader = Warc(str(tmp_path))
-    reader.files = ["a.warc"]
+    reader = DocumentReader(str(tmp_path), ["a.warc"])
     rows = [document_row(reader, document) for document in reader.run()]
     assert [row["url"] for row in rows] == ["http://harbour.invalid/a", "http://harbour.invalid/"]
     assert rows[0]["id"].startswith("<urn:uuid:") and rows[1]["id"] == "a.warc:1"
@@ -311,7 +308,6 @@ def test_html_files_are_decoded_by_their_meta_element(tmp_path: Path) -> None:
     text = '<html><meta charset="windows-1251"><p>мир</p></html>'
     (tmp_path / "a.html").write_bytes(text.encode("cp1251"))
     (tmp_path / "b.html").write_bytes(bytes(range(256)) * 9)
-    reader = Html(str(tmp_path))
-    reader.files = ["a.html", "b.html"]
+    reader = DocumentReader(str(tmp_path), ["a.html", "b.html"])
     assert [document.text for document in reader.run()] == [text]
     assert reader.stats.stats["dropped_undecodable"].total == 1

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import InputError
 from core.run import Run
-from data.stream.manifests import DTYPE, open_manifests, source_folder, tokenizer_path
+from data.stream.manifests import NARROW, open_manifests, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
@@ -125,7 +125,7 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
     for name, score in scores.items():
         folder = source_folder(config.data, name)
         files = manifests[name].splits["heldout"]
-        shards = [np.fromfile(folder / file.name, DTYPE) for file in files]
+        shards = [np.fromfile(folder / file.name, NARROW) for file in files]
         ids = np.concatenate(shards).astype(int)[1:501]
         # byte-level tokens have one character per byte
         num_bytes = sum(len(tokenizer.id_to_token(i)) for i in ids if i > EOS)

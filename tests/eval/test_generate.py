@@ -27,5 +27,5 @@ def test_streaming_yields_complete_characters(monkeypatch: pytest.MonkeyPatch) -
     sequence = [20, 21, 22, 23, 20, EOS, 20]
     model = model_of(TINY)
     monkeypatch.setattr(model, "stream", lambda *arguments: (torch.tensor([i]) for i in sequence))
-    texts = list(stream(model, FakeTokenizer(), "a", 7, GREEDY))  # type: ignore[arg-type]
+    texts = list(stream(model, FakeTokenizer(), EOS, "a", 7, GREEDY))  # type: ignore[arg-type]
     assert texts == ["a", "\u00e9", "\n", "a"]

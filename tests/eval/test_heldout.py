@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from data.config import DataConfig
 from data.stream.manifests import (
-    DTYPE,
+    NARROW,
     open_manifests,
     read_manifest,
     source_folder,
@@ -75,7 +75,7 @@ def prepend_document(config: DataConfig, source: str, split: str, document: list
     manifest = read_manifest(folder)
     file = manifest.splits[split][0]
     ids = np.concatenate(
-        [np.array([*document, EOS], dtype=DTYPE), np.fromfile(folder / file.name, DTYPE)]
+        [np.array([*document, EOS], dtype=NARROW), np.fromfile(folder / file.name, NARROW)]
     )
     (folder / file.name).write_bytes(ids.tobytes())
     file.tokens, file.sha256 = len(ids), sha256_of(folder / file.name)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from data.stream.manifests import tokenizer_path
-from eval.export import TOKENIZER_FILES, export
+from data.tokenizer import (
+    EOS_TOKEN,
+    SPECIAL_TOKENS,
+    untrained_tokenizer,
+    write_transformers_files,
+)
+from eval.export import export
 from tests.small import config, evaluation
 from tests.train.world import records
 
@@ -18,8 +24,10 @@ def export_hashes(root: Path, name: str) -> dict[str, str]:
     run = config(root, name)
     data = replace(run.data, folder=str(root / "vocabulary"))  # the corpus has no tokenizer
     tokenizer_path(data).parent.mkdir(parents=True, exist_ok=True)
-    for file in TOKENIZER_FILES:  # copied only
-        (tokenizer_path(data).parent / file).write_text("{}")
+    vocabulary = untrained_tokenizer()
+    vocabulary.add_special_tokens(list(SPECIAL_TOKENS))
+    vocabulary.save(str(tokenizer_path(data)))
+    write_transformers_files(tokenizer_path(data).parent, vocabulary, EOS_TOKEN)
     export(evaluation(replace(run, data=data)), max_bytes=20_000)
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from core.errors import InputError
-from data.stream.manifests import DTYPE, SPLITS, ShardFile, read_manifest, write_manifest
+from data.stream.manifests import NARROW, SPLITS, ShardFile, read_manifest, write_manifest
 from tests.corpus import SOURCES, make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
@@ -89,7 +89,7 @@ def write_many_shards(folder: Path) -> None:
             ]
             for file in files:
                 with (source_dir / file.name).open("wb") as empty:
-                    empty.truncate(TOKENS * DTYPE.itemsize)
+                    empty.truncate(TOKENS * NARROW.itemsize)
             manifest.splits[split] = files
         write_manifest(source_dir, manifest)
 

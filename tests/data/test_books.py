@@ -27,7 +27,7 @@ LICENCE = (
 def body_of(text: str) -> str:
     document = SimpleNamespace(text=text)
     assert BookBody().filter(document) is True  # type: ignore[arg-type]
-    return document.text
+    return str(document.text)
 
 
 HEADERS = {

@@ -38,6 +38,8 @@ FOREIGN = set(
     """FalconMambaForCausalLM AutoModelForCausalLM afterok tmux MaxArraySize megatron_core tokens[i]
     CXX selective_scan_cuda""".split()
 )
+# their code names the fields of rows in strings
+ROW_RECIPES = ("forums", "instructions")
 
 
 def ident(path: Path) -> str:
@@ -150,7 +152,7 @@ def _lines(text: str) -> list[str]:
 
 @cache
 def defined() -> set[str]:
-    """Names that our code defines or takes: functions, classes, variables, arguments, modules."""
+    """Names that our code defines or takes: functions, classes, variables, arguments, fields."""
     found: set[str] = set()
     for folder in (*FOLDERS.split("|"), "docs"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -162,6 +164,8 @@ def defined() -> set[str]:
                     case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
                         found.add(name)
                     case ast.Attribute(attr=name, ctx=ast.Store()):
+                        found.add(name)
+                    case ast.Constant(value=str(name)) if path.stem in ROW_RECIPES:
                         found.add(name)
     return found
 

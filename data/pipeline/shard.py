@@ -123,10 +123,9 @@ def batches(
 
 
 def encode(
-    vocabulary: Tokenizer, eos: int, texts: list[str]
+    vocabulary: Tokenizer, eos: int, dtype: np.dtype, texts: list[str]
 ) -> Iterator[NDArray[np.unsignedinteger]]:
     """Ids of every text, with the end token. A special token inside a text is ordinary text."""
-    dtype = id_dtype(required_vocab_size(vocabulary))
     pieces = [pieces_of(vocabulary, text) for text in texts]
     flat = [piece for text_pieces in pieces for piece in text_pieces]
     encodings = iter(vocabulary.encode_batch_fast(flat, add_special_tokens=False))
@@ -162,7 +161,7 @@ class TokenWriter(PipelineStep):
             for batch in batches(data):
                 self.stat_update("total", value=len(batch))
                 for document, ids in zip(
-                    batch, encode(vocabulary, eos, [d.text for d in batch]), strict=True
+                    batch, encode(vocabulary, eos, dtype, [d.text for d in batch]), strict=True
                 ):
                     split = split_of(document.metadata["group"], self.spec.heldout_percent)
                     files[split].write(ids.data)

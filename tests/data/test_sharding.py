@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from data import tokenizer
 from data.pipeline.shard import CleanDocuments, ShardingSpec, batches, encode, pieces_of, shard_task
+from data.stream.manifests import NARROW
 from data.tokenizer import EOS, EOS_TOKEN
 
 ALPHABET = st.sampled_from(
@@ -65,7 +66,7 @@ def test_long_text_is_split_near_the_size(vocabulary: Tokenizer) -> None:
 
 def test_documents_have_one_end_token(vocabulary: Tokenizer) -> None:
     texts = ["a river", f"a {EOS_TOKEN} b", "", "river\n" * 50]
-    for text, ids in zip(texts, encode(vocabulary, EOS, texts), strict=True):
+    for text, ids in zip(texts, encode(vocabulary, EOS, NARROW, texts), strict=True):
         assert ids[-1] == EOS and (ids == EOS).sum() == 1
         assert vocabulary.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
 

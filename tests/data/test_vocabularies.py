@@ -25,6 +25,7 @@ from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import (
     SPLITS,
+    WIDE,
     id_dtype,
     open_manifests,
     read_manifest,
@@ -149,7 +150,7 @@ def test_preparing_again_and_adopting_reuse_the_shards(
 def test_bytes_of_ids_are_those_of_the_text(prepared: Prepared) -> None:
     lengths = byte_lengths(prepared.tokenizer, prepared.eos)
     for text in HARD_TEXTS:
-        (ids,) = encode(prepared.tokenizer, prepared.eos, [text])
+        (ids,) = encode(prepared.tokenizer, prepared.eos, WIDE, [text])
         assert lengths[ids].sum() == len(normal(prepared.kind, text).encode()), text
 
 
@@ -351,7 +352,7 @@ def test_truncation_padding_and_templates_of_a_file_are_not_used(tmp_path: Path)
     )
     limited.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizer.load(tmp_path / "tokenizer.json")
-    (ids,) = encode(loaded, 0, ["a river of ten words and more"])
+    (ids,) = encode(loaded, 0, WIDE, ["a river of ten words and more"])
     assert loaded.decode(ids[:-1].tolist()) == "a river of ten words and more"
 
 

@@ -41,6 +41,11 @@ class Source:
                 f"exact_substrings is {self.exact_substrings}: set 8 tokens or more (published: "
                 "50), or 0"
             )
+        if self.expected_tokens < 0 or self.max_epochs <= 0:
+            raise ValueError(
+                f"expected_tokens is {self.expected_tokens} and max_epochs {self.max_epochs}: set "
+                "at least 0, and above 0"
+            )
         if not 0 <= self.min_yield <= 1:
             raise ValueError(f"min_yield is {self.min_yield}: set a share between 0 and 1")
 
@@ -91,6 +96,14 @@ class ExecutorConfig:
     address: str | None  # of a Ray cluster; None starts a cluster on this machine
     account: str | None = None  # Slurm's
     qos: str | None = None  # Slurm's
+
+    def __post_init__(self) -> None:
+        counts = (self.memory_gib, self.tasks_per_job, self.max_array_size)
+        if min(*counts, self.workers or 1) < 1 or self.workers == 0 or self.poll_seconds <= 0:
+            raise ValueError(
+                "executor.workers, memory_gib, tasks_per_job and max_array_size must be at least "
+                "1, poll_seconds above 0"
+            )
 
 
 @dataclass
@@ -152,6 +165,15 @@ class DataConfig:
             raise ValueError(
                 "data.block_tokens, data.workers and the tasks of every source must be at least 1"
             )
+        if self.seed < 0 or self.tokenizer.train_megabytes < 1:
+            raise ValueError(
+                "data.seed must not be negative, data.tokenizer.train_megabytes at least 1"
+            )
+        if invalid := [name for name in self.sources if not re.fullmatch(r"\w[\w.-]*", name)]:
+            raise ValueError(
+                f"data.sources has {', '.join(map(repr, invalid))}: a name is that of a folder, of "
+                "letters, digits, _, . and -"
+            )
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         if not 0 < self.heldout_percent < 100:
@@ -211,6 +233,10 @@ class VerifySettings:
     samples: int
     hashes: bool
 
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"verify.samples is {self.samples}; it must not be negative")
+
 
 @dataclass
 class VerifyConfig:
@@ -241,6 +267,10 @@ class BrowseSettings:
         ):
             raise ValueError(
                 "nothing to show: set browse.source, browse.stage, browse.position or browse.page"
+            )
+        if min(self.count, self.characters, self.samples) < 1 or (self.position or 0) < 0:
+            raise ValueError(
+                "browse.count, characters and samples must be at least 1, position not negative"
             )
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.command import compose_config
+from core.compose import compose_config
 from data.config import BrowseConfig, PrepareConfig, VerifyConfig
 from eval.config import EvaluationConfig
 from launch.config import SubmitConfig

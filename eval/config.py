@@ -86,7 +86,11 @@ class Suite:
 
     def __post_init__(self) -> None:
         if self.max_length_tokens < 2 or not self.rows:
-            raise ValueError("leaderboard.suite needs max_length_tokens >= 2 and at least one row")
+            raise ValueError(
+                "leaderboard.suite needs max_length_tokens >= 2 and rows with at least one row"
+            )
+        if self.limit_documents is not None and self.limit_documents < 1:
+            raise ValueError("leaderboard.suite.limit_documents must be at least 1, or null")
         for model, scores in self.published.items():
             if len(scores) != len(self.rows):
                 raise ValueError(

@@ -18,7 +18,7 @@ from rich.table import Table
 from core.errors import InputError
 from core.files import read_json
 from core.run import RunFiles
-from launch.jobs.sweep import SWEEP
+from core.sweep import SWEEP
 from train.metrics.page import page
 from train.metrics.records import read_lines, short
 from train.resilience.incidents import read_outcome

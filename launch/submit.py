@@ -1,7 +1,6 @@
 """Check runs, then submit them to Slurm or run them on this machine one after another."""
 
 import argparse
-import json
 import logging
 import shlex
 import shutil
@@ -14,18 +13,15 @@ from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from core import log
-from core.command import config_keys, format_error
+from core.command import CONFIG_ERRORS
+from core.config_errors import format_error
 from core.errors import InputError, exit_with_error
-from core.files import write_json
-from launch.config import SubmitConfig
+from core.overrides import check_config_dir
+from core.schema import config_keys
 from launch.jobs.local import run_jobs
-from launch.jobs.sweep import SCRIPTS, SWEEP, Job, Sweep, compose_job, compose_sweep
+from launch.jobs.sweep import SCHEMAS, SCRIPTS, Job, compose_job, compose_sweep
 from launch.slurm.script import dependency_options, render
-from train.config import RunConfig
 from train.costs.memory import GIB, check_memory
 
 logger = logging.getLogger(__name__)
@@ -68,7 +64,9 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check, and print what would be submitted or run"
     )
+    parser.add_argument("--config-dir", metavar="FOLDER", help="configs of your own, beside ours")
     args, overrides = parser.parse_known_args()
+    check_config_dir(args.config_dir)
     stages = args.stages.split(",")
     if stages != [stage for stage in SCRIPTS if stage in stages]:
         raise InputError(f"--stages {args.stages}: name some of {','.join(SCRIPTS)}, in this order")
@@ -76,14 +74,14 @@ def main() -> int:
         raise InputError(f"unknown option {unknown[0]}; --help lists all options")
     sweep = None
     if args.multirun:
-        sweep, jobs = compose_sweep(overrides, args.name)
+        sweep, jobs = compose_sweep(overrides, args.name, args.config_dir)
     else:
-        jobs = [compose_job(overrides)]
+        jobs = [compose_job(overrides, args.config_dir)]
     for job in jobs:
         check(job)
     logger.info(f"{len(jobs)} {'runs' if len(jobs) > 1 else 'run'} checked")
     if sweep is not None and not args.dry_run:
-        write_sweep(sweep)
+        sweep.write()
     if args.local:
         return run_jobs(jobs, stages, args.dry_run)
     return submit(jobs, stages, args.dry_run)
@@ -97,14 +95,6 @@ def check(job: Job) -> None:
         ranks = cluster.nodes * cluster.ranks_per_node
         available = int(cluster.memory_gib * GIB)
         check_memory(job.config, ranks, cluster.ranks_per_node, device, available)
-
-
-def write_sweep(sweep: Sweep) -> None:
-    """Add the points of a sweep to sweep.json in its folder, which launch/collect.py reads."""
-    path = Path(sweep.folder, SWEEP)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
-    write_json(path, {"points": points | sweep.points})
 
 
 def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
@@ -140,6 +130,6 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
-        keys = [*config_keys(RunConfig), *config_keys(SubmitConfig)]
+    except CONFIG_ERRORS as error:
+        keys = [key for schema in SCHEMAS for key in config_keys(schema)]
         exit_with_error(format_commands(format_error(error, keys)))

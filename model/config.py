@@ -59,6 +59,8 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layer", "d_inner", "d_state", "d_conv", "dt_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.norm_eps, self.mixer_norm_eps) <= 0 or self.embedding_std < 0:
+            raise ValueError("model needs norm_eps > 0, mixer_norm_eps > 0 and embedding_std >= 0")
         if not 0 < self.dt_floor <= self.dt_min <= self.dt_max:
             raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
 
@@ -83,5 +85,7 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("sampling needs temperature >= 0, top_k >= 0 and top_p in (0, 1]")
+        if min(self.temperature, self.top_k, self.seed) < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "generate.sampling needs temperature, top_k and seed >= 0, and top_p in (0, 1]"
+            )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from core.command import compose_config, convert
+from core.compose import compose_config, convert
 from train.config import RunConfig
 
 Schema = TypeVar("Schema")
@@ -16,7 +16,8 @@ Schema = TypeVar("Schema")
 def typed(schema: type[Schema], experiment: str, *overrides: str) -> Schema:
     """The sections that a schema names of an experiment with overrides."""
     if overrides:
-        return convert(schema, compose_config([f"+experiment={experiment}", *overrides]))
+        config = compose_config([f"+experiment={experiment}", *overrides], schemas=[schema])
+        return convert(schema, config)
     return convert(schema, deepcopy(_composed(experiment)))
 
 

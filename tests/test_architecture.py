@@ -20,7 +20,21 @@ OUTSIDE = ("benchmarks", "docs", "examples", "tests")
 TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
     "core": (
         set(),
-        {"command", "entry", "errors", "files", "log", "old_keys", "run", "templates"},
+        {
+            "command",
+            "compose",
+            "config_errors",
+            "entry",
+            "errors",
+            "files",
+            "log",
+            "old_keys",
+            "overrides",
+            "run",
+            "schema",
+            "sweep",
+            "templates",
+        },
     ),
     "model": (
         set(),

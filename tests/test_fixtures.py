@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.command import convert
+from core.compose import convert
 from core.old_keys import load_config
 from core.run import iter_checkpoints
 from eval.export import export

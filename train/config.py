@@ -189,6 +189,10 @@ class MetricsConfig:
     console_seconds: float  # minimum time between lines of a plain console
     trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
 
+    def __post_init__(self) -> None:
+        if self.console_seconds < 0:
+            raise ValueError("metrics.console_seconds must not be negative")
+
 
 @dataclass
 class ProfileConfig:
@@ -231,6 +235,14 @@ class Cluster:
     # dense, of one rank, in the run's precision; None takes the datasheet of a known GPU in bf16,
     # and shows no MFU on other devices
     peak_tflops: float | None
+
+    def __post_init__(self) -> None:
+        if min(self.nodes, self.ranks_per_node) < 1 or self.headroom_gib < 0:
+            raise ValueError(
+                "cluster.nodes and ranks_per_node must be at least 1, headroom_gib not negative"
+            )
+        if any(size is not None and size <= 0 for size in (self.memory_gib, self.peak_tflops)):
+            raise ValueError("cluster.memory_gib and peak_tflops must be above 0, or null")
 
 
 @dataclass

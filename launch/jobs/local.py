@@ -25,7 +25,7 @@ def run_jobs(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
         run = job.config.run
         logger.info(f"\n== {number} of {len(jobs)}: {run.name}")
         for stage in stages:
-            command = [*stage_command(job, stage), *job.overrides]
+            command = [*stage_command(job, stage), *job.arguments]
             logger.info(f"== {shlex.join(command)}")
             if dry_run:
                 continue

@@ -46,7 +46,12 @@ class PlanConfig:
             self.host_gbytes_per_second,
         )
         if min(rates) <= 0:
-            raise ValueError("every plan.*_gbytes_per_second must be above 0")
+            raise ValueError(
+                "plan.node_gbytes_per_second, network_gbytes_per_second, "
+                "storage_gbytes_per_second and host_gbytes_per_second must be above 0"
+            )
+        if self.failures_per_1000_node_days < 0:
+            raise ValueError("plan.failures_per_1000_node_days must not be negative")
 
 
 @dataclass

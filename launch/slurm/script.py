@@ -69,7 +69,7 @@ def script_variables(job: Job, program: str) -> str:
         "STRIKES": str(slurm.max_strikes),
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in job.overrides)})")
+    lines.append(f"OVERRIDES=({' '.join(shlex.quote(word) for word in job.arguments)})")
     return "\n".join(
         lines + [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()]
     )

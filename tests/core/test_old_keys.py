@@ -8,7 +8,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from core import old_keys
-from core.command import compose_config, convert, format_error
+from core.compose import compose_config, convert
+from core.config_errors import format_error
 from core.old_keys import (
     REMOVED,
     REMOVED_GROUPS,

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from core.command import CONFIGS, compose_config, convert
+from core.compose import CONFIGS, compose_config, convert
 from tests.commands import ROOT, TIMEOUT_SECONDS
 from train.config import RunConfig
 

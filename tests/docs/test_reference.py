@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from core.command import CONFIGS
+from core.compose import CONFIGS
 from tests.commands import python
 
 ROOT = Path(__file__).resolve().parent.parent.parent

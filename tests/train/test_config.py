@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from core.command import CONFIGS, format_error
+from core.compose import CONFIGS
+from core.config_errors import format_error
 from core.errors import InputError
 from launch.jobs.torchrun import quiet
 from model.flops import parameter_count

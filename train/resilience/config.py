@@ -44,7 +44,14 @@ class HealthConfig:
         )
         if min(counts) < 1 or self.max_rollbacks < 0:
             raise ValueError(
-                "counts and windows of health must be at least 1, max_rollbacks at least 0"
+                "health.max_skipped_updates, spike_window_updates, spike_patience_updates, "
+                "check_replicas_every_steps, straggler_window_steps and max_starts must be at "
+                "least 1, max_rollbacks at least 0"
+            )
+        if self.stop_margin_seconds < 0 or (self.stop_after_seconds or 1) <= 0:
+            raise ValueError(
+                "health.stop_margin_seconds must not be negative, stop_after_seconds above 0, or "
+                "null"
             )
         if min(self.spike_sigmas, self.hang_seconds) <= 0 or self.straggler_factor <= 1:
             raise ValueError(

@@ -1,0 +1,104 @@
+"""From overrides to a typed config: Hydra composes configs/, dataclasses type and check it."""
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.config_errors import explain_unreadable
+from core.errors import InputError
+from core.files import ROOT
+from core.old_keys import rename_keys
+from core.overrides import own_config_dir, rewrite_overrides
+from core.schema import check_values, floats_to_ints
+
+CONFIGS = str(ROOT / "configs")
+Schema = TypeVar("Schema")
+
+OmegaConf.register_new_resolver("times", lambda a, b: a * b)
+OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b))
+
+
+def compose_config(
+    overrides: Iterable[str],
+    *,
+    config_dir: str | None = None,
+    schemas: Collection[type] = (),
+    hydra_config: bool = False,
+) -> DictConfig:
+    """Compose the config of a command line with these overrides.
+
+    `config_dir` has files beside ours. Keys of `schemas` that the files leave out can be set.
+    `hydra_config` adds Hydra's own section. Raises InputError and Hydra's errors.
+    """
+    current = rewrite_overrides(overrides, schemas)
+    with composing(config_dir), initialize_config_dir(CONFIGS, version_base="1.3"):
+        if config_dir is not None:
+            search_path = create_config_search_path(CONFIGS)
+            folder = f"file://{os.path.abspath(config_dir)}"
+            search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("app", search_path)
+        return compose("config", current, return_hydra_config=hydra_config)
+
+
+@contextmanager
+def composing(config_dir: str | None) -> Iterator[None]:
+    """Raise InputError with the file in place of the parser's and Hydra's untyped errors."""
+    try:
+        yield
+    except (InputError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        own = [] if config_dir is None else [Path(config_dir)]
+        raise explain_unreadable(error, [*own, Path(CONFIGS)]) from error
+
+
+def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = ()) -> Schema:
+    """Convert the sections of a composed config named in `schema` to dataclasses.
+
+    Other sections are ignored. The keys `given` on the command line override old names of the same
+    keys in files. Raises InputError where a check fails, and OmegaConf's errors.
+    """
+    rename_keys(config, "the config", given)
+    if OmegaConf.is_missing(config.run, "name"):
+        raise InputError(
+            f"no experiment: add +experiment=NAME, NAME one of {experiments()}, or set run.name"
+        )
+    primary = set(OmegaConf.load(Path(CONFIGS, "config.yaml"))) - {"defaults", "hydra"}
+    known = primary | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
+    if unknown := sorted(str(key) for key in config if key not in known):
+        raise InputError(
+            f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    sections = {name: config[name] for name in names if name in config}
+    values = OmegaConf.create(sections)
+    floats_to_ints(schema, values)
+    merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+    check_values(OmegaConf.to_container(merged, resolve=True))
+    try:
+        typed: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return typed
+
+
+def experiments() -> str:
+    """The names of all experiments, ours and the user's."""
+    folders = [CONFIGS, *filter(None, [own_config_dir()])]
+    names = {path.stem for folder in folders for path in Path(folder, "experiment").glob("*.yaml")}
+    return ", ".join(sorted(names))

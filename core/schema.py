@@ -1,0 +1,136 @@
+"""What the dataclasses of a config say about its keys: names, entries, defaults, and numbers."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import InputError
+
+INT64_LIMIT = 2**63
+# fields that infinity switches off; everywhere else it is a mistake
+MAY_BE_INFINITE = ("max_epochs", "spike_sigmas", "straggler_factor")
+MAY_BE_EMPTY = ("generate.prompt", "slurm.env.")
+ENTRY = "*"  # stands for a name or number in a key with entries: data.sources.*.text_key
+
+
+def without_none(kind: Any) -> Any:
+    """The type T of `T | None`; other types unchanged."""
+    if get_origin(kind) in (Union, UnionType):
+        return next(each for each in get_args(kind) if each is not type(None))
+    return kind
+
+
+def config_keys(schema: type, prefix: str = "") -> list[str]:
+    """The dotted keys of a schema, as on a command line, with ENTRY for a list's or dict's entry.
+
+    A list or dict whose entries are no sections is one key.
+    """
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        kind, key = without_none(hint), f"{prefix}{name}"
+        if get_origin(kind) in (list, dict) and dataclasses.is_dataclass(get_args(kind)[-1]):
+            kind, key = get_args(kind)[-1], f"{key}.{ENTRY}"
+        if dataclasses.is_dataclass(kind):
+            keys += config_keys(kind, f"{key}.")  # type: ignore[arg-type]
+        else:
+            keys.append(key)
+    return keys
+
+
+def may_be_absent(schemas: Collection[type], key: str) -> bool:
+    """Whether a valid config can lack a key: one with a default, or an entry of a dict.
+
+    Raises InputError for an entry of a list that is not given by its number.
+    """
+    return any(_may_be_absent(schema, key) for schema in schemas)
+
+
+def _may_be_absent(schema: type, key: str) -> bool:
+    kind: Any = schema
+    in_default = is_absent = False
+    passed: list[str] = []
+    for part in key.split("."):
+        kind = without_none(kind)
+        if dataclasses.is_dataclass(kind):
+            field = next((each for each in dataclasses.fields(kind) if each.name == part), None)
+            if field is None:
+                return False
+            missing = dataclasses.MISSING
+            in_default |= (field.default, field.default_factory) != (missing, missing)
+            is_absent, kind = in_default, get_type_hints(kind)[part]
+        elif get_origin(kind) is dict:
+            is_absent, kind = True, get_args(kind)[1]
+        elif get_origin(kind) is list:
+            if not part.isdecimal():
+                name = ".".join(passed)
+                raise InputError(
+                    f"{name} is a list, and {part} is no number: {name}.0 is its first entry"
+                )
+            is_absent, kind = False, get_args(kind)[0]
+        else:
+            return False
+        passed.append(part)
+    return is_absent
+
+
+def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
+    """Convert whole floats such as 1e9 to int where the schema expects an int, in place.
+
+    Raises InputError with the section's keys where a section is given a value.
+    """
+    for key, expected in get_type_hints(schema).items():
+        if key not in values or OmegaConf.is_missing(values, key):
+            continue
+        try:
+            value = values[key]
+        except OmegaConfBaseException:  # an interpolation of a wrong value, which is reported first
+            continue
+        kinds: tuple[Any, ...] = (expected, *get_args(expected))
+        inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if get_origin(expected) is dict and OmegaConf.is_list(value):
+            raise InputError(f"{prefix}{key} is a list: write its entries as {{NAME: VALUE}}")
+        if inner is None:
+            if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
+                values[key] = int(value)
+        elif get_origin(expected) in (list, dict):
+            entries = value.items() if isinstance(value, DictConfig) else enumerate(value or ())
+            # to_object reports a value that is no list or dict
+            for name, entry in entries if OmegaConf.is_config(value) else ():
+                if isinstance(entry, DictConfig):
+                    floats_to_ints(inner, entry, f"{prefix}{key}.{name}.")  # type: ignore[arg-type]
+        elif isinstance(value, DictConfig):
+            floats_to_ints(inner, value, f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif inner is expected:
+            known = ", ".join(f"{prefix}{key}.{field.name}" for field in dataclasses.fields(inner))
+            raise InputError(
+                f"{prefix}{key} is a section and takes no value: set one of its keys, {known}"
+            )
+
+
+def check_values(values: Any) -> None:
+    """Raise InputError for what no field can mean: NaN, infinity, beyond 64 bits, empty text."""
+    for key, value in leaves(values):
+        if value == "" and not key.startswith(MAY_BE_EMPTY):
+            raise InputError(
+                f"{key} is empty: set it (to null where that is allowed); a variable "
+                "of the shell may be unset"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            if math.isnan(value) or key.rpartition(".")[2] not in MAY_BE_INFINITE:
+                raise InputError(f"{key} is {value}: set a finite number")
+        elif isinstance(value, int) and abs(value) >= INT64_LIMIT:
+            raise InputError(f"{key} is {value:.3g}: set a number of at most 64 bits")
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value inside dicts and lists with its dotted key."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(entry, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

@@ -4,12 +4,16 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from core.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent  # contains configs/ and the entry scripts
 TEMP_SUFFIX = ".part"
@@ -62,6 +66,27 @@ def fsync_dir(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_folder(folder: Path, key: str, *, links: bool = False) -> None:
+    """Try what a folder, which exists, must allow: renames of folders, and with `links` hard links.
+
+    Raises InputError that names `key`, the setting of the folder.
+    """
+    probe = Path(tempfile.mkdtemp(prefix=".probe-", dir=folder))
+    try:
+        (probe / "new").mkdir()
+        (probe / "new" / "file").touch()
+        (probe / "new").rename(probe / "final")
+        if links:
+            os.link(probe / "final" / "file", probe / "link")
+    except OSError as error:
+        needed = "hard links and renames" if links else "renames"
+        raise InputError(
+            f"{key} {folder} is on a file system without {needed} ({error}): set it to another"
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
 
 
 def remove_stale_temp_files(folder: Path) -> None:

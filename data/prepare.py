@@ -21,7 +21,7 @@ explain_missing_extras()
 
 from core.command import command
 from core.errors import InputError
-from core.files import read_json, sha256_of, write_json
+from core.files import check_folder, read_json, sha256_of, write_json
 from data import recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
@@ -30,7 +30,7 @@ from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
 from data.pipeline.executors import Job, TaskExecutor, open_executor
 from data.pipeline.shard import CleanDocuments
-from data.pipeline.shard_jobs import shard_jobs
+from data.pipeline.shard_jobs import group_by_split, shard_jobs
 from data.pipeline.workers import lock_folder
 from data.readers.listing import Listing, describe_ignored
 from data.stream.manifests import (
@@ -43,6 +43,7 @@ from data.stream.manifests import (
     tokenizer_path,
     write_manifest,
 )
+from data.stream.mixture import check_expected_plan
 
 REPORT = "report.json"
 
@@ -67,6 +68,7 @@ def prepare(
         lock_folder(folder),
         closing(open_executor(executor_config, cfg.workers, folder)) as executor,
     ):
+        check_folder(folder, "data.folder")
         executor.log("prepare", f"{', '.join(cfg.sources)} into {folder}, {executor.describe()}")
         inputs = list_inputs(cfg)
         for name, each in inputs.items():
@@ -86,6 +88,9 @@ def list_inputs(cfg: DataConfig) -> dict[str, SourceInput]:
     for name, source in cfg.sources.items():
         recipes.check_known(source.recipe)
         fingerprints.check_num_tasks(Path(cfg.folder), name, source.tasks)
+    if cfg.tokenizer.path is not None:
+        tokenizer.load_for_training(cfg.tokenizer)
+    check_expected_plan(cfg)
     listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
     return {
         name: SourceInput(listing, fingerprints.clean_key(cfg, name, listing))
@@ -210,8 +215,6 @@ def build_tokenizer(
 ) -> Path:
     """Path of the tokenizer: reused, copied from `tokenizer.path`, or trained on `cleaned`."""
     settings, file = cfg.tokenizer, tokenizer_path(cfg)
-    if settings.path is not None:
-        tokenizer.load(Path(settings.path), settings.sha256)
     key = fingerprints.tokenizer_key(cfg, [source_input.key for source_input in inputs.values()])
     built = fingerprints.read_built(file.parent, key)
     if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
@@ -298,27 +301,6 @@ def expected_manifests(
         )
         for name, source in cfg.sources.items()
     }
-
-
-def group_by_split(
-    cfg: DataConfig, name: str, files: list[ShardFile], cleaned: CleanDocuments | None
-) -> dict[str, list[ShardFile]]:
-    """Group shards by split; asserts that no document is missing.
-
-    Raises InputError if a split is empty.
-    """
-    documents = sum(file.documents for file in files)
-    if cleaned is not None:
-        expected = cleaned.documents
-        assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
-    splits = {split: [file for file in files if file.name.startswith(split)] for split in SPLITS}
-    for split in SPLITS:
-        if not splits[split]:
-            raise InputError(
-                f"source {name}: none of {documents} documents is in the {split} split; add "
-                f"documents or set data.heldout_percent, now {cfg.heldout_percent}"
-            )
-    return splits
 
 
 def report(

@@ -120,8 +120,8 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     return tokenizer
 
 
-def copy_tokenizer(settings: TokenizerConfig, out: Path) -> Tokenizer:
-    """Check the tokenizer.json at `settings.path` and copy it into the folder `out`.
+def load_for_training(settings: TokenizerConfig) -> tuple[Tokenizer, str]:
+    """Load the tokenizer.json at `settings.path`; return it and its end token.
 
     Raises InputError as `load` does, if it has more than `settings.vocab_size` ids, or if it cannot
     be trained on.
@@ -136,6 +136,13 @@ def copy_tokenizer(settings: TokenizerConfig, out: Path) -> Tokenizer:
         )
     eos_token = vocabulary.end_token(path, tokenizer, settings.eos_token)
     vocabulary.check_trainable(path, tokenizer, eos_token)
+    return tokenizer, eos_token
+
+
+def copy_tokenizer(settings: TokenizerConfig, out: Path) -> Tokenizer:
+    """Check a tokenizer.json as `load_for_training` does and copy it into the folder `out`."""
+    tokenizer, eos_token = load_for_training(settings)
+    path = Path(str(settings.path))
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / FILE)
     own = vocabulary.read_config(path.with_name(TOKENIZER_CONFIG))

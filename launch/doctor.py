@@ -1,11 +1,15 @@
 """Check whether this machine can execute the run, with a fix for each problem.
 
+Without an experiment, check what needs no run: packages, GPUs, kernels, collectives.
+
 examples:
+  python launch/doctor.py
   python launch/doctor.py +experiment=demo
   srun -N 1 --gpus-per-node=8 python launch/doctor.py +experiment=7b
 """
 
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,9 +25,12 @@ from rich.table import Table
 
 from core.command import command
 from core.errors import USER_ERROR
-from launch.planning.checks import CHECKS, Finding
+from launch.planning.checks import MACHINE_CHECKS, Finding, usable_ranks
+from launch.planning.run_checks import RUN_CHECKS
 from train.config import RunConfig
 
+MACHINE = "this machine"  # name in place of a run's
+NAMED_RUN = re.compile(r"\+{0,2}(experiment|run\.name)=")
 COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 
 
@@ -38,7 +45,8 @@ class CheckResult:
 def run_checks(config: RunConfig, console: Console | None = None) -> list[CheckResult]:
     """Run all checks and show the current one; a check that raises becomes a bad finding."""
     results = []
-    for name, check in CHECKS.items():
+    checks = MACHINE_CHECKS if config.run.name == MACHINE else MACHINE_CHECKS | RUN_CHECKS
+    for name, check in checks.items():
         try:
             with console.status(name) if console else nullcontext():
                 finding = check(config)
@@ -53,9 +61,11 @@ def run_checks(config: RunConfig, console: Console | None = None) -> list[CheckR
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Print one line per check, then the fixes; exit with code 2 if any finding is bad."""
+    if config.run.name == MACHINE:
+        config.cluster.ranks_per_node = usable_ranks()
     console = Console(width=None if sys.stdout.isatty() else 120)
     results = run_checks(config, console)
-    table = Table(title=f"{config.run.name} on {os.uname().nodename}")
+    table = Table(title=f"{config.run.name}, {os.uname().nodename}")
     for column in ("check", "state", "finding"):
         table.add_column(column, overflow="fold")
     for result in results:
@@ -73,4 +83,6 @@ def main(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
+    if not any(map(NAMED_RUN.match, sys.argv[1:])):
+        sys.argv.append(f"run.name='{MACHINE}'")
     main()

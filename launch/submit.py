@@ -21,6 +21,7 @@ from core.overrides import check_config_dir
 from core.schema import config_keys
 from launch.jobs.local import run_jobs
 from launch.jobs.sweep import SCHEMAS, SCRIPTS, Job, compose_job, compose_sweep
+from launch.planning.run_checks import data, file_system
 from launch.slurm.script import dependency_options, render
 from train.costs.memory import GIB, check_memory
 
@@ -78,7 +79,7 @@ def main() -> int:
     else:
         jobs = [compose_job(overrides, args.config_dir)]
     for job in jobs:
-        check(job)
+        check(job, stages)
     logger.info(f"{len(jobs)} {'runs' if len(jobs) > 1 else 'run'} checked")
     if sweep is not None and not args.dry_run:
         sweep.write()
@@ -87,14 +88,25 @@ def main() -> int:
     return submit(jobs, stages, args.dry_run)
 
 
-def check(job: Job) -> None:
-    """Check that a run fits the memory of its cluster's devices."""
+def check(job: Job, stages: list[str]) -> None:
+    """Check that a run fits its devices' memory, and its folders and data unless it prepares them.
+
+    Raises InputError with the fix.
+    """
     cluster = job.config.cluster
     if cluster.memory_gib is not None:
         device = "cpu" if cluster.device.value == "cpu" else "cuda"
         ranks = cluster.nodes * cluster.ranks_per_node
         available = int(cluster.memory_gib * GIB)
         check_memory(job.config, ranks, cluster.ranks_per_node, device, available)
+    findings = [file_system(job.config)]
+    if "prepare" not in stages and stages != ["export"]:
+        findings.append(data(job.config))
+    for finding in findings:
+        if finding.state == "bad":
+            raise InputError(f"{job.config.run.name}: {finding.text}: {finding.fix}")
+        if finding.state == "note":
+            logger.warning(f"{job.config.run.name}: {finding.text}: {finding.fix}")
 
 
 def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from core.errors import USER_ERROR, InputError
-from core.files import remove_stale_temp_files
+from core.files import check_folder, remove_stale_temp_files
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
@@ -113,6 +113,7 @@ def _acquire(run_lock: RunLock) -> str | None:
     """Acquire the lock; return the error or None."""
     try:
         run_lock.path.parent.mkdir(parents=True, exist_ok=True)
+        check_folder(run_lock.path.parent, "run.dir", links=True)
         run_lock.acquire()
         remove_stale_temp_files(run_lock.path.parent)
     except InputError as error:

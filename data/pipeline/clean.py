@@ -32,6 +32,7 @@ BYTES_PER_TOKEN = 2
 # raise with the order of the passes, the rows that they write, or the readers
 # 2: line ends, invisible characters (readers/normalize.py); JSON beyond the standard
 VERSION = 2
+OPTIONAL_ASSETS = ("math_classifier", "url_blocklist")  # read where a path is set
 KEEP_FOLDERS = ("logs", "excluded", QUARANTINE)
 
 
@@ -200,7 +201,8 @@ def check_assets(name: str, source: Source, assets: Assets) -> list[str]:
         return []
     required = list(getattr(recipes.load(source.recipe), "ASSETS", ()))
     required += ["evaluations"] if source.decontaminate else []
-    for asset in required:
+    optional = [asset for asset in OPTIONAL_ASSETS if getattr(assets, asset).path is not None]
+    for asset in required + optional:
         path = getattr(assets, asset).path
         if path is None or not Path(path).is_file():
             raise InputError(

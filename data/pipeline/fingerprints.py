@@ -124,14 +124,8 @@ def settings_of(name: str, source: Source, assets: Assets) -> list[Any]:
     """Everything that decides a source's text except its input: settings, versions, assets."""
     required = clean.check_assets(name, source, assets)
     hashes = {asset: sha256_of(Path(getattr(assets, asset).path)) for asset in required}
-    optional = {
-        asset: getattr(assets, asset).path for asset in ("math_classifier", "url_blocklist")
-    }
-    hashes |= {
-        asset: sha256_of(Path(path))
-        for asset, path in optional.items()
-        if path and Path(path).is_file()
-    }
+    optional = {asset: getattr(assets, asset).path for asset in clean.OPTIONAL_ASSETS}
+    hashes |= {asset: sha256_of(Path(path)) for asset, path in optional.items() if path}
     licence = source.licence  # the recipe source_code filters files by it
     return [text_settings(source), licence, versions_of(source), hashes]
 

@@ -1,14 +1,15 @@
-"""Jobs that make the shards of a source, from clean documents or from a Megatron corpus."""
+"""Jobs that make the shards of a source, from clean documents or a Megatron corpus."""
 
 from pathlib import Path
 from typing import Any
 
+from core.errors import InputError
 from data import tokenizer, vocabulary
 from data.config import DataConfig
 from data.pipeline import megatron, shard
 from data.pipeline.shard import CleanDocuments, ShardingSpec
 from data.readers.listing import Listing
-from data.stream.manifests import tokenizer_path
+from data.stream.manifests import SPLITS, ShardFile, tokenizer_path
 
 
 def shard_jobs(
@@ -30,3 +31,24 @@ def shard_jobs(
         source.input, sorted(listing.files), folder, eos, vocab_size, source.tasks
     )
     return [(megatron.shard_task, corpus, cfg.heldout_percent, rank) for rank in ranks]
+
+
+def group_by_split(
+    cfg: DataConfig, name: str, files: list[ShardFile], cleaned: CleanDocuments | None
+) -> dict[str, list[ShardFile]]:
+    """Group shards by split; asserts that no document is missing.
+
+    Raises InputError if a split is empty.
+    """
+    documents = sum(file.documents for file in files)
+    if cleaned is not None:
+        expected = cleaned.documents
+        assert documents == expected, f"{name}: {documents} of {expected} documents in shards"
+    splits = {split: [file for file in files if file.name.startswith(split)] for split in SPLITS}
+    for split in SPLITS:
+        if not splits[split]:
+            raise InputError(
+                f"source {name}: none of {documents} documents is in the {split} split; add "
+                f"documents or set data.heldout_percent, now {cfg.heldout_percent}"
+            )
+    return splits

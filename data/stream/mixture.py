@@ -154,6 +154,13 @@ class PlannedStage:
         return periods * self.blocks_per_period + tail
 
 
+def check_expected_plan(config: DataConfig) -> None:
+    """Raise InputError if a plan does not fit the sources' expected_tokens; 0 counts as enough."""
+    enough = 2 * sum(stage.tokens for stage in config.stages)
+    tokens = {name: source.expected_tokens or enough for name, source in config.sources.items()}
+    Plan(config, tokens, dict.fromkeys(tokens, "expected"))
+
+
 class Plan:
     """The compiled order of a run's blocks.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import ROOT, read_json, write_json
+from core.overrides import config_dir_options, own_config_dir
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
 from model.checkpoint import read_state
@@ -107,6 +108,7 @@ class SuiteJobs:
         evaluate = [
             sys.executable,
             str(ROOT / "eval" / "run.py"),
+            *config_dir_options(own_config_dir()),
             f"checkpoint={pinned.resolve()}",
             f"suite={suite}",
             f"run.name='{self.run.name}'",

@@ -1,4 +1,4 @@
-"""Checks of launch/doctor.py: functions from a run's config to a finding."""
+"""Checks of a machine by launch/doctor.py: functions from a run's config to a finding."""
 
 import importlib.metadata
 import os
@@ -7,19 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from core.errors import InputError
 from core.files import ROOT
-from model.flops import parameter_count
 from train.config import Device, EngineKind, RunConfig
-from train.costs.memory import GIB, check_memory
-
-CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two moments
 
 
 @dataclass(frozen=True)
@@ -197,75 +190,6 @@ dist.destroy_process_group()
 """
 
 
-def memory(config: RunConfig) -> Finding:
-    """Check that the run's ranks fit the device's memory (train/costs/memory.py)."""
-    import psutil
-    import torch
-
-    device = run_device(config)
-    cluster = config.cluster
-    if device == "cuda":
-        available = torch.cuda.get_device_properties(0).total_memory
-    else:
-        available = psutil.virtual_memory().available
-    try:
-        check_memory(
-            config,
-            cluster.nodes * cluster.ranks_per_node,
-            cluster.ranks_per_node,
-            device,
-            available,
-        )
-    except InputError as error:
-        return Finding(
-            "bad",
-            str(error).split(": run ")[0],
-            "python launch/plan.py shows the memory by purpose",
-        )
-    return Finding("ok", f"{available / GIB:.1f} GiB on the {device}")
-
-
-def disk(config: RunConfig) -> Finding:
-    """Check free space for the kept checkpoints and one in flight; test write, fsync, rename."""
-    existing = config.run.folder
-    while not existing.exists():
-        existing = existing.parent
-    required = CHECKPOINT_BYTES * parameter_count(config.model) * (config.checkpoint.keep_last + 1)
-    free = shutil.disk_usage(existing).free
-    started_at = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=existing, prefix=".doctor-") as folder:
-        path = Path(folder, "written.part")
-        with path.open("wb") as file:
-            file.write(os.urandom(16 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-        path.rename(path.with_suffix(""))
-        speed = 16 / (time.monotonic() - started_at)
-    text = (
-        f"{existing.resolve()}: {free / GIB:.0f} GiB free, {required / GIB:.2g} GiB needed; "
-        f"{speed:.0f} MiB/s with fsync"
-    )
-    if free < required:
-        return Finding(
-            "bad", text, "free disk space, set another run.dir, or lower checkpoint.keep_last"
-        )
-    return Finding("ok", text)
-
-
-def data(config: RunConfig) -> Finding:
-    """Check tokenizer and manifests; python data/verify.py also reads the shards."""
-    from data.stream.manifests import open_manifests
-
-    try:
-        manifests = open_manifests(config.data)
-    except InputError as error:
-        return Finding("bad", str(error), "run python data/prepare.py with the same overrides")
-    tokens = sum(
-        shard.tokens for manifest in manifests.values() for shard in manifest.splits["train"]
-    )
-    return Finding("ok", f"{len(manifests)} sources, {tokens:,} tokens in {config.data.folder}")
-
-
 def wandb(config: RunConfig) -> Finding:
     """Check whether metrics reach W&B."""
     if config.metrics.wandb_project is None:
@@ -311,6 +235,13 @@ def slurm(config: RunConfig) -> Finding:
     return Finding("ok", text)
 
 
+def usable_ranks() -> int:
+    """Ranks that an all-reduce of this machine takes: one per GPU, or two processes."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
 def run_device(config: RunConfig) -> str:
     """Device type that a rank uses on this machine."""
     import torch
@@ -320,14 +251,11 @@ def run_device(config: RunConfig) -> str:
     )
 
 
-CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
+MACHINE_CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
     "Python": python,
     "torch, driver": torch_and_driver,
     "kernels": kernels,
     "collectives": collectives,
-    "memory": memory,
-    "disk": disk,
-    "data": data,
     "W&B": wandb,
     "Slurm": slurm,
 }

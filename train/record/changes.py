@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from core.command import config_keys
 from core.errors import InputError
 from core.old_keys import format_value, rename_keys
+from core.schema import ENTRY, config_keys
 from train.config import RunConfig
 
 DECISIVE = (
@@ -129,7 +129,7 @@ def check_changes(
 
     Raises InputError with a list of the others. The shape of a model can never change.
     """
-    known = config_keys(RunConfig)
+    known = [key.partition(f".{ENTRY}")[0] for key in config_keys(RunConfig)]
     for key in accept:
         if not any(covers((key,), other) or covers((other,), key) for other in known):
             raise InputError(

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,8 +77,7 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
         raise InputError(
             f"no experiment: add +experiment=NAME, NAME one of {experiments()}, or set run.name"
         )
-    primary = set(OmegaConf.load(Path(CONFIGS, "config.yaml"))) - {"defaults", "hydra"}
-    known = primary | {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
+    known = section_names()
     if unknown := sorted(str(key) for key in config if key not in known):
         raise InputError(
             f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}"
@@ -95,6 +95,14 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
     except ValueError as error:
         raise InputError(str(error)) from error
     return typed
+
+
+@cache  # reading the file takes as long as the rest of a conversion
+def section_names() -> frozenset[str]:
+    """The sections and groups of configs/."""
+    primary = {str(key) for key in OmegaConf.load(Path(CONFIGS, "config.yaml"))}
+    groups = {path.name for path in Path(CONFIGS).iterdir() if path.is_dir()}
+    return frozenset(primary | groups) - {"defaults", "hydra"}
 
 
 def experiments() -> str:

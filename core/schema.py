@@ -94,6 +94,8 @@ def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if get_origin(expected) is dict and OmegaConf.is_list(value):
             raise InputError(f"{prefix}{key} is a list: write its entries as {{NAME: VALUE}}")
+        if get_origin(expected) is list and OmegaConf.is_dict(value):
+            raise InputError(f"{prefix}{key} has names for its entries: write a list, [VALUE, ...]")
         if inner is None:
             if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)

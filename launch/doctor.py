@@ -82,7 +82,12 @@ def main(config: RunConfig) -> None:
         sys.exit(USER_ERROR)
 
 
-if __name__ == "__main__":
+def check_machine_or_run() -> None:
+    """Check the run of the command line, or where it names none the machine."""
     if not any(map(NAMED_RUN.match, sys.argv[1:])):
         sys.argv.append(f"run.name='{MACHINE}'")
     main()
+
+
+if __name__ == "__main__":
+    check_machine_or_run()

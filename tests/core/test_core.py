@@ -9,8 +9,10 @@ from unittest import mock
 import pytest
 
 from core import files
+from core.errors import InputError
 from core.files import (
     append_json_line,
+    check_folder,
     read_json,
     read_json_lines,
     remove_stale_temp_files,
@@ -78,6 +80,21 @@ def test_missing_and_damaged_json_is_empty_and_a_failing_disk_raises(tmp_path: P
         pytest.raises(OSError, match="bad"),
     ):
         read_json(tmp_path / "a.json")
+
+
+def test_a_folder_without_links_or_renames_is_refused(tmp_path: Path) -> None:
+    refusal = OSError(errno.EPERM, "Operation not permitted")
+    check_folder(tmp_path, "run.dir", links=True)
+    with mock.patch.object(os, "link", side_effect=refusal):
+        check_folder(tmp_path, "data.folder")
+        with pytest.raises(InputError, match=r"run.dir .* without hard links and renames"):
+            check_folder(tmp_path, "run.dir", links=True)
+    with (
+        mock.patch.object(Path, "rename", side_effect=refusal),
+        pytest.raises(InputError, match=r"data.folder .* without renames .*set it to another"),
+    ):
+        check_folder(tmp_path, "data.folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:

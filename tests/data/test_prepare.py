@@ -16,7 +16,7 @@ import pytest
 from core.errors import InputError
 from core.files import sha256_of
 from data import tokenizer
-from data.config import DataConfig, Source, Stage, TokenizerConfig
+from data.config import Asset, Assets, DataConfig, Source, Stage, TokenizerConfig
 from data.pipeline.shard import split_of
 from data.prepare import clean_sources, prepare
 from data.stream.manifests import SPLITS, read_manifest
@@ -288,6 +288,28 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):
         prepare(replace(cfg, heldout_percent=0.001))
+
+
+def test_mistakes_are_found_before_the_first_document(base: DataConfig, tmp_path: Path) -> None:
+    """Tokenizer, assets, plan and file system: nothing is cleaned for them."""
+    given = base.tokenizer
+    (tmp_path / "text.json").write_text("text")
+    stage = replace(base.stages[0], mixture={"left": 1.0, "right": 1e-6})
+    few = replace(base.sources["left"], expected_tokens=64)
+    mistakes: list[tuple[str, dict[str, Any]]] = [
+        ("no tokenizer at", {"tokenizer": replace(given, path=str(tmp_path / "none.json"))}),
+        ("not a valid tokenizer", {"tokenizer": replace(given, path=str(tmp_path / "text.json"))}),
+        ("has sha256", {"tokenizer": replace(given, sha256="0" * 64)}),
+        ("data.tokenizer.vocab_size", {"tokenizer": replace(given, vocab_size=280)}),
+        ("data.assets.url_blocklist.path", {"assets": Assets(url_blocklist=Asset("/none"))}),
+        ("a share below", {"stages": [stage]}),
+        ("data.sources.left.max_epochs", {"sources": {**base.sources, "left": few}}),
+    ]
+    for number, (message, changes) in enumerate(mistakes):
+        folder = tmp_path / str(number)
+        with pytest.raises(InputError, match=message):
+            prepare(replace(base, folder=str(folder), **changes))
+        assert not (folder / "building").exists(), message
 
 
 def test_a_folder_is_locked_during_preparation(base: DataConfig, tmp_path: Path) -> None:

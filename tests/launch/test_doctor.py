@@ -1,17 +1,23 @@
 """launch/doctor.py: bad findings have a fix, and a working machine has none."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from launch import doctor
-from launch.planning import checks
-from launch.planning.checks import CHECKS
+from launch.planning import checks, run_checks
+from launch.planning.checks import MACHINE_CHECKS
+from launch.planning.run_checks import RUN_CHECKS
 from model import kernels
 from tests.compose import run_config
 from tests.corpus import make_corpus
 from train.config import EngineKind, RunConfig
+
+OK = checks.Finding("ok", "as it should be")
 
 
 @pytest.fixture
@@ -23,12 +29,53 @@ def config(tmp_path: Path) -> RunConfig:
 
 def test_a_working_machine_has_no_bad_finding(config: RunConfig) -> None:
     results = doctor.run_checks(config)
-    assert [result.name for result in results] == list(CHECKS)
+    assert [result.name for result in results] == list(MACHINE_CHECKS | RUN_CHECKS)
     assert [
         result for result in results if result.finding.state == "bad" and result.name != "Slurm"
     ] == []
     assert all(result.finding.fix for result in results if result.finding.state == "bad")
-    assert not list(config.run.folder.parent.glob(".doctor-*"))
+    assert not list(config.run.folder.parent.glob(".*-*"))
+
+
+def test_without_an_experiment_the_machine_is_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked = []
+    monkeypatch.setattr(
+        doctor, "MACHINE_CHECKS", {"ranks": lambda config: checked.append(config) or OK}
+    )
+    monkeypatch.setattr(doctor, "RUN_CHECKS", {"data": lambda config: 1 / 0})
+    monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "compute.kernels=reference"])
+    doctor.check_machine_or_run()
+    assert "this machine" in capsys.readouterr().out
+    assert checked[0].cluster.ranks_per_node == (torch.cuda.device_count() or 2)
+    monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "experiment=demo"])
+    with pytest.raises(SystemExit):
+        doctor.check_machine_or_run()
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "state"),
+    [("tmpfs", 2, "bad"), ("ext4", 2, "note"), ("tmpfs", 1, "ok"), ("nfs4", 2, "ok")],
+)
+def test_folders_of_several_nodes_are_shared(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, kind: str, nodes: int, state: str
+) -> None:
+    config.cluster.nodes = nodes
+    root = SimpleNamespace(mountpoint="/", fstype="nfs")
+    here = SimpleNamespace(mountpoint=str(config.run.folder.parent), fstype=kind)
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [root, here])
+    finding = run_checks.file_system(config)
+    assert finding.state == state, finding
+    assert state == "ok" or (kind in finding.text and "run.dir" in finding.fix)
+
+
+def test_a_plan_that_does_not_fit_is_found(config: RunConfig) -> None:
+    assert run_checks.data(config).state == "ok"
+    config.data.stages[0].tokens *= 1000
+    finding = run_checks.data(config)
+    assert finding.state == "bad" and "max_epochs" in finding.text
 
 
 def test_wrong_kernels_are_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +98,7 @@ def test_missing_data_disk_space_and_memory_are_bad_with_a_fix(
     config: RunConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "data").rename(tmp_path / "elsewhere")
-    finding = checks.data(config)
+    finding = run_checks.data(config)
     assert finding.state == "bad" and "data/prepare.py" in finding.fix
     large = run_config(
         "7b",
@@ -61,7 +108,7 @@ def test_missing_data_disk_space_and_memory_are_bad_with_a_fix(
         "cluster.device=cpu",
         "checkpoint.keep_last=10000",
     )
-    for check in (checks.disk, checks.memory):
+    for check in (run_checks.disk, run_checks.memory):
         assert check(large).state == "bad" and check(large).fix
 
 

@@ -14,6 +14,7 @@ from core.errors import InputError
 from launch import submit
 from launch.jobs import local
 from launch.jobs.sweep import compose_job, compose_sweep
+from launch.planning.checks import Finding
 from launch.slurm.script import render
 from tests.commands import TIMEOUT_SECONDS
 
@@ -96,6 +97,22 @@ def test_a_chain_of_stages_is_printed_in_order(
         assert f"afterok:${previous}" in text and f"{script}.py" in text
     with pytest.raises(InputError, match="in this order"):
         call_submit(monkeypatch, *CLUSTER, "--stages", "eval,train")
+
+
+def test_a_run_without_its_data_is_not_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    demo = ["+experiment=demo", f"run.dir={tmp_path}/run", f"data.folder={tmp_path}/data"]
+    for stages in ("train", "eval", "train,eval"):
+        with pytest.raises(InputError, match="demo: no tokenizer at .*data/prepare.py"):
+            call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", stages)
+    assert call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", "prepare,train") == 0
+    assert call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", "export") == 0
+    monkeypatch.setattr(
+        submit, "file_system", lambda config: Finding("bad", "run.dir is on tmpfs", "share it")
+    )
+    with pytest.raises(InputError, match="demo: run.dir is on tmpfs: share it"):
+        call_submit(monkeypatch, *demo, "--dry-run", "--stages", "prepare,train")
 
 
 def test_a_sweep_has_one_run_per_point() -> None:

@@ -100,7 +100,9 @@ def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
             if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)
         elif get_origin(expected) in (list, dict):
-            entries = value.items() if isinstance(value, DictConfig) else enumerate(value or ())
+            entries: Any = (
+                value.items() if isinstance(value, DictConfig) else enumerate(value or ())
+            )
             # to_object reports a value that is no list or dict
             for name, entry in entries if OmegaConf.is_config(value) else ():
                 if isinstance(entry, DictConfig):

@@ -12,6 +12,7 @@ from warcio.statusandheaders import StatusAndHeaders, StatusAndHeadersParser
 from data.readers.archives import MAX_BODY_BYTES, Record, read_archive
 from data.readers.base import IS_HTML, CountingReader, Page
 from data.readers.decode import decode
+from data.readers.listing import suffixes_of
 
 # imported at the first record that needs them
 PAGE_PACKAGES = ("orjson", "warcio", "brotli", "zstandard", "webencodings", "cchardet")
@@ -47,8 +48,9 @@ class NotADocument(Exception):
 
 def warc_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]]:
     """Yield the pages of one archive; skips records that hold none (requests, metadata)."""
-    # not decompressed by its suffix: the archive's bytes say how it is compressed
-    with reader.data_folder.open(filepath, "rb") as file:
+    # the bytes of an archive say how its records are compressed; of a whole file, the suffix
+    compression = "infer" if suffixes_of(filepath) in (".warc.bz2", ".warc.xz") else None
+    with reader.data_folder.open(filepath, "rb", compression=compression) as file:
         for index, record in enumerate(read_archive(file)):
             where = f"{filepath}:{index}"
             kind = (record.headers.get_header("WARC-Type") or "").lower()

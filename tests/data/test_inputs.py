@@ -1,6 +1,7 @@
 """Folders as they are in the world: every file is read or named, every row kept or dropped."""
 
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from data.recipes.extraction import MainTextExtractor
 from data.stream.manifests import read_manifest, source_folder
 from examples.demo_corpus.archives import write_archive
 from tests.data.samples import PROSE
-from tests.data.test_readers import damage_group, write_parquet
+from tests.data.test_readers import PACK, damage_group, read, write_parquet
 from tests.data.test_recipes import NO_ASSETS, make_source, run_recipe
 
 PAGE = f"<html><head><title>R</title></head><body><article><p>{PROSE}</p></article></body></html>"
@@ -242,3 +243,19 @@ def test_a_text_file_too_large_for_one_document_is_refused(
 )
 def test_a_suffix_decides_how_a_file_is_read(name: str, kind: str | None, suffix: str) -> None:
     assert (kind_of(name), data_suffix(name)) == (kind, suffix)
+
+
+@pytest.mark.parametrize("suffix", ["", *PACK])
+def test_archives_are_read_in_every_compression(tmp_path: Path, suffix: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    stream = io.BytesIO()
+    write_archive(stream, ((f"http://h.invalid/{i}", f"<p>{i} {PROSE}</p>") for i in range(3)))
+    archive = gzip.decompress(stream.getvalue())
+    packed = PACK[suffix](archive) if suffix else archive
+    (raw / f"a.warc{suffix}").write_bytes(packed)
+    texts, dropped = read(raw)
+    assert len(texts) == 3 and not dropped
+    (raw / f"a.warc{suffix}").write_bytes(packed[: len(packed) * 2 // 3 + 20])
+    texts, dropped = read(raw)
+    assert len(texts) < 3 and sum(dropped.values()) >= 1

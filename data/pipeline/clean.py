@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.formatters import PIIFormatter
 
 from core.errors import InputError
@@ -60,18 +61,28 @@ class Pass:
     out: Path | None = None  # for a pass that writes documents
 
 
-def clean_task(build: Build, rank: int) -> None:
-    """Clean one task's files of a source into `documents/clean`/<rank>.jsonl.gz."""
+def cleaning_steps(build: Build) -> list[PipelineStep]:
+    """Return the steps from raw files to clean documents, without the writer of the documents.
+
+    Raises InputError if the recipe cannot take the source's settings or files.
+    """
     source = build.source
+    steps: list[PipelineStep]
     steps = recipes.load(source.recipe).steps(source, build.folder, build.assets)
     if source.replace_pii:
         steps.append(PIIFormatter())
     if source.decontaminate:
         steps.append(DecontaminationFilter(str(build.assets.evaluations.path)))
+    return steps
+
+
+def clean_task(build: Build, rank: int) -> None:
+    """Clean one task's files of a source into `documents/clean`/<rank>.jsonl.gz."""
+    steps = cleaning_steps(build)
     if (excluded := build.excluded("clean")) is not None:
         set_exclusion_writers(excluded, steps)
     steps.append(document_writer(build.folder / "documents" / "clean"))
-    run_task(steps, build.folder / "logs" / "clean", rank, source.tasks)
+    run_task(steps, build.folder / "logs" / "clean", rank, build.source.tasks)
 
 
 def check_packages(source: Source) -> None:
@@ -84,11 +95,15 @@ def check_packages(source: Source) -> None:
 
 
 def start(build: Build, listing: Listing) -> None:
-    """Pin the list of input files, and load in this process what forked workers share."""
+    """Pin the list of input files, and load in this process what forked workers share.
+
+    Raises InputError if the recipe cannot take the source, before any worker starts.
+    """
     pin_files(build.folder, listing)
     preload = getattr(recipes.load(build.source.recipe), "preload", None)
     if preload is not None:
         preload(build.source, build.assets)
+    cleaning_steps(build)
 
 
 def passes(build: Build) -> list[Pass]:

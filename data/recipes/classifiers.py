@@ -33,6 +33,7 @@ class FastTextFilter(BaseFilter):
 
     def __init__(self, path: str, label: str, min_score: float, reason: str) -> None:
         super().__init__()
+        load_model(path)  # an error before the first document
         self.path = path
         self.label = label
         self.min_score = min_score

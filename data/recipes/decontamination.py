@@ -67,6 +67,7 @@ class DecontaminationFilter(BaseFilter):
 
     def __init__(self, path: str) -> None:
         super().__init__()
+        evaluation_ngrams(path)  # an error before the first document
         self.path = path
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:

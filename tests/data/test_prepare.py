@@ -339,3 +339,33 @@ def test_command_prints_one_line_for_a_user_error(tmp_path: Path) -> None:
     result = python("data/prepare.py", *overrides)
     assert result.returncode == 2
     assert result.stderr.startswith("error: input folder") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("fault", ["pages", "evaluations", "duplicates"])
+def test_what_a_recipe_cannot_take_is_an_error_before_the_first_document(
+    base: DataConfig, tmp_path: Path, fault: str
+) -> None:
+    """In the last source, when the first would take weeks."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / ("a.html" if fault == "pages" else "a.txt")).write_text("Some text.")
+    evaluations = tmp_path / "evaluations.jsonl"
+    evaluations.write_text("{no json")
+    recipe = "mathematics" if fault == "duplicates" else "curated"
+    last = Source(recipe, str(raw), "CC0-1.0", 1.0, 1)
+    last.decontaminate = fault == "evaluations"
+    last.near_duplicates = "14x8" if fault == "duplicates" else None
+    cfg = replace(
+        base,
+        folder=str(tmp_path / "data"),
+        sources={"left": base.sources["left"], "right": base.sources["right"], "last": last},
+        assets=Assets(evaluations=Asset(str(evaluations))),
+    )
+    expected = {
+        "pages": "has web pages",
+        "evaluations": "is not JSON",
+        "duplicates": "MinHash treats all numbers as equal",
+    }
+    with pytest.raises(InputError, match=expected[fault]):
+        prepare(cfg)
+    assert not list((tmp_path / "data").rglob("*.jsonl.gz"))

@@ -26,8 +26,8 @@ from tests.injector import NUMERIC, Fault, samples
 from tests.supervisor import CANARY, History, supervise
 from train.config import RunConfig
 from train.metrics.records import read_lines
-from train.resilience.incidents import INTERRUPTED
 from train.record.history import code_version, to_plain
+from train.resilience.incidents import INTERRUPTED
 from train.schedule import Schedule
 
 PLAN = "plan.json"  # of a soak in progress

@@ -12,7 +12,12 @@ from core.command import read_configs
 from core.compose import compose_config, convert
 from core.config_errors import format_error
 from core.errors import InputError
-from core.overrides import parse_arguments, rewrite_overrides
+from core.overrides import (
+    config_dir_options,
+    own_config_dir,
+    parse_arguments,
+    rewrite_overrides,
+)
 from core.schema import config_keys
 from core.sweep import SWEEP
 from data.config import PrepareConfig
@@ -182,6 +187,18 @@ def test_own_configs_reach_the_jobs(own: Path) -> None:
     assert all(each.arguments[:2] == ["--config-dir", str(own)] for each in jobs)
     with pytest.raises(InputError, match="is not a folder"):
         parse_arguments(["--config-dir", str(own / "none"), "experiment=mine"])
+
+
+def test_the_folder_of_own_configs_is_read_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Jobs that a run starts, such as leaderboards, take it from there as an absolute path."""
+    for words in (["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]):
+        monkeypatch.setattr("sys.argv", ["train/pretrain.py", *words, "+experiment=demo", "a=-1"])
+        options = config_dir_options(own_config_dir())
+        assert options == ["--config-dir", str(Path("mine").absolute())]
+    monkeypatch.setattr("sys.argv", ["train/pretrain.py", "+experiment=demo"])
+    assert config_dir_options(own_config_dir()) == []
 
 
 def test_a_sweep_of_a_command_has_the_names_of_submit(

@@ -100,11 +100,10 @@ def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
             if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)
         elif get_origin(expected) in (list, dict):
-            entries: Any = (
-                value.items() if isinstance(value, DictConfig) else enumerate(value or ())
-            )
-            # to_object reports a value that is no list or dict
-            for name, entry in entries if OmegaConf.is_config(value) else ():
+            entries: Any = ()  # to_object reports a value that is no list or dict
+            if OmegaConf.is_config(value):
+                entries = value.items() if isinstance(value, DictConfig) else enumerate(value)
+            for name, entry in entries:
                 if isinstance(entry, DictConfig):
                     floats_to_ints(inner, entry, f"{prefix}{key}.{name}.")  # type: ignore[arg-type]
         elif isinstance(value, DictConfig):

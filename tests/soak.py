@@ -154,7 +154,9 @@ def differences(clean: Path, faulty: Path, ranks: int) -> list[str]:
             right.read_full(kind, name).view(torch.int32),
         ):
             names.append(f"{kind} {name}")
-    if read_state(left.folder) != read_state(right.folder):
+    # with the config, which has the names of the runs
+    states = [{**read_state(reader.folder), "config": None} for reader in (left, right)]
+    if states[0] != states[1]:
         names.append("state")
     keys = (
         "step",

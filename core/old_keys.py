@@ -194,6 +194,12 @@ def load_config(path: Path) -> DictConfig:
     return config
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a run's config.yaml with current keys; empty if there is none."""
+    record: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
+    return dict(record)
+
+
 def is_removed(key: str) -> bool:
     """Whether a key or a section that contains it was removed."""
     return f"{key}.".startswith(tuple(f"{old}." for old in REMOVED))

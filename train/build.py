@@ -176,7 +176,11 @@ def record_start(
     write_record(config.run.files.config, record, state, origin, initial, ranks.world_size)
     if initial is not None:
         logger.info(f"initial weights: {initial}")
-    if origin is None or not (origin.is_branch or origin.accepted):
+    if origin is None:
+        return
+    if others := [change for change in origin.changes if change not in origin.accepted]:
+        logger.info(fill(f"other settings since the checkpoint: {join(others)}", LOG_COLUMNS))
+    if not (origin.is_branch or origin.accepted):
         return
     kind, text = "changed settings", f"from {state.tokens:,} tokens on"
     if origin.is_branch:

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import read_json
-from core.old_keys import load_config
+from core.old_keys import read_record
 from core.run import RunFiles
 from core.templates import render
 from model.checkpoint import read_state
@@ -27,7 +26,7 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
     files = RunFiles(run_dir)
     if not files.config.is_file():
         raise InputError(f"{run_dir} has no config.yaml: train/pretrain.py writes it")
-    config: Any = OmegaConf.to_container(load_config(files.config))
+    config = read_record(files.config)
     state = read_state(checkpoint)
     history = [entry for entry in config.pop("history", []) if entry["tokens"] < state["tokens"]]
     # what the checkpoint was trained with; config.yaml may be of a later start

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import sha256_of
+from core.old_keys import read_record
 from core.run import iter_checkpoints
 from data.config import Stage
 from data.stream.manifests import open_manifests, source_folder, tokenizer_path, write_manifest
@@ -24,7 +25,7 @@ from tests.train.world import curve, records, train
 from train.config import RunConfig
 from train.metrics.page import page
 from train.record.changes import ABSENT, Change, check_changes, find_changes
-from train.record.history import read_history, to_plain
+from train.record.history import to_plain
 from train.record.origin import vocabulary
 
 MIDDLE = 20 * BLOCK  # the end of the first stage; the decay begins 32 blocks later
@@ -32,6 +33,11 @@ MIDDLE = 20 * BLOCK  # the end of the first stage; the decay begins 32 blocks la
 
 def with_run(run: RunConfig, **values: Any) -> RunConfig:
     return replace(run, run=replace(run.run, **values))
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    starts: list[dict[str, Any]] = read_record(path)["history"]
+    return starts
 
 
 def incidents(run: RunConfig) -> list[dict[str, Any]]:
@@ -87,7 +93,7 @@ def test_an_accepted_change_is_in_the_record(root: Path) -> None:
     other = replace(run, optim=replace(run.optim, lr=2e-3), metrics=replace(run.metrics))
     other.metrics.console_seconds = 5.0
     train(with_run(other, accept_changes=["optim.lr"]))
-    first, second = read_history(run.run.files.config)
+    first, second = read_starts(run.run.files.config)
     assert first["tokens"] == 0 and first["versions"]["torch"] == torch.__version__
     assert second["tokens"] == MIDDLE and second["ranks"] == 1
     assert second["decisive"] == {"optim.lr": [0.01, 0.002]}
@@ -122,6 +128,16 @@ def test_a_finished_run_keeps_its_record(root: Path) -> None:
     assert [path.read_bytes() for path in files] == before
 
 
+def test_a_start_before_the_first_checkpoint_is_in_the_history(root: Path) -> None:
+    run = interrupted(root, "done", "early")
+    shutil.rmtree(run.run.files.checkpoints)
+    train(replace(run, optim=replace(run.optim, lr=2e-3)))
+    first, second = read_starts(run.run.files.config)
+    assert first["tokens"] == second["tokens"] == 0 and "decisive" not in first
+    assert second["decisive"] == {"optim.lr": [0.01, 0.002]}
+    assert not [entry for entry in incidents(run) if entry["incident"] == "changed settings"]
+
+
 def longer(run: RunConfig) -> RunConfig:
     """The run with a longer stable stage and a shorter decay to another rate."""
     stages = [replace(stage) for stage in run.data.stages]
@@ -151,12 +167,12 @@ def test_a_branch_equals_the_longer_run(root: Path) -> None:
     )
     for kind, name in left.where:
         assert torch.equal(left.read_full(kind, name), right.read_full(kind, name))
-    (start,) = read_history(branch.run.files.config)
+    (start,) = read_starts(branch.run.files.config)
     assert start["branch_of"] == str(parent) and start["tokens"] == MIDDLE
     assert start["decisive"]["data.stages.1.tokens"] == [20 * BLOCK, 24 * BLOCK]
     assert [entry["incident"] for entry in incidents(branch)] == ["branch"]
     train(branch)  # the same command again: reused
-    assert len(read_history(branch.run.files.config)) == 1
+    assert len(read_starts(branch.run.files.config)) == 1
     with pytest.raises(InputError, match=r"run\.branch_from .* -> null"):
         train(with_run(branch, branch_from=None))
 
@@ -213,7 +229,7 @@ def test_weights_come_from_a_checkpoint_or_a_run(root: Path, kind: str) -> None:
     train(run)
     first = records(root, run.run.name)[0]
     assert first["step"] == 1 and first["loss"] < records(root, "done")[0]["loss"] - 1
-    (start,) = read_history(run.run.files.config)
+    (start,) = read_starts(run.run.files.config)
     assert start["initial_weights"] == f"checkpoint {newest}, {52 * BLOCK:,} tokens"
 
 

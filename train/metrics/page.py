@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from core.files import read_json, read_json_lines, write_text
-from core.old_keys import load_config
+from core.old_keys import read_record
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
 from train.metrics.curves import Mixture, figure
@@ -27,7 +26,7 @@ def page(folders: list[Path], path: Path) -> Path:
         name: read_lines(RunFiles(folder).metrics)
         for name, folder in zip(run_names(folders), folders, strict=True)
     }
-    configs = [read_config(folder) for folder in folders]
+    configs = [read_record(RunFiles(folder).config) for folder in folders]
     plans = {name: planned_mixture(config) for name, config in zip(runs, configs, strict=True)}
     picture = StringIO()
     figure(runs, plans).savefig(picture, format="svg")
@@ -52,13 +51,6 @@ def run_names(folders: list[Path]) -> list[str]:
     """Names of the folders, or their full paths if two have the same name."""
     names = [folder.name for folder in folders]
     return names if len(set(names)) == len(folders) else [str(folder) for folder in folders]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a run; empty if there is none."""
-    path = RunFiles(folder).config
-    config: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
-    return dict(config)
 
 
 def planned_mixture(config: dict[str, Any]) -> Mixture:

@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from core.files import ROOT, write_text
-from core.old_keys import load_config
+from core.old_keys import read_record
 from train.checkpoint.manager import TrainState
-from train.record.changes import Change
+from train.record.changes import DECISIVE, Change, covers, find_changes
 from train.record.origin import Origin
 
 # packages that decide numbers
@@ -34,7 +34,11 @@ def write_record(
     ranks: int,
 ) -> None:
     """Write config.yaml: the settings of this start, and the history with this start's entry."""
-    history = read_history(path)
+    previous = read_record(path)
+    if origin is not None:
+        changes = origin.changes
+    else:  # a start before the first checkpoint, or again after it
+        changes = find_changes(previous, record) if previous else []
     entry: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tokens": state.tokens,
@@ -47,25 +51,18 @@ def write_record(
         entry["branch_of"] = str(origin.checkpoint)
     if origin is None and initial is not None:
         entry["initial_weights"] = initial
-    if origin is not None and origin.accepted:
-        entry["decisive"] = as_table(origin.accepted)
-    if origin is not None and (others := [c for c in origin.changes if c not in origin.accepted]):
-        entry["operational"] = as_table(others)
-    content = {**record, "history": [*history, entry]}
+    for kind, is_decisive in (("decisive", True), ("operational", False)):
+        some = [change for change in changes if covers(DECISIVE, change.key) == is_decisive]
+        if some:
+            entry[kind] = as_table(some)
+    history = [*previous.get("history", []), entry]
+    content = {**record, "history": history}
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(content)))
 
 
 def as_table(changes: list[Change]) -> dict[str, list[Any]]:
     """Old and new value by key."""
     return {change.key: [change.before, change.now] for change in changes}
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the entries of the starts in a config.yaml; empty without one or in older runs."""
-    if not path.is_file():
-        return []
-    config: Any = OmegaConf.to_container(load_config(path))
-    return list(config.get("history", []))
 
 
 def versions() -> dict[str, str]:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from core.errors import InputError
 from core.files import sha256_of
-from core.old_keys import load_config
+from core.old_keys import read_record
 from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from data.stream.mixture import Plan
@@ -85,8 +84,7 @@ def trained_with(checkpoint: Path) -> dict[str, Any]:
     state = read_state(checkpoint)
     config: Any = state.get("config")
     if not config:
-        path = RunFiles(checkpoint.parent.parent).config
-        config = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
+        config = read_record(RunFiles(checkpoint.parent.parent).config)
         if not config:
             logger.warning(f"{checkpoint} has no record of its settings, only of its model's")
     return {**config, "model": state["model"]}

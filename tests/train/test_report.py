@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from matplotlib import image
 
+from core.old_keys import read_record
+from core.run import RunFiles
 from tests.commands import TIMEOUT_SECONDS
 from train.metrics.curves import PANELS, actual_mixture, planned_curve
-from train.metrics.page import page, planned_mixture, read_config, run_names
+from train.metrics.page import page, planned_mixture, run_names
 from train.metrics.records import POINTS, curve, read_lines
 
 
@@ -108,7 +110,7 @@ def test_planned_and_actual_mixture(tmp_path: Path) -> None:
     assert ">web</text>" in text and ">math</text>" not in text  # no tokens: only in the table
     records = read_lines(folder / "metrics.jsonl")
     assert actual_mixture(records)["web"][28:31] == [(2900, 0.75), (3000, 0.4), (3100, 0.4)]
-    plan = planned_mixture(read_config(folder))
+    plan = planned_mixture(read_record(RunFiles(folder).config))
     assert planned_curve(records, plan, "code") == (
         [100, 2900, 2900, 3000, 6000, 6000],
         [0.25, 0.25, None] * 2,

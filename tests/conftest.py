@@ -32,7 +32,6 @@ GATES = (
     "tests/model/test_cuda.py",
     "tests/test_soak.py",
     "tests/train/test_costs.py",
-    "tests/train/test_layouts.py::test_checkpoints_of_any_layout_export_the_same_bytes",
     "tests/train/test_faults.py::test_persistent_spike_is_rolled_back_and_its_data_skipped",
     "tests/train/test_faults.py::test_bad_shards_are_named",
     "tests/train/test_faults.py::test_other_zero_stages_under_faults",

@@ -27,7 +27,7 @@ from train.costs.memory import GIB, check_memory
 
 logger = logging.getLogger(__name__)
 EXAMPLES = """examples:
-  python launch/submit.py +experiment=7b cluster=h100_32n --dry-run
+  python launch/submit.py +experiment=7b cluster=h100_32n --stages prepare,train --dry-run
   python launch/submit.py +experiment=7b slurm.partition=h100 --stages prepare,train,export,eval
   python launch/submit.py -m +experiment=130m optim.lr=1e-4,3e-4 schedule.decay_tokens=1e9,2e9
   python launch/submit.py -m +experiment=demo +sweep=norms --local --stages prepare,train

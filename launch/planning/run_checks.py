@@ -112,7 +112,12 @@ def data(config: RunConfig) -> Finding:
         tokens = {name: manifest.tokens("train") for name, manifest in manifests.items()}
         Plan(config.data, tokens, dict.fromkeys(tokens, ""))
     except InputError as error:
-        return Finding("bad", str(error), "run python data/prepare.py with the same overrides")
+        return Finding(
+            "bad",
+            str(error).split(": run `")[0],
+            "run `python data/prepare.py` with the same overrides, or submit with --stages "
+            "prepare,train",
+        )
     total = sum(tokens.values())
     return Finding("ok", f"{len(manifests)} sources, {total:,} tokens in {config.data.folder}")
 

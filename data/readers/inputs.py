@@ -12,8 +12,8 @@ from data.readers.base import QUARANTINE, CountingReader
 from data.readers.jsonl import json_rows
 from data.readers.listing import kind_of, read_pinned
 from data.readers.tables import parquet_rows
-from data.readers.text import text_rows
-from data.readers.web import html_rows, warc_rows
+from data.readers.text import html_rows, text_rows
+from data.readers.web import warc_rows
 
 Rows = Callable[[CountingReader, str], Iterator[tuple[int, Any]]]
 READERS: dict[str, Rows] = {

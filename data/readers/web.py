@@ -1,4 +1,4 @@
-"""Reads web pages: records of WARC archives, and HTML files."""
+"""Reads web pages from the records of WARC archives."""
 
 import io
 import re
@@ -63,17 +63,6 @@ def warc_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]
                 continue
             row = {reader.text_key: text, reader.id_key: record_id(record, where), **metadata}
             yield index, Page(row)
-
-
-def html_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]]:
-    """Yield the page; its id is the path."""
-    with reader.open_file(filepath) as file:
-        raw = file.read()
-    text = decode(raw)
-    if text is None:
-        reader.drop("undecodable", filepath, raw)
-        return
-    yield 0, Page({reader.text_key: text, "id": filepath})
 
 
 def record_id(record: Record, where: str) -> str:

@@ -1,7 +1,7 @@
 """Instruction data: prompts and answers rendered as plain text.
 
-A row that has text is used as it is. Another is a list of turns, or a prompt with its answer;
-whatever the answer answers is rendered too:
+Text that has all other fields of its row is used as it is. Another row is a list of turns, or a
+prompt with its answer; whatever the answer answers is rendered too:
 
     turns     messages or conversations (or `text_key`): role and content, or from and value
     system    system, system_prompt or system_message
@@ -14,7 +14,8 @@ Content may be a list of text parts. A field with another name is metadata if it
 repeats rendered text. With text of its own (over MAX_LABEL_WORDS words), which may be a part of the
 prompt, it drops the row: rename it to one of the names above, or remove it.
 Drop reasons: unknown_shape (also pairs of a chosen and a rejected answer), unknown_field,
-unknown_role, tool_use, not_text (images, sound), empty_turn, no_answer (a user's turn is last).
+unknown_role, tool_use, not_text (images, sound), empty_turn, no_answer (a user's turn is last),
+single_turn (the row is one message of a conversation).
 assumed: turns begin with User: and Assistant:, since no source gives the template.
 """
 
@@ -52,6 +53,7 @@ ANSWER_KEYS = (
     *("output", "response", "completion", "targets", "targets_pretokenized"),
     *("solution", "answer", "answers"),  # a solution ends with the answer
 )
+RENDERED = (*TURNS_KEYS, *SYSTEM_KEYS, *PROMPT_KEYS, *PART_KEYS, *OPTION_KEYS, *ANSWER_KEYS)
 MAX_LABEL_WORDS = 5
 # may be long and are no part of a prompt
 METADATA = ("id", "group", "url", "metadata", "meta", "title", "source", "license", "answers")
@@ -63,7 +65,10 @@ class UnusableRowError(Exception):
 
 
 def render_row(row: dict[str, Any], text_key: str = "text") -> str:
-    """Render a row as text. Raises UnusableRowError with the reason."""
+    """Render a row as text, or return its text. Raises UnusableRowError with the reason."""
+    text = row.get(text_key)
+    if isinstance(text, str) and text:
+        return check_text(row, text)
     lists = (row[key] for key in (text_key, *TURNS_KEYS) if isinstance(row.get(key), list))
     items = next(filter(None, lists), None)
     turns = prompt_and_answer(row) if items is None else [read_turn(item) for item in items]
@@ -75,7 +80,17 @@ def render_row(row: dict[str, Any], text_key: str = "text") -> str:
     if not turns or turns[-1][0] != "Assistant":
         raise UnusableRowError("no_answer")
     text = "\n\n".join(f"{name}: {text}" for name, text in turns) + "\n"
-    if any(is_text_beside(text, value) for name, value in row.items() if name not in METADATA):
+    if has_other_text(row, text):
+        raise UnusableRowError("unknown_field")
+    return text
+
+
+def check_text(row: dict[str, Any], text: str) -> str:
+    """Return the text of a row unless it is a part of what the row holds."""
+    if any(str(row.get(key)).strip().lower() in ROLE_NAMES for key in ("role", "from")):
+        raise UnusableRowError("single_turn")
+    parts = set(strings_in([row.get(key) for key in RENDERED if key not in METADATA]))
+    if any(part not in text for part in parts - ROLE_NAMES.keys()) or has_other_text(row, text):
         raise UnusableRowError("unknown_field")
     return text
 
@@ -161,9 +176,10 @@ def texts_of(row: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     return [text for text in texts if text]
 
 
-def is_text_beside(text: str, value: Any) -> bool:
+def has_other_text(row: dict[str, Any], text: str) -> bool:
     """Whether a field has text, more than a label, that is not in the rendered text."""
-    return any(len(one.split()) > MAX_LABEL_WORDS and one not in text for one in strings_in(value))
+    values = [value for name, value in row.items() if name not in METADATA]
+    return any(len(one.split()) > MAX_LABEL_WORDS and one not in text for one in strings_in(values))
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -185,8 +201,7 @@ def render_rows(reader: CountingReader) -> CountingReader:
     make_document = reader.get_document_from_dict
 
     def convert(data: Any, source_file: str, id_in_file: int | str) -> Document | None:
-        text = data.get(reader.text_key) if isinstance(data, dict) else None
-        if isinstance(data, dict) and (not text or isinstance(text, list)):
+        if isinstance(data, dict) and isinstance(data.get(reader.text_key), str | list | None):
             try:
                 text = render_row(data, reader.text_key)
             except UnusableRowError as error:

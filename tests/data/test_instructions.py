@@ -197,6 +197,36 @@ def test_rows_that_cannot_be_rendered_have_a_reason(row: dict[str, Any], reason:
         render_row(row)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Name one.", "input": "", "output": "The Oder."},
+        {"messages": [ASK, ANSWER], "source": "the archive of the harbour and its lamps"},
+        {"system": None, "answers": {"text": ["a b c d e f g"]}, "lang": "en", "role": ""},
+    ],
+)
+def test_text_that_has_its_other_fields_is_used_as_it_is(row: dict[str, Any]) -> None:
+    text = "Below is a task.\nName one. Name a river.\n### The Oder.\n"
+    assert render_row({**row, "text": text}) == text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Name one.", "output": "Two."}, "unknown_field"),
+        ({"prompt": "Name two."}, "unknown_field"),
+        ({"question": "A?", "choices": ["x", "Name one."]}, "unknown_field"),
+        ({"messages": [ASK, ANSWER]}, "unknown_field"),
+        ({"code": LONG}, "unknown_field"),
+        ({"role": "Prompter", "parent_id": None}, "single_turn"),
+        ({"from": "gpt"}, "single_turn"),
+    ],
+)
+def test_text_that_is_a_part_of_its_row_is_dropped(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableRowError, match=f"^{reason}$"):
+        render_row({**row, "text": "Name one."})
+
+
 def test_turns_under_the_text_key_are_read(tmp_path: Path) -> None:
     write_rows(tmp_path / "raw" / "a.jsonl", [{"dialog": [ASK, ANSWER], "id": "a", "group": "g"}])
     source = replace(make_source("instructions", tmp_path / "raw"), text_key="dialog")

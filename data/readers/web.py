@@ -19,8 +19,9 @@ PAGE_PACKAGES = ("orjson", "warcio", "brotli", "zstandard", "webencodings", "cch
 PAGE_RECORDS = ("response", "resource", "conversion")  # others hold no page, or no new one
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 # types that say nothing about a page; its bytes decide, as where there is no type
-UNKNOWN_TYPES = ("", "application/octet-stream", "application/unknown", "application/x-unknown",
-                 "unknown/unknown", "content/unknown", "application/force-download", "*/*",
+UNKNOWN_TYPES = ("", "application/http", "application/octet-stream", "application/unknown",
+                 "application/x-unknown", "unknown/unknown", "content/unknown",
+                 "application/force-download", "*/*",
                  "text/plain", "text/xml", "application/xml")  # fmt: skip
 # what browsers take for HTML (WHATWG MIME Sniffing, 7.1), also after an XML declaration
 HTML_START = re.compile(
@@ -32,6 +33,7 @@ SNIFFED_BYTES = 4096
 MARKS = b"\xef\xbb\xbf\xff\xfe"  # of UTF-8 and UTF-16
 HTTP_HEADERS = StatusAndHeadersParser(["HTTP/"], verify=False)
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
+GZIP_MAGIC = b"\x1f\x8b"
 # registered content codings that nothing here decodes; any other name is ignored, as by browsers,
 # since servers send `utf-8` or `none`
 OTHER_CODINGS = ("compress", "x-compress", "dcb", "dcz", "exi", "pack200-gzip", "sdch")
@@ -158,18 +160,28 @@ def decompress(body: bytes, coding: str) -> bytes:
     if coding == "zstd":
         import zstandard
 
+        decompressor = zstandard.ZstdDecompressor()
         try:
-            return zstandard.ZstdDecompressor().stream_reader(body).read(limit)
+            return decompressor.stream_reader(body, read_across_frames=True).read(limit)
         except zstandard.ZstdError:
             return body
     return body
 
 
 def inflate(body: bytes, *window_bits: int) -> bytes:
-    """Decompress by the first of zlib's formats that fits, or return the body as it is."""
+    """Decompress by the first of zlib's formats that fits, or return the body as it is.
+
+    A gzip body may have several members. What follows the last one is no part of the page.
+    """
     for bits in window_bits:
+        data, rest = b"", body
         try:
-            return zlib.decompressobj(bits).decompress(body, MAX_BODY_BYTES + 1)
+            while rest and len(data) <= MAX_BODY_BYTES:
+                member = zlib.decompressobj(bits)
+                data += member.decompress(rest, MAX_BODY_BYTES + 1 - len(data))
+                rest = member.unused_data if member.unused_data.startswith(GZIP_MAGIC) else b""
+            return data
         except zlib.error:
-            continue
+            if data:
+                return data
     return body

@@ -148,6 +148,11 @@ def chunked(body: bytes) -> bytes:
         ("Content-Encoding: br\nTransfer-Encoding: chunked",
          lambda body: chunked(brotli.compress(body))),
         ("Transfer-Encoding: gzip, chunked", lambda body: chunked(gzip.compress(body))),
+        ("Content-Encoding: gzip",
+         lambda body: gzip.compress(body[:30]) + gzip.compress(body[30:])),
+        ("Content-Encoding: gzip", lambda body: gzip.compress(body) + b"\0" * 8),
+        ("Content-Encoding: zstd",
+         lambda body: zstandard.compress(body[:30]) + zstandard.compress(body[30:])),
         # a crawler decoded the body and kept the headers
         ("Content-Encoding: br", bytes),
         ("Content-Encoding: gzip\nTransfer-Encoding: chunked", bytes),
@@ -213,12 +218,13 @@ def test_records_without_http_headers(tmp_path: Path) -> None:
     raw += archive(b"log of wget", kind="resource", warc={"Content-Type": "text/plain"})
     raw += archive(text.encode(), kind="conversion", warc={"Content-Type": "text/plain"})
     raw += archive(kind="conversion", warc={"Content-Type": "image/png"})
+    raw += archive(kind="resource", warc={"Content-Type": "application/http; msgtype=response"})
     for kind in ("metadata", "request", "revisit", "warcinfo"):
         other = archive(kind="metadata", warc={"Content-Type": "text/html"})
         raw += other.replace(b"WARC-Type: metadata", f"WARC-Type: {kind}".encode())
-    assert read(tmp_path, raw) == ([PAGE, text], {"not_html": 2})
+    assert read(tmp_path, raw) == ([PAGE, text, PAGE], {"not_html": 2})
     reader = DocumentReader(str(tmp_path), ["a.warc"])
-    assert [document.text for document in MainTextExtractor().run(reader.run())][1:] == [text]
+    assert [document.text for document in MainTextExtractor().run(reader.run())][1:-1] == [text]
 
 
 def test_wgets_brackets_and_missing_headers(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Beyond the standard, rows may have what Python's, Java's and PowerShell's writers produce: a byte
 order mark, UTF-16, NaN and Infinity (read as null), halves of surrogate pairs, control characters
 in strings, integers of any size. Of a key given twice the last value counts. A blank line is no
-row.
+row; a line with several values, as where files were joined without a line end, or with an array is
+several rows.
 """
 
 import codecs
@@ -44,15 +45,29 @@ def json_rows(reader: CountingReader, filepath: str) -> Iterator[tuple[int, Any]
         if encoding is not None:
             text = io.TextIOWrapper(stream, encoding, "surrogatepass", newline="\n")
             lines = (line.encode("utf-8", "surrogatepass") for line in text)
-        for index, line in enumerate(lines):
-            if not line.strip():
-                continue
+        index = 0
+        for line in lines:
+            values = []
             try:
-                value = parse(line)
-            except (ValueError, RecursionError):
+                values = line_values(line)
+            except (ValueError, EOFError):
                 reader.drop("corrupt", f"{filepath}:{index}", line)
-                continue
-            yield index, value
+            yield from enumerate(values, index)
+            index += max(1, len(values))
+
+
+def line_values(line: bytes) -> list[Any]:
+    """The rows of a line; raises ValueError or EOFError if a part of it is not JSON."""
+    if not line.strip():
+        return []
+    try:
+        value = parse(line)
+    except (ValueError, RecursionError):
+        values = list(split_values(io.StringIO(line.decode("utf-8", "surrogatepass"))))
+        if not values and len(line.strip()) > 1:  # not a bracket around the lines
+            raise ValueError("brackets without a value") from None
+        return values
+    return value if isinstance(value, list) and value else [value]
 
 
 def parse(line: bytes) -> Any:

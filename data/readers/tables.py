@@ -110,4 +110,11 @@ def plain_type(kind: "pyarrow.DataType") -> "pyarrow.DataType":
         return pyarrow.list_(kind.value_field.with_type(plain_type(kind.value_type)))
     if types.is_large_list(kind):
         return pyarrow.large_list(kind.value_field.with_type(plain_type(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        item = kind.value_field.with_type(plain_type(kind.value_type))
+        return pyarrow.list_(item, kind.list_size)
+    if types.is_map(kind):
+        return pyarrow.map_(plain_type(kind.key_type), plain_type(kind.item_type))
+    if types.is_dictionary(kind):
+        return plain_type(kind.value_type)
     return kind

@@ -3,9 +3,9 @@ r"""Body of a paper: TeX without preamble, comments and back matter, or text wit
 For TeX these are RedPajama's rules for arXiv (github.com/togethercomputer/RedPajama-Data, v1), by
 TeX's grammar and in this order:
 
-- A comment is % to the end of the line, the environment `comment`, or \iffalse to \fi. Literal text
-  has no comments and no commands: \%, \verb, \lstinline, the address of \url, \href and \path, and
-  the environments verbatim, Verbatim, lstlisting, minted and filecontents.
+- A comment is % to the end of the line, the environment `comment`, or \iffalse to its \else or \fi.
+  Literal text has no comments and no commands: \%, \verb, \lstinline, \mintinline, the address of
+  \url, \href and \path, and the environments verbatim, Verbatim, lstlisting, minted, filecontents.
 - Macros of \newcommand and \def that take no argument are replaced by their values.
 - The body starts at the first heading outside of a preamble: an abstract, \part to \subparagraph
   (starred or not, spaces and an optional argument before the title), or one of plain TeX
@@ -35,14 +35,21 @@ LITERAL = (
     r"\\[^a-zA-Z]"
     r"|\\begin\s*\{(?P<name>(?:verbatim|Verbatim|lstlisting|minted|filecontents)\*?)\}"
     r"[\s\S]*?(?:\\end\s*\{(?P=name)\}|\Z)"
-    r"|\\(?:verb|lstinline)(?![a-zA-Z])\*?(?:\[[^\]\n]*\])?(?P<mark>[^\s{\[]).*?(?P=mark)"
-    r"|\\(?:url|nolinkurl|href|path)\s*\{[^{}]*\}"
+    r"|\\(?:(?:verb|lstinline)(?![a-zA-Z])\*?(?:\[[^\]\n]*\])?"
+    r"|mintinline(?:\[[^\]\n]*\])?\{\w+\}|(?:url|path)(?=[|!+\"]))(?P<mark>[^\s{\[]).*?(?P=mark)"
+    r"|\\(?:lstinline(?:\[[^\]\n]*\])?|mintinline(?:\[[^\]\n]*\])?\{\w+\}"
+    r"|(?:url|nolinkurl|href|path)\s*)\{(?:[^{}]|\{[^{}]*\})*+\}"
     r"|^```\w*[ \t]*\n[\s\S]*?(?:^```[ \t]*$|\Z)"  # prose of today: Markdown
 )
+# \iff is a sign and \ifthenelse has no \fi
+CONDITION = r"\\if(?!f(?![a-zA-Z])|thenelse)[a-zA-Z@]*+"
+FI = r"\\fi(?![a-zA-Z@])"
+BRANCH = rf"(?:{CONDITION}(?:(?!{CONDITION}|{FI})[\s\S])*+{FI}|(?!{CONDITION}|{FI})[\s\S])"
 COMMENT = (
     r"^[ \t]*%.*\n?|%.*"
     r"|\\begin\s*\{comment\}[\s\S]*?(?:\\end\s*\{comment\}|\Z)"
-    r"|\\iffalse(?![a-zA-Z])(?:(?!\\(?:if|fi(?![a-zA-Z])))[\s\S])*\\fi(?![a-zA-Z])"
+    rf"|\\iffalse(?![a-zA-Z])(?:(?!\\else(?![a-zA-Z])){BRANCH})*+"
+    rf"(?:{FI}|\\else(?P<otherwise>{BRANCH}*+){FI})"
 )
 CHARACTER = r"[^{}\\\n]|\\."
 GROUP = rf"\{{(?:{CHARACTER}|\{{(?:{CHARACTER}|\{{(?:{CHARACTER})*+\}})*+\}})*+\}}"
@@ -85,7 +92,9 @@ MIN_REFERENCES_POSITION = 0.5  # a heading in the first half of the text belongs
 
 def strip_comments(text: str) -> str:
     """Text without TeX's comments; a comment that fills its line goes with the line's end."""
-    return COMMENTS.sub(lambda match: match["kept"] or "", text)
+    return COMMENTS.sub(
+        lambda match: match["kept"] or strip_comments(match["otherwise"] or ""), text
+    )
 
 
 def mask(text: str) -> str:

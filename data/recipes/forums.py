@@ -1,12 +1,14 @@
 """Forums (Reddit, StackExchange, Hacker News): one document per conversation, in causal order.
 
 A message comes after its parent, and siblings come in order of time; every message is in exactly
-one document. Input: one row per conversation with `messages`, or one row per message with its
-thread, with consecutive rows for each conversation. Fields of a message, by source:
+one document. Input: one row per conversation with `messages`, before which its own title and text
+come, or one row per message with its thread, with consecutive rows for each conversation. A row
+with messages under other names (REPLY_KEYS) is dropped as nested_replies. Fields by source:
 
     any             thread, id, parent or parent_id; text; author, created, title
     Reddit          link_id, id or name, parent_id; body or selftext; author, created_utc, title
     Hacker News     thread, id, parent; text; by, time, title
+    its search      story_id, objectID, parent_id; comment_text or story_text; author, created_at_i
     StackExchange   Id, ParentId, PostTypeId; Body; OwnerDisplayName, CreationDate, Title
 
 Reddit numbers submissions (t3_) and comments (t1_) apart. An id without prefix is a submission's if
@@ -35,12 +37,16 @@ REQUIRES = ("orjson",)
 # 2: ids keep their type, times of every form are compared, fields of StackExchange's dumps are read
 RECIPE_VERSION = 2
 DELETED = ("[deleted]", "[removed]", "")
-ID_KEYS = ("name", "id", "Id")
+ID_KEYS = ("name", "id", "Id", "objectID")
 PARENT_KEYS = ("parent", "parent_id", "ParentId")
-TEXT_KEYS = ("text", "body", "selftext", "content", "Body")
+TEXT_KEYS = ("text", "body", "selftext", "content", "Body", "comment_text", "story_text")
+REPLY_KEYS = ("comments", "replies", "children", "answers")
 TITLE_KEYS = ("title", "Title")
 AUTHOR_KEYS = ("author", "by", "OwnerDisplayName")
-TIME_KEYS = ("created", "created_utc", "time", "creation_date", "CreationDate")
+TIME_KEYS = (
+    *("created", "created_utc", "time", "creation_date", "CreationDate"),
+    *("created_at_i", "created_at"),
+)
 SUBMISSION, COMMENT = "t3", "t1"
 TYPED_ID = re.compile(f"({SUBMISSION}|{COMMENT})_(.+)")
 # The unit of a time follows from its size: seconds below 1e11 (until the year 5138), then
@@ -102,7 +108,9 @@ def parent_keys(message: Message) -> list[Key]:
 
 def thread_of(row: Message) -> str | None:
     """Id of the conversation that a message's row belongs to, None if the row does not say."""
-    thread = id_text(first_value(row, "thread"))
+    thread = id_text(first_value(row, "thread", "story_id"))
+    if thread is None and first_value(row, *PARENT_KEYS) is None:
+        thread = id_text(first_value(row, "objectID"))
     if thread is not None:
         return thread
     if (link := id_text(first_value(row, "link_id"))) is not None:
@@ -154,8 +162,29 @@ def sort_key(message: Message, position: int) -> tuple[float, int, str, int]:
 
 
 def is_message(row: Any) -> bool:
-    """Whether a value is an object with an id."""
-    return isinstance(row, dict) and message_key(row) is not None
+    """Whether a value is an object with an id, and with text or no text."""
+    return isinstance(row, dict) and message_key(row) is not None and has_text_or_none(row)
+
+
+def has_text_or_none(row: Message) -> bool:
+    """Whether the value under a row's key of text is not of another type."""
+    return isinstance(first_value(row, *TEXT_KEYS), str | None)
+
+
+def has_replies(row: Any) -> bool:
+    """Whether a row or a message has messages inside that are not read."""
+    values = [row.get(key) for key in REPLY_KEYS] if isinstance(row, dict) else []
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return any(isinstance(item, dict) for item in items)
+
+
+def opening(row: Message, messages: list[Message]) -> Message:
+    """Title and text of a conversation's row as its first message, which may be repeated."""
+    text = first_value(row, *TEXT_KEYS)
+    if any(first_value(message, *TEXT_KEYS) == text for message in messages):
+        text = None
+    title = first_value(row, *TITLE_KEYS)
+    return {"title": title, "text": text, "author": first_value(row, *AUTHOR_KEYS), "created": 0}
 
 
 def unique(messages: Iterable[Message]) -> list[Message]:
@@ -245,14 +274,18 @@ class ConversationReader(DocumentReader):
         for index, row in self.rows(filepath):
             where = f"{filepath}:{index}"
             nested = row.get("messages") if isinstance(row, dict) else None
-            if isinstance(nested, list) and all(map(is_message, nested)):
+            if any(map(has_replies, [row, *(nested if isinstance(nested, list) else [])])):
+                self.drop("nested_replies", where, row)
+            elif (
+                isinstance(nested, list) and has_text_or_none(row) and all(map(is_message, nested))
+            ):
                 thread = first_value(row, "id", "thread", "Id")
                 thread = where if id_text(thread) is None else str(id_text(thread))
-                title = first_value(row, *TITLE_KEYS)
-                head = {} if title is None else {"title": title}
-                yield from ((index, thread, {**head, **m} if m is nested[0] else m) for m in nested)
-                if not nested:
+                first = opening(row, nested)
+                if not nested and first["text"] is None:
                     self.drop("empty", where, row)
+                    continue
+                yield from ((index, thread, message) for message in (first, *nested))
             elif is_message(row) and (own_thread := thread_of(row)) is not None:
                 yield index, own_thread, row
             else:
@@ -266,6 +299,6 @@ def steps(source: Source, folder: Path, assets: Assets) -> list[PipelineStep]:
         folder,
         reader_class=ConversationReader,
         columns=None,
-        instead_of_text=("messages", "thread", "link_id", "selftext", "PostTypeId"),
+        instead_of_text=("messages", "thread", "link_id", "selftext", "PostTypeId", "story_id"),
     )
     return [reader, BasicQualityFilter(min_chars=100, min_letters=0.4, max_line=100_000)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data.recipes.forums import linearize, seconds
+from data.recipes.forums import REPLY_KEYS, linearize, seconds
 from tests.data.samples import make_source, run_recipe, write_rows
 
 LONG = "about the river and the fields that lie on both of its sides in spring, and the mill"
@@ -163,10 +163,58 @@ def test_hacker_news_and_stackexchange_are_read(tmp_path: Path) -> None:
         {"id": "a", "thread": {"b": 1}, "text": LONG},
         {"id": "n", "messages": [{"text": LONG}]},
         {"id": "n", "messages": ["a"]},
+        {"id": "n", "messages": [{"id": "a", "text": LONG}, {"id": "b", "text": [LONG]}]},
+        {"id": "n", "text": [LONG], "messages": [{"id": "a", "text": LONG}]},
+        {"id": "a", "thread": "t", "text": {"raw": LONG}},
     ],
 )
 def test_rows_without_an_id_or_a_thread_are_corrupt(tmp_path: Path, row: Any) -> None:
     assert read(tmp_path, [row]) == ([], {"corrupt": 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "answers", "expected"),
+    [
+        ({"title": "T", "selftext": f"A {LONG}", "author": "ann"}, ["B"], ["T", "ann: A", "B"]),
+        ({"text": f"A {LONG}"}, ["B", "C"], ["A", "B", "C"]),
+        ({"title": "T", "text": f"B {LONG}"}, ["B", "C"], ["T", "B", "C"]),  # repeated
+        ({"title": "T"}, ["B", "C"], ["T", "B", "C"]),
+        ({"text": f"A {LONG} {LONG}"}, [], ["A"]),
+    ],
+)
+def test_a_conversations_own_text_comes_first(
+    tmp_path: Path, row: Any, answers: list[str], expected: list[str]
+) -> None:
+    messages = [
+        {"id": i, "parent": 7, "text": f"{answer} {LONG}", "time": 5 + i}
+        for i, answer in enumerate(answers)
+    ]
+    assert read(tmp_path, [{"id": 7, **row, "messages": messages}]) == ([expected], {})
+
+
+@pytest.mark.parametrize("key", REPLY_KEYS)
+def test_replies_that_are_not_read_are_counted(tmp_path: Path, key: str) -> None:
+    reply = {"id": "b", "text": LONG}
+    message = {"id": "a", "thread": "t", "text": f"A {LONG} {LONG}"}
+    rows = [
+        {**message, key: [reply]},
+        {**message, key: {"kind": "Listing", "data": {"children": [reply]}}},
+        {"id": "n", "messages": [{**message, key: [reply]}]},
+        {**message, key: ""},  # Reddit's form of none
+        {**message, key: [8, 9], "id": "c"},
+    ]
+    assert read(tmp_path, rows) == ([["A", "A"]], {"nested_replies": 3})
+
+
+def test_rows_of_hacker_news_search_are_read(tmp_path: Path) -> None:
+    rows: Rows = [
+        {"objectID": "7", "story_text": f"A {LONG}", "title": "T", "created_at_i": 5},
+        {"objectID": "9", "story_id": 7, "parent_id": 7, "comment_text": f"C {LONG}"}
+        | {"created_at": "2020-01-02T00:00:00.000Z", "created_at_i": 1577923200},
+        {"objectID": "10", "story_id": 7, "parent_id": 7, "comment_text": f"B {LONG}"}
+        | {"created_at": "2020-01-01T00:00:00.000Z", "author": "ann"},
+    ]
+    assert read(tmp_path, rows) == ([["T", "A", "ann: B", "C"]], {})
 
 
 def test_messages_with_one_id_and_other_texts_are_all_kept() -> None:

@@ -40,7 +40,7 @@ HEADER_ENDS = (
 )
 END = re.compile(rf"^[ \t]*\*{{3}}[ \t]*END OF {EDITION}", LINES)
 END_SENTENCE = re.compile(
-    r"^[ \t]*\W{0,5}(?:END OF|ENDE|FIN DE)(?: THE| THIS| DIESES)? PROJE[CK]T GUTENBERG", LINES
+    r"^[ \t]*\W{0,5}(?:END OF|ENDE|FIN D[EU])(?: THE| THIS| DIESES)? PROJE[CK]?T GUTENBERG", LINES
 )
 LICENCE = re.compile(
     r"^[ \t]*(?:\*{3}[ \t]*START: FULL LICEN[SC]E|\*+[ \t]*START[ \t]*\**[ \t]*THE SMALL PRINT!"
@@ -58,11 +58,16 @@ CREDITS = re.compile(
     r"\s*(?:(?:this )?(?:project gutenberg )?(?:e-?text|e-?book|html version)(?: was| is)? ?"
     r"(?:produced|prepared|created|scanned|transcribed)|produced|prepared|transcribed) by\b"
     r"[^\n]*(?:\n[^\n]+){0,7}(?=\n\n|\n?\Z)"
+    # above its editions of 2005 to 2015
+    r"|\s*(?:from (?:page )?images|note: project gutenberg also has|images of the original)\b"
+    r"[^\n]*(?:\n[^\n]+){0,9}(?=\n\n|\n?\Z)"
     r"|\s*\[transcriber['\u2019]?s['\u2019]? notes?:?[^\[\]]{0,2000}\]",
     re.IGNORECASE,
 )
 PAGE_NUMBER = re.compile(
-    r"^[ \t]*(?:\[?(?:page |p\. ?)?\d{1,4}\]?|[ivxlc]{1,7})[ \t]*$\n?", re.MULTILINE | re.IGNORECASE
+    r"^[ \t]*(?:\[?(?:page |p\. ?)?\d{1,4}\]?"
+    r"|(?=[ivxlc])c{0,3}(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3}))[ \t]*$\n?",  # no "civil", "ill"
+    LINES,
 )
 HYPHENATION = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
 

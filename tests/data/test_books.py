@@ -52,6 +52,12 @@ HEADERS = {
     + "*** START OF THE PROJECT GUTENBERG EBOOK THE RIVER ***\n\n\n\n\nProduced by Bo Ek and the "
     "Online Distributed\nProofreading Team at http://www.pgdp.net\n\n\n[Transcriber's Note: the\n"
     "spelling of the printed book was kept.]\n\n",
+    "other editions": ANNOUNCED
+    + "*** START OF THE PROJECT GUTENBERG EBOOK THE RIVER ***\n\n\nE-text prepared by Bo Ek\n"
+    "(http://www.pgdp.net)\n\nfrom page images generously made available by\nInternet Archive\n"
+    "(http://www.archive.org)\n\n\n\nNote: Project Gutenberg also has an HTML version of this\n"
+    "      file which includes the original illustrations.\n      See 1-h.htm or 1-h.zip\n\n\n"
+    "      Images of the original pages are available through\n      Internet Archive.\n\n\n",
     "short": "Licence.\n*** START OF THE PROJECT GUTENBERG EBOOK RIVERS ***\n",
     "none": "",
 }
@@ -62,6 +68,7 @@ FOOTERS = {
     f"1.txt *****\n{LICENCE}",
     "close": f"***END OF THE PROJECT GUTENBERG EBOOK THE RIVER***\n{LICENCE}",
     "1990s": "\nEnd of Project Gutenberg's Etext of The River, by Ann Lee\n",
+    "french": "\n\nFin de Projet Gutenberg La Rivi\xe8re, par Ann Lee\n",
     "the 1990s": "\nEnd of The Project Gutenberg Etext of The River\n",
     "no mark": "*** START: FULL LICENSE ***\n\n" + LICENCE,
     "licence": "\nTHE FULL PROJECT GUTENBERG\u2122 LICENSE\n" + LICENCE,
@@ -111,3 +118,5 @@ def test_words_in_a_sentence_are_no_marks() -> None:
 def test_page_numbers_and_hyphens_of_the_edition_are_removed() -> None:
     text = f"{PROSE}\nThe mill-\n12\nowner and the vil-\n [Page 13] \nlage slept.\nWell-\nKnown."
     assert body_of(text) == f"{PROSE}\nThe millowner and the village slept.\nWell-\nKnown."
+    roman = "The\nxiv\nLXXXIX\n ccii\ncivil\nill\niiii\nend"
+    assert body_of(roman) == "The\ncivil\nill\niiii\nend"

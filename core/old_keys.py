@@ -15,6 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
+
+from core.errors import InputError
+from core.schema import covers
 
 logger = logging.getLogger(__name__)
 
@@ -181,15 +185,20 @@ def rename_keys(config: DictConfig, source: str, given: Collection[str] = ()) ->
             value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
             for name, leaf in flatten(RENAMED[old], value):
                 new = new_key(name)  # a key of a moved section may be renamed too
-                if not any(f"{new}.".startswith(f"{key}.") for key in given):
+                if not covers(given, new):
                     OmegaConf.update(config, new, leaf, force_add=True)
     warn_once(source, changes)
 
 
 def load_config(path: Path) -> DictConfig:
-    """Load a run's config.yaml with current keys."""
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    """Load a run's config.yaml with current keys. Raises InputError if it is damaged."""
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read ({reason}): restore it or move it away") from error
+    if not isinstance(config, DictConfig):
+        raise InputError(f"{path} is not a run's record: restore it or move it away")
     rename_keys(config, str(path))
     return config
 
@@ -202,7 +211,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def is_removed(key: str) -> bool:
     """Whether a key or a section that contains it was removed."""
-    return f"{key}.".startswith(tuple(f"{old}." for old in REMOVED))
+    return covers(REMOVED, key)
 
 
 def new_key(key: str) -> str:

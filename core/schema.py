@@ -42,6 +42,11 @@ def config_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def covers(keys: Collection[str], key: str) -> bool:
+    """Whether one of `keys` is the key or a section that contains it."""
+    return any(f"{key}.".startswith(f"{section}.") for section in keys)
+
+
 def may_be_absent(schemas: Collection[type], key: str) -> bool:
     """Whether a valid config can lack a key: one with a default, or an entry of a dict.
 
@@ -96,6 +101,8 @@ def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
             raise InputError(f"{prefix}{key} is a list: write its entries as {{NAME: VALUE}}")
         if get_origin(expected) is list and OmegaConf.is_dict(value):
             raise InputError(f"{prefix}{key} has names for its entries: write a list, [VALUE, ...]")
+        if get_origin(expected) is list and value is not None and not OmegaConf.is_list(value):
+            raise InputError(f"{prefix}{key} is a list: write {prefix}{key}=[{value}]")
         if inner is None:
             if expected in (int, int | None) and isinstance(value, float) and value.is_integer():
                 values[key] = int(value)

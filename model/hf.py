@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import InputError
@@ -161,7 +161,7 @@ class HfFolder:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             self.config = config_from_hf(raw)
             self.files = self._files()
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{folder} is not a transformers folder with safetensors weights: {error}"
             ) from error
@@ -208,8 +208,13 @@ def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
         raise InputError(str(error)) from error
     if overrides := config_differences(source.config, model.config):
         raise InputError(f"{source.folder} has another shape: give {' '.join(overrides)}")
-    for name, parameter in model.named_parameters():
-        parameter.copy_(shard(name, source.read_full(name), tp_rank, tp_size))
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(shard(name, source.read_full(name), tp_rank, tp_size))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"{source.folder} cannot be read ({error}): download or export it again"
+        ) from error
 
 
 @torch.no_grad()

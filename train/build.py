@@ -26,7 +26,6 @@ from train.distributed import (
     context_ranks,
     data_parallel_group,
     errors_on_all_ranks,
-    raise_on_all_ranks,
 )
 from train.engines.build import build_engine
 from train.metrics.console import LOG_COLUMNS
@@ -76,7 +75,7 @@ def build_trainer(
     checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
     )
-    origin = find_origin(config, record, checkpoints, ranks)
+    origin = find_origin(config, record, plan, checkpoints, ranks)
     initial = load_initial_weights(model, config, ranks) if origin is None else None
     if config.compute.compile:
         model.compile_blocks()
@@ -85,15 +84,13 @@ def build_trainer(
         0, 0, 0, plan.hash_at(0), asdict(config.model), config=record, tokenizer=tokenizer_hash
     )
     if origin is not None:
-        state = resume(checkpoints, origin, engine, plan, state)
+        state = resume(checkpoints, origin, engine, state)
     failure_policy = FailurePolicy(
         config.health, ranks, model, engine, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:
-        count_start(config, state, ranks, watchdog.incidents)
-        if ranks.is_first:
-            record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
+        record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
     loader = Loader(plan, manifests)
     micro_batch_tokens = config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch_tokens, engine.needs_equal_micro_batches)
@@ -154,15 +151,6 @@ def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> Falco
     )
 
 
-def count_start(config: RunConfig, state: TrainState, ranks: Ranks, incidents: Incidents) -> None:
-    """Count this start; InputError on every rank after too many starts without progress."""
-    error = None
-    if ranks.is_first:
-        starts = Starts(config.run.folder, config.health.max_starts)
-        error = starts.count(state.tokens, incidents)
-    raise_on_all_ranks(error)
-
-
 def record_start(
     config: RunConfig,
     record: dict[str, Any],
@@ -172,8 +160,19 @@ def record_start(
     ranks: Ranks,
     incidents: Incidents,
 ) -> None:
-    """Write config.yaml with this start's entry; log changed settings and loaded weights."""
-    write_record(config.run.files.config, record, state, origin, initial, ranks.world_size)
+    """Count this start, write config.yaml with its entry; log changed settings and loaded weights.
+
+    Raises InputError, on every rank, after too many starts without progress and for a damaged
+    config.yaml.
+    """
+    with errors_on_all_ranks():
+        if ranks.is_first:
+            starts = Starts(config.run.folder, config.health.max_starts)
+            if error := starts.count(state.tokens, incidents):
+                raise InputError(error)
+            write_record(config.run.files.config, record, state, origin, initial, ranks.world_size)
+    if not ranks.is_first:
+        return
     if initial is not None:
         logger.info(f"initial weights: {initial}")
     if origin is None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import lcm
 
+from core.old_keys import new_key
 from core.run import Run
+from core.schema import ENTRY, config_keys, covers
 from data.config import DataConfig
 from eval.config import LeaderboardConfig, ValidationConfig
 from model.config import Backend, ModelConfig, Recompute
@@ -265,6 +267,7 @@ class RunConfig:
     leaderboard: LeaderboardConfig
 
     def __post_init__(self) -> None:
+        self._check_accepted_keys()
         tokens = self.tokens
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(
@@ -300,6 +303,16 @@ class RunConfig:
                 f"parallel.micro_batch_tokens {self.parallel.micro_batch_tokens} is below the "
                 f"longest sequence ({max_seq_len} tokens): raise it"
             )
+
+    def _check_accepted_keys(self) -> None:
+        self.run.accept_changes = [new_key(key) for key in self.run.accept_changes]
+        known = [key.partition(f".{ENTRY}")[0] for key in config_keys(RunConfig)]
+        for key in self.run.accept_changes:
+            if not any(covers((key,), other) or covers((other,), key) for other in known):
+                raise ValueError(
+                    f"run.accept_changes names {key}, which is no setting of a run: name keys such "
+                    "as optim.lr, or sections such as data.stages"
+                )
 
     def _check_sequence_parallel(self) -> None:
         tp_size = self.parallel.tensor_parallel

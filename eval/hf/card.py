@@ -28,7 +28,7 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
         raise InputError(f"{run_dir} has no config.yaml: train/pretrain.py writes it")
     config = read_record(files.config)
     state = read_state(checkpoint)
-    history = [entry for entry in config.pop("history", []) if entry["tokens"] < state["tokens"]]
+    history = starts_of(config.pop("history", None) or [], state["tokens"])
     # what the checkpoint was trained with; config.yaml may be of a later start
     config = state.get("config") or config
     heldout = _read_results(files.evaluation, checkpoint).get("heldout", {})
@@ -65,6 +65,17 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
         curves=files.curves.is_file(),
     )
     return str(ModelCard(text))
+
+
+def starts_of(history: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """The starts that a checkpoint at `tokens` comes from: a later one may repeat an earlier one's
+    tokens, and a first one changes nothing.
+    """
+    starts: list[dict[str, Any]] = []
+    for entry in history:
+        starts = [start for start in starts if start["tokens"] < entry["tokens"]]
+        starts.append(entry if entry["tokens"] else {**entry, "decisive": {}})
+    return [start for start in starts if start["tokens"] < tokens]
 
 
 def _read_results(path: Path, checkpoint: Path) -> dict[str, Any]:

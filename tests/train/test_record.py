@@ -1,6 +1,7 @@
 """A run's record is the run: changed settings, branches and initial weights."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_a_change_is_refused_and_names_what_would_accept_it(root: Path) -> None:
     assert run.run.files.config.read_bytes() == before and not incidents(run)
 
 
+def test_data_that_has_been_read_cannot_be_accepted_as_changed(root: Path) -> None:
+    """So the error does not suggest it."""
+    run = interrupted(root, "done", "read")
+    past = [replace(run.data.stages[0], mixture={"prose": 1, "sums": 1}), *run.data.stages[1:]]
+    for data, change in (
+        (replace(run.data, seed=6), r"data\.seed 5 -> 6"),
+        (replace(run.data, reset_state=False), r"data\.reset_state true -> false"),
+        (replace(run.data, stages=past), r"data\.stages\.0\.mixture\.prose 3 -> 1"),
+    ):
+        for accept in ([], ["data"]):
+            other = with_run(replace(run, data=data), accept_changes=accept)
+            with pytest.raises(InputError, match=rf"another data plan: .*\({change}\)") as refused:
+                train(other)
+            assert "accept" not in str(refused.value)
+
+
 def test_an_accepted_change_is_in_the_record(root: Path) -> None:
     run = interrupted(root, "done", "accepted")
     other = replace(run, optim=replace(run.optim, lr=2e-3), metrics=replace(run.metrics))
@@ -110,6 +127,32 @@ def test_an_accepted_change_is_in_the_record(root: Path) -> None:
     card = model_card(run.run.folder, oldest, run.model)
     assert "| peak and final rate | 0.01," in card and "optim.lr" not in card
     assert page([run.run.folder], root / "page.html").read_text().count("0.01 -&gt; 0.002") == 2
+
+
+def test_a_card_leaves_out_changes_of_starts_that_saved_nothing(root: Path) -> None:
+    run = interrupted(root, "done", "abandoned")
+    history = read_record(run.run.files.config)["history"]
+    lost = {**history[0], "tokens": MIDDLE, "decisive": {"optim.lr": [0.01, 5.0]}}
+    first = {**history[0], "decisive": {"optim.lr": [7.0, 0.01]}}
+    record = OmegaConf.load(run.run.files.config)
+    record.history = [history[0], first, lost]
+    OmegaConf.save(record, run.run.files.config)
+    train(run)  # with the settings of the checkpoint
+    newest = next(iter_checkpoints(run.run.files.checkpoints))
+    assert len(read_record(run.run.files.config)["history"]) == 4
+    assert "optim.lr" not in model_card(run.run.folder, newest, run.model)
+
+
+def test_a_damaged_record_is_one_line(root: Path) -> None:
+    run = interrupted(root, "done", "damaged-record")
+    for text, reason in (("a: [1\n", "cannot be read"), ("- 1\n", "not a run's record")):
+        run.run.files.config.write_text(text)
+        with pytest.raises(InputError, match=reason) as refused:
+            train(run)
+        assert "\n" not in str(refused.value)
+    run.run.files.config.write_text("history:\n")
+    train(run)
+    assert len(read_record(run.run.files.config)["history"]) == 1
 
 
 def test_a_finished_run_keeps_its_record(root: Path) -> None:
@@ -209,6 +252,28 @@ def test_a_branch_keeps_the_past_and_the_rest_of_the_recipe(root: Path) -> None:
         with_run(branch, init_from="x")
 
 
+def test_a_branch_has_tokens_to_train_on_at_rates_as_planned(root: Path) -> None:
+    done = config(root, "done")
+    again = with_run(config(root, "again"), branch_from=str(done.run.folder))
+    with pytest.raises(InputError, match=r"has all 3,328 tokens .* an earlier checkpoint"):
+        train(again)
+    with pytest.raises(InputError, match=r"\(data\.stages\.1\.tokens .* an earlier checkpoint"):
+        train(with_run(longer(config(root, "again")), branch_from=str(done.run.folder)))
+    more = [*again.data.stages, Stage("more", 8 * BLOCK, 32, {"prose": 1})]
+    decayed = replace(again, data=replace(again.data, stages=more))
+    with pytest.raises(InputError, match="stable stage: the decay starts at 2,728 tokens"):
+        train(decayed)
+    stable = with_run(config(root, "stable-end"), branch_from=str(checkpoint_at(done, 40 * BLOCK)))
+    # the decay begins 8 tokens earlier
+    train(replace(stable, schedule=replace(stable.schedule, decay_tokens=12 * BLOCK + 8)))
+    early = with_run(again, branch_from=str(checkpoint_at(done, 1696)))
+    with pytest.raises(InputError, match="stable stage: the decay starts at 328 tokens"):
+        train(replace(early, schedule=replace(early.schedule, decay_tokens=3000)))
+    assert not again.run.files.config.exists()
+    train(with_run(decayed, accept_changes=["schedule.decay_tokens"]))
+    assert records(root, "again")[-1]["tokens"] == 60 * BLOCK
+
+
 def test_other_shards_are_another_data_plan(root: Path) -> None:
     run = interrupted(root, "done", "shards")
     shutil.copytree(root / "data", root / "other-data")
@@ -231,6 +296,19 @@ def test_weights_come_from_a_checkpoint_or_a_run(root: Path, kind: str) -> None:
     assert first["step"] == 1 and first["loss"] < records(root, "done")[0]["loss"] - 1
     (start,) = read_starts(run.run.files.config)
     assert start["initial_weights"] == f"checkpoint {newest}, {52 * BLOCK:,} tokens"
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_exports_are_one_line(root: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(FIXTURES / "runs" / "zero1-dp2" / "hf", tmp_path / "hf")
+    path = next((tmp_path / "hf").glob("model-*.safetensors"))
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[:500])
+    run = with_run(config(root, f"from-{damage}"), init_from=str(tmp_path / "hf"))
+    with pytest.raises(InputError, match=r"run\.init_from: .* download or export it again"):
+        train(run)
 
 
 def test_weights_of_another_vocabulary_are_refused(root: Path, capsys: Any) -> None:
@@ -303,9 +381,16 @@ def test_changes_of_settings_and_stages() -> None:
     assert check_changes(changes, [], is_branch=True) == changes
 
 
-def test_accepted_keys_must_exist_and_a_model_never_changes() -> None:
-    with pytest.raises(InputError, match="names optim.rate, which is no setting"):
-        check_changes([], ["optim.rate"], is_branch=False)
+def test_accepted_keys_are_checked_before_they_are_needed() -> None:
+    run = config(Path("root"), "run")
+    for key in ("optim.rate", "optim.*", ""):
+        with pytest.raises(ValueError, match=f"names {re.escape(key)}, which is no setting"):
+            replace(run, run=replace(run.run, accept_changes=[key]))
+    old = replace(run, run=replace(run.run, accept_changes=["schedule.batch_end", "data"]))
+    assert old.run.accept_changes == ["schedule.batch_end_sequences", "data"]
+
+
+def test_a_model_never_changes() -> None:
     change = [Change("model.n_layer", 2, 3)]
     with pytest.raises(InputError, match="another model: model.n_layer 2 -> 3"):
         check_changes(change, ["model"], is_branch=True)

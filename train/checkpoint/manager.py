@@ -13,6 +13,8 @@ waits only for the copy to host memory (train/checkpoint/writer.py does the rest
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,17 +92,11 @@ class CheckpointManager:
 
         Raises InputError when the files match their manifest but are no checkpoint of this run.
         """
-        try:
-            values = {key: value for key, value in read_state(folder).items() if key != "format"}
-            state = TrainState(**values)
+        state = read_train_state(folder)
+        with loading(folder):
             engine.load(CheckpointReader(folder), state.updates)
-            if self.writer.last_commit is None:
-                self.writer.last_commit = (folder.name, (folder / MANIFEST).stat().st_mtime)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{folder} matches its manifest but cannot be loaded ({type(error).__name__}: "
-                f"{error}): move it away to load the one before"
-            ) from error
+        if self.writer.last_commit is None:
+            self.writer.last_commit = (folder.name, (folder / MANIFEST).stat().st_mtime)
         return state
 
     def is_due(self, before: int, tokens: int) -> bool:
@@ -200,6 +196,25 @@ class CheckpointManager:
                 if tokens >= every:
                     keep.add(folder)
         return keep
+
+
+def read_train_state(folder: Path) -> TrainState:
+    """Read the position and record of a verified checkpoint; InputError if it has none of ours."""
+    with loading(folder):
+        values = {key: value for key, value in read_state(folder).items() if key != "format"}
+        return TrainState(**values)
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Raise InputError where the files of a verified checkpoint are no checkpoint of this run."""
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{folder} matches its manifest but cannot be loaded ({type(error).__name__}: "
+            f"{error}): move it away to load the one before"
+        ) from error
 
 
 def invalid_reason(folder: Path) -> str | None:

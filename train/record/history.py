@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from core.files import ROOT, write_text
 from core.old_keys import read_record
+from core.schema import covers
 from train.checkpoint.manager import TrainState
-from train.record.changes import DECISIVE, Change, covers, find_changes
+from train.record.changes import DECISIVE, Change, find_changes
 from train.record.origin import Origin
 
 # packages that decide numbers
@@ -55,7 +56,7 @@ def write_record(
         some = [change for change in changes if covers(DECISIVE, change.key) == is_decisive]
         if some:
             entry[kind] = as_table(some)
-    history = [*previous.get("history", []), entry]
+    history = [*(previous.get("history") or []), entry]
     content = {**record, "history": history}
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(content)))
 

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.old_keys import read_record
 from core.run import RunFiles
+from core.schema import covers
 from data.stream.manifests import tokenizer_path
 from data.stream.mixture import Plan
 from model.checkpoint import CheckpointReader, read_state
@@ -20,14 +22,16 @@ from model.hf import config_differences, load_hf_weights
 from model.mamba import FalconMamba
 from model.sharding import shard
 from train.checkpoint.find import resolve_checkpoint
-from train.checkpoint.manager import CheckpointManager, TrainState
+from train.checkpoint.manager import CheckpointManager, TrainState, read_train_state
 from train.config import RunConfig
-from train.distributed import Ranks, broadcast_text, raise_on_all_ranks
+from train.distributed import Ranks, broadcast_text, errors_on_all_ranks, raise_on_all_ranks
 from train.engines.protocol import Engine
-from train.record.changes import Change, check_changes, covers, find_changes
+from train.record.changes import DATA_ORDER, Change, check_changes, find_changes, join
 
 logger = logging.getLogger(__name__)
-VOCABULARY = "data.tokenizer"  # key of run.accept_changes for weights of another vocabulary
+# keys of run.accept_changes: weights of another vocabulary, a branch from inside a decay
+VOCABULARY = "data.tokenizer"
+DECAY = "schedule.decay_tokens"
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class Origin:
 
 
 def find_origin(
-    config: RunConfig, record: dict[str, Any], checkpoints: CheckpointManager, ranks: Ranks
+    config: RunConfig,
+    record: dict[str, Any],
+    plan: Plan,
+    checkpoints: CheckpointManager,
+    ranks: Ranks,
 ) -> Origin | None:
-    """Find the checkpoint to continue and compare its settings with `record`, the present ones.
+    """Find the checkpoint to continue; compare it with the plan and `record`, the present settings.
 
     The run's newest valid checkpoint, else run.branch_from; None for a new run. Raises InputError,
-    on every rank, for a change that run.accept_changes does not name.
+    on every rank, for another past or a change that run.accept_changes does not name.
     """
     folder = checkpoints.find_latest()
     is_branch = folder is None and config.run.branch_from is not None
@@ -62,52 +70,95 @@ def find_origin(
             raise InputError("run.branch_from is this run's own: choose another run.name")
     if folder is None:
         return None
-    changes: list[Change] = []
-    accepted: list[Change] = []
-    error = None
-    if ranks.is_first:
-        try:
-            changes = find_changes(trained_with(folder), record)
-            accepted = check_changes(changes, config.run.accept_changes, is_branch=is_branch)
-        except InputError as refused:
-            error = f"{folder}: {refused}"
-    raise_on_all_ranks(error)
-    return Origin(folder, is_branch, changes, accepted)
+    origin = Origin(folder, is_branch, [], [])
+    with errors_on_all_ranks():
+        if ranks.is_first:
+            origin = compare(origin, config.run.accept_changes, record, plan)
+    return origin
 
 
-def trained_with(checkpoint: Path) -> dict[str, Any]:
+def compare(origin: Origin, accept: Collection[str], record: dict[str, Any], plan: Plan) -> Origin:
+    """Return the origin with the settings that differ; InputError for a difference not accepted."""
+    state = read_train_state(origin.checkpoint)
+    before = trained_with(origin.checkpoint, state)
+    changes = find_changes(before, record)
+    try:
+        check_data(state, plan, changes, is_branch=origin.is_branch)
+        accepted = check_changes(changes, accept, is_branch=origin.is_branch)
+        if origin.is_branch and not covers(accept, DECAY):
+            check_rates(state.tokens, before, record)
+    except InputError as error:
+        raise InputError(f"{origin.checkpoint}: {error}") from error
+    return replace(origin, changes=changes, accepted=accepted)
+
+
+def trained_with(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     """Settings that a checkpoint was trained with.
 
     Older checkpoints have only the model's; the others are in the run's config.yaml, if there is
     one.
     """
-    state = read_state(checkpoint)
-    config: Any = state.get("config")
+    config = state.config
     if not config:
         config = read_record(RunFiles(checkpoint.parent.parent).config)
         if not config:
             logger.warning(f"{checkpoint} has no record of its settings, only of its model's")
-    return {**config, "model": state["model"]}
+    return {**config, "model": state.model}
+
+
+def check_data(state: TrainState, plan: Plan, changes: list[Change], *, is_branch: bool) -> None:
+    """Raise InputError unless a checkpoint's tokens are the plan's first, and a branch has more."""
+    if state.tokens > plan.tokens:
+        raise InputError(
+            f"the checkpoint has {state.tokens:,} tokens, more than the {plan.tokens:,} of the "
+            "stages: make a stage longer"
+        )
+    earlier = ", or name an earlier checkpoint in run.branch_from" if is_branch else ""
+    if state.plan not in (plan.hash_at(state.tokens), plan.old_hash):
+        of_data = join([change for change in changes if covers(DATA_ORDER, change.key)])
+        raise InputError(
+            f"the checkpoint has another data plan: its first {state.tokens:,} tokens had other "
+            f"shards, sources or stages{f' ({of_data})' if of_data else ''}: restore "
+            f"them, or choose another run.name{earlier}"
+        )
+    if is_branch and state.tokens == plan.tokens:
+        raise InputError(
+            f"the checkpoint has all {plan.tokens:,} tokens of the stages: make a stage longer"
+            f"{earlier}"
+        )
+
+
+def check_rates(tokens: int, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError if a branch's decay would change rates that its checkpoint was trained at.
+
+    A checkpoint without a record of its schedule passes, and one in the first blocks of a decay:
+    stages are rounded down to whole blocks, so that a decay as long as a stage begins before it.
+    """
+    recorded = [decay_of(record) for record in (before, now) if "schedule" in record]
+    start = min(start for start, *_ in recorded)
+    data = now["data"]
+    rounding = data["block_tokens"] * len(data["stages"])
+    if recorded[0] != recorded[-1] and tokens > start + rounding:
+        raise InputError(
+            f"the checkpoint is not of the stable stage: the decay starts at {start:,} tokens in "
+            "one of the two schedules, so its rates were others. Name an earlier checkpoint in "
+            f"run.branch_from, or accept that: 'run.accept_changes=[{DECAY}]'"
+        )
+
+
+def decay_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the token at which the decay of a recorded config starts, and all that shapes it."""
+    block, schedule = record["data"]["block_tokens"], record["schedule"]
+    total = sum(stage["tokens"] // block * block for stage in record["data"]["stages"])
+    shape = [schedule[key] for key in ("decay_tokens", "decay_shape", "min_lr")]
+    return total - schedule["decay_tokens"], *shape
 
 
 def resume(
-    checkpoints: CheckpointManager, origin: Origin, engine: Engine, plan: Plan, new: TrainState
+    checkpoints: CheckpointManager, origin: Origin, engine: Engine, new: TrainState
 ) -> TrainState:
-    """Load a checkpoint into the engine; return its position, with the record of `new`.
-
-    Raises InputError if the tokens that it was trained on are not those of the plan.
-    """
+    """Load a checkpoint into the engine; return its position, with the record of `new`."""
     state = checkpoints.load(origin.checkpoint, engine)
-    if state.tokens > plan.tokens:
-        raise InputError(
-            f"{origin.checkpoint} has {state.tokens:,} tokens, more than the {plan.tokens:,} of "
-            "the stages: make a stage longer"
-        )
-    if state.plan not in (plan.hash_at(state.tokens), plan.old_hash):
-        raise InputError(
-            f"{origin.checkpoint} has another data plan: its first {state.tokens:,} tokens had "
-            "other shards, sources or stages. Restore them, or choose another run.name"
-        )
     state.model, state.config, state.tokenizer = new.model, new.config, new.tokenizer
     return state
 

@@ -19,10 +19,10 @@ from core.schema import covers
 from train.config import RunConfig
 
 DATA_ORDER = ("data.seed", "data.block_tokens", "data.reset_state", "data.stages")
+SOURCES_OF_WEIGHTS = ("run.init_from", "run.branch_from")
 DECISIVE = (
     "run.seed",
-    "run.init_from",
-    "run.branch_from",
+    *SOURCES_OF_WEIGHTS,
     "model",
     *DATA_ORDER,
     "optim",
@@ -36,8 +36,6 @@ DECISIVE = (
 )
 # what a branch is for: its future, of which the checkpoint has read nothing
 FREE_IN_A_BRANCH = (
-    "run.init_from",
-    "run.branch_from",
     "data.stages",
     "schedule.decay_tokens",
     "schedule.decay_shape",

@@ -26,7 +26,14 @@ from train.checkpoint.manager import CheckpointManager, TrainState, read_train_s
 from train.config import RunConfig
 from train.distributed import Ranks, broadcast_text, errors_on_all_ranks, raise_on_all_ranks
 from train.engines.protocol import Engine
-from train.record.changes import DATA_ORDER, Change, check_changes, find_changes, join
+from train.record.changes import (
+    DATA_ORDER,
+    SOURCES_OF_WEIGHTS,
+    Change,
+    check_changes,
+    find_changes,
+    join,
+)
 
 logger = logging.getLogger(__name__)
 # keys of run.accept_changes: weights of another vocabulary, a branch from inside a decay
@@ -82,6 +89,8 @@ def compare(origin: Origin, accept: Collection[str], record: dict[str, Any], pla
     state = read_train_state(origin.checkpoint)
     before = trained_with(origin.checkpoint, state)
     changes = find_changes(before, record)
+    if origin.is_branch:  # where its weights came from is said apart
+        changes = [change for change in changes if not covers(SOURCES_OF_WEIGHTS, change.key)]
     try:
         check_data(state, plan, changes, is_branch=origin.is_branch)
         accepted = check_changes(changes, accept, is_branch=origin.is_branch)

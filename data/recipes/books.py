@@ -59,8 +59,8 @@ CREDITS = re.compile(
     r"(?:produced|prepared|created|scanned|transcribed)|produced|prepared|transcribed) by\b"
     r"[^\n]*(?:\n[^\n]+){0,7}(?=\n\n|\n?\Z)"
     # above its editions of 2005 to 2015
-    r"|\s*(?:from (?:page )?images|note: project gutenberg also has|images of the original)\b"
-    r"[^\n]*(?:\n[^\n]+){0,9}(?=\n\n|\n?\Z)"
+    r"|\s*(?:from (?:page )?images\s+(?:generously\s+)?made available|note: project gutenberg also"
+    r"|images of the original pages are available)\b[^\n]*(?:\n[^\n]+){0,9}(?=\n\n|\n?\Z)"
     r"|\s*\[transcriber['\u2019]?s['\u2019]? notes?:?[^\[\]]{0,2000}\]",
     re.IGNORECASE,
 )

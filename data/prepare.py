@@ -183,7 +183,8 @@ def finish_clean(
         if not steps[-1].forwarded:
             raise InputError(
                 f"source {name}: all {steps[0].total} documents were dropped "
-                f"({accounting.drop_reasons(steps)})"
+                f"({accounting.drop_reasons(steps) or 'its files have no rows'}): set recipe and "
+                f"text_key of data.sources.{name} to those of its files"
             )
     except (RuntimeError, InputError) as error:
         # the next run would skip these tasks, since they are marked complete

@@ -67,7 +67,7 @@ class UnusableRowError(Exception):
 def render_row(row: dict[str, Any], text_key: str = "text") -> str:
     """Render a row as text, or return its text. Raises UnusableRowError with the reason."""
     text = row.get(text_key)
-    if isinstance(text, str) and text:
+    if isinstance(text, str) and text.strip():
         return check_text(row, text)
     lists = (row[key] for key in (text_key, *TURNS_KEYS) if isinstance(row.get(key), list))
     items = next(filter(None, lists), None)

@@ -161,6 +161,7 @@ def test_everything_that_an_answer_answers_is_rendered(row: dict[str, Any], expe
         ({"messages": [{"role": "system", "content": ""}]}, "no_answer"),
         ({"messages": [ASK, {"role": "assistant", "content": " \n"}]}, "empty_turn"),
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "empty_turn"),
+        ({"text": " \n", "prompt": "A", "response": " "}, "empty_turn"),
         ({"prompt": "A", "response": " "}, "empty_turn"),
         ({"prompt": "", "response": "B"}, "empty_turn"),
         ({"messages": [ASK, {"role": "narrator", "content": "A"}, ANSWER]}, "unknown_role"),

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from core.errors import InputError
@@ -106,6 +107,23 @@ def write_ignored(folder: Path) -> None:
     os.mkfifo(folder / "pipe.jsonl")
 
 
+def config_of(source: Source, tmp_path: Path) -> DataConfig:
+    """A data set of one source, `world`, with a trained vocabulary."""
+    tokenizer.train([prose(str(i)) for i in range(40)], 300, tmp_path / "vocabulary")
+    return DataConfig(
+        folder=str(tmp_path / "data"),
+        seed=0,
+        block_tokens=64,
+        heldout_percent=20.0,
+        reset_state=True,
+        workers=1,
+        keep_exclusions=True,
+        tokenizer=TokenizerConfig(str(tmp_path / "vocabulary" / tokenizer.FILE), None, 300, 1),
+        sources={"world": source},
+        stages=[Stage("only", 64, 64, {"world": 1.0})],
+    )
+
+
 def test_every_file_and_row_of_a_folder_is_accounted_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,19 +133,7 @@ def test_every_file_and_row_of_a_folder_is_accounted_for(
     write_ignored(raw)
     (raw / "linked.txt").symlink_to(raw / "notes.txt")
     expected["linked.txt"] = 1, {}
-    tokenizer.train([prose(str(i)) for i in range(40)], 300, tmp_path / "vocabulary")
-    cfg = DataConfig(
-        folder=str(tmp_path / "data"),
-        seed=0,
-        block_tokens=64,
-        heldout_percent=20.0,
-        reset_state=True,
-        workers=1,
-        keep_exclusions=True,
-        tokenizer=TokenizerConfig(str(tmp_path / "vocabulary" / tokenizer.FILE), None, 300, 1),
-        sources={"world": Source("manuals", str(raw), "CC0-1.0", 1.0, 3)},
-        stages=[Stage("only", 64, 64, {"world": 1.0})],
-    )
+    cfg = config_of(Source("manuals", str(raw), "CC0-1.0", 1.0, 3), tmp_path)
     prepare(cfg)
 
     record = json.loads((tmp_path / "data" / "report.json").read_text())
@@ -157,6 +163,21 @@ def test_every_file_and_row_of_a_folder_is_accounted_for(
     manifest = read_manifest(source_folder(cfg, "world"))
     documents = sum(file.documents for file in manifest.files())
     assert sum(lost.values()) == 1 and documents == reader["forwarded"] - 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "reasons"),
+    [([], "its files have no rows"), ([""], "Parquet: empty 1"), (["short"], "Plausible: short 1")],
+)
+def test_a_source_without_documents_says_why(tmp_path: Path, rows: list[str], reasons: str) -> None:
+    (tmp_path / "raw").mkdir()
+    write_parquet(tmp_path / "raw" / "a.parquet", {"text": pyarrow.array(rows, pyarrow.string())})
+    cfg = config_of(Source("curated", str(tmp_path / "raw"), "CC0-1.0", 1.0, 1), tmp_path)
+    message = (
+        f"source world: all {len(rows)} documents were dropped \\({reasons}\\): set recipe and "
+    )
+    with pytest.raises(InputError, match=message + "text_key of data.sources.world"):
+        prepare(cfg)
 
 
 def test_html_files_are_refused_where_their_text_is_not_extracted(tmp_path: Path) -> None:

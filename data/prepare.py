@@ -29,6 +29,7 @@ from data.pipeline.accounting import StepCounts
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
 from data.pipeline.executors import Job, TaskExecutor, open_executor
+from data.pipeline.settings import check_settings
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import group_by_split, shard_jobs
 from data.pipeline.workers import lock_folder
@@ -43,7 +44,6 @@ from data.stream.manifests import (
     tokenizer_path,
     write_manifest,
 )
-from data.stream.mixture import check_expected_plan
 
 REPORT = "report.json"
 
@@ -85,12 +85,7 @@ def prepare(
 
 def list_inputs(cfg: DataConfig) -> dict[str, SourceInput]:
     """List every source's input files; raises InputError before any work starts."""
-    for name, source in cfg.sources.items():
-        recipes.check_known(source.recipe)
-        fingerprints.check_num_tasks(Path(cfg.folder), name, source.tasks)
-    if cfg.tokenizer.path is not None:
-        tokenizer.load_for_training(cfg.tokenizer)
-    check_expected_plan(cfg)
+    check_settings(cfg)
     listings = {name: fingerprints.list_input(source) for name, source in cfg.sources.items()}
     return {
         name: SourceInput(listing, fingerprints.clean_key(cfg, name, listing))

@@ -21,7 +21,7 @@ from core.overrides import check_config_dir
 from core.schema import config_keys
 from launch.jobs.local import run_jobs
 from launch.jobs.sweep import SCHEMAS, SCRIPTS, Job, compose_job, compose_sweep
-from launch.planning.run_checks import data, file_system
+from launch.planning.run_checks import data, file_system, preparation
 from launch.slurm.script import dependency_options, render
 from train.costs.memory import GIB, check_memory
 
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def check(job: Job, stages: list[str]) -> None:
-    """Check that a run fits its devices' memory, and its folders and data unless it prepares them.
+    """Check that a run fits its devices' memory, its folders, and its data or their preparation.
 
     Raises InputError with the fix.
     """
@@ -100,7 +100,9 @@ def check(job: Job, stages: list[str]) -> None:
         available = int(cluster.memory_gib * GIB)
         check_memory(job.config, ranks, cluster.ranks_per_node, device, available)
     findings = [file_system(job.config)]
-    if "prepare" not in stages and stages != ["export"]:
+    if "prepare" in stages:
+        preparation(job.config)
+    elif stages != ["export"]:
         findings.append(data(job.config))
     for finding in findings:
         if finding.state == "bad":

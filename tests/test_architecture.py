@@ -122,7 +122,7 @@ LAUNCH = {
 # exceptions: the doctor tries kernels and the loader, the dry run simulates a run
 LAUNCH_EXCEPTIONS = {
     "launch/planning/checks.py": {"model.kernels"},
-    "launch/planning/run_checks.py": {"data.stream"},
+    "launch/planning/run_checks.py": {"data.pipeline.settings", "data.stream"},
     "launch/simulation": {"data", "model", "train"},
 }
 TORCH_FREE = (

@@ -122,6 +122,13 @@ def data(config: RunConfig) -> Finding:
     return Finding("ok", f"{len(manifests)} sources, {total:,} tokens in {config.data.folder}")
 
 
+def preparation(config: RunConfig) -> None:
+    """Raise InputError for settings with which python data/prepare.py would end at once."""
+    from data.pipeline.settings import check_settings
+
+    check_settings(config.data)
+
+
 RUN_CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
     "memory": memory,
     "disk": disk,

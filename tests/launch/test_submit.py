@@ -88,10 +88,8 @@ def test_errors_are_found_before_submission(
 def test_a_chain_of_stages_is_printed_in_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        call_submit(monkeypatch, *CLUSTER, "--dry-run", "--stages", "prepare,train,export,eval")
-        == 0
-    )
+    words = [*CLUSTER, "data.tokenizer.path=null", "--dry-run"]
+    assert call_submit(monkeypatch, *words, "--stages", "prepare,train,export,eval") == 0
     text = capsys.readouterr().out
     for previous, script in (("PREPARE", "pretrain"), ("TRAIN", "export"), ("EXPORT", "run")):
         assert f"afterok:${previous}" in text and f"{script}.py" in text
@@ -107,6 +105,13 @@ def test_a_run_without_its_data_is_not_submitted(
         with pytest.raises(InputError, match="demo: no tokenizer at .*data/prepare.py"):
             call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", stages)
     assert call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", "prepare,train") == 0
+    for wrong, reason in (
+        (f"data.tokenizer.path={tmp_path}/none.json", "no tokenizer at .*none.json"),
+        ("data.sources.web.recipe=wed", "wed"),
+        ("data.sources.math.expected_tokens=1000", "tokens of math, which has"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            call_submit(monkeypatch, *demo, wrong, "--dry-run", "--stages", "prepare,train")
     assert call_submit(monkeypatch, *demo, "--dry-run", "--local", "--stages", "export") == 0
     monkeypatch.setattr(
         submit, "file_system", lambda config: Finding("bad", "run.dir is on tmpfs", "share it")

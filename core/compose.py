@@ -21,7 +21,7 @@ from core.config_errors import explain_unreadable
 from core.errors import InputError
 from core.files import ROOT
 from core.old_keys import rename_keys
-from core.overrides import own_config_dir, rewrite_overrides
+from core.overrides import ADDED_GROUPS, own_config_dir, rewrite_overrides
 from core.schema import check_values, floats_to_ints
 
 CONFIGS = str(ROOT / "configs")
@@ -73,7 +73,12 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
     keys in files. Raises InputError where a check fails, and OmegaConf's errors.
     """
     rename_keys(config, "the config", given)
-    if OmegaConf.is_missing(config.run, "name"):
+    if headless := [group for group in ADDED_GROUPS if group in config]:
+        raise InputError(
+            f"a file in {headless[0]}/ sets nothing: its first line must be '# @package _global_', "
+            "without a byte order mark"
+        )
+    if OmegaConf.is_dict(config.run) and OmegaConf.is_missing(config.run, "name"):
         raise InputError(
             f"no experiment: add +experiment=NAME, NAME one of {experiments()}, or set run.name"
         )

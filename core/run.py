@@ -78,10 +78,14 @@ class Run:
             raise ValueError(
                 "run.init_from loads only weights and run.branch_from a whole checkpoint: set one"
             )
-        if not re.fullmatch(r"[^/\x00-\x1f\x7f]+", self.name) or self.name in (".", ".."):
+        if (
+            not re.fullmatch(r"[^/\x00-\x1f\x7f]+", self.name)
+            or self.name in (".", "..")
+            or self.name != self.name.strip()
+        ):
             raise ValueError(
                 f"run.name is {self.name!r}: set the name of one folder, without / (run.dir is "
-                "its path)"
+                "its path) and spaces around it"
             )
         if self.seed < 0:
             raise ValueError(f"run.seed is {self.seed}; it must not be negative")

@@ -45,6 +45,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own configs")
     files = {
         "experiment/mine": b"# @package _global_\ndefaults: [demo]\nrun: {name: mine}\n",
+        "experiment/headless": b"defaults: [demo, _self_]\noptim: {lr: 1}\n",
+        "experiment/bom": b"\xef\xbb\xbf# @package _global_\ndefaults: [demo]\n",
         "data/syntax": b"folder: x\nseed: [1\n",
         "data/twice": b"folder: x\nseed: 0\nseed: 1\n",
         "data/tab": b"folder: x\n\tseed: 0\n",
@@ -85,6 +87,12 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
     own: Path, name: str, expected: str
 ) -> None:
     assert expected in line_of("+experiment=demo", f"data={name}", config_dir=own)
+
+
+@pytest.mark.parametrize("name", ["headless", "bom"])
+def test_an_experiment_that_sets_nothing_is_refused(own: Path, name: str) -> None:
+    expected = "a file in experiment/ sets nothing: its first line must be"
+    assert expected in line_of(f"experiment={name}", config_dir=own)
 
 
 def test_a_command_ends_with_one_line_and_code_2(own: Path) -> None:
@@ -152,6 +160,9 @@ def test_an_experiment_needs_no_plus() -> None:
         ("run.name=", "run.name is empty"),
         ("run.name=a/b", "run.name is 'a/b'"),
         ("run.name=..", "run.name is '..'"),
+        ("run.name=' '", "run.name is ' '"),
+        ("run=null", "run is a section and takes no value"),
+        ("run.accept_changes=optim.lr", "write run.accept_changes=[optim.lr]"),
         ('run.name="a\tb"', "run.name is 'a"),
         ("run.dir=", "run.dir is empty"),
         ("data.folder=", "data.folder is empty"),

@@ -51,8 +51,6 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
     def decorate(main: Callable[[Schema], None]) -> Callable[[], None]:
         def run() -> None:
             log.init_logger()
-            # makes hydra raise exceptions; the handler below formats them
-            os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
                 words = sys.argv[1:]
                 arguments = parse_arguments(words)
@@ -81,6 +79,8 @@ def show(words: Sequence[str], arguments: argparse.Namespace, schema: type) -> N
     """Let Hydra print help or the config, of the same overrides as a run's."""
     options = [word for word in words if word not in arguments.overrides]
     sys.argv[1:] = [*options, *rewrite_overrides(arguments.overrides, [schema])]
+    # makes Hydra raise exceptions, which the caller formats; not for child processes of commands
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     with composing(arguments.config_dir):
         hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")(lambda _: None)()
 

@@ -271,7 +271,7 @@ def test_a_finished_run_is_not_changed(root: Path) -> None:
 def test_a_run_of_another_config_is_refused(root: Path) -> None:
     other = config(root, "dp1")
     other.data.seed += 1
-    with pytest.raises(InputError, match=r"other settings: data\.seed 5 -> 6"):
+    with pytest.raises(InputError, match=r"another data plan: .*\(data\.seed 5 -> 6\)"):
         train(other)
     other = replace(config(root, "dp1"), model=replace(TINY, norm_eps=1e-4))
     with pytest.raises(InputError, match="another model"):

@@ -30,6 +30,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "log",
             "old_keys",
             "overrides",
+            "records",
             "run",
             "schema",
             "sweep",

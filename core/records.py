@@ -33,13 +33,15 @@ def read_typed(path: Path, schema: type[Schema]) -> Schema:
 def parse_typed(content: bytes | str, schema: type[Schema], name: str) -> Schema:
     """Parse JSON text as `read_typed` does; `name` stands for the file in messages."""
     try:
-        return _adapter(schema).validate_json(content, strict=True, extra="forbid")
+        adapter = _adapter(schema)  # type: ignore[arg-type]  # mypy takes no class as hashable
+        value: Schema = adapter.validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
         raise DamagedRecord(f"{name}: {first_error(error)}") from error
+    return value
 
 
 @cache
-def _adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 

@@ -37,6 +37,7 @@ from train.phases import Phases
 from train.record.changes import join
 from train.record.history import as_table, to_plain, write_record
 from train.record.origin import Origin, find_origin, load_initial_weights, resume
+from train.resilience.agreement import check_agreement
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import Incidents, Starts
@@ -69,6 +70,8 @@ def build_trainer(
     phases = Phases(watchdog.enter_phase)
     with errors_on_all_ranks():
         kernels = load_kernels(config.compute, ranks.device.type)
+    agree_on_kernels(kernels, ranks.device.type)
+    check_agreement({"the data plan's hash": plan.hash_at(schedule.total)})
     model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
@@ -135,6 +138,15 @@ def load_kernels(config: Compute, device: str) -> Kernels:
             "compute.compile=false or other compute.kernels"
         )
     return kernels
+
+
+def agree_on_kernels(kernels: Kernels, device: str) -> None:
+    """Raise InputError, on every rank, if ranks have other kernels: name, library, instructions."""
+    skipped = "; ".join(skipped_kernels(kernels, device)) or "none"
+    check_agreement(
+        {"kernels": kernels.name},
+        f"mend its kernels, or set compute.kernels to some that all ranks have; skipped: {skipped}",
+    )
 
 
 def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:

@@ -76,18 +76,18 @@ class Ranks:
 def init_distributed(
     device: str, tensor_parallel: int, context_parallel: int = 1
 ) -> Iterator[Ranks]:
-    """Set up this rank's process groups from the launcher's environment; destroy them at exit.
+    """Connect all ranks and build their parallel groups, both destroyed at exit."""
+    with connect(device), parallel_groups(device, tensor_parallel, context_parallel) as ranks:
+        yield ranks
+
+
+@contextmanager
+def connect(device: str) -> Iterator[None]:
+    """Connect this rank with all others, from the launcher's environment; disconnect at exit.
 
     Without a launcher the world is one rank.
     """
-    from megatron.core import parallel_state
-
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % (tensor_parallel * context_parallel):
-        raise InputError(
-            f"parallel.tensor_parallel {tensor_parallel} x parallel.context_parallel "
-            f"{context_parallel} does not divide the launcher's {world_size} ranks"
-        )
     raise_open_file_limit(world_size)
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires it
     if device == "cuda":
@@ -107,14 +107,9 @@ def init_distributed(
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield init_model_parallel(
-            torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"),
-            tensor_parallel,
-            context_parallel,
-        )
+        yield
         dist.barrier()  # no rank exits while another still sends to it
     finally:
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
@@ -158,24 +153,42 @@ def per_start_store(store: dist.Store, rank: int, world_size: int) -> dist.Store
     return dist.PrefixStore(name, store)
 
 
-def init_model_parallel(device: torch.device, tensor_parallel: int, context_parallel: int) -> Ranks:
-    """Build megatron-core's process groups; return this process's ranks in them."""
+@contextmanager
+def parallel_groups(device: str, tensor_parallel: int, context_parallel: int) -> Iterator[Ranks]:
+    """Build megatron-core's process groups of connected ranks; destroy them at exit.
+
+    Raises InputError where the layout does not divide the launcher's ranks.
+    """
     from megatron.core import parallel_state
 
+    world_size = dist.get_world_size()
+    if world_size % (tensor_parallel * context_parallel):
+        raise InputError(
+            f"parallel.tensor_parallel {tensor_parallel} x parallel.context_parallel "
+            f"{context_parallel} does not divide the launcher's {world_size} ranks"
+        )
     parallel_state.initialize_model_parallel(
         tensor_parallel, context_parallel_size=context_parallel, create_gloo_process_groups=False
     )
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tensor_parallel,
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        cp_size=context_parallel,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        device=device,
-    )
+    try:
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=tensor_parallel,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=context_parallel,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            device=(
+                torch.device(device, torch.cuda.current_device())
+                if device == "cuda"
+                else torch.device("cpu")
+            ),
+        )
+        dist.barrier()  # no group ends while another rank still sends in it
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 class Mpu:
@@ -250,12 +263,12 @@ def errors_on_all_ranks() -> Iterator[None]:
     raise_on_all_ranks(message)
 
 
-def broadcast_text(text: str) -> str:
-    """Return rank 0's text, which must not be empty, on every rank."""
+def broadcast_text(text: str, source: int = 0) -> str:
+    """Return the text of rank `source`, which must not be empty, on every rank."""
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     size = torch.tensor([len(content)])
-    dist.broadcast(size, src=0)
-    if dist.get_rank():
+    dist.broadcast(size, src=source)
+    if dist.get_rank() != source:
         content = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(content, src=0)
+    dist.broadcast(content, src=source)
     return content.numpy().tobytes().decode()

@@ -3,17 +3,29 @@
 import logging
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
 
 from core.errors import USER_ERROR, InputError
 from core.files import check_folder, remove_stale_temp_files
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
-from train.distributed import Ranks, init_distributed, raise_on_all_ranks
+from train.distributed import (
+    Ranks,
+    broadcast_text,
+    connect,
+    parallel_groups,
+    raise_on_all_ranks,
+)
 from train.metrics.profiler import profiling
 from train.record.history import code_version
+from train.resilience.agreement import check_agreement, start_facts
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
 from train.resilience.incidents import FINISHED, Outcome, read_outcome
@@ -25,21 +37,31 @@ logger = logging.getLogger(__name__)
 
 # errors of gloo, NCCL and the checkpoint writer on ranks whose peer has failed
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
+# for a new file to appear on other machines of a network file system
+SHARED_SECONDS = 30.0
 
 
 def run_context(
-    run: Run, health: HealthConfig, ranks: Ranks, body: Callable[[Watchdog, StopRequest], Outcome]
+    run: Run,
+    health: HealthConfig,
+    facts: Mapping[str, str],
+    body: Callable[[Watchdog, StopRequest], Outcome],
 ) -> Outcome:
     """Run `body` on every rank under the run's lock; return the outcome, and write it to disk.
 
-    Raises InputError, on every rank, when another job holds the folder or it cannot be written.
+    Raises InputError, on every rank, when another job holds the folder, when it cannot be written,
+    and when ranks differ in `facts`.
     """
     folder = run.folder
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    is_first = rank == 0
     previous = read_outcome(folder)
     run_lock = RunLock(folder)
-    raise_on_all_ranks(_acquire(run_lock) if ranks.is_first else None)
-    watchdog = Watchdog(folder, ranks.rank, ranks.world_size, health.hang_seconds)
+    raise_on_all_ranks(_acquire(run_lock) if is_first else None)
+    watchdog = Watchdog(folder, rank, world_size, health.hang_seconds)
     try:
+        check_agreement(facts)
+        _check_shared(run.files.lock)
         if (
             previous is not None
             and previous.code != FINISHED
@@ -47,24 +69,24 @@ def run_context(
         ):
             # torchrun restarts ranks that exit with any other code than 0: these stay stopped
             return previous
-        if ranks.is_first:
+        if is_first:
             run.files.outcome.unlink(missing_ok=True)
-        watchdog.start(run_lock if ranks.is_first else None)
+        watchdog.start(run_lock if is_first else None)
         stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
         stop_request.install()
-        logger.info(f"{ranks.world_size} ranks connected; building the model")
+        logger.info(f"{world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
-        if ranks.is_first:
+        if is_first:
             outcome.write(folder)
         return outcome
     except InputError as error:
-        if ranks.is_first:
+        if is_first:
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        text = f"rank {ranks.rank} on {watchdog.process['host']}: {type(error).__name__}: {error}"
+        text = f"rank {rank} on {watchdog.process['host']}: {type(error).__name__}: {error}"
         watchdog.incidents.log(
-            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=ranks.rank
+            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=rank
         )
         # the command line would report an OSError as a user's mistake
         if isinstance(error, OSError):
@@ -81,15 +103,14 @@ def run_context(
 
 def start(config: RunConfig, device: str) -> Outcome:
     """Train with the launcher's ranks, from the newest checkpoint."""
-    with init_distributed(
-        device, config.parallel.tensor_parallel, config.parallel.context_parallel
-    ) as ranks:
-        return run_context(
-            config.run,
-            config.health,
-            ranks,
-            lambda watchdog, stop_request: _train(config, ranks, watchdog, stop_request),
-        )
+    parallel = config.parallel
+
+    def train(watchdog: Watchdog, stop_request: StopRequest) -> Outcome:
+        with parallel_groups(device, parallel.tensor_parallel, parallel.context_parallel) as ranks:
+            return _train(config, ranks, watchdog, stop_request)
+
+    with connect(device):
+        return run_context(config.run, config.health, start_facts(config, device), train)
 
 
 def _train(
@@ -107,6 +128,35 @@ def _train(
             f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}"
         )
     return outcome
+
+
+def _check_shared(lock: Path) -> None:
+    """Raise InputError, on every rank, if a rank does not see the first rank's lock in run.dir."""
+    content, error = " ", None
+    if dist.get_rank() == 0:
+        try:
+            content = lock.read_text(encoding="utf-8")
+        except OSError as exception:
+            error = f"run.dir {lock.parent} cannot be read ({exception}): choose another"
+    raise_on_all_ranks(error)
+    content = broadcast_text(content)
+    end = time.monotonic() + SHARED_SECONDS
+    while not _has_content(lock, content):
+        if time.monotonic() > end:
+            error = (
+                f"rank {dist.get_rank()} on {socket.gethostname()} does not see the files of rank "
+                f"0 in run.dir {lock.parent.resolve()}: mount the same folder on every node"
+            )
+            break
+        time.sleep(0.2)
+    raise_on_all_ranks(error)
+
+
+def _has_content(path: Path, content: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == content
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _acquire(run_lock: RunLock) -> str | None:

@@ -32,7 +32,7 @@ from model.kernels import CPU
 from model.mamba import FalconMamba
 from model.parallel.build import build_meta_model, set_tp_attributes
 from train.config import EngineKind, Precision, RunConfig
-from train.distributed import Ranks, context_ranks, init_model_parallel
+from train.distributed import Ranks, context_ranks, parallel_groups
 from train.engines.build import build_engine
 from train.engines.protocol import Engine
 from train.schedule import Schedule, StepSchedule
@@ -132,8 +132,6 @@ def dry_run(config: RunConfig, world: int) -> DryRunResult:
 @contextmanager
 def fake_distributed(config: RunConfig, world: int) -> Iterator[Ranks]:
     """Initialize a fake process group of `world` ranks, in the position of dry_run's rank."""
-    from megatron.core import parallel_state
-
     # the import registers the backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -146,13 +144,12 @@ def fake_distributed(config: RunConfig, world: int) -> Iterator[Ranks]:
             NoOpCoalesced(),
             patch("torch.distributed.all_gather_object", without_fake_mode(dist.all_gather_object)),
         ):
-            yield init_model_parallel(
-                torch.device("cpu"),
-                config.parallel.tensor_parallel,
-                config.parallel.context_parallel,
-            )
+            parallel = config.parallel
+            with parallel_groups(
+                "cpu", parallel.tensor_parallel, parallel.context_parallel
+            ) as ranks:
+                yield ranks
     finally:
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 

@@ -187,7 +187,7 @@ def test_outcome_is_written_to_the_run_folder(tmp_path: Path, ranks: Ranks) -> N
     run = config(tmp_path, "run")
     folder = run.run.folder
     assert run_context(
-        run.run, run.health, ranks, lambda watch, stop_request: Outcome(INTERRUPTED, "asked")
+        run.run, run.health, {}, lambda watch, stop_request: Outcome(INTERRUPTED, "asked")
     ) == Outcome(INTERRUPTED, "asked")
     assert read_outcome(folder) == Outcome(75, "asked") and not (folder / "run.lock").exists()
 
@@ -196,7 +196,7 @@ def test_outcome_is_written_to_the_run_folder(tmp_path: Path, ranks: Ranks) -> N
         raise InputError("no such thing; do this")
 
     with pytest.raises(InputError):
-        run_context(run.run, run.health, ranks, user_error)
+        run_context(run.run, run.health, {}, user_error)
     assert read_outcome(folder) == Outcome(2, "no such thing; do this")
 
     def crash(watch: Any, stop_request: Any) -> Outcome:
@@ -204,7 +204,7 @@ def test_outcome_is_written_to_the_run_folder(tmp_path: Path, ranks: Ranks) -> N
 
     # not an OSError, which the command would report as a user error
     with pytest.raises(RuntimeError):
-        run_context(run.run, run.health, ranks, crash)
+        run_context(run.run, run.health, {}, crash)
     assert (
         read_outcome(folder) is None
         and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
@@ -215,19 +215,15 @@ def test_restart_by_torchrun_after_an_interruption_returns_the_same_outcome(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, "run")
-    run_context(
-        run.run, run.health, ranks, lambda watch, stop_request: Outcome(INTERRUPTED, "asked")
-    )
+    run_context(run.run, run.health, {}, lambda watch, stop_request: Outcome(INTERRUPTED, "asked"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert (
-        run_context(
-            run.run, run.health, ranks, lambda watch, stop_request: pytest.fail("it ran")
-        ).code
+        run_context(run.run, run.health, {}, lambda watch, stop_request: pytest.fail("it ran")).code
         == INTERRUPTED
     )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert (
-        run_context(run.run, run.health, ranks, lambda watch, stop_request: Outcome(0, "done")).code
+        run_context(run.run, run.health, {}, lambda watch, stop_request: Outcome(0, "done")).code
         == 0
     )
 
@@ -239,7 +235,7 @@ def test_read_only_folder_is_refused(tmp_path: Path, ranks: Ranks, measured: Any
     run = config(tmp_path, "run")
     run.run.dir = "/proc/run"
     with pytest.raises(InputError, match="run.dir /proc/run cannot be written"):
-        run_context(run.run, run.health, ranks, lambda watch, stop_request: pytest.fail("it ran"))
+        run_context(run.run, run.health, {}, lambda watch, stop_request: pytest.fail("it ran"))
     measured("refused before the model is built")
 
 

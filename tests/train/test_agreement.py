@@ -1,0 +1,146 @@
+"""Agreement of ranks on settings, code, libraries and kernels, before the first step."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import InputError
+from model.config import Backend
+from model.kernels import REFERENCE, load
+from tests.distributed import run_ranks
+from tests.small import config
+from train import run_context
+from train.build import agree_on_kernels
+from train.distributed import connect
+from train.resilience import agreement
+from train.resilience.agreement import check_agreement, start_facts
+from train.resilience.incidents import Outcome, read_outcome
+
+
+def refused(facts: dict[str, str], *words: str) -> None:
+    """Check facts that differ among ranks; every rank must raise the same line with `words`."""
+    with connect("cpu"), pytest.raises(InputError) as error:
+        check_agreement(facts)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def other_settings(rank: int, folder: Path) -> None:
+    """Every setting is compared, whatever it is, and the outcome says what differs."""
+    for key, value, name in (
+        ("lr", 1e-2, "optim.lr 0.01 instead of 0.001"),
+        ("clip_norm", 3.0, "optim.clip_norm 3.0 instead of 1.0"),
+    ):
+        run = config(folder, "settings")
+        run.optim.lr, run.optim.clip_norm = 1e-3, 1.0
+        if rank == 1:
+            setattr(run.optim, key, value)
+        refuse_start(run, f"rank 1 on {os.uname().nodename} differs from rank 0", name)
+    run = config(folder, "settings")
+    if rank == 1:
+        run.data.seed += 1
+        run.parallel.tensor_parallel = 2  # would hang while groups are built
+        run.data.stages[0].mixture["code"] = 99.0
+        run.data.folder = "elsewhere"  # ranks may find the same shards by another path
+    refuse_start(run, "data.seed", "parallel.tensor_parallel", "data.stages.0.mixture.code")
+    run = config(folder, "settings")
+    if rank == 1:
+        run.compute.kernels = Backend.reference
+    refuse_start(run, 'compute.kernels "reference"')
+
+
+def refuse_start(run: Any, *words: str) -> None:
+    """Start a run on all ranks, which must refuse with one line before its body is called."""
+    with connect("cpu"), pytest.raises(InputError) as error:
+        run_context.run_context(
+            run.run, run.health, start_facts(run, "cpu"), lambda *_: pytest.fail("it trains")
+        )
+    assert all(word in str(error.value) for word in words), error.value
+    assert "data.folder" not in str(error.value)
+    outcome = read_outcome(run.run.folder)
+    assert outcome == Outcome(2, str(error.value))
+
+
+def on_ranks(folder: Path) -> None:
+    """Facts of three ranks."""
+    rank = int(os.environ["RANK"])
+    agreement.socket.gethostname = lambda: f"n{rank}"  # type: ignore[assignment]
+    with connect("cpu"):
+        check_agreement({"a": "1", "b": "x"})
+    refused(
+        {"a": "1", "b": "xxy"[rank]}, "rank 2 on n2 differs from rank 0 on n0: b y instead of x"
+    )
+    # most ranks are right, and the first one is not
+    refused({"a": "yxx"[rank]}, "rank 0 on n0 differs from rank 1 on n1: a y instead of x")
+    refused({"a": "xyz"[rank]}, "rank 1 on n1", "rank 0 on n0: a y instead of x; 1 other ranks")
+    refused({"a": "1"} if rank else {"a": "1", "b": "2"}, "rank 0 on n0", "b 2 instead of missing")
+    refused({c: "xxy"[rank] for c in "edcba"}, "a y instead of x, b y", "c y", "and 2 more")
+    with connect("cpu"), pytest.raises(InputError, match="rank 2 on n2 .* kernels reference"):
+        kernels = REFERENCE if rank == 2 else load(Backend.cpu, "cpu")
+        agree_on_kernels(kernels, "cpu")
+    not_shared(rank, folder)
+
+
+def not_shared(rank: int, folder: Path) -> None:
+    """A rank that finds another folder, or none, under the same path of run.dir is named."""
+    run_context.SHARED_SECONDS = 0.5
+    own = folder / f"node-{min(rank, 1)}" / "run.lock"
+    own.parent.mkdir(exist_ok=True)
+    for content in (None, "another job's lock"):
+        if rank == 0:
+            own.write_text("a lock")
+        elif content is not None:
+            own.write_text(content)
+        with connect("cpu"), pytest.raises(InputError) as error:
+            run_context._check_shared(own)
+        assert "rank 1 on n1" in str(error.value)
+        assert "mount the same folder on every node" in str(error.value)
+    with connect("cpu"):
+        run_context._check_shared(folder / "node-0" / "run.lock")
+
+
+def two_ranks(folder: Path) -> None:
+    """Starts of two ranks."""
+    other_settings(int(os.environ["RANK"]), folder)
+
+
+@pytest.mark.fault(
+    "ranks that differ in a setting, the code, a library or kernels",
+    "rank, host, key and both values are named before the first step, exit 2",
+)
+def test_ranks_that_differ_are_named_before_the_first_step(tmp_path: Path, measured: Any) -> None:
+    run_ranks(3, [(on_ranks, (tmp_path,))])
+    run_ranks(2, [(two_ranks, (tmp_path,))])
+    measured("13 of 13 differences named, by every rank")
+
+
+def test_facts_cover_code_libraries_and_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, "run")
+    facts = start_facts(run, "cpu")
+    assert facts["optim.lr"] == str(run.optim.lr) and facts["run.seed"] == str(run.run.seed)
+    assert facts["torch"] == torch.__version__ and "mamba-ssm" in facts
+    assert "data.folder" not in facts
+    # processors of several kinds are normal beside GPUs
+    assert {"instruction set"} == facts.keys() - start_facts(run, "cuda").keys()
+    with monkeypatch.context() as patch:
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+        assert start_facts(run, "cpu")["NVIDIA_TF32_OVERRIDE"] == "0"
+    before = agreement.sources_hash()
+    assert before == agreement.sources_hash() == facts["the code's hash"]
+    for folder in agreement.SOURCE_FOLDERS:
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(agreement, "ROOT", tmp_path)
+    hashes = [agreement.sources_hash()]
+    for name, text in (("model/a.py", "x = 1"), ("model/a.py", "x = 2"), ("train/b.cu", "")):
+        (tmp_path / name).write_text(text)
+        hashes.append(agreement.sources_hash())
+    (tmp_path / "train" / "b.cu").rename(tmp_path / "train" / "c.cu")
+    hashes.append(agreement.sources_hash())
+    assert len(set(hashes)) == 5
+    (tmp_path / "model" / "notes.txt").write_text("no code")
+    assert agreement.sources_hash() == hashes[-1]

@@ -36,6 +36,7 @@ GATES = (
     "tests/train/test_faults.py::test_bad_shards_are_named",
     "tests/train/test_faults.py::test_other_zero_stages_under_faults",
     "tests/train/test_matrix.py",
+    "tests/train/test_replicas.py",
     "tests/train/test_torchrun.py",
     "tests/train/test_traffic.py",
 )

@@ -121,16 +121,16 @@ class Injector:
                 time.sleep(3600)
             return read(loader, *arguments)
 
-        check = FailurePolicy.check_replicas
+        check = FailurePolicy.check_weights
 
         def faulty_check(failure_policy: FailurePolicy, step: int) -> None:
-            if self.fires("weights flip"):  # before the next update overwrites the copy
-                weight = next(failure_policy.model.parameters())
+            if self.fires("weights flip"):  # just before it is compared
+                weight = next(failure_policy.replica_check.model.parameters())
                 weight.data.view(torch.int32).view(-1)[7] ^= 1 << 20
             check(failure_policy, step)
 
         self.now = -1
-        FailurePolicy.check_replicas = faulty_check  # type: ignore[method-assign]
+        FailurePolicy.check_weights = faulty_check  # type: ignore[method-assign]
         Trainer._step = faulty_step  # type: ignore[method-assign]
         Loader.read = faulty_read  # type: ignore[method-assign]
         for name in (

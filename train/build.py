@@ -41,6 +41,7 @@ from train.resilience.agreement import check_agreement
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import Incidents, Starts
+from train.resilience.replicas import ReplicaCheck
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
 from train.schedule import Schedule
@@ -88,8 +89,9 @@ def build_trainer(
     )
     if origin is not None:
         state = resume(checkpoints, origin, engine, state)
+    replica_check = ReplicaCheck(model, engine, config.optim, ranks)
     failure_policy = FailurePolicy(
-        config.health, ranks, model, engine, checkpoints, phases, watchdog
+        config.health, ranks, engine, replica_check, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
     if state.tokens < schedule.total:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import health as settings
-from train.resilience.health import SpikeDetector, StragglerDetector, bit_sum
+from train.resilience.health import SpikeDetector, StragglerDetector
+from train.resilience.replicas import bit_sum
 
 CONFIG = replace(
     settings(),

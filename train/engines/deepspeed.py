@@ -9,6 +9,7 @@ A_log and D too.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.checkpoint import CheckpointReader, TensorShard
@@ -70,6 +71,7 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=settings, mpu=Mpu(), dist_init_required=False
         )
         self.zero = self.engine.optimizer
+        self.optimizer: torch.optim.Optimizer = optimizer
         self._fill_state(updates=0)
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -109,6 +109,7 @@ class MegatronEngine:
             use_gloo_process_groups=False,
         )
         (self.zero,) = getattr(chained, "chained_optimizers", [chained])
+        self.optimizer: torch.optim.Optimizer = self.zero.optimizer
         self.ddp.zero_grad_buffer()
         self._fill_state(updates=0)
 
@@ -139,8 +140,7 @@ class MegatronEngine:
         self.zero.zero_grad()
 
     def state_shards(self) -> Iterator[tuple[TensorShard, Tensor]]:
-        """See Engine. Gathers all weights first: the overlapped gather waits for the forward."""
-        self.ddp.start_param_sync(force_sync=True)
+        """See Engine. Weights are gathered later, during the next forward."""
         return tensor_shards(self._param_shards(), self.model, self.ranks)
 
     def load(self, reader: CheckpointReader, updates: int) -> None:

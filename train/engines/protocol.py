@@ -35,6 +35,7 @@ class Engine(Protocol):
     """Interface between the training loop and an engine."""
 
     weights: Weights
+    optimizer: torch.optim.Optimizer  # updates the master weights that this rank owns
     # every micro-batch has collectives, so all ranks must run equally many
     needs_equal_micro_batches: bool
 

@@ -36,7 +36,7 @@ class PlainEngine:
         self.ranks = ranks
         self.clip_norm = config.clip_norm
         self.parameters = dict(model.named_parameters())
-        self.optimizer = adamw(model, config)
+        self.optimizer: torch.optim.Optimizer = adamw(model, config)
         for parameter in self.parameters.values():
             fill_state(self.optimizer, parameter, updates=0)
 

@@ -4,15 +4,14 @@ import logging
 import os
 from typing import Any
 
-from torch import nn
-
 from core.errors import InputError
 from train.checkpoint.manager import CheckpointManager, TrainState
 from train.distributed import Ranks
 from train.engines.protocol import Engine
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.config import HealthConfig
-from train.resilience.health import SpikeDetector, StragglerDetector, diverged_ranks
+from train.resilience.health import SpikeDetector, StragglerDetector
+from train.resilience.replicas import ReplicaCheck
 from train.resilience.watchdog import Watchdog
 from train.schedule import StepSchedule
 from train.step_stats import StepStats
@@ -27,19 +26,20 @@ class FailurePolicy:
         self,
         config: HealthConfig,
         ranks: Ranks,
-        model: nn.Module,
         engine: Engine,
+        replica_check: ReplicaCheck,
         checkpoints: CheckpointManager,
         phases: Phases,
         watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.ranks = ranks
-        self.model = model
         self.engine = engine
+        self.replica_check = replica_check
         self.checkpoints = checkpoints
         self.phases = phases
         self.watchdog = watchdog
+        self.is_first_step = True  # of this start, which checks what was loaded
         self.spike_detector = SpikeDetector(config)
         self.straggler_detector = StragglerDetector(
             config.straggler_window_steps,
@@ -48,10 +48,20 @@ class FailurePolicy:
         )
 
     def update(self, state: TrainState, step_schedule: StepSchedule, loss: float) -> dict[str, Any]:
-        """Update the weights, or skip the update; returns `grad_norm` and `skipped`."""
+        """Update the weights, or skip the update; returns `grad_norm` and `skipped`.
+
+        Raises RuntimeError on every rank if replicas differ; the next start repairs them.
+        """
+        is_checked = self.is_first_step or state.step % self.config.check_replicas_every_steps == 0
+        self.is_first_step = False
+        if is_checked:
+            self.check_weights(state.step)
         skip_reason = self.spike_detector.check(loss, step_schedule.stage)
         if skip_reason is None:
-            grad_norm, skipped = self.engine.clip_and_step(step_schedule.lr)
+            if is_checked:
+                grad_norm, skipped = self._checked_update(state, step_schedule.lr, loss)
+            else:
+                grad_norm, skipped = self.engine.clip_and_step(step_schedule.lr)
             skip_reason = "the gradient is not finite" if skipped else None
             spiked = False
         else:
@@ -81,8 +91,6 @@ class FailurePolicy:
                 "clip_norm and start from an earlier checkpoint; incidents.jsonl lists the tokens"
             )
         rolled_back = self.spike_detector.should_roll_back and self._roll_back(state)
-        if state.step % self.config.check_replicas_every_steps == 0:
-            self.check_replicas(state.step)
         stragglers = self.straggler_detector.add(stats.compute_seconds)
         if self.ranks.is_first:
             for rank, factor in stragglers:
@@ -103,14 +111,28 @@ class FailurePolicy:
         state.health = self.spike_detector.state()
         self.checkpoints.save_and_wait(state, self.engine)
 
-    def check_replicas(self, step: int) -> None:
-        """Raise RuntimeError on every rank if weights diverged; the next start repairs them."""
-        if diverged := diverged_ranks(self.model, self.engine, self.ranks):
-            names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in diverged)
-            text = f"weights of {names} differ from their master weights after step {step:,}"
-            if self.ranks.is_first:
-                self.watchdog.incidents.log("drift", text, ranks=diverged, step=step)
-            raise RuntimeError(text)
+    def check_weights(self, step: int) -> None:
+        """Raise RuntimeError on every rank if the weights after `step` steps differ."""
+        what = f"weights differ from their master weights or replicas after step {step:,}"
+        self._raise_if(self.replica_check.diverged_weights(), step, what)
+
+    def _checked_update(self, state: TrainState, lr: float, loss: float) -> tuple[float, bool]:
+        """Update; raise RuntimeError on every rank where ranks update otherwise."""
+        with self.replica_check.sampling(state.step) as rows:
+            grad_norm, skipped = self.engine.clip_and_step(lr)
+        facts = [loss, grad_norm, float(skipped), float(state.step), float(state.tokens)]
+        diverged = self.replica_check.diverged_updates(rows, lr, state.updates + 1, facts)
+        self._raise_if(diverged, state.step, f"update {state.updates + 1:,} is not that of others")
+        return grad_norm, skipped
+
+    def _raise_if(self, diverged: list[int], step: int, what: str) -> None:
+        if not diverged:
+            return
+        names = ", ".join(f"rank {rank} on {self.watchdog.host(rank)}" for rank in diverged)
+        text = f"{names}: {what}"
+        if self.ranks.is_first:
+            self.watchdog.incidents.log("drift", text, ranks=diverged, step=step)
+        raise RuntimeError(text)
 
     def _roll_back(self, state: TrainState) -> bool:
         """Load the checkpoint before a lasting spike and skip the data since; returns if it did."""

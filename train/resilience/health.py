@@ -1,5 +1,4 @@
-"""Whether a step did the model good: losses that are not finite, loss spikes, replicas that drift,
-slow ranks.
+"""Whether a step did the model good: losses that are not finite, loss spikes, slow ranks.
 
 Every decision is a function of values that all ranks share, so all ranks decide alike; what a
 decision depends on is part of the checkpoint, so a resumed run decides as the uninterrupted one
@@ -17,13 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from model.parameters import shard_spec
-from train.distributed import Ranks, data_parallel_group
-from train.engines.protocol import Engine, Weights
 from train.resilience.config import HealthConfig
 
 MIN_SLOWER_SECONDS = 0.005  # per micro-batch; less is noise of the scheduler
@@ -123,60 +115,6 @@ class SpikeDetector:
     def should_roll_back(self) -> bool:
         """Whether a spike has lasted for spike_patience_updates: skipping does not help."""
         return self.spikes >= self.config.spike_patience_updates
-
-
-def diverged_ranks(model: nn.Module, engine: Engine, ranks: Ranks) -> list[int]:
-    """Return the ranks whose weights are not bit-identical to the master weights or replicas.
-
-    ZeRO-1 and 2 write all copies of the master weights anew at each update: the check finds what
-    went wrong since. megatron-core gathers just before the check, which then finds only gathers
-    that did not arrive. With ZeRO stage 0 the majority of replicas is right. ZeRO-3 ranks hold
-    shards only: there is nothing to compare. Compares sums of bit patterns: one pass over the
-    weights, and a few bytes sent.
-    """
-    if engine.weights is Weights.SHARDED:
-        return []
-    # read first: megatron-core gathers the weights when the state is read
-    state_shards = engine.state_shards()
-    weights = dict(model.named_parameters())
-    # sums over [tensor-parallel shards, whole tensors]
-    weight_sums = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-    master_sums = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-    for name, weight in weights.items():
-        weight_sums[int(shard_spec(name) is None)] += bit_sum(weight)
-    if engine.weights is Weights.REPLICATED:
-        return minority_ranks(weight_sums.cpu(), ranks)
-    for shard, tensor in state_shards:
-        if shard.kind == "param":
-            master = tensor.to(weights[shard.name].dtype)
-            master_sums[int(shard_spec(shard.name) is None)] += bit_sum(master)
-    of_shards, of_whole = master_sums[:1].cpu(), master_sums[1:].cpu()
-    dist.all_reduce(of_shards, group=data_parallel_group())
-    dist.all_reduce(of_whole)
-    differs = (weight_sums.cpu() != torch.cat([of_shards, of_whole])).any()
-    flags = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
-    dist.all_gather(flags, differs.long().view(1))
-    return [rank for rank, flag in enumerate(flags) if flag]
-
-
-def minority_ranks(weight_sums: Tensor, ranks: Ranks) -> list[int]:
-    """Return the ranks whose sums differ from most of their replicas; all, without a majority."""
-    gathered = [torch.zeros_like(weight_sums) for _ in range(ranks.world_size)]
-    dist.all_gather(gathered, weight_sums)
-    sums = [tuple(pair.tolist()) for pair in gathered]
-    replicas = [sums[rank % ranks.tp_size :: ranks.tp_size] for rank in range(ranks.world_size)]
-    return [
-        rank
-        for rank, rank_sums in enumerate(sums)
-        if 2 * replicas[rank].count(rank_sums) <= len(replicas[rank])
-    ]
-
-
-def bit_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bit patterns, modulo 2^64."""
-    int_types = {4: torch.int32, 2: torch.int16}
-    bits = tensor.detach().contiguous().view(int_types[tensor.element_size()])
-    return bits.sum(dtype=torch.int64)
 
 
 class StragglerDetector:

@@ -1,9 +1,12 @@
 """Kernel backends behind one interface; each run chooses a backend once and logs it."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from model.config import Backend
-from model.kernels import cpu, cuda, mamba_ssm, reference
+from model.kernels import cpu, cpu_library, cuda, cuda_library, mamba_ssm, reference
 from model.kernels.interface import Kernels
 from model.kernels.ops import register
 
@@ -59,3 +62,29 @@ def skipped_kernels(chosen: Kernels, device: str) -> list[str]:
             reason = f"it is available: set compute.kernels={name.value}"
         lines.append(f"{name.value}: {reason}")
     return lines
+
+
+def identity(kernels: Kernels, device: str) -> dict[str, str]:
+    """What decides the last bits of a backend's results on this machine, to compare over ranks.
+
+    `backend`; `library`: a hash or version of its code, flags and compiler; `instructions`: of the
+    processor, with the set that torch uses, or the architecture of this process's GPU.
+    """
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        instructions = f"sm_{major}{minor}"
+    else:
+        instructions = (
+            f"{cpu_library.instruction_set()}, torch {torch.backends.cpu.get_cpu_capability()}"
+        )
+    versions: dict[str, Callable[[], str]] = {
+        "cpu": lambda: cpu_library.library_key(cpu_library.instruction_set()),
+        "cuda": cuda_library.library_version,
+        "mamba_ssm": mamba_ssm.library_version,
+        "reference": lambda: f"torch {torch.__version__}",
+    }
+    return {
+        "backend": kernels.name,
+        "library": versions[kernels.name](),
+        "instructions": instructions,
+    }

@@ -5,7 +5,9 @@ second per source and process.
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,15 @@ def compile_source(name: str, bf16: int, arch: str, log: Any = None) -> Any:
     return Program((FOLDER / name).read_text(encoding="utf-8"), "c++", options).compile(
         "cubin", logs=log
     )
+
+
+def library_version() -> str:
+    """SHA-256 of the sources and of what compiles them: this module and NVRTC."""
+    sources = [*sorted(FOLDER.glob("*.cu*")), Path(__file__)]
+    compilers = [version(package) for package in ("cuda-core", "cuda-bindings")]
+    nvrtc = [each.version for each in distributions() if each.name.startswith("nvidia-cuda-nvrtc")]
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    return hashlib.sha256("\n".join([*texts, *compilers, *nvrtc]).encode()).hexdigest()
 
 
 _compile_cached = functools.cache(compile_source)

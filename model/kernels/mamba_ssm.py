@@ -14,6 +14,7 @@ in fp32 throughout.
 """
 
 import importlib.util
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def unavailable_reason() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return None
+
+
+def library_version() -> str:
+    """Versions of the two packages."""
+    return ", ".join(f"{name} {version(name)}" for name in ("mamba-ssm", "causal-conv1d"))
 
 
 def _public_functions() -> tuple[Any, Any]:

@@ -1,5 +1,10 @@
-"""Atomic file writes, JSON and JSON Lines files, SHA-256."""
+"""Durable and atomic writes of files and folders, JSON and JSON Lines files, SHA-256.
 
+No other module renames, replaces or opens files for writing; tests/test_architecture.py lists the
+exceptions.
+"""
+
+import ctypes
 import errno
 import hashlib
 import json
@@ -8,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +23,7 @@ from core.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent  # contains configs/ and the entry scripts
 TEMP_SUFFIX = ".part"
 TEMP_MAX_AGE_SECONDS = 3600.0
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
 def sha256_of(path: Path) -> str:
@@ -46,14 +52,111 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     fsync_dir(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes, atomically."""
+    write_atomic(path, lambda file: file.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content, atomically."""
+    with source.open("rb") as content:
+        write_atomic(target, lambda file: shutil.copyfileobj(content, file))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, each synced into the folder that contains it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        fsync_dir(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Sync a file that a library has written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync every file and folder below a folder, and the folder itself."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(root, name))
+        fsync_dir(Path(root))
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a synced file or folder, and sync the folders that lose and gain it."""
+    source.rename(target)
+    for folder in {source.parent, target.parent}:
+        fsync_dir(folder)
+
+
+def move_into(folder: Path, paths: Iterable[Path]) -> None:
+    """Move files or folders into a folder under their names, and sync the folders."""
+    changed = {folder}
+    for path in paths:
+        path.rename(folder / path.name)
+        changed.add(path.parent)
+    for each in changed:
+        fsync_dir(each)
+
+
+def sync_filesystem(folder: Path) -> None:
+    """Sync all that this machine has written to the file system of a folder.
+
+    For the many files that a library writes; one call, whatever their number.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error), str(folder))
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(part: Path, final: Path) -> None:
+    """Sync a finished folder with all that it holds, then give it its final name.
+
+    An older `final` is exchanged for it in one step and removed under the name `part`, which may
+    remain after a kill. A file system that cannot exchange has no `final` for a moment.
+    """
+    sync_folder(part)
+    make_folder(final.parent)
+    if final.is_dir():
+        if not _exchange(part, final):
+            old = final.with_name(f"{final.name}.old{TEMP_SUFFIX}")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            rename(part, final)
+            part = old
+        fsync_dir(final.parent)
+        shutil.rmtree(part)
+    else:
+        rename(part, final)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders; False where kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return not renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
 
 
 def fsync_dir(folder: Path) -> None:

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from core.compose import compose_config
 from core.errors import InputError
-from core.files import write_json
+from core.files import make_folder, write_json
 from core.old_keys import new_key
 from core.overrides import rewrite_overrides
 
@@ -34,7 +34,7 @@ class Sweep:
     def write(self) -> None:
         """Add the points to sweep.json in the folder, which launch/collect.py reads."""
         path = Path(self.folder, SWEEP)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
         write_json(path, {"points": points | self.points})
 

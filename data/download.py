@@ -24,7 +24,7 @@ import fsspec
 
 from core.command import command
 from core.errors import InputError
-from core.files import sha256_of, write_atomic
+from core.files import make_folder, sha256_of, write_atomic
 from data.config import Asset, DataConfig
 from data.recipes import urls
 
@@ -67,7 +67,7 @@ def fetch(name: str, asset: Asset) -> str:
 
 def download(name: str, url: str, path: Path) -> None:
     """Download a URL to a file, which is complete or absent afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
 
     def copy(target: BinaryIO) -> None:
         with open_url(url) as source:

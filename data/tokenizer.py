@@ -6,7 +6,6 @@ tokens and id 11 ends a document; there is no begin token.
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core.errors import InputError
-from core.files import sha256_of
+from core.files import copy_file, make_folder, sha256_of, write_json, write_text
 from data import vocabulary
 from data.config import TokenizerConfig
 from data.vocabulary import TOKENIZER_CONFIG, required_vocab_size
@@ -114,8 +113,8 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
             "data.tokenizer.vocab_size between 268 (12 special tokens, 256 bytes) and "
             f"{tokenizer.get_vocab_size()}"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / FILE))
+    make_folder(out)
+    write_text(out / FILE, tokenizer.to_str(pretty=True))
     write_transformers_files(out, tokenizer, EOS_TOKEN)
     return tokenizer
 
@@ -143,8 +142,8 @@ def copy_tokenizer(settings: TokenizerConfig, out: Path) -> Tokenizer:
     """Check a tokenizer.json as `load_for_training` does and copy it into the folder `out`."""
     tokenizer, eos_token = load_for_training(settings)
     path = Path(str(settings.path))
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, out / FILE)
+    make_folder(out)
+    copy_file(path, out / FILE)
     own = vocabulary.read_config(path.with_name(TOKENIZER_CONFIG))
     write_transformers_files(out, tokenizer, eos_token, own)
     return tokenizer
@@ -161,7 +160,7 @@ def write_transformers_files(
     names = ("eos_token", "pad_token", "unk_token", "additional_special_tokens")
     special = {key: config[key] for key in names if config.get(key)}
     for name, content in ((TOKENIZER_CONFIG, config), ("special_tokens_map.json", special)):
-        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(out / name, content, indent=2)
 
 
 def new_config(tokenizer: Tokenizer, eos_token: str) -> dict[str, Any]:

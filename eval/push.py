@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from core.command import command
 from core.errors import InputError
+from core.files import write_text
 from eval.config import EvaluationConfig
 from eval.hf.card import model_card
 from eval.hf.exported import require_export
@@ -37,7 +38,7 @@ def push(config: EvaluationConfig) -> None:
     hf_folder = export_folder(config, checkpoint)
     require_export(hf_folder, checkpoint)
     card = config.run.files.card
-    card.write_text(model_card(config.run.folder, checkpoint, config.model), encoding="utf-8")
+    write_text(card, model_card(config.run.folder, checkpoint, config.model))
     api = HfApi()
     logger.info(f"uploading {hf_folder} to {config.export.hub}")
     try:

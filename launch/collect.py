@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from core.errors import InputError
-from core.files import read_json
+from core.files import read_json, write_text
 from core.run import RunFiles
 from core.sweep import SWEEP
 from train.metrics.page import page
@@ -123,10 +124,11 @@ def main() -> None:
     rows.sort(key=lambda row: float("inf") if row.get(ranking) is None else row[ranking])
     keys = list(dict.fromkeys(key for row in rows for key in row))
     show(folder, rows, [key for key in keys if key != "run" and "/" not in key])
-    with (folder / "collected.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = StringIO(newline="")
+    writer = csv.DictWriter(table, keys)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "collected.csv", table.getvalue())
     print(folder / "collected.csv")
     if started := [folder / row["run"] for row in rows if row["tokens"]]:
         print(page(started, folder / "collected.html"))

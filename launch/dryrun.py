@@ -30,7 +30,7 @@ from rich.table import Table
 
 from core.command import command
 from core.errors import InputError
-from core.files import write_json
+from core.files import make_folder, write_json
 from launch.planning.dryrun_config import DryRunConfig
 from launch.planning.estimate import planned_gpu
 from launch.planning.layouts import evaluate_layout
@@ -79,7 +79,7 @@ def main(run: DryRunConfig) -> None:
     }
     show(run, result)
     path = run.run.files.dryrun
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, result)
     logger.info(f"wrote {path}")
 

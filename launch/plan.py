@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.command import command
-from core.files import write_json
+from core.files import make_folder, write_json
 from launch.planning.estimate import (
     PlannedRun,
     StepTime,
@@ -136,7 +136,7 @@ def main(run: PlannedRun) -> None:
     console.print(gpu_table(run, result))
     console.print(layout_table(result))
     path = run.run.files.plan
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, result)
     console.print(f"wrote {path}", soft_wrap=True)
 

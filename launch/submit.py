@@ -17,6 +17,7 @@ from core import log
 from core.command import CONFIG_ERRORS
 from core.config_errors import format_error
 from core.errors import InputError, exit_with_error
+from core.files import make_folder
 from core.overrides import check_config_dir
 from core.schema import config_keys
 from launch.jobs.local import run_jobs
@@ -130,7 +131,7 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
                 print(f"\n# {shlex.join(command)} <<'END'\n{script}END")
                 previous = f"${stage.upper()}"
             else:
-                run.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(run.folder)
                 result = subprocess.run(command, input=script, capture_output=True, text=True)
                 if result.returncode:
                     raise InputError(f"sbatch refuses {run.name}: {result.stderr.strip()}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from core.errors import USER_ERROR, InputError
-from core.files import check_folder, remove_stale_temp_files
+from core.files import check_folder, make_folder, remove_stale_temp_files
 from core.run import Run
 from train.build import build_trainer
 from train.config import RunConfig
@@ -162,7 +162,7 @@ def _has_content(path: Path, content: str) -> bool:
 def _acquire(run_lock: RunLock) -> str | None:
     """Acquire the lock; return the error or None."""
     try:
-        run_lock.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(run_lock.path.parent)
         check_folder(run_lock.path.parent, "run.dir", links=True)
         run_lock.acquire()
         remove_stale_temp_files(run_lock.path.parent)

@@ -18,6 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.formatters import PIIFormatter
 
 from core.errors import InputError
+from core.files import move_into
 from data import recipes
 from data.config import Assets, Source
 from data.pipeline import minhash, substrings
@@ -199,12 +200,11 @@ def finish(build: Build) -> None:
 
     May be called again after an interruption.
     """
-    for each in passes(build):
-        if each.logs.is_dir() and each.logs != build.folder / "logs" / each.name:
-            each.logs.rename(build.folder / "logs" / each.name)
+    logs = build.folder / "logs"
+    others = [each.logs for each in passes(build) if each.logs != logs / each.name]
+    move_into(logs, [folder for folder in others if folder.is_dir()])
     documents = [each.out for each in passes(build) if each.out is not None][-1]
-    for path in sorted(documents.glob("*.jsonl.gz")):
-        path.rename(build.folder / path.name)
+    move_into(build.folder, sorted(documents.glob("*.jsonl.gz")))
     for path in build.folder.iterdir():
         if path.is_dir() and path.name not in KEEP_FOLDERS:
             shutil.rmtree(path)

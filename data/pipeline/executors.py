@@ -20,7 +20,7 @@ from typing import Any
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from core.errors import InputError
-from core.files import ROOT, write_text
+from core.files import ROOT, make_folder, write_text
 from data.config import Executor, ExecutorConfig
 from data.pipeline.workers import init_worker
 
@@ -198,7 +198,7 @@ class SlurmExecutor(TaskExecutor):
         """Submit the jobs as one array."""
         self.array_dir = self.folder / "slurm" / stage.replace("/", "-") / f"{time.time_ns()}"
         self.results = self.array_dir / "results"
-        self.results.mkdir(parents=True)
+        make_folder(self.results)
         self.stage = stage
         self.empty_polls = 0
         futures: list[Future[Any]] = [Future() for _ in jobs]
@@ -216,7 +216,7 @@ class SlurmExecutor(TaskExecutor):
 
         def record_job_id(output: str) -> str:
             self.job_ids.append(output.split()[-1])
-            self.job_ids_file.write_text("\n".join(self.job_ids), encoding="utf-8")
+            write_text(self.job_ids_file, "\n".join(self.job_ids))
             return self.job_ids[-1]
 
         array = SlurmArray(

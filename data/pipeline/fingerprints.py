@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.files import read_json, sha256_of, write_json
+from core.files import make_folder, publish_folder, read_json, sha256_of, write_json
 from data import recipes, tokenizer, vocabulary
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
@@ -219,15 +219,14 @@ def open_build_dir(folder: Path, stage: str, key: str) -> Path:
     for path in parent.iterdir() if parent.is_dir() else ():
         if path != build_dir:
             shutil.rmtree(path)
-    build_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(build_dir)
     return build_dir
 
 
 def move_into_place(build_dir: Path, folder: Path) -> None:
     """Replace `folder` with a complete build; after a kill in between, the next run moves it."""
     remove_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    build_dir.rename(folder)
+    publish_folder(build_dir, folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -255,5 +254,5 @@ def check_num_tasks(folder: Path, name: str, tasks: int) -> None:
 def pin_num_tasks(folder: Path, name: str, tasks: int) -> None:
     """Record the number of tasks that a source is started with."""
     lock = folder / "locks" / f"{name}.json"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(lock.parent)
     write_json(lock, {"tasks": tasks}, indent=None)

@@ -17,6 +17,7 @@ from datatrove.io import get_datafolder
 from numpy.typing import NDArray
 
 from core.errors import InputError
+from core.files import sync_filesystem
 from data.pipeline.accounting import StepCounts
 from data.pipeline.shard import describe_shard, split_of
 from data.readers.listing import Listing, count_ignored, find_files, suffixes_of
@@ -150,6 +151,7 @@ def shard_task(corpus: MegatronCorpus, heldout_percent: float, rank: int) -> lis
             if not ends[split]:
                 path.unlink()
                 path.with_suffix(".ds.index").unlink()
+        sync_filesystem(corpus.folder)
         done.touch()
     return [
         asdict(describe_shard(path, corpus.eos, corpus.vocab_size))

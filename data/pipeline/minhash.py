@@ -17,6 +17,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupFilter, Mi
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from numpy.typing import NDArray
 
+from core.files import make_folder, publish_folder
 from data.pipeline.tasks import Documents, document_writer, run_task, set_exclusion_writers
 
 REQUIRES = ("spacy", "xxhash")
@@ -80,7 +81,7 @@ def clusters(work: Path) -> None:
     part = work / "remove.part"
     if out.is_dir():
         return
-    part.mkdir(exist_ok=True)
+    make_folder(part)
     files = sorted((work / "pairs").glob("*.dups"))
     nodes = np.empty(0, dtype=np.uint64)
     for path in files:
@@ -90,7 +91,7 @@ def clusters(work: Path) -> None:
     indices = (removed & np.uint64(2**32 - 1)).astype("<u4")
     for number in np.unique(file_numbers):
         indices[file_numbers == number].tofile(part / f"{number:06d}.remove")
-    part.rename(out)
+    publish_folder(part, out)
 
 
 def unique(

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from core.files import write_text
+from core.files import make_folder, write_text
 from core.templates import render
 from data.config import DataConfig
 from data.pipeline.accounting import StepCounts, ranked_reasons
@@ -84,5 +84,5 @@ def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samp
         samples=samples,
         domains={name: counts for name, counts in hosts.items() if counts},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, page)

@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from numpy.typing import NDArray
 
-from core.files import write_atomic
+from core.files import make_folder, write_atomic
 from data.pipeline.tasks import Documents, document_writer, run_task, set_exclusion_writers
 from data.stream.mixture import splitmix64
 
@@ -138,7 +138,7 @@ def index_windows(
 def find_repeats(work: Path, partition: int, tasks: int) -> None:
     """Pass 2, one task per partition: positions of every window but the first of each hash."""
     out = work / "repeats"
-    out.mkdir(exist_ok=True)
+    make_folder(out)
     paths = sorted((work / "windows").glob("*.windows"))
     runs = [read_partition(path, path.with_suffix(".borders"), partition, WINDOW) for path in paths]
     windows = np.concatenate([np.empty(0, dtype=WINDOW), *runs])
@@ -155,7 +155,7 @@ def find_repeats(work: Path, partition: int, tasks: int) -> None:
     positions, task = windows["position"][repeated], task[repeated]
     order = np.lexsort((positions, task))
     offsets = np.searchsorted(task[order], np.arange(tasks + 1)).astype("<u8")
-    positions[order].tofile(out / f"{partition:06d}.places")
+    write_atomic(out / f"{partition:06d}.places", positions[order].tofile)
     write_atomic(out / f"{partition:06d}.borders", offsets.tofile)  # marks the task as complete
 
 

@@ -14,6 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.stats import PipelineStats
 
+from core.files import sync_filesystem
 from data.readers.inputs import DocumentReader
 
 
@@ -24,6 +25,11 @@ class SingleTaskExecutor(LocalPipelineExecutor):
         """Statistics of the task, empty if it was complete before."""
         # with local_rank 0 datatrove logs to the terminal, with any other only errors
         return self._run_for_rank(self.local_rank_offset, local_rank=1)
+
+    def mark_rank_as_completed(self, rank: int) -> None:
+        """Mark the task when its output is on disk: a mark is believed after a power cut too."""
+        sync_filesystem(Path(self.logging_dir.path))
+        super().mark_rank_as_completed(rank)
 
 
 def run_task(pipeline: list[PipelineStep], logs: Path, rank: int, tasks: int) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import InputError
+from core.files import make_folder
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -21,7 +22,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     The lock belongs to this process, not to its children; the kernel releases it when the process
     ends. Raises InputError if the folder is locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

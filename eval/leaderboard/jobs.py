@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.files import ROOT, read_json, write_json
+from core.files import ROOT, make_folder, read_json, write_json
 from core.overrides import config_dir_options, own_config_dir
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
@@ -74,7 +74,7 @@ class SuiteJobs:
         if not self.settings.suites or (time.monotonic() < self.next_poll and not now):
             return []
         self.next_poll = time.monotonic() + POLL_SECONDS
-        self.scores.mkdir(parents=True, exist_ok=True)
+        make_folder(self.scores)
         started: dict[str, int] = read_json(self.record).get("started", {})
         for folder, tokens in self._due(started):
             started[folder.name] = tokens

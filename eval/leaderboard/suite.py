@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import InputError
-from core.files import read_json, write_json
+from core.files import make_folder, read_json, write_json
 from eval.config import EvaluationConfig, Suite, SuiteRow
 from eval.model_source import ModelSource, find_model
 
@@ -96,7 +96,7 @@ def write_results(
     missing: dict[str, str] | None = None,
 ) -> None:
     """Write the finished rows; `missing` maps each row that failed to its error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     complete = len(rows) == len(suite.rows)
     write_json(path, {**provenance, "complete": complete, "rows": rows, "missing": missing or {}})
 

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from core.files import append_json_line, read_json_lines
+from core.files import append_json_line, make_folder, read_json_lines
 from core.run import RunFiles, iter_committed_checkpoints
 from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
 
@@ -26,7 +26,7 @@ def record_start(folder: Path, nodes: list[str], down_nodes: list[str], bad_node
 
     A node counts as lost if it is in `down_nodes` and the previous start has no recorded end.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     attempts = read_json_lines(RunFiles(folder).attempts)
     if attempts and attempts[-1]["event"] == "begin":  # Slurm killed its batch script
         for node in set(down_nodes) & set(attempts[-1]["nodes"]):
@@ -93,7 +93,7 @@ def failed_nodes(folder: Path, start: Record) -> set[str]:
 
 def add_strike(bad_nodes: Path, node: str, folder: Path, reason: str) -> None:
     """Append a line against a node, in one write, so that jobs never mix lines."""
-    bad_nodes.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(bad_nodes.parent)
     with bad_nodes.open("ab", buffering=0) as file:
         file.write(f"{node} {utc_now()} {folder.name} {reason}\n".encode())
     logger.info(f"strike against node {node}: {reason} (recorded in {bad_nodes})")

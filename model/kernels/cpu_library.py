@@ -51,6 +51,7 @@ HASH_BYTES = 64  # of SHA-256 in hexadecimal, at the end of a cached file
 def unavailable_reason() -> str | None:
     """Why the CPU kernels cannot be used here, with the fix; None when they can."""
     try:
+        _compiler()
         load_library(instruction_set())
     except (RuntimeError, OSError) as error:
         return (

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from core.files import write_atomic
 from core.run import RunFiles
 from train.metrics.records import POINTS, Record, curve, read_lines
 
@@ -36,7 +37,8 @@ matplotlib.rcParams |= {"text.parse_math": False, "svg.fonttype": "none"}  # nam
 def draw(folder: Path) -> Path:
     """Write curves.png of a run; returns its path."""
     files = RunFiles(folder)
-    figure({folder.name: read_lines(files.metrics)}, {}, IN_PICTURE).savefig(files.curves, dpi=120)
+    picture = figure({folder.name: read_lines(files.metrics)}, {}, IN_PICTURE)
+    write_atomic(files.curves, lambda file: picture.savefig(file, dpi=120))
     return files.curves
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from core.files import make_folder, sync_file, write_text
 from core.log import ALL_RANKS
 from core.run import RunFiles
 from train.config import ProfileConfig
@@ -165,8 +166,9 @@ class Profiler:
         stem = f"step-{step:08d}-rank-{rank:05d}"
         path = self.folder / f"{stem}.trace.json.gz"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self.trace.export_chrome_trace(str(path))
+            sync_file(path)
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 exposed = exposed_comm_seconds(json.load(file)["traceEvents"], traced)
             steps = self.config.timed_steps or self.config.steps
@@ -176,7 +178,7 @@ class Profiler:
             )
             text = format_table(title, rows)
             text += f"\ntrace of the last {self.config.steps} steps: {path}"
-            (self.folder / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
+            write_text(self.folder / f"{stem}.txt", text + "\n")
             logger.info(text, extra=ALL_RANKS)
         except OSError as error:
             logger.warning(f"cannot write the profile: {error}")

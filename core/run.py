@@ -50,8 +50,8 @@ class RunFiles:
 
     @staticmethod
     def export_record(hf: Path) -> Path:
-        """Record of an export: `export.json` for `hf`, `export-step-N.json` for `hf-step-N`."""
-        return hf.with_name(f"export{hf.name.removeprefix('hf')}.json")
+        """Record of an export, in its folder, so that both appear in one rename."""
+        return hf / "export.json"
 
 
 @dataclass

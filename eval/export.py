@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,12 +27,19 @@ import torch
 
 from core.command import command
 from core.errors import InputError
-from core.files import read_json, sha256_of, write_json
+from core.files import (
+    TEMP_SUFFIX,
+    make_folder,
+    publish_folder,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import file_sizes
+from eval.hf.exported import ExportedFile, ExportRecord, read_export
 from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
@@ -58,22 +66,22 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
     checkpoint = find_checkpoint(config)
     target = export_folder(config, checkpoint)
-    record = RunFiles.export_record(target)
-    provenance = {
+    temp_folder = target.with_name(f"{target.name}{TEMP_SUFFIX}")
+    record = ExportRecord(
         **checkpoint_provenance(checkpoint),
-        "dtype": config.export.dtype,
-        "keep_fp32": config.export.keep_fp32,
-        "tokenizer_sha256": sha256_of(tokenizer_path(config.data)),
-    }
-    if read_json(record) == {**provenance, "files": file_sizes(target)}:
-        logger.info(f"reused: {target} already contains {checkpoint.name}")
+        dtype=config.export.dtype,
+        keep_fp32=list(config.export.keep_fp32),
+        tokenizer_sha256=sha256_of(tokenizer_path(config.data)),
+        files={},
+    )
+    if reuse(temp_folder, target, record):
+        logger.info(f"reused: {target} already contains {checkpoint.name}, all hashes agree")
         return
     eos, pad = token_ids(tokenizer_path(config.data))
     try:
         hf_config_json = hf_config(config.model, eos, config.export.dtype, pad)
     except ValueError as error:
         raise InputError(str(error)) from error
-    temp_folder = target.with_name(f"{target.name}.part")
     shutil.rmtree(temp_folder, ignore_errors=True)
     layout = plan_files(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
@@ -81,26 +89,46 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
             f"the export needs {layout.size / 1e9:.2f} GB, {config.run.folder} has "
             f"{free / 1e9:.2f} GB free: free some space"
         )
-    temp_folder.mkdir(parents=True)
+    make_folder(temp_folder)
     logger.info(f"exporting {checkpoint} as {config.export.dtype}")
     reader = CheckpointReader(checkpoint)
-    write_files(
+    hashes = write_files(
         temp_folder,
         layout,
         lambda name, start, stop: to_hf(name, reader.read_rows("param", name, start, stop)),
         log_progress,
     )
-    (temp_folder / "config.json").write_bytes(json_bytes(hf_config_json))
+    write_bytes(temp_folder / "config.json", json_bytes(hf_config_json))
     generation_config = {key: hf_config_json[key] for key in TOKEN_IDS}
-    (temp_folder / "generation_config.json").write_bytes(json_bytes(generation_config))
+    write_bytes(temp_folder / "generation_config.json", json_bytes(generation_config))
     write_tokenizer(tokenizer_path(config.data), temp_folder)
     check_tokenizer(tokenizer_path(config.data), temp_folder, config.model.vocab_size)
     verify(config, checkpoint, temp_folder)
-    record.unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    temp_folder.rename(target)
-    write_json(record, {**provenance, "files": file_sizes(target)})
+    files = {
+        path.name: ExportedFile(path.stat().st_size, hashes.get(path.name) or sha256_of(path))
+        for path in sorted(temp_folder.iterdir())
+    }
+    write_json(RunFiles.export_record(temp_folder), asdict(replace(record, files=files)))
+    publish_folder(temp_folder, target)
     logger.info(f"exported to {target}")
+
+
+def reuse(temp_folder: Path, target: Path, expected: ExportRecord) -> bool:
+    """Whether `target` is whole and as expected, also by a rename that a kill prevented."""
+    for folder in (target, temp_folder):
+        try:
+            found = read_export(folder)
+        except InputError as error:
+            if folder.is_dir() and folder == target:
+                logger.info(f"exporting again: {error}")
+            continue
+        if replace(found, files={}) == expected:
+            if folder == temp_folder:
+                publish_folder(temp_folder, target)
+            for left in target.parent.glob(f"{target.name}.*part"):  # by a killed export
+                shutil.rmtree(left, ignore_errors=True)
+            return True
+    return False
 
 
 def log_progress(line: str) -> None:

@@ -13,6 +13,7 @@ from core.old_keys import load_config
 from core.run import MANIFEST
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
+from eval.hf.exported import check_if_export
 from model.checkpoint import CheckpointReader, newest_valid, read_state, verify_checkpoint
 from model.config import Backend, ModelConfig
 from model.hf import HfFolder
@@ -114,6 +115,7 @@ def find_model(config: EvaluationConfig) -> ModelSource:
     requested = config.run.checkpoint
     if requested is not None and (Path(requested) / "config.json").is_file():
         folder = Path(requested).resolve()
+        check_if_export(folder)
         try:
             HfFolder(folder)
         except ValueError as error:

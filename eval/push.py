@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from core.command import command
 from core.errors import InputError
 from core.files import write_text
+from core.run import RunFiles
 from eval.config import EvaluationConfig
 from eval.hf.card import model_card
 from eval.hf.exported import require_export
@@ -46,6 +47,7 @@ def push(config: EvaluationConfig) -> None:
         api.upload_folder(
             repo_id=config.export.hub,
             folder_path=hf_folder,
+            ignore_patterns=[RunFiles.export_record(hf_folder).name],
             commit_message=f"{checkpoint.name} of {config.run.name}",
         )
         for path in (card, config.run.files.curves):

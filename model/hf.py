@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import InputError
+from core.files import make_folder, move_into, sync_folder, write_bytes
 from model.config import ModelConfig
 from model.flops import parameter_count
 from model.hf_writer import Entry, json_bytes, plan_files, write_files
@@ -238,17 +239,17 @@ def save_hf(model: Any, folder: Path | str, eos: int) -> None:
     )
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     write_files(
         temporary,
         plan_files(entries),
         lambda name, start, stop: parameters[name][start:stop].float().cpu(),
         lambda line: None,
     )
-    (temporary / "config.json").write_bytes(json_bytes(config))
-    folder.mkdir(exist_ok=True)
+    write_bytes(temporary / "config.json", json_bytes(config))
+    sync_folder(temporary)
+    make_folder(folder)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
-    for file in temporary.iterdir():
-        file.replace(folder / file.name)
+    move_into(folder, list(temporary.iterdir()))
     temporary.rmdir()

@@ -6,6 +6,7 @@ size, largest first, then by name, after a JSON header padded to 8 bytes. Sizes 
 tiiuae/falcon-mamba-7b.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from core.files import write_bytes
 
 MAX_FILE_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -120,18 +123,31 @@ def write_files(
     layout: Layout,
     read_rows: Callable[[str, int, int], Tensor],
     log: Callable[[str], None],
-) -> None:
-    """Write all files; `read_rows(name, start, stop)` returns fp32 rows, `log` takes a line."""
+) -> dict[str, str]:
+    """Write all weight files; returns their SHA-256 by name, made of the bytes on their way.
+
+    `read_rows(name, start, stop)` returns fp32 rows, `log` takes a line.
+    """
+    hashes: dict[str, str] = {}
     for file in layout.files:
         log(f"{file.name}: {len(file.entries)} tensors, {file.size:,} bytes")
+        digest = hashlib.sha256()
         with (folder / file.name).open("xb") as out:
-            out.write(file.header)
-            for entry in file.entries:
-                for data in _tensor_bytes(entry, read_rows):
-                    out.write(data)
+            for data in _file_bytes(file, read_rows):
+                digest.update(data)
+                out.write(data)
         assert (folder / file.name).stat().st_size == file.size, file.name
+        hashes[file.name] = digest.hexdigest()
     if layout.index is not None:
-        (folder / INDEX).write_bytes(layout.index)
+        write_bytes(folder / INDEX, layout.index)
+    return hashes
+
+
+def _file_bytes(file: File, read_rows: Callable[[str, int, int], Tensor]) -> Iterator[Any]:
+    """Yield a file's bytes, a few rows at a time."""
+    yield file.header
+    for entry in file.entries:
+        yield from _tensor_bytes(entry, read_rows)
 
 
 def _tensor_bytes(entry: Entry, read_rows: Callable[[str, int, int], Tensor]) -> Iterator[Any]:

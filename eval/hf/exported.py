@@ -1,22 +1,89 @@
-"""Check that an exported folder matches its record."""
+"""The record of an export: what it was made from, and size and SHA-256 of every file."""
 
+import logging
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InputError
-from core.files import read_json
-from core.run import RunFiles
+from core.files import sha256_of
+from core.records import read_typed
+from core.run import MANIFEST, RunFiles
+
+logger = logging.getLogger(__name__)
+
+HASH_BYTES_PER_SECOND = 1.5e9  # of SHA-256 on one core, for the log
+LOGGED_SECONDS = 2.0  # shorter checks are not announced
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file of an export."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """Content of `export.json` in the folder of an export."""
+
+    checkpoint: str  # name of its folder
+    manifest_sha256: str  # of the checkpoint's manifest
+    tokens: int
+    dtype: str
+    keep_fp32: list[str]
+    tokenizer_sha256: str
+    files: dict[str, ExportedFile]  # all files of the folder but the record
+
+
+def read_export(folder: Path) -> ExportRecord:
+    """Read the record of an export and compare every file with it, by size and hash.
+
+    A file that the record does not name, a link and a folder are faults too. Raises InputError.
+    """
+    path = RunFiles.export_record(folder)
+    if not path.is_file():
+        raise InputError(f"{folder} is no complete export: it has no {path.name}")
+    record = read_typed(path, ExportRecord)
+    found = {each.name for each in folder.iterdir()} - {path.name}
+    if different := sorted(found ^ record.files.keys()):
+        problem = "is not in" if different[0] in found else "is missing, but in"
+        raise InputError(f"{folder / different[0]} {problem} {path.name}")
+    for name, expected in record.files.items():
+        status = (folder / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{folder / name} is a link or a folder, not a file of the export")
+        if status.st_size != expected.bytes:
+            raise InputError(f"{folder / name} has {status.st_size} bytes, not {expected.bytes}")
+    total = sum(each.bytes for each in record.files.values())
+    if (seconds := total / HASH_BYTES_PER_SECOND) > LOGGED_SECONDS:
+        logger.info(f"hashing {folder}, {total / 1e9:.1f} GB, about {seconds:.0f} s")
+    for name, expected in record.files.items():
+        if sha256_of(folder / name) != expected.sha256:
+            raise InputError(f"{folder / name} is damaged: its SHA-256 differs from {path.name}")
+    return record
 
 
 def require_export(hf_folder: Path, checkpoint: Path) -> None:
     """Raise InputError unless hf_folder is the complete export of a checkpoint folder."""
-    record = read_json(RunFiles.export_record(hf_folder))
-    if record.get("checkpoint") != checkpoint.name or file_sizes(hf_folder) != record["files"]:
+    try:
+        record = read_export(hf_folder)
+        if record.checkpoint != checkpoint.name:
+            raise InputError(f"{hf_folder} is an export of {record.checkpoint}")
+        if record.manifest_sha256 != sha256_of(checkpoint / MANIFEST):
+            raise InputError(f"{hf_folder} is an export of another {checkpoint.name}")
+    except InputError as error:
         raise InputError(
-            f"{hf_folder} is no export of {checkpoint.name}: run `python eval/export.py` with the "
-            "same overrides first"
-        )
+            f"{hf_folder} is no export of {checkpoint.name} ({error}): run `python eval/export.py` "
+            "with the same overrides first"
+        ) from error
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*"))}
+def check_if_export(folder: Path) -> None:
+    """Raise InputError if a Hugging Face folder is an export of ours that was damaged."""
+    if RunFiles.export_record(folder).is_file():
+        try:
+            read_export(folder)
+        except InputError as error:
+            raise InputError(f"{error}: export or copy the folder again") from error

@@ -1,12 +1,12 @@
 """The tokenizer of an export: its files, and the check that transformers reads them as we do."""
 
 import json
-import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from core.errors import InputError
+from core.files import copy_file, write_text
 from data.tokenizer import FILE, load
 from data.vocabulary import TOKENIZER_CONFIG, content_of, end_id, read_config
 
@@ -39,17 +39,17 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     the model was trained on the plain ids.
     """
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
-        shutil.copy(path.with_name(name), folder / name)
+        copy_file(path.with_name(name), folder / name)
     content = json.loads(path.read_text(encoding="utf-8"))
     tokenizer = load(path)
     changes = {key: None for key in ("truncation", "padding") if content.get(key) is not None}
     if tokenizer.encode("a").ids != plain_ids(tokenizer, "a"):
         changes["post_processor"] = None
     if not changes:
-        shutil.copy(path, folder / FILE)
+        copy_file(path, folder / FILE)
         return
     text = json.dumps(content | changes, indent=2, ensure_ascii=False) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    write_text(folder / FILE, text)
 
 
 def check_tokenizer(path: Path, folder: Path, vocab_size: int) -> None:

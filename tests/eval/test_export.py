@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core import files
 from core.errors import InputError
-from core.run import Run
+from core.run import Run, RunFiles
 from data.stream.manifests import NARROW, open_manifests, source_folder, tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
@@ -21,6 +26,7 @@ from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
 from eval.hf.compare import compare, compare_by_layer
+from eval.hf.exported import read_export, require_export
 from eval.model_source import find_checkpoint, load_model
 from eval.run import combine_scores, generate, run_evaluation
 from model.checkpoint import CheckpointReader
@@ -100,7 +106,7 @@ def test_a_wrong_export_is_refused(
     monkeypatch.setattr(
         "eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x
     )
-    (config.run.folder / "export.json").unlink()
+    RunFiles.export_record(config.run.files.hf).unlink()
     before = (config.run.files.hf / "config.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="logits differ"):
         export(config)
@@ -214,6 +220,121 @@ def test_comparison_by_layers_equals_that_of_full_models(
 
 def test_nan_logits_are_refused(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.compare", lambda *arguments: float("nan"))
-    (config.run.folder / "export.json").unlink(missing_ok=True)
+    RunFiles.export_record(config.run.files.hf).unlink(missing_ok=True)
     with pytest.raises(InputError, match="logits differ"):
         export(config)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+def damage_record(folder: Path, key: str, value: object) -> None:
+    path = RunFiles.export_record(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "config.json": lambda folder: flip(folder / "config.json"),
+    "tokenizer.json": lambda folder: flip(folder / "tokenizer.json"),
+    "weights": lambda folder: flip(next(folder.glob("*.safetensors"))),
+    "extra file": lambda folder: (folder / "README.md").touch(),
+    "extra folder": lambda folder: (folder / "more").mkdir(),
+    "link": lambda folder: replace_by_link(folder / "config.json"),
+    "no record": lambda folder: RunFiles.export_record(folder).unlink(),
+    "empty record": lambda folder: os.truncate(RunFiles.export_record(folder), 0),
+    "record with sizes only": lambda folder: damage_record(folder, "files", {"config.json": 5}),
+    "record without end": lambda folder: RunFiles.export_record(folder).write_text("[" * 100_000),
+    "other type": lambda folder: damage_record(folder, "tokens", "many"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_export_is_found(
+    config: EvaluationConfig, exported: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    export(config, max_bytes=40_000)  # reused if no other test has changed it
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    read_export(folder)
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        read_export(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_export_of_another_checkpoint_is_found(
+    config: EvaluationConfig, exported: Path, tmp_path: Path
+) -> None:
+    export(config, max_bytes=40_000)
+    checkpoint = tmp_path / find_checkpoint(config).name
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("another")
+    require_export(exported, find_checkpoint(config))
+    with pytest.raises(InputError, match=f"of another {checkpoint.name}"):
+        require_export(exported, checkpoint)
+    with pytest.raises(InputError, match="is an export of step-"):
+        require_export(exported, tmp_path / "step-1")
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+def dying(function: Callable[..., Any], name: str, left: list[int]) -> Callable[..., Any]:
+    """A function that raises Killed at the last of `left` calls on the folder or its parts."""
+
+    def call(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if Path(path).name.startswith(name):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+        return function(path, *arguments, **keywords)
+
+    return call
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        read_export(folder)
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5])
+def test_a_killed_export_leaves_one_that_is_whole(
+    config: EvaluationConfig,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exchanges: bool,
+    calls: int,
+) -> None:
+    """A kill before each rename and removal of a replaced export."""
+    monkeypatch.setattr("eval.export.verify", lambda *arguments: None)
+    monkeypatch.setattr("eval.export.check_tokenizer", lambda *arguments: None)
+    other = replace(config, export=replace(config.export, dtype="bfloat16"))
+    export(config)
+    left = [calls]
+    with monkeypatch.context() as patch:
+        for owner, name in ((files, "_exchange"), (Path, "rename"), (shutil, "rmtree")):
+            patch.setattr(owner, name, dying(getattr(owner, name), exported.name, left))
+        if not exchanges:
+            patch.setattr(files, "_exchange", lambda *arguments: False)
+        with suppress(Killed):
+            export(other)
+    folders = [exported, exported.with_name("hf.part")]
+    whole = [folder for folder in folders if folder.is_dir() and is_whole(folder)]
+    assert whole, "neither the old nor the new export"
+    export(other)
+    assert read_export(exported).dtype == "bfloat16"
+    assert not list(exported.parent.glob("hf.*"))

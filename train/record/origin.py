@@ -16,6 +16,7 @@ from core.run import RunFiles
 from core.schema import covers
 from data.stream.manifests import tokenizer_path
 from data.stream.mixture import Plan
+from eval.hf.exported import check_if_export
 from model.checkpoint import CheckpointReader, read_state
 from model.config import ModelConfig
 from model.hf import config_differences, load_hf_weights
@@ -200,6 +201,8 @@ def load_initial_weights(model: FalconMamba, config: RunConfig, ranks: Ranks) ->
     folder, is_hf = resolve_on_first(Path(config.run.init_from), "run.init_from", ranks)
     error = None
     try:
+        if ranks.is_first and is_hf:
+            check_if_export(folder)
         if ranks.is_first and not covers(config.run.accept_changes, VOCABULARY):
             check_vocabulary(folder, is_hf, tokenizer_path(config.data))
         if is_hf:

@@ -31,6 +31,7 @@ GATES = (
     "tests/examples",
     "tests/model/test_cuda.py",
     "tests/test_soak.py",
+    "tests/test_writes.py::test_prepare_save_and_export_sync_before_they_rename",
     "tests/train/test_costs.py",
     "tests/train/test_faults.py::test_persistent_spike_is_rolled_back_and_its_data_skipped",
     "tests/train/test_faults.py::test_bad_shards_are_named",

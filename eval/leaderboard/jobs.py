@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.files import ROOT, make_folder, read_json, write_json
+from core.files import ROOT, make_folder, read_json, sync_folder, write_json
 from core.overrides import config_dir_options, own_config_dir
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
@@ -98,7 +98,9 @@ class SuiteJobs:
     def _pin_and_launch(self, folder: Path) -> None:
         """Hard-link a checkpoint's files and start a job per suite on them."""
         pinned = self.run.files.pinned_checkpoints / folder.name
+        make_folder(pinned.parent)
         shutil.copytree(folder, pinned, copy_function=os.link, dirs_exist_ok=True)
+        sync_folder(pinned)
         for suite in self.settings.suites:
             self._launch(suite, pinned)
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -222,7 +223,40 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append an object to a JSON Lines file in one write, so that processes never mix lines."""
-    with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(value) + "\n").encode())
+def append_json_line(path: Path, value: dict[str, Any], *, sync: bool = False) -> None:
+    """Append an object to a JSON Lines file, as `append_line` does."""
+    # texts may hold surrogates, of file names that are no UTF-8; no JSON parser has to take them
+    text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    append_line(path, json.dumps(json.loads(text)).encode(), sync=sync)
+
+
+def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
+    """Append a line in one write, so that processes never mix lines; with `sync` durably.
+
+    A last line that a kill or a full disk has cut keeps a line of its own. Raises OSError.
+    """
+    is_new = sync and not path.exists()
+    with path.open("a+b", buffering=0) as file:
+        line = line + b"\n" if ends_line(file) else b"\n" + line + b"\n"
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if sync:
+            os.fsync(file.fileno())
+    if is_new:
+        fsync_dir(path.parent)
+
+
+def ends_line(file: BinaryIO | RawIOBase) -> bool:
+    """Whether a file is empty or ends with a line feed; leaves its position at the end."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def fsync_files(*paths: Path) -> None:
+    """Make what was appended to files durable, with their folders; absent ones are left out."""
+    for path in filter(Path.is_file, paths):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        fsync_dir(path.parent)

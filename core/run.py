@@ -11,7 +11,7 @@ MANIFEST = "manifest.json"  # last file of a checkpoint to be written
 class RunFiles:
     """Paths of the files in a run's folder; no other module names them.
 
-    Training writes config, metrics, incidents, outcome, starts, lock, heartbeats, checkpoints,
+    Training writes config, metrics, cut metrics, incidents, outcome, starts, lock, heartbeats, checkpoints,
     profile, tensorboard, curves, report. Evaluation writes hf, evaluation, scores, card. Launch
     writes attempts, logs, plan, dryrun.
     """
@@ -43,6 +43,10 @@ class RunFiles:
         self.logs = folder / "logs"  # one folder per start, one file per node
         self.plan = folder / "plan.json"
         self.dryrun = folder / "dryrun.json"
+
+    def cut_metrics(self, tokens: int, digest: str) -> Path:
+        """Records of metrics.jsonl that a resume at `tokens` cut off, by a hash of their bytes."""
+        return self.folder / f"metrics.cut-{tokens}-{digest[:8]}.jsonl"
 
     def hf_export(self, step: str) -> Path:
         """Folder of the export of a checkpoint given by name."""

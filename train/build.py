@@ -103,9 +103,10 @@ def build_trainer(
     if ranks.is_first:
         log_run_summary(config, plan, kernels, ranks, state)
     metrics = None
-    if ranks.is_first and state.tokens < schedule.total:
-        metrics = open_metrics(config, record, ranks, state)
-        jobs.mark_reported(read_scores(metrics.file.path))
+    with errors_on_all_ranks():
+        if ranks.is_first and state.tokens < schedule.total:
+            metrics = open_metrics(config, record, ranks, state, watchdog.incidents)
+            jobs.mark_reported(read_scores(metrics.file.path))
     return Trainer(
         ranks=ranks,
         schedule=schedule,
@@ -231,7 +232,11 @@ def build_leaderboard_jobs(config: RunConfig, schedule: Schedule) -> SuiteJobs:
 
 
 def open_metrics(
-    config: RunConfig, record: dict[str, Any], ranks: Ranks, state: TrainState
+    config: RunConfig,
+    record: dict[str, Any],
+    ranks: Ranks,
+    state: TrainState,
+    incidents: Incidents,
 ) -> Metrics:
     """The sinks of the run's numbers, which continue from its state."""
     peak = peak_flops(config.cluster, config.compute.precision, ranks.device)
@@ -246,6 +251,7 @@ def open_metrics(
         Throughput(ranks.world_size, train_flops_per_token(config.model), peak),
         tokens=state.tokens,
         total=config.tokens,
+        report=lambda text: incidents.log("damaged record", text),
     )
 
 

@@ -265,8 +265,9 @@ def test_full_disk_loses_and_truncates_no_record(
             return getattr(self.file, name)
 
     sink.file = FullDisk(sink.file)  # type: ignore[assignment]
+    figures = {"loss": 1.5, "source_loss": {}, "grad_norm": 1.0, "skipped": False, "stage": "a"}
     for step in range(500):
-        sink.write({"step": step, "tokens": step, "loss": 1.5})
+        sink.write({"step": step, "tokens": step, **figures})
         if step == 400:
             free_bytes[0] = 10**9
     sink.close()

@@ -1,83 +1,213 @@
 """metrics.jsonl: a record per step, and a record per checkpoint with leaderboard scores.
 
 A record of scores has the step and tokens of its checkpoint and the scores by suite. It is written
-when the scores arrive, after records of later steps.
+when the scores arrive, after records of later steps. A line that is damaged is reported and stays
+in the file, but no reader takes it.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import math
 import os
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, NotRequired
 
-from core.files import read_json_lines, write_text
+from pydantic import Discriminator, Tag
+from typing_extensions import TypedDict
+
+from core.errors import InputError
+from core.files import ends_line, write_atomic
+from core.records import BLOCKED, Count, Damage, Finite, scan_lines
+from core.records import read_lines as read_typed_lines
+from core.run import RunFiles
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+Span = tuple[int, int]  # first byte, and the byte after the last
 POINTS = 2000  # of a curve on the page; more points are averaged, which bounds the page size
+COPY_BYTES = 2**20
+
+
+class SourceValidation(TypedDict):
+    """Held-out loss of a source."""
+
+    loss: Finite | None
+
+
+class StepRecord(TypedDict):
+    """A step's line; null stands for a number that was not finite.
+
+    Required keys are those of every version, which readers of a run's curves index.
+    """
+
+    step: Count
+    tokens: Count
+    loss: Finite | None
+    grad_norm: Finite | None
+    skipped: bool
+    stage: str
+    source_loss: dict[str, Finite | None]
+    lr: NotRequired[Finite]
+    batch: NotRequired[Count]
+    seq_len: NotRequired[Count]
+    step_seconds: NotRequired[Finite]
+    data_wait_seconds: NotRequired[Finite]
+    source_tokens: NotRequired[dict[str, Count]]
+    tokens_per_second: NotRequired[Finite | None]
+    mfu: NotRequired[Finite | None]
+    memory_gib: NotRequired[Finite | None]
+    validation: NotRequired[dict[str, SourceValidation]]
+
+
+class ScoresRecord(TypedDict):
+    """The line of a scored checkpoint."""
+
+    step: Count
+    tokens: Count
+    scores: dict[str, dict[str, Finite | None]]  # suite -> row
+
+
+def _kind(line: Any) -> str:
+    return "scores" if isinstance(line, dict) and "scores" in line else ""
+
+
+LINE: Any = Annotated[
+    Annotated[StepRecord, Tag("")] | Annotated[ScoresRecord, Tag("scores")], Discriminator(_kind)
+]
 
 
 class JsonLines:
-    """A JSON Lines file without duplicates across restarts: a start drops records after `tokens`.
+    """A JSON Lines file without duplicates across restarts: a start cuts off later records.
 
     While the disk is full, up to MAX_WAITING lines wait in memory and are written later.
     """
 
     MAX_WAITING = 100_000
 
-    def __init__(self, path: Path, tokens: int) -> None:
-        lines = [line for line in read_json_lines(path) if line["tokens"] <= tokens]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    def __init__(
+        self, path: Path, tokens: int | None, report: Callable[[str], None] = logger.warning
+    ) -> None:
+        """Open for appending; cut off records after `tokens`, unless it is None.
+
+        Damaged lines are reported by `report`. Raises InputError if the file cannot be opened.
+        """
         self.path = path
-        self.file = path.open("ab", buffering=0)
-        self.end = path.stat().st_size
-        self.waiting: deque[bytes] = deque(maxlen=self.MAX_WAITING)
+        if tokens is not None:
+            cut_off(path, tokens, report)
+        try:
+            self.file = path.open("a+b", buffering=0)
+        except BLOCKED as error:
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}): move it away or fix its permissions"
+            ) from error
+        self.prefix = b"" if ends_line(self.file) else b"\n"  # a kill has cut the last line
+        self.end = self.file.tell()
+        self.is_torn = False  # the file has part of a line after `end`
+        self.failed = False
+        self.lost = 0  # records that had no room in memory
+        self.waiting: deque[bytes] = deque()
 
     def write(self, record: Record) -> None:
         """Append a record; NaN and infinity, which JSON lacks, become null."""
         if not self.waiting:
             self.failed = False
-        self.waiting.append((json.dumps(finite(record)) + "\n").encode())
+        if len(self.waiting) == self.MAX_WAITING:
+            self.waiting.popleft()
+            self.lost += 1
+        self.waiting.append(json.dumps(finite(record)).encode() + b"\n")
         try:
             while self.waiting:
-                self._append(self.waiting[0])
+                self._append(self.prefix + self.waiting[0])
+                self.prefix = b""
                 self.waiting.popleft()
         except OSError as error:
             if not self.failed:
-                logger.warning(f"cannot write metrics.jsonl ({error}); records wait in memory")
+                logger.warning(f"cannot write {self.path.name} ({error}); records wait in memory")
             self.failed = True
 
     def _append(self, line: bytes) -> None:
         """Write the complete line, or restore the length of the file and raise OSError."""
+        if self.is_torn:
+            self._restore()
         written = self.file.write(line)
         if written != len(line):  # the disk filled up within the line
-            self.file.truncate(self.end)
+            self.is_torn = True
+            self._restore()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.end += written
 
+    def _restore(self) -> None:
+        self.file.truncate(self.end)
+        self.is_torn = False
+
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        if self.waiting:
-            logger.warning(f"lost the last {len(self.waiting)} lines of metrics.jsonl")
+        """Sync and close the file."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            logger.warning(f"cannot sync {self.path.name}: {error}")
+        with suppress(OSError):
+            self.file.close()
+        if lost := self.lost + len(self.waiting):
+            logger.warning(f"lost {lost} lines of {self.path.name}")
+
+
+def cut_off(path: Path, tokens: int, report: Callable[[str], None] = logger.warning) -> None:
+    """Move the records after `tokens`, which will be written again, to a file beside it.
+
+    All other bytes stay, also damaged lines, which are reported. The cut records are durable before
+    the file is replaced; a start after a crash in between cuts the same bytes to the same name.
+    """
+    damage = Damage(path)
+    cut: list[Span] = []
+    for start, end, record in scan_lines(path, LINE, damage):
+        if record["tokens"] > tokens:
+            adjacent = bool(cut) and cut[-1][1] == start
+            cut[-1:] = [(cut[-1][0], end)] if adjacent else [*cut[-1:], (start, end)]
+    damage.report(report)
+    if not cut:
+        return
+    with path.open("rb") as file:
+        edges = [0, *(edge for span in cut for edge in span), path.stat().st_size]
+        kept = list(zip(edges[::2], edges[1::2], strict=True))
+        digest = hashlib.sha256()
+        for block in _blocks(file, cut):
+            digest.update(block)
+        beside = RunFiles(path.parent).cut_metrics(tokens, digest.hexdigest())
+        write_atomic(beside, lambda out: out.writelines(_blocks(file, cut)))
+        write_atomic(path, lambda out: out.writelines(_blocks(file, kept)))
+    logger.info(f"records after {tokens:,} tokens, which follow again, are now in {beside.name}")
+
+
+def _blocks(file: BinaryIO, spans: list[Span]) -> Iterator[bytes]:
+    """Yield the bytes of spans of a file, in blocks."""
+    for start, end in spans:
+        file.seek(start)
+        while start < end and (block := file.read(min(COPY_BYTES, end - start))):
+            start += len(block)
+            yield block
+
+
+def iter_lines(path: Path) -> Iterator[Record]:
+    """Yield the records of steps in a metrics file."""
+    return (record for record in read_typed_lines(path, LINE) if "scores" not in record)
 
 
 def read_lines(path: Path) -> list[Record]:
-    """Records of steps in a metrics file, or all lines of another JSON Lines file.
-
-    A last line truncated by a kill is dropped.
-    """
-    return [record for record in read_json_lines(path) if "scores" not in record]
+    """Records of steps in a metrics file."""
+    return list(iter_lines(path))
 
 
 def read_scores(path: Path) -> list[Record]:
     """Records of scores in a metrics file, ordered by tokens."""
     return sorted(
-        (record for record in read_json_lines(path) if "scores" in record),
+        (record for record in read_typed_lines(path, LINE) if "scores" in record),
         key=lambda record: record["tokens"],
     )
 

@@ -5,6 +5,7 @@ metrics.jsonl has every record. Console and trackers can neither delay nor stop 
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,10 +31,14 @@ class Metrics:
         throughput: Throughput,
         tokens: int,
         total: int,
+        report: Callable[[str], None] = logger.warning,
     ) -> None:
-        """Continue at `tokens` and drop later records; the run ends at `total` tokens."""
+        """Continue at `tokens` and cut off later records; the run ends at `total` tokens.
+
+        Damaged records of earlier starts are reported by `report`.
+        """
         self.throughput = throughput
-        self.file = JsonLines(RunFiles(folder).metrics, tokens)
+        self.file = JsonLines(RunFiles(folder).metrics, tokens, report)
         self.console = (
             LiveConsole(total, throughput)
             if sys.stdout.isatty()

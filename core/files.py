@@ -201,28 +201,6 @@ def remove_stale_temp_files(folder: Path) -> None:
                 path.unlink()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that can be rebuilt; empty if the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON Lines file; skip lines truncated by a kill or a full disk."""
-    entries: list[dict[str, Any]] = []
-    if not path.is_file():
-        return entries
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                entries.append(value)
-    return entries
-
-
 def append_json_line(path: Path, value: dict[str, Any], *, sync: bool = False) -> None:
     """Append an object to a JSON Lines file, as `append_line` does."""
     # texts may hold surrogates, of file names that are no UTF-8; no JSON parser has to take them

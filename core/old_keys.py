@@ -15,9 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from core.errors import InputError
+from core.records import DamagedRecord, check_typed
+from core.run import RunRecord
 from core.schema import covers
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ REMOVED_GROUPS = {
 }
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([\w.]+)(?:=(.*))?$", re.DOTALL)
 SUITE_NAMES = re.compile(r"leaderboard_\w+(,leaderboard_\w+)*")
+MAX_REASON = 200  # characters of a parser's message
 _warned: set[str] = set()
 
 
@@ -194,19 +198,28 @@ def load_config(path: Path) -> DictConfig:
     """Load a run's config.yaml with current keys. Raises InputError if it is damaged."""
     try:
         config = OmegaConf.load(path)
-    except (YAMLError, UnicodeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        if not isinstance(config, DictConfig):
+            raise ValueError("it is not a run's record")
+        rename_keys(config, str(path))
+    # ValueError: of text, numbers and dates; RecursionError: of nesting without end
+    except (YAMLError, OSError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())[:MAX_REASON]
         raise InputError(f"{path} cannot be read ({reason}): restore it or move it away") from error
-    if not isinstance(config, DictConfig):
-        raise InputError(f"{path} is not a run's record: restore it or move it away")
-    rename_keys(config, str(path))
     return config
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a run's config.yaml with current keys; empty if there is none."""
-    record: Any = OmegaConf.to_container(load_config(path)) if path.is_file() else {}
-    return dict(record)
+    """Read a run's config.yaml with current keys; empty if there is none.
+
+    Raises InputError if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    record: Any = OmegaConf.to_container(load_config(path))
+    try:
+        return dict(check_typed(record, RunRecord, str(path), extra="allow"))
+    except DamagedRecord as error:
+        raise InputError(f"{error}: restore it or move it away") from error
 
 
 def is_removed(key: str) -> bool:

@@ -6,6 +6,7 @@ nesting without end are each one line. In a JSON Lines file a damaged line costs
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,21 +43,24 @@ def read_typed(path: Path, schema: type[Schema]) -> Schema:
     return parse_typed(path.read_bytes(), schema, str(path))
 
 
-def read_if_present(
-    path: Path, schema: type[Schema], fix: str, extra: Extra = "forbid"
-) -> Schema | None:
-    """Read a JSON file as `read_typed` does; None if it is absent.
+def read_required(path: Path, schema: type[Schema], fix: str, extra: Extra = "forbid") -> Schema:
+    """Read a JSON file as `read_typed` does; keys that the schema lacks as `extra` says.
 
-    Raises DamagedRecord, which ends with the fix, if it is damaged or no readable file.
+    Raises DamagedRecord, which ends with the fix, if it is absent, damaged or no readable file.
     """
     try:
         return parse_typed(path.read_bytes(), schema, str(path), extra)
-    except FileNotFoundError:
-        return None
-    except BLOCKED as error:
+    except (FileNotFoundError, *BLOCKED) as error:
         raise DamagedRecord(f"{path} cannot be read ({error.strerror}): {fix}") from error
     except DamagedRecord as error:
         raise DamagedRecord(f"{error}: {fix}") from error
+
+
+def read_if_present(
+    path: Path, schema: type[Schema], fix: str, extra: Extra = "forbid"
+) -> Schema | None:
+    """Read a JSON file as `read_required` does; None if it is absent."""
+    return read_required(path, schema, fix, extra) if os.path.lexists(path) else None
 
 
 def read_or_rebuild(
@@ -153,7 +157,7 @@ def scan_lines(
                     yield start, end, content
 
 
-def read_lines(path: Path, schema: type[Schema]) -> Iterator[Schema]:
+def read_typed_lines(path: Path, schema: type[Schema]) -> Iterator[Schema]:
     """Yield the lines of a JSON Lines file that fit the schema; others are one warning at its end.
 
     An absent file has no lines. Raises DamagedRecord if the path is no readable file.
@@ -171,8 +175,13 @@ def report_once(text: str, report: Callable[[str], None] = logger.warning) -> No
         report(text)
 
 
-@cache
 def _adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
+    kind: Any = schema  # mypy takes no class as hashable
+    return _cached_adapter(kind)
+
+
+@cache
+def _cached_adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 

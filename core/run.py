@@ -4,6 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from core.records import Count, Finite
 
 MANIFEST = "manifest.json"  # last file of a checkpoint to be written
 
@@ -11,9 +17,9 @@ MANIFEST = "manifest.json"  # last file of a checkpoint to be written
 class RunFiles:
     """Paths of the files in a run's folder; no other module names them.
 
-    Training writes config, metrics, cut metrics, incidents, outcome, starts, lock, heartbeats, checkpoints,
-    profile, tensorboard, curves, report. Evaluation writes hf, evaluation, scores, card. Launch
-    writes attempts, logs, plan, dryrun.
+    Training writes config, metrics, cut metrics, incidents, outcome, starts, lock, heartbeats,
+    checkpoints, profile, tensorboard, curves, report. Evaluation writes hf, evaluation, scores,
+    card. Launch writes attempts, logs, plan, dryrun.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,6 +62,47 @@ class RunFiles:
     def export_record(hf: Path) -> Path:
         """Record of an export, in its folder, so that both appear in one rename."""
         return hf / "export.json"
+
+
+class Code(TypedDict):
+    """Version of the code of a start; empty without git."""
+
+    commit: NotRequired[str]
+    dirty: NotRequired[bool]
+
+
+class Start(TypedDict):
+    """A start's entry in the history of config.yaml."""
+
+    time: str
+    tokens: Count
+    ranks: Count
+    code: Code
+    versions: dict[str, str]
+    # old and new value by key
+    decisive: NotRequired[dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]]
+    operational: NotRequired[dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]]
+
+
+class RecordedStage(TypedDict):
+    """What readers take of a stage."""
+
+    name: str
+    mixture: dict[str, Annotated[Finite, Field(ge=0)]]
+
+
+class RecordedData(TypedDict):
+    """What readers take of the data."""
+
+    stages: NotRequired[list[RecordedStage]]
+
+
+class RunRecord(TypedDict):
+    """What readers take of a run's config.yaml, which has every other setting too."""
+
+    code: NotRequired[Code]
+    history: NotRequired[list[Start] | None]
+    data: NotRequired[RecordedData]
 
 
 @dataclass

@@ -4,7 +4,6 @@ A sweep is in Hydra's syntax (`a=1,2 b=range(3)`) or a file in configs/sweep.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from typing_extensions import TypedDict
 
 from core.compose import compose_config
 from core.errors import InputError
 from core.files import make_folder, write_json
 from core.old_keys import new_key
 from core.overrides import rewrite_overrides
+from core.records import read_if_present
 
 SWEEP = "sweep.json"  # in a sweep's folder: the values of each run
 SWEEP_FILE = re.compile(r"\+{0,2}sweep=(.*)")
@@ -35,8 +36,20 @@ class Sweep:
         """Add the points to sweep.json in the folder, which launch/collect.py reads."""
         path = Path(self.folder, SWEEP)
         make_folder(path.parent)
-        points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else {}
-        write_json(path, {"points": points | self.points})
+        write_json(path, {"points": read_points(path.parent) | self.points})
+
+
+class SweepRecord(TypedDict):
+    """Content of sweep.json."""
+
+    points: dict[str, dict[str, str]]
+
+
+def read_points(folder: Path) -> dict[str, dict[str, str]]:
+    """Swept values by label of a point, from sweep.json; empty if there is none."""
+    fix = "move it away and submit the sweep again"
+    record = read_if_present(folder / SWEEP, SweepRecord, fix)
+    return {} if record is None else record["points"]
 
 
 def read_sweep(

@@ -21,11 +21,11 @@ explain_missing_extras()
 
 from core.command import command
 from core.errors import InputError
-from core.files import check_folder, read_json, sha256_of, write_json
+from core.files import check_folder, sha256_of, write_json
+from core.records import read_if_present
 from data import recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
-from data.pipeline.accounting import StepCounts
 from data.pipeline.adoption import adopt
 from data.pipeline.clean import Build
 from data.pipeline.executors import Job, TaskExecutor, open_executor
@@ -46,6 +46,7 @@ from data.stream.manifests import (
 )
 
 REPORT = "report.json"
+FIX = "restore it, or set prepare.rebuild=true to prepare the source again"
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,22 @@ def list_inputs(cfg: DataConfig) -> dict[str, SourceInput]:
 def check_versions(cfg: DataConfig, inputs: dict[str, SourceInput]) -> None:
     """Raise InputError if finished data was prepared by other versions of recipes or packages.
 
-    A changed config rebuilds without asking; an upgrade must not discard weeks of work.
+    A changed config rebuilds without asking; neither an upgrade nor a damaged record may discard
+    weeks of work.
     """
     outdated = []
     for name, source in cfg.sources.items():
-        built = read_json(Path(cfg.folder) / "clean" / name / fingerprints.BUILT)
-        manifest = read_json(source_folder(cfg, name) / MANIFEST)
+        path = Path(cfg.folder) / "clean" / name / fingerprints.BUILT
+        built = read_if_present(path, fingerprints.BuiltClean, FIX)
         changes = []
-        if built and built.get("key") != inputs[name].key:
+        if built is not None and built["key"] != inputs[name].key:
             versions = fingerprints.versions_of(source)
             changes.append(fingerprints.describe_changes(built.get("versions", {}), versions))
-        if manifest:
+        path = source_folder(cfg, name) / MANIFEST
+        recorded = read_if_present(path, fingerprints.Versions, FIX, extra="ignore")
+        if recorded is not None:
             versions = fingerprints.shard_versions(source)
-            changes.append(fingerprints.describe_changes(manifest.get("versions", {}), versions))
+            changes.append(fingerprints.describe_changes(recorded.get("versions", {}), versions))
         if distinct := dict.fromkeys(filter(None, changes)):
             outdated.append(f"{name} by {', '.join(distinct)}")
     if outdated:
@@ -147,11 +151,10 @@ def clean_sources(
 def read_clean(cfg: DataConfig, name: str, source_input: SourceInput) -> CleanDocuments | None:
     """Finished clean documents of a source; None if the key or a file's size differs."""
     folder = Path(cfg.folder) / "clean" / name
-    built = fingerprints.read_built(folder, source_input.key)
+    built = fingerprints.read_built(folder, fingerprints.BuiltClean, source_input.key)
     if built is None or built["files"] != fingerprints.file_sizes(folder):
         return None
-    steps = [StepCounts(**step) for step in built["steps"]]
-    return CleanDocuments(folder, sorted(built["files"]), steps)
+    return CleanDocuments(folder, sorted(built["files"]), built["steps"])
 
 
 def run_passes(builds: dict[str, Build], executor: TaskExecutor) -> Iterator[str]:
@@ -212,7 +215,7 @@ def build_tokenizer(
     """Path of the tokenizer: reused, copied from `tokenizer.path`, or trained on `cleaned`."""
     settings, file = cfg.tokenizer, tokenizer_path(cfg)
     key = fingerprints.tokenizer_key(cfg, [source_input.key for source_input in inputs.values()])
-    built = fingerprints.read_built(file.parent, key)
+    built = fingerprints.read_built(file.parent, fingerprints.BuiltTokenizer, key)
     if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
         executor.log("tokenizer", f"reused, {tokenizer.describe(file)}")
         return file

@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): mend or remove it") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object: mend or remove it")

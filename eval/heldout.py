@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
 from core.errors import InputError
 from data.config import DataConfig
@@ -59,6 +60,14 @@ class HeldoutScore:
     bits_per_byte: float
     # entropy of this text's own token frequencies: the lower bound of any unigram model
     unigram_bits_per_byte: float
+
+
+class HeldoutRecord(TypedDict):
+    """Content of eval.json; further keys say what was scored."""
+
+    checkpoint: str
+    heldout: dict[str, HeldoutScore]
+    sample: str
 
 
 def evaluate(

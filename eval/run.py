@@ -30,13 +30,14 @@ from rich.table import Table
 
 from core.command import command
 from core.errors import InputError
-from core.files import read_json, sha256_of, write_json
+from core.files import sha256_of, write_json
 from core.old_keys import format_value
+from core.records import read_or_rebuild
 from core.run import RunFiles
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, open_manifests, source_folder
 from eval.config import EvaluationConfig, GenerateConfig
-from eval.heldout import HeldoutScore, evaluate
+from eval.heldout import HeldoutRecord, HeldoutScore, evaluate
 from eval.hf.exported import require_export
 from eval.hf.transformers_model import load_transformers_model
 from eval.leaderboard.suite import run_suite
@@ -70,10 +71,9 @@ def run_heldout(config: EvaluationConfig) -> None:
         "data": data_sha256(config.data),
     }
     path = config.run.files.evaluation
-    stored = read_json(path)
-    if {key: stored.get(key) for key in provenance} == provenance:
-        scores = {name: HeldoutScore(**score) for name, score in stored["heldout"].items()}
-        print_result(scores, stored["sample"])
+    stored: Any = read_or_rebuild(path, HeldoutRecord, "it is evaluated again", extra="allow")
+    if stored and {key: stored.get(key) for key in provenance} == provenance:
+        print_result(stored["heldout"], stored["sample"])
         logger.info(f"\nreused: {path}")
         return
     model = load_model(config, checkpoint, best_device())

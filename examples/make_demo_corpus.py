@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from core.entry import explain_missing_extras, format_commands
@@ -27,6 +28,7 @@ from core.entry import explain_missing_extras, format_commands
 explain_missing_extras()
 
 from core.errors import USER_ERROR
+from core.records import read_or_rebuild
 from examples.demo_corpus import arithmetic, standard_library
 from examples.demo_corpus.archives import write_archive
 
@@ -60,7 +62,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(USER_ERROR)
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == provenance:
+    if read_or_rebuild(record, dict[str, Any], "the corpus is written again") == provenance:
         print(f"reused: this version of Python has written {folder}")
         return
     temp_folder = folder.with_name(f"{folder.name}.part")

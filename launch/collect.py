@@ -15,14 +15,16 @@ explain_missing_extras()
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from core.errors import InputError
-from core.files import read_json, write_text
+from core.files import write_text
+from core.records import Finite, read_or_rebuild
 from core.run import RunFiles
-from core.sweep import SWEEP
+from core.sweep import SWEEP, read_points
 from train.metrics.page import page
 from train.metrics.records import read_lines, short
-from train.resilience.incidents import read_outcome
+from train.resilience.incidents import FINISHED, describe_state, read_outcome
 
 LAST_FRACTION = 0.05  # last part of a run's tokens over which its final loss is averaged
 RANKING = ("bits_per_byte", "validation", "loss")  # runs are sorted by the first that exists
@@ -33,10 +35,28 @@ EXAMPLES = """examples:
 Row = dict[str, Any]
 
 
+class HeldoutRow(TypedDict):
+    """A source's row of eval.json, or that of all sources."""
+
+    bits_per_byte: Finite
+
+
+class HeldoutRows(TypedDict):
+    """The rows of eval.json of which one is compared."""
+
+    all: HeldoutRow
+
+
+class Evaluation(TypedDict):
+    """What is compared of eval.json."""
+
+    heldout: HeldoutRows
+
+
 def sweep_rows(folder: Path) -> list[Row]:
     """One row per point of sweep.json: swept values, progress, final losses in nats per token."""
-    points = read_json(folder / SWEEP).get("points")
-    if points is None:
+    points = read_points(folder)
+    if not points:
         raise InputError(f"{folder} has no {SWEEP}; give the folder of a `launch/submit.py -m`")
     return [
         {"run": label, **values, **run_results(folder / label)} for label, values in points.items()
@@ -48,10 +68,11 @@ def run_results(run: Path) -> Row:
     files = RunFiles(run)
     records = read_lines(files.metrics)
     outcome = read_outcome(run)
-    if outcome is None:
-        state = "running or crashed" if records else "not started"
-    else:
-        state = outcome.reason if outcome.code else "finished"
+    state = describe_state(run)
+    if outcome is not None and outcome.code == FINISHED:
+        state = "finished"
+    elif outcome is None and not records:
+        state = "not started"
     if not records:
         return {"tokens": 0, "state": state}
     tokens = records[-1]["tokens"]
@@ -59,13 +80,18 @@ def run_results(run: Path) -> Row:
     validated = [record for record in records if record.get("validation")]
     if validated:
         losses = {
-            name: entry["loss"] for name, entry in sorted(validated[-1]["validation"].items())
+            name: entry["loss"]
+            for name, entry in sorted(validated[-1]["validation"].items())
+            if entry["loss"] is not None
         }
-        row["validation"] = sum(losses.values()) / len(losses)
+        if losses:
+            row["validation"] = sum(losses.values()) / len(losses)
         row |= {f"validation/{name}": loss for name, loss in losses.items()}
         row["validated_at"] = validated[-1]["tokens"]
-    if heldout := read_json(files.evaluation).get("heldout"):
-        row["bits_per_byte"] = heldout["all"]["bits_per_byte"]
+    if evaluation := read_or_rebuild(
+        files.evaluation, Evaluation, "its scores are left out", extra="ignore"
+    ):
+        row["bits_per_byte"] = evaluation["heldout"]["all"]["bits_per_byte"]
     row["grad_norm_max"] = max(record["grad_norm"] or 0.0 for record in records)
     row["skipped"] = sum(bool(record["skipped"]) for record in records)
     return row

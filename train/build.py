@@ -40,7 +40,7 @@ from train.record.origin import Origin, find_origin, load_initial_weights, resum
 from train.resilience.agreement import check_agreement
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
-from train.resilience.incidents import Incidents, Starts
+from train.resilience.incidents import Incidents, Starts, sync_records
 from train.resilience.replicas import ReplicaCheck
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -94,6 +94,7 @@ def build_trainer(
         config.health, ranks, engine, replica_check, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
+    checkpoints.writer.before_commit = lambda: sync_records(config.run.folder)
     if state.tokens < schedule.total:
         record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
     loader = Loader(plan, manifests)

@@ -28,7 +28,7 @@ from train.record.history import code_version
 from train.resilience.agreement import check_agreement, start_facts
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
-from train.resilience.incidents import FINISHED, Outcome, read_outcome
+from train.resilience.incidents import FINISHED, Outcome, read_outcome, sync_records
 from train.resilience.run_lock import RunLock
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -77,6 +77,7 @@ def run_context(
         logger.info(f"{world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
         if is_first:
+            sync_records(folder)
             outcome.write(folder)
         return outcome
     except InputError as error:

@@ -4,12 +4,13 @@ datatrove's own `stats.json` covers only the tasks of the last launch, so this m
 per-task files.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from typing_extensions import TypedDict
+
+from core.records import Count, Finite, read_required
 from data.readers.listing import Listing
 from data.stream.manifests import SPLITS, Manifest
 
@@ -22,14 +23,14 @@ class StepCounts:
     """Document counts of one pipeline step."""
 
     name: str
-    total: int
-    forwarded: int
-    dropped: dict[str, int]  # reason -> documents
-    characters: int = 0  # of forwarded documents, where the step counts them
+    total: Count
+    forwarded: Count
+    dropped: dict[str, Count]  # reason -> documents
+    characters: Count = 0  # of forwarded documents, where the step counts them
     # "documents" that had text removed, and the removed "characters"
-    cut: dict[str, int] = field(default_factory=dict)
-    files: int = 0  # that a reader opened
-    unchanged: int = 0  # forwarded documents that the step does not apply to
+    cut: dict[str, Count] = field(default_factory=dict)
+    files: Count = 0  # that a reader opened
+    unchanged: Count = 0  # forwarded documents that the step does not apply to
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> list[StepCounts]:
@@ -38,8 +39,9 @@ def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> l
     Asserts that no document was lost, from the last step of `before` on.
     """
     merged: list[StepCounts] = []
+    fix = f"remove {stats.parent} and run the same command again"
     for rank in range(tasks):
-        raw = json.loads((stats / f"{rank:05d}.json").read_text(encoding="utf-8"))
+        raw = read_required(stats / f"{rank:05d}.json", list[TaskStep], fix, extra="ignore")
         steps = [read_step(step) for step in raw]
         if not merged:
             merged = steps
@@ -62,7 +64,20 @@ def add_counts(total: StepCounts, step: StepCounts) -> None:
             sums[name] = sums.get(name, 0) + count
 
 
-def read_step(raw: dict[str, Any]) -> StepCounts:
+class Statistic(TypedDict):
+    """What is read of a number of datatrove."""
+
+    total: Finite
+
+
+class TaskStep(TypedDict):
+    """What is read of a step in datatrove's statistics of a task."""
+
+    name: str
+    stats: dict[str, Statistic | Finite]
+
+
+def read_step(raw: TaskStep) -> StepCounts:
     """Parse one step of one task; a step without `forwarded` (a writer) forwards everything."""
     counts = {
         name: int(value["total"] if isinstance(value, dict) else value)

@@ -15,19 +15,18 @@ import logging
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from core.errors import InputError
-from core.files import read_json, sha256_of
+from core.files import sha256_of
+from core.records import read_required
 from data import recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig
 from data.pipeline import clean, fingerprints
-from data.pipeline.accounting import StepCounts
 from data.pipeline.executors import TaskExecutor, open_executor
 from data.pipeline.shard import CleanDocuments
 from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
-from data.readers.listing import INPUT_LIST, Listing
+from data.readers.listing import Listing, read_pinned_list
 from data.readers.normalize import normalize
 from data.stream.documents import document_ends
 from data.stream.manifests import (
@@ -70,7 +69,7 @@ class Adoption:
         self.eos = -1  # of the tokenizer
         self.listings: dict[str, Listing] = {}
         self.manifests: dict[str, Manifest] = {}
-        self.built: dict[str, dict[str, Any]] = {}  # records of clean documents, by source
+        self.built: dict[str, fingerprints.BuiltClean] = {}  # records of clean documents, by source
         self.skipped: dict[str, str] = {}  # source -> why it is not adopted
         self.of_cleaning_1: list[str] = []  # sources that version 1 of clean.VERSION made
 
@@ -142,17 +141,14 @@ class Adoption:
         if not (folder / fingerprints.BUILT).is_file():
             self.skipped[name] = "its clean documents, the only record of its settings, are missing"
             return
-        built, pinned = read_json(folder / fingerprints.BUILT), read_json(folder / INPUT_LIST)
-        try:
-            files, documents = built["files"], built["steps"][-1]["forwarded"]
-            step_names = {step["name"] for step in built["steps"]}
-            recorded_input = [pinned["kind"], sorted(pinned["files"])]
-            recorded_settings = built.get("settings", {})
-            recorded_sizes = built.get("input", [None, None])[1]
-        except (KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                f"{folder} has a damaged {fingerprints.BUILT} or {INPUT_LIST}: remove {folder}"
-            ) from error
+        fix = f"remove {folder}"
+        built = read_required(folder / fingerprints.BUILT, fingerprints.BuiltClean, fix)
+        pinned = read_pinned_list(folder)
+        files, documents = built["files"], built["steps"][-1].forwarded
+        step_names = {step.name for step in built["steps"]}
+        recorded_input = [pinned["kind"], sorted(pinned["files"])]
+        recorded_settings = built.get("settings", {})
+        recorded_sizes = built.get("input", (None, None))[1]
         if files != fingerprints.file_sizes(folder):
             raise InputError(f"files in {folder} differ from its {fingerprints.BUILT}: remove it")
         listing = self.listings[name]
@@ -220,7 +216,7 @@ class Adoption:
             for name in self.of_cleaning_1
         }
         for name, normalized in executor.run("read", jobs):
-            lost = self.built[name]["steps"][0]["dropped"].get("corrupt", 0)
+            lost = self.built[name]["steps"][0].dropped.get("corrupt", 0)
             if lost or not all(normalized):
                 self.skipped[name] = (
                     f"its recipe or passes had another version (cleaning 1, now {clean.VERSION}), "
@@ -268,8 +264,8 @@ class Adoption:
         if name not in self.built:
             return None
         built = self.built[name]
-        steps = [StepCounts(**step) for step in built["steps"]]
-        return CleanDocuments(self.folder / "clean" / name, sorted(built["files"]), steps)
+        folder = self.folder / "clean" / name
+        return CleanDocuments(folder, sorted(built["files"]), built["steps"])
 
     def write(self) -> None:
         """Write new keys for every adopted source, and last for the tokenizer."""
@@ -307,7 +303,7 @@ class Adoption:
                 self.folder / "clean" / name,
                 key,
                 files=self.built[name]["files"],
-                steps=self.built[name]["steps"],
+                steps=[asdict(step) for step in self.built[name]["steps"]],
                 **fingerprints.provenance(source, listing),
             )
         manifest = replace(

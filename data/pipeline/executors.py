@@ -21,6 +21,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from core.errors import InputError
 from core.files import ROOT, make_folder, write_text
+from core.records import read_required
 from data.config import Executor, ExecutorConfig
 from data.pipeline.workers import init_worker
 
@@ -249,9 +250,11 @@ class SlurmExecutor(TaskExecutor):
         Raises InputError if the array has ended without all results.
         """
         self.empty_polls = 0 if self.is_running() else self.empty_polls + 1
-        finished = {int(path.stem) for path in self.results.glob("*.json")}
+        paths = self.results.glob("*.json")
+        finished = {int(path.stem) for path in paths if path.stem.isdecimal()}
         for rank in sorted(finished & self.unfinished.keys()):
-            result = json.loads((self.results / f"{rank:06d}.json").read_text(encoding="utf-8"))
+            path = self.results / f"{rank:06d}.json"
+            result: Any = read_required(path, object, "remove it and run the same command again")
             self.unfinished.pop(rank).set_result(result)
         if self.unfinished and self.empty_polls > MAX_EMPTY_POLLS:
             raise InputError(

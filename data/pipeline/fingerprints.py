@@ -12,13 +12,18 @@ import shutil
 from dataclasses import asdict, replace
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from core.errors import InputError
-from core.files import make_folder, publish_folder, read_json, sha256_of, write_json
+from core.files import make_folder, publish_folder, sha256_of, write_json
+from core.records import Count, Schema, read_if_present, read_or_rebuild
 from data import recipes, tokenizer, vocabulary
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
+from data.pipeline.accounting import StepCounts
 from data.readers.listing import Listing, list_raw_files
 from data.recipes import MEGATRON, decontamination
 from data.stream.documents import document_ends
@@ -206,10 +211,36 @@ def write_built(folder: Path, key: str, **details: Any) -> None:
     write_json(folder / BUILT, {"key": key, **details})
 
 
-def read_built(folder: Path, key: str) -> dict[str, Any] | None:
-    """Details of a complete folder; None if it is incomplete or has another key."""
-    built = read_json(folder / BUILT)
-    return built if built.get("key") == key else None
+class BuiltTokenizer(TypedDict):
+    """Content of built.json beside a tokenizer."""
+
+    key: str
+    sha256: str
+
+
+class Versions(TypedDict):
+    """Versions of what wrote a folder; absent before 0.2."""
+
+    versions: NotRequired[dict[str, str | int]]
+
+
+class BuiltClean(Versions):
+    """Content of built.json in a folder of clean documents; versions before 0.2 wrote less."""
+
+    key: str
+    files: dict[str, Count]  # bytes
+    steps: Annotated[list[StepCounts], Field(min_length=1)]
+    settings: NotRequired[dict[str, Any]]
+    input: NotRequired[tuple[str, dict[str, Count]]]
+
+
+def read_built(folder: Path, schema: type[Schema], key: str) -> Schema | None:
+    """Details of a complete folder; None if it is incomplete or has another key.
+
+    A damaged record is a warning: the folder counts as incomplete.
+    """
+    built: Any = read_or_rebuild(folder / BUILT, schema, "the folder is built again")
+    return built if built and built["key"] == key else None
 
 
 def open_build_dir(folder: Path, stage: str, key: str) -> Path:
@@ -235,19 +266,24 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+class PinnedTasks(TypedDict):
+    """Content of locks/SOURCE.json."""
+
+    tasks: Count
+
+
 def check_num_tasks(folder: Path, name: str, tasks: int) -> None:
     """Raise InputError if a source was started with another number of tasks.
 
     Finished tasks would be discarded; with plain datatrove, documents would be lost.
     """
     lock = folder / "locks" / f"{name}.json"
-    if (
-        lock.is_file()
-        and (pinned := json.loads(lock.read_text(encoding="utf-8"))["tasks"]) != tasks
-    ):
+    fix = "restore it, or remove it to rebuild the source"
+    pinned = read_if_present(lock, PinnedTasks, fix)
+    if pinned is not None and pinned["tasks"] != tasks:
         raise InputError(
-            f"source {name} was started with {pinned} tasks, not {tasks}: set "
-            f"data.sources.{name}.tasks={pinned}, or remove {lock} to rebuild the source"
+            f"source {name} was started with {pinned['tasks']} tasks, not {tasks}: set "
+            f"data.sources.{name}.tasks={pinned['tasks']}, or remove {lock} to rebuild the source"
         )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from core.files import make_folder, write_text
+from core.records import read_if_present
 from core.templates import render
 from data.config import DataConfig
 from data.pipeline.accounting import StepCounts, ranked_reasons
@@ -35,6 +37,12 @@ COLOURS = (
     "#bab0ac",
     "#ff9da6",
 )
+
+
+class Report(TypedDict):
+    """What is shown of report.json."""
+
+    steps: dict[str, list[StepCounts]]
 
 
 def lengths(folder: Path, manifest: Manifest) -> dict[int, int]:
@@ -63,8 +71,8 @@ def domains(folder: Path, samples: int) -> list[tuple[str, int]]:
 def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samples: int) -> None:
     """Write the page of a prepared data set."""
     plan = compile_plan(cfg, manifests)
-    report = Path(cfg.folder) / REPORT
-    record = json.loads(report.read_text(encoding="utf-8"))["steps"] if report.is_file() else {}
+    fix = "run data/prepare.py again"
+    report = read_if_present(Path(cfg.folder) / REPORT, Report, fix, extra="ignore")
     source_lengths = []
     for name, manifest in manifests.items():
         counts = lengths(source_folder(cfg, name), manifest)
@@ -78,7 +86,7 @@ def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samp
         stage_tokens=stage_tokens,
         colours={name: COLOURS[n % len(COLOURS)] for n, name in enumerate(plan.sources)},
         tables="\n".join([*plan_table(plan), "", *packing_table(plan, manifests)]),
-        steps={name: [StepCounts(**step) for step in steps] for name, steps in record.items()},
+        steps={} if report is None else report["steps"],
         ranked_reasons=ranked_reasons,
         lengths=source_lengths,
         samples=samples,

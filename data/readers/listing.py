@@ -3,15 +3,16 @@
 Every file of the folder is read or counted as ignored, with the reason and the first names.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datatrove.io import DataFolder, get_datafolder
+from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import write_json
+from core.records import read_required
 
 INPUT_LIST = "input.json"
 KINDS = {
@@ -175,8 +176,19 @@ def pin_files(folder: Path, listing: Listing) -> None:
     write_json(folder / INPUT_LIST, {"kind": listing.kind, "files": list(listing.files)})
 
 
+class PinnedList(TypedDict):
+    """Content of input.json."""
+
+    kind: str
+    files: list[str]
+
+
+def read_pinned_list(folder: Path) -> PinnedList:
+    """The list that `pin_files` wrote. Raises InputError if it is damaged."""
+    fix = f"remove {folder} and prepare the data again"
+    return read_required(folder / INPUT_LIST, PinnedList, fix)
+
+
 def read_pinned(folder: Path) -> list[str]:
     """Names of the files that `pin_files` wrote."""
-    pinned = json.loads((folder / INPUT_LIST).read_text(encoding="utf-8"))
-    names: list[str] = pinned["files"]
-    return names
+    return read_pinned_list(folder)["files"]

@@ -4,24 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import UndefinedError
 
 from core.errors import InputError
-from core.files import read_json
 from core.old_keys import read_record
+from core.records import read_if_present
 from core.run import RunFiles
 from core.templates import render
+from eval.heldout import HeldoutRecord
+from eval.leaderboard.stored import StoredSuite
 from model.checkpoint import read_state
 from model.config import ModelConfig
 from model.flops import parameter_count
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "text-generation"
+FIX = "restore it, or remove it and evaluate again"
 
 
 def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
     """Render the README.md of an exported checkpoint: data, recipe, results and curves.
 
-    Leaves out scores that the run did not record. Raises InputError without config.yaml.
+    Leaves out scores that the run did not record. Raises InputError without config.yaml, and for a
+    damaged file.
     """
     files = RunFiles(run_dir)
     if not files.config.is_file():
@@ -31,14 +36,18 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
     history = starts_of(config.pop("history", None) or [], state["tokens"])
     # what the checkpoint was trained with; config.yaml may be of a later start
     config = state.get("config") or config
-    heldout = _read_results(files.evaluation, checkpoint).get("heldout", {})
-    suites = [
-        suite
+    evaluation = read_if_present(files.evaluation, HeldoutRecord, FIX, extra="ignore")
+    heldout = {}
+    if evaluation is not None and evaluation["checkpoint"] == checkpoint.name:
+        heldout = evaluation["heldout"]
+    stored = [
+        read_if_present(path, StoredSuite, FIX, extra="ignore")
         for path in sorted(files.scores.glob("*.json"))
-        if (suite := _read_results(path, checkpoint))
+        if path != files.score_jobs
     ]
+    suites = [suite for suite in stored if suite and suite.get("checkpoint") == checkpoint.name]
     results = [
-        EvalResult(TASK, name, f"{name}, held out", "bits_per_byte", row["bits_per_byte"])
+        EvalResult(TASK, name, f"{name}, held out", "bits_per_byte", row.bits_per_byte)
         for name, row in heldout.items()
     ]
     for suite in suites:
@@ -51,19 +60,22 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
         model_name=config["run"]["name"] if results else None,  # eval_results needs it
         eval_results=results or None,
     )
-    text = render(
-        TEMPLATE,
-        card_data=data.to_yaml(),
-        config=config,
-        model=model,
-        parameters=parameter_count(model),
-        tokens=state["tokens"],
-        history=history,
-        step=checkpoint.name,
-        heldout=heldout,
-        suites=suites,
-        curves=files.curves.is_file(),
-    )
+    try:
+        text = render(
+            TEMPLATE,
+            card_data=data.to_yaml(),
+            config=config,
+            model=model,
+            parameters=parameter_count(model),
+            tokens=state["tokens"],
+            history=history,
+            step=checkpoint.name,
+            heldout=heldout,
+            suites=suites,
+            curves=files.curves.is_file(),
+        )
+    except (UndefinedError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{files.config} lacks settings of a run ({error}): restore it") from error
     return str(ModelCard(text))
 
 
@@ -76,9 +88,3 @@ def starts_of(history: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]
         starts = [start for start in starts if start["tokens"] < entry["tokens"]]
         starts.append(entry if entry["tokens"] else {**entry, "decisive": {}})
     return [start for start in starts if start["tokens"] < tokens]
-
-
-def _read_results(path: Path, checkpoint: Path) -> dict[str, Any]:
-    """Read a file of results; empty if they are of another checkpoint."""
-    result = read_json(path)
-    return result if result.get("checkpoint") == checkpoint.name else {}

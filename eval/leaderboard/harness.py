@@ -8,6 +8,7 @@ vocabulary has no begin token. Batches are padded on the right, never on the lef
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from lm_eval.models.utils import (
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from core.files import read_json
+from core.records import Count, read_required
 from data.tokenizer import load as load_tokenizer
 from data.vocabulary import end_id
 from eval.model_source import ModelSource, best_device, model_from_checkpoint
@@ -236,6 +238,17 @@ def init_device() -> torch.device:
     return device
 
 
+class EndToken(TypedDict):
+    """What is read of a transformers folder's config.json."""
+
+    eos_token_id: Count
+
+
+def _end_id(path: Path) -> int:
+    fix = "name a complete transformers folder"
+    return read_required(path, EndToken, fix, extra="ignore")["eos_token_id"]
+
+
 def load_language_model(source: ModelSource, max_length: int, batch_tokens: int) -> Any:
     """Load a model as the lm-evaluation-harness class LM, on this process's device."""
     if source.tokenizer is None:
@@ -247,7 +260,7 @@ def load_language_model(source: ModelSource, max_length: int, batch_tokens: int)
             batch_size=max(1, batch_tokens // max_length),
             device=best_device(),
             dtype="float32",
-            prefix_token_id=read_json(source.folder / "config.json")["eos_token_id"],
+            prefix_token_id=_end_id(source.folder / "config.json"),
         )
     config = ModelConfig(**read_state(source.folder)["model"])
     model = model_from_checkpoint(config, source.folder, init_device())

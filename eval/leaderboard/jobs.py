@@ -16,12 +16,17 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from core.files import ROOT, make_folder, read_json, sync_folder, write_json
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from core.files import ROOT, make_folder, sync_folder, write_json
 from core.overrides import config_dir_options, own_config_dir
+from core.records import Count, DamagedRecord, read_if_present, report_once
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
+from eval.leaderboard.stored import read_stored
 from model.checkpoint import read_state
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,12 @@ LAUNCHER_VARIABLES = (  # of torchrun; jobs must not inherit them
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+
+
+class JobsRecord(TypedDict):
+    """Content of jobs.json: tokens of the checkpoints with a job, by folder name."""
+
+    started: dict[Annotated[str, Field(pattern=r"^step-\d{8,}$")], Count]
 
 
 class SuiteJobs:
@@ -75,12 +86,27 @@ class SuiteJobs:
             return []
         self.next_poll = time.monotonic() + POLL_SECONDS
         make_folder(self.scores)
-        started: dict[str, int] = read_json(self.record).get("started", {})
+        started = self._read_started()
+        if started is None:
+            return []
         for folder, tokens in self._due(started):
             started[folder.name] = tokens
             write_json(self.record, {"started": started})
             self._pin_and_launch(folder)
         return self.collect()
+
+    def _read_started(self) -> dict[str, int] | None:
+        """Checkpoints with a job; None, with a warning, if that is not known.
+
+        An empty list in place of a damaged one would start every job again.
+        """
+        fix = "no jobs are started or collected until it is restored or removed"
+        try:
+            record = read_if_present(self.record, JobsRecord, fix)
+        except DamagedRecord as error:
+            report_once(str(error))
+            return None
+        return {} if record is None else record["started"]
 
     def _due(self, started: dict[str, int]) -> list[tuple[Path, int]]:
         """Checkpoints that are due and have no job yet, oldest first."""
@@ -150,7 +176,7 @@ class SuiteJobs:
     def collect(self) -> list[dict[str, Any]]:
         """Return unreported scores of finished jobs and delete their pinned checkpoints."""
         records = []
-        started: dict[str, int] = read_json(self.record).get("started", {})
+        started = self._read_started() or {}
         for name, tokens in sorted(started.items(), key=lambda item: item[1]):
             step = step_number(Path(name))
             finished = {
@@ -170,7 +196,7 @@ class SuiteJobs:
 
     def _read_finished(self, name: str) -> dict[str, float] | None:
         """Scores of a job's rows, and their average if none is missing; None while it runs."""
-        result = read_json(self.scores / f"{name}.json")
+        result = read_stored(self.scores / f"{name}.json", "remove it and score the suite again")
         if not result.get("complete") and not result.get("missing"):
             return None
         rows = {label: float(row["score"]) for label, row in result["rows"].items()}

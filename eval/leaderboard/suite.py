@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import InputError
-from core.files import make_folder, read_json, write_json
+from core.files import make_folder, write_json
 from eval.config import EvaluationConfig, Suite, SuiteRow
+from eval.leaderboard.stored import read_stored
 from eval.model_source import ModelSource, find_model
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def run_suite(config: EvaluationConfig) -> None:
         "max_length": suite.max_length_tokens,
         "limit": suite.limit_documents,
     }
-    stored = read_json(path)
+    stored = read_stored(path, "its rows are scored again")
     results: dict[str, Result] = {}
     if {key: stored.get(key) for key in provenance} == provenance:
         results = {
@@ -212,7 +213,7 @@ def other_checkpoints(suite: Suite, path: Path) -> dict[str, list[float]]:
     """Complete scores of the run's other checkpoints, such as before and after the decay."""
     scores = {}
     for other in sorted(path.parent.glob(f"{suite.name}-*.json")):
-        stored = read_json(other)
+        stored = read_stored(other, "it is left out")
         rows = [stored.get("rows", {}).get(row.label) for row in suite.rows]
         if other != path and all(
             entry and is_result_of(entry, row) for entry, row in zip(rows, suite.rows, strict=True)

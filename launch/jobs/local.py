@@ -62,8 +62,8 @@ def run_until_done(command: list[str], run: Path | None) -> str:
     while True:
         if run is not None:
             previous = read_outcome(run)
-            if previous is not None and previous.code != FINISHED:
-                RunFiles(run).outcome.unlink()
+            if previous is None or previous.code != FINISHED:
+                RunFiles(run).outcome.unlink(missing_ok=True)
         code, is_interrupted = wait(command)
         if code == 0:
             return "done"

@@ -2,17 +2,44 @@
 
 import logging
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from core.files import append_json_line, make_folder, read_json_lines
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from core.errors import InputError
+from core.files import append_json_line, append_line, make_folder
+from core.records import BLOCKED, Damage, read_typed_lines, shown
 from core.run import RunFiles, iter_committed_checkpoints
-from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
+from train.resilience.incidents import FINISHED, INTERRUPTED, Incident, read_outcome
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
+NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Begin(TypedDict):
+    """A start's line of attempts.jsonl."""
+
+    event: Literal["begin"]
+    time: str
+    nodes: list[str]
+
+
+class End(TypedDict):
+    """The line of a start's end; `crashed_at` is the newest checkpoint of a crash."""
+
+    event: Literal["end"]
+    time: str
+    reason: str
+    crashed_at: str | None
+
+
+ATTEMPT: Any = Annotated[Begin | End, Field(discriminator="event")]
 
 
 def newest_checkpoint_name(folder: Path) -> str:
@@ -27,13 +54,14 @@ def record_start(folder: Path, nodes: list[str], down_nodes: list[str], bad_node
     A node counts as lost if it is in `down_nodes` and the previous start has no recorded end.
     """
     make_folder(folder)
-    attempts = read_json_lines(RunFiles(folder).attempts)
+    attempts = read_attempts(folder)
     if attempts and attempts[-1]["event"] == "begin":  # Slurm killed its batch script
         for node in set(down_nodes) & set(attempts[-1]["nodes"]):
             add_strike(bad_nodes, node, folder, "went down during a run")
     outcome = read_outcome(folder)
-    if outcome is not None and outcome.code != FINISHED:
-        RunFiles(folder).outcome.unlink()  # else record_end would take it for this start's
+    if outcome is None or outcome.code != FINISHED:
+        # record_end would take it for this start's
+        RunFiles(folder).outcome.unlink(missing_ok=True)
     append_record(folder, event="begin", nodes=nodes)
 
 
@@ -42,8 +70,7 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
 
     Adds a strike against each node whose ranks crashed or hung.
     """
-    attempts = read_json_lines(RunFiles(folder).attempts)
-    start = [entry for entry in attempts if entry["event"] == "begin"][-1]
+    attempts = read_attempts(folder)
     outcome = read_outcome(folder)
     crashed_at = None
     if outcome is not None:
@@ -59,8 +86,10 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
         reason = (
             f"crash (exit code {code}), {crashes} in a row since {crashed_at or 'the beginning'}"
         )
-        for node in failed_nodes(folder, start):
-            add_strike(bad_nodes, node, folder, "a rank crashed or hung")
+        # a damaged last line leaves the nodes of this start unknown
+        if attempts and attempts[-1]["event"] == "begin":
+            for node in failed_nodes(folder, attempts[-1]):
+                add_strike(bad_nodes, node, folder, "a rank crashed or hung")
     append_record(
         folder, event="end", code=code, verdict=verdict, reason=reason, crashed_at=crashed_at
     )
@@ -69,8 +98,7 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
 
 def consecutive_crashes(folder: Path, checkpoint: str) -> int:
     """Number of last ends in a row that were crashes with this checkpoint as the newest."""
-    attempts = read_json_lines(RunFiles(folder).attempts)
-    ends = [entry for entry in attempts if entry["event"] == "end"]
+    ends = [entry for entry in read_attempts(folder) if entry["event"] == "end"]
     return next(
         (i for i, entry in enumerate(reversed(ends)) if entry["crashed_at"] != checkpoint),
         len(ends),
@@ -80,39 +108,61 @@ def consecutive_crashes(folder: Path, checkpoint: str) -> int:
 def failed_nodes(folder: Path, start: Record) -> set[str]:
     """Nodes of a start that incidents.jsonl names for a crash or a hang, not for a lost peer."""
     failed = set()
-    for entry in read_json_lines(RunFiles(folder).incidents):
-        if (
-            entry.get("incident") in ("crash", "hang")
-            and str(entry.get("time", "")) >= start["time"]
-        ):
-            words = {word.strip(",.:") for word in str(entry.get("text", "")).split()}
+    for entry in read_typed_lines(RunFiles(folder).incidents, Incident):
+        if entry["incident"] in ("crash", "hang") and entry["time"] >= start["time"]:
+            words = {word.strip(",.:") for word in entry["text"].split()}
             names = words | {word.split(".")[0] for word in words}  # without a domain
             failed |= names & set(start["nodes"])
     return failed
 
 
 def add_strike(bad_nodes: Path, node: str, folder: Path, reason: str) -> None:
-    """Append a line against a node, in one write, so that jobs never mix lines."""
+    """Append a line against a node, durably."""
     make_folder(bad_nodes.parent)
-    with bad_nodes.open("ab", buffering=0) as file:
-        file.write(f"{node} {utc_now()} {folder.name} {reason}\n".encode())
+    line = f"{node} {utc_now()} {folder.name} {reason}"
+    append_line(bad_nodes, line.encode(errors="replace"), sync=True)
     logger.info(f"strike against node {node}: {reason} (recorded in {bad_nodes})")
 
 
 def excluded_nodes(bad_nodes: Path, strikes: int) -> list[str]:
-    """Nodes with at least this many strikes."""
-    lines = bad_nodes.read_text(encoding="utf-8").splitlines() if bad_nodes.is_file() else []
-    counts = Counter(line.split()[0] for line in lines if line.strip() and not line.startswith("#"))
+    """Nodes with at least this many strikes; a line that begins with no node name is reported.
+
+    Raises InputError if the file cannot be read.
+    """
+    try:
+        lines = bad_nodes.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except BLOCKED as error:
+        raise InputError(
+            f"slurm.bad_nodes_file {bad_nodes} cannot be read ({error.strerror}): move it away"
+        ) from error
+    damage = Damage(bad_nodes)
+    counts: Counter[str] = Counter()
+    for number, line in enumerate(lines, 1):
+        words = line.decode(errors="replace").split()
+        if not words or words[0].startswith("#"):
+            continue
+        if NODE.fullmatch(words[0]):
+            counts[words[0]] += 1
+        else:
+            damage.add(number, f"{shown(words[0])} is no name of a node")
+    damage.report()
     return sorted(node for node, count in counts.items() if count >= strikes)
 
 
+def read_attempts(folder: Path) -> list[Record]:
+    """Lines of attempts.jsonl."""
+    return list(read_typed_lines(RunFiles(folder).attempts, ATTEMPT))
+
+
 def append_record(folder: Path, **fields: Any) -> None:
-    """Append a line to attempts.jsonl."""
+    """Append a line to attempts.jsonl, durably."""
     job = {
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
-    append_json_line(RunFiles(folder).attempts, {"time": utc_now(), **job, **fields})
+    append_json_line(RunFiles(folder).attempts, {"time": utc_now(), **job, **fields}, sync=True)
 
 
 def utc_now() -> str:

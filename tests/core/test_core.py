@@ -1,6 +1,7 @@
-"""core/: atomic writes, JSON Lines after a crash, order of checkpoints."""
+"""core/: atomic writes, order of checkpoints."""
 
 import errno
+import json
 import os
 import time
 from pathlib import Path
@@ -11,10 +12,7 @@ import pytest
 from core import files
 from core.errors import InputError
 from core.files import (
-    append_json_line,
     check_folder,
-    read_json,
-    read_json_lines,
     remove_stale_temp_files,
     write_atomic,
     write_json,
@@ -32,7 +30,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="full"):
         write_atomic(path, fail)
-    assert read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+    assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_only_an_unsupported_folder_sync_is_ignored(tmp_path: Path) -> None:
@@ -59,27 +57,6 @@ def test_temporary_files_are_removed_after_an_hour(tmp_path: Path) -> None:
     (tmp_path / "hf.part").mkdir()
     remove_stale_temp_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["b.json.node-2.part", "hf.part"]
-
-
-def test_lines_that_are_not_objects_are_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n17\n{"a": \n[1]\n')
-    append_json_line(path, {"a": 2})
-    assert (
-        read_json_lines(path) == [{"a": 1}, {"a": 2}] and read_json_lines(tmp_path / "none") == []
-    )
-
-
-def test_missing_and_damaged_json_is_empty_and_a_failing_disk_raises(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "none") == {}
-    for damaged in ("{", "[1]"):
-        (tmp_path / "a.json").write_text(damaged)
-        assert read_json(tmp_path / "a.json") == {}
-    with (
-        mock.patch.object(Path, "read_text", side_effect=OSError(errno.EIO, "bad")),
-        pytest.raises(OSError, match="bad"),
-    ):
-        read_json(tmp_path / "a.json")
 
 
 def test_a_folder_without_links_or_renames_is_refused(tmp_path: Path) -> None:

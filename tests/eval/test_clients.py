@@ -110,12 +110,14 @@ def test_push_uploads_the_export_and_a_model_card(
     step = find_checkpoint(config).name
     scores = config.run.folder / "scores"
     scores.mkdir()
-    rows = {"ARC": {"score": 12.345, "stderr": 0.5}}
+    rows = {"ARC": {"row": {}, "score": 12.345, "stderr": 0.5}}
     (scores / "a.json").write_text(
-        json.dumps({"checkpoint": step, "suite": "leaderboard_v1", "rows": rows})
+        json.dumps({"checkpoint": step, "suite": "leaderboard_v1", "complete": True, "rows": rows})
     )
     (scores / "b.json").write_text(
-        json.dumps({"checkpoint": "step-1", "suite": "of another step", "rows": rows})
+        json.dumps(
+            {"checkpoint": "step-1", "suite": "of another step", "complete": True, "rows": rows}
+        )
     )
     push(with_hub)
     names = [name for name, _ in FakeHub.calls]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.files import read_json_lines
+from core.records import read_typed_lines
 from core.run import RunFiles
 from data.stream.manifests import read_manifest, source_folder
 from tests.corpus import make_corpus
@@ -37,7 +37,7 @@ SHORT = [
 
 
 def incidents_of(folder: Path) -> list[dict[str, Any]]:
-    return read_json_lines(RunFiles(folder).incidents)
+    return list(read_typed_lines(RunFiles(folder).incidents, dict[str, Any]))
 
 
 def quick(root: Path) -> RunConfig:

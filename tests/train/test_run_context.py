@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from core.errors import InputError
-from core.files import read_json_lines
 from core.log import BestEffortStream
+from core.records import read_typed_lines
 from tests.commands import TIMEOUT_SECONDS
 from tests.distributed import run_ranks
 from tests.small import config
@@ -151,7 +151,7 @@ def test_rank_without_progress_logs_its_phase_and_exits(
     watch.enter_phase(7, "forward")
     watch.start(None)
     assert exit_codes.get(timeout=TIMEOUT_SECONDS) == HUNG
-    (entry,) = read_json_lines(watch.incidents.path)
+    (entry,) = read_typed_lines(watch.incidents.path, dict[str, Any])
     assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
 
 
@@ -207,7 +207,8 @@ def test_outcome_is_written_to_the_run_folder(tmp_path: Path, ranks: Ranks) -> N
         run_context(run.run, run.health, {}, crash)
     assert (
         read_outcome(folder) is None
-        and read_json_lines(Incidents(folder).path)[-1]["incident"] == "crash"
+        and list(read_typed_lines(Incidents(folder).path, dict[str, Any]))[-1]["incident"]
+        == "crash"
     )
 
 
@@ -340,9 +341,8 @@ def test_incident_is_written_if_the_console_is_closed(
     monkeypatch.setattr("sys.stdout", Closed())
     incidents = Incidents(tmp_path)
     incidents.log("skip", "a loss that is not finite", step=3)
-    assert [(line["incident"], line["step"]) for line in read_json_lines(incidents.path)] == [
-        ("skip", 3)
-    ]
+    (line,) = read_typed_lines(incidents.path, dict[str, Any])
+    assert (line["incident"], line["step"]) == ("skip", 3)
 
 
 def _one_rank_fails(root: Path) -> None:

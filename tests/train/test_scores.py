@@ -39,8 +39,9 @@ def write_checkpoint(run: Path, step: int, tokens: int) -> Path:
 
 
 def write_result(run: Path, suite: str, step: int, score: float, **extra: Any) -> None:
-    rows = {"ARC": {"score": score}, "GSM8K": {"score": score + 2}}
-    body = {"complete": True, "rows": rows, **extra}
+    scores = {"ARC": score, "GSM8K": score + 2}
+    rows = {label: {"row": {}, "score": value, "stderr": None} for label, value in scores.items()}
+    body = {"suite": suite, "complete": True, "rows": rows, **extra}
     (run / "scores" / f"{suite}-step-{step:08d}.json").write_text(json.dumps(body))
 
 

@@ -71,6 +71,8 @@ class CheckpointWriter:
         # folder name and time.time() of the last commit
         self.last_commit: tuple[str, float] | None = None
         self.collective_error: Exception | None = None  # raised when a peer is gone
+        # makes durable what a resume from the checkpoint will not write again
+        self.before_commit: Callable[[], None] = lambda: None
 
     @property
     def is_saving(self) -> bool:
@@ -145,6 +147,7 @@ class CheckpointWriter:
         self, part: Path, state: dict[str, Any], files: Files, on_commit: Callable[[], None]
     ) -> None:
         """Write the state and then the manifest, and rename the folder to its final name."""
+        self.before_commit()
         write_json(part / STATE, {"format": FORMAT, **state})
         files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})

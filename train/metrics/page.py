@@ -4,20 +4,43 @@ from collections import Counter
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from markupsafe import Markup
+from typing_extensions import TypedDict
 
-from core.files import read_json, read_json_lines, write_text
+from core.files import write_text
 from core.old_keys import read_record
+from core.records import Count, DamagedRecord, read_required, read_typed_lines
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
 from train.metrics.curves import Mixture, figure
 from train.metrics.records import Record, read_lines, read_scores, short
-from train.resilience.incidents import read_outcome
+from train.resilience.incidents import Incident, describe_state
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 Rows = list[tuple[Any, ...]]
+
+
+class AttemptEvent(TypedDict):
+    """What is shown of a line of attempts.jsonl: a start with its nodes, an end with its reason."""
+
+    time: str
+    event: str
+    reason: NotRequired[str]
+    nodes: NotRequired[list[str]]
+
+
+class FileSize(TypedDict):
+    """What is shown of a file of a checkpoint."""
+
+    bytes: Count
+
+
+class CheckpointFiles(TypedDict):
+    """What is shown of a checkpoint's manifest."""
+
+    files: dict[str, FileSize]
 
 
 def page(folders: list[Path], path: Path) -> Path:
@@ -58,7 +81,7 @@ def planned_mixture(config: dict[str, Any]) -> Mixture:
     stages = config.get("data", {}).get("stages", [])
     return {
         stage["name"]: {
-            source: weight / sum(stage["mixture"].values())
+            source: weight / (sum(stage["mixture"].values()) or 1)
             for source, weight in stage["mixture"].items()
         }
         for stage in stages
@@ -87,10 +110,9 @@ def mixture_rows(records: list[Record], plan: Mixture) -> Rows:
 
 def fact_rows(folder: Path, config: dict[str, Any], records: list[Record]) -> Rows:
     """State, commit and progress of a run."""
-    outcome = read_outcome(folder)
-    rows: Rows = [("state", "running or crashed" if outcome is None else outcome.reason)]
-    if code := config.get("code"):
-        rows.append(("code", code["commit"] + (", with changes" if code["dirty"] else "")))
+    rows: Rows = [("state", describe_state(folder))]
+    if commit := config.get("code", {}).get("commit"):
+        rows.append(("code", commit + (", with changes" if config["code"].get("dirty") else "")))
     if records:
         last = records[-1]
         rows += [
@@ -105,7 +127,7 @@ def fact_rows(folder: Path, config: dict[str, Any], records: list[Record]) -> Ro
 def start_rows(config: dict[str, Any]) -> Rows:
     """Time, tokens, ranks, commit and torch of each start, and what differs from the one before."""
     rows: Rows = []
-    for entry in config.get("history", []):
+    for entry in config.get("history") or []:
         changes = {**entry.get("decisive", {}), **entry.get("operational", {})}
         texts = [f"{key} {before} -> {now}" for key, (before, now) in changes.items()]
         texts += [
@@ -126,19 +148,24 @@ def event_rows(folder: Path) -> Rows:
     files = RunFiles(folder)
     attempts = [
         (e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", [])))
-        for e in read_json_lines(files.attempts)
+        for e in read_typed_lines(files.attempts, AttemptEvent)
     ]
     incidents = [
-        (e.get("time"), e.get("incident"), e.get("text")) for e in read_json_lines(files.incidents)
+        (e["time"], e["incident"], e["text"]) for e in read_typed_lines(files.incidents, Incident)
     ]
-    return sorted([*attempts, *incidents], key=lambda event: str(event[0]))
+    return sorted([*attempts, *incidents], key=lambda event: event[0])
 
 
 def checkpoint_rows(folder: Path) -> Rows:
     """Name, size and number of files of each committed checkpoint, oldest first."""
     rows: Rows = []
     for checkpoint in reversed(list(iter_committed_checkpoints(RunFiles(folder).checkpoints))):
-        files = read_json(checkpoint / MANIFEST).get("files", {}).values()
+        try:
+            manifest = read_required(checkpoint / MANIFEST, CheckpointFiles, "", extra="ignore")
+        except DamagedRecord:
+            rows.append((checkpoint.name, "unknown", f"{MANIFEST} is damaged"))
+            continue
+        files = manifest["files"].values()
         size = sum(entry["bytes"] for entry in files)
         rows.append((checkpoint.name, f"{size / 2**30:.3g} GiB", len(files)))
     return rows

@@ -22,8 +22,7 @@ from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import ends_line, write_atomic
-from core.records import BLOCKED, Count, Damage, Finite, scan_lines
-from core.records import read_lines as read_typed_lines
+from core.records import BLOCKED, Count, Damage, Finite, read_typed_lines, scan_lines
 from core.run import RunFiles
 
 logger = logging.getLogger(__name__)

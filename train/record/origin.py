@@ -270,5 +270,5 @@ def vocabulary(path: Path) -> Any:
         added = [(token["id"], token["content"]) for token in raw.get("added_tokens", ())]
         rules = [raw.get(key) for key in ("normalizer", "pre_tokenizer")]
         return model["vocab"], merges, sorted(added), rules
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a valid tokenizer.json ({error})") from error

@@ -17,10 +17,14 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
 
 from core.errors import USER_ERROR
-from core.files import append_json_line, read_json, read_json_lines, write_json
+from core.files import append_json_line, fsync_files, write_json
+from core.records import Count, read_or_rebuild, read_typed_lines
 from core.run import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,36 @@ FINISHED = 0
 INTERRUPTED = 75
 HUNG = 76  # exited because a peer hung; any code other than 0, 75 and 2 requests a restart
 NAMES = {FINISHED: "finished", INTERRUPTED: "interrupted", USER_ERROR: "failed"}
+
+
+def check_code(code: int) -> int:
+    """Return an exit code of an outcome; ValueError if it is none."""
+    if code not in NAMES:
+        raise ValueError(f"it must be one of {', '.join(map(str, NAMES))}")
+    return code
+
+
+class OutcomeRecord(TypedDict):
+    """Content of outcome.json."""
+
+    outcome: str
+    code: Annotated[int, AfterValidator(check_code)]
+    reason: str
+
+
+class StartsRecord(TypedDict):
+    """Content of starts.json: the starts from a token position."""
+
+    tokens: Count
+    starts: Count
+
+
+class Incident(TypedDict):
+    """Keys that every line of incidents.jsonl has."""
+
+    time: str
+    incident: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -49,12 +83,32 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Return how the last start of a run ended, or None if it is running or crashed."""
-    raw = read_json(RunFiles(folder).outcome)
+    """Return how the last start of a run ended, or None if it is running or crashed.
+
+    A damaged file counts as a crash, with a warning.
+    """
+    record = read_or_rebuild(
+        RunFiles(folder).outcome, OutcomeRecord, "the run counts as crashed", extra="ignore"
+    )
+    return None if record is None else Outcome(record["code"], record["reason"])
+
+
+def describe_state(folder: Path) -> str:
+    """How the last start of a run ended, or that it is running, in one line."""
+    outcome = read_outcome(folder)
+    if outcome is not None:
+        return outcome.reason
+    name = RunFiles(folder).outcome
+    return f"unknown: {name.name} is damaged" if name.exists() else "running or crashed"
+
+
+def sync_records(folder: Path) -> None:
+    """Make the lines of metrics.jsonl and incidents.jsonl durable; a failure is only logged."""
+    files = RunFiles(folder)
     try:
-        return Outcome(int(raw["code"]), str(raw["reason"]))
-    except (ValueError, KeyError, TypeError):
-        return None
+        fsync_files(files.metrics, files.incidents)
+    except OSError as error:
+        logger.warning(f"cannot sync metrics.jsonl and incidents.jsonl: {error}")
 
 
 class Incidents:
@@ -85,23 +139,20 @@ class Starts:
 
     def count(self, tokens: int, incidents: Incidents) -> str | None:
         """Count a start at token position `tokens`; returns why the run must stop, or None."""
-        raw = read_json(self.path)
-        try:
-            starts = int(raw["starts"]) + 1 if int(raw["tokens"]) == tokens else 1
-        except (ValueError, KeyError, TypeError):
-            starts = 1
+        last = read_or_rebuild(self.path, StartsRecord, "starts are counted from 1 again")
+        starts = last["starts"] + 1 if last is not None and last["tokens"] == tokens else 1
         if starts > self.limit:
             crashes = [
                 entry
-                for entry in read_json_lines(incidents.path)
-                if entry.get("incident") in ("crash", "hang")
+                for entry in read_typed_lines(incidents.path, Incident)
+                if entry["incident"] in ("crash", "hang")
             ]
-            last = (
+            cause = (
                 crashes[-1]["text"] if crashes else "no message, as after kill -9 or out of memory"
             )
             return (
                 f"{self.limit} starts from {tokens:,} tokens crashed before a new checkpoint: fix "
-                f"the cause, remove {self.path}, start again; the last crash: {last}"
+                f"the cause, remove {self.path}, start again; the last crash: {cause}"
             )
         write_json(self.path, {"tokens": tokens, "starts": starts}, indent=None)
         return None

@@ -26,6 +26,7 @@ MAX_SHOWN = 60  # characters of a wrong value in a message
 MAX_LINES = 10  # damaged lines that a message numbers
 MAX_LINE_BYTES = 2**24  # of a line that is parsed; a crash may leave a block of zeros
 BLOCKED = (IsADirectoryError, NotADirectoryError, PermissionError)
+UNREADABLE = (FileNotFoundError, *BLOCKED)
 Extra = Literal["allow", "ignore", "forbid"]  # of keys that a schema lacks
 _reported: set[str] = set()  # damage that this process has reported
 
@@ -50,7 +51,7 @@ def read_required(path: Path, schema: type[Schema], fix: str, extra: Extra = "fo
     """
     try:
         return parse_typed(path.read_bytes(), schema, str(path), extra)
-    except (FileNotFoundError, *BLOCKED) as error:
+    except UNREADABLE as error:
         raise DamagedRecord(f"{path} cannot be read ({error.strerror}): {fix}") from error
     except DamagedRecord as error:
         raise DamagedRecord(f"{error}: {fix}") from error

@@ -57,7 +57,7 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
         library_name="transformers",
         pipeline_tag=TASK,
         tags=["falcon_mamba", "mamba", "state-space-model", "pretrained"],
-        model_name=config["run"]["name"] if results else None,  # eval_results needs it
+        model_name=config.get("run", {}).get("name") if results else None,  # eval_results needs it
         eval_results=results or None,
     )
     try:

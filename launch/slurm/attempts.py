@@ -6,40 +6,23 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
-from typing_extensions import TypedDict
+from typing import Any
 
 from core.errors import InputError
 from core.files import append_json_line, append_line, make_folder
 from core.records import BLOCKED, Damage, read_typed_lines, shown
 from core.run import RunFiles, iter_committed_checkpoints
-from train.resilience.incidents import FINISHED, INTERRUPTED, Incident, read_outcome
+from train.resilience.incidents import (
+    ATTEMPT,
+    FINISHED,
+    INTERRUPTED,
+    Incident,
+    read_outcome,
+)
 
 logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Begin(TypedDict):
-    """A start's line of attempts.jsonl."""
-
-    event: Literal["begin"]
-    time: str
-    nodes: list[str]
-
-
-class End(TypedDict):
-    """The line of a start's end; `crashed_at` is the newest checkpoint of a crash."""
-
-    event: Literal["end"]
-    time: str
-    reason: str
-    crashed_at: str | None
-
-
-ATTEMPT: Any = Annotated[Begin | End, Field(discriminator="event")]
 
 
 def newest_checkpoint_name(folder: Path) -> str:

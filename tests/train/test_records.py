@@ -2,7 +2,9 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,9 +12,10 @@ import pytest
 
 from core.errors import InputError
 from core.files import TEMP_SUFFIX, append_json_line
+from train.checkpoint.writer import CheckpointWriter
 from train.metrics import records
-from train.metrics.records import JsonLines, read_lines, read_scores
-from train.resilience.incidents import Incidents
+from train.metrics.records import COPY_BYTES, JsonLines, read_lines, read_scores
+from train.resilience.incidents import Incidents, sync_records
 
 
 def line(step: int, **extra: Any) -> bytes:
@@ -157,6 +160,49 @@ def test_two_cuts_at_one_position_keep_both(tmp_path: Path) -> None:
         records.cut_off(path, 10)
     cuts = {cut.read_bytes() for cut in tmp_path.glob("metrics.cut-10-*.jsonl")}
     assert cuts == {line(2, loss=2.0), line(2, loss=3.0)}
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(map(line, range(20_000))))
+    read_lines(path)  # builds what is cached
+    tracemalloc.start()
+    JsonLines(path, 100_000).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(read_lines(path)), path.stat().st_size > 10**6) == (10_001, True)
+    assert peak < 5 * COPY_BYTES, f"{peak / 2**20:.1f} MiB for 2.4 MB"
+
+
+def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -> None:
+    order: list[str] = []
+    part = tmp_path / "step-00000001.part"
+    part.mkdir()
+    writer: Any = SimpleNamespace(folder=tmp_path, before_commit=lambda: order.append("records"))
+    with (
+        mock.patch.object(Path, "rename", lambda path, new: order.append(new.name)),
+        mock.patch("train.checkpoint.writer.fsync_dir", lambda folder: order.append("folder")),
+    ):
+        CheckpointWriter._commit(writer, part, {}, {}, lambda: order.append("old ones"))
+    assert order == ["records", "folder", "step-00000001", "folder", "old ones"]
+
+
+def test_failed_sync_of_records_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sync_records(tmp_path)  # nothing is written yet
+    file = JsonLines(tmp_path / "metrics.jsonl", 0)
+    synced: list[int] = []
+    with mock.patch.object(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino)):
+        sync_records(tmp_path)
+    assert synced == [path.stat().st_ino for path in (file.path, tmp_path)]
+    with mock.patch.object(os, "fsync", side_effect=OSError("gone")):
+        sync_records(tmp_path)
+        file.close()
+    assert caplog.messages == [
+        "cannot sync metrics.jsonl and incidents.jsonl: gone",
+        "cannot sync metrics.jsonl: gone",
+    ]
 
 
 def test_folder_in_place_of_the_file_is_one_line(tmp_path: Path) -> None:

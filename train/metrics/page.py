@@ -4,7 +4,7 @@ from collections import Counter
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 from markupsafe import Markup
 from typing_extensions import TypedDict
@@ -16,19 +16,10 @@ from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
 from train.metrics.curves import Mixture, figure
 from train.metrics.records import Record, read_lines, read_scores, short
-from train.resilience.incidents import Incident, describe_state
+from train.resilience.incidents import ATTEMPT, Incident, describe_state
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 Rows = list[tuple[Any, ...]]
-
-
-class AttemptEvent(TypedDict):
-    """What is shown of a line of attempts.jsonl: a start with its nodes, an end with its reason."""
-
-    time: str
-    event: str
-    reason: NotRequired[str]
-    nodes: NotRequired[list[str]]
 
 
 class FileSize(TypedDict):
@@ -148,7 +139,7 @@ def event_rows(folder: Path) -> Rows:
     files = RunFiles(folder)
     attempts = [
         (e["time"], e["event"], e.get("reason") or ", ".join(e.get("nodes", [])))
-        for e in read_typed_lines(files.attempts, AttemptEvent)
+        for e in read_typed_lines(files.attempts, ATTEMPT)
     ]
     incidents = [
         (e["time"], e["incident"], e["text"]) for e in read_typed_lines(files.incidents, Incident)

@@ -17,9 +17,9 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from core.errors import USER_ERROR
@@ -63,6 +63,26 @@ class Incident(TypedDict):
     time: str
     incident: str
     text: str
+
+
+class Begin(TypedDict):
+    """A start's line of attempts.jsonl."""
+
+    event: Literal["begin"]
+    time: str
+    nodes: list[str]
+
+
+class End(TypedDict):
+    """The line of a start's end; `crashed_at` is the newest checkpoint of a crash."""
+
+    event: Literal["end"]
+    time: str
+    reason: str
+    crashed_at: str | None
+
+
+ATTEMPT: Any = Annotated[Begin | End, Field(discriminator="event")]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 Schema = TypeVar("Schema")
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # of tokens, steps, bytes, documents
+Size = Annotated[int, Field(gt=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_SHOWN = 60  # characters of a wrong value in a message
 MAX_LINES = 10  # damaged lines that a message numbers
 MAX_LINE_BYTES = 2**24  # of a line that is parsed; a crash may leave a block of zeros

@@ -1,5 +1,6 @@
 """Run settings (name, folder, seed) and the paths of every file in a run's folder."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing_extensions import TypedDict
 from core.records import Count, Finite
 
 MANIFEST = "manifest.json"  # last file of a checkpoint to be written
+# name of a committed checkpoint; every other name in the folder of the checkpoints is no checkpoint
+STEP_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,17})")
 
 
 class RunFiles:
@@ -151,9 +154,13 @@ class Run:
 
 
 def iter_checkpoints(checkpoints: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders, newest first, unverified."""
-    paths = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    yield from sorted(paths, key=step_number, reverse=True)
+    """Yield the checkpoint folders, newest first, unverified; other names and files are ignored.
+
+    Raises OSError if the folder exists and cannot be read.
+    """
+    names = os.listdir(checkpoints) if checkpoints.exists() else []
+    paths = [checkpoints / name for name in names if STEP_NAME.fullmatch(name)]
+    yield from sorted((path for path in paths if path.is_dir()), key=step_number, reverse=True)
 
 
 def iter_committed_checkpoints(checkpoints: Path) -> Iterator[Path]:

@@ -41,6 +41,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
         set(),
         {
             "checkpoint",
+            "checkpoint_records",
             "config",
             "decode",
             "flops",

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from core.files import fsync_dir, write_json
 from core.run import MANIFEST
-from model.checkpoint import FORMAT, STATE, TensorShard
+from model.checkpoint import STATE, TensorShard
+from model.checkpoint_records import FORMAT
 from train.distributed import Ranks
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,56 @@
+"""Schemas of a checkpoint's JSON files; core/records.py checks every value against them."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from core.records import Count, Finite, Sha256
+
+FORMAT = 1
+# plain names: nothing outside the folder can be named
+FileName = Annotated[str, Field(pattern=r"^(state\.json|rank-[0-9]{5,9}\.(json|safetensors))$")]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of a file of a checkpoint."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class ManifestRecord:
+    """manifest.json: every other file of a checkpoint."""
+
+    files: dict[FileName, FileRecord]
+
+
+@dataclass(frozen=True)
+class SpikeState:
+    """State of the spike detector (train/resilience/health.py); older checkpoints have no keys."""
+
+    window: list[Finite] = field(default_factory=list)
+    stage: str = ""
+    skipped: Count = 0
+    spikes: Count = 0
+    since: Count | None = None
+    rewinds: Count = 0
+    calm: Count = 0
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """state.json: the fields of train's TrainState, and the format."""
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    tokens: Count
+    step: Count
+    updates: Count
+    plan: str
+    model: dict[str, Any]
+    # absent in older checkpoints
+    health: SpikeState = field(default_factory=SpikeState)
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""

@@ -43,7 +43,9 @@ def write_checkpoint(folder: Path) -> None:
         stem = f"rank-{rank:05d}"
         write_files(folder, Layout([File(f"{stem}.safetensors", entries)]), generated_values, print)
         (folder / f"{stem}.json").write_text(json.dumps(shards))
-        files |= {f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")}
+        files |= {
+            f"{stem}.{kind}": {"bytes": 0, "sha256": "0" * 64} for kind in ("json", "safetensors")
+        }
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 
 

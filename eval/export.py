@@ -92,6 +92,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     make_folder(temp_folder)
     logger.info(f"exporting {checkpoint} as {config.export.dtype}")
     reader = CheckpointReader(checkpoint)
+    reader.require(parameter_shapes(config.model), ("param",))
     hashes = write_files(
         temp_folder,
         layout,

@@ -16,6 +16,7 @@ from eval.config import EvaluationConfig
 from eval.hf.exported import check_if_export
 from model.checkpoint import CheckpointReader, newest_valid, read_state, verify_checkpoint
 from model.config import Backend, ModelConfig
+from model.flops import parameter_shapes
 from model.hf import HfFolder
 from model.kernels import load as load_kernels
 from model.mamba import FalconMamba
@@ -82,6 +83,7 @@ def best_device() -> str:
 def model_from_checkpoint(config: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
     """Load the fp32 model of a checkpoint folder in eval mode."""
     reader = CheckpointReader(folder)
+    reader.require(parameter_shapes(config), ("param",))
     kernels = load_kernels(Backend.auto, device.type)
     with torch.device("meta"):
         model = FalconMamba(config, kernels)

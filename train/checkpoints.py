@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         if args.command == "verify":
             return verify(list_checkpoints(args.folder))
         return diff(*resolve_pair(args.folder, args.other))
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -30,8 +30,8 @@ from core.records import Count, read_required
 from data.tokenizer import load as load_tokenizer
 from data.vocabulary import end_id
 from eval.model_source import ModelSource, best_device, model_from_checkpoint
-from model.checkpoint import read_state
-from model.config import ModelConfig, Sampling
+from model.checkpoint import read_model
+from model.config import Sampling
 from model.mamba import FalconMamba
 
 # the harness's request (texts, context ids, continuation ids)
@@ -262,7 +262,7 @@ def load_language_model(source: ModelSource, max_length: int, batch_tokens: int)
             dtype="float32",
             prefix_token_id=_end_id(source.folder / "config.json"),
         )
-    config = ModelConfig(**read_state(source.folder)["model"])
+    config = read_model(source.folder)
     model = model_from_checkpoint(config, source.folder, init_device())
     tokenizer = load_tokenizer(source.tokenizer)
     eos = end_id(source.tokenizer, tokenizer)

@@ -27,7 +27,7 @@ from core.records import Count, DamagedRecord, read_if_present, report_once
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
 from eval.leaderboard.stored import read_stored
-from model.checkpoint import read_state
+from model.checkpoint import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,9 @@ class SuiteJobs:
         due = []
         last_tokens = max(started.values(), default=0)
         for folder in reversed(list(iter_committed_checkpoints(self.run.files.checkpoints))):
-            tokens = int(read_state(folder)["tokens"])
+            tokens = read_tokens(folder)
+            if tokens is None:  # a copied folder, or damaged: the next start sets it aside
+                continue
             every = self.settings.every_tokens
             past_multiple = tokens // every > last_tokens // every
             if tokens > last_tokens and (past_multiple or tokens in self.always):

@@ -1,10 +1,10 @@
 """Find checkpoints by the path of a run, of its checkpoints folder, or of one of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from core.run import RunFiles, iter_checkpoints
-from model.checkpoint import newest_valid
-from train.checkpoint.manager import invalid_reason
+from core.run import STEP_NAME, RunFiles, iter_checkpoints
+from model.checkpoint import newest_valid, verify_checkpoint
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -12,7 +12,7 @@ def list_checkpoints(path: Path) -> list[Path]:
 
     Raises FileNotFoundError when there is none.
     """
-    if path.name.startswith("step-") and path.is_dir():
+    if STEP_NAME.match(path.name) and path.is_dir():
         return [path]
     folder = RunFiles(path).checkpoints if RunFiles(path).checkpoints.is_dir() else path
     checkpoints = list(iter_checkpoints(folder))
@@ -29,7 +29,13 @@ def resolve_checkpoint(path: Path) -> Path:
     Raises ValueError when none verifies.
     """
     checkpoints = list_checkpoints(path)
-    best = path if checkpoints[0] == path else newest_valid(checkpoints[0].parent)[0]
-    if best is None or invalid_reason(best) is not None:
-        raise ValueError(f"{path} has no checkpoint that verifies")
+    best: Path | None
+    reasons: Mapping[Path, str | None]
+    if checkpoints[0] == path:
+        best, reasons = path, {path: verify_checkpoint(path)}
+    else:
+        best, reasons = newest_valid(checkpoints[0].parent)
+    if best is None or reasons.get(best) is not None:
+        newest, reason = next(iter(reasons.items()))
+        raise ValueError(f"{path} has no checkpoint that verifies: {newest.name}: {reason}")
     return best

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import InputError
 from core.run import MANIFEST
 from model.checkpoint import CheckpointReader, read_manifest, read_state
 from train.checkpoint.find import list_checkpoints, resolve_checkpoint
@@ -32,7 +33,7 @@ def print_table(checkpoints: list[Path]) -> int:
     for folder in checkpoints:
         try:
             state, files = read_state(folder), read_manifest(folder)
-        except (OSError, ValueError, KeyError):
+        except (OSError, InputError):
             table.add_row(folder.name, *["-"] * 5, "not readable: verify says why")
             continue
         ranks = sum(name.endswith(".safetensors") for name in files)

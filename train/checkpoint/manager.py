@@ -12,6 +12,8 @@ waits only for the copy to host memory (train/checkpoint/writer.py does the rest
 """
 
 import logging
+import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,17 +23,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from core.errors import InputError
-from core.run import MANIFEST, iter_checkpoints, step_number
-from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
-from train.checkpoint.writer import CheckpointWriter, fsync_dir, remove_checkpoint
+from core.run import MANIFEST, STEP_NAME, iter_checkpoints, step_number
+from model.checkpoint import CheckpointReader, read_state, read_tokens, verify_checkpoint
+from train.checkpoint.writer import (
+    CheckpointWriter,
+    fsync_dir,
+    is_folder,
+    remove_checkpoint,
+    set_aside,
+)
 from train.config import CheckpointConfig
-from train.distributed import Ranks
+from train.distributed import Ranks, errors_on_all_ranks
 from train.engines.protocol import Engine
 
 logger = logging.getLogger(__name__)
+DAMAGED = re.compile(rf"{STEP_NAME.pattern}\.damaged-[0-9]{{19}}")
+ASIDE = re.compile(r".*\.(damaged|stray)-[0-9]{19}")
 
 
 @dataclass
@@ -71,32 +80,45 @@ class CheckpointManager:
 
         The first rank reads and hashes it. Checkpoints of more than `max_tokens` tokens are
         skipped. A damaged checkpoint is renamed, so that retention does not count it and its step
-        can be saved again.
+        can be saved again. Raises InputError on every rank, and renames nothing, if one cannot be
+        read for a reason that is not in its content.
         """
         step = torch.full((1,), -1, dtype=torch.int64)
-        if self.ranks.is_first:
-            for folder in iter_checkpoints(self.folder):
-                reason = invalid_reason(folder)
-                if reason is not None:
-                    renamed = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
-                    logger.warning(f"skipped {folder.name}: {reason}; renamed to {renamed.name}")
-                    folder.rename(renamed)
-                elif max_tokens is None or read_state(folder)["tokens"] <= max_tokens:
-                    step[0] = step_number(folder)
-                    break
+        with errors_on_all_ranks():
+            if self.ranks.is_first:
+                step[0] = self._find_latest(max_tokens)
         dist.broadcast(step, src=0)
         return None if step < 0 else self.folder / f"step-{int(step):08d}"
+
+    def _find_latest(self, max_tokens: int | None) -> int:
+        """Return the step of the newest checkpoint that verifies, or -1."""
+        try:
+            if strays := find_strays(self.folder):
+                logger.warning(
+                    f"{self.folder} has {', '.join(strays)}, which are no checkpoints: ignored"
+                )
+            for folder in iter_checkpoints(self.folder):
+                reason = verify_checkpoint(folder)
+                if reason is not None:
+                    set_aside(folder, reason)
+                elif max_tokens is None or read_state(folder)["tokens"] <= max_tokens:
+                    return step_number(folder)
+        except OSError as error:
+            raise InputError(f"cannot read the checkpoints in {self.folder}: {error}") from error
+        return -1
 
     def load(self, folder: Path, engine: Engine) -> TrainState:
         """Load a verified checkpoint, written by any layout of ranks, into the engine.
 
         Raises InputError when the files match their manifest but are no checkpoint of this run.
         """
-        state = read_train_state(folder)
+        with errors_on_all_ranks(), loading(folder):
+            state, reader = read_train_state(folder), CheckpointReader(folder)
+            saved_at = (folder / MANIFEST).stat().st_mtime
         with loading(folder):
-            engine.load(CheckpointReader(folder), state.updates)
+            engine.load(reader, state.updates)
         if self.writer.last_commit is None:
-            self.writer.last_commit = (folder.name, (folder / MANIFEST).stat().st_mtime)
+            self.writer.last_commit = (f"step-{state.step:08d}", saved_at)
         return state
 
     def is_due(self, before: int, tokens: int) -> bool:
@@ -166,32 +188,37 @@ class CheckpointManager:
     def _remove_old(self) -> None:
         """Remove checkpoints that the config does not keep, and all damaged ones but the newest.
 
-        The save stays valid if a removal fails.
+        Counts only folders with the state of their step: copies, links and what cannot be read
+        remain, and the next start checks them. The save stays valid if a removal fails.
         """
-        tokens_by_folder = {folder: read_tokens(folder) for folder in iter_checkpoints(self.folder)}
-        keep = set(list(tokens_by_folder)[: self.config.keep_last])
-        keep |= self._permanent_checkpoints(tokens_by_folder)
-        old = [folder for folder in tokens_by_folder if folder not in keep]
-        damaged = sorted(self.folder.glob("step-*.damaged-*"), key=lambda path: path.name[-19:])
         try:
-            for folder in [*old, *damaged[:-1]]:
+            tokens_by_folder = {
+                folder: tokens
+                for folder in iter_checkpoints(self.folder)
+                if is_folder(folder) and (tokens := read_tokens(folder)) is not None
+            }
+            keep = set(list(tokens_by_folder)[: self.config.keep_last])
+            keep |= self._permanent_checkpoints(tokens_by_folder)
+            old = [folder for folder in tokens_by_folder if folder not in keep]
+            damaged = sorted(
+                (path for path in self.folder.iterdir() if DAMAGED.fullmatch(path.name)),
+                key=lambda path: path.name[-19:],
+            )
+            for folder in [*old, *filter(is_folder, damaged[:-1])]:
                 remove_checkpoint(folder)
             fsync_dir(self.folder)
         except OSError as error:
             logger.warning(f"cannot remove an old checkpoint: {error}")
 
-    def _permanent_checkpoints(self, tokens_by_folder: dict[Path, int | None]) -> set[Path]:
-        """Checkpoints at stage ends, and the first past each multiple of keep_every_tokens.
-
-        Unreadable ones are kept too: the next start checks them.
-        """
+    def _permanent_checkpoints(self, tokens_by_folder: dict[Path, int]) -> set[Path]:
+        """Checkpoints at stage ends, and the first past each multiple of keep_every_tokens."""
         keep: set[Path] = set()
         multiples: set[int] = set()
         every = self.config.keep_every_tokens
         for folder, tokens in reversed(tokens_by_folder.items()):
-            if tokens is None or (self.config.keep_stage_ends and tokens in self.stage_ends):
+            if self.config.keep_stage_ends and tokens in self.stage_ends:
                 keep.add(folder)
-            if tokens is not None and every is not None and tokens // every not in multiples:
+            if every is not None and tokens // every not in multiples:
                 multiples.add(tokens // every)
                 if tokens >= every:
                     keep.add(folder)
@@ -210,10 +237,10 @@ def loading(folder: Path) -> Iterator[None]:
     """Raise InputError where the files of a verified checkpoint are no checkpoint of this run."""
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (InputError, OSError) as error:
         raise InputError(
-            f"{folder} matches its manifest but cannot be loaded ({type(error).__name__}: "
-            f"{error}): move it away to load the one before"
+            f"{folder} matches its manifest but cannot be loaded ({error}): move it away to load "
+            "the one before"
         ) from error
 
 
@@ -221,9 +248,20 @@ def invalid_reason(folder: Path) -> str | None:
     """Read and hash every file of a checkpoint; return why it must not be loaded, or None."""
     try:
         return verify_checkpoint(folder)
-    # hashes match but a file is no JSON: not written by this code
-    except (OSError, ValueError, AttributeError) as error:
-        return f"a file cannot be read ({type(error).__name__}: {error})"
+    except InputError as error:  # of the storage, not of the checkpoint
+        return str(error)
+
+
+def find_strays(folder: Path) -> list[str]:
+    """Names in the folder of the checkpoints that look like ours and are no checkpoints."""
+    strays = []
+    for name in sorted(os.listdir(folder) if folder.exists() else []):
+        if STEP_NAME.fullmatch(name) or name.endswith(".part"):
+            is_stray = not (folder / name).is_dir() or not name.startswith("step-")
+        else:
+            is_stray = name.startswith("step") and not ASIDE.fullmatch(name)
+        strays += [name] * is_stray
+    return strays
 
 
 def format_age(seconds: float) -> str:
@@ -232,11 +270,3 @@ def format_age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def read_tokens(folder: Path) -> int | None:
-    """Return a checkpoint's token count, or None if it is not readable."""
-    try:
-        return int(read_state(folder)["tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

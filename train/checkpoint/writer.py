@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.files import fsync_dir, write_json
-from core.run import MANIFEST
-from model.checkpoint import STATE, TensorShard
+from core.records import DamagedRecord
+from core.run import MANIFEST, STEP_NAME
+from model.checkpoint import STATE, TensorShard, read_state, read_tokens
 from model.checkpoint_records import FORMAT
 from train.distributed import Ranks
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 OTHER_ERROR = 1 << 20  # code of an error without errno
 Files = dict[str, dict[str, Any]]
+# folders that a killed save or removal left
+PART_NAME = re.compile(rf"{STEP_NAME.pattern}(\.damaged-[0-9]{{19}})?(\.old)?\.part")
 
 
 class HostBuffers:
@@ -129,9 +132,12 @@ class CheckpointWriter:
         return error
 
     def _create(self, part: Path) -> None:
-        for stale in self.folder.glob("*.part"):
-            shutil.rmtree(stale)
-        part.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.iterdir():
+            if PART_NAME.fullmatch(stale.name) and is_folder(stale):
+                shutil.rmtree(stale)
+        free_name(part)
+        part.mkdir()
 
     def _write(self, part: Path) -> Files:
         """Write and sync this rank's tensors and their index; return sizes and SHA-256."""
@@ -154,8 +160,9 @@ class CheckpointWriter:
         write_json(part / MANIFEST, {"files": files})
         fsync_dir(part)
         final = part.with_suffix("")
-        if final.exists():  # the run was resumed or rolled back to an older checkpoint
-            remove_checkpoint(final)
+        if is_folder(final) and read_tokens(final) is not None:
+            remove_checkpoint(final)  # the run was resumed or rolled back to an older checkpoint
+        free_name(final)
         part.rename(final)
         fsync_dir(self.folder)
         on_commit()
@@ -208,5 +215,33 @@ def manifest_entry(path: Path) -> dict[str, Any]:
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; if killed midway, it leaves a `.part` folder, which readers ignore."""
     part = folder.with_name(f"{folder.name}.old.part")
+    free_name(part)
     folder.rename(part)
     shutil.rmtree(part)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder and no link to one: only such can be a checkpoint of ours."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether a folder holds the state of another step than that of its name."""
+    try:
+        return f"step-{read_state(folder)['step']:08d}" != folder.name
+    except (OSError, DamagedRecord):
+        return False
+
+
+def free_name(path: Path) -> None:
+    """Set aside what another hand has put where a save needs the name."""
+    if os.path.lexists(path):
+        set_aside(path, "it is no checkpoint")
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged checkpoint, or what is none of ours and is never removed; log the reason."""
+    kind = "damaged" if is_folder(path) and not is_copy(path) else "stray"
+    renamed = path.with_name(f"{path.name}.{kind}-{time.time_ns()}")
+    logger.warning(f"skipped {path.name}: {reason}; renamed to {renamed.name}")
+    path.rename(renamed)

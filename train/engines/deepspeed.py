@@ -106,7 +106,7 @@ class DeepSpeedEngine:
     def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         self._fill_state(updates)
-        load_tensor_shards(self._param_shards(), reader, self.ranks)
+        load_tensor_shards(self._param_shards(), self.model, reader, self.ranks)
         if self.stage < 3:
             self.zero.update_lp_params()
             return

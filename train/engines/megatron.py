@@ -146,7 +146,7 @@ class MegatronEngine:
     def load(self, reader: CheckpointReader, updates: int) -> None:
         """See Engine."""
         self._fill_state(updates)
-        load_tensor_shards(self._param_shards(), reader, self.ranks)
+        load_tensor_shards(self._param_shards(), self.model, reader, self.ranks)
         self.zero._copy_main_params_to_model_params()
         self.ddp.start_param_sync(force_sync=True)
 

@@ -18,7 +18,7 @@ from model.flops import parameter_shapes
 from model.mamba import FalconMamba
 from model.parameters import has_weight_decay, shard_spec
 from train.config import Optim
-from train.distributed import Ranks
+from train.distributed import Ranks, errors_on_all_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -108,10 +108,15 @@ def tensor_shards(
 
 
 def load_tensor_shards(
-    param_shards: Iterator[ParamShard], reader: CheckpointReader, ranks: Ranks
+    param_shards: Iterator[ParamShard], model: FalconMamba, reader: CheckpointReader, ranks: Ranks
 ) -> None:
-    """Copy a checkpoint's values into a rank's tensors; inverse of tensor_shards."""
-    with torch.no_grad():
+    """Copy a checkpoint's values into a rank's tensors; inverse of tensor_shards.
+
+    Raises InputError on every rank if the checkpoint is of another model, or if one rank finds
+    values that cannot be.
+    """
+    with errors_on_all_ranks(), torch.no_grad():
+        reader.require(parameter_shapes(model.config))
         for shard in param_shards:
             for kind, tensor in shard.tensors.items():
                 values = reader.read_range(

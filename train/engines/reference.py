@@ -79,7 +79,7 @@ class PlainEngine:
         """See Engine."""
         for parameter in self.parameters.values():
             fill_state(self.optimizer, parameter, updates)
-        load_tensor_shards(self._param_shards(0, 1), reader, self.ranks)
+        load_tensor_shards(self._param_shards(0, 1), self.model, reader, self.ranks)
 
     def _gradient_norm(self) -> Tensor:
         """Global L2 norm; parameters that tensor parallelism replicates count once."""

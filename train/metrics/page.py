@@ -7,31 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from typing_extensions import TypedDict
 
 from core.files import write_text
 from core.old_keys import read_record
-from core.records import Count, DamagedRecord, read_required, read_typed_lines
+from core.records import DamagedRecord, read_typed, read_typed_lines
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
+from model.checkpoint_records import ManifestRecord
 from train.metrics.curves import Mixture, figure
 from train.metrics.records import Record, read_lines, read_scores, short
 from train.resilience.incidents import ATTEMPT, Incident, describe_state
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 Rows = list[tuple[Any, ...]]
-
-
-class FileSize(TypedDict):
-    """What is shown of a file of a checkpoint."""
-
-    bytes: Count
-
-
-class CheckpointFiles(TypedDict):
-    """What is shown of a checkpoint's manifest."""
-
-    files: dict[str, FileSize]
 
 
 def page(folders: list[Path], path: Path) -> Path:
@@ -152,12 +140,11 @@ def checkpoint_rows(folder: Path) -> Rows:
     rows: Rows = []
     for checkpoint in reversed(list(iter_committed_checkpoints(RunFiles(folder).checkpoints))):
         try:
-            manifest = read_required(checkpoint / MANIFEST, CheckpointFiles, "", extra="ignore")
-        except DamagedRecord:
+            files = read_typed(checkpoint / MANIFEST, ManifestRecord).files.values()
+        except (OSError, DamagedRecord):
             rows.append((checkpoint.name, "unknown", f"{MANIFEST} is damaged"))
             continue
-        files = manifest["files"].values()
-        size = sum(entry["bytes"] for entry in files)
+        size = sum(file.bytes for file in files)
         rows.append((checkpoint.name, f"{size / 2**30:.3g} GiB", len(files)))
     return rows
 

@@ -17,8 +17,8 @@ from core.schema import covers
 from data.stream.manifests import tokenizer_path
 from data.stream.mixture import Plan
 from eval.hf.exported import check_if_export
-from model.checkpoint import CheckpointReader, read_state
-from model.config import ModelConfig
+from model.checkpoint import CheckpointReader, read_model, read_state
+from model.flops import parameter_shapes
 from model.hf import config_differences, load_hf_weights
 from model.mamba import FalconMamba
 from model.sharding import shard
@@ -99,6 +99,11 @@ def compare(origin: Origin, accept: Collection[str], record: dict[str, Any], pla
             check_rates(state.tokens, before, record)
     except InputError as error:
         raise InputError(f"{origin.checkpoint}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{origin.checkpoint}/state.json: config is no record of a start "
+            f"({type(error).__name__}: {error}): move it away to load the one before"
+        ) from error
     return replace(origin, changes=changes, accepted=accepted)
 
 
@@ -131,6 +136,13 @@ def check_data(state: TrainState, plan: Plan, changes: list[Change], *, is_branc
             f"shards, sources or stages{f' ({of_data})' if of_data else ''}: restore "
             f"them, or choose another run.name{earlier}"
         )
+    if state.tokens < plan.tokens:
+        stage = plan.stage_at(state.tokens)
+        if (state.tokens - stage.first_token) % stage.seq_len:
+            raise InputError(
+                f"no step of the plan ends at its {state.tokens:,} tokens: sequences of stage "
+                f"{stage.name} have {stage.seq_len:,}"
+            )
     if is_branch and state.tokens == plan.tokens:
         raise InputError(
             f"the checkpoint has all {plan.tokens:,} tokens of the stages: make a stage longer"
@@ -220,10 +232,11 @@ def load_initial_weights(model: FalconMamba, config: RunConfig, ranks: Ranks) ->
 @torch.no_grad()
 def load_checkpoint_weights(model: FalconMamba, folder: Path, tp_rank: int, tp_size: int) -> None:
     """Load the weights of a verified checkpoint; InputError if its model has another shape."""
-    saved = ModelConfig(**read_state(folder)["model"])
+    saved = read_model(folder)
     if overrides := config_differences(saved, model.config):
         raise InputError(f"{folder} has another shape: give {' '.join(overrides)}")
     reader = CheckpointReader(folder)
+    reader.require(parameter_shapes(model.config), ("param",))
     for name, parameter in model.named_parameters():
         parameter.copy_(shard(name, reader.read_full("param", name), tp_rank, tp_size))
 

@@ -18,11 +18,14 @@ class InputError(ValueError):
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Exit with USER_ERROR; local rank 0 of each node prints the message."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
+    """Exit with USER_ERROR and print the message.
+
+    Local rank 0 of each node prints at once. Another rank prints after a delay: if its error is
+    that of all ranks, the launcher ends it before.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(EXIT_DELAY_SECONDS)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
 
 

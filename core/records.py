@@ -195,6 +195,8 @@ def first_error(error: ValidationError) -> str:
     key = shown(".".join(str(part) for part in first["loc"] if part != ""))[1:-1]
     if first["type"] == "json_invalid":
         return first["msg"]
+    if first["type"] == "value_error":  # of a __post_init__, which names its keys
+        return first["msg"].removeprefix("Value error, ")
     if first["type"] in ("missing", "unexpected_keyword_argument", "extra_forbidden"):
         return f"{key} is {'missing' if first['type'] == 'missing' else 'no key of this file'}"
     return f"{key or 'it'} is {shown(first['input'])}: {first['msg']}"

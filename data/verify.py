@@ -9,6 +9,7 @@ examples:
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,14 @@ def verify_source(
         for file in manifest.splits[split] if settings.hashes else ():
             try:
                 actual = describe_shard(folder / file.name, manifest.eos, manifest.vocab_size)
-            except (AssertionError, OSError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 errors.append(f"{name}: {error}")
                 continue
             if actual != file:
+                found, expected = asdict(actual), asdict(file)
+                key = next(key for key in expected if found[key] != expected[key])
                 errors.append(
-                    f"{name}: {file.name} has sha256 {actual.sha256[:12]}, its manifest says "
-                    f"{file.sha256[:12]}"
+                    f"{name}: {file.name} has {key} {found[key]}, its manifest says {expected[key]}"
                 )
         documents = Documents(folder, manifest, split)
         random = np.random.default_rng([cfg.seed, len(split)])

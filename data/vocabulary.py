@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from core.errors import InputError
+from core.records import DamagedRecord, read_typed
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # names of end tokens, for a tokenizer.json without tokenizer_config.json
@@ -69,15 +70,13 @@ def special_tokens(tokenizer: Tokenizer) -> list[str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A tokenizer_config.json; empty if there is none. Raises InputError if it is invalid."""
-    if not path.is_file():
-        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): mend or remove it") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object: mend or remove it")
-    return config
+        return read_typed(path, dict[str, Any])
+    except FileNotFoundError:
+        return {}
+    except (DamagedRecord, OSError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path} is not a JSON object: mend or remove it ({reason})") from error
 
 
 def content_of(token: Any) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import make_folder, move_into, sync_folder, write_bytes
+from core.records import DamagedRecord, parse_typed, read_typed
 from model.config import ModelConfig
 from model.flops import parameter_count
 from model.hf_writer import Entry, json_bytes, plan_files, write_files
@@ -35,6 +36,7 @@ TENSORS_OF_LAYER = {
 }
 TENSORS_AFTER = {"final_norm.weight": "backbone.norm_f.weight", "lm_head.weight": "lm_head.weight"}
 
+HF_CONFIG = "config.json"
 FIELDS = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -136,7 +138,11 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     if filled.get("time_step_rank", "auto") == "auto":
         filled["time_step_rank"] = math.ceil(filled["hidden_size"] / 16)
     values = {ours: filled[theirs] for ours, theirs in FIELDS.items()}
-    return ModelConfig(mixer_norms=True, **values)
+    try:
+        return parse_typed(json.dumps({**values, "mixer_norms": True}), ModelConfig, HF_CONFIG)
+    except DamagedRecord as error:  # names its key as the file does
+        text = " ".join(FIELDS.get(word, word) for word in str(error).split(" "))
+        raise ValueError(text) from error
 
 
 def config_differences(folder: ModelConfig, config: ModelConfig) -> list[str]:
@@ -159,15 +165,17 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            self.config = config_from_hf(raw)
+            self.config = config_from_hf(read_typed(folder / HF_CONFIG, dict[str, Any]))
             self.files = self._files()
-        except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{folder / HF_CONFIG}: {error.args[0]} is missing") from error
+        except (OSError, TypeError, OverflowError, SafetensorError, DamagedRecord) as error:
             raise ValueError(
                 f"{folder} is not a transformers folder with safetensors weights: {error}"
             ) from error
-        self.names = dict(tensor_names(self.config.n_layer))
-        if self.files.keys() != set(self.names.values()):
+        layers = min(self.config.n_layer, len(self.files))  # a wrong number of them costs no memory
+        self.names = dict(tensor_names(layers))
+        if layers < self.config.n_layer or self.files.keys() != set(self.names.values()):
             unexpected = sorted(self.files.keys() ^ set(self.names.values()))
             raise ValueError(
                 f"{folder}: {len(unexpected)} tensors are missing or not in its config, such as "
@@ -181,7 +189,8 @@ class HfFolder:
             single = self.folder / "model.safetensors"
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = read_typed(index, dict[str, Any])
+        weight_map = parse_typed(json.dumps(content.get("weight_map")), dict[str, str], str(index))
         if outside := sorted(name for name in weight_map.values() if Path(name).name != name):
             raise ValueError(f"{index} names {outside[0]}, which is outside its folder")
         return {tensor: self.folder / name for tensor, name in weight_map.items()}
@@ -194,7 +203,10 @@ class HfFolder:
         """Return rows [start, stop) of a tensor by our name, fp32 on the CPU."""
         hf_name = self.names[name]
         with safe_open(self.files[hf_name], framework="pt") as file:
-            return from_hf(name, file.get_slice(hf_name)[start:stop]).float()
+            rows = file.get_slice(hf_name)[start:stop]
+        if not rows.is_floating_point():
+            raise InputError(f"{self.files[hf_name]}: {hf_name} has type {rows.dtype}, no weights")
+        return from_hf(name, rows).float()
 
 
 @torch.no_grad()

@@ -204,13 +204,27 @@ def shard_task(spec: ShardingSpec, rank: int) -> list[dict[str, Any]]:
 
 
 def describe_shard(path: Path, eos: int, vocab_size: int) -> ShardFile:
-    """Counts and hash of a shard; asserts that it has one end token per document."""
+    """Counts and hash of a shard.
+
+    Raises ValueError unless it has one end token per document, and ids of the vocabulary only.
+    """
     index = np.fromfile(path.with_name(path.name + ".index"), dtype="<u8")
     tokens = np.memmap(path, dtype=id_dtype(vocab_size), mode="r")
-    assert len(tokens) == index[-1], f"{path} has {len(tokens)} tokens, its index says {index[-1]}"
+    total = int(index[-1]) if len(index) else 0
+    if len(tokens) != total:
+        raise ValueError(f"{path} has {len(tokens)} tokens, its index says {total}")
     block = 2**24  # tokens compared at once
-    ends = sum(int((tokens[i : i + block] == eos).sum()) for i in range(0, len(tokens), block))
-    assert ends == len(index), f"{path} has {ends} end tokens for {len(index)} documents"
+    ends = 0
+    for start in range(0, len(tokens), block):
+        ids = tokens[start : start + block]
+        ends += int((ids == eos).sum())
+        if ids.max() >= vocab_size:
+            place = start + int(np.argmax(ids >= vocab_size))
+            raise ValueError(
+                f"{path} has id {tokens[place]} at token {place}, its vocabulary has {vocab_size:,}"
+            )
+    if ends != len(index):
+        raise ValueError(f"{path} has {ends} end tokens for {len(index)} documents")
     return ShardFile(path.name, len(tokens), len(index), sha256_of(path))
 
 

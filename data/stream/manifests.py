@@ -5,19 +5,18 @@ A source is a folder `<data.folder>/shards/<source>/` with `manifest.json` and, 
 Ids are uint16 for a vocabulary of at most 65,536 ids and uint32 for a larger one.
 """
 
-import json
 import stat
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from core.errors import InputError
 from core.files import sha256_of, write_json
+from core.records import Count, DamagedRecord, Sha256, Size, read_typed
+from data import tokenizer
 from data.config import DataConfig
-from data.vocabulary import TOKENIZER_CONFIG, content_of, read_config
+from data.vocabulary import TOKENIZER_CONFIG, content_of, end_id, read_config
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
@@ -30,9 +29,9 @@ class ShardFile:
     """One `.ds` file, named relative to the folder of its source."""
 
     name: str
-    tokens: int
-    documents: int
-    sha256: str
+    tokens: Count
+    documents: Count
+    sha256: Sha256
 
 
 @dataclass
@@ -42,10 +41,10 @@ class Manifest:
     source: str
     licence: str
     recipe: str
-    recipe_sha256: str  # of the recipe's version and settings, to detect a changed recipe
-    tokenizer_sha256: str
-    eos: int
-    vocab_size: int  # highest token id + 1
+    recipe_sha256: Sha256  # of the recipe's version and settings, to detect a changed recipe
+    tokenizer_sha256: Sha256
+    eos: Count
+    vocab_size: Size  # highest token id + 1
     splits: dict[str, list[ShardFile]]
     # versions of tokenizer and sharding code; empty in manifests written before 0.2
     versions: dict[str, str | int] = field(default_factory=dict)
@@ -73,12 +72,6 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return NARROW if vocab_size <= 2**16 else WIDE
 
 
-def parse_manifest(raw: dict[str, Any]) -> Manifest:
-    """Build a manifest from JSON; raises KeyError, TypeError or ValueError if it is malformed."""
-    splits = {split: [ShardFile(**file) for file in raw["splits"][split]] for split in SPLITS}
-    return Manifest(**{**raw, "splits": splits})
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
     write_json(folder / MANIFEST, asdict(manifest))
@@ -87,20 +80,52 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of one source.
 
-    Raises InputError if the manifest is absent, or if a shard is missing, is outside the folder or
-    has another size.
+    Raises InputError if the manifest is absent or contradicts itself, if a shard is missing, is
+    outside the folder or has another size, and if documents do not end as the manifest says.
     """
     path = folder / MANIFEST
     require_shards(folder)
     try:
-        manifest = parse_manifest(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a manifest ({error}); remove {folder} and prepare the data again"
+        manifest = read_typed(path, Manifest)
+        if manifest.splits.keys() != set(SPLITS):
+            raise DamagedRecord(f"splits has {', '.join(manifest.splits) or 'nothing'}")
+    except DamagedRecord as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DamagedRecord(
+            f"{path} is not a manifest ({reason}); remove {folder} and prepare the data again"
         ) from error
+    names = set()
     for file in manifest.files():
         check_file(folder, file, manifest.dtype)
+        if file.name in names or not bool(file.tokens) <= file.documents <= file.tokens:
+            problem = "twice" if file.name in names else f"with {file.documents} documents"
+            raise DamagedRecord(
+                f"{path} lists {file.name} {problem}, {file.tokens} tokens; remove {folder} and "
+                "prepare the data again"
+            )
+        names.add(file.name)
+    for split in SPLITS:
+        check_end(folder, manifest, split)
     return manifest
+
+
+def check_end(folder: Path, manifest: Manifest, split: str) -> None:
+    """Raise InputError unless the first shard of a split ends with the manifest's end token.
+
+    Every shard ends with a document. Looking at one costs nothing; data/verify.py reads them all.
+    """
+    file = next((file for file in manifest.splits[split] if file.tokens), None)
+    if file is None:
+        return
+    path, size = folder / file.name, manifest.dtype.itemsize
+    with path.open("rb") as shard:
+        shard.seek((file.tokens - 1) * size)
+        last = int(np.frombuffer(shard.read(size), manifest.dtype)[0])
+    if last != manifest.eos:
+        raise InputError(
+            f"shard {path} ends with id {last}, but {folder / MANIFEST} has eos {manifest.eos}: "
+            f"remove {folder} and prepare the data again"
+        )
 
 
 def check_file(folder: Path, file: ShardFile, dtype: np.dtype) -> None:
@@ -108,15 +133,20 @@ def check_file(folder: Path, file: ShardFile, dtype: np.dtype) -> None:
 
     A regular file directly in the folder, the usual case, costs one request to the file system.
     """
+    if not file.name or Path(file.name).name != file.name or "\0" in file.name:
+        raise InputError(f"{folder / MANIFEST} names {file.name!r}, which is outside its folder")
     path = folder / file.name
-    size = -1
-    with suppress(OSError):
+    try:
         status = path.lstat()
         size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-    if size < 0 or path.parent != folder:
-        if folder.resolve() not in path.resolve().parents:
+        if size < 0 and folder.resolve() not in path.resolve().parents:
             raise InputError(f"{folder / MANIFEST} names {file.name}, which is outside its folder")
-        size = path.stat().st_size if path.is_file() else -1
+        if size < 0 and path.is_file():
+            size = path.stat().st_size
+    except FileNotFoundError:
+        size = -1
+    except OSError as error:
+        raise InputError(f"shard {path} cannot be read: {error}") from error
     expected = file.tokens * dtype.itemsize
     if size != expected:
         problem = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"
@@ -178,6 +208,13 @@ def open_manifests(config: DataConfig) -> dict[str, Manifest]:
                 f"the shards of {name} have token ids up to {manifest.vocab_size - 1}, but "
                 f"data.tokenizer.vocab_size is {config.tokenizer.vocab_size}: use the overrides of "
                 "data/prepare.py"
+            )
+    end = end_id(path, tokenizer.load(path))
+    for name, manifest in manifests.items():
+        if manifest.eos != end:
+            raise InputError(
+                f"{source_folder(config, name) / MANIFEST} has eos {manifest.eos}, but {path} "
+                f"ends documents with {end}: run `python data/prepare.py` again"
             )
     return manifests
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from core.errors import InputError
 from data.stream.manifests import Manifest
 
 
@@ -20,6 +21,7 @@ class Shards:
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.folder = folder
         self.dtype = manifest.dtype
+        self.vocab_size = manifest.vocab_size
         self.files = [file for file in manifest.splits[split] if file.tokens]
         self.starts = list(accumulate((file.tokens for file in self.files), initial=0))
         self.maps: list[NDArray[np.unsignedinteger] | None] = [None] * len(self.files)
@@ -32,7 +34,10 @@ class Shards:
         return out
 
     def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fill `out`, int64 [count], with the tokens [start, start + count)."""
+        """Fill `out`, int64 [count], with the tokens [start, start + count).
+
+        Raises InputError for an id outside the vocabulary, which would have no embedding.
+        """
         count = len(out)
         assert start >= 0 and start + count <= self.tokens, (start, count, self.tokens)
         file_index = bisect_right(self.starts, start) - 1
@@ -43,15 +48,28 @@ class Shards:
             if tokens is None:
                 tokens = self._map(file_index)
             values = tokens[offset : offset + count - filled]
+            if values.max() >= self.vocab_size:
+                self._report(file_index, offset, values)
             out[filled : filled + len(values)] = values
             filled += len(values)
             file_index += 1
 
+    def _report(self, file_index: int, offset: int, values: NDArray[np.unsignedinteger]) -> None:
+        """Raise InputError for the first id outside the vocabulary."""
+        index = int(np.argmax(values >= self.vocab_size))
+        raise InputError(
+            f"shard {self.folder / self.files[file_index].name} has id {values[index]} at token "
+            f"{offset + index}, its vocabulary has {self.vocab_size:,}: prepare the data again"
+        )
+
     def _map(self, file_index: int) -> NDArray[np.unsignedinteger]:
-        """Map a file; raises ValueError if it is shorter than its manifest says."""
+        """Map a file; raises InputError if it is shorter than its manifest says."""
         file = self.files[file_index]
         path = self.folder / file.name
-        memmap = np.memmap(path, dtype=self.dtype, mode="r", shape=(file.tokens,))
+        try:
+            memmap = np.memmap(path, dtype=self.dtype, mode="r", shape=(file.tokens,))
+        except (OSError, ValueError) as error:
+            raise InputError(f"shard {path} cannot be read ({error}): restore it") from error
         # A plain array over the same pages: slicing a memmap costs microseconds of bookkeeping.
         tokens = self.maps[file_index] = memmap.view(np.ndarray)
         return tokens

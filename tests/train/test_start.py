@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from core.errors import InputError
 from data.stream.manifests import NARROW, SPLITS, ShardFile, read_manifest, write_manifest
-from tests.corpus import SOURCES, make_corpus
+from tests.corpus import EOS, SOURCES, make_corpus
 from tests.distributed import run_ranks
 from tests.small import config
 from train.build import build_trainer
@@ -84,12 +85,14 @@ def write_many_shards(folder: Path) -> None:
         count = SHARDS // len(SOURCES) // len(SPLITS)
         for split in SPLITS:
             files = [
-                ShardFile(f"many_{split}_{number}.ds", TOKENS, 1, f"{source}{split}{number}")
+                ShardFile(f"many_{split}_{number}.ds", TOKENS, 1, f"{number:064x}")
                 for number in range(count)
             ]
             for file in files:
                 with (source_dir / file.name).open("wb") as empty:
-                    empty.truncate(TOKENS * NARROW.itemsize)
+                    empty.truncate((TOKENS - 1) * NARROW.itemsize)
+                    empty.seek(0, io.SEEK_END)
+                    empty.write(np.array([EOS], NARROW).tobytes())
             manifest.splits[split] = files
         write_manifest(source_dir, manifest)
 
@@ -108,5 +111,6 @@ def test_a_start_reads_every_shard_once_per_node(tmp_path: Path) -> None:
     first, *others = [
         json.loads((run.run.folder / f"{rank}.json").read_text()) for rank in range(RANKS)
     ]
-    assert first["shards"] == SHARDS and first["others"] < 20
+    # the end of one shard per source and split is read
+    assert first["shards"] == SHARDS + len(SOURCES) * len(SPLITS) and first["others"] < 20
     assert others == [{"shards": 0, "others": 0}] * (RANKS - 1)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from core.errors import InputError
 from core.files import sha256_of
+from core.records import parse_typed
 from data.config import DataConfig
-from data.stream.manifests import Manifest, open_manifests, parse_manifest, source_folder
+from data.stream.manifests import Manifest, open_manifests, source_folder
 from train.distributed import Ranks, broadcast_text, raise_on_all_ranks
 from train.resilience.config import VerifyShards
 
@@ -41,7 +42,7 @@ def open_per_node(config: DataConfig) -> dict[str, Manifest]:
             error = str(exception)
     raise_on_all_ranks(error)
     text = json.dumps({name: asdict(manifest) for name, manifest in (opened or {}).items()})
-    shared = {name: parse_manifest(raw) for name, raw in json.loads(broadcast_text(text)).items()}
+    shared = parse_typed(broadcast_text(text), dict[str, Manifest], "manifests of rank 0")
     raise_on_all_ranks(
         None
         if opened is None or opened == shared

@@ -201,8 +201,8 @@ def check_cover(shards: list[tuple[TensorShard, Path]]) -> None:
         where = f"{path.with_suffix('.json')}: {entry.key}"
         if (entry.shape, entry.tp_size) != (first.shape, size):
             raise DamagedRecord(
-                f"{where} has shape {entry.shape} and tp_size {entry.tp_size}, another shard of "
-                f"the tensor {first.shape} and {size}"
+                f"{where} has shape {entry.shape} and tp_size {entry.tp_size}, the shard in "
+                f"{shards[0][1].with_suffix('.json')} {first.shape} and {size}"
             )
         if spec is not None and (
             spec.dim >= len(entry.shape) or entry.shape[spec.dim] % (size * spec.blocks)

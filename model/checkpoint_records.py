@@ -49,7 +49,7 @@ class StateRecord:
     step: Count
     updates: Count
     plan: str
-    model: dict[str, Any]
+    model: dict[str, bool | Count | Finite]
     # absent in older checkpoints
     health: SpikeState = field(default_factory=SpikeState)
     config: dict[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.checkpoint
 import train.checkpoint.writer as writer_module
 from core.errors import InputError
 from core.files import sha256_of
@@ -148,6 +149,62 @@ def test_retention_keeps_the_last_stage_ends_and_multiples(tmp_path: Path, ranks
     save_steps(tmp_path, ranks, steps=14, config=config, stage_ends=(700, 1400))
     # 4, 8, 12: the first past each multiple of 400 tokens; 7, 14: stage ends; 13, 14: the last
     assert steps_in(tmp_path) == [14, 13, 12, 8, 7, 4]
+
+
+def test_copies_and_strays_stop_nothing_and_are_not_removed(
+    tmp_path: Path, ranks: Ranks, capsys: Any
+) -> None:
+    """They are neither counted nor loaded; one that is in the way of a save is renamed."""
+    save_steps(tmp_path, ranks, steps=2)
+    step = tmp_path / "step-00000002"
+    for name in ("step-00000009", "step-2", "step-00000002.bak", "step-00000002 (copy)"):
+        shutil.copytree(step, tmp_path / name)
+    shutil.copytree(step, tmp_path / "step-000000000000000000000000000000000002")
+    for name in ("x.part", "step-00000003.part", "step-00000004", "step-00000001.old.part"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder.part").mkdir()
+    (tmp_path / "step-00000005").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "step-00000007").symlink_to(tmp_path / "step-2")
+    (tmp_path / "step-00000006").mkdir()
+    (tmp_path / "step-00000001.part").mkdir()  # of a killed save
+    before = {path.name for path in tmp_path.iterdir()}
+    save_steps(tmp_path, ranks, steps=5)
+    # 9 is a copy, 7 a link, 6 empty: they remain, beside the last two that were saved
+    assert steps_in(tmp_path) == [9, 7, 6, 5, 4]
+    assert {path.name for path in tmp_path.iterdir()} >= before - {
+        *("step-00000001", "step-00000002", "step-00000004", "step-00000005"),
+        *("step-00000001.part", "step-00000003.part", "step-00000001.old.part"),
+    }
+    for name in ("step-00000003.part", "step-00000004", "step-00000001.old.part"):
+        (aside,) = tmp_path.glob(f"{name}.stray-*")
+        assert aside.read_text() == name
+    capsys.readouterr()
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
+    assert checkpoints.find_latest() == tmp_path / "step-00000005"
+    out = capsys.readouterr().out
+    assert "step-00000002 (copy), step-00000002.bak, step-00" in out and "are no checkpoints" in out
+    assert "skipped step-00000009: its state.json is of step 2: the folder is a copy" in out
+    assert "x.part" in out and ".stray-" not in out.split("are no checkpoints")[0]
+    (aside,) = tmp_path.glob("step-00000009.stray-*")
+    assert verify_checkpoint(aside) is None
+    assert [path.name[:13] for path in tmp_path.glob("*.damaged-*")] == ["step-00000006"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_start_renames_nothing_that_it_cannot_read(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    save_steps(tmp_path, ranks, steps=2)
+    before = sorted(tmp_path.iterdir())
+
+    def fail(path: Path) -> str:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(model.checkpoint, "sha256_of", fail)
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
+    with pytest.raises(InputError, match=f"step-00000002 cannot be read .*{os.strerror(code)}"):
+        checkpoints.find_latest()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_save_is_due_at_multiples_and_stage_ends(tmp_path: Path, ranks: Ranks) -> None:

@@ -88,11 +88,11 @@ def find_origin(
 def compare(origin: Origin, accept: Collection[str], record: dict[str, Any], plan: Plan) -> Origin:
     """Return the origin with the settings that differ; InputError for a difference not accepted."""
     state = read_train_state(origin.checkpoint)
-    before = trained_with(origin.checkpoint, state)
-    changes = find_changes(before, record)
-    if origin.is_branch:  # where its weights came from is said apart
-        changes = [change for change in changes if not covers(SOURCES_OF_WEIGHTS, change.key)]
     try:
+        before = trained_with(origin.checkpoint, state)
+        changes = find_changes(before, record)
+        if origin.is_branch:  # where its weights came from is said apart
+            changes = [change for change in changes if not covers(SOURCES_OF_WEIGHTS, change.key)]
         check_data(state, plan, changes, is_branch=origin.is_branch)
         accepted = check_changes(changes, accept, is_branch=origin.is_branch)
         if origin.is_branch and not covers(accept, DECAY):
@@ -101,8 +101,8 @@ def compare(origin: Origin, accept: Collection[str], record: dict[str, Any], pla
         raise InputError(f"{origin.checkpoint}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{origin.checkpoint}/state.json: config is no record of a start "
-            f"({type(error).__name__}: {error}): move it away to load the one before"
+            f"{origin.checkpoint}: state.json has no record of a start ({type(error).__name__}: "
+            f"{error}): move it away to load the one before"
         ) from error
     return replace(origin, changes=changes, accepted=accepted)
 
@@ -114,6 +114,9 @@ def trained_with(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     one.
     """
     config = state.config
+    for section in ("run", "data", "optim", "schedule"):
+        if config and not isinstance(config.get(section), dict):
+            raise InputError(f"state.json has no record of a start: config has no {section}")
     if not config:
         config = read_record(RunFiles(checkpoint.parent.parent).config)
         if not config:

@@ -23,14 +23,24 @@ from core.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent  # contains configs/ and the entry scripts
 TEMP_SUFFIX = ".part"
+READ_BYTES = 2**20
 TEMP_MAX_AGE_SECONDS = 3600.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, without reading the whole file into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file in hexadecimal, without reading the whole file into memory.
+
+    `on_read` is called with the bytes of each read.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            if on_read is not None:
+                on_read(size)
+    return digest.hexdigest()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -9,6 +9,7 @@ read costs the bytes it returns; the index grows with tensors x ranks, not with 
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import prod
@@ -68,8 +69,10 @@ class CheckpointReader:
     every element of a tensor once, and for values that no training has.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_read: Callable[[], object] | None = None) -> None:
+        """`on_read` is called after each read."""
         self.folder = folder
+        self.on_read = on_read
         self.where: dict[tuple[str, str], list[tuple[TensorShard, Path]]] = {}
         self.files: dict[Path, dict[str, TensorShard]] = {}
         # files that the manifest does not list were not verified and are not read
@@ -183,6 +186,8 @@ class CheckpointReader:
                 raise DamagedRecord(f"{path}: {entry.key} cannot be read ({error})") from error
             check_values(values, entry, path)
             filled = high
+            if self.on_read is not None:
+                self.on_read()
         if filled != start + numel:
             raise DamagedRecord(
                 f"{self.folder} does not hold elements {filled} to {start + numel} of {kind} {name}"
@@ -241,14 +246,15 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return {name: (entry.bytes, entry.sha256) for name, entry in files.items()}
 
 
-def verify_checkpoint(folder: Path) -> str | None:
+def verify_checkpoint(folder: Path, on_read: Callable[[int], object] | None = None) -> str | None:
     """Return why a checkpoint is invalid, or None; reads and hashes every file of its manifest.
 
-    Raises InputError if a file cannot be read for another reason than its absence, such as an I/O
-    error or a missing permission: the checkpoint may be intact.
+    `on_read` is called with the bytes of each read. Raises InputError if a file cannot be read for
+    another reason than its absence, such as an I/O error or a missing permission: the checkpoint
+    may be intact.
     """
     try:
-        check_manifest(folder)
+        check_manifest(folder, on_read)
         step = read_state(folder)["step"]
         if STEP_NAME.fullmatch(folder.name) and step != step_number(folder):
             return f"its {STATE} is of step {step}: the folder is a copy, or was renamed"
@@ -265,10 +271,10 @@ def verify_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, on_read: Callable[[int], object] | None = None) -> None:
     """Raise DamagedRecord unless a checkpoint has the files of its manifest, with their hashes.
 
-    Other files in the folder are never read and do no harm.
+    `on_read` is called with the bytes of each read. Other files in the folder are never read.
     """
     if not (folder / MANIFEST).exists():
         raise DamagedRecord(f"{folder}/{MANIFEST} is missing")
@@ -286,7 +292,7 @@ def check_manifest(folder: Path) -> None:
             raise DamagedRecord(f"{path} is missing or not a plain file of the folder")
         if path.stat().st_size != size:
             raise DamagedRecord(f"{path} has {path.stat().st_size} bytes instead of {size}")
-        if sha256_of(path) != sha256:
+        if sha256_of(path, on_read) != sha256:
             raise DamagedRecord(f"{path} does not hash to its manifest's SHA-256")
 
 

@@ -33,8 +33,8 @@ ENDING = (
     *("loader dies", "loader hangs", "weights flip"),
 )
 HANGS = ("stop", "loader hangs")
-WRITE_POINTS = 18  # points of a save at which a kill can occur, on the first rank, which commits
-PEER_POINTS = 8  # on the other ranks
+WRITE_POINTS = 16  # points of a save at which a kill can occur, on the first rank, which commits
+PEER_POINTS = 6  # on the other ranks
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,17 @@ class Injector:
 
     def patch_watchdog(self) -> None:
         """Count the limit only after a hang, so that the watchdog ends no rank that is slow."""
-        enter_phase = Watchdog.enter_phase
-        write_heartbeat = Watchdog._write_heartbeat
+        hangs = Watchdog._hangs
 
-        def patient_enter_phase(
-            watchdog: Watchdog, step: int, phase: str, patience: float = 1.0
-        ) -> None:
-            enter_phase(watchdog, step, phase, 1e6)
-
-        def write_heartbeat_and_limit(watchdog: Watchdog) -> None:
-            write_heartbeat(watchdog)
+        def hangs_after_a_fault(watchdog: Watchdog) -> bool:
             if any(path.exists() for path in self.hangs):
-                step, phase, end = watchdog.progress
-                watchdog.progress = (step, phase, min(end, time.monotonic() + watchdog.limit))
+                step, phase, _ = watchdog.progress
+                watchdog.progress = (step, phase, 1.0)
+                return hangs(watchdog)
+            watchdog.idle_seconds = 0.0
+            return False
 
-        Watchdog.enter_phase = patient_enter_phase  # type: ignore[method-assign]
-        Watchdog._write_heartbeat = write_heartbeat_and_limit  # type: ignore[method-assign]
+        Watchdog._hangs = hangs_after_a_fault  # type: ignore[method-assign]
 
     def patch_training(self) -> None:
         """Wrap the step, the loader, the replica check and the functions of a save."""
@@ -134,7 +129,7 @@ class Injector:
         Trainer._step = faulty_step  # type: ignore[method-assign]
         Loader.read = faulty_read  # type: ignore[method-assign]
         for name in (
-            "save_file",
+            "write_tensors",
             "write_json",
             "fsync_dir",
             "manifest_entry",

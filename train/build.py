@@ -64,7 +64,7 @@ def build_trainer(
     """
     record = {"code": code, **to_plain(asdict(config))}
     datacheck = DataCheck(config.data, manifests, ranks)
-    datacheck.start(config.health.verify_shards)
+    datacheck.start(config.health.verify_shards, watchdog.beat)
     plan = compile_plan(config.data, manifests)
     tokenizer_hash = next(iter(manifests.values())).tokenizer_sha256  # of all sources
     schedule = Schedule(config.schedule, config.optim.lr, config.data)
@@ -77,7 +77,7 @@ def build_trainer(
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
     checkpoints = CheckpointManager(
-        config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends
+        config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends, watchdog.beat
     )
     origin = find_origin(config, record, plan, checkpoints, ranks)
     initial = load_initial_weights(model, config, ranks) if origin is None else None

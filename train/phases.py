@@ -15,7 +15,8 @@ PHASES = (  # in the order of a step
     "save",
     "exit",
 )
-# patience of slow phases: reading a checkpoint, validation, the last save
+# Patience of phases with steps that no beat divides: one sync or removal of a save, building the
+# model, validation.
 LONG_PATIENCE = 6.0
 Listener = Callable[[int, str, float], None]
 
@@ -23,7 +24,7 @@ Listener = Callable[[int, str, float], None]
 class Phases:
     """Tells each listener the finished steps, the phase that begins, and its patience.
 
-    A phase may take its patience times health.hang_seconds.
+    A phase may take its patience times health.hang_seconds without a beat of the watchdog.
     """
 
     def __init__(self, *listeners: Listener) -> None:

@@ -55,10 +55,15 @@ def run_context(
     folder = run.folder
     rank, world_size = dist.get_rank(), dist.get_world_size()
     is_first = rank == 0
+    watchdog = Watchdog(folder, rank, world_size, health.hang_seconds)
+    watchdog.watch()
     previous = read_outcome(folder)
     run_lock = RunLock(folder)
-    raise_on_all_ranks(_acquire(run_lock) if is_first else None)
-    watchdog = Watchdog(folder, rank, world_size, health.hang_seconds)
+    try:
+        raise_on_all_ranks(_acquire(run_lock) if is_first else None)
+    except InputError:  # another job's folder: nothing is written
+        watchdog.stop()
+        raise
     try:
         check_agreement(facts)
         _check_shared(run.files.lock)
@@ -79,13 +84,14 @@ def run_context(
         if is_first:
             sync_records(folder)
             outcome.write(folder)
+        dist.barrier()  # a rank that hangs here is still watched
         return outcome
     except InputError as error:
         if is_first:
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
-        text = f"rank {rank} on {watchdog.process['host']}: {type(error).__name__}: {error}"
+        text = f"rank {rank} on {watchdog.own.host}: {type(error).__name__}: {error}"
         watchdog.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=rank
         )

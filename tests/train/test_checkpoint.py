@@ -33,7 +33,7 @@ from model.checkpoint import (
     verify_checkpoint,
 )
 from tests.commands import python
-from tests.injector import Fault, Injector
+from tests.injector import WRITE_POINTS, Fault, Injector
 from tests.supervisor import CONTEXT
 from train.checkpoint.manager import CheckpointManager, TrainState
 from train.checkpoint.writer import CheckpointWriter
@@ -129,8 +129,8 @@ def test_changes_after_the_copy_are_not_saved(
 ) -> None:
     engine = StubEngine()
     before = {name: tensor.clone() for name, tensor in engine.tensors.items()}
-    save_file, updated = writer_module.save_file, Event()
-    monkeypatch.setattr(writer_module, "save_file", lambda *a: (updated.wait(), save_file(*a)))
+    write, updated = writer_module.write_tensors, Event()
+    monkeypatch.setattr(writer_module, "write_tensors", lambda *a: (updated.wait(), write(*a))[1])
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     checkpoints.save(STATE, engine)
     for tensor in engine.tensors.values():
@@ -288,7 +288,7 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(writer_module, "save_file", _io_error)
+    monkeypatch.setattr(writer_module, "write_tensors", _io_error)
     checkpoints = CheckpointManager(
         tmp_path, replace(KEEP, retry_seconds=10.0, max_failures=9), ranks, frozenset()
     )
@@ -366,7 +366,7 @@ def _save_and_die(folder: Path, point: int | None, offset: int | None) -> None:
 def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint(
     tmp_path: Path, ranks: Ranks, measured: Any
 ) -> None:
-    points = [(point, None) for point in range(1, 19)]
+    points = [(point, None) for point in range(1, WRITE_POINTS + 1)]
     offsets = [(None, offset) for offset in range(0, 16_000, 777)]
     old = new = 0
     for number, (point, offset) in enumerate(points + offsets):

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from train.checkpoint.writer import (
 from train.config import CheckpointConfig
 from train.distributed import Ranks, errors_on_all_ranks
 from train.engines.protocol import Engine
+from train.resilience.progress import Progress
 
 logger = logging.getLogger(__name__)
 DAMAGED = re.compile(rf"{STEP_NAME.pattern}\.damaged-[0-9]{{19}}")
@@ -63,14 +64,23 @@ class CheckpointManager:
     """Saves, verifies, loads and removes the checkpoints of one run; all ranks call it together."""
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, ranks: Ranks, stage_ends: frozenset[int]
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        stage_ends: frozenset[int],
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
-        """`stage_ends` are the token counts at which stages end."""
+        """`stage_ends` are the token counts at which stages end.
+
+        `beat` is called while the loop waits for a save or a read that goes on on any rank.
+        """
         self.folder = folder
         self.config = config
         self.ranks = ranks
         self.stage_ends = stage_ends
-        self.writer = CheckpointWriter(folder, ranks)
+        self.beat = beat
+        self.writer = CheckpointWriter(folder, ranks, beat)
         self.failures = 0  # failed saves in a row; the same on every rank
         self.saved: TrainState | None = None  # of the save in flight, or of the last one
         self.retry_at: float | None = None
@@ -83,14 +93,18 @@ class CheckpointManager:
         can be saved again. Raises InputError on every rank, and renames nothing, if one cannot be
         read for a reason that is not in its content.
         """
+        progress = Progress()
+
+        def find() -> int:
+            return self._find_latest(max_tokens, progress.add) if self.ranks.is_first else -1
+
         step = torch.full((1,), -1, dtype=torch.int64)
         with errors_on_all_ranks():
-            if self.ranks.is_first:
-                step[0] = self._find_latest(max_tokens)
+            step[0] = progress.run(find, self.beat)
         dist.broadcast(step, src=0)
         return None if step < 0 else self.folder / f"step-{int(step):08d}"
 
-    def _find_latest(self, max_tokens: int | None) -> int:
+    def _find_latest(self, max_tokens: int | None, on_read: Callable[[int], object]) -> int:
         """Return the step of the newest checkpoint that verifies, or -1."""
         try:
             if strays := find_strays(self.folder):
@@ -98,7 +112,7 @@ class CheckpointManager:
                     f"{self.folder} has {', '.join(strays)}, which are no checkpoints: ignored"
                 )
             for folder in iter_checkpoints(self.folder):
-                reason = verify_checkpoint(folder)
+                reason = verify_checkpoint(folder, on_read)
                 if reason is not None:
                     set_aside(folder, reason)
                 elif max_tokens is None or read_state(folder)["tokens"] <= max_tokens:
@@ -113,7 +127,7 @@ class CheckpointManager:
         Raises InputError when the files match their manifest but are no checkpoint of this run.
         """
         with errors_on_all_ranks(), loading(folder):
-            state, reader = read_train_state(folder), CheckpointReader(folder)
+            state, reader = read_train_state(folder), CheckpointReader(folder, self.beat)
             saved_at = (folder / MANIFEST).stat().st_mtime
         with loading(folder):
             engine.load(reader, state.updates)
@@ -155,7 +169,7 @@ class CheckpointManager:
         """
         started_at = time.monotonic()
         self.wait()
-        self.writer.host_buffers.copy_from(engine.state_shards())
+        self.writer.host_buffers.copy_from(engine.state_shards(), self.beat)
         self.saved = TrainState(**asdict(state))
         self.retry_at = None
         self.writer.start(f"step-{state.step:08d}", asdict(state), self._remove_old)
@@ -177,13 +191,23 @@ class CheckpointManager:
         return error is None
 
     def save_and_wait(self, state: TrainState, engine: Engine) -> None:
-        """Save, and retry until the checkpoint is on disk."""
+        """Save, and retry until the checkpoint is on disk or max_failures saves have failed.
+
+        The pauses between them are at most retry_seconds * (2 ** (max_failures - 1) - 1) in all.
+        """
         is_started = self.saved is not None and self.saved.step == state.step
         while not (is_started and self.wait()):
             if self.failures:
-                time.sleep(self.config.retry_seconds * 2 ** (self.failures - 1))
+                self._pause(self.config.retry_seconds * 2 ** (self.failures - 1))
             self.save(state, engine)
             is_started = True
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep; to wait for a disk is no hang."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            self.beat()
 
     def _remove_old(self) -> None:
         """Remove checkpoints that the config does not keep, and all damaged ones but the newest.
@@ -206,6 +230,7 @@ class CheckpointManager:
             )
             for folder in [*old, *filter(is_folder, damaged[:-1])]:
                 remove_checkpoint(folder)
+                self.writer.progress.add()
             fsync_dir(self.folder)
         except OSError as error:
             logger.warning(f"cannot remove an old checkpoint: {error}")

@@ -7,7 +7,6 @@ collective, so no rank waits for it. At most one save is in flight, in the same 
 
 import hashlib
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -20,19 +19,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from core.files import fsync_dir, write_json
+from core.files import fsync_dir, sha256_of, write_json
 from core.records import DamagedRecord
 from core.run import MANIFEST, STEP_NAME
 from model.checkpoint import STATE, TensorShard, read_state, read_tokens
 from model.checkpoint_records import FORMAT
+from model.hf_writer import Entry, File
 from train.distributed import Ranks
+from train.resilience.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 OTHER_ERROR = 1 << 20  # code of an error without errno
+WRITE_BYTES = 16 * 2**20  # of a piece of a tensor
+SYNC_BYTES = 256 * 2**20
 Files = dict[str, dict[str, Any]]
 # folders that a killed save or removal left
 PART_NAME = re.compile(rf"{STEP_NAME.pattern}(\.damaged-[0-9]{{19}})?(\.old)?\.part")
@@ -49,8 +51,10 @@ class HostBuffers:
         self.shards: list[TensorShard] = []
         self.tensors: dict[str, Tensor] = {}
 
-    def copy_from(self, shards: Iterator[tuple[TensorShard, Tensor]]) -> None:
-        """Copy the shards; on return the engine may change its state."""
+    def copy_from(
+        self, shards: Iterator[tuple[TensorShard, Tensor]], beat: Callable[[], object]
+    ) -> None:
+        """Copy the shards, with a beat for each; on return the engine may change its state."""
         cuda = self.device.type == "cuda"
         self.shards = []
         for shard, tensor in shards:
@@ -58,6 +62,7 @@ class HostBuffers:
                 self.tensors[shard.key] = torch.empty(shard.numel, pin_memory=cuda)
             self.tensors[shard.key].copy_(tensor.detach(), non_blocking=cuda)
             self.shards.append(shard)
+            beat()
         if cuda:
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -65,11 +70,15 @@ class HostBuffers:
 class CheckpointWriter:
     """Writes and commits the host buffers in a thread; all ranks start it for the same saves."""
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, beat: Callable[[], object]) -> None:
+        """`beat` is called while the loop waits for a save that goes on on any rank."""
         self.folder = folder
         self.ranks = ranks
         self.host_buffers = HostBuffers(ranks.device)
         self.group = dist.new_group(backend="gloo")
+        self.progress = Progress(self.group)  # bytes, syncs and removals of saves
+        self.beat = beat
+        self.is_awaited = False  # only then does a save stand for the loop's progress
         self.thread: threading.Thread | None = None
         self.error: str | None = None  # of the last save, the same on every rank
         # folder name and time.time() of the last commit
@@ -95,7 +104,9 @@ class CheckpointWriter:
     def wait(self) -> str | None:
         """Wait for the save; return its error or None. Raises RuntimeError if a rank died."""
         if self.thread is not None:
+            self.is_awaited = True
             self.thread.join()
+            self.is_awaited = False
             self.thread = None
         if self.collective_error is not None:
             raise RuntimeError(
@@ -115,18 +126,15 @@ class CheckpointWriter:
         """Save; return the error or None. Every rank reaches every collective, even if it fails."""
         part = self.folder / f"{name}.part"
         is_first = self.ranks.is_first
-        code = self._error_code(lambda: self._create(part)) if is_first else 0
-        if error := self._reduce_error(code):
+        if error := self._run(lambda: self._create(part) if is_first else None):
             return error
         files: Files = {}
-        code = self._error_code(lambda: files.update(self._write(part)))
+        error = self._run(lambda: files.update(self._write(part)))
         all_files = self._gather(files)
-        error = self._reduce_error(code)
         if not error:
-            code = 0
-            if is_first:
-                code = self._error_code(lambda: self._commit(part, state, all_files, on_commit))
-            error = self._reduce_error(code)
+            error = self._run(
+                lambda: self._commit(part, state, all_files, on_commit) if is_first else None
+            )
         if error and is_first:
             shutil.rmtree(part, ignore_errors=True)  # frees the space on a full disk
         return error
@@ -144,11 +152,14 @@ class CheckpointWriter:
         stem = f"rank-{self.ranks.rank:05d}"
         tensors, index = part / f"{stem}.safetensors", part / f"{stem}.json"
         buffers = self.host_buffers
-        save_file({shard.key: buffers.tensors[shard.key] for shard in buffers.shards}, tensors)
-        with tensors.open("rb") as file:
-            os.fsync(file.fileno())
+        entry = write_tensors(
+            tensors,
+            {shard.key: buffers.tensors[shard.key] for shard in buffers.shards},
+            self.progress.add,
+        )
         write_json(index, [asdict(shard) for shard in buffers.shards])
-        return {path.name: manifest_entry(path) for path in (tensors, index)}
+        self.progress.add()
+        return {tensors.name: entry, index.name: manifest_entry(index)}
 
     def _commit(
         self, part: Path, state: dict[str, Any], files: Files, on_commit: Callable[[], None]
@@ -156,16 +167,27 @@ class CheckpointWriter:
         """Write the state and then the manifest, and rename the folder to its final name."""
         self.before_commit()
         write_json(part / STATE, {"format": FORMAT, **state})
+        self.progress.add()
         files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})
+        self.progress.add()
         fsync_dir(part)
+        self.progress.add()
         final = part.with_suffix("")
         if is_folder(final) and read_tokens(final) is not None:
             remove_checkpoint(final)  # the run was resumed or rolled back to an older checkpoint
         free_name(final)
         part.rename(final)
         fsync_dir(self.folder)
+        self.progress.add()
         on_commit()
+
+    def _run(self, action: Callable[[], Any]) -> str | None:
+        """Run an action on every rank; return the error of the rank that failed, or None."""
+        code = self.progress.run(
+            lambda: self._error_code(action), lambda: self.is_awaited and self.beat()
+        )
+        return self._reduce_error(code)
 
     def _error_code(self, action: Callable[[], Any]) -> int:
         """Run an action; return 0, or the errno of its exception."""
@@ -176,8 +198,7 @@ class CheckpointWriter:
             return error.errno or OTHER_ERROR
         except Exception as error:  # this rank must still join the next collective
             logger.warning(f"rank {self.ranks.rank} cannot save: {type(error).__name__}: {error}")
-            match = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' form of an errno
-            return int(match[1]) if match else OTHER_ERROR
+            return OTHER_ERROR
         return 0
 
     def _reduce_error(self, code: int) -> str | None:
@@ -206,10 +227,46 @@ class CheckpointWriter:
         }
 
 
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], on_write: Callable[[int], object]
+) -> dict[str, Any]:
+    """Write flat fp32 tensors as a synced safetensors file; return its size and SHA-256.
+
+    Written, hashed and synced in pieces, with `on_write` called for each, so that a slow disk shows
+    progress and no sync takes long. Pieces are large: after each call the thread waits for the
+    interpreter lock, which the loop holds.
+    """
+    file_of = File(
+        path.name, [Entry(key, key, x.dtype, tuple(x.shape)) for key, x in tensors.items()]
+    )
+    digest = hashlib.sha256()
+    unsynced = 0
+    with path.open("xb", buffering=0) as file:
+
+        def write(content: memoryview) -> None:
+            nonlocal unsynced
+            while content:
+                size = file.write(content[:WRITE_BYTES])
+                digest.update(content[:size])
+                content = content[size:]
+                unsynced += size
+                on_write(size)
+                if unsynced >= SYNC_BYTES:
+                    os.fdatasync(file.fileno())
+                    unsynced = 0
+                    on_write(1)
+
+        write(memoryview(file_of.header))
+        for tensor in tensors.values():
+            write(tensor.numpy().data.cast("B"))
+        os.fsync(file.fileno())
+        on_write(1)
+    return {"bytes": file_of.size, "sha256": digest.hexdigest()}
+
+
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file; hashed in one call, which releases the GIL for the loop."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def remove_checkpoint(folder: Path) -> None:

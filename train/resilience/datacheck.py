@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from data.config import DataConfig
 from data.stream.manifests import Manifest, open_manifests, source_folder
 from train.distributed import Ranks, broadcast_text, raise_on_all_ranks
 from train.resilience.config import VerifyShards
+from train.resilience.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +66,15 @@ class DataCheck:
         self.files = files[ranks.rank :: ranks.world_size]
         self.is_first = ranks.is_first
         self.error: str | None = None
+        self.progress = Progress()
 
-    def start(self, mode: VerifyShards) -> None:
-        """Hash now, in the background or never. Raises InputError on every rank for a bad file."""
+    def start(self, mode: VerifyShards, beat: Callable[[], object]) -> None:
+        """Hash now, in the background or never. Raises InputError on every rank for a bad file.
+
+        `beat` is called while ranks hash before training.
+        """
         if mode is VerifyShards.before:
-            self._work()
+            self.progress.run(self._work, beat)
             raise_on_all_ranks(self.error)
         elif mode is VerifyShards.background:
             threading.Thread(target=self._work, name="datacheck", daemon=True).start()
@@ -81,7 +87,7 @@ class DataCheck:
             path = folder / file.name
             try:
                 error = None
-                if sha256_of(path) != file.sha256:
+                if sha256_of(path, self.progress.add) != file.sha256:
                     error = "differs from its manifest (SHA-256)"
             except OSError as exception:
                 error = f"cannot be read ({exception})"

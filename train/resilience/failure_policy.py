@@ -98,7 +98,7 @@ class FailurePolicy:
                 text = f"rank {rank} on {host} is {factor:.1f} times slower than the other ranks"
                 self.watchdog.incidents.log("straggler", text, rank=rank, step=state.step)
         if rolled_back or stats.save or self.checkpoints.is_due(start, state.tokens):
-            self.phases.enter(state.step, "save")
+            self.phases.enter(state.step, "save", LONG_PATIENCE)
             state.health = self.spike_detector.state()
             seconds = self.checkpoints.save(state, self.engine)
             logger.info(

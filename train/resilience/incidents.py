@@ -138,14 +138,18 @@ class Incidents:
         self.path = RunFiles(folder).incidents
 
     def log(self, kind: str, text: str, **facts: Any) -> None:
-        """Write an incident; a full disk or a closed console does not stop the run."""
+        """Log and write an incident; a full disk or a closed console does not stop the run."""
+        logger.warning(f"{kind}: {text}")
+        self.write(kind, text, **facts)
+
+    def write(self, kind: str, text: str, **facts: Any) -> None:
+        """Write an incident to incidents.jsonl only."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "incident": kind,
             "text": text,
             **facts,
         }
-        logger.warning(f"{kind}: {text}")
         with suppress(OSError):
             append_json_line(self.path, line)
 

@@ -4,6 +4,7 @@ A fault fires once, when its rank reaches its step. A file records that it has f
 does not fire again when a restarted run repeats the step.
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -30,9 +31,9 @@ NUMERIC = ("nan", "inf", "spike")
 # These end a start. They fire one per start, in order: two at once would count as one.
 ENDING = (
     *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
-    *("loader dies", "loader hangs", "weights flip"),
+    *("loader dies", "loader hangs", "storage hangs", "interpreter stuck", "weights flip"),
 )
-HANGS = ("stop", "loader hangs")
+HANGS = ("stop", "loader hangs", "storage hangs", "interpreter stuck")
 WRITE_POINTS = 16  # points of a save at which a kill can occur, on the first rank, which commits
 PEER_POINTS = 6  # on the other ranks
 
@@ -186,6 +187,10 @@ class Injector:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fires("stop"):
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.fires("storage hangs"):
+            self.hang_storage(trainer)
+        if self.fires("interpreter stuck"):
+            ctypes.PyDLL(None).pause()  # keeps the interpreter lock, unlike CDLL
         for kind, number in (("SIGTERM", signal.SIGTERM), ("SIGUSR1", signal.SIGUSR1)):
             if self.fires(kind):
                 for _ in range(3):
@@ -225,6 +230,18 @@ class Injector:
             append(line)
 
         sink._append = faulty_append  # type: ignore[method-assign]
+
+    def hang_storage(self, trainer: Trainer) -> None:
+        """Block for ever what touches the run's folder: heartbeats, saves and the step's log."""
+
+        def hang(*arguments: Any) -> None:
+            time.sleep(3600)
+
+        Watchdog._write_heartbeat = hang  # type: ignore[method-assign]
+        RunLock.renew = hang  # type: ignore[method-assign,assignment]
+        writer.write_tensors = hang  # type: ignore[assignment]
+        if trainer.metrics is not None:
+            trainer.metrics.file._append = hang  # type: ignore[method-assign]
 
     def patch_forward(self, trainer: Trainer) -> None:
         """Patch the forward pass: NaN, infinite or large losses, and slow passes.

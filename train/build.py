@@ -97,6 +97,7 @@ def build_trainer(
     checkpoints.writer.before_commit = lambda: sync_records(config.run.folder)
     if state.tokens < schedule.total:
         record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
+    watchdog.beat()
     loader = Loader(plan, manifests)
     micro_batch_tokens = config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch_tokens, engine.needs_equal_micro_batches)

@@ -81,9 +81,12 @@ def run_context(
         stop_request.install()
         logger.info(f"{world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
+        watchdog.beat()
         if is_first:
             sync_records(folder)
+            watchdog.beat()
             outcome.write(folder)
+            watchdog.beat()
         dist.barrier()  # a rank that hangs here is still watched
         return outcome
     except InputError as error:
@@ -128,6 +131,7 @@ def _train(
     trainer = build_trainer(config, manifests, ranks, code, watchdog, stop_request)
     with profiling(config.train.profile, config.run.folder, ranks, trainer.phases):
         outcome = trainer.run()
+    watchdog.beat()
     if ranks.is_first and outcome.code == FINISHED:
         from train.metrics.curves import draw
 

@@ -189,6 +189,16 @@ MATRIX = [
         [Fault("stop", 0, 11), Fault("stop", 1, 22)],
     ),
     (
+        "storage hangs",
+        "the rank ends itself, all restart",
+        [Fault("storage hangs", 0, 11)],
+    ),
+    (
+        "interpreter stuck",
+        "the rank is named and ended by its peers, all restart",
+        [Fault("interpreter stuck", 1, 11)],
+    ),
+    (
         "weights flip",
         "the drifting rank is named, all restart",
         [Fault("weights flip", 0, 19)],

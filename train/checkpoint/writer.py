@@ -258,7 +258,7 @@ def write_tensors(
 
         write(memoryview(file_of.header))
         for tensor in tensors.values():
-            write(tensor.numpy().data.cast("B"))
+            write(memoryview(tensor.view(torch.uint8).numpy()))
         os.fsync(file.fileno())
         on_write(1)
     return {"bytes": file_of.size, "sha256": digest.hexdigest()}

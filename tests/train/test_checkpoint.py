@@ -12,16 +12,19 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import model.checkpoint
 import train.checkpoint.writer as writer_module
+import train.resilience.progress as progress_module
 from core.errors import InputError
 from core.files import sha256_of
 from core.run import iter_checkpoints
@@ -300,6 +303,70 @@ def test_a_failed_save_is_tried_again_after_a_pause_that_doubles(
         assert not checkpoints.retry_due
         clock[0] += 1
         assert checkpoints.retry_due
+
+
+def test_the_last_save_pauses_for_a_bounded_time_and_shows_that_it_lives(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    beats: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(writer_module, "write_tensors", _io_error)
+    config = replace(KEEP, retry_seconds=60.0, max_failures=5)
+    checkpoints = CheckpointManager(
+        tmp_path, config, ranks, frozenset(), lambda: beats.append(clock[0])
+    )
+    with pytest.raises(InputError, match="5 saves in a row failed"):
+        checkpoints.save_and_wait(STATE, StubEngine())
+    assert clock[0] == 60 + 120 + 240 + 480
+    assert max(later - beat for beat, later in pairwise(beats)) <= 1.0
+
+
+def test_a_save_is_progress_of_the_loop_only_while_the_loop_waits_for_it(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr(progress_module, "EXCHANGE_SECONDS", 0.01)
+    monkeypatch.setattr(writer_module, "WRITE_BYTES", 100)
+    monkeypatch.setattr(writer_module, "SYNC_BYTES", 1000)
+    sync, slow = os.fdatasync, Event()
+
+    def slow_sync(descriptor: int) -> None:
+        slow.wait(0.05)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset(), lambda: beats.append(None))
+    for step, is_awaited in ((1, False), (2, True)):
+        checkpoints.save(replace(STATE, step=step), StubEngine())
+        beats.clear()
+        while not is_awaited and checkpoints.writer.is_saving:
+            time.sleep(0.01)
+        assert checkpoints.wait()
+        assert bool(beats) == is_awaited
+    assert steps_in(tmp_path) == [2, 1]
+
+
+def test_a_file_of_tensors_is_a_safetensors_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written in pieces, with an empty tensor; also a file of a rank that owns nothing."""
+    monkeypatch.setattr(writer_module, "WRITE_BYTES", 1000)
+    monkeypatch.setattr(writer_module, "SYNC_BYTES", 3000)
+    whole = {name: torch.randn(size) for name, size in (("b/1", 777), ("a", 0), ("a/2", 5000))}
+    for number, tensors in enumerate((whole, {})):
+        path, sizes = tmp_path / str(number), list[int]()
+        entry = writer_module.write_tensors(path, tensors, sizes.append)
+        assert entry == writer_module.manifest_entry(path)
+        loaded = load_file(path)
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+        assert sum(sizes) >= path.stat().st_size and max(sizes) <= 1000
 
 
 def _io_error(*arguments: Any) -> None:

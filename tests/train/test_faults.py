@@ -220,6 +220,14 @@ MATRIX = [
 ]
 
 
+HANG_TEXTS = {
+    "stop": ("no heartbeat from rank 0", "no heartbeat from rank 1"),
+    "interpreter stuck": ("no heartbeat from rank 1",),
+    # the rank's own word, or that of its peer if that is first
+    "storage hangs": ("has not answered for", "no heartbeat from rank 0"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "faults"),
@@ -241,6 +249,9 @@ def test_each_kind_of_fault_is_bit_identical_to_a_clean_run(
         assert result.repeated == 0 and result.history.codes == [[75, 75]] * num_signals + [[0, 0]]
     if kind in ("disk full", "disk error", "slow", "log disk full", "clock jumps", "second job"):
         assert result.repeated == 0 and result.history.starts == 1
+    if kind in HANG_TEXTS:
+        texts = [e["text"] for e in incidents_of(result.folder) if e["incident"] == "hang"]
+        assert any(expected in text for text in texts for expected in HANG_TEXTS[kind]), texts
     if kind == "slow":
         stragglers = {
             entry["rank"]

@@ -39,10 +39,10 @@ SHORTER = [
 class Job:
     """torchrun with two ranks of a run, on one node or simulating two nodes."""
 
-    def __init__(self, run: Path, data: Path, nodes: int = 1) -> None:
+    def __init__(self, run: Path, data: Path, nodes: int = 1, more: tuple[str, ...] = ()) -> None:
         self.folder = run
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        arguments = ["+experiment=demo", f"run.dir={run}", f"data.folder={data}", *SHORTER]
+        arguments = ["+experiment=demo", f"run.dir={run}", f"data.folder={data}", *SHORTER, *more]
         torchrun = [
             Path(sys.executable).parent / "torchrun",
             "--max-restarts",
@@ -197,3 +197,36 @@ def test_torchrun_restarts_and_resumes(data: Path, tmp_path: Path, measured: Any
         f"bit-identical; rank lost: {restarted:.0f} s to new steps; launcher lost: ranks gone in "
         f"{left:.0f} s; SIGTERM: gone in {ended:.0f} s"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "SIGSTOP of the launcher, then of the whole job, for longer than the limit",
+    "ranks go on without the launcher; a job that is continued goes on",
+)
+def test_a_job_that_is_stopped_and_continued_goes_on(
+    data: Path, tmp_path: Path, measured: Any
+) -> None:
+    limit = 20.0
+    job = Job(tmp_path / "run", data, more=(f"health.hang_seconds={limit}",))
+    job.wait_until(lambda: job.steps() >= 4 and len(job.ranks()) == 2, "the first steps")
+    launcher = job.launchers[0]
+    launcher.send_signal(signal.SIGSTOP)
+    at = job.steps()
+    job.wait_until(lambda: job.steps() > at + 3, "steps without the launcher")
+    ranks = job.ranks()
+    for rank in ranks:
+        rank.suspend()
+    at = job.steps()
+    time.sleep(1.5 * limit)
+    assert job.steps() == at
+    for rank in ranks:
+        rank.resume()
+    job.wait_until(lambda: job.steps() > at + 3, "steps after the stop")
+    launcher.send_signal(signal.SIGCONT)
+    assert launcher.wait(TIMEOUT_SECONDS) == 0
+    lines = read_lines(job.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert "continuing from step" not in job.log()  # one start
+    assert not (job.folder / "incidents.jsonl").exists()
+    measured(f"stopped for {1.5 * limit:.0f} s with a limit of {limit:.0f} s: one start")

@@ -25,7 +25,7 @@ class HealthConfig:
     check_replicas_every_steps: int
     straggler_window_steps: int
     straggler_factor: float  # times slower than the other ranks
-    # without progress of a rank; six times that at the start, in validation and in the last save
+    # without progress of a rank; six times that at the start, in validation, for a sync of a save
     hang_seconds: float
     max_starts: int  # from the same position without a new checkpoint
     # save and exit with code 75 after this time; Slurm's job end is always respected

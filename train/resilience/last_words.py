@@ -7,6 +7,7 @@ run's folder. Standard error may be a file of the same storage.
 
 import faulthandler
 import os
+import socket
 import stat
 import tempfile
 import threading
@@ -25,18 +26,20 @@ def leave_last_words(
 ) -> None:
     """Write an incident and the stacks of all threads; returns after LOCAL + OTHER_SECONDS."""
     stacks = stacks_of_threads()
-    content = f"{kind}: {text}\n".encode() + stacks
+    word = f"{kind}: {text}"
+    content = f"{word}\n".encode() + stacks
     local: list[Path] = []
     start(lambda: local.append(write_local(incidents.path.parent.name, rank, content))).join(
         LOCAL_SECONDS
     )
-    where = str(local[0]) if local else "no copy on this node: its temporary folder does not answer"
+    where = f"in {local[0]}" if local else "not in a file: the temporary folder does not answer"
+    header = f"error: {word}; stacks on {socket.gethostname()} {where}\n".encode()
 
     def write_run() -> None:
         incidents.write(kind, text, rank=rank)
         (heartbeats / f"stacks-{rank:05d}.txt").write_bytes(stacks)
 
-    to_stderr = start(lambda: write_all(2, f"error: {where}\n".encode() + content))
+    to_stderr = start(lambda: write_all(2, header + stacks))
     to_run = start(write_run)
     to_stderr.join(OTHER_SECONDS / 2)
     to_run.join(OTHER_SECONDS / 2)

@@ -38,6 +38,7 @@ GATES = (
     "tests/train/test_faults.py::test_other_zero_stages_under_faults",
     "tests/train/test_matrix.py",
     "tests/train/test_replicas.py",
+    "tests/train/test_tampering.py::test_a_fault_that_one_rank_reads_ends_the_start_on_every_rank",
     "tests/train/test_torchrun.py",
     "tests/train/test_traffic.py",
 )

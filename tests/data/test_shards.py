@@ -1,7 +1,9 @@
 """Shards: reads across files; a wrong manifest or shard is refused with one clear error."""
 
 import json
+import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from data.stream.manifests import (
 )
 from data.stream.shards import Shards
 from tests.corpus import make_corpus
+from tests.mutations import damage_json, edit_json, fresh_copy
 
 
 @pytest.fixture
@@ -70,6 +73,104 @@ def test_a_wrong_manifest_is_refused(
     path.write_text(json.dumps(raw))
     with pytest.raises(InputError, match=message):
         open_manifests(config)
+
+
+def in_first(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda raw: raw["splits"]["train"][0].update(values)
+
+
+TAMPERS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda raw: raw.update(eos="x"), "is not a manifest .eos is 'x'"),
+    (lambda raw: raw.update(eos=-1), "eos is -1"),
+    (lambda raw: raw.update(eos=96), "eos 96 and vocab_size 96 cannot be"),
+    (lambda raw: raw.update(eos=10), "train_0.ds ends with id 11, but .* has eos 10"),
+    (lambda raw: raw.update(vocab_size="many"), "vocab_size is 'many'"),
+    (lambda raw: raw.update(vocab_size=-1), "vocab_size is -1"),
+    (lambda raw: raw.update(vocab_size=10**6), "bytes instead of"),
+    (lambda raw: raw.update(recipe_sha256="0"), "recipe_sha256 is '0'"),
+    (lambda raw: raw.update(splits=None), "splits is None"),
+    (lambda raw: raw["splits"].pop("heldout"), "splits has train"),
+    (lambda raw: raw["splits"].update(more=[]), "splits has train, heldout, more"),
+    (lambda raw: raw["splits"]["train"].append(raw["splits"]["train"][0]), "train_0.ds twice"),
+    (lambda raw: raw["splits"]["heldout"].append(raw["splits"]["train"][0]), "train_0.ds twice"),
+    (lambda raw: [], r"is not a manifest \(it is \[\]"),
+    (in_first(name=5), "splits.train.0.name is 5"),
+    (in_first(name=""), "names '', which is outside"),
+    (in_first(name=".."), "outside its folder"),
+    (in_first(name="sub/train_0.ds"), "outside its folder"),
+    (in_first(name="x" * 300), "cannot be read: .*too long"),
+    (in_first(tokens=1923.0), "splits.train.0.tokens is 1923.0"),
+    (in_first(tokens="1923"), "splits.train.0.tokens is '1923'"),
+    (in_first(tokens=-3), "splits.train.0.tokens is -3"),
+    (in_first(documents="x"), "splits.train.0.documents is 'x'"),
+    (in_first(documents=0), "train_0.ds with 0 documents"),
+    (in_first(documents=10**6), "train_0.ds with 1000000 documents"),
+    (in_first(sha256=None), "splits.train.0.sha256 is None"),
+    (in_first(sha256="0" * 63), "splits.train.0.sha256 is '000"),
+)
+
+
+@pytest.mark.parametrize(("tamper", "message"), TAMPERS, ids=[words for _, words in TAMPERS])
+def test_a_tampered_manifest_is_refused(
+    config: DataConfig, tamper: Callable[[Any], Any], message: str
+) -> None:
+    folder = source_folder(config, "prose")
+    edit_json(
+        folder / MANIFEST,
+        lambda raw: changed if isinstance(changed := tamper(raw), list) else raw,
+    )
+    with pytest.raises(InputError, match=message) as raised:
+        read_manifest(folder)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_every_mutation_of_a_manifest_is_refused_or_read_as_it_is(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    rng = random.Random(18)
+    source, refused = source_folder(config, "prose"), 0
+    for _ in range(200):
+        folder = fresh_copy(source, tmp_path / "copy")
+        what = damage_json(folder / MANIFEST, rng)
+        try:
+            manifest = read_manifest(folder)
+        except InputError as error:
+            assert str(folder) in str(error) and "\n" not in str(error), what
+            refused += 1
+        else:
+            assert asdict(manifest) == {
+                "versions": {},
+                **json.loads((folder / MANIFEST).read_text()),
+            }, what
+    assert 100 < refused < 200
+
+
+def test_another_end_token_than_the_tokenizers_is_refused(config: DataConfig) -> None:
+    """Shards and manifest may agree on it all the same."""
+    for name in config.sources:
+        folder = source_folder(config, name)
+        for file in read_manifest(folder).files():
+            ids = np.fromfile(folder / file.name, NARROW)
+            np.where(ids == 11, 10, ids).astype(NARROW).tofile(folder / file.name)
+        edit_json(folder / MANIFEST, lambda raw: raw.update(eos=10))
+    with pytest.raises(InputError, match="prose/manifest.json has eos 10, but .* ends .* with 11"):
+        open_manifests(config)
+
+
+def test_an_id_outside_the_vocabulary_is_named_where_it_is_read(config: DataConfig) -> None:
+    folder = source_folder(config, "prose")
+    manifest = read_manifest(folder)
+    path = folder / manifest.splits["train"][0].name
+    ids = np.fromfile(path, NARROW)
+    ids[7] = 60_000
+    ids.tofile(path)
+    shards = Shards(folder, manifest, "train")
+    assert len(shards.read(0, 7)) == 7
+    with pytest.raises(InputError, match=f"{path.name} has id 60000 at token 7, its vocabulary"):
+        shards.read(3, 20)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{path.name} cannot be read"):
+        Shards(folder, manifest, "train").read(0, 5)
 
 
 def test_a_truncated_shard_is_refused(config: DataConfig) -> None:

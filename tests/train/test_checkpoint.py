@@ -185,7 +185,7 @@ def test_copies_and_strays_stop_nothing_and_are_not_removed(
     checkpoints = CheckpointManager(tmp_path, KEEP, ranks, frozenset())
     assert checkpoints.find_latest() == tmp_path / "step-00000005"
     out = capsys.readouterr().out
-    assert "step-00000002 (copy), step-00000002.bak, step-00" in out and "are no checkpoints" in out
+    assert "step-00000002 (copy), step-00000002.bak, step-2" in out and "are no checkpoints" in out
     assert "skipped step-00000009: its state.json is of step 2: the folder is a copy" in out
     assert "x.part" in out and ".stray-" not in out.split("are no checkpoints")[0]
     (aside,) = tmp_path.glob("step-00000009.stray-*")

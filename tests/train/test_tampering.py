@@ -38,7 +38,7 @@ MANIFEST, STATE, INDEX, TENSORS = (
     *("manifest.json", "state.json"),
     *("rank-00000.json", "rank-00000.safetensors"),
 )
-MUTATIONS = 250
+MUTATIONS = 150
 
 
 def rehash(folder: Path) -> None:

@@ -41,6 +41,7 @@ from train.resilience.progress import Progress
 
 logger = logging.getLogger(__name__)
 DAMAGED = re.compile(rf"{STEP_NAME.pattern}\.damaged-[0-9]{{19}}")
+MAX_NAMES = 8  # of strays in a warning
 ASIDE = re.compile(r".*\.(damaged|stray)-[0-9]{19}")
 
 
@@ -109,7 +110,8 @@ class CheckpointManager:
         try:
             if strays := find_strays(self.folder):
                 logger.warning(
-                    f"{self.folder} has {', '.join(strays)}, which are no checkpoints: ignored"
+                    f"{self.folder} has {', '.join(strays[:MAX_NAMES])}, which are no checkpoints: "
+                    "ignored"
                 )
             for folder in iter_checkpoints(self.folder):
                 reason = verify_checkpoint(folder, on_read)

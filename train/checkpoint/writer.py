@@ -258,7 +258,7 @@ def write_tensors(
 
         write(memoryview(file_of.header))
         for tensor in tensors.values():
-            write(memoryview(tensor.view(torch.uint8).numpy()))
+            write(tensor.view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
         on_write(1)
     return {"bytes": file_of.size, "sha256": digest.hexdigest()}

@@ -22,6 +22,7 @@ from core.compose import CONFIGS, compose_config, composing, convert
 from core.config_errors import format_error
 from core.entry import format_commands
 from core.errors import InputError, exit_with_error
+from core.launcher import check_launcher, check_locale
 from core.old_keys import given_keys
 from core.overrides import parse_arguments, rewrite_overrides
 from core.schema import config_keys
@@ -53,6 +54,8 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             log.init_logger()
             try:
                 words = sys.argv[1:]
+                check_locale(words)
+                check_launcher()
                 arguments = parse_arguments(words)
                 if shows_only(arguments):
                     show(words, arguments, schema)

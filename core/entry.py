@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
-from core.errors import exit_with_error
+from core.errors import exit_with_error, print_error
 from core.files import ROOT
 
 DISTRIBUTION = "falcon-mamba-pretrain"
@@ -35,13 +35,17 @@ COMMAND_PATTERN = re.compile(
 def explain_missing_extras() -> None:
     """Exit with a one-line error when an import fails because an extra is not installed.
 
-    Commands call this after they set sys.path and before their other imports.
+    Ctrl-C is one line, too, until a command handles it. Commands call this after they set sys.path
+    and before their other imports.
     """
     default_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ModuleNotFoundError) and extra_for_module(error.name or ""):
             exit_with_error(f"{error}: {install_command(error.name or '')}")
+        if kind is KeyboardInterrupt:
+            print_error("stopped by Ctrl-C")
+            return  # Python then ends by SIGINT, as shells expect
         default_hook(kind, error, trace)
 
     sys.excepthook = hook

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 # exit code of a user error; launch/jobs/torchrun.py reads it too
@@ -17,15 +18,30 @@ class InputError(ValueError):
     """A user error; the message names the fix and is printed without a traceback."""
 
 
+def print_error(message: str) -> bool:
+    """Print one line on standard error if this is local rank 0, else return False."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    if rank.isdecimal() and int(rank) > 0:
+        return False
+    write_error(message)
+    return True
+
+
+def write_error(message: str) -> None:
+    """Print one line on standard error."""
+    with suppress(OSError):  # a full disk, or a terminal that was closed
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def exit_with_error(message: str) -> NoReturn:
     """Exit with USER_ERROR and print the message.
 
     Local rank 0 of each node prints at once. Another rank prints after a delay: if its error is
     that of all ranks, the launcher ends it before.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not print_error(message):
         time.sleep(EXIT_DELAY_SECONDS)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+        write_error(message)
     sys.exit(USER_ERROR)
 
 

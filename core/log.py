@@ -5,6 +5,7 @@ on standard error, warnings and errors prefixed with their level. The result of 
 generated text) is printed with `print`. rich redirects lines above a terminal's live progress bar.
 """
 
+import io
 import logging
 import os
 import sys
@@ -45,7 +46,11 @@ class ConsoleHandler(logging.Handler):
 
 
 def init_logger() -> None:
-    """Attach the console handler to our packages' loggers, once; leave other loggers unchanged."""
+    """Attach the console handler to our packages' loggers, once; leave other loggers unchanged.
+
+    Also makes standard output and error usable where they are closed, or cannot show a character.
+    """
+    _open_streams()
     handler = ConsoleHandler()
     handler.addFilter(RankFilter())
     for name in PACKAGES:
@@ -54,6 +59,22 @@ def init_logger() -> None:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
             logger.propagate = False
+
+
+def _open_streams() -> None:
+    """Open closed standard streams on /dev/null; escape what a stream cannot encode.
+
+    A file of the run would otherwise get the number of a closed one, and what C code prints.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and number:
+            stream.reconfigure(errors="backslashreplace")
 
 
 class BestEffortStream:

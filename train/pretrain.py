@@ -22,6 +22,7 @@ from core.entry import explain_missing_extras
 explain_missing_extras()
 
 from core.command import command
+from core.errors import InputError
 from core.log import BestEffortStream
 from data.stream.manifests import require_data
 from train.config import RunConfig
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Check what needs no model, then train."""
-    sys.stdout = BestEffortStream(sys.stdout)
+    parent = os.getppid()
+    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
     check_trackers(config.metrics)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -47,6 +49,8 @@ def main(config: RunConfig) -> None:
     require_data(config.data)  # before process groups and the model are built
     from train.run_context import start
 
+    if "RANK" in os.environ and os.getppid() != parent:
+        raise InputError("the launcher of this rank ended before the ranks connected: start again")
     outcome = start(config, device)
     logger.info(outcome.reason)
     if outcome.code:

@@ -3,14 +3,19 @@
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from core.files import ROOT
 from core.run import RunFiles
 from launch.jobs.sweep import SCRIPTS, Job
+from launch.jobs.torchrun import SHUTDOWN_SECONDS
 from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
+from train.resilience.stop_request import handle_signals
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +23,7 @@ logger = logging.getLogger(__name__)
 def run_jobs(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
     """Run every stage of every job and return an exit code.
 
-    Continues with the next job after a failure; Ctrl-C stops all jobs.
+    Continues with the next job after a failure; Ctrl-C and other signals stop all jobs.
     """
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -32,7 +37,7 @@ def run_jobs(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
             result = run_until_done(command, run.folder if stage == "train" else None)
             if result == "interrupted":
                 logger.warning(
-                    f"{run.name} ({stage}) was stopped by Ctrl-C: the same command continues"
+                    f"{run.name} ({stage}) was stopped by a signal: the same command continues"
                 )
                 return INTERRUPTED
             if result == "failed":
@@ -50,14 +55,15 @@ def stage_command(job: Job, stage: str) -> list[str]:
         # -P: files of the working folder do not shadow packages
         command += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         command += [str(job.config.cluster.ranks_per_node)]
+        command += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     return [*command, str(ROOT / SCRIPTS[stage])]
 
 
 def run_until_done(command: list[str], run: Path | None) -> str:
-    """Start a stage until it is "done", "failed" or "interrupted" (Ctrl-C).
+    """Start a stage until it is "done", "failed" or "interrupted" (a signal to this process).
 
-    torchrun turns every exit code into 1, so the outcome of training is read from the folder `run`.
-    An interrupted training (health.stop_after_seconds, a signal to a rank) is started again.
+    The outcome of training is read from the folder `run`; the exit code says it where a full disk
+    has left none. An interrupted training (health.stop_after_seconds, a signal to a rank) is started again.
     """
     while True:
         if run is not None:
@@ -70,21 +76,30 @@ def run_until_done(command: list[str], run: Path | None) -> str:
         if is_interrupted:
             return "interrupted"
         outcome = read_outcome(run) if run is not None else None
-        if outcome is None or outcome.code != INTERRUPTED:
+        if run is None or (code if outcome is None else outcome.code) != INTERRUPTED:
             return "failed"
-        logger.info(f"== {outcome.reason}; starting it again")
+        reason = "interrupted" if outcome is None else outcome.reason
+        logger.info(f"== {reason}; starting it again")
 
 
 def wait(command: list[str]) -> tuple[int, bool]:
-    """Run a command; return its exit code, and whether Ctrl-C was pressed.
+    """Run a command; return its exit code, and whether a signal asked to stop.
 
-    Ctrl-C reaches the command too, which needs time to save, so wait for its end.
+    The command is in a process group of its own, to which this process passes signals on, so that
+    it gets each one once, whether from a terminal or by `kill`. It needs time to save.
     """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-    is_interrupted = False
-    with subprocess.Popen(command, env=environment) as process:
-        while True:
-            try:
-                return process.wait(), is_interrupted
-            except KeyboardInterrupt:
-                is_interrupted = True
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    with subprocess.Popen(command, env=environment, process_group=0) as process:
+        previous = handle_signals(pass_on)
+        try:
+            return process.wait(), bool(received)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -16,7 +16,9 @@ from train.resilience.incidents import (
     ATTEMPT,
     FINISHED,
     INTERRUPTED,
+    NAMES,
     Incident,
+    Outcome,
     read_outcome,
 )
 
@@ -55,13 +57,12 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
     """
     attempts = read_attempts(folder)
     outcome = read_outcome(folder)
+    if outcome is None and code in NAMES:  # a full disk has left no outcome.json
+        outcome = Outcome(code, f"all ranks exited with code {code} ({NAMES[code]})")
     crashed_at = None
     if outcome is not None:
         verdict = {FINISHED: "done", INTERRUPTED: "requeue"}.get(outcome.code, "stop")
         reason = outcome.reason
-    elif code == 0:
-        verdict = "done"
-        reason = "all ranks exited with code 0"
     else:
         crashed_at = newest_checkpoint_name(folder)
         crashes = 1 + consecutive_crashes(folder, crashed_at)
@@ -73,9 +74,14 @@ def record_end(folder: Path, code: int, max_crashes: int, bad_nodes: Path) -> tu
         if attempts and attempts[-1]["event"] == "begin":
             for node in failed_nodes(folder, attempts[-1]):
                 add_strike(bad_nodes, node, folder, "a rank crashed or hung")
-    append_record(
-        folder, event="end", code=code, verdict=verdict, reason=reason, crashed_at=crashed_at
-    )
+    try:
+        append_record(
+            folder, event="end", code=code, verdict=verdict, reason=reason, crashed_at=crashed_at
+        )
+    except OSError as error:
+        reason += f"; attempts.jsonl cannot be written ({error})"
+        if crashed_at is not None:  # crashes that are not counted would be repeated for ever
+            verdict = "stop"
     return verdict, reason
 
 

@@ -1,5 +1,6 @@
 """Every experiment composes and builds on meta; a mistake is reported on one line."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -157,9 +158,15 @@ def test_a_signal_leaves_no_traceback_of_torchrun(
     shown: list[Any] = []
     monkeypatch.setattr(sys, "argv", ["torchrun", "train/pretrain.py"])
     monkeypatch.setattr(sys, "excepthook", lambda *arguments: shown.append(arguments[1]))
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # quiet sets torchrun's defaults
     quiet()
-    sys.excepthook(type(error), error, None)
-    assert shown == [error] * isinstance(error, OSError)
+    if isinstance(error, OSError):
+        sys.excepthook(type(error), error, None)
+        assert shown == [error]
+    else:
+        with pytest.raises(SystemExit) as ended:
+            sys.excepthook(type(error), error, None)
+        assert ended.value.code == 75 and shown == []
 
 
 @pytest.mark.parametrize(

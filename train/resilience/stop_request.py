@@ -1,15 +1,24 @@
-"""Requests to stop: Ctrl-C (SIGINT), SIGTERM, SIGUSR1, a time limit, or a launcher that has ended.
+"""Requests to stop: a signal, a time limit, or a launcher that has ended.
 
 The loop checks for one after each step on every rank; all ranks stop after the same step and save.
 A repeated request has no effect.
 """
 
+import logging
+import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+logger = logging.getLogger(__name__)
+
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 class StopRequest:
@@ -21,29 +30,63 @@ class StopRequest:
         limits: dict[str, float] = {}  # seconds from here
         if stop_after_seconds is not None:
             limits["stopped by health.stop_after_seconds"] = stop_after_seconds
-        if end := os.environ.get("SLURM_JOB_END_TIME"):
-            limits["stopped by Slurm's time limit"] = float(end) - time.time() - margin_seconds
+        seconds = seconds_to_slurm_end()
+        if seconds is not None:
+            limits["stopped by Slurm's time limit"] = seconds - margin_seconds
         # from here on the monotonic clock counts: the wall clock may jump
         self.end = time.monotonic() + min(limits.values()) if limits else None
         self.limit = min(limits, key=limits.__getitem__, default="")
-        self.parent = os.getppid()
+        # Ranks do not outlive the launcher that restarts and stops them. Without one the parent is
+        # a shell, whose end at a logout `nohup python ...` is meant to survive.
+        self.parent = os.getppid() if "RANK" in os.environ else None
 
     def install(self) -> None:
         """Handle the signals from here to the end of the process: later ones have no effect."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        handle_signals(self._handle)
 
     def reason(self) -> str | None:
         """Return why the run must stop, such as "stopped by Ctrl-C", or None."""
         if self.why is None and self.end is not None and time.monotonic() >= self.end:
             self.why = self.limit
-        if self.why is None and os.getppid() != self.parent:
+        if self.why is None and self.parent not in (None, os.getppid()):
             self.why = "stopped because its launcher ended"
         return self.why
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.why is None:
             self.why = f"stopped by {signal_name(number)}"
+
+
+def handled_signals() -> list[signal.Signals]:
+    """The signals that ask to stop: SIGHUP only if nohup does not have this process ignore it.
+
+    SIGINT and SIGQUIT always, since scripts ignore them in whatever they start with `&`.
+    """
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignores_hangup and number == signal.SIGHUP)]
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Call `handler` at each of handled_signals(); returns the handlers before."""
+    return {number: signal.signal(number, handler) for number in handled_signals()}
+
+
+def seconds_to_slurm_end() -> float | None:
+    """Seconds to the end of the Slurm job; None without one, or with a warning if it is no time."""
+    text = os.environ.get("SLURM_JOB_END_TIME")
+    if text is None:
+        return None
+    try:
+        seconds = float(text) - time.time()
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        logger.warning(
+            f"SLURM_JOB_END_TIME is {text!r}, no time to come: the run does not stop before "
+            "the job's end by itself, only after a signal"
+        )
+        return None
+    return seconds
 
 
 def signal_name(number: int) -> str:

@@ -1,0 +1,66 @@
+"""Check what a launcher says in the environment, before anything reads it."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from core.errors import InputError
+
+COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+RANKS = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
+OTHER_NUMBERS = ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by a rank, to find the others
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise InputError where a launcher's variables are no numbers, or contradict each other."""
+    values = {}
+    for name in (*COUNTS, *RANKS, *OTHER_NUMBERS):
+        text = environment.get(name)
+        if text is None:
+            continue
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise InputError(f"{name} is {text!r} in the environment: set a number, or unset it")
+        values[name] = int(text)
+    for name in COUNTS:
+        if values.get(name) == 0:
+            raise InputError(
+                f"{name} is 0 in the environment: set the number of ranks, or unset it"
+            )
+    for name, count in RANKS.items():
+        if values.get(name, 0) >= values.get(count, sys.maxsize):
+            raise InputError(
+                f"{name} is {values[name]} in the environment, {count} is {values[count]}: ranks "
+                "count from 0; start the ranks with torchrun, or unset both"
+            )
+    if not 0 < values.get("MASTER_PORT", 1) < 2**16:
+        raise InputError(
+            f"MASTER_PORT is {values['MASTER_PORT']} in the environment: set a port of 1 to 65535"
+        )
+    missing = [name for name in NEEDED if not environment.get(name)]
+    if "RANK" in values and missing:
+        raise InputError(
+            f"RANK is set in the environment, {' and '.join(missing)} not: start the ranks with "
+            "torchrun, or unset it"
+        )
+    if values.get("WORLD_SIZE", 1) > 1 and "RANK" not in values:
+        raise InputError(
+            f"WORLD_SIZE is {values['WORLD_SIZE']} in the environment, RANK is not set: start the "
+            "ranks with torchrun, or unset it"
+        )
+
+
+def check_locale(arguments: list[str]) -> None:
+    """Raise InputError if this process cannot read its arguments or its folder as text."""
+    words = [*arguments, os.getcwd()]
+    unreadable = next((word for word in words if is_undecoded(word)), None)
+    if unreadable is not None:
+        raise InputError(
+            f"{unreadable.encode(errors='backslashreplace').decode()} is not text in the encoding "
+            f"{sys.getfilesystemencoding()}: set PYTHONUTF8=1, or LC_ALL to a locale with UTF-8"
+        )
+
+
+def is_undecoded(word: str) -> bool:
+    """Whether a word holds bytes that the file system's encoding could not decode."""
+    return any("\udc80" <= character <= "\udcff" for character in word)

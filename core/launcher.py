@@ -24,9 +24,7 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         values[name] = int(text)
     for name in COUNTS:
         if values.get(name) == 0:
-            raise InputError(
-                f"{name} is 0 in the environment: set the number of ranks, or unset it"
-            )
+            raise InputError(f"{name} is 0 in the environment: set the number of ranks")
     for name, count in RANKS.items():
         if values.get(name, 0) >= values.get(count, sys.maxsize):
             raise InputError(

@@ -33,6 +33,8 @@ class RunFiles:
         self.incidents = folder / "incidents.jsonl"  # one line per event other than a step
         # how the last start ended; absent during a run and after a crash
         self.outcome = folder / "outcome.json"
+        # disk space for outcome.json, which must be written when the disk is full
+        self.outcome_space = folder / "outcome.space"
         self.starts = folder / "starts.json"  # number of starts from the same token count
         self.lock = folder / "run.lock"  # names the only process that may write this folder
         self.heartbeats = folder / "heartbeats"  # one file per rank, and stacks of hung ranks

@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,6 +18,7 @@ from train.costs.gpus import bf16_peak_flops
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 THRESHOLD_BYTES = 2**30
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def select_device(requested: Device) -> str:
@@ -38,12 +41,43 @@ def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
 
 
 def available_bytes(device: str) -> int:
-    """Return this rank's GPU memory, or the free memory that all ranks of a CPU machine share."""
+    """Return this rank's GPU memory, or the free memory that all ranks of a CPU machine share.
+
+    Limits count, too: of this process (ulimit -v) and of its control groups, as in a container.
+    """
     if device == "cuda":
         return int(
             torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
         )
-    return int(psutil.virtual_memory().available)
+    free = [psutil.virtual_memory().available, *free_of_cgroups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:  # of each process
+        left = max(0, limit - psutil.Process().memory_info().vms)
+        free.append(left * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return int(min(free))
+
+
+def free_of_cgroups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that the memory limits of this process's control groups leave, versions 1 and 2.
+
+    A limit of any enclosing group counts. What cannot be read limits nothing.
+    """
+    free = []
+    with suppress(OSError):
+        for line in process.read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            mount = root / "memory" if controllers else root
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            limit_name, used_name = names if controllers else ("memory.max", "memory.current")
+            inner = mount / group.strip("/")
+            for folder in (inner, *inner.parents[: len(inner.relative_to(mount).parts)]):
+                with suppress(OSError, ValueError):  # "max": no limit
+                    limit = int((folder / limit_name).read_text(encoding="ascii"))
+                    used = int((folder / used_name).read_text(encoding="ascii"))
+                    free.append(max(0, limit - used))
+    return free
 
 
 def keep_freed_memory() -> None:

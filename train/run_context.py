@@ -1,5 +1,6 @@
 """Context of a run: lock of its folder, signals, watchdog, and the record of how it ended."""
 
+import errno
 import logging
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,7 +30,13 @@ from train.record.history import code_version
 from train.resilience.agreement import check_agreement, start_facts
 from train.resilience.config import HealthConfig
 from train.resilience.datacheck import open_per_node
-from train.resilience.incidents import FINISHED, Outcome, read_outcome, sync_records
+from train.resilience.incidents import (
+    FINISHED,
+    Outcome,
+    read_outcome,
+    reserve_space,
+    sync_records,
+)
 from train.resilience.run_lock import RunLock
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
@@ -39,6 +47,7 @@ logger = logging.getLogger(__name__)
 LOST_PEER = re.compile(r"by peer|remote process exited|NCCL|a rank is gone")
 # for a new file to appear on other machines of a network file system
 SHARED_SECONDS = 30.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_context(
@@ -94,6 +103,11 @@ def run_context(
             Outcome(USER_ERROR, str(error)).write(folder)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            full = InputError(f"{error}: free space on the disk of {folder}, then start again")
+            if is_first:
+                Outcome(USER_ERROR, str(full)).write(folder)
+            raise full from error
         text = f"rank {rank} on {watchdog.own.host}: {type(error).__name__}: {error}"
         watchdog.incidents.log(
             "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=rank
@@ -106,6 +120,9 @@ def run_context(
         # After a crash the watchdog continues, since destroying a broken process group may hang. It
         # must not renew the lock, which another job may hold.
         watchdog.run_lock = None
+        if ranks.is_first:
+            with suppress(OSError):
+                run.files.outcome_space.unlink(missing_ok=True)
         run_lock.release()
         if sys.exc_info()[0] is None:
             watchdog.stop()
@@ -176,10 +193,12 @@ def _acquire(run_lock: RunLock) -> str | None:
         make_folder(run_lock.path.parent)
         check_folder(run_lock.path.parent, "run.dir", links=True)
         run_lock.acquire()
+        reserve_space(run_lock.path.parent)
         remove_stale_temp_files(run_lock.path.parent)
     except InputError as error:
         return str(error)
     except OSError as error:
+        run_lock.release()
         folder = run_lock.path.parent
         return (
             f"run.dir {folder} cannot be written ({error}): choose another or fix its permissions"

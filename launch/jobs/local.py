@@ -63,7 +63,8 @@ def run_until_done(command: list[str], run: Path | None) -> str:
     """Start a stage until it is "done", "failed" or "interrupted" (a signal to this process).
 
     The outcome of training is read from the folder `run`; the exit code says it where a full disk
-    has left none. An interrupted training (health.stop_after_seconds, a signal to a rank) is started again.
+    has left none. An interrupted training (health.stop_after_seconds, a signal to a rank) is
+    started again.
     """
     while True:
         if run is not None:

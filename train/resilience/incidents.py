@@ -12,7 +12,9 @@ outcome.json, which is absent while a run trains and after a crash:
 "interrupted" and "failed"; readers go by the code.
 """
 
+import json
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 FINISHED = 0
 INTERRUPTED = 75
 HUNG = 76  # exited because a peer hung; any code other than 0, 75 and 2 requests a restart
+OUTCOME_BYTES = 4096  # at most; a block of most file systems
 NAMES = {FINISHED: "finished", INTERRUPTED: "interrupted", USER_ERROR: "failed"}
 
 
@@ -93,13 +96,33 @@ class Outcome:
     reason: str
 
     def write(self, folder: Path) -> None:
-        """Write outcome.json at once; a failed write does not change the exit code."""
+        """Write outcome.json at once, on a full disk in the space that reserve_space took.
+
+        A failed write does not change the exit code.
+        """
+        files = RunFiles(folder)
+        content = {"outcome": NAMES[self.code], **asdict(self)}
         try:
-            write_json(
-                RunFiles(folder).outcome, {"outcome": NAMES[self.code], **asdict(self)}, indent=None
-            )
+            with suppress(OSError):
+                write_json(files.outcome, content, indent=None)
+                return
+            with files.outcome_space.open("r+b") as file:
+                file.write((json.dumps(content) + "\n").encode())
+                file.truncate()
+                os.fsync(file.fileno())
+            files.outcome_space.replace(files.outcome)
         except OSError as error:
             logger.warning(f"cannot write outcome.json: {error}")
+
+
+def reserve_space(folder: Path) -> None:
+    """Reserve disk space for outcome.json until the run ends. Raises OSError."""
+    space = RunFiles(folder).outcome_space
+    try:
+        space.write_bytes(b" " * OUTCOME_BYTES)
+    except OSError:
+        space.unlink(missing_ok=True)
+        raise
 
 
 def read_outcome(folder: Path) -> Outcome | None:

@@ -60,7 +60,8 @@ def available_bytes(device: str) -> int:
 def free_of_cgroups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgroup")) -> list[int]:
     """Bytes that the memory limits of this process's control groups leave, versions 1 and 2.
 
-    A limit of any enclosing group counts. What cannot be read limits nothing.
+    A limit of any enclosing group counts. Cached files count as free, since the kernel drops them.
+    What cannot be read limits nothing.
     """
     free = []
     with suppress(OSError):
@@ -73,9 +74,13 @@ def free_of_cgroups(root: Path = CGROUPS, process: Path = Path("/proc/self/cgrou
             limit_name, used_name = names if controllers else ("memory.max", "memory.current")
             inner = mount / group.strip("/")
             for folder in (inner, *inner.parents[: len(inner.relative_to(mount).parts)]):
-                with suppress(OSError, ValueError):  # "max": no limit
+                with suppress(OSError, ValueError, KeyError):  # "max": no limit
                     limit = int((folder / limit_name).read_text(encoding="ascii"))
                     used = int((folder / used_name).read_text(encoding="ascii"))
+                    stat = (folder / "memory.stat").read_text(encoding="ascii").split()
+                    sizes = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+                    prefix = "total_" if controllers else ""
+                    used -= sizes[f"{prefix}inactive_file"] + sizes[f"{prefix}active_file"]
                     free.append(max(0, limit - used))
     return free
 

@@ -120,7 +120,7 @@ def run_context(
         # After a crash the watchdog continues, since destroying a broken process group may hang. It
         # must not renew the lock, which another job may hold.
         watchdog.run_lock = None
-        if ranks.is_first:
+        if is_first:
             with suppress(OSError):
                 run.files.outcome_space.unlink(missing_ok=True)
         run_lock.release()

@@ -91,8 +91,9 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
     sections = {name: config[name] for name in names if name in config}
     values = OmegaConf.create(sections)
     floats_to_ints(schema, values)
+    check_values(schema, OmegaConf.to_container(values))  # before an int beyond every float
     merged = OmegaConf.merge(OmegaConf.structured(schema), values)
-    check_values(OmegaConf.to_container(merged, resolve=True))
+    check_values(schema, OmegaConf.to_container(merged, resolve=True))
     try:
         typed: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException:

@@ -12,6 +12,8 @@ from typing_extensions import TypedDict
 
 from core.records import Count, Finite
 
+from core.ranges import Seed
+
 MANIFEST = "manifest.json"  # last file of a checkpoint to be written
 # name of a committed checkpoint; every other name in the folder of the checkpoints is no checkpoint
 STEP_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,17})")
@@ -116,7 +118,7 @@ class Run:
 
     name: str
     dir: str
-    seed: int  # of the initial weights
+    seed: Seed  # of the initial weights
     # weights that a new run starts from, with a fresh optimizer: a transformers folder of a
     # FalconMamba, a checkpoint, or a run's folder; None: random weights
     init_from: str | None = None
@@ -143,8 +145,6 @@ class Run:
                 f"run.name is {self.name!r}: set the name of one folder, without / (run.dir is "
                 "its path) and spaces around it"
             )
-        if self.seed < 0:
-            raise ValueError(f"run.seed is {self.seed}; it must not be negative")
 
     @property
     def folder(self) -> Path:

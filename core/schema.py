@@ -1,8 +1,8 @@
 """What the dataclasses of a config say about its keys: names, entries, defaults, and numbers."""
 
 import dataclasses
-import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -10,10 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import InputError
+from core.ranges import range_of
 
-INT64_LIMIT = 2**63
-# fields that infinity switches off; everywhere else it is a mistake
-MAY_BE_INFINITE = ("max_epochs", "spike_sigmas", "straggler_factor")
 MAY_BE_EMPTY = ("generate.prompt", "slurm.env.")
 ENTRY = "*"  # stands for a name or number in a key with entries: data.sources.*.text_key
 
@@ -122,25 +120,35 @@ def floats_to_ints(schema: type, values: DictConfig, prefix: str = "") -> None:
             )
 
 
-def check_values(values: Any) -> None:
-    """Raise InputError for what no field can mean: NaN, infinity, beyond 64 bits, empty text."""
-    for key, value in leaves(values):
-        if value == "" and not key.startswith(MAY_BE_EMPTY):
-            raise InputError(
-                f"{key} is empty: set it (to null where that is allowed); a variable "
-                "of the shell may be unset"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            if math.isnan(value) or key.rpartition(".")[2] not in MAY_BE_INFINITE:
-                raise InputError(f"{key} is {value}: set a finite number")
-        elif isinstance(value, int) and abs(value) >= INT64_LIMIT:
-            raise InputError(f"{key} is {value:.3g}: set a number of at most 64 bits")
+@cache
+def _annotated(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema, include_extras=True)
 
 
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value inside dicts and lists with its dotted key."""
-    if isinstance(value, dict | list):
+def check_values(kind: Any, value: Any, key: str = "") -> None:
+    """Raise InputError for an empty text, and for what is no number of the range a field declares.
+
+    `value` has dicts for the dataclasses of `kind`, as OmegaConf.to_container returns them.
+    Interpolations and missing values are not checked.
+    """
+    kind = without_none(kind)
+    limits = range_of(kind)
+    hints: Mapping[str, Any] = {}
+    entry_kind: Any = None
+    if dataclasses.is_dataclass(kind):
+        hints = _annotated(kind)
+    elif get_origin(kind) in (list, dict):
+        entry_kind = get_args(kind)[-1]
+    if limits is not None:
+        is_later = value is None or (isinstance(value, str) and value.startswith(("${", "???")))
+        problem = None if is_later else limits.problem(value, get_args(kind)[0])
+        if problem is not None:
+            raise InputError(f"{key} {problem}")
+    elif isinstance(value, dict | list):
         for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(entry, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+            check_values(hints.get(name, entry_kind), entry, f"{key}.{name}" if key else str(name))
+    elif value == "" and not key.startswith(MAY_BE_EMPTY):
+        raise InputError(
+            f"{key} is empty: set it (to null where that is allowed); a variable "
+            "of the shell may be unset"
+        )

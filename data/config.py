@@ -3,6 +3,20 @@
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
+
+from core.ranges import (
+    Count,
+    NotNegative,
+    PositiveOrInf,
+    PositiveSeconds,
+    Range,
+    Seed,
+    Share,
+    Whole,
+)
+
+Workers = Annotated[int, Range(1, 2**16)]
 
 
 @dataclass
@@ -12,21 +26,21 @@ class Source:
     recipe: str  # module of data/recipes
     input: str  # folder or URL of the raw documents
     licence: str
-    max_epochs: float  # a plan that reads the source more often is an error
+    max_epochs: PositiveOrInf  # a plan that reads the source more often is an error
     # datatrove tasks; more than there are input files have no effect; pinned by the first launch
-    tasks: int
+    tasks: Annotated[int, Range(1, 10**6)]
     text_key: str = "text"  # column or key of the text in jsonl and parquet
     # MinHash as "<buckets>x<hashes per bucket>": 14x8, 93x15; None keeps near duplicates
     near_duplicates: str | None = None
     # keep runs of this many tokens (words and punctuation marks) once; 0 keeps all
-    exact_substrings: int = 0
+    exact_substrings: Whole = 0
     replace_pii: bool = False  # replace e-mail and public IP addresses by placeholders
     decontaminate: bool = False  # drop documents that share 13 words with assets.evaluations
-    expected_tokens: int = 0  # to plan a run before the source is prepared
+    expected_tokens: Whole = 0  # to plan a run before the source is prepared
     # command or URL that provides the input; shown if the input is missing
     obtained_by: str | None = None
     # error if text is extracted from a smaller share of the pages
-    min_yield: float = 0.5
+    min_yield: Share = 0.5
 
     def __post_init__(self) -> None:
         if self.near_duplicates is not None and not re.fullmatch(
@@ -41,13 +55,6 @@ class Source:
                 f"exact_substrings is {self.exact_substrings}: set 8 tokens or more (published: "
                 "50), or 0"
             )
-        if self.expected_tokens < 0 or self.max_epochs <= 0:
-            raise ValueError(
-                f"expected_tokens is {self.expected_tokens} and max_epochs {self.max_epochs}: set "
-                "at least 0, and above 0"
-            )
-        if not 0 <= self.min_yield <= 1:
-            raise ValueError(f"min_yield is {self.min_yield}: set a share between 0 and 1")
 
 
 @dataclass
@@ -86,24 +93,16 @@ class ExecutorConfig:
     """How the tasks of a preparation run; every executor gives the same outputs."""
 
     kind: Executor
-    workers: int | None  # processes, or parallel tasks on a cluster; None: data.workers
+    workers: Workers | None  # processes, or parallel tasks on a cluster; None: data.workers
     partition: str | None  # Slurm's
     time: str  # Slurm's time limit per task, such as 24:00:00
-    memory_gib: int  # per task
-    tasks_per_job: int  # tasks that one element of a Slurm array runs in sequence
-    max_array_size: int  # of the Slurm cluster (MaxArraySize)
-    poll_seconds: float
+    memory_gib: Count  # per task
+    tasks_per_job: Count  # tasks that one element of a Slurm array runs in sequence
+    max_array_size: Count  # of the Slurm cluster (MaxArraySize)
+    poll_seconds: PositiveSeconds
     address: str | None  # of a Ray cluster; None starts a cluster on this machine
     account: str | None = None  # Slurm's
     qos: str | None = None  # Slurm's
-
-    def __post_init__(self) -> None:
-        counts = (self.memory_gib, self.tasks_per_job, self.max_array_size)
-        if min(*counts, self.workers or 1) < 1 or self.workers == 0 or self.poll_seconds <= 0:
-            raise ValueError(
-                "executor.workers, memory_gib, tasks_per_job and max_array_size must be at least "
-                "1, poll_seconds above 0"
-            )
 
 
 @dataclass
@@ -111,9 +110,9 @@ class Stage:
     """A span of the run with one context length and one mixture."""
 
     name: str
-    tokens: int  # rounded down to a multiple of block_tokens
-    seq_len: int  # tokens; divides block_tokens
-    mixture: dict[str, float]  # source -> share of tokens; shares need not sum to 1
+    tokens: Count  # rounded down to a multiple of block_tokens
+    seq_len: Count  # tokens; divides block_tokens
+    mixture: dict[str, NotNegative]  # source -> share of tokens; shares need not sum to 1
 
 
 @dataclass
@@ -122,8 +121,8 @@ class TokenizerConfig:
 
     path: str | None  # an existing tokenizer.json; None trains one of vocab_size
     sha256: str | None  # a file with another hash at path is an error
-    vocab_size: int
-    train_megabytes: int  # training text at most, alternating between sources
+    vocab_size: Annotated[int, Range(1, 2**32)]
+    train_megabytes: Count  # training text at most, alternating between sources
     # source of data/download.py; hf://<repository>/tokenizer.json for the Hub
     url: str | None = None
     # special token that ends a document; None: eos_token of tokenizer_config.json beside the file,
@@ -131,8 +130,6 @@ class TokenizerConfig:
     eos_token: str | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.vocab_size <= 2**32:
-            raise ValueError(f"data.tokenizer.vocab_size is {self.vocab_size}: set 1 to {2**32}")
         if self.eos_token is not None and self.path is None:
             raise ValueError(
                 f"data.tokenizer.eos_token is {self.eos_token}, but a trained tokenizer ends "
@@ -145,11 +142,12 @@ class DataConfig:
     """Everything that data/prepare.py builds and the loader reads."""
 
     folder: str
-    seed: int
-    block_tokens: int  # unit of shuffling; every seq_len divides it
-    heldout_percent: float  # share of document groups that are never trained on
+    seed: Seed
+    block_tokens: Count  # unit of shuffling; every seq_len divides it
+    # share of document groups that are never trained on
+    heldout_percent: Annotated[float, Range(0, 100, above=True, below=True)]
     reset_state: bool  # conv and SSM states are reset at document starts
-    workers: int  # processes of data/prepare.py
+    workers: Workers  # processes of data/prepare.py
     tokenizer: TokenizerConfig
     sources: dict[str, Source]
     stages: list[Stage]
@@ -157,18 +155,6 @@ class DataConfig:
     keep_exclusions: bool = False  # write dropped documents with their reasons
 
     def __post_init__(self) -> None:
-        if (
-            self.block_tokens < 1
-            or self.workers < 1
-            or any(source.tasks < 1 for source in self.sources.values())
-        ):
-            raise ValueError(
-                "data.block_tokens, data.workers and the tasks of every source must be at least 1"
-            )
-        if self.seed < 0 or self.tokenizer.train_megabytes < 1:
-            raise ValueError(
-                "data.seed must not be negative, data.tokenizer.train_megabytes at least 1"
-            )
         if invalid := [name for name in self.sources if not re.fullmatch(r"\w[\w.-]*", name)]:
             raise ValueError(
                 f"data.sources has {', '.join(map(repr, invalid))}: a name is that of a folder, of "
@@ -176,10 +162,6 @@ class DataConfig:
             )
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
-        if not 0 < self.heldout_percent < 100:
-            raise ValueError(
-                f"data.heldout_percent is {self.heldout_percent}: set a value between 0 and 100"
-            )
         for stage in self.stages:
             self._check_stage(stage)
 
@@ -188,7 +170,7 @@ class DataConfig:
         return stage.tokens // self.block_tokens * self.block_tokens
 
     def _check_stage(self, stage: Stage) -> None:
-        if stage.seq_len < 1 or self.block_tokens % stage.seq_len:
+        if self.block_tokens % stage.seq_len:
             raise ValueError(
                 f"stage {stage.name}: seq_len {stage.seq_len} does not divide data.block_tokens "
                 f"{self.block_tokens}"
@@ -204,8 +186,8 @@ class DataConfig:
                 f"stage {stage.name}: mixture names {', '.join(unknown)}; data.sources has "
                 f"{', '.join(self.sources)}"
             )
-        if any(share < 0 for share in stage.mixture.values()) or sum(stage.mixture.values()) <= 0:
-            raise ValueError(f"stage {stage.name}: mixture shares must be >= 0 and not all zero")
+        if not any(stage.mixture.values()):
+            raise ValueError(f"stage {stage.name}: every share of the mixture is 0, raise one")
 
 
 @dataclass
@@ -230,12 +212,8 @@ class PrepareConfig:
 class VerifySettings:
     """What data/verify.py checks."""
 
-    samples: int
+    samples: Whole
     hashes: bool
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ValueError(f"verify.samples is {self.samples}; it must not be negative")
 
 
 @dataclass
@@ -252,11 +230,11 @@ class BrowseSettings:
 
     source: str | None
     stage: str | None
-    position: int | None  # token of the run
-    count: int
-    characters: int
+    position: Whole | None  # token of the run
+    count: Count
+    characters: Count
     page: str | None
-    samples: int
+    samples: Count
 
     def __post_init__(self) -> None:
         if (
@@ -267,10 +245,6 @@ class BrowseSettings:
         ):
             raise ValueError(
                 "nothing to show: set browse.source, browse.stage, browse.position or browse.page"
-            )
-        if min(self.count, self.characters, self.samples) < 1 or (self.position or 0) < 0:
-            raise ValueError(
-                "browse.count, characters and samples must be at least 1, position not negative"
             )
 
 

@@ -2,26 +2,25 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
+from core.ranges import Count, Range, Whole
 from core.run import Run
 from data.config import DataConfig
 from model.config import ModelConfig, Sampling
+
+Floor = Annotated[float, Range(0, 1, below=True)]
+Percent = Annotated[float, Range(0, 100)]
 
 
 @dataclass
 class ValidationConfig:
     """Held-out loss during training."""
 
-    every_tokens: int
-    tokens: int  # per source, from the start of its held-out split
-    seq_len: int
-    batch_sequences: int  # per forward
-
-    def __post_init__(self) -> None:
-        if min(self.every_tokens, self.tokens, self.seq_len, self.batch_sequences) < 1:
-            raise ValueError(
-                "validation.every_tokens, tokens, seq_len and batch_sequences must be at least 1"
-            )
+    every_tokens: Count
+    tokens: Count  # per source, from the start of its held-out split
+    seq_len: Count
+    batch_sequences: Count  # per forward
 
 
 class Launcher(Enum):
@@ -36,14 +35,10 @@ class JobsConfig:
     """Leaderboard jobs on saved checkpoints during a run."""
 
     suites: list[str]  # choices of configs/suite
-    every_tokens: int
+    every_tokens: Count
     launcher: Launcher
     sbatch_options: list[str]  # extra options of sbatch
     overrides: list[str]  # extra overrides of eval/run.py
-
-    def __post_init__(self) -> None:
-        if self.every_tokens < 1:
-            raise ValueError("leaderboard.jobs.every_tokens must be at least 1")
 
 
 @dataclass
@@ -52,25 +47,21 @@ class SuiteRow:
 
     label: str
     task: str
-    shots: int
+    shots: Whole
     metrics: list[str]  # "metric,filter" as the harness names them; the score is their mean
-    floor: float  # score of random guessing, rescaled to 0
-    floors: dict[str, float]  # floors of subtasks that differ from `floor`
+    floor: Floor  # score of random guessing, rescaled to 0
+    floors: dict[str, Floor]  # floors of subtasks that differ from `floor`
     by_size: bool  # weight subtasks by their number of documents, else equally
 
     def __post_init__(self) -> None:
-        if self.shots < 0 or not self.metrics:
-            raise ValueError(
-                f"leaderboard.suite row {self.label}: shots must be >= 0 and metrics not empty"
-            )
+        if not self.metrics:
+            raise ValueError(f"leaderboard.suite row {self.label}: metrics is empty, name one")
         if any(metric.startswith("exact_match_original") for metric in self.metrics):
             raise ValueError(
                 f"leaderboard.suite row {self.label}: use exact_match. exact_match_original needs "
                 "antlr4 4.11, which conflicts with hydra, and without antlr4 it rejects correct "
                 "answers in another form"
             )
-        if not all(0 <= floor < 1 for floor in (self.floor, *self.floors.values())):
-            raise ValueError(f"leaderboard.suite row {self.label}: floors must be in [0, 1)")
 
 
 @dataclass
@@ -78,19 +69,15 @@ class Suite:
     """A leaderboard, and published scores in the order of its rows."""
 
     name: str
-    max_length_tokens: int  # prompt and answer together
+    max_length_tokens: Annotated[int, Range(2)]  # prompt and answer together
     include: str | None  # folder of extra task files
-    limit_documents: int | None  # max documents per task, for a trial
+    limit_documents: Count | None  # max documents per task, for a trial
     rows: list[SuiteRow]
-    published: dict[str, list[float]]
+    published: dict[str, list[Percent]]
 
     def __post_init__(self) -> None:
-        if self.max_length_tokens < 2 or not self.rows:
-            raise ValueError(
-                "leaderboard.suite needs max_length_tokens >= 2 and rows with at least one row"
-            )
-        if self.limit_documents is not None and self.limit_documents < 1:
-            raise ValueError("leaderboard.suite.limit_documents must be at least 1, or null")
+        if not self.rows:
+            raise ValueError("leaderboard.suite.rows is empty: a suite needs at least one row")
         for model, scores in self.published.items():
             if len(scores) != len(self.rows):
                 raise ValueError(
@@ -105,24 +92,16 @@ class LeaderboardConfig:
 
     suite: Suite | None  # None: eval/run.py scores held-out text
     jobs: JobsConfig
-    batch_tokens: int = 8192  # per forward; runs before 0.2 have no such key in config.yaml
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise ValueError("leaderboard.batch_tokens must be at least 1")
+    batch_tokens: Count = 8192  # per forward; runs before 0.2 have no such key in config.yaml
 
 
 @dataclass
 class EvalConfig:
     """How much held-out text eval/run.py reads."""
 
-    seq_len: int  # tokens per window
-    batch_sequences: int  # per forward
-    max_tokens: int  # per source
-
-    def __post_init__(self) -> None:
-        if min(self.seq_len, self.batch_sequences, self.max_tokens) < 1:
-            raise ValueError("eval.seq_len, batch_sequences and max_tokens must be at least 1")
+    seq_len: Count  # tokens per window
+    batch_sequences: Count  # per forward
+    max_tokens: Count  # per source
 
 
 @dataclass
@@ -130,12 +109,8 @@ class GenerateConfig:
     """Sampling of eval/run.py and eval/generate.py."""
 
     prompt: str
-    new_tokens: int  # max tokens after the prompt
+    new_tokens: Count  # max tokens after the prompt
     sampling: Sampling
-
-    def __post_init__(self) -> None:
-        if self.new_tokens < 1:
-            raise ValueError("generate.new_tokens must be at least 1")
 
 
 @dataclass

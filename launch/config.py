@@ -2,6 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from core.ranges import Count, Range, Whole
 
 SECRET = re.compile(r"key|token|secret|password", re.I)
 
@@ -13,25 +16,20 @@ class Slurm:
     partition: str | None
     account: str | None  # Slurm account that is charged
     time: str  # limit of one start, in sbatch's format
-    warn_seconds: int
+    warn_seconds: Annotated[int, Range(1, 65535)]
     gpus: bool
     exclusive: bool  # no other jobs on the nodes of a training
     sbatch_options: list[str]
     env: dict[str, str]
-    max_restarts: int
-    max_crashes: int
-    max_strikes: int
+    max_restarts: Whole
+    max_crashes: Count
+    max_strikes: Count
     bad_nodes_file: str
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", self.time):
             raise ValueError(
                 f"slurm.time is {self.time!r}; write DAYS-HOURS:MINUTES:SECONDS, such as 1-00:00:00"
-            )
-        if min(self.warn_seconds, self.max_crashes, self.max_strikes) < 1 or self.max_restarts < 0:
-            raise ValueError(
-                "slurm.warn_seconds, max_crashes and max_strikes must be at least 1, "
-                "max_restarts at least 0"
             )
         if invalid := [
             option

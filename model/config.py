@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
+
+from core.ranges import Epsilon, NotNegative, Positive, Range, Seed, Whole
+
+Size = Annotated[int, Range(1, 2**32)]
 
 SCAN_CHUNK = 16  # a fused scan saves its state every SCAN_CHUNK tokens for the backward
 LOSS_CHUNK = 1024  # minimum number of tokens per chunk of logits; see loss_chunk
@@ -40,29 +45,27 @@ def loss_chunk(tokens: int, d_model: int) -> int:
 class ModelConfig:
     """Sizes named as in Mamba (arXiv 2312.00752) and Falcon Mamba (arXiv 2410.05355, table 1)."""
 
-    vocab_size: int
-    d_model: int
-    n_layer: int
-    d_inner: int
-    d_state: int
-    d_conv: int
-    dt_rank: int
-    norm_eps: float  # block and final RMSNorm
-    mixer_norm_eps: float  # of the weightless RMSNorms of dt, B and C
+    vocab_size: Size
+    d_model: Size
+    n_layer: Size
+    d_inner: Size
+    d_state: Size
+    d_conv: Size
+    dt_rank: Size
+    norm_eps: Epsilon  # block and final RMSNorm
+    mixer_norm_eps: Epsilon  # of the weightless RMSNorms of dt, B and C
     mixer_norms: bool  # False is plain Mamba-1
-    embedding_std: float
-    dt_min: float  # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
-    dt_max: float
-    dt_floor: float
+    embedding_std: NotNegative
+    dt_min: Positive  # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
+    dt_max: Positive
+    dt_floor: Positive
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layer", "d_inner", "d_state", "d_conv", "dt_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if min(self.norm_eps, self.mixer_norm_eps) <= 0 or self.embedding_std < 0:
-            raise ValueError("model needs norm_eps > 0, mixer_norm_eps > 0 and embedding_std >= 0")
-        if not 0 < self.dt_floor <= self.dt_min <= self.dt_max:
-            raise ValueError("model needs 0 < dt_floor <= dt_min <= dt_max")
+        if not self.dt_floor <= self.dt_min <= self.dt_max:
+            raise ValueError(
+                f"model.dt_floor {self.dt_floor:g}, dt_min {self.dt_min:g} and dt_max "
+                f"{self.dt_max:g} must not decrease in this order"
+            )
 
     def check_tensor_parallel(self, ranks: int) -> None:
         """Raise ValueError unless `ranks` divides every sharded dimension."""
@@ -79,13 +82,7 @@ class ModelConfig:
 class Sampling:
     """How the next token is sampled."""
 
-    temperature: float  # 0: greedy
-    top_k: int  # 0: all
-    top_p: float  # 1: all
-    seed: int
-
-    def __post_init__(self) -> None:
-        if min(self.temperature, self.top_k, self.seed) < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "generate.sampling needs temperature, top_k and seed >= 0, and top_p in (0, 1]"
-            )
+    temperature: NotNegative  # 0: greedy
+    top_k: Whole  # 0: all
+    top_p: Annotated[float, Range(0, 1, above=True)]  # 1: all
+    seed: Seed

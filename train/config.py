@@ -6,8 +6,10 @@ Values are in configs/, each in one place.
 from dataclasses import dataclass, field
 from enum import Enum
 from math import lcm
+from typing import Annotated
 
 from core.old_keys import new_key
+from core.ranges import Count, Epsilon, NotNegative, Positive, Range, Seconds, Whole
 from core.run import Run
 from core.schema import ENTRY, config_keys, covers
 from data.config import DataConfig
@@ -16,6 +18,8 @@ from model.config import Backend, ModelConfig, Recompute
 from train.resilience.config import HealthConfig
 
 ROWS_MULTIPLE = 64  # a power of two keeps the head's matmul in whole tiles
+Beta = Annotated[float, Range(0, 1, below=True)]
+Ranks = Annotated[int, Range(1, 2**20)]
 
 
 class Device(Enum):
@@ -44,29 +48,15 @@ class Precision(Enum):
 class Optim:
     """AdamW and gradient clipping."""
 
-    lr: float  # the peak, from the end of the warmup to the start of the decay
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float  # on the parameters that model.parameters.has_weight_decay names
-    clip_norm: float  # of the global gradient
+    lr: Positive  # the peak, from the end of the warmup to the start of the decay
+    beta1: Beta
+    beta2: Beta
+    eps: Epsilon
+    weight_decay: NotNegative  # on the parameters that model.parameters.has_weight_decay names
+    # of the global gradient
+    clip_norm: Annotated[float, Range(0, above=True, hint="1e9 disables clipping")]
     # weight of the squared log of the softmax's sum (PaLM, arXiv 2204.02311, section 5); 0: none
-    z_loss: float
-
-    def __post_init__(self) -> None:
-        if self.clip_norm <= 0:
-            raise ValueError(
-                f"optim.clip_norm is {self.clip_norm}; it must be positive (1e9 disables clipping)"
-            )
-        if not (
-            0 <= self.beta1 < 1
-            and 0 <= self.beta2 < 1
-            and min(self.lr, self.eps) > 0 <= min(self.weight_decay, self.z_loss)
-        ):
-            raise ValueError(
-                "optim needs lr > 0, beta1 and beta2 in [0, 1), eps > 0, weight_decay >= 0, "
-                "z_loss >= 0"
-            )
+    z_loss: NotNegative
 
 
 class DecayShape(Enum):
@@ -82,24 +72,21 @@ class DecayShape(Enum):
 class ScheduleConfig:
     """Warmup-stable-decay over tokens, with a linear batch ramp."""
 
-    min_lr: float
-    warmup_tokens: int
-    decay_tokens: int  # counted from the end of the last stage
+    min_lr: Positive
+    warmup_tokens: Whole
+    decay_tokens: Whole  # counted from the end of the last stage
     decay_shape: DecayShape
-    batch_start_sequences: int
-    batch_end_sequences: int
-    ramp_tokens: int
+    batch_start_sequences: Count
+    batch_end_sequences: Count
+    ramp_tokens: Whole
     # lr ~ sqrt(batch / batch_end_sequences), which keeps Adam's noise temperature constant
     batch_scaling: bool
 
     def __post_init__(self) -> None:
-        if self.min_lr <= 0:
-            raise ValueError(f"schedule.min_lr is {self.min_lr}; it must be positive")
-        if not 1 <= self.batch_start_sequences <= self.batch_end_sequences:
-            raise ValueError("schedule needs 1 <= batch_start_sequences <= batch_end_sequences")
-        if min(self.warmup_tokens, self.decay_tokens, self.ramp_tokens) < 0:
+        if self.batch_start_sequences > self.batch_end_sequences:
             raise ValueError(
-                "schedule.warmup_tokens, decay_tokens and ramp_tokens must not be negative"
+                f"schedule.batch_start_sequences {self.batch_start_sequences} exceeds "
+                f"schedule.batch_end_sequences {self.batch_end_sequences}: lower it"
             )
 
 
@@ -107,34 +94,22 @@ class ScheduleConfig:
 class Parallel:
     """Layout of ranks, engine, and micro-batch."""
 
-    tensor_parallel: int
+    tensor_parallel: Ranks
     # shards residual and norms along the sequence over tensor-parallel ranks
     sequence_parallel: bool
-    context_parallel: int  # ranks that share a sequence, each with one chunk
+    context_parallel: Ranks  # ranks that share a sequence, each with one chunk
     engine: EngineKind
     # 0 shards nothing over replicas, 1 the optimizer's state, 2 also gradients, 3 also parameters
-    zero_stage: int
+    zero_stage: Annotated[int, Range(0, 3)]
     # tokens of one forward; sequences per micro-batch follow from the stage's seq_len
-    micro_batch_tokens: int
-    bucket_elements: int
+    micro_batch_tokens: Count
+    bucket_elements: Count
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.engine is EngineKind.megatron and self.zero_stage != 1:
             raise ValueError(
                 f"parallel.engine=megatron needs parallel.zero_stage=1, not {self.zero_stage}: set "
                 "parallel.engine=deepspeed for the other stages"
-            )
-        if (
-            self.tensor_parallel < 1
-            or self.context_parallel < 1
-            or self.micro_batch_tokens < 1
-            or self.bucket_elements < 1
-        ):
-            raise ValueError(
-                "parallel.tensor_parallel, context_parallel, micro_batch_tokens and "
-                "bucket_elements must be at least 1"
             )
 
 
@@ -161,20 +136,15 @@ class Compute:
 class CheckpointConfig:
     """When checkpoints are saved, and which are kept."""
 
-    every_tokens: int
-    keep_last: int
+    every_tokens: Count
+    keep_last: Count
     # keep the first one past each multiple forever; None keeps none
-    keep_every_tokens: int | None
+    keep_every_tokens: Count | None
     keep_stage_ends: bool
-    retry_seconds: float  # pause after a failed save; doubles with every further failure
-    max_failures: int  # failed saves in a row that stop the run
+    retry_seconds: Seconds  # pause after a failed save; doubles with every further failure
+    max_failures: Count  # failed saves in a row that stop the run
 
     def __post_init__(self) -> None:
-        if min(self.every_tokens, self.keep_last, self.max_failures) < 1 or self.retry_seconds < 0:
-            raise ValueError(
-                "checkpoint.every_tokens, keep_last and max_failures must be at least 1, "
-                "retry_seconds not negative"
-            )
         if self.keep_every_tokens is not None and self.keep_every_tokens < self.every_tokens:
             raise ValueError(
                 "checkpoint.keep_every_tokens must not be below checkpoint.every_tokens (null "
@@ -188,29 +158,21 @@ class MetricsConfig:
 
     wandb_project: str | None  # None: no W&B run
     tensorboard: bool  # into the run's folder; needs the package tensorboard
-    console_seconds: float  # minimum time between lines of a plain console
+    console_seconds: Seconds  # minimum time between lines of a plain console
     trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
-
-    def __post_init__(self) -> None:
-        if self.console_seconds < 0:
-            raise ValueError("metrics.console_seconds must not be negative")
 
 
 @dataclass
 class ProfileConfig:
     """Profile of a few steps: a table by phase, a trace for Perfetto or chrome://tracing."""
 
-    steps: int  # traced; 0 profiles none
-    after_steps: int  # of this start, before the profile
+    steps: Whole  # traced; 0 profiles none
+    after_steps: Whole  # of this start, before the profile
     # for the table, before the traced ones, since tracing slows a step
-    timed_steps: int
-    ranks: list[int]  # profiled
+    timed_steps: Whole
+    ranks: list[Whole]  # profiled
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.after_steps, self.timed_steps, *self.ranks, 0) < 0:
-            raise ValueError(
-                "train.profile.steps, after_steps, timed_steps and ranks must not be negative"
-            )
         if self.steps and not self.ranks:
             raise ValueError(
                 "train.profile.ranks is empty: name ranks or set train.profile.steps=0"
@@ -229,22 +191,14 @@ class Cluster:
     """Machines that a run is planned for; a started run has the launcher's ranks."""
 
     device: Device
-    nodes: int
-    ranks_per_node: int
-    memory_gib: float | None  # of one rank's device; None: measured
+    nodes: Annotated[int, Range(1, 2**17)]
+    ranks_per_node: Annotated[int, Range(1, 1024)]
+    memory_gib: Annotated[float, Range(1e-3, 1e6)] | None  # of one rank's device; None: measured
     # part of it that is reserved for CUDA, NCCL and fragmentation; none on a CPU
-    headroom_gib: float
+    headroom_gib: Annotated[float, Range(0, 1e6)]
     # dense, of one rank, in the run's precision; None takes the datasheet of a known GPU in bf16,
     # and shows no MFU on other devices
-    peak_tflops: float | None
-
-    def __post_init__(self) -> None:
-        if min(self.nodes, self.ranks_per_node) < 1 or self.headroom_gib < 0:
-            raise ValueError(
-                "cluster.nodes and ranks_per_node must be at least 1, headroom_gib not negative"
-            )
-        if any(size is not None and size <= 0 for size in (self.memory_gib, self.peak_tflops)):
-            raise ValueError("cluster.memory_gib and peak_tflops must be above 0, or null")
+    peak_tflops: Annotated[float, Range(1e-6, 1e6)] | None
 
 
 @dataclass

@@ -5,17 +5,14 @@ from typing import Any
 
 from launch.planning.estimate import PlannedRun, planned_gpu
 from launch.planning.layouts import nearest_layout
+from train.config import Ranks
 
 
 @dataclass
 class DryRunSettings:
     """Section `dryrun` of the config."""
 
-    world_size: int | None  # ranks; None takes cluster.nodes x ranks_per_node
-
-    def __post_init__(self) -> None:
-        if self.world_size is not None and self.world_size < 1:
-            raise ValueError(f"dryrun.world_size is {self.world_size}; set the number of ranks")
+    world_size: Ranks | None  # ranks; None takes cluster.nodes x ranks_per_node
 
 
 @dataclass

@@ -8,7 +8,9 @@ x layers, independent of sequence length.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from core.ranges import Range
 from model.config import Recompute
 from model.flops import (
     matmul_parameters,
@@ -22,36 +24,19 @@ from train.costs.traffic import step_traffic
 from train.engines.partition import matmul_dtype_bytes
 from train.schedule import Schedule
 
+Rate = Annotated[float, Range(1e-6, 1e6)]
+
 
 @dataclass
 class PlanConfig:
     """Assumptions of a plan; gbytes_per_second is 1e9 bytes/s per rank."""
 
-    mfu: float
-    node_gbytes_per_second: float
-    network_gbytes_per_second: float
-    storage_gbytes_per_second: float
-    host_gbytes_per_second: float
-    failures_per_1000_node_days: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mfu <= 1:
-            raise ValueError(
-                f"plan.mfu is {self.mfu}; set a fraction of peak FLOP/s, above 0 and at most 1"
-            )
-        rates = (
-            self.node_gbytes_per_second,
-            self.network_gbytes_per_second,
-            self.storage_gbytes_per_second,
-            self.host_gbytes_per_second,
-        )
-        if min(rates) <= 0:
-            raise ValueError(
-                "plan.node_gbytes_per_second, network_gbytes_per_second, "
-                "storage_gbytes_per_second and host_gbytes_per_second must be above 0"
-            )
-        if self.failures_per_1000_node_days < 0:
-            raise ValueError("plan.failures_per_1000_node_days must not be negative")
+    mfu: Annotated[float, Range(1e-6, 1)]
+    node_gbytes_per_second: Rate
+    network_gbytes_per_second: Rate
+    storage_gbytes_per_second: Rate
+    host_gbytes_per_second: Rate
+    failures_per_1000_node_days: Annotated[float, Range(0, 1e6)]
 
 
 @dataclass

@@ -9,7 +9,7 @@ from math import lcm
 from typing import Annotated
 
 from core.old_keys import new_key
-from core.ranges import Count, Epsilon, NotNegative, Positive, Range, Seconds, Whole
+from core.ranges import Count, Epsilon, NotNegative, Range, Seconds, Whole
 from core.run import Run
 from core.schema import ENTRY, config_keys, covers
 from data.config import DataConfig
@@ -18,6 +18,7 @@ from model.config import Backend, ModelConfig, Recompute
 from train.resilience.config import HealthConfig
 
 ROWS_MULTIPLE = 64  # a power of two keeps the head's matmul in whole tiles
+LearningRate = Annotated[float, Range(0, 1e3, above=True)]
 Beta = Annotated[float, Range(0, 1, below=True)]
 Ranks = Annotated[int, Range(1, 2**20)]
 
@@ -48,7 +49,7 @@ class Precision(Enum):
 class Optim:
     """AdamW and gradient clipping."""
 
-    lr: Positive  # the peak, from the end of the warmup to the start of the decay
+    lr: LearningRate  # the peak, from the end of the warmup to the start of the decay
     beta1: Beta
     beta2: Beta
     eps: Epsilon
@@ -72,7 +73,7 @@ class DecayShape(Enum):
 class ScheduleConfig:
     """Warmup-stable-decay over tokens, with a linear batch ramp."""
 
-    min_lr: Positive
+    min_lr: LearningRate
     warmup_tokens: Whole
     decay_tokens: Whole  # counted from the end of the last stage
     decay_shape: DecayShape

@@ -28,7 +28,7 @@ from train.metrics.sinks import Metrics
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
-from train.resilience.incidents import FINISHED, INTERRUPTED, Outcome
+from train.resilience.incidents import INTERRUPTED, Outcome
 from train.resilience.stop_request import StopRequest
 from train.schedule import Schedule, StepSchedule
 from train.step_stats import StepStats, add_losses, reduce_step_stats
@@ -73,8 +73,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.close()
         if self.state.tokens == self.schedule.total:
-            text = f"finished: {self.state.tokens:,} tokens in {self.state.step:,} steps"
-            return Outcome(FINISHED, text)
+            return self.failure_policy.final_outcome(self.state)
         text = f"{stop_reason}: the same command continues from step {self.state.step:,}"
         return Outcome(INTERRUPTED, text)
 

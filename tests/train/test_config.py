@@ -72,7 +72,7 @@ def test_the_7b_needs_gpus_and_names_the_fallback() -> None:
 
 def test_token_counts_may_be_floats_that_are_whole() -> None:
     assert run_config("demo", "schedule.decay_tokens=1e5").schedule.decay_tokens == 100_000
-    with pytest.raises(OmegaConfBaseException):
+    with pytest.raises(InputError, match=r"schedule.decay_tokens is 1.5: set a whole number"):
         run_config("demo", "schedule.decay_tokens=1.5")
 
 
@@ -103,7 +103,9 @@ def test_token_counts_may_be_written_with_an_exponent() -> None:
         (["data.tokenizer.vocab_size=8192"], "exceeds model.vocab_size"),
         (["data.block_tokens=300"], "does not divide data.block_tokens"),
         (["parallel.zero_stage=7"], "zero_stage"),
-        (["model.d_model=0"], "at least 1"),
+        (["model.d_model=0"], "model.d_model is 0: set a whole number from 1 to"),
+        (["+train.profile.ranks=[0,-1]"], "train.profile.ranks.1 is -1"),
+        (["parallel.engine=deepspeed", "optim.lr=-1"], "optim.lr is -1"),
         (["model=9b"], "model has no 9b; it has 130m, 1b, 7b, demo"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import random
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.mamba import FalconMamba
+from tests.corpus import make_corpus
+from tests.small import config
 from tests.small import health as settings
+from train.resilience.failure_policy import FailurePolicy
 from train.resilience.health import SpikeDetector, StragglerDetector
+from train.resilience.incidents import read_outcome
 from train.resilience.replicas import bit_sum
+from train.run_context import start
 
 CONFIG = replace(
     settings(),
@@ -172,3 +179,53 @@ def test_every_bit_of_a_weight_counts() -> None:
         flipped = weight.clone()
         flipped.view(torch.int32)[bit * 31] ^= torch.tensor(1 << bit).to(torch.int32)
         assert bit_sum(flipped) != whole
+
+
+@pytest.mark.parametrize(
+    ("finite", "fault", "reason"),
+    [
+        (0, "loss", "all updates were skipped in "),
+        (0, "gradient", "all updates were skipped in "),
+        (10, "loss", "33 of 43 updates were skipped in "),
+        (30, "gradient", "the last 13 updates were skipped in "),
+        (42, "loss", "finished: 3,328 tokens in 43 steps, 1 without an update"),
+    ],
+)
+@pytest.mark.fault("all, most or the last updates are skipped until the run's end", "exit 2")
+def test_a_run_whose_updates_were_skipped_has_not_finished(
+    finite: int,
+    fault: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Any,
+) -> None:
+    """The forward passes after the first `finite` steps give NaN in their losses or gradients."""
+    make_corpus(tmp_path / "data")
+    run = config(tmp_path, "run")
+    run.health = replace(settings(), max_skipped_updates=1000)
+    forward, policy_update = FalconMamba.forward, FailurePolicy.update
+    steps = 0
+
+    def counted_update(policy: FailurePolicy, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return policy_update(policy, *arguments)
+
+    def broken_forward(model: FalconMamba, *arguments: Any) -> Any:
+        losses, log_sums = forward(model, *arguments)
+        if steps >= finite and torch.is_grad_enabled():
+            if fault == "loss":
+                losses = losses * float("nan")
+            else:
+                losses.register_hook(lambda gradient: gradient * float("nan"))
+        return losses, log_sums
+
+    monkeypatch.setattr(FailurePolicy, "update", counted_update)
+    monkeypatch.setattr(FalconMamba, "forward", broken_forward)
+    outcome = start(run, "cpu")
+    assert outcome.reason.startswith(reason)
+    assert outcome.code == (0 if reason.startswith("finished") else 2)
+    assert read_outcome(run.run.folder) == outcome
+    assert start(run, "cpu") == outcome  # the complete run, started again
+    measured(outcome.reason.split(":")[0])

@@ -156,7 +156,5 @@ def test_last_step_of_a_run_can_be_profiled(root: Path) -> None:
 
 
 def test_invalid_profile_configs_are_refused() -> None:
-    with pytest.raises(ValueError, match="must not be negative"):
-        ProfileConfig(1, 0, -1, [0])
     with pytest.raises(ValueError, match=r"train\.profile\.ranks is empty"):
         ProfileConfig(1, 0, 0, [])

@@ -4,19 +4,21 @@ import logging
 import os
 from typing import Any
 
-from core.errors import InputError
+from core.errors import USER_ERROR, InputError
 from train.checkpoint.manager import CheckpointManager, TrainState
 from train.distributed import Ranks
 from train.engines.protocol import Engine
 from train.phases import LONG_PATIENCE, Phases
 from train.resilience.config import HealthConfig
 from train.resilience.health import SpikeDetector, StragglerDetector
+from train.resilience.incidents import FINISHED, Outcome
 from train.resilience.replicas import ReplicaCheck
 from train.resilience.watchdog import Watchdog
 from train.schedule import StepSchedule
 from train.step_stats import StepStats
 
 logger = logging.getLogger(__name__)
+REMEDY = "lower optim.lr or clip_norm and start from an earlier checkpoint"
 
 
 class FailurePolicy:
@@ -87,8 +89,8 @@ class FailurePolicy:
         self.phases.enter(state.step, "check")
         if self.spike_detector.should_abort is not None:
             raise InputError(
-                f"{self.spike_detector.should_abort} (step {state.step:,}): lower optim.lr or "
-                "clip_norm and start from an earlier checkpoint; incidents.jsonl lists the tokens"
+                f"{self.spike_detector.should_abort} (step {state.step:,}): {REMEDY}; "
+                "incidents.jsonl lists the tokens"
             )
         rolled_back = self.spike_detector.should_roll_back and self._roll_back(state)
         stragglers = self.straggler_detector.add(stats.compute_seconds)
@@ -110,6 +112,24 @@ class FailurePolicy:
         self.phases.enter(state.step, "exit", LONG_PATIENCE)
         state.health = self.spike_detector.state()
         self.checkpoints.save_and_wait(state, self.engine)
+
+    def final_outcome(self, state: TrainState) -> Outcome:
+        """The outcome of a run at its last token.
+
+        It has failed if most of its updates were skipped, or the last spike_patience_updates.
+        """
+        steps = f"{state.tokens:,} tokens in {state.step:,} steps"
+        skipped = state.step - state.updates  # those of a rollback too
+        in_a_row = self.spike_detector.skipped
+        if skipped > state.updates:
+            what = "all" if not state.updates else f"{skipped:,} of {state.step:,}"
+        elif in_a_row >= self.config.spike_patience_updates:
+            what = f"the last {in_a_row:,}"
+        else:
+            note = f", {skipped:,} without an update" if skipped else ""
+            return Outcome(FINISHED, f"finished: {steps}{note}")
+        reason = f"{what} updates were skipped in {steps}: incidents.jsonl says why; {REMEDY}"
+        return Outcome(USER_ERROR, reason)
 
     def check_weights(self, step: int) -> None:
         """Raise RuntimeError on every rank if the weights after `step` steps differ."""

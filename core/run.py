@@ -14,6 +14,8 @@ from core.records import Count, Finite
 
 from core.ranges import Seed
 
+NAME_LIMIT = 200  # with its suffixes it is a file name of at most 255 bytes
+NAME = re.compile(rf"\w[\w.+=,@-]{{0,{NAME_LIMIT - 1}}}", re.A)
 MANIFEST = "manifest.json"  # last file of a checkpoint to be written
 # name of a committed checkpoint; every other name in the folder of the checkpoints is no checkpoint
 STEP_NAME = re.compile("step-([0-9]{8}|[1-9][0-9]{8,17})")
@@ -136,14 +138,16 @@ class Run:
             raise ValueError(
                 "run.init_from loads only weights and run.branch_from a whole checkpoint: set one"
             )
-        if (
-            not re.fullmatch(r"[^/\x00-\x1f\x7f]+", self.name)
-            or self.name in (".", "..")
-            or self.name != self.name.strip()
-        ):
+
+    def check_name(self) -> None:
+        """Raise ValueError for a name that a folder, Slurm, W&B or a shell would change.
+
+        Runs that began under another name stay readable: only a start is refused.
+        """
+        if not NAME.fullmatch(self.name):
             raise ValueError(
-                f"run.name is {self.name!r}: set the name of one folder, without / (run.dir is "
-                "its path) and spaces around it"
+                f"run.name is {self.name!r}: set a name of at most {NAME_LIMIT} letters, digits "
+                "and ._-+=,@ that begins with a letter, a digit or _ (run.dir is its folder)"
             )
 
     @property

@@ -10,8 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import InputError
+from core.quote import CONTROL
 from core.ranges import range_of
 
+MAY_HAVE_LINES = ("generate.prompt",)
 MAY_BE_EMPTY = ("generate.prompt", "slurm.env.")
 ENTRY = "*"  # stands for a name or number in a key with entries: data.sources.*.text_key
 
@@ -126,7 +128,8 @@ def _annotated(schema: Any) -> dict[str, Any]:
 
 
 def check_values(kind: Any, value: Any, key: str = "") -> None:
-    """Raise InputError for an empty text, and for what is no number of the range a field declares.
+    """Raise InputError for an empty text, one with a line break or control character, and for what
+    is no number of the range that its field declares.
 
     `value` has dicts for the dataclasses of `kind`, as OmegaConf.to_container returns them.
     Interpolations and missing values are not checked.
@@ -152,3 +155,5 @@ def check_values(kind: Any, value: Any, key: str = "") -> None:
             f"{key} is empty: set it (to null where that is allowed); a variable "
             "of the shell may be unset"
         )
+    elif isinstance(value, str) and CONTROL.search(value) and not key.startswith(MAY_HAVE_LINES):
+        raise InputError(f"{key} is {value!r}: remove its line break or control character")

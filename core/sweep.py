@@ -18,6 +18,7 @@ from core.errors import InputError
 from core.files import make_folder, write_json
 from core.old_keys import new_key
 from core.overrides import rewrite_overrides
+from core.quote import hydra_override
 from core.records import read_if_present
 
 SWEEP = "sweep.json"  # in a sweep's folder: the values of each run
@@ -97,7 +98,11 @@ def read_sweep(
                 "values"
             )
         points[label] = values
-        of_points[label] = [*point, f"run.name='{name}.{label}'", f"run.dir='{folder}/{label}'"]
+        names = [
+            hydra_override("run.name", f"{name}.{label}"),
+            hydra_override("run.dir", f"{folder}/{label}"),
+        ]
+        of_points[label] = [*point, *names]
     return Sweep(folder, points, of_points)
 
 

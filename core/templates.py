@@ -5,9 +5,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from core.quote import markdown_cell
+
 
 def render(template: Path, **values: Any) -> str:
-    """Render a jinja2 template. Missing values are errors; values in *.html.jinja are escaped."""
+    """Render a jinja2 template. Missing values are errors; values in *.html.jinja are escaped.
+
+    The filter `cell` quotes a value in a table of Markdown.
+    """
     environment = Environment(
         loader=FileSystemLoader(template.parent),
         autoescape=select_autoescape(["html.jinja"]),
@@ -16,4 +21,5 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["cell"] = markdown_cell
     return environment.get_template(template.name).render(values)

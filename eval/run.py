@@ -31,7 +31,7 @@ from rich.table import Table
 from core.command import command
 from core.errors import InputError
 from core.files import sha256_of, write_json
-from core.old_keys import format_value
+from core.quote import hydra_override
 from core.records import read_or_rebuild
 from core.run import RunFiles
 from data.config import DataConfig
@@ -195,8 +195,8 @@ def expand_checkpoint(arguments: list[str]) -> list[str]:
             run_dir = folder.parent
         # first, because Hydra accepts no overrides after options
         expanded = [
-            f"run.name={format_value(run_dir.name)}",
-            f"run.dir={format_value(str(run_dir))}",
+            hydra_override("run.name", run_dir.name),
+            hydra_override("run.dir", str(run_dir)),
             *expanded,
         ]
     return expanded

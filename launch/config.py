@@ -31,11 +31,7 @@ class Slurm:
             raise ValueError(
                 f"slurm.time is {self.time!r}; write DAYS-HOURS:MINUTES:SECONDS, such as 1-00:00:00"
             )
-        if invalid := [
-            option
-            for option in self.sbatch_options
-            if not option.startswith("--") or "\n" in option
-        ]:
+        if invalid := [option for option in self.sbatch_options if not option.startswith("--")]:
             raise ValueError(
                 f"slurm.sbatch_options {invalid} are not long options of sbatch; write --name=value"
             )

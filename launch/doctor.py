@@ -29,7 +29,7 @@ from launch.planning.checks import MACHINE_CHECKS, Finding, usable_ranks
 from launch.planning.run_checks import RUN_CHECKS
 from train.config import RunConfig
 
-MACHINE = "this machine"  # name in place of a run's
+MACHINE = "this-machine"  # name in place of a run's
 NAMED_RUN = re.compile(r"\+{0,2}(experiment|run\.name)=")
 COLORS = {"ok": "green", "note": "yellow", "bad": "red"}
 
@@ -85,7 +85,7 @@ def main(config: RunConfig) -> None:
 def check_machine_or_run() -> None:
     """Check the run of the command line, or where it names none the machine."""
     if not any(map(NAMED_RUN.match, sys.argv[1:])):
-        sys.argv.append(f"run.name='{MACHINE}'")
+        sys.argv.append(f"run.name={MACHINE}")
     main()
 
 

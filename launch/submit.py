@@ -128,7 +128,10 @@ def submit(jobs: list[Job], stages: list[str], dry_run: bool) -> int:
             script = render(job, stage, SCRIPTS[stage])
             command = ["sbatch", "--parsable", *dependency_options(previous)]
             if dry_run:
-                print(f"\n# {shlex.join(command)} <<'END'\n{script}END")
+                end = "END"
+                while end in script.splitlines():
+                    end += "_"
+                print(f"\n# {shlex.join(command)} <<'{end}'\n{script}{end}")
                 previous = f"${stage.upper()}"
             else:
                 make_folder(run.folder)

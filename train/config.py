@@ -222,6 +222,7 @@ class RunConfig:
     leaderboard: LeaderboardConfig
 
     def __post_init__(self) -> None:
+        self.run.check_name()
         self._check_accepted_keys()
         tokens = self.tokens
         if self.schedule.min_lr > self.optim.lr:

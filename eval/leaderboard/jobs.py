@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 
 from core.files import ROOT, make_folder, sync_folder, write_json
 from core.overrides import config_dir_options, own_config_dir
+from core.quote import hydra_override, sbatch_output
 from core.records import Count, DamagedRecord, read_if_present, report_once
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
@@ -139,10 +140,10 @@ class SuiteJobs:
             sys.executable,
             str(ROOT / "eval" / "run.py"),
             *config_dir_options(own_config_dir()),
-            f"checkpoint={pinned.resolve()}",
+            hydra_override("checkpoint", str(pinned.resolve())),
             f"suite={suite}",
-            f"run.name='{self.run.name}'",
-            f"run.dir='{self.run.folder.resolve()}'",
+            hydra_override("run.name", self.run.name),
+            hydra_override("run.dir", str(self.run.folder.resolve())),
             *self.settings.overrides,
         ]
         script = "; ".join(shlex.join(command) for command in (evaluate, self.then) if command)
@@ -152,7 +153,7 @@ class SuiteJobs:
             command = [
                 "sbatch",
                 f"--job-name={name}",
-                f"--output={log}",
+                sbatch_output(self.scores, log.name),
                 *self.settings.sbatch_options,
                 f"--wrap={script}",
             ]

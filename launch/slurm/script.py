@@ -1,10 +1,12 @@
 """Render the batch script of a job."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
 
 from core.files import ROOT
+from core.quote import sbatch_directive, sbatch_output
 from launch.jobs.sweep import Job
 from launch.slurm.attempts import excluded_nodes
 
@@ -20,8 +22,11 @@ def render(job: Job, stage: str, program: str) -> str:
     """Fill in the batch script of one stage of a run."""
     template = {"prepare": "prepare", "train": "pretrain"}.get(stage, "eval")
     text = (ROOT / "launch" / "slurm" / f"{template}.sbatch").read_text(encoding="utf-8")
-    options = "\n".join(f"#SBATCH {option}" for option in sbatch_options(job, stage))
-    return text.replace("@OPTIONS@", options).replace("@SETTINGS@", script_variables(job, program))
+    parts = {
+        "@OPTIONS@": "\n".join(map(sbatch_directive, sbatch_options(job, stage))),
+        "@SETTINGS@": script_variables(job, program),
+    }
+    return re.sub("|".join(parts), lambda match: parts[match[0]], text)
 
 
 def sbatch_options(job: Job, stage: str) -> list[str]:
@@ -34,7 +39,7 @@ def sbatch_options(job: Job, stage: str) -> list[str]:
         f"--job-name={run.name}-{stage}",
         f"--nodes={cluster.nodes if is_training else 1}",
         f"--time={slurm.time}",
-        f"--output={run.folder.resolve()}/slurm-{stage}-%j.out",
+        sbatch_output(run.folder, f"slurm-{stage}-%j.out"),
         "--open-mode=append",  # starts after a requeue append to the same file
     ]
     if is_training:

@@ -80,7 +80,8 @@ def evaluate(
 ) -> Iterator[tuple[str, HeldoutScore]]:
     """Yield the score of every source's held-out split.
 
-    Reads at most max_tokens of each source in windows of seq_len, batch_size windows per forward.
+    Reads at most max_tokens of each source in windows of seq_len, batch_size windows per forward,
+    and leaves out sources without held-out text.
     Every token but the first is predicted once.
     """
     tokenizer = load_tokenizer(tokenizer_path(config), config.tokenizer.sha256)
@@ -91,9 +92,11 @@ def evaluate(
         if count < 1:
             continue
         ids = torch.from_numpy(shards.read(0, count + 1))
+        num_bytes = int(token_bytes[ids[1:]].sum())
+        if num_bytes < 1:  # ends of empty documents: nothing to score
+            continue
         batches = ((windows, len(windows)) for windows in _windows(ids, seq_len, batch_size))
         nats = float(sum_loss(model, batches, reset_token(config, manifest)))
-        num_bytes = int(token_bytes[ids[1:]].sum())
         score = HeldoutScore(
             tokens=count,
             bytes=num_bytes,
@@ -163,15 +166,16 @@ class Validation:
         for name, manifest in self.manifests.items():
             token_bytes = byte_lengths(tokenizer, manifest.eos)
             ids = read_validation_tokens(config, name, manifest, self.settings)
-            if len(ids) <= seq_len:
+            count = (len(ids) - 1) // seq_len * seq_len
+            num_bytes = int(token_bytes[ids[1 : count + 1]].sum())
+            if num_bytes < 1:  # less than a window, or ends of empty documents
                 continue
             windows = torch.from_numpy(ids).unfold(0, seq_len + 1, seq_len)
             indices = torch.arange(self.rank, len(windows), self.world_size)
             self.num_scored[name] = len(indices)
             windows_per_rank = -(-len(windows) // self.world_size)
             self.windows[name] = windows[F.pad(indices, (0, windows_per_rank - len(indices)))]
-            count = len(windows) * seq_len
-            self.totals[name] = (count, int(token_bytes[ids[1 : count + 1]].sum()))
+            self.totals[name] = (count, num_bytes)
 
     def run_if_due(
         self, previous_tokens: int, tokens: int, model: FalconMamba

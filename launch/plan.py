@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.command import command
+from core.errors import InputError
 from core.files import make_folder, write_json
 from launch.planning.estimate import (
     PlannedRun,
@@ -46,6 +47,12 @@ SECONDS_PER_DAY = 86400
 def plan(run: PlannedRun) -> dict[str, Any]:
     """The whole plan as plain values: seconds, bytes, tokens, days."""
     ranks = run.cluster.nodes * run.cluster.ranks_per_node
+    group = run.parallel.tensor_parallel * run.parallel.context_parallel
+    if group > ranks:
+        raise InputError(
+            f"parallel.tensor_parallel x context_parallel needs {group} ranks, and cluster.nodes x "
+            f"ranks_per_node is {ranks}: raise cluster.nodes, or lower one of the others"
+        )
     gpu = planned_gpu(run)
     memory = estimate_memory(run, ranks)
     times = phase_times(run, ranks, gpu)

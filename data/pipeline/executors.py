@@ -8,6 +8,8 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -177,10 +179,23 @@ class SlurmExecutor(TaskExecutor):
         self.cfg = cfg
         self.workers = workers
         self.folder = folder.resolve()
+        self.check_texts()
         self.job_ids: list[str] = []
         self.job_ids_file = self.folder / "slurm" / "jobs.txt"
         self.unfinished: dict[int, Future[Any]] = {}  # by task of the array
         self.cancel_orphans()
+
+    def check_texts(self) -> None:
+        """Raise InputError for a text that datatrove's batch scripts, which quote none, change."""
+        texts = {"data.folder": str(self.folder)}
+        for name in ("partition", "time", "account", "qos"):
+            texts[f"executor.{name}"] = getattr(self.cfg, name) or ""
+        for key, text in texts.items():
+            if not re.fullmatch(r"[\w./:=,@+-]*", text, re.A):
+                raise InputError(
+                    f"{key} is {text!r}: with executor=slurm set one of letters, digits and "
+                    "_./:=,@+-"
+                )
 
     def cancel_orphans(self) -> None:
         """Cancel the arrays of a killed launch, which would write the same files."""
@@ -228,7 +243,10 @@ class SlurmExecutor(TaskExecutor):
             mem_per_cpu_gb=self.cfg.memory_gib,
             workers=self.workers,
             job_name=f"data-{stage.replace('/', '-')}",
-            env_command=f"export PYTHONPATH={ROOT} PATH={Path(sys.executable).parent}:$PATH",
+            env_command=(
+                f"export PYTHONPATH={shlex.quote(str(ROOT))} "
+                f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+            ),
             max_array_size=self.cfg.max_array_size,
             tasks_per_job=self.cfg.tasks_per_job,
             logging_dir=str(self.array_dir),

@@ -76,7 +76,7 @@ def write_page(cfg: DataConfig, manifests: dict[str, Manifest], path: Path, samp
     source_lengths = []
     for name, manifest in manifests.items():
         counts = lengths(source_folder(cfg, name), manifest)
-        average = manifest.tokens("train") / sum(counts.values())
+        average = manifest.tokens("train") / max(1, sum(counts.values()))
         source_lengths.append((name, average, counts))
     hosts = {name: domains(Path(cfg.folder) / "clean" / name, samples) for name in cfg.sources}
     page = render(

@@ -3,6 +3,7 @@
 Both compute in fp32 on the CPU. Our weights are rounded to the exported dtypes first.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def compare(folder: Path, model: FalconMamba, entries: Iterable[Entry]) -> float
     tokens = random_tokens(model.config.vocab_size)
     logits = model.logits(tokens)
     hf_logits = hf_model(tokens, use_cache=False).logits
-    return float((logits - hf_logits).abs().max() / hf_logits.abs().max())
+    return _relative(_max_abs(logits - hf_logits), _max_abs(hf_logits))
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def compare_by_layer(
         hf_logits = hf_h @ exported.read_rows("lm_head.weight", start, stop).T
         max_difference = max(max_difference, _max_abs(logits - hf_logits))
         max_logit = max(max_logit, _max_abs(hf_logits))
-    return max_difference / max_logit
+    return _relative(max_difference, max_logit)
 
 
 def _max_abs(x: Tensor) -> float:
@@ -98,3 +99,8 @@ def _read_rounded(
 ) -> Tensor:
     """Read rows of our tensor, rounded to its exported dtype."""
     return reader.read_rows("param", name, start, stop).to(dtypes[name]).float()
+
+
+def _relative(difference: float, size: float) -> float:
+    """Difference over size; logits that are all 0 differ by nothing, or infinitely."""
+    return difference / size if size else (math.inf if difference else 0.0)

@@ -203,4 +203,6 @@ class SuiteJobs:
         if not result.get("complete") and not result.get("missing"):
             return None
         rows = {label: float(row["score"]) for label, row in result["rows"].items()}
-        return {**rows, "average": sum(rows.values()) / len(rows)} if result["complete"] else rows
+        if not rows or not result["complete"]:
+            return rows
+        return {**rows, "average": sum(rows.values()) / len(rows)}

@@ -169,6 +169,8 @@ def score_row(row: SuiteRow, raw: Result) -> Result:
     error of a subtask with two metrics is their mean, since both use the same documents.
     """
     weights = [subtask["documents"] if row.by_size else 1 for subtask in raw.values()]
+    if not sum(weights):
+        raise InputError(f"{row.label}: the harness scored no document of {row.task}")
     values = []
     errors = []
     parts = {}

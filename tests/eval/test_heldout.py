@@ -26,6 +26,7 @@ from eval.export import export
 from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
 from eval.model_source import find_checkpoint, load_model
+from eval.run import combine_scores
 from model.checkpoint import read_state
 from model.hf import load_hf_weights
 from tests.commands import wait_until
@@ -195,3 +196,17 @@ def test_slurm_gets_one_job_per_suite(
     words = arguments.read_text().splitlines()
     assert "--gpus=1" in words and words[-1].startswith("--wrap=")
     assert "suite=leaderboard_v2" in words[-1]
+
+
+def test_a_source_without_held_out_text_has_no_score(
+    config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are all ends of documents, which have no bytes, or -1 as the first space has."""
+    model = model_of(MODEL)
+    manifests = open_manifests(config.data)
+    for lengths in (np.zeros(2**16, dtype=np.int64), np.full(2**16, -1)):
+        monkeypatch.setattr("eval.heldout.byte_lengths", lambda *_, lengths=lengths: lengths)
+        assert Validation(config.data, manifests, SETTINGS).run(model) == {}
+        assert dict(evaluate(model, config.data, manifests, 16, 1, max_tokens=320)) == {}
+    with pytest.raises(InputError, match="no source has held-out tokens"):
+        combine_scores([])

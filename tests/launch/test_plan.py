@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import InputError
-from launch.plan import MAX_LAYOUTS_SHOWN, plan
+from launch.plan import MAX_LAYOUTS_SHOWN, gpu_table, plan, step_time_table, summary_table
 from launch.planning.estimate import (
     PlannedRun,
     bytes_sent_per_step,
@@ -363,6 +363,33 @@ def test_activation_memory_of_a_layer(run: PlannedRun, recompute: Recompute) -> 
 def config_for(run: PlannedRun, config: ModelConfig) -> ModelConfig:
     """The config with the run's vocabulary size, which the tokenizer needs."""
     return replace(config, vocab_size=run.model.vocab_size)
+
+
+EDGES = {  # both ends of the range of each assumption
+    "plan.mfu": (1e-6, 1),
+    "plan.node_gbytes_per_second": (1e-6, 1e6),
+    "plan.network_gbytes_per_second": (1e-6, 1e6),
+    "plan.storage_gbytes_per_second": (1e-6, 1e6),
+    "plan.host_gbytes_per_second": (1e-6, 1e6),
+    "plan.failures_per_1000_node_days": (0, 1e6),
+    "cluster.peak_tflops": (1e-6, 1e6),
+    "checkpoint.every_tokens": (1, 2**53),
+}
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_plan_at_the_edges_of_its_assumptions_has_finite_figures(end: int) -> None:
+    edges = [f"{key}={ends[end]}" for key, ends in EDGES.items()]
+    run = typed(PlannedRun, "demo", *edges, "checkpoint.keep_every_tokens=null")
+    result = json.loads(json.dumps(plan(run)), parse_constant=pytest.fail)
+    assert result["days"]["total"] > 0 and result["tokens_per_second"] > 0
+    for table in (summary_table(run, result), step_time_table(result), gpu_table(run, result)):
+        assert table.row_count
+
+
+def test_a_plan_for_fewer_ranks_than_a_group_is_refused() -> None:
+    with pytest.raises(InputError, match="needs 4 ranks, and cluster.nodes x ranks_per_node is 1"):
+        plan(typed(PlannedRun, "demo", "parallel.tensor_parallel=4", "cluster.ranks_per_node=1"))
 
 
 def test_the_command_writes_json(tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ def actual_mixture(records: list[Record]) -> dict[str, Points]:
             totals.clear()
         totals.update(record.get("source_tokens", {}))
         for source, tokens in totals.items():
-            points.setdefault(source, []).append((record["tokens"], tokens / totals.total()))
+            points.setdefault(source, []).append(
+                (record["tokens"], tokens / max(1, totals.total()))
+            )
     return dict(sorted(points.items()))
 
 

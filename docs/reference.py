@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads a hook by its path
 from omegaconf import DictConfig, OmegaConf
 
 from core.compose import compose_config
+from core.ranges import range_of
+from core.schema import without_none
 from data.config import BrowseConfig, PrepareConfig, VerifyConfig
 from eval.config import EvaluationConfig
 from launch.config import SubmitConfig
@@ -197,6 +199,7 @@ def entries(
     """(key, type, value, meaning) of each leaf field of a dataclass."""
     rows = []
     notes = field_comments(schema)
+    annotated = typing.get_type_hints(schema, include_extras=True)
     for name, hint in typing.get_type_hints(schema).items():
         if name not in {field.name for field in dataclasses.fields(schema)}:
             continue
@@ -211,7 +214,7 @@ def entries(
             rows.append(
                 (
                     key,
-                    type_name(hint),
+                    type_name(hint) + range_text(annotated[name]),
                     format_value(value) + (" (off)" if key in OFF and value == 0 else ""),
                     note or first_sentence(schema, of_enum=hint),
                 )
@@ -306,6 +309,15 @@ def type_name(hint: Any) -> str:
         "",
         hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint),
     )
+
+
+def range_text(hint: Any) -> str:
+    """The range that a field's annotation declares for its number, or for those of its entries."""
+    hint = without_none(hint)
+    if typing.get_origin(hint) in (list, dict):
+        return range_text(typing.get_args(hint)[-1])
+    limits = range_of(hint)
+    return "" if limits is None else f", {limits.text()}"
 
 
 def format_value(value: Any) -> str:

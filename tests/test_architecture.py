@@ -30,6 +30,8 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "log",
             "old_keys",
             "overrides",
+            "quote",
+            "ranges",
             "records",
             "run",
             "schema",

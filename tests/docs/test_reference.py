@@ -53,6 +53,12 @@ def test_every_key_is_there_with_its_meaning(reference: ModuleType) -> None:
         if key not in shown and not any(key.startswith(f"{s}.") for s in shown)
     }
     assert missing == set() and "data.sources.NAME.recipe" in meanings
+    types = {row.split("`")[1]: re.split(r"(?<!\\)\|", row)[2].strip() for row in rows}
+    assert types["optim.beta1"] == "float, at least 0 and below 1"
+    assert types["data.stages[].mixture"] == "dict[str, float], at least 0"
+    assert types["health.stop_after_seconds"] == "Optional[float], above 0"
+    numeric = {key: text for key, text in types.items() if re.search(r"\b(int|float)\b", text)}
+    assert [key for key, text in numeric.items() if ", " not in text.split("]")[-1]] == []
 
 
 SCRIPTS = [

@@ -47,7 +47,7 @@ def test_without_an_experiment_the_machine_is_checked(
     monkeypatch.setattr(doctor, "RUN_CHECKS", {"data": lambda config: 1 / 0})
     monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "compute.kernels=reference"])
     doctor.check_machine_or_run()
-    assert "this machine" in capsys.readouterr().out
+    assert "this-machine" in capsys.readouterr().out
     assert checked[0].cluster.ranks_per_node == (torch.cuda.device_count() or 2)
     monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "experiment=demo"])
     with pytest.raises(SystemExit):

@@ -4,11 +4,12 @@ core/schema.py checks them in every composed config, core/records.py in records,
 docs/reference.py shows them. NaN is in no range.
 """
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt
 
@@ -51,12 +52,7 @@ class Range(GroupedMetadata):
         return f"{text}, or inf" if self.infinite else text
 
     def problem(self, value: Any, kind: type = float) -> str | None:
-        """What is wrong with a value and what to set instead; None for a `kind` of the range.
-
-        A text is what a config holds before its conversion.
-        """
-        with suppress(ValueError):
-            value = kind(value) if isinstance(value, str) else value
+        """What is wrong with a value and what to set instead; None for a `kind` of the range."""
         shown = repr(value)
         limits = self.text()
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -65,10 +61,36 @@ class Range(GroupedMetadata):
             # an int may exceed every float
             shown = "beyond 1e300" if 1e300 <= abs(value) < inf else f"{value:.16g}"
             limits = self.text(value)
-        number = "number" if kind is float else "whole number"
+        what = "number" if kind is float else "whole number"
         of = "of " if limits.startswith("at least") else ""
         hint = f" ({self.hint})" if self.hint else ""
-        return f"is {shown}: set a {number} {of}{limits}{hint}"
+        return f"is {shown}: set a {what} {of}{limits}{hint}"
+
+    def parse(self, text: str) -> int:
+        """A whole number of the range, as the type of an argument of argparse."""
+        if problem := self.problem(number(text, int), int):
+            raise ArgumentTypeError(problem)
+        return int(text)
+
+
+def number(text: str, kind: type) -> Any:
+    """The number in a text, or the text if there is none."""
+    with suppress(ValueError):
+        return kind(text)
+    return text
+
+
+def check_fields(section: Any, name: str) -> None:
+    """Raise ValueError for a field of a dataclass that is outside its range.
+
+    For instances that are made of other files than a config, which core/schema.py checks.
+    """
+    for field, hint in get_type_hints(type(section), include_extras=True).items():
+        limits = range_of(hint)
+        if limits is not None:
+            problem = limits.problem(getattr(section, field), get_args(hint)[0])
+            if problem is not None:
+                raise ValueError(f"{name}.{field} {problem}")
 
 
 def range_of(hint: Any) -> Range | None:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import InputError
 from core.quote import CONTROL
-from core.ranges import range_of
+from core.ranges import number, range_of
 
 MAY_HAVE_LINES = ("generate.prompt",)
 MAY_BE_EMPTY = ("generate.prompt", "slurm.env.")
@@ -143,9 +143,11 @@ def check_values(kind: Any, value: Any, key: str = "") -> None:
     elif get_origin(kind) in (list, dict):
         entry_kind = get_args(kind)[-1]
     if limits is not None:
-        is_later = value is None or (isinstance(value, str) and value.startswith(("${", "???")))
-        problem = None if is_later else limits.problem(value, get_args(kind)[0])
-        if problem is not None:
+        if value is None or (isinstance(value, str) and value.startswith(("${", "???"))):
+            return
+        expected = get_args(kind)[0]
+        value = number(value, expected) if isinstance(value, str) else value
+        if problem := limits.problem(value, expected):
             raise InputError(f"{key} {problem}")
     elif isinstance(value, dict | list):
         for name, entry in value.items() if isinstance(value, dict) else enumerate(value):

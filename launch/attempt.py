@@ -23,6 +23,7 @@ explain_missing_extras()
 
 from core import log
 from core.errors import exit_with_error
+from core.ranges import Range
 from launch.slurm.attempts import excluded_nodes, record_end, record_start
 
 
@@ -46,12 +47,15 @@ def main() -> None:
     parser.add_argument("--code", type=int, default=0, help="exit code of the job step (end)")
     parser.add_argument(
         "--crashes",
-        type=int,
+        type=Range(1).parse,
         default=3,
         help="crashes in a row without a new checkpoint after which the job stops (end)",
     )
     parser.add_argument(
-        "--strikes", type=int, default=2, help="strikes after which a node is avoided (excluded)"
+        "--strikes",
+        type=Range(1).parse,
+        default=2,
+        help="strikes after which a node is avoided (excluded)",
     )
     parser.add_argument(
         "--bad-nodes", type=Path, required=True, help="file with one line per strike"

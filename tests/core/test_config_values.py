@@ -1,5 +1,6 @@
 """Every key of every command with wrong values: a valid config, or one line that names the key."""
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -18,11 +19,15 @@ from core.compose import compose_config, convert
 from core.config_errors import format_error
 from core.errors import InputError
 from core.ranges import Range, range_of
+from core.records import parse_typed
 from core.schema import ENTRY, check_values, config_keys, without_none
 from data.config import BrowseConfig, PrepareConfig, VerifyConfig
 from eval.config import EvaluationConfig
+from launch import attempt
 from launch.config import SubmitConfig
 from launch.planning.dryrun_config import DryRunConfig
+from model.config import ModelConfig
+from tests.tiny import TINY
 
 SCHEMAS = (
     DryRunConfig,  # with all sections of pretrain, doctor and plan
@@ -177,7 +182,6 @@ def with_value(plain: Any, key: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("limits", "value", "problem"),
     [
-        (Range(0, 1), "0.5", None),
         (Range(0, 1), "half", "is 'half': set a number from 0 to 1"),
         (Range(1), 0, "is 0: set a number of at least 1"),
         (Range(1), 1e30, "is 1e+30: set a number from 1 to 9007199254740992"),
@@ -192,3 +196,28 @@ def with_value(plain: Any, key: str, value: Any) -> Any:
 )
 def test_a_range_says_what_to_set(limits: Range, value: Any, problem: str | None) -> None:
     assert limits.problem(value) == problem
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"norm_eps": nan}, {"d_state": 0}, {"d_model": 1.5}, {"dt_rank": "2"}, {"n_layer": True}],
+)
+def test_a_model_of_another_file_is_checked_too(wrong: dict[str, Any]) -> None:
+    """As a config.json of transformers, or a checkpoint's record, may hold it."""
+    values = asdict(TINY) | wrong
+    key = next(iter(wrong))
+    with pytest.raises(ValueError, match=rf"^model\.{key} is [^\n]*: set a "):
+        ModelConfig(**values)
+    with pytest.raises(InputError, match=key):
+        parse_typed(json.dumps(values), ModelConfig, "state.json")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", "nan", "1" + "0" * 20])
+def test_an_argument_outside_its_range_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["launch/attempt.py", "end", "x", "--bad-nodes", "y", f"--crashes={text}"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        attempt.main()
+    assert "--crashes: is " in capsys.readouterr().err.splitlines()[-1]

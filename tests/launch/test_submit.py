@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
+from core.quote import hydra_override
 from launch import submit
 from launch.jobs import local
 from launch.jobs.sweep import compose_job, compose_sweep
 from launch.planning.checks import Finding
 from launch.slurm.script import render
 from tests.commands import TIMEOUT_SECONDS
+from tests.core.test_quote import words_of_sbatch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = [
@@ -66,6 +68,47 @@ def test_a_batch_script_follows_the_config(tmp_path: Path) -> None:
     assert shown.stdout.splitlines() == [*overrides, "/tmp/a b$(touch x)"]
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert "@" not in [line[:1] for line in text.splitlines()]
+
+
+FOLDERS = (
+    "/tmp/a b$(touch x)",
+    "/tmp/50%j # 'x' \"y\"",
+    "/tmp/@SETTINGS@/`touch x`",
+    "/tmp/Größe;touch x",
+    "/tmp/${a}/{b,c}=!!",
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("stage", ["prepare", "train", "export"])
+def test_a_batch_script_takes_a_folder_as_text(folder: str, stage: str, tmp_path: Path) -> None:
+    """sbatch reads the folder of the log, bash that of the run and the overrides; none is run."""
+    overrides = [*CLUSTER, hydra_override("run.dir", folder), f"slurm.bad_nodes_file={tmp_path}/b"]
+    job = compose_job([*overrides, hydra_override("slurm.account", f"x{folder}")])
+    script = render(job, stage, "train/pretrain.py")
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    options = [word for line in lines for word in words_of_sbatch(line)]
+    output = folder.replace("%", "%%")
+    assert f"--output={output}/slurm-{stage}-%j.out" in options
+    assert f"--account=x{folder}" in options
+    settings = script.split("\ncd ")[0] + '\nprintf "%s\\0" "$RUN" "${OVERRIDES[@]}"'
+    shown = subprocess.run(["bash", "-c", settings], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout.split("\0")[:-1] == [folder, *job.arguments] and shown.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    assert compose_job(job.arguments).config.run.dir == folder
+
+
+def test_a_printed_script_ends_where_its_marker_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A text may have a line that is the marker of the end."""
+    prompt = f"generate.prompt='a\nEND\ntouch {tmp_path}/x\n'"
+    words = ["+experiment=demo", f"run.dir={tmp_path}/run", prompt, "--dry-run"]
+    assert call_submit(monkeypatch, *words, "--stages", "prepare") == 0
+    shown = capsys.readouterr().out.replace("# sbatch", "cat #", 1)
+    assert shown.rstrip().endswith("\nEND_")
+    subprocess.run(["bash", "-c", shown], check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

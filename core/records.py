@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 2**24  # of a line that is parsed; a crash may leave a block of
 BLOCKED = (IsADirectoryError, NotADirectoryError, PermissionError)
 UNREADABLE = (FileNotFoundError, *BLOCKED)
 Extra = Literal["allow", "ignore", "forbid"]  # of keys that a schema lacks
-_reported: set[str] = set()  # damage that this process has reported
+_reported: set[str] = set()  # texts or keys of damage that this process has reported
 
 
 class DamagedRecord(InputError):
@@ -124,7 +124,9 @@ class Damage:
         if self.count:
             lines = ", ".join(map(str, self.numbers)) + (", ..." * (self.count > MAX_LINES))
             number = "1 damaged line is" if self.count == 1 else f"{self.count} damaged lines are"
-            report_once(f"{self.path}: {number} not read (line {lines}): {self.first}", report)
+            text = f"{self.path}: {number} not read (line {lines}): {self.first}"
+            # without the numbers, which a cut changes
+            report_once(text, report, key=f"{self.path} {self.count} {self.first}")
 
 
 def scan_lines(
@@ -171,10 +173,12 @@ def read_typed_lines(path: Path, schema: type[Schema]) -> Iterator[Schema]:
     damage.report()
 
 
-def report_once(text: str, report: Callable[[str], None] = logger.warning) -> None:
-    """Report a text unless this process has reported it already."""
-    if text not in _reported:
-        _reported.add(text)
+def report_once(
+    text: str, report: Callable[[str], None] = logger.warning, key: str | None = None
+) -> None:
+    """Report a text unless this process has reported it, or one with this key, already."""
+    if (key or text) not in _reported:
+        _reported.add(key or text)
         report(text)
 
 

@@ -33,8 +33,9 @@ WRITES = {
     "model/hf_writer.py": "weights in a `.part` folder, synced by publish_folder",
     "train/checkpoint/writer.py": "the checkpoint, with its own order of syncs",
     "train/metrics/records.py": "appends lines",
+    "train/resilience/last_words.py": "stacks of a rank that hangs, which must not wait for a sync",
     "train/resilience/run_lock.py": "the lock",
-    "train/resilience/watchdog.py": "heartbeats and stacks, of use to this start only",
+    "train/resilience/watchdog.py": "heartbeats, of use to this start only",
 }
 RENAMING = {"rename", "renames", "link", "symlink", "hardlink_to", "symlink_to", "move", "copytree"}
 WRITING = {"write_text", "write_bytes", "tofile", "touch", "save", "copy", "copy2", "copyfile"}

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import queue
 import signal
 import subprocess
 import threading
@@ -24,11 +23,9 @@ from tests.supervisor import CONTEXT
 from train.distributed import Ranks, errors_on_all_ranks, init_distributed
 from train.metrics.records import JsonLines, read_lines
 from train.record.history import code_version
-from train.resilience import watchdog
-from train.resilience.incidents import HUNG, INTERRUPTED, Incidents, Outcome, Starts, read_outcome
+from train.resilience.incidents import INTERRUPTED, Incidents, Outcome, Starts, read_outcome
 from train.resilience.run_lock import RunLock, process_start
 from train.resilience.stop_request import StopRequest
-from train.resilience.watchdog import Watchdog
 from train.run_context import run_context
 
 
@@ -140,33 +137,6 @@ def test_lock_taken_by_another_job_is_noticed_and_not_removed(tmp_path: Path) ->
 def test_process_start_identifies_a_process() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid()) is not None
     assert process_start(2**22 + 1) is None
-
-
-def test_rank_without_progress_logs_its_phase_and_exits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exit_codes: queue.Queue[int] = queue.Queue()
-    watch = Watchdog(tmp_path, 0, 1, hang_seconds=0.2)
-    monkeypatch.setattr(watchdog, "exit_now", lambda code: (watch.stop(), exit_codes.put(code)))
-    watch.watch()
-    watch.start(None)
-    watch.enter_phase(7, "forward")
-    assert exit_codes.get(timeout=TIMEOUT_SECONDS) == HUNG
-    (entry,) = read_typed_lines(watch.incidents.path, dict[str, Any])
-    assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
-
-
-def test_phase_may_take_its_patience_times_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = Watchdog(tmp_path, 0, 1, hang_seconds=5.0)
-    watch.enter_phase(7, "forward")
-    watch.idle_seconds = 6.1
-    assert watch._hangs()
-    watch.enter_phase(7, "save", patience=6.0)
-    assert not watch._hangs()
-    watch.unanswered_seconds = 5.0  # its storage hangs
-    assert watch._hangs()
 
 
 @pytest.mark.fault(

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 import train.resilience.progress as progress_module
-from core.files import read_json_lines
+from core.records import read_typed_lines
 from tests.commands import ROOT, TIMEOUT_SECONDS
 from tests.distributed import run_ranks
 from train.distributed import init_distributed
@@ -155,8 +155,19 @@ def test_a_rank_that_hangs_logs_its_phase_and_exits(
     watch.watch()
     watch.start(None)
     assert exit_codes.get(timeout=TIMEOUT_SECONDS) == HUNG
-    (entry,) = read_json_lines(watch.incidents.path)
+    (entry,) = read_typed_lines(watch.incidents.path, dict[str, Any])
     assert entry["incident"] == "hang" and "(step 7, forward); furthest behind" in entry["text"]
+
+
+def test_a_phase_may_take_its_patience_times_the_limit(tmp_path: Path) -> None:
+    watch = Watchdog(tmp_path, 0, 1, hang_seconds=5.0)
+    watch.enter_phase(7, "forward")
+    watch.idle_seconds = 6.1
+    assert watch._hangs()
+    watch.enter_phase(7, "save", patience=6.0)
+    assert not watch._hangs()
+    watch.unanswered_seconds = 5.0  # its storage hangs
+    assert watch._hangs()
 
 
 def test_a_lost_lock_ends_the_rank_and_a_released_one_does_not(
@@ -185,7 +196,8 @@ def test_a_lost_lock_ends_the_rank_and_a_released_one_does_not(
     lock.path.write_text("another job's")
     watch.run_lock = lock
     assert exit_codes.get(timeout=TIMEOUT_SECONDS) == HUNG
-    assert read_json_lines(watch.incidents.path)[-1]["incident"] == "lost run lock"
+    *_, entry = read_typed_lines(watch.incidents.path, dict[str, Any])
+    assert entry["incident"] == "lost run lock"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Durable and atomic writes of files and folders, JSON and JSON Lines files, SHA-256.
 
-No other module renames, replaces or opens files for writing; tests/test_architecture.py lists the
+No other module renames, replaces or opens files for writing; tests/test_writes.py lists the
 exceptions.
 """
 
@@ -131,9 +131,13 @@ def sync_filesystem(folder: Path) -> None:
 
     For the many files that a library writes; one call, whatever their number.
     """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:  # not Linux
+        os.sync()
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+        if syncfs(descriptor):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error), str(folder))
     finally:
@@ -176,7 +180,8 @@ def fsync_dir(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+        # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         os.close(descriptor)

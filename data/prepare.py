@@ -216,7 +216,7 @@ def build_tokenizer(
     settings, file = cfg.tokenizer, tokenizer_path(cfg)
     key = fingerprints.tokenizer_key(cfg, [source_input.key for source_input in inputs.values()])
     built = fingerprints.read_built(file.parent, fingerprints.BuiltTokenizer, key)
-    if built is not None and file.is_file() and sha256_of(file) == built["sha256"]:
+    if built is not None and tokenizer_is_whole(file, built):
         executor.log("tokenizer", f"reused, {tokenizer.describe(file)}")
         return file
     build_dir = fingerprints.open_build_dir(Path(cfg.folder), "tokenizer", key)
@@ -228,12 +228,22 @@ def build_tokenizer(
         max_bytes = settings.train_megabytes * 10**6
         train = (shard.tokenizer_task, list(cleaned.values()), cfg.heldout_percent, max_bytes)
         list(executor.run("tokenizer", {"train": [(*train, settings.vocab_size, build_dir)]}))
-    sha256 = sha256_of(build_dir / tokenizer.FILE)
-    fingerprints.write_built(build_dir, key, sha256=sha256)
+    files = {path.name: sha256_of(path) for path in sorted(build_dir.glob("*.json"))}
+    fingerprints.write_built(build_dir, key, sha256=files[tokenizer.FILE], files=files)
     fingerprints.move_into_place(build_dir, file.parent)
     action = "trained" if settings.path is None else "copied"
     executor.log("tokenizer", f"{action}, {tokenizer.describe(file)}")
     return file
+
+
+def tokenizer_is_whole(file: Path, built: fingerprints.BuiltTokenizer) -> bool:
+    """Whether tokenizer.json and the files beside it are those that were built.
+
+    Records of before 0.3 have the hash of tokenizer.json only.
+    """
+    files = built.get("files", {file.name: built["sha256"]})
+    paths = {file.with_name(name): sha256 for name, sha256 in files.items()}
+    return all(path.is_file() and sha256_of(path) == sha256 for path, sha256 in paths.items())
 
 
 def build_shards(

@@ -215,7 +215,8 @@ class BuiltTokenizer(TypedDict):
     """Content of built.json beside a tokenizer."""
 
     key: str
-    sha256: str
+    sha256: str  # of tokenizer.json
+    files: NotRequired[dict[str, str]]  # name -> SHA-256; absent before 0.3
 
 
 class Versions(TypedDict):

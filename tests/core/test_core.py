@@ -13,6 +13,10 @@ from core import files
 from core.errors import InputError
 from core.files import (
     check_folder,
+    copy_file,
+    make_folder,
+    move_into,
+    publish_folder,
     remove_stale_temp_files,
     write_atomic,
     write_json,
@@ -89,3 +93,38 @@ def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
         "step-00000010",
         "step-00000009",
     ]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_published_folder_replaces_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:  # as on a file system without it
+        monkeypatch.setattr(files, "_exchange", lambda *folders: False)
+    part, final = tmp_path / "x.part", tmp_path / "new" / "x"
+    for text in ("first", "second"):
+        make_folder(part / "inner")
+        write_text(part / "inner" / "file", text)
+        publish_folder(part, final)
+        assert (final / "inner" / "file").read_text() == text
+        assert os.listdir(tmp_path) == ["new"] and os.listdir(final.parent) == ["x"]
+
+
+def test_every_new_folder_is_synced_into_its_parent(tmp_path: Path) -> None:
+    synced: list[Path] = []
+    with mock.patch.object(files, "fsync_dir", synced.append):
+        make_folder(tmp_path / "a" / "b")
+        make_folder(tmp_path / "a" / "b")
+        assert synced == [tmp_path, tmp_path / "a"]
+        write_text(tmp_path / "c", "text")
+        move_into(tmp_path / "a" / "b", [tmp_path / "c"])
+    assert set(synced[-2:]) == {tmp_path, tmp_path / "a" / "b"}
+    copy_file(tmp_path / "a" / "b" / "c", tmp_path / "d")
+    assert (tmp_path / "d").read_text() == "text" and not (tmp_path / "c").exists()
+
+
+def test_an_error_of_a_file_system_sync_is_raised(tmp_path: Path) -> None:
+    files.sync_filesystem(tmp_path)
+    with mock.patch.object(files.ctypes, "CDLL") as library, pytest.raises(OSError):
+        library.return_value.syncfs.return_value = -1
+        files.sync_filesystem(tmp_path)

@@ -1,6 +1,7 @@
 """A compiled library is loaded only if it is whole and ours; a compiler's error is one line."""
 
 import ctypes
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -157,7 +158,25 @@ def test_a_failed_compilation_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_said(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_full_is_said(
+    compiler: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cpu_library, "write_atomic", full)
+    assert load(compiler) == 1
+    assert load(compiler) == 2 and not any((tmp_path / "cache" / "falcon_mamba").iterdir())
+    (line, _) = (record.getMessage() for record in caplog.records)
+    assert "No space left on device" in line and "set XDG_CACHE_HOME" in line
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_said(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", "/no/such/folder")
     monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
     cpu_library.load_library.cache_clear()

@@ -146,6 +146,18 @@ def test_second_run_writes_nothing(built: DataConfig, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("reused") == 5
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_damaged_file_of_the_tokenizer_is_made_again(
+    built: DataConfig, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(built.folder) / "tokenizer" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-3])
+    prepare(built)
+    assert path.read_bytes() == content
+    assert capsys.readouterr().out.count("reused") == 4  # clean documents and shards, twice
+
+
 def test_changed_settings_rebuild_their_source_only(
     base: DataConfig, built: DataConfig, tmp_path: Path
 ) -> None:

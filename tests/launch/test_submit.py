@@ -101,13 +101,15 @@ def test_a_batch_script_takes_a_folder_as_text(folder: str, stage: str, tmp_path
 def test_a_printed_script_ends_where_its_marker_says(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A text may have a line that is the marker of the end."""
+    """A text may have a line that is the marker of the end; the script is only printed here."""
     prompt = f"generate.prompt='a\nEND\ntouch {tmp_path}/x\n'"
     words = ["+experiment=demo", f"run.dir={tmp_path}/run", prompt, "--dry-run"]
     assert call_submit(monkeypatch, *words, "--stages", "prepare") == 0
-    shown = capsys.readouterr().out.replace("# sbatch", "cat #", 1)
-    assert shown.rstrip().endswith("\nEND_")
-    subprocess.run(["bash", "-c", shown], check=True, capture_output=True)
+    shown = capsys.readouterr().out.strip()
+    assert shown.startswith("# sbatch --parsable <<'END_'\n") and shown.endswith("\nEND_")
+    command = shown.replace("# sbatch --parsable <<", "cat <<", 1)
+    read = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True)
+    assert read.stdout == shown.partition("\n")[2].removesuffix("END_")
     assert list(tmp_path.iterdir()) == []
 
 

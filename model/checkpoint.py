@@ -25,7 +25,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.records import Count, DamagedRecord, Size, parse_typed, read_typed
 from core.run import MANIFEST, STEP_NAME, iter_checkpoints, step_number
-from model.checkpoint_records import ManifestRecord, StateRecord
+from model.checkpoint_records import ManifestRecord, SpikeState, StateRecord
 from model.config import ModelConfig
 from model.parameters import shard_spec
 from model.sharding import shard
@@ -313,6 +313,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises DamagedRecord if it is not a state, and OSError if it cannot be read.
     """
     state = asdict(read_typed(folder / STATE, StateRecord))
+    parse_typed(json.dumps(state["health"]), SpikeState, f"{folder / STATE}: health")
     for low, high in pairwise(("updates", "step", "tokens")):
         if state[low] > state[high]:
             raise DamagedRecord(

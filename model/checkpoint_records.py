@@ -1,6 +1,6 @@
 """Schemas of a checkpoint's JSON files; core/records.py checks every value against them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -27,17 +27,21 @@ class ManifestRecord:
     files: dict[FileName, FileRecord]
 
 
-@dataclass(frozen=True)
-class SpikeState:
-    """State of the spike detector (train/resilience/health.py); older checkpoints have no keys."""
-
-    window: list[Finite] = field(default_factory=list)
-    stage: str = ""
-    skipped: Count = 0
-    spikes: Count = 0
-    since: Count | None = None
-    rewinds: Count = 0
-    calm: Count = 0
+# `health` of state.json: the state of the spike detector, by its names in files
+# (train/resilience/health.py); older checkpoints have no keys
+SpikeState = make_dataclass(
+    "SpikeState",
+    [
+        ("window", list[Finite], field(default_factory=list)),
+        ("stage", str, ""),
+        ("skipped", Count, 0),
+        ("spikes", Count, 0),
+        ("since", Count | None, None),
+        ("rewinds", Count, 0),
+        ("calm", Count, 0),
+    ],
+    frozen=True,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,6 @@ class StateRecord:
     plan: str
     model: dict[str, bool | Count | Finite]
     # absent in older checkpoints
-    health: SpikeState = field(default_factory=SpikeState)
+    health: dict[str, Any] = field(default_factory=dict)  # a SpikeState
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""

@@ -5,7 +5,7 @@ RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
-FAULTS ?= 60
+FAULTS ?= 80
 ADDRESS ?= 127.0.0.1:8000
 .PHONY: help install constraints demo test test-rest test-all nightly check format bench docs serve soak faults matrix
 

@@ -10,9 +10,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from core.records import Count, Finite
-
 from core.ranges import Seed
+from core.records import Count, Finite
 
 NAME_LIMIT = 200  # with its suffixes it is a file name of at most 255 bytes
 NAME = re.compile(rf"\w[\w.+=,@-]{{0,{NAME_LIMIT - 1}}}", re.A)

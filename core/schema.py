@@ -136,10 +136,11 @@ def check_values(kind: Any, value: Any, key: str = "") -> None:
     """
     kind = without_none(kind)
     limits = range_of(kind)
-    hints: Mapping[str, Any] = {}
+    hints: Mapping[Any, Any] = {}
     entry_kind: Any = None
     if dataclasses.is_dataclass(kind):
-        hints = _annotated(kind)
+        schema: Any = kind
+        hints = _annotated(schema)
     elif get_origin(kind) in (list, dict):
         entry_kind = get_args(kind)[-1]
     if limits is not None:

@@ -19,8 +19,10 @@ import torch
 
 import train.checkpoint.writer as writer
 from core.errors import InputError
-from core.run import iter_checkpoints
 from data.stream.loader import Loader
+from tests.start_faults import START_FAULTS, damage
+from train.config import RunConfig
+from train.resilience import incidents
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.run_lock import RunLock
 from train.resilience.watchdog import Watchdog
@@ -28,10 +30,12 @@ from train.trainer import Trainer
 
 # these change losses by design, so the clean run of a comparison gets them too
 NUMERIC = ("nan", "inf", "spike")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGINT")
 # These end a start. They fire one per start, in order: two at once would count as one.
 ENDING = (
-    *("kill", "kill in save", "checkpoint damaged", "stop", "SIGTERM", "SIGUSR1"),
+    *("kill", "kill in save", "checkpoint damaged", "stop", *SIGNALS, "update differs"),
     *("loader dies", "loader hangs", "storage hangs", "interpreter stuck", "weights flip"),
+    *("outcome disk full", *START_FAULTS),
 )
 HANGS = ("stop", "loader hangs", "storage hangs", "interpreter stuck")
 WRITE_POINTS = 16  # points of a save at which a kill can occur, on the first rank, which commits
@@ -108,7 +112,10 @@ class Injector:
                 hashes = [hashlib.sha256(s.numpy().tobytes()).hexdigest()[:16] for s in sequences]
                 file.write(f"{self.now} {' '.join(hashes)}\n")
             self.before_step(trainer)
-            return step(trainer, *arguments)
+            begin = time.process_time()
+            result = step(trainer, *arguments)
+            self.log_seconds(f"{self.now} {time.process_time() - begin}")
+            return result
 
         def faulty_read(loader: Loader, *arguments: Any) -> Any:
             if self.fires("loader dies"):
@@ -116,6 +123,13 @@ class Injector:
             if self.fires("loader hangs"):
                 time.sleep(3600)
             return read(loader, *arguments)
+
+        update = FailurePolicy._checked_update
+
+        def faulty_update(failure_policy: FailurePolicy, state: Any, lr: float, loss: float) -> Any:
+            if self.fires("update differs"):
+                failure_policy.engine.optimizer.register_step_pre_hook(triple_rate)
+            return update(failure_policy, state, lr, loss)
 
         check = FailurePolicy.check_weights
 
@@ -127,6 +141,7 @@ class Injector:
 
         self.now = -1
         FailurePolicy.check_weights = faulty_check  # type: ignore[method-assign]
+        FailurePolicy._checked_update = faulty_update  # type: ignore[method-assign]
         Trainer._step = faulty_step  # type: ignore[method-assign]
         Loader.read = faulty_read  # type: ignore[method-assign]
         for name in (
@@ -137,6 +152,24 @@ class Injector:
             "remove_checkpoint",
         ):
             setattr(writer, name, self.wrap(getattr(writer, name)))
+
+    def log_seconds(self, step: str = "-") -> None:
+        """Log processor seconds: of this process so far, and of a step after its number."""
+        with (self.folder / f"seconds-{self.rank}").open("a") as file:
+            file.write(f"{os.getpid()} {time.process_time()} {step}\n")
+
+    def at_start(self, run: RunConfig) -> RunConfig:
+        """Fire the armed fault of this start; returns the config that the rank starts with."""
+        for fault in self.faults:
+            path = self.folder / fault.name
+            if self.armed(fault).exists() and not path.exists():
+                self.mark(fault)
+                return START_FAULTS[fault.kind](run, fault.detail, self.folder / "cache")
+        return run
+
+    def armed(self, fault: Fault) -> Path:
+        """The file that lets a fault fire at the next start."""
+        return self.folder / f"armed-{fault.name}"
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with a fault point before and after it."""
@@ -191,10 +224,20 @@ class Injector:
             self.hang_storage(trainer)
         if self.fires("interpreter stuck"):
             ctypes.PyDLL(None).pause()  # keeps the interpreter lock, unlike CDLL
-        for kind, number in (("SIGTERM", signal.SIGTERM), ("SIGUSR1", signal.SIGUSR1)):
+        for kind in SIGNALS:
             if self.fires(kind):
                 for _ in range(3):
-                    os.kill(os.getpid(), number)
+                    os.kill(os.getpid(), signal.Signals[kind])
+        if fault := self.fires("outcome disk full"):
+            full_disk(incidents, "write_json")
+            os.kill(os.getpid(), signal.SIGTERM)
+        if fault := self.fires("incident disk full"):
+            full_disk(incidents, "append_json_line")
+            trainer.failure_policy.watchdog.incidents.log("note", "the disk is full")
+        for fault in self.faults:
+            if fault.kind in START_FAULTS and fault in self.due(fault.kind):
+                self.armed(fault).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         for fault in self.due("checkpoint damaged"):
             trainer.checkpoints.writer.wait()
             if damage(trainer.checkpoints.folder, fault.detail):
@@ -269,6 +312,21 @@ class Injector:
         model.forward = faulty_forward
 
 
+def triple_rate(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    """A hook that lets an optimizer update with three times its rate."""
+    for group in optimizer.param_groups:
+        group["lr"] *= 3
+
+
+def full_disk(module: Any, name: str) -> None:
+    """Let a function that writes find the disk full."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    setattr(module, name, fail)
+
+
 def samples(folder: Path, world: int) -> dict[int, list[str]]:
     """Hashes of the sequences of each step over all ranks; a repeated step counts its last time."""
     steps: dict[int, dict[int, list[str]]] = {}
@@ -281,25 +339,3 @@ def samples(folder: Path, world: int) -> dict[int, list[str]]:
         step: sorted(entry for hashes in ranks.values() for entry in hashes)
         for step, ranks in steps.items()
     }
-
-
-def damage(folder: Path, detail: int) -> bool:
-    """Damage a file of the newest checkpoint: flip a bit, truncate it or remove it.
-
-    Returns whether there is a checkpoint.
-    """
-    newest = next(iter_checkpoints(folder), None)
-    if newest is None:
-        return False
-    files = sorted(path for path in newest.iterdir() if path.is_file())
-    path = files[detail % len(files)]
-    data = bytearray(path.read_bytes())
-    action = detail // len(files) % 3
-    if action == 0:
-        data[detail * 7919 % len(data)] ^= 1 << (detail % 8)
-        path.write_bytes(data)
-    elif action == 1:
-        path.write_bytes(data[: len(data) // 2])
-    else:
-        path.unlink()
-    return True

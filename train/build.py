@@ -14,7 +14,7 @@ from data.stream.mixture import Plan
 from eval.heldout import Validation
 from eval.leaderboard.jobs import SuiteJobs
 from model.flops import parameter_count, train_flops_per_token
-from model.kernels import REFERENCE, Kernels, MissingBackend, load, skipped_kernels
+from model.kernels import REFERENCE, Kernels, MissingBackend, identity, load, skipped_kernels
 from model.mamba import FalconMamba
 from model.parallel.build import build_model
 from train.batches import Batches
@@ -149,7 +149,7 @@ def agree_on_kernels(kernels: Kernels, device: str) -> None:
     """Raise InputError, on every rank, if ranks have other kernels: name, library, instructions."""
     skipped = "; ".join(skipped_kernels(kernels, device)) or "none"
     check_agreement(
-        {"kernels": kernels.name},
+        {f"kernels' {key}": value for key, value in identity(kernels, device).items()},
         f"mend its kernels, or set compute.kernels to some that all ranks have; skipped: {skipped}",
     )
 

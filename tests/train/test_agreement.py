@@ -78,7 +78,10 @@ def on_ranks(folder: Path) -> None:
     refused({"a": "xyz"[rank]}, "rank 1 on n1", "rank 0 on n0: a y instead of x; 1 other ranks")
     refused({"a": "1"} if rank else {"a": "1", "b": "2"}, "rank 0 on n0", "b 2 instead of missing")
     refused({c: "xxy"[rank] for c in "edcba"}, "a y instead of x, b y", "c y", "and 2 more")
-    with connect("cpu"), pytest.raises(InputError, match="rank 2 on n2 .* kernels reference"):
+    with (
+        connect("cpu"),
+        pytest.raises(InputError, match="rank 2 on n2 .*' backend reference"),
+    ):
         kernels = REFERENCE if rank == 2 else load(Backend.cpu, "cpu")
         agree_on_kernels(kernels, "cpu")
     not_shared(rank, folder)

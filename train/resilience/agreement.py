@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from core.files import ROOT
-from core.schema import covers, leaves
+from core.schema import covers
 from train.config import RunConfig
 from train.distributed import broadcast_text, raise_on_all_ranks
 from train.record.history import PACKAGES, to_plain
@@ -53,6 +53,15 @@ def start_facts(config: RunConfig, device: str) -> dict[str, str]:
     if device == "cpu":  # beside GPUs, processors of several kinds are normal
         facts["instruction set"] = torch.backends.cpu.get_cpu_capability()
     return facts
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value inside dicts and lists with its dotted key."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(entry, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def sources_hash() -> str:

@@ -123,7 +123,8 @@ def write_shards(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
             save_file(tensors, folder / f"{stem}.safetensors")
             (folder / f"{stem}.json").write_text(json.dumps(shards))
             files |= {
-                f"{stem}.{kind}": {"bytes": 0, "sha256": ""} for kind in ("json", "safetensors")
+                f"{stem}.{kind}": {"bytes": 0, "sha256": "0" * 64}
+                for kind in ("json", "safetensors")
             }
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 

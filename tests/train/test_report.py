@@ -53,7 +53,7 @@ def write_run(folder: Path, loss_offset: float) -> Path:
     }
     (folder / "incidents.jsonl").write_text(json.dumps(incident) + "\n")
     (folder / "checkpoints" / "step-00000060").mkdir(parents=True)
-    manifest = {"files": {"a.safetensors": {"bytes": 2**30, "sha256": "0"}}}
+    manifest = {"files": {"rank-00000.json": {"bytes": 2**30, "sha256": "0" * 64}}}
     (folder / "checkpoints" / "step-00000060" / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

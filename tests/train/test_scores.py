@@ -33,7 +33,8 @@ SUITES = ["v1", "v2"]
 def write_checkpoint(run: Path, step: int, tokens: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / STATE).write_text(json.dumps({"tokens": tokens}))
+    state = {"format": 1, "tokens": tokens, "step": step, "updates": step, "plan": "", "model": {}}
+    (folder / STATE).write_text(json.dumps(state))
     (folder / MANIFEST).write_text("{}")
     return folder
 

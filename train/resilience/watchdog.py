@@ -208,11 +208,13 @@ class Watchdog:
             silent = []
         elif silent:
             text += f"no heartbeat from {self._names(lambda rank: peers[rank][0] in silent)}"
-        else:
-            slowest = min((peer.progress for peer, _ in peers.values()), default=None)
+        elif peers:
+            slowest = min(peer.progress for peer, _ in peers.values())
             text += (
                 f"furthest behind: {self._names(lambda rank: peers[rank][0].progress == slowest)}"
             )
+        else:
+            text += "no heartbeats were read"
         self._end("hang", text, silent)
 
     def _names(self, is_named: Callable[[int], bool]) -> str:

@@ -22,7 +22,7 @@ from core.compose import CONFIGS, compose_config, composing, convert
 from core.config_errors import format_error
 from core.entry import format_commands
 from core.errors import InputError, exit_with_error
-from core.launcher import check_launcher, check_locale
+from core.launcher import check_launcher, check_text
 from core.old_keys import given_keys
 from core.overrides import parse_arguments, rewrite_overrides
 from core.schema import config_keys
@@ -54,7 +54,7 @@ def command(schema: type[Schema]) -> Callable[[Callable[[Schema], None]], Callab
             log.init_logger()
             try:
                 words = sys.argv[1:]
-                check_locale(words)
+                check_text(words)
                 check_launcher()
                 arguments = parse_arguments(words)
                 if shows_only(arguments):

@@ -3,6 +3,7 @@
 Imports neither hydra nor any other package of an extra.
 """
 
+import locale
 import os
 import re
 import runpy
@@ -35,9 +36,13 @@ COMMAND_PATTERN = re.compile(
 def explain_missing_extras() -> None:
     """Exit with a one-line error when an import fails because an extra is not installed.
 
-    Ctrl-C is one line, too, until a command handles it. Commands call this after they set sys.path
-    and before their other imports.
+    Ctrl-C is one line, too, until a command handles it. Under a locale without UTF-8, in which
+    torch cannot be imported, the command starts again in Python's UTF-8 mode. Commands call this
+    after they set sys.path and before their other imports.
     """
+    if locale.getencoding().lower() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     default_hook = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -48,17 +48,17 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def check_locale(arguments: list[str]) -> None:
-    """Raise InputError if this process cannot read its arguments or its folder as text."""
+def check_text(arguments: list[str]) -> None:
+    """Raise InputError if the arguments or the working folder are not text."""
     words = [*arguments, os.getcwd()]
     unreadable = next((word for word in words if is_undecoded(word)), None)
     if unreadable is not None:
         raise InputError(
-            f"{unreadable.encode(errors='backslashreplace').decode()} is not text in the encoding "
-            f"{sys.getfilesystemencoding()}: set PYTHONUTF8=1, or LC_ALL to a locale with UTF-8"
+            f"{unreadable.encode(errors='backslashreplace').decode()} is not UTF-8: write it in "
+            "UTF-8, or rename the folder"
         )
 
 
 def is_undecoded(word: str) -> bool:
-    """Whether a word holds bytes that the file system's encoding could not decode."""
+    """Whether a word holds bytes that Python could not decode."""
     return any("\udc80" <= character <= "\udcff" for character in word)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm import attempts
 from launch.slurm.attempts import excluded_nodes, record_end, record_start
 from train.resilience.incidents import Outcome
 
@@ -24,6 +25,21 @@ def test_the_outcome_decides_and_not_the_exit_code(tmp_path: Path, code: int, ve
     start(tmp_path)
     Outcome(code, "why").write(tmp_path)
     assert record_end(tmp_path, 143, 3, tmp_path / "bad.txt") == (verdict, "why")
+
+
+@pytest.mark.parametrize("code, verdict", [(0, "done"), (75, "requeue"), (2, "stop")])
+def test_the_exit_code_decides_where_a_full_disk_left_no_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, verdict: str
+) -> None:
+    """Not even attempts.jsonl can be written; a crash that cannot be counted is not repeated."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(attempts, "append_json_line", full)
+    assert record_end(tmp_path, code, 3, tmp_path / "bad.txt")[0] == verdict
+    crash, reason = record_end(tmp_path, 1, 3, tmp_path / "bad.txt")
+    assert crash == "stop" and "attempts.jsonl cannot be written" in reason
 
 
 def test_an_outcome_of_an_earlier_start_is_ignored(tmp_path: Path) -> None:

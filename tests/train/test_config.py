@@ -22,13 +22,13 @@ from launch.jobs.torchrun import quiet
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
-from tests.commands import TIMEOUT_SECONDS, forked
+from tests.commands import TIMEOUT_SECONDS, forked, python
 from tests.compose import run_config
 from train.build import log_run_summary
 from train.checkpoint.manager import TrainState
 from train.config import EngineKind
 from train.costs.memory import check_memory, estimate_memory
-from train.device import check_device
+from train.device import check_device, free_of_cgroups
 from train.distributed import Ranks
 from train.schedule import Schedule
 
@@ -130,6 +130,30 @@ def test_too_little_memory_is_refused_with_alternatives() -> None:
     for part in ("has 24.0 GiB", "+experiment=demo", "32 nodes"):
         assert part in text
     check_memory(run_config("demo"), 2, 2, "cpu", 2 * 2**30)
+
+
+def test_memory_limits_of_process_and_control_groups_count(tmp_path: Path) -> None:
+    """Version 2 below a limited parent; version 1, whose cached files count as free."""
+    files = {
+        "memory.max": "max",
+        "job/memory.max": "3000",
+        "job/memory.current": "1000",
+        "job/memory.stat": "anon 900\ninactive_file 50\nactive_file 50\n",
+        "job/step/memory.max": "max",
+        "memory/v1/memory.limit_in_bytes": "7000",
+        "memory/v1/memory.usage_in_bytes": "6000",
+        "memory/v1/memory.stat": "total_inactive_file 300\ntotal_active_file 200\n",
+        "process": "7:cpu,cpuacct:/x\n3:memory:/v1\n0::/job/step\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert sorted(free_of_cgroups(tmp_path, tmp_path / "process")) == [1500, 2100]
+    assert free_of_cgroups(tmp_path, tmp_path / "none") == []
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); "
+    limited += "from train.device import available_bytes; print(available_bytes('cpu'))"
+    result = python("-c", limited)
+    assert 0 < int(result.stdout) < 2**40, result.stderr
 
 
 def test_torchrun_prints_the_error_once_without_a_traceback() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from core import files
 from core.errors import InputError
 from core.log import BestEffortStream
 from core.records import read_typed_lines
@@ -287,6 +289,56 @@ def test_stop_request_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StopRequest(2000.0, 1000.0).reason() == "stopped by Slurm's time limit"
     stop_request.why, stop_request.parent = None, -1
     assert stop_request.reason() == "stopped because its launcher ended"
+
+
+@pytest.mark.parametrize("text", ["Unknown", "", "NONE", "nan", "inf", "0", "1e999", "2026-11-30"])
+def test_an_end_time_of_slurm_that_is_none_is_a_warning(
+    text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+    monkeypatch.setattr(logging.getLogger("train"), "propagate", True)
+    assert StopRequest(None, 600.0).reason() is None
+    (line,) = caplog.messages
+    assert line.startswith(f"SLURM_JOB_END_TIME is {text!r}, no time to come")
+
+
+@pytest.mark.fault("a full disk at the start, in the build and at the end", "exit 2 and outcome")
+def test_a_full_disk_ends_with_an_outcome(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcome is written into reserved space; where none was free, the exit code says it."""
+    run = config(tmp_path, "run")
+    write_atomic = files.write_atomic
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def body(watch: Any, stop_request: Any) -> Outcome:
+        monkeypatch.setattr(files, "write_atomic", full)
+        files.write_text(run.run.folder / "config.yaml", "")
+        return Outcome(0, "not reached")
+
+    with pytest.raises(InputError, match="No space left on device: free space on the disk of"):
+        run_context(run.run, run.health, ranks, body)
+    outcome = read_outcome(run.run.folder)
+    assert outcome is not None and outcome.code == 2 and "free space" in outcome.reason
+    monkeypatch.setattr(files, "write_atomic", write_atomic)
+    left = ["heartbeats", "outcome.json"]
+    assert sorted(path.name for path in run.run.folder.iterdir()) == left
+
+    write_bytes = Path.write_bytes
+    for name in ("run.lock.", "outcome.space"):
+
+        def write(path: Path, content: bytes, name: str = name) -> int:
+            if path.name.startswith(name):
+                path.touch()
+                full()
+            return write_bytes(path, content)
+
+        monkeypatch.setattr(Path, "write_bytes", write)
+        with pytest.raises(InputError, match=r"cannot be written \(.*No space left"):
+            run_context(run.run, run.health, ranks, lambda *_: pytest.fail("it ran"))
+        assert sorted(path.name for path in run.run.folder.iterdir()) == left
 
 
 @pytest.mark.parametrize(

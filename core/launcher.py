@@ -1,14 +1,21 @@
-"""Check what a launcher says in the environment, before anything reads it."""
+"""What a launcher says: its variables, checked before anything reads them, and its signals."""
 
 import os
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
 
 from core.errors import InputError
 
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 RANKS = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
 OTHER_NUMBERS = ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by a rank, to find the others
 
 
@@ -62,3 +69,17 @@ def check_text(arguments: list[str]) -> None:
 def is_undecoded(word: str) -> bool:
     """Whether a word holds bytes that Python could not decode."""
     return any("\udc80" <= character <= "\udcff" for character in word)
+
+
+def handled_signals() -> list[signal.Signals]:
+    """The signals that ask to stop: SIGHUP only if nohup does not have this process ignore it.
+
+    SIGINT and SIGQUIT always, since scripts ignore them in whatever they start with `&`.
+    """
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignores_hangup and number == signal.SIGHUP)]
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Call `handler` at each of handled_signals(); returns the handlers before."""
+    return {number: signal.signal(number, handler) for number in handled_signals()}

@@ -27,6 +27,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "entry",
             "errors",
             "files",
+            "launcher",
             "log",
             "old_keys",
             "overrides",

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 from core.files import ROOT
+from core.launcher import handle_signals
 from core.run import RunFiles
 from launch.jobs.sweep import SCRIPTS, Job
 from launch.jobs.torchrun import SHUTDOWN_SECONDS
 from train.resilience.incidents import FINISHED, INTERRUPTED, read_outcome
-from train.resilience.stop_request import handle_signals
 
 logger = logging.getLogger(__name__)
 

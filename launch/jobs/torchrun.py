@@ -21,8 +21,8 @@ from typing import Any
 
 from core.entry import shadowing_file
 from core.errors import USER_ERROR, exit_with_error
+from core.launcher import handled_signals
 from train.resilience.incidents import INTERRUPTED
-from train.resilience.stop_request import handled_signals
 
 REPORTED = (USER_ERROR, INTERRUPTED)  # exit codes whose reason a worker has printed
 # Until torchrun kills ranks that save after a signal (its own: 30 s). The watchdog ends a rank that

@@ -9,16 +9,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
+
+from core.launcher import handle_signals
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
 
 
 class StopRequest:
@@ -55,20 +50,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.why is None:
             self.why = f"stopped by {signal_name(number)}"
-
-
-def handled_signals() -> list[signal.Signals]:
-    """The signals that ask to stop: SIGHUP only if nohup does not have this process ignore it.
-
-    SIGINT and SIGQUIT always, since scripts ignore them in whatever they start with `&`.
-    """
-    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in SIGNALS if not (ignores_hangup and number == signal.SIGHUP)]
-
-
-def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Call `handler` at each of handled_signals(); returns the handlers before."""
-    return {number: signal.signal(number, handler) for number in handled_signals()}
 
 
 def seconds_to_slurm_end() -> float | None:

@@ -21,6 +21,7 @@ RENAMES = {
 }
 # who may open files for writing, and why
 WRITES = {
+    "core/log.py": "a closed standard stream, to /dev/null",
     "data/pipeline/megatron.py": "shards in a build folder, synced when a task ends",
     "data/pipeline/minhash.py": "a `.part` folder, synced by publish_folder",
     "data/pipeline/shard.py": "shards in a build folder, synced when a task ends",
@@ -32,6 +33,7 @@ WRITES = {
     "launch/slurm/attempts.py": "appends lines",
     "model/hf_writer.py": "weights in a `.part` folder, synced by publish_folder",
     "train/checkpoint/writer.py": "the checkpoint, with its own order of syncs",
+    "train/resilience/incidents.py": "the outcome, in space reserved for a full disk",
     "train/metrics/records.py": "appends lines",
     "train/resilience/last_words.py": "stacks of a rank that hangs, which must not wait for a sync",
     "train/resilience/run_lock.py": "the lock",

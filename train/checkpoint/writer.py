@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.files import fsync_dir, sha256_of, write_json
+from core.files import fsync_dir, make_folder, sha256_of, write_json
 from core.records import DamagedRecord
 from core.run import MANIFEST, STEP_NAME
 from model.checkpoint import STATE, TensorShard, read_state, read_tokens
@@ -140,7 +140,7 @@ class CheckpointWriter:
         return error
 
     def _create(self, part: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for stale in self.folder.iterdir():
             if PART_NAME.fullmatch(stale.name) and is_folder(stale):
                 shutil.rmtree(stale)

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from core.errors import USER_ERROR
-from core.files import append_json_line, fsync_files, write_json
+from core.files import append_json_line, fsync_files, rename, write_json
 from core.records import Count, read_or_rebuild, read_typed_lines
 from core.run import RunFiles
 
@@ -110,7 +110,7 @@ class Outcome:
                 file.write((json.dumps(content) + "\n").encode())
                 file.truncate()
                 os.fsync(file.fileno())
-            files.outcome_space.replace(files.outcome)
+            rename(files.outcome_space, files.outcome)
         except OSError as error:
             logger.warning(f"cannot write outcome.json: {error}")
 

@@ -2,20 +2,24 @@
 
 import ast
 import inspect
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from core.errors import InputError
 from core.files import ROOT
+from data.config import PrepareConfig
 from data.pipeline import accounting, minhash
-from data.pipeline.executors import SlurmArray
+from data.pipeline.executors import SlurmArray, SlurmExecutor
 from data.pipeline.tasks import SingleTaskExecutor, set_exclusion_writers
 from data.readers.archives import read_record
 from data.readers.web import decompress
 from data.recipes.classifiers import load_model
 from data.recipes.extraction import MainTextExtractor
 from data.recipes.urls import make_blocklist_filter
+from tests.compose import typed
 
 # package -> (version read, our code that relies on it -> the behaviour)
 READ = {
@@ -95,3 +99,16 @@ def test_block_lists_are_shared_and_counts_are_not(tmp_path: Path) -> None:
     assert first.block_listed_domains is second.block_listed_domains == {"casino-lists.com"}
     first.stat_update("total")
     assert "total" in first.stats.stats and "total" not in second.stats.stats
+
+
+@pytest.mark.parametrize(
+    ("folder", "changed", "key"),
+    [("a b", {}, "data.folder"), ("50%j", {}, "data.folder"), ("a", {"qos": "x y"}, "executor.qos")],
+)
+def test_a_text_that_datatrove_would_not_quote_is_refused(
+    folder: str, changed: dict[str, str], key: str, tmp_path: Path
+) -> None:
+    slurm = typed(PrepareConfig, "demo", "executor=slurm", "executor.partition=cpu").executor
+    with pytest.raises(InputError, match=f"^{key} is .*: with executor=slurm set one of letters"):
+        SlurmExecutor(replace(slurm, **changed), 1, tmp_path / folder)
+    assert SlurmExecutor(slurm, 1, tmp_path / "plain").describe().startswith("Slurm partition cpu")

@@ -3,6 +3,7 @@
 Mutations are drawn with a fixed seed, so that a failure repeats.
 """
 
+import gzip
 import json
 import logging
 import random
@@ -21,6 +22,9 @@ from core.run import Run, RunFiles
 from core.sweep import SWEEP, read_points
 from data.pipeline import accounting, fingerprints
 from data.readers.listing import INPUT_LIST, read_pinned
+from data.recipes.decontamination import evaluation_ngrams
+from data.recipes.urls import BlocklistFilter
+from data.stream.documents import read_clean
 from eval.config import JobsConfig, Launcher
 from eval.hf.exported import read_export
 from eval.leaderboard.jobs import SuiteJobs
@@ -293,3 +297,26 @@ def test_damaged_list_of_jobs_starts_none_twice(tmp_path: Path) -> None:
     jobs.record.write_text("{")
     jobs._due = lambda started: pytest.fail("it looked for jobs")  # type: ignore[method-assign]
     assert jobs.poll(now=True) == [] and jobs.record.read_text() == "{"
+
+
+@pytest.mark.parametrize("raw", [b"[1]\n", b"{}\n", b"\xff\n", b"[" * 10**5, None])
+def test_damaged_clean_documents_are_one_line(tmp_path: Path, raw: bytes | None) -> None:
+    path = tmp_path / "00000.jsonl.gz"
+    good = b'{"text": "a"}\n'
+    path.write_bytes(gzip.compress(good * 2)[:-9] if raw is None else gzip.compress(good + raw))
+    rows = read_clean(path)
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(InputError, match=r"00000.jsonl.gz is damaged \(.*prepare the data again"):
+        list(rows)
+
+
+def test_users_lists_that_are_not_utf8_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="list.txt is not UTF-8"):
+        BlocklistFilter(str(path))
+    for line in (b"\xff\n", b"[" * 10**5):
+        path.write_bytes(line)
+        with pytest.raises(InputError, match="list.txt:1 is not JSON"):
+            evaluation_ngrams(str(path))
+        evaluation_ngrams.cache_clear()

@@ -9,8 +9,6 @@ version 1 dropped, nor, in records before 0.2, the input's sizes, `text_key` and
 passes (14x8 or 93x15, 50 tokens or 100).
 """
 
-import gzip
-import json
 import logging
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -28,7 +26,7 @@ from data.pipeline.shard_jobs import shard_jobs
 from data.pipeline.workers import lock_folder
 from data.readers.listing import Listing, read_pinned_list
 from data.readers.normalize import normalize
-from data.stream.documents import document_ends
+from data.stream.documents import document_ends, read_clean
 from data.stream.manifests import (
     MANIFEST,
     Manifest,
@@ -52,9 +50,7 @@ FIX = "use the config that it was prepared with"
 
 def is_normalized(path: Path) -> bool:
     """Whether every clean document of a file has the characters that the readers make."""
-    with gzip.open(path) as lines:
-        texts = (json.loads(line)["text"] for line in lines)
-        return all(normalize(text) == text for text in texts)
+    return all(normalize(row["text"]) == row["text"] for row in read_clean(path))
 
 
 class Adoption:

@@ -3,9 +3,8 @@
 One file without scripts or external resources, so that it can be mailed or kept with a run.
 """
 
-import gzip
-import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,7 +16,7 @@ from core.records import read_if_present
 from core.templates import render
 from data.config import DataConfig
 from data.pipeline.accounting import StepCounts, ranked_reasons
-from data.stream.documents import document_ends
+from data.stream.documents import document_ends, read_clean
 from data.stream.loader import compile_plan
 from data.stream.manifests import Manifest, source_folder
 from data.stream.packing import packing_table, plan_table, stage_tokens
@@ -60,11 +59,9 @@ def domains(folder: Path, samples: int) -> list[tuple[str, int]]:
     files = sorted(folder.glob("*.jsonl.gz"))
     hosts: Counter[str] = Counter()
     for path in files:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for _, line in zip(range(max(1, samples // len(files))), lines, strict=False):
-                url = json.loads(line).get("url")
-                if url:
-                    hosts[urlsplit(url).netloc] += 1
+        for row in islice(read_clean(path), max(1, samples // len(files))):
+            if url := row.get("url"):
+                hosts[urlsplit(url).netloc] += 1
     return hosts.most_common(TOP_DOMAINS)
 
 

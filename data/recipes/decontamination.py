@@ -42,11 +42,11 @@ def iter_strings(value: object) -> Iterator[str]:
 def evaluation_ngrams(path: str) -> frozenset[int]:
     """N-gram hashes of every string in every row of a jsonl file."""
     ngrams: set[int] = set()
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open("rb") as lines:
         for line_number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{path}:{line_number} is not JSON ({error}): fix data.assets.evaluations"
                 ) from error

@@ -38,11 +38,15 @@ class BlocklistFilter(URLFilter):
                 f"no block list at {path}: set data.assets.url_blocklist.path to a file, or to "
                 "null for datatrove's lists"
             )
-        domains = (
-            None
-            if path is None
-            else [line for line in Path(path).read_text().splitlines() if line.strip()]
-        )
+        domains = None
+        if path is not None:
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+            except UnicodeError as error:
+                raise InputError(
+                    f"block list {path} is not UTF-8 ({error}): fix data.assets.url_blocklist"
+                ) from error
+            domains = [line for line in text.splitlines() if line.strip()]
         super().__init__(extra_domains=domains, use_integrated_lists=path is None)
         self.tldextractor = TLDExtract(suffix_list_urls=())  # use the packaged list
 

@@ -1,6 +1,11 @@
 """Documents of a source's shards by index: for looking at data, not for training."""
 
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +28,24 @@ def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
     if len(ends) != file.documents or (file.documents and ends[-1] != file.tokens):
         raise InputError(f"{path} is not the index of {file.name}; prepare the source again")
     return ends
+
+
+def read_clean(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of clean documents, each with its `text`.
+
+    Raises InputError if the file is damaged.
+    """
+    try:
+        with gzip.open(path) as lines:
+            for line in lines:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError("a row has no text")
+                yield row
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): remove {path.parent} and prepare the data again"
+        ) from error
 
 
 class Documents:

@@ -26,7 +26,6 @@ from data.recipes.decontamination import evaluation_ngrams
 from data.recipes.urls import BlocklistFilter
 from data.stream.documents import read_clean
 from eval.config import JobsConfig, Launcher
-from eval.hf.exported import read_export
 from eval.leaderboard.jobs import SuiteJobs
 from eval.leaderboard.stored import read_stored
 from launch.collect import run_results
@@ -132,7 +131,6 @@ KINDS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
         {"checkpoint": "step-00000004", "heldout": {"all": HELDOUT}, "sample": "a"},
         use_evaluation,
     ),
-    "export.json": ({"checkpoint": "step-00000004", "files": {"a": 1}}, read_export),
     SWEEP: ({"points": {"lr-1": {"optim.lr": "1"}}}, lambda path: read_points(path.parent)),
     "config.yaml": (
         {

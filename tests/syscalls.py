@@ -80,7 +80,7 @@ class Disk:
             self.new_names = {
                 name: folder for name, folder in self.new_names.items() if folder != paths[0]
             }
-        elif call.name in RENAMES:
+        elif call.name in RENAMES and len(paths) == 2:
             self._rename(*paths)
         else:
             self._add(paths[0])

@@ -103,7 +103,11 @@ def test_block_lists_are_shared_and_counts_are_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "changed", "key"),
-    [("a b", {}, "data.folder"), ("50%j", {}, "data.folder"), ("a", {"qos": "x y"}, "executor.qos")],
+    [
+        ("a b", {}, "data.folder"),
+        ("50%j", {}, "data.folder"),
+        ("a", {"qos": "x y"}, "executor.qos"),
+    ],
 )
 def test_a_text_that_datatrove_would_not_quote_is_refused(
     folder: str, changed: dict[str, str], key: str, tmp_path: Path

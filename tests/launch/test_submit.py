@@ -105,7 +105,7 @@ def test_a_printed_script_ends_where_its_marker_says(
     prompt = f"generate.prompt='a\nEND\ntouch {tmp_path}/x\n'"
     words = ["+experiment=demo", f"run.dir={tmp_path}/run", prompt, "--dry-run"]
     assert call_submit(monkeypatch, *words, "--stages", "prepare") == 0
-    shown = capsys.readouterr().out.strip()
+    shown = capsys.readouterr().out.partition("\n\n")[2].strip()
     assert shown.startswith("# sbatch --parsable <<'END_'\n") and shown.endswith("\nEND_")
     command = shown.replace("# sbatch --parsable <<", "cat <<", 1)
     read = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True)

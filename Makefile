@@ -67,8 +67,8 @@ soak: install  ## the demo under FAULTS seeded faults of all kinds, bit for bit 
 	$(BIN)/python data/prepare.py +experiment=demo
 	$(BIN)/python -m tests.soak --faults $(FAULTS)
 
-faults: install  ## every fault of train/README.md's table, the long ones too, and a table of what was measured
-	$(BIN)/python -m pytest -q tests/train --faults
+faults: install  ## every fault of docs/design/faults.md, the long ones too, and a table of what was measured
+	$(BIN)/python -m pytest -q --faults
 
 matrix: install  ## every layout of up to 16 ranks x engine x precision against one rank: half an hour on two cores
 	$(BIN)/python -m pytest -q tests/train/test_matrix.py --slow

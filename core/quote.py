@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from core.errors import InputError
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 PLAIN_OPTION = re.compile(r"[\w./:=,@%+-]+", re.A)
 
 

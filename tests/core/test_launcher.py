@@ -94,7 +94,9 @@ def test_arguments_that_are_no_text_are_one_line() -> None:
 
 def test_ctrl_c_before_a_command_handles_it_is_one_line() -> None:
     result = run(
-        "from core.entry import explain_missing_extras; explain_missing_extras(); import os; "
+        # as in a terminal: a background job of a shell ignores Ctrl-C
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from core.entry import explain_missing_extras; explain_missing_extras(); "
         "os.kill(os.getpid(), 2)"
     )
     assert result.stderr == "error: stopped by Ctrl-C\n"

@@ -17,7 +17,7 @@ class VerifyShards(Enum):
 
 @dataclass
 class HealthConfig:
-    """Limits for failing steps, ranks and starts; train/README.md lists the failures."""
+    """Limits for failing steps, ranks and starts; docs/design/faults.md lists the failures."""
 
     max_skipped_updates: Count  # consecutive skipped updates before the run stops
     spike_window_updates: Count  # number of past losses that define a spike

@@ -61,14 +61,17 @@ class Injector:
     """Patches the code of this process with the faults of one rank."""
 
     def __init__(self, faults: list[Fault], folder: Path, rank: int) -> None:
+        self.folder = folder  # outside the run's folder
         self.faults = [fault for fault in faults if fault.rank == rank]
+        # an armed one fires at this start, which another may then end
         self.pending = [
-            f.name for f in faults if f.kind in ENDING and not (folder / f.name).exists()
+            f.name
+            for f in faults
+            if f.kind in ENDING and not (folder / f.name).exists() and not self.armed(f).exists()
         ]
         self.hangs = [
             folder / f.name for f in faults if f.kind in HANGS and not (folder / f.name).exists()
         ]
-        self.folder = folder  # outside the run's folder
         self.rank = rank
         folder.mkdir(exist_ok=True)
         self.num_points = 0  # fault points passed

@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from core import log
+from core.records import read_typed_lines
 from tests.start_faults import REFUSED
 from train.config import RunConfig
-from train.metrics.records import read_lines
 from train.resilience.incidents import read_outcome
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -61,10 +61,10 @@ def supervise(
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     record = log_dir / "starts.jsonl"
-    while len(read_lines(record)) < limit:
+    while len(starts_of(record)) < limit:
         outcome = read_outcome(run.run.folder)
         if outcome is not None and outcome.code in (0, 2):
-            if outcome.code == 0 or not is_expected(log_dir, faults, read_lines(record)):
+            if outcome.code == 0 or not is_expected(log_dir, faults, starts_of(record)):
                 break
             run.run.files.outcome.unlink()  # somebody has mended what the reason names
         codes: list[int] = []
@@ -76,8 +76,13 @@ def supervise(
                 file.write(
                     json.dumps({"codes": codes, "seconds": time.monotonic() - started_at}) + "\n"
                 )
-    starts = read_lines(record)
+    starts = starts_of(record)
     return History([start["codes"] for start in starts], sum(start["seconds"] for start in starts))
+
+
+def starts_of(record: Path) -> list[dict[str, Any]]:
+    """Exit codes and seconds of every start so far."""
+    return list(read_typed_lines(record, dict[str, Any]))
 
 
 def is_expected(log_dir: Path, faults: list[Any], starts: list[dict[str, Any]]) -> bool:

@@ -18,6 +18,7 @@ from model.flops import parameter_shapes
 from model.hf import HfFolder, config_differences, hf_config, tensor_names, to_hf
 from model.hf_writer import INDEX, Entry, File, Layout, plan_files, write_files
 from model.mamba import FalconMamba
+from model.parameters import shard_spec
 from model.sharding import shard
 from tests.compose import run_config
 from tests.tiny import TINY, model_of
@@ -113,6 +114,8 @@ def write_shards(folder: Path, model: FalconMamba, tp: int, dp: int) -> None:
             shards = []
             tensors = {}
             for name, parameter in model.named_parameters():
+                if shard_spec(name) is None and tp_rank > 0:
+                    continue  # the first rank writes what all have
                 flat = shard(name, parameter.detach(), tp_rank, tp).flatten()
                 low, high = (len(flat) * (dp_rank + side) // dp for side in (0, 1))
                 tensor_shard = TensorShard(

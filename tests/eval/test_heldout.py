@@ -27,7 +27,6 @@ from eval.heldout import Validation, evaluate
 from eval.leaderboard.jobs import SuiteJobs
 from eval.model_source import find_checkpoint, load_model
 from eval.run import combine_scores
-from model.checkpoint import read_state
 from model.hf import load_hf_weights
 from tests.commands import wait_until
 from tests.eval.conftest import MODEL
@@ -105,7 +104,9 @@ def test_leaked_documents_are_found(
     with pytest.raises(InputError, match="1 of prose in sums"):
         check_leakage(ready)
     manifest = open_manifests(data)["prose"]
-    manifest.splits["train"][0] = manifest.splits["heldout"][0]
+    heldout = manifest.splits["heldout"][0]
+    shutil.copy(source_folder(data, "prose") / heldout.name, source_folder(data, "prose") / "c.ds")
+    manifest.splits["train"][0] = replace(heldout, name="c.ds")
     write_manifest(source_folder(data, "prose"), manifest)
     with pytest.raises(InputError, match="is also a training file of prose"):
         Validation(data, open_manifests(data), SETTINGS)
@@ -130,9 +131,7 @@ def test_suite_jobs_report_their_scores(
     """
     monkeypatch.setattr("eval.leaderboard.jobs.POLL_SECONDS", 0.0)
     folder = find_checkpoint(config)
-    monkeypatch.setattr(
-        "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
-    )
+    monkeypatch.setattr("eval.leaderboard.jobs.read_tokens", lambda step: 250)
     metrics = config.run.folder / "metrics.jsonl"
     # the run has trained past its checkpoint
     metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')
@@ -184,9 +183,7 @@ def test_slurm_gets_one_job_per_suite(
     run = replace(config.run, dir=str(tmp_path / "run"))
     run.folder.mkdir()
     run.files.checkpoints.symlink_to(config.run.files.checkpoints)
-    monkeypatch.setattr(
-        "eval.leaderboard.jobs.read_state", lambda step: {**read_state(step), "tokens": 250}
-    )
+    monkeypatch.setattr("eval.leaderboard.jobs.read_tokens", lambda step: 250)
     SuiteJobs(run, JobsConfig(["leaderboard_v2"], 100, Launcher.slurm, ["--gpus=1"], [])).poll()
     arguments = tmp_path / "arguments"
     wait_until(

@@ -33,7 +33,7 @@ def test_the_exit_code_decides_where_a_full_disk_left_no_outcome(
 ) -> None:
     """Not even attempts.jsonl can be written; a crash that cannot be counted is not repeated."""
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(attempts, "append_json_line", full)

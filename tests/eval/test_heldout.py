@@ -134,7 +134,8 @@ def test_suite_jobs_report_their_scores(
     monkeypatch.setattr("eval.leaderboard.jobs.read_tokens", lambda step: 250)
     metrics = config.run.folder / "metrics.jsonl"
     # the run has trained past its checkpoint
-    metrics.write_text('{"step": 3, "tokens": 300, "loss": 1.0}\n')
+    step = {"step": 3, "tokens": 300, "loss": 1.0, "grad_norm": 1.0, "skipped": False}
+    metrics.write_text(json.dumps({**step, "stage": "only", "source_loss": {}}) + "\n")
     row = (
         "[{label: choice, task: local_choice, shots: 0, metrics: ['acc,none'], floor: 0, floors: "
         "{}, by_size: true}]"

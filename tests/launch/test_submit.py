@@ -235,8 +235,8 @@ def fake_torchrun(folder: Path, text: str) -> list[str]:
     prelude = f"import json, os, pathlib, signal, sys, time\nrun = pathlib.Path({str(folder)!r})\n"
     prelude += "open(run / 'starts', 'a').write('x')\n"
     prelude += (
-        "def finish(code): (run / 'outcome.json').write_text(json.dumps({'code': code, 'reason': "
-        "'requested'}))\n"
+        "def finish(code): (run / 'outcome.json').write_text(json.dumps("
+        "{'outcome': 'by test', 'code': code, 'reason': 'requested'}))\n"
     )
     path.write_text(prelude + text)
     return [sys.executable, str(path)]

@@ -39,7 +39,9 @@ GATES = (
     "tests/train/test_matrix.py",
     "tests/train/test_replicas.py",
     "tests/train/test_tampering.py::test_a_fault_that_one_rank_reads_ends_the_start_on_every_rank",
-    "tests/train/test_signals.py::test_torchrun",
+    "tests/train/test_signals.py::test_torchrun_saves_and_leaves",
+    "tests/train/test_signals.py::test_torchrun_under_nohup_goes_on",
+    "tests/train/test_signals.py::test_torchrun_without_the_plugin",
     "tests/train/test_torchrun.py",
     "tests/train/test_traffic.py",
 )

@@ -71,14 +71,11 @@ def build_trainer(
     phases = Phases(watchdog.enter_phase)
     with errors_on_all_ranks():
         kernels = load_kernels(config.compute, ranks.device.type)
-    agree_on_kernels(kernels, ranks.device.type)
-    check_agreement({"the data plan's hash": plan.hash_at(schedule.total)})
+    agree_on_build(kernels, ranks.device.type, plan.hash_at(schedule.total))
     model = build_rank_model(config, kernels, ranks)
     context = context_ranks() if ranks.cp_size > 1 else None
     model.set_context(context)
-    checkpoints = CheckpointManager(
-        config.run.files.checkpoints, config.checkpoint, ranks, schedule.stage_ends, watchdog.beat
-    )
+    checkpoints = build_checkpoints(config, ranks, schedule.stage_ends, watchdog)
     origin = find_origin(config, record, plan, checkpoints, ranks)
     initial = load_initial_weights(model, config, ranks) if origin is None else None
     if config.compute.compile:
@@ -94,7 +91,6 @@ def build_trainer(
         config.health, ranks, engine, replica_check, checkpoints, phases, watchdog
     )
     failure_policy.spike_detector.load(state.health)
-    checkpoints.writer.before_commit = lambda: sync_records(config.run.folder)
     if state.tokens < schedule.total:
         record_start(config, record, state, origin, initial, ranks, watchdog.incidents)
     watchdog.beat()
@@ -145,13 +141,25 @@ def load_kernels(config: Compute, device: str) -> Kernels:
     return kernels
 
 
-def agree_on_kernels(kernels: Kernels, device: str) -> None:
-    """Raise InputError, on every rank, if ranks have other kernels: name, library, instructions."""
+def agree_on_build(kernels: Kernels, device: str, plan_hash: str) -> None:
+    """Raise InputError, on every rank, if ranks have other kernels or another order of the data."""
     skipped = "; ".join(skipped_kernels(kernels, device)) or "none"
     check_agreement(
         {f"kernels' {key}": value for key, value in identity(kernels, device).items()},
         f"mend its kernels, or set compute.kernels to some that all ranks have; skipped: {skipped}",
     )
+    check_agreement({"the data plan's hash": plan_hash})
+
+
+def build_checkpoints(
+    config: RunConfig, ranks: Ranks, stage_ends: frozenset[int], watchdog: Watchdog
+) -> CheckpointManager:
+    """Build the checkpoints of the run, whose records are synced before each commit."""
+    checkpoints = CheckpointManager(
+        config.run.files.checkpoints, config.checkpoint, ranks, stage_ends, watchdog.beat
+    )
+    checkpoints.writer.before_commit = lambda: sync_records(config.run.folder)
+    return checkpoints
 
 
 def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:

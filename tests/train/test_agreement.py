@@ -13,7 +13,7 @@ from model.kernels import REFERENCE, load
 from tests.distributed import run_ranks
 from tests.small import config
 from train import run_context
-from train.build import agree_on_kernels
+from train.build import agree_on_build
 from train.distributed import connect
 from train.resilience import agreement
 from train.resilience.agreement import check_agreement, start_facts
@@ -83,7 +83,7 @@ def on_ranks(folder: Path) -> None:
         pytest.raises(InputError, match="rank 2 on n2 .*' backend reference"),
     ):
         kernels = REFERENCE if rank == 2 else load(Backend.cpu, "cpu")
-        agree_on_kernels(kernels, "cpu")
+        agree_on_build(kernels, "cpu", "plan")
     not_shared(rank, folder)
 
 

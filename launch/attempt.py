@@ -22,7 +22,8 @@ from core.entry import explain_missing_extras
 explain_missing_extras()
 
 from core import log
-from core.errors import exit_with_error
+from core.errors import InputError, exit_with_error
+from core.launcher import check_launcher
 from core.ranges import Range
 from launch.slurm.attempts import excluded_nodes, record_end, record_start
 
@@ -61,13 +62,14 @@ def main() -> None:
         "--bad-nodes", type=Path, required=True, help="file with one line per strike"
     )
     try:
+        check_launcher()
         run_event(parser.parse_args())
-    except OSError as error:  # the batch script stops if `end` prints nothing
-        exit_with_error(f"{error}: the start's record is incomplete")
+    except (InputError, OSError) as error:  # the batch script stops if `end` prints nothing
+        exit_with_error(f"{error}; the start's record is incomplete")
 
 
 def run_event(args: argparse.Namespace) -> None:
-    """Record the event, or print what the batch script asks for. Raises OSError."""
+    """Record the event, or print what the batch script asks for. Raises InputError, OSError."""
     if args.event == "begin":
         nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
         nodes = slurm_words("scontrol", "show", "hostnames", nodelist)

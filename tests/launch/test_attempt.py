@@ -1,12 +1,16 @@
 """Requeue decisions come from the run's folder, not from exit codes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.slurm import attempts
 from launch.slurm.attempts import excluded_nodes, record_end, record_start
+from tests.commands import ROOT
 from train.resilience.incidents import Outcome
 
 
@@ -60,6 +64,26 @@ def test_crashes_without_a_new_checkpoint_stop_a_job(tmp_path: Path) -> None:
         if number == 4:
             break
     assert verdicts == ["requeue", "requeue", "requeue", "requeue", "stop"]
+
+
+def test_an_error_of_the_record_is_one_line(tmp_path: Path) -> None:
+    """The batch script stops, and its log says why."""
+    script = [sys.executable, str(ROOT / "launch" / "attempt.py")]
+    (tmp_path / "attempts.jsonl").mkdir()
+    for words, restart, line in (
+        (["end", "--code", "1"], "0", "attempts.jsonl cannot be read (Is a directory)"),
+        (["excluded"], "0", "slurm.bad_nodes_file"),
+        (["begin"], "x", "SLURM_RESTART_COUNT is 'x' in the environment"),
+    ):
+        result = subprocess.run(
+            [*script, words[0], str(tmp_path), *words[1:], "--bad-nodes", str(tmp_path)],
+            env={**os.environ, "SLURM_RESTART_COUNT": restart},
+            capture_output=True,
+            text=True,
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("error: ") and line in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_requeues_do_not_count_as_crashes(tmp_path: Path) -> None:

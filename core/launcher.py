@@ -55,6 +55,14 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def launcher_pid() -> int | None:
+    """The parent of a rank, which restarts and stops it; None if the parent is no launcher.
+
+    Without a launcher it is a shell, whose end at a logout `nohup python ...` is meant to survive.
+    """
+    return os.getppid() if "RANK" in os.environ else None
+
+
 def check_text(arguments: list[str]) -> None:
     """Raise InputError if the arguments or the working folder are not text."""
     words = [*arguments, os.getcwd()]

@@ -23,6 +23,7 @@ explain_missing_extras()
 
 from core.command import command
 from core.errors import InputError
+from core.launcher import launcher_pid
 from core.log import BestEffortStream
 from data.stream.manifests import require_data
 from train.config import RunConfig
@@ -30,12 +31,12 @@ from train.costs.memory import check_memory
 from train.metrics.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
+LAUNCHER = launcher_pid()  # before the long imports, during which it may end
 
 
 @command(RunConfig)
 def main(config: RunConfig) -> None:
     """Check what needs no model, then train."""
-    parent = os.getppid()
     sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
     check_trackers(config.metrics)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,9 +50,9 @@ def main(config: RunConfig) -> None:
     require_data(config.data)  # before process groups and the model are built
     from train.run_context import start
 
-    if "RANK" in os.environ and os.getppid() != parent:
+    if LAUNCHER not in (None, os.getppid()):
         raise InputError("the launcher of this rank ended before the ranks connected: start again")
-    outcome = start(config, device)
+    outcome = start(config, device, LAUNCHER)
     logger.info(outcome.reason)
     if outcome.code:
         sys.exit(outcome.code)

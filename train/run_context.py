@@ -55,9 +55,11 @@ def run_context(
     health: HealthConfig,
     facts: Mapping[str, str],
     body: Callable[[Watchdog, StopRequest], Outcome],
+    launcher: int | None = None,
 ) -> Outcome:
     """Run `body` on every rank under the run's lock; return the outcome, and write it to disk.
 
+    A rank stops when the process `launcher` has ended.
     Raises InputError, on every rank, when another job holds the folder, when it cannot be written,
     and when ranks differ in `facts`.
     """
@@ -86,7 +88,7 @@ def run_context(
         if is_first:
             run.files.outcome.unlink(missing_ok=True)
         watchdog.start(run_lock if is_first else None)
-        stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds)
+        stop_request = StopRequest(health.stop_after_seconds, health.stop_margin_seconds, launcher)
         stop_request.install()
         logger.info(f"{world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
@@ -128,8 +130,8 @@ def run_context(
             watchdog.stop()
 
 
-def start(config: RunConfig, device: str) -> Outcome:
-    """Train with the launcher's ranks, from the newest checkpoint."""
+def start(config: RunConfig, device: str, launcher: int | None = None) -> Outcome:
+    """Train with the ranks of `launcher`, a process, from the newest checkpoint."""
     parallel = config.parallel
 
     def train(watchdog: Watchdog, stop_request: StopRequest) -> Outcome:
@@ -137,7 +139,8 @@ def start(config: RunConfig, device: str) -> Outcome:
             return _train(config, ranks, watchdog, stop_request)
 
     with connect(device):
-        return run_context(config.run, config.health, start_facts(config, device), train)
+        facts = start_facts(config, device)
+        return run_context(config.run, config.health, facts, train, launcher)
 
 
 def _train(

@@ -286,8 +286,8 @@ def test_stop_request_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
     assert StopRequest(0.0, 0.0).reason() == "stopped by health.stop_after_seconds"
     assert StopRequest(2000.0, 1000.0).reason() == "stopped by Slurm's time limit"
-    stop_request.why, stop_request.parent = None, -1
-    assert stop_request.reason() == "stopped because its launcher ended"
+    # a launcher that ended while the rank started
+    assert StopRequest(None, 0.0, launcher=-1).reason() == "stopped because its launcher ended"
 
 
 @pytest.mark.parametrize("text", ["Unknown", "", "NONE", "nan", "inf", "0", "1e999", "2026-11-30"])

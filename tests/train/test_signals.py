@@ -22,10 +22,11 @@ SIGNALS = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2")
 STUB = """
 import os, sys, time
 from pathlib import Path
+from core.launcher import launcher_pid
 from train.resilience.stop_request import StopRequest
 
 folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
-stop_request = StopRequest(None, 0.0)
+stop_request = StopRequest(None, 0.0, launcher_pid())
 stop_request.install()
 (folder / f"pid-{rank}.part").write_text(str(os.getpid()))
 (folder / f"pid-{rank}.part").rename(folder / f"pid-{rank}")

@@ -19,8 +19,16 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """Records whether and why this process must stop."""
 
-    def __init__(self, stop_after_seconds: float | None, margin_seconds: float) -> None:
-        """Count the time limit from here; under Slurm also the job's end less the margin."""
+    def __init__(
+        self,
+        stop_after_seconds: float | None,
+        margin_seconds: float,
+        launcher: int | None = None,
+    ) -> None:
+        """Count the time limit from here; under Slurm also the job's end less the margin.
+
+        `launcher` is the process that the rank does not outlive, as the rank's start found it.
+        """
         self.why: str | None = None
         limits: dict[str, float] = {}  # seconds from here
         if stop_after_seconds is not None:
@@ -31,9 +39,7 @@ class StopRequest:
         # from here on the monotonic clock counts: the wall clock may jump
         self.end = time.monotonic() + min(limits.values()) if limits else None
         self.limit = min(limits, key=limits.__getitem__, default="")
-        # Ranks do not outlive the launcher that restarts and stops them. Without one the parent is
-        # a shell, whose end at a logout `nohup python ...` is meant to survive.
-        self.parent = os.getppid() if "RANK" in os.environ else None
+        self.launcher = launcher
 
     def install(self) -> None:
         """Handle the signals from here to the end of the process: later ones have no effect."""
@@ -43,7 +49,7 @@ class StopRequest:
         """Return why the run must stop, such as "stopped by Ctrl-C", or None."""
         if self.why is None and self.end is not None and time.monotonic() >= self.end:
             self.why = self.limit
-        if self.why is None and self.parent not in (None, os.getppid()):
+        if self.why is None and self.launcher not in (None, os.getppid()):
             self.why = "stopped because its launcher ended"
         return self.why
 

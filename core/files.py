@@ -60,7 +60,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -89,31 +89,21 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
-        fsync_dir(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Sync a file that a library has written."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Sync every file and folder below a folder, and the folder itself."""
     for root, _, names in os.walk(folder):
-        for name in names:
-            sync_file(Path(root, name))
-        fsync_dir(Path(root))
+        for name in (*names, ""):
+            fsync(Path(root, name))
 
 
 def rename(source: Path, target: Path) -> None:
     """Rename a synced file or folder, and sync the folders that lose and gain it."""
     source.rename(target)
     for folder in {source.parent, target.parent}:
-        fsync_dir(folder)
+        fsync(folder)
 
 
 def move_into(folder: Path, paths: Iterable[Path]) -> None:
@@ -123,7 +113,7 @@ def move_into(folder: Path, paths: Iterable[Path]) -> None:
         path.rename(folder / path.name)
         changed.add(path.parent)
     for each in changed:
-        fsync_dir(each)
+        fsync(each)
 
 
 def sync_filesystem(folder: Path) -> None:
@@ -131,13 +121,9 @@ def sync_filesystem(folder: Path) -> None:
 
     For the many files that a library writes; one call, whatever their number.
     """
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:  # not Linux
-        os.sync()
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if syncfs(descriptor):
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error), str(folder))
     finally:
@@ -159,7 +145,7 @@ def publish_folder(part: Path, final: Path) -> None:
             final.rename(old)
             rename(part, final)
             part = old
-        fsync_dir(final.parent)
+        fsync(final.parent)
         shutil.rmtree(part)
     else:
         rename(part, final)
@@ -167,16 +153,13 @@ def publish_folder(part: Path, final: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange the names of two folders; False where kernel or file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
+    renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     return not renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
 
 
-def fsync_dir(folder: Path) -> None:
-    """Make renames and removals in a folder durable, where its file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable where its file system supports it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -219,8 +202,7 @@ def remove_stale_temp_files(folder: Path) -> None:
 def append_json_line(path: Path, value: dict[str, Any], *, sync: bool = False) -> None:
     """Append an object to a JSON Lines file, as `append_line` does."""
     # texts may hold surrogates, of file names that are no UTF-8; no JSON parser has to take them
-    text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
-    append_line(path, json.dumps(json.loads(text)).encode(), sync=sync)
+    append_line(path, json.dumps(value, ensure_ascii=False).encode(errors="replace"), sync=sync)
 
 
 def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
@@ -236,7 +218,7 @@ def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
         if sync:
             os.fsync(file.fileno())
     if is_new:
-        fsync_dir(path.parent)
+        fsync(path.parent)
 
 
 def ends_line(file: BinaryIO | RawIOBase) -> bool:
@@ -245,11 +227,3 @@ def ends_line(file: BinaryIO | RawIOBase) -> bool:
         return True
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
-
-
-def fsync_files(*paths: Path) -> None:
-    """Make what was appended to files durable, with their folders; absent ones are left out."""
-    for path in filter(Path.is_file, paths):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        fsync_dir(path.parent)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt
+from pydantic import Field
 
 LIMIT = 2**53  # beyond it a float, and with it JSON in other languages, skips integers
 SECONDS_LIMIT = 1e9  # 32 years; timeouts of threads and sockets overflow beyond some 300
@@ -80,19 +81,6 @@ def number(text: str, kind: type) -> Any:
     return text
 
 
-def check_fields(section: Any, name: str) -> None:
-    """Raise ValueError for a field of a dataclass that is outside its range.
-
-    For instances that are made of other files than a config, which core/schema.py checks.
-    """
-    for field, hint in get_type_hints(type(section), include_extras=True).items():
-        limits = range_of(hint)
-        if limits is not None:
-            problem = limits.problem(getattr(section, field), get_args(hint)[0])
-            if problem is not None:
-                raise ValueError(f"{name}.{field} {problem}")
-
-
 def range_of(hint: Any) -> Range | None:
     """The range in an annotated type; None for other types."""
     metadata = getattr(hint, "__metadata__", ())
@@ -101,6 +89,7 @@ def range_of(hint: Any) -> Range | None:
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]  # of a record
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 PositiveOrInf = Annotated[float, Range(0, above=True, infinite=True)]

@@ -20,9 +20,6 @@ from core.errors import InputError
 logger = logging.getLogger(__name__)
 
 Schema = TypeVar("Schema")
-Count = Annotated[int, Field(ge=0, lt=2**63)]  # of tokens, steps, bytes, documents
-Size = Annotated[int, Field(gt=0, lt=2**63)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_SHOWN = 60  # characters of a wrong value in a message
 MAX_LINES = 10  # damaged lines that a message numbers
@@ -90,7 +87,8 @@ def parse_typed(
 ) -> Schema:
     """Parse JSON text as `read_typed` does; `name` stands for the file in messages."""
     try:
-        return _adapter(schema).validate_json(content, strict=True, extra=extra)
+        value: Schema = _adapter(schema).validate_json(content, strict=True, extra=extra)
+        return value
     except ValidationError as error:
         raise DamagedRecord(f"{name}: {first_error(error)}") from error
 
@@ -98,7 +96,8 @@ def parse_typed(
 def check_typed(value: Any, schema: type[Schema], name: str, extra: Extra = "forbid") -> Schema:
     """Check a value that another parser read, such as YAML; `name` stands for the file."""
     try:
-        return _adapter(schema).validate_python(value, strict=True, extra=extra)
+        checked: Schema = _adapter(schema).validate_python(value, strict=True, extra=extra)
+        return checked
     except ValidationError as error:
         raise DamagedRecord(f"{name}: {first_error(error)}") from error
 
@@ -182,13 +181,8 @@ def report_once(
         report(text)
 
 
-def _adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
-    kind: Any = schema  # mypy takes no class as hashable
-    return _cached_adapter(kind)
-
-
 @cache
-def _cached_adapter(schema: Any) -> TypeAdapter[Any]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 

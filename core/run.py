@@ -10,8 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from core.ranges import Seed
-from core.records import Count, Finite
+from core.ranges import Finite, Seed, Whole
 
 NAME_LIMIT = 200  # with its suffixes it is a file name of at most 255 bytes
 NAME = re.compile(rf"\w[\w.+=,@-]{{0,{NAME_LIMIT - 1}}}", re.A)
@@ -83,8 +82,8 @@ class Start(TypedDict):
     """A start's entry in the history of config.yaml."""
 
     time: str
-    tokens: Count
-    ranks: Count
+    tokens: Whole
+    ranks: Whole
     code: Code
     versions: dict[str, str]
     # old and new value by key

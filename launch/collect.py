@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import write_text
-from core.records import Finite, read_or_rebuild
+from core.ranges import Finite
+from core.records import read_or_rebuild
 from core.run import RunFiles
 from core.sweep import SWEEP, read_points
 from train.metrics.page import page

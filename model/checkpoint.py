@@ -23,7 +23,8 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import sha256_of
-from core.records import Count, DamagedRecord, Size, parse_typed, read_typed
+from core.ranges import Count, Whole
+from core.records import DamagedRecord, parse_typed, read_typed
 from core.run import MANIFEST, STEP_NAME, iter_checkpoints, step_number
 from model.checkpoint_records import ManifestRecord, SpikeState, StateRecord
 from model.config import ModelConfig
@@ -40,11 +41,11 @@ class TensorShard:
 
     kind: Annotated[str, Field(pattern=f"^({'|'.join(KINDS)})$")]
     name: str
-    shape: Annotated[tuple[Size, ...], Field(min_length=1)]  # of the full tensor
-    tp_rank: Count
-    tp_size: Size
-    start: Count
-    numel: Size
+    shape: Annotated[tuple[Count, ...], Field(min_length=1)]  # of the full tensor
+    tp_rank: Whole
+    tp_size: Count
+    start: Whole
+    numel: Count
 
     @property
     def key(self) -> str:

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from core.records import Count, Finite, Sha256
+from core.ranges import Finite, Whole
+from core.records import Sha256
 
 FORMAT = 1
 # plain names: nothing outside the folder can be named
@@ -16,7 +17,7 @@ FileName = Annotated[str, Field(pattern=r"^(state\.json|rank-[0-9]{5,9}\.(json|s
 class FileRecord:
     """Size and hash of a file of a checkpoint."""
 
-    bytes: Count
+    bytes: Whole
     sha256: Sha256
 
 
@@ -34,11 +35,11 @@ SpikeState = make_dataclass(
     [
         ("window", list[Finite], field(default_factory=list)),
         ("stage", str, ""),
-        ("skipped", Count, 0),
-        ("spikes", Count, 0),
-        ("since", Count | None, None),
-        ("rewinds", Count, 0),
-        ("calm", Count, 0),
+        ("skipped", Whole, 0),
+        ("spikes", Whole, 0),
+        ("since", Whole | None, None),
+        ("rewinds", Whole, 0),
+        ("calm", Whole, 0),
     ],
     frozen=True,
 )
@@ -49,11 +50,11 @@ class StateRecord:
     """state.json: the fields of train's TrainState, and the format."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
-    tokens: Count
-    step: Count
-    updates: Count
+    tokens: Whole
+    step: Whole
+    updates: Whole
     plan: str
-    model: dict[str, bool | Count | Finite]
+    model: dict[str, bool | Whole | Finite]
     # absent in older checkpoints
     health: dict[str, Any] = field(default_factory=dict)  # a SpikeState
     config: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from core.ranges import Epsilon, NotNegative, Positive, Range, Seed, Whole, check_fields
+from core.ranges import Epsilon, NotNegative, Positive, Range, Seed, Whole
 
 Size = Annotated[int, Range(1, 2**32)]
 
@@ -61,7 +61,6 @@ class ModelConfig:
     dt_floor: Positive
 
     def __post_init__(self) -> None:
-        check_fields(self, "model")
         if not self.dt_floor <= self.dt_min <= self.dt_max:
             raise ValueError(
                 f"model.dt_floor {self.dt_floor:g}, dt_min {self.dt_min:g} and dt_max "

@@ -150,7 +150,7 @@ class Injector:
         for name in (
             "write_tensors",
             "write_json",
-            "fsync_dir",
+            "fsync",
             "manifest_entry",
             "remove_checkpoint",
         ):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from core.records import Count, Finite, read_required
+from core.ranges import Finite, Whole
+from core.records import read_required
 from data.readers.listing import Listing
 from data.stream.manifests import SPLITS, Manifest
 
@@ -23,14 +24,14 @@ class StepCounts:
     """Document counts of one pipeline step."""
 
     name: str
-    total: Count
-    forwarded: Count
-    dropped: dict[str, Count]  # reason -> documents
-    characters: Count = 0  # of forwarded documents, where the step counts them
+    total: Whole
+    forwarded: Whole
+    dropped: dict[str, Whole]  # reason -> documents
+    characters: Whole = 0  # of forwarded documents, where the step counts them
     # "documents" that had text removed, and the removed "characters"
-    cut: dict[str, Count] = field(default_factory=dict)
-    files: Count = 0  # that a reader opened
-    unchanged: Count = 0  # forwarded documents that the step does not apply to
+    cut: dict[str, Whole] = field(default_factory=dict)
+    files: Whole = 0  # that a reader opened
+    unchanged: Whole = 0  # forwarded documents that the step does not apply to
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> list[StepCounts]:

@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import make_folder, publish_folder, sha256_of, write_json
-from core.records import Count, Schema, read_if_present, read_or_rebuild
+from core.ranges import Whole
+from core.records import Schema, read_if_present, read_or_rebuild
 from data import recipes, tokenizer, vocabulary
 from data.config import Assets, DataConfig, Source
 from data.pipeline import clean, megatron, minhash, shard, substrings
@@ -229,10 +230,10 @@ class BuiltClean(Versions):
     """Content of built.json in a folder of clean documents; versions before 0.2 wrote less."""
 
     key: str
-    files: dict[str, Count]  # bytes
+    files: dict[str, Whole]  # bytes
     steps: Annotated[list[StepCounts], Field(min_length=1)]
     settings: NotRequired[dict[str, Any]]
-    input: NotRequired[tuple[str, dict[str, Count]]]
+    input: NotRequired[tuple[str, dict[str, Whole]]]
 
 
 def read_built(folder: Path, schema: type[Schema], key: str) -> Schema | None:
@@ -270,7 +271,7 @@ def remove_folder(folder: Path) -> None:
 class PinnedTasks(TypedDict):
     """Content of locks/SOURCE.json."""
 
-    tasks: Count
+    tasks: Whole
 
 
 def check_num_tasks(folder: Path, name: str, tasks: int) -> None:

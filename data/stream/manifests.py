@@ -13,7 +13,8 @@ import numpy as np
 
 from core.errors import InputError
 from core.files import sha256_of, write_json
-from core.records import Count, DamagedRecord, Sha256, Size, read_typed
+from core.ranges import Count, Whole
+from core.records import DamagedRecord, Sha256, read_typed
 from data import tokenizer
 from data.config import DataConfig
 from data.vocabulary import TOKENIZER_CONFIG, content_of, end_id, read_config
@@ -29,8 +30,8 @@ class ShardFile:
     """One `.ds` file, named relative to the folder of its source."""
 
     name: str
-    tokens: Count
-    documents: Count
+    tokens: Whole
+    documents: Whole
     sha256: Sha256
 
 
@@ -43,8 +44,8 @@ class Manifest:
     recipe: str
     recipe_sha256: Sha256  # of the recipe's version and settings, to detect a changed recipe
     tokenizer_sha256: Sha256
-    eos: Count
-    vocab_size: Size  # highest token id + 1
+    eos: Whole
+    vocab_size: Count  # highest token id + 1
     splits: dict[str, list[ShardFile]]
     # versions of tokenizer and sharding code; empty in manifests written before 0.2
     versions: dict[str, str | int] = field(default_factory=dict)

@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from core.records import Count, read_required
+from core.ranges import Whole
+from core.records import read_required
 from data.tokenizer import load as load_tokenizer
 from data.vocabulary import end_id
 from eval.model_source import ModelSource, best_device, model_from_checkpoint
@@ -241,7 +242,7 @@ def init_device() -> torch.device:
 class EndToken(TypedDict):
     """What is read of a transformers folder's config.json."""
 
-    eos_token_id: Count
+    eos_token_id: Whole
 
 
 def _end_id(path: Path) -> int:

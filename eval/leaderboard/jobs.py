@@ -24,7 +24,8 @@ from typing_extensions import TypedDict
 from core.files import ROOT, make_folder, sync_folder, write_json
 from core.overrides import config_dir_options, own_config_dir
 from core.quote import hydra_override, sbatch_output
-from core.records import Count, DamagedRecord, read_if_present, report_once
+from core.ranges import Whole
+from core.records import DamagedRecord, read_if_present, report_once
 from core.run import Run, iter_committed_checkpoints, step_number
 from eval.config import JobsConfig, Launcher
 from eval.leaderboard.stored import read_stored
@@ -47,7 +48,7 @@ LAUNCHER_VARIABLES = (  # of torchrun; jobs must not inherit them
 class JobsRecord(TypedDict):
     """Content of jobs.json: tokens of the checkpoints with a job, by folder name."""
 
-    started: dict[Annotated[str, Field(pattern=r"^step-\d{8,}$")], Count]
+    started: dict[Annotated[str, Field(pattern=r"^step-\d{8,}$")], Whole]
 
 
 class SuiteJobs:

@@ -5,7 +5,8 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from core.records import Count, Finite, read_or_rebuild
+from core.ranges import Finite, Whole
+from core.records import read_or_rebuild
 
 
 class StoredRow(TypedDict):
@@ -20,7 +21,7 @@ class StoredSuite(TypedDict):
     """A file of scores; further keys say what was scored."""
 
     suite: str
-    tokens: NotRequired[Count]
+    tokens: NotRequired[Whole]
     checkpoint: NotRequired[str]
     complete: bool
     rows: dict[str, StoredRow]

@@ -112,7 +112,7 @@ def test_a_published_folder_replaces_an_older_one(
 
 def test_every_new_folder_is_synced_into_its_parent(tmp_path: Path) -> None:
     synced: list[Path] = []
-    with mock.patch.object(files, "fsync_dir", synced.append):
+    with mock.patch.object(files, "fsync", synced.append):
         make_folder(tmp_path / "a" / "b")
         make_folder(tmp_path / "a" / "b")
         assert synced == [tmp_path, tmp_path / "a"]

@@ -126,7 +126,7 @@ def test_facts_cover_code_libraries_and_arithmetic(
     run = config(tmp_path, "run")
     facts = start_facts(run, "cpu")
     assert facts["optim.lr"] == str(run.optim.lr) and facts["run.seed"] == str(run.run.seed)
-    assert facts["torch"] == torch.__version__ and "mamba-ssm" in facts
+    assert facts["torch"] == torch.__version__ and "numpy" in facts
     assert "data.folder" not in facts
     # processors of several kinds are normal beside GPUs
     assert {"instruction set"} == facts.keys() - start_facts(run, "cuda").keys()

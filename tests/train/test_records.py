@@ -181,7 +181,7 @@ def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -
     writer: Any = SimpleNamespace(folder=tmp_path, before_commit=lambda: order.append("records"))
     with (
         mock.patch.object(Path, "rename", lambda path, new: order.append(new.name)),
-        mock.patch("train.checkpoint.writer.fsync_dir", lambda folder: order.append("folder")),
+        mock.patch("train.checkpoint.writer.fsync", lambda folder: order.append("folder")),
     ):
         CheckpointWriter._commit(writer, part, {}, {}, lambda: order.append("old ones"))
     assert order == ["records", "folder", "step-00000001", "folder", "old ones"]

@@ -29,7 +29,7 @@ from core.run import MANIFEST, STEP_NAME, iter_checkpoints, step_number
 from model.checkpoint import CheckpointReader, read_state, read_tokens, verify_checkpoint
 from train.checkpoint.writer import (
     CheckpointWriter,
-    fsync_dir,
+    fsync,
     is_folder,
     remove_checkpoint,
     set_aside,
@@ -233,7 +233,7 @@ class CheckpointManager:
             for folder in [*old, *filter(is_folder, damaged[:-1])]:
                 remove_checkpoint(folder)
                 self.writer.progress.add()
-            fsync_dir(self.folder)
+            fsync(self.folder)
         except OSError as error:
             logger.warning(f"cannot remove an old checkpoint: {error}")
 

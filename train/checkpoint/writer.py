@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.files import fsync_dir, make_folder, sha256_of, write_json
+from core.files import fsync, make_folder, sha256_of, write_json
 from core.records import DamagedRecord
 from core.run import MANIFEST, STEP_NAME
 from model.checkpoint import STATE, TensorShard, read_state, read_tokens
@@ -171,14 +171,14 @@ class CheckpointWriter:
         files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})
         self.progress.add()
-        fsync_dir(part)
+        fsync(part)
         self.progress.add()
         final = part.with_suffix("")
         if is_folder(final) and read_tokens(final) is not None:
             remove_checkpoint(final)  # the run was resumed or rolled back to an older checkpoint
         free_name(final)
         part.rename(final)
-        fsync_dir(self.folder)
+        fsync(self.folder)
         self.progress.add()
         on_commit()
 

@@ -19,9 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from typing_extensions import TypedDict
 
-from core.files import make_folder, sync_file, write_text
+from core.files import fsync, make_folder, write_text
 from core.log import ALL_RANKS
-from core.records import DamagedRecord, Finite, parse_typed
+from core.ranges import Finite
+from core.records import DamagedRecord, parse_typed
 from core.run import RunFiles
 from train.config import ProfileConfig
 from train.distributed import Ranks
@@ -169,7 +170,7 @@ class Profiler:
         try:
             make_folder(self.folder)
             self.trace.export_chrome_trace(str(path))
-            sync_file(path)
+            fsync(path)
             with gzip.open(path) as file:
                 trace = parse_typed(file.read(), Trace, str(path), extra="ignore")
             exposed = exposed_comm_seconds(trace["traceEvents"], traced)

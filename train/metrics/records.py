@@ -22,7 +22,8 @@ from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import ends_line, write_atomic
-from core.records import BLOCKED, Count, Damage, Finite, read_typed_lines, scan_lines
+from core.ranges import Finite, Whole
+from core.records import BLOCKED, Damage, read_typed_lines, scan_lines
 from core.run import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -45,19 +46,19 @@ class StepRecord(TypedDict):
     Required keys are those of every version, which readers of a run's curves index.
     """
 
-    step: Count
-    tokens: Count
+    step: Whole
+    tokens: Whole
     loss: Finite | None
     grad_norm: Finite | None
     skipped: bool
     stage: str
     source_loss: dict[str, Finite | None]
     lr: NotRequired[Finite]
-    batch: NotRequired[Count]
-    seq_len: NotRequired[Count]
+    batch: NotRequired[Whole]
+    seq_len: NotRequired[Whole]
     step_seconds: NotRequired[Finite]
     data_wait_seconds: NotRequired[Finite]
-    source_tokens: NotRequired[dict[str, Count]]
+    source_tokens: NotRequired[dict[str, Whole]]
     tokens_per_second: NotRequired[Finite | None]
     mfu: NotRequired[Finite | None]
     memory_gib: NotRequired[Finite | None]
@@ -67,8 +68,8 @@ class StepRecord(TypedDict):
 class ScoresRecord(TypedDict):
     """The line of a scored checkpoint."""
 
-    step: Count
-    tokens: Count
+    step: Whole
+    tokens: Whole
     scores: dict[str, dict[str, Finite | None]]  # suite -> row
 
 

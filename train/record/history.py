@@ -22,8 +22,11 @@ from train.checkpoint.manager import TrainState
 from train.record.changes import DECISIVE, Change, find_changes
 from train.record.origin import Origin
 
-# packages that decide numbers
-PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "mamba-ssm", "causal-conv1d")
+# packages that decide numbers, or the order of data
+PACKAGES = (
+    *("torch", "triton", "deepspeed", "megatron-core", "mamba-ssm", "causal-conv1d"),
+    *("numpy", "safetensors"),
+)
 
 
 def write_record(
@@ -67,7 +70,7 @@ def as_table(changes: list[Change]) -> dict[str, list[Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that decide numbers."""
+    """Versions of Python and of the installed packages of PACKAGES."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

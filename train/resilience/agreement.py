@@ -10,10 +10,8 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from platform import python_version
 from typing import Any
 
 import torch
@@ -23,12 +21,11 @@ from core.files import ROOT
 from core.schema import covers
 from train.config import RunConfig
 from train.distributed import broadcast_text, raise_on_all_ranks
-from train.record.history import PACKAGES, to_plain
+from train.record.changes import flatten
+from train.record.history import to_plain, versions
 
 # ranks may find the same shards elsewhere: their manifests are compared instead
 MAY_DIFFER = ("data.folder",)
-# libraries that decide numbers, or the order of data
-LIBRARIES = (*PACKAGES, "numpy", "safetensors")
 SOURCE_FOLDERS = ("core", "data", "eval", "model", "train")
 SOURCE_SUFFIXES = (".py", ".cpp", ".cu", ".h")
 # variables that change how torch and the libraries below it calculate
@@ -39,11 +36,10 @@ SAME_START = "start every rank with the same command, code and environment"
 
 def start_facts(config: RunConfig, device: str) -> dict[str, str]:
     """What ranks must share before they build anything: settings, code, libraries, arithmetic."""
-    settings = leaves(to_plain(asdict(config)))
+    settings = flatten(to_plain(asdict(config)))
     facts = {key: json.dumps(value) for key, value in settings if not covers(MAY_DIFFER, key)}
     facts["the code's hash"] = sources_hash()
-    facts["python"] = python_version()
-    facts |= {name: installed_version(name) for name in LIBRARIES}
+    facts |= versions()
     facts["device"] = device
     facts["dtypes"] = (
         f"{torch.get_default_dtype()}, matmuls {torch.get_float32_matmul_precision()}, "
@@ -55,15 +51,6 @@ def start_facts(config: RunConfig, device: str) -> dict[str, str]:
     return facts
 
 
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value inside dicts and lists with its dotted key."""
-    if isinstance(value, dict | list):
-        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(entry, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
-
-
 def sources_hash() -> str:
     """SHA-256 of the names and contents of all our sources, in 16 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -73,14 +60,6 @@ def sources_hash() -> str:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 digest.update(f"{path.relative_to(ROOT)} {content}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def installed_version(name: str) -> str:
-    """Version of a distribution, or "not installed"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def check_agreement(facts: Mapping[str, str], fix: str = SAME_START) -> None:

@@ -25,8 +25,9 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from core.errors import USER_ERROR
-from core.files import append_json_line, fsync_files, rename, write_json
-from core.records import Count, read_or_rebuild, read_typed_lines
+from core.files import append_json_line, fsync, rename, write_json
+from core.ranges import Whole
+from core.records import read_or_rebuild, read_typed_lines
 from core.run import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ class OutcomeRecord(TypedDict):
 class StartsRecord(TypedDict):
     """Content of starts.json: the starts from a token position."""
 
-    tokens: Count
-    starts: Count
+    tokens: Whole
+    starts: Whole
 
 
 class Incident(TypedDict):
@@ -149,7 +150,9 @@ def sync_records(folder: Path) -> None:
     """Make the lines of metrics.jsonl and incidents.jsonl durable; a failure is only logged."""
     files = RunFiles(folder)
     try:
-        fsync_files(files.metrics, files.incidents)
+        for path in filter(Path.is_file, (files.metrics, files.incidents)):
+            fsync(path)
+        fsync(folder)
     except OSError as error:
         logger.warning(f"cannot sync metrics.jsonl and incidents.jsonl: {error}")
 

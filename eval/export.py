@@ -39,7 +39,7 @@ from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import ExportedFile, ExportRecord, read_export
+from eval.hf.exported import ExportRecord, read_export
 from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
@@ -48,6 +48,7 @@ from eval.model_source import (
     load_model,
 )
 from model.checkpoint import CheckpointReader
+from model.checkpoint_records import FileRecord
 from model.flops import parameter_count, parameter_shapes
 from model.hf import hf_config, tensor_names, to_hf
 from model.hf_writer import MAX_FILE_BYTES, Entry, json_bytes, plan_files, write_files
@@ -106,7 +107,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     check_tokenizer(tokenizer_path(config.data), temp_folder, config.model.vocab_size)
     verify(config, checkpoint, temp_folder)
     files = {
-        path.name: ExportedFile(path.stat().st_size, hashes.get(path.name) or sha256_of(path))
+        path.name: FileRecord(path.stat().st_size, hashes.get(path.name) or sha256_of(path))
         for path in sorted(temp_folder.iterdir())
     }
     write_json(RunFiles.export_record(temp_folder), asdict(replace(record, files=files)))

@@ -9,19 +9,12 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.records import read_typed
 from core.run import MANIFEST, RunFiles
+from model.checkpoint_records import FileRecord
 
 logger = logging.getLogger(__name__)
 
 HASH_BYTES_PER_SECOND = 1.5e9  # of SHA-256 on one core, for the log
 LOGGED_SECONDS = 2.0  # shorter checks are not announced
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """A file of an export."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class ExportRecord:
     dtype: str
     keep_fp32: list[str]
     tokenizer_sha256: str
-    files: dict[str, ExportedFile]  # all files of the folder but the record
+    files: dict[str, FileRecord]  # all files of the folder but the record
 
 
 def read_export(folder: Path) -> ExportRecord:

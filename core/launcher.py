@@ -65,18 +65,14 @@ def launcher_pid() -> int | None:
 
 def check_text(arguments: list[str]) -> None:
     """Raise InputError if the arguments or the working folder are not text."""
-    words = [*arguments, os.getcwd()]
-    unreadable = next((word for word in words if is_undecoded(word)), None)
-    if unreadable is not None:
-        raise InputError(
-            f"{unreadable.encode(errors='backslashreplace').decode()} is not UTF-8: write it in "
-            "UTF-8, or rename the folder"
-        )
-
-
-def is_undecoded(word: str) -> bool:
-    """Whether a word holds bytes that Python could not decode."""
-    return any("\udc80" <= character <= "\udcff" for character in word)
+    for word in (*arguments, os.getcwd()):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:  # bytes that Python could not decode
+            raise InputError(
+                f"{word.encode(errors='backslashreplace').decode()} is not UTF-8: write it in "
+                "UTF-8, or rename the folder"
+            ) from error
 
 
 def handled_signals() -> list[signal.Signals]:

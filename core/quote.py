@@ -15,15 +15,10 @@ CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 PLAIN_OPTION = re.compile(r"[\w./:=,@%+-]+", re.A)
 
 
-def hydra_text(text: str) -> str:
-    """A text as the value of an override: neither parsed nor interpolated."""
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    return QuotedString(literal, Quote.single).with_quotes()
-
-
 def hydra_override(key: str, text: str) -> str:
-    """The override that sets a key to a text."""
-    return f"{key}={hydra_text(text)}"
+    """The override that sets a key to a text, which is neither parsed nor interpolated."""
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"
 
 
 def sbatch_directive(option: str) -> str:

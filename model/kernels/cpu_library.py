@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from core.files import remove_stale_temp_files, write_atomic
+from core.files import is_private, remove_stale_temp_files, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _cache_folder() -> Path | None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
-        if stat.S_ISDIR(status.st_mode) and _is_ours(status):
+        if stat.S_ISDIR(status.st_mode) and is_private(status):
             return folder
         problem = f"{folder} is a link, another user's or writable by others"
     except (OSError, RuntimeError) as error:
@@ -222,25 +222,20 @@ def _cache_home() -> Path:
     return home / ".cache"
 
 
-def _is_ours(status: os.stat_result) -> bool:
-    """Whether only this user can write a file or folder."""
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def _open_cached(folder: Path, name: str) -> int | None:
     """Open a cached library; None unless it is ours and whole. Follows no link in the cache."""
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         cache = os.open(folder, flags | os.O_DIRECTORY)
         try:
-            ours = _is_ours(os.fstat(cache))
+            ours = is_private(os.fstat(cache))
             descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=cache)
         finally:
             os.close(cache)
     except OSError:
         return None
     status = os.fstat(descriptor)
-    if ours and stat.S_ISREG(status.st_mode) and _is_ours(status):
+    if ours and stat.S_ISREG(status.st_mode) and is_private(status):
         with suppress(OSError), open(descriptor, "rb", closefd=False) as file:
             content = file.read()
             digest = hashlib.sha256(content[:-HASH_BYTES]).hexdigest().encode()

@@ -22,7 +22,6 @@ from core.errors import InputError
 from core.quote import (
     CONTROL,
     hydra_override,
-    hydra_text,
     markdown_cell,
     sbatch_directive,
     sbatch_output,
@@ -79,7 +78,7 @@ def test_hydra_reads_a_text_back(text: str) -> None:
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_config_reads_a_text_back(text: str) -> None:
-    assert of_hydra(f"run.dir={hydra_text(text)}") == text
+    assert of_hydra(hydra_override("run.dir", text)) == text
 
 
 def test_a_command_for_the_shell_has_the_same_words() -> None:

@@ -16,6 +16,7 @@ from train.checkpoint.writer import CheckpointWriter
 from train.metrics import records
 from train.metrics.records import COPY_BYTES, JsonLines, read_lines, read_scores
 from train.resilience.incidents import Incidents, sync_records
+from train.resilience.progress import Progress
 
 
 def line(step: int, **extra: Any) -> bytes:
@@ -178,7 +179,9 @@ def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -
     order: list[str] = []
     part = tmp_path / "step-00000001.part"
     part.mkdir()
-    writer: Any = SimpleNamespace(folder=tmp_path, before_commit=lambda: order.append("records"))
+    writer: Any = SimpleNamespace(
+        folder=tmp_path, before_commit=lambda: order.append("records"), progress=Progress()
+    )
     with (
         mock.patch.object(Path, "rename", lambda path, new: order.append(new.name)),
         mock.patch("train.checkpoint.writer.fsync", lambda folder: order.append("folder")),

@@ -194,14 +194,9 @@ def _blocks(file: BinaryIO, spans: list[Span]) -> Iterator[bytes]:
             yield block
 
 
-def iter_lines(path: Path) -> Iterator[Record]:
-    """Yield the records of steps in a metrics file."""
-    return (record for record in read_typed_lines(path, LINE) if "scores" not in record)
-
-
 def read_lines(path: Path) -> list[Record]:
     """Records of steps in a metrics file."""
-    return list(iter_lines(path))
+    return [record for record in read_typed_lines(path, LINE) if "scores" not in record]
 
 
 def read_scores(path: Path) -> list[Record]:

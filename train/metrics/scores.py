@@ -15,7 +15,7 @@ from core.run import Run, RunFiles
 from eval.config import JobsConfig
 from eval.leaderboard.jobs import POLL_SECONDS, SuiteJobs
 from train.config import MetricsConfig
-from train.metrics.records import JsonLines, iter_lines, read_scores
+from train.metrics.records import JsonLines, read_lines, read_scores
 from train.metrics.sinks import log_suites, make_trackers
 from train.resilience.run_lock import RunLock
 
@@ -75,7 +75,7 @@ def _write(folder: Path, config: Any, records: list[dict[str, Any]]) -> int:
         OmegaConf.merge(OmegaConf.structured(MetricsConfig), config.metrics)
     )
     path = RunFiles(folder).metrics
-    last = max((record["tokens"] for record in iter_lines(path)), default=0)
+    last = max((record["tokens"] for record in read_lines(path)), default=0)
     file = JsonLines(path, None)
     run_config: Any = OmegaConf.to_container(config)
     trackers = make_trackers(folder, config.run.name, metrics_config, run_config, last)

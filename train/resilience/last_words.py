@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from core.files import is_private
 from train.resilience.incidents import Incidents
 
 LOCAL_SECONDS = 1.0  # for the file of the node
@@ -91,7 +92,7 @@ def private_folder() -> Path:
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+    if stat.S_ISDIR(found.st_mode) and is_private(found):
         return path
     return Path(tempfile.mkdtemp(prefix=f"{path.name}-"))
 

@@ -205,7 +205,7 @@ class Reliability:
     """Cost of checkpoints and failures; lost fractions are of the run's time, without restarts."""
 
     checkpoint_bytes: int
-    # training stops while megatron-core gathers weights and each rank copies its shard to the host
+    # training stops while each rank copies its shard to the host
     blocking_seconds: float
     writing_seconds: float  # to storage, in the background
     failures: float  # expected over the run
@@ -222,11 +222,6 @@ def reliability(run: PlannedRun, ranks: int, days: float) -> Reliability:
     nodes = math.ceil(ranks / run.cluster.ranks_per_node)
     failure_rate = nodes * run.plan.failures_per_1000_node_days / 1000 / 86400  # per second
     blocking = size / ranks / (run.plan.host_gbytes_per_second * 1e9)
-    # the engine gathers all weights before a save
-    if run.parallel.engine is EngineKind.megatron:
-        seq_len = max(stage.seq_len for stage in run.data.stages)
-        sent = bytes_sent_per_step(run, ranks, run.schedule.batch_end_sequences, seq_len)
-        blocking += sent["weights"] / link_bandwidth(run, ranks)
     writing = size / (run.plan.storage_gbytes_per_second * 1e9)
 
     def lost(interval: float) -> float:

@@ -186,8 +186,7 @@ def test_days_are_consistent(megatron: PlannedRun) -> None:
     assert result["days"]["may_hide"] / days == pytest.approx(0.196, abs=0.01)
 
 
-def test_best_save_interval_is_youngs(run: PlannedRun, megatron: PlannedRun) -> None:
-    """With megatron-core, gathering the bf16 weights before a save is most of the blocking time."""
+def test_best_save_interval_is_youngs(run: PlannedRun) -> None:
     expected = reliability(run, 256, days=60)
     assert expected.failures == pytest.approx(32 * 60 * 6.5 / 1000)
     blocking = 12 * 7_272_665_088 / 256 / 20e9
@@ -195,18 +194,16 @@ def test_best_save_interval_is_youngs(run: PlannedRun, megatron: PlannedRun) -> 
     assert expected.best_minutes == pytest.approx(
         (2 * blocking * 86400 / (32 * 6.5e-3)) ** 0.5 / 60
     )
-    gathering = reliability(megatron, 256, days=60).blocking_seconds - blocking
-    assert gathering == pytest.approx(2 * 7_272_665_088 * 255 / 256 / 50e9, rel=2e-3)
 
 
-def test_save_interval_of_the_7b_is_near_the_best(megatron: PlannedRun) -> None:
+def test_saves_of_the_7b_cost_little(megatron: PlannedRun) -> None:
     def saving_every(tokens: int) -> PlannedRun:
         return replace(megatron, checkpoint=replace(megatron.checkpoint, every_tokens=tokens))
 
     current = reliability(megatron, 256, days=46)
-    assert current.best_lost < current.lost < 1.2 * current.best_lost and current.lost < 0.002
+    assert current.best_lost < current.lost < 0.001
     rare, frequent = (
-        reliability(saving_every(tokens), 256, days=46) for tokens in (30_000_000_000, 30_000_000)
+        reliability(saving_every(tokens), 256, days=46) for tokens in (30_000_000_000, 3_000_000)
     )
     assert rare.interval_minutes == pytest.approx(46 * 1440 * 30 / 5800, rel=1e-3)
     assert rare.lost == pytest.approx(

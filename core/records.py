@@ -181,8 +181,13 @@ def report_once(
         report(text)
 
 
+def _adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
+    kind: Any = schema  # mypy takes no class as hashable
+    return _cached_adapter(kind)
+
+
 @cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def _cached_adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 

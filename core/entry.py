@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 
-from core.errors import exit_with_error, print_error
+from core.errors import InputError, exit_with_error, print_error
 from core.files import ROOT
 
 DISTRIBUTION = "falcon-mamba-pretrain"
@@ -48,6 +48,8 @@ def explain_missing_extras() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ModuleNotFoundError) and extra_for_module(error.name or ""):
             exit_with_error(f"{error}: {install_command(error.name or '')}")
+        if issubclass(kind, InputError | OSError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+            exit_with_error(format_commands(str(error)))
         if kind is KeyboardInterrupt:
             print_error("stopped by Ctrl-C")
             return  # Python then ends by SIGINT, as shells expect

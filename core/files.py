@@ -29,6 +29,29 @@ TEMP_MAX_AGE_SECONDS = 3600.0
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file, as the `opener` of `open`; a pipe would wait, a device never end.
+
+    Raises IsADirectoryError for what is no regular file, a loop of links too, else OSError.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # ENXIO: a socket
+            raise
+        raise IsADirectoryError(error.errno, error.strerror, str(path)) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise IsADirectoryError(errno.EISDIR, "it is no regular file", str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file. Raises OSError as `open_regular` does."""
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read()
+
+
 def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file in hexadecimal, without reading the whole file into memory.
 
@@ -36,7 +59,7 @@ def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str
     """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(READ_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
             if on_read is not None:
@@ -147,7 +170,10 @@ def publish_folder(part: Path, final: Path) -> None:
             rename(part, final)
             part = old
         fsync(final.parent)
-        shutil.rmtree(part)
+        if part.is_symlink():  # the older folder is elsewhere and stays there
+            part.unlink()
+        else:
+            shutil.rmtree(part)
     else:
         rename(part, final)
 

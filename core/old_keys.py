@@ -6,6 +6,7 @@ To rename a key, add a line to RENAMED and to CHANGELOG.md. Interpolations of ol
 """
 
 import logging
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from core.errors import InputError
+from core.files import open_regular
 from core.records import DamagedRecord, check_typed
 from core.run import RunRecord
 from core.schema import covers
@@ -197,7 +199,8 @@ def rename_keys(config: DictConfig, source: str, given: Collection[str] = ()) ->
 def load_config(path: Path) -> DictConfig:
     """Load a run's config.yaml with current keys. Raises InputError if it is damaged."""
     try:
-        config = OmegaConf.load(path)
+        with open(path, encoding="utf-8", opener=open_regular) as file:
+            config = OmegaConf.load(file)
         if not isinstance(config, DictConfig):
             raise ValueError("it is not a run's record")
         rename_keys(config, str(path))
@@ -213,7 +216,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises InputError if it is damaged.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     record: Any = OmegaConf.to_container(load_config(path))
     try:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from core.errors import InputError
+from core.files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def read_typed(path: Path, schema: type[Schema]) -> Schema:
     Raises DamagedRecord in one line when the content does not fit, and OSError when the file is
     absent or cannot be read.
     """
-    return parse_typed(path.read_bytes(), schema, str(path))
+    return parse_typed(read_regular(path), schema, str(path))
 
 
 def read_required(path: Path, schema: type[Schema], fix: str, extra: Extra = "forbid") -> Schema:
@@ -49,7 +50,7 @@ def read_required(path: Path, schema: type[Schema], fix: str, extra: Extra = "fo
     Raises DamagedRecord, which ends with the fix, if it is absent, damaged or no readable file.
     """
     try:
-        return parse_typed(path.read_bytes(), schema, str(path), extra)
+        return parse_typed(read_regular(path), schema, str(path), extra)
     except UNREADABLE as error:
         raise DamagedRecord(f"{path} cannot be read ({error.strerror}): {fix}") from error
     except DamagedRecord as error:
@@ -72,7 +73,7 @@ def read_or_rebuild(
     readable file, which nothing can be written over.
     """
     try:
-        return parse_typed(path.read_bytes(), schema, str(path), extra)
+        return parse_typed(read_regular(path), schema, str(path), extra)
     except FileNotFoundError:
         return None
     except BLOCKED as error:
@@ -137,7 +138,7 @@ def scan_lines(
     others counted in `damage`. Raises DamagedRecord if the path is no readable file.
     """
     try:
-        file = path.open("rb")
+        file = open(path, "rb", opener=open_regular)  # noqa: SIM115
     except FileNotFoundError:
         return
     except BLOCKED as error:

@@ -39,7 +39,7 @@ from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import ExportRecord, read_export
+from eval.hf.exported import ExportRecord, foreign_files, read_export
 from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
@@ -83,6 +83,11 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         hf_config_json = hf_config(config.model, eos, config.export.dtype, pad)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if foreign := foreign_files(target):
+        raise InputError(
+            f"{target} has {', '.join(foreign)}, which no export writes: move it away, since a new "
+            "export replaces the folder"
+        )
     shutil.rmtree(temp_folder, ignore_errors=True)
     layout = plan_files(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
@@ -127,8 +132,8 @@ def reuse(temp_folder: Path, target: Path, expected: ExportRecord) -> bool:
         if replace(found, files={}) == expected:
             if folder == temp_folder:
                 publish_folder(temp_folder, target)
-            for left in target.parent.glob(f"{target.name}.*part"):  # by a killed export
-                shutil.rmtree(left, ignore_errors=True)
+            for suffix in (TEMP_SUFFIX, f".old{TEMP_SUFFIX}"):  # left by a killed export
+                shutil.rmtree(target.with_name(target.name + suffix), ignore_errors=True)
             return True
     return False
 

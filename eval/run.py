@@ -25,10 +25,10 @@ from core.entry import explain_missing_extras
 
 explain_missing_extras()
 
-from rich.console import Console
 from rich.table import Table
 
 from core.command import command
+from core.console import table_console
 from core.errors import InputError
 from core.files import sha256_of, write_json
 from core.quote import hydra_override
@@ -120,7 +120,7 @@ def data_sha256(config: DataConfig) -> str:
 
 def print_result(scores: dict[str, HeldoutScore], sample: str) -> None:
     """Print the table of scores and the sample."""
-    Console().print(score_table(scores))
+    table_console().print(score_table(scores))
     print(f"sample of the exported model:\n{sample}", flush=True)
 
 

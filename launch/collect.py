@@ -12,11 +12,11 @@ from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from typing_extensions import TypedDict
 
+from core.console import table_console
 from core.errors import InputError
 from core.files import write_text
 from core.ranges import Finite
@@ -132,9 +132,9 @@ def show(folder: Path, rows: list[Row], keys: list[str]) -> None:
                 value = short(value)
             cells.append(f"{value:.4f}" if isinstance(value, float) else str(value))
         table.add_row(*cells)
-    console = Console()
+    console = table_console()
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, width)).print(table)  # never truncate figures
+    table_console(max(console.width, width)).print(table)  # never truncate figures
 
 
 def main() -> None:
@@ -162,7 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -22,8 +22,10 @@ explain_missing_extras()
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from core.command import command
+from core.console import table_console
 from core.errors import USER_ERROR
 from launch.planning.checks import MACHINE_CHECKS, Finding, usable_ranks
 from launch.planning.run_checks import RUN_CHECKS
@@ -63,14 +65,14 @@ def main(config: RunConfig) -> None:
     """Print one line per check, then the fixes; exit with code 2 if any finding is bad."""
     if config.run.name == MACHINE:
         config.cluster.ranks_per_node = usable_ranks()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     results = run_checks(config, console)
     table = Table(title=f"{config.run.name}, {os.uname().nodename}")
     for column in ("check", "state", "finding"):
         table.add_column(column, overflow="fold")
     for result in results:
         finding = result.finding
-        table.add_row(result.name, f"[{COLORS[finding.state]}]{finding.state}[/]", finding.text)
+        table.add_row(result.name, Text(finding.state, COLORS[finding.state]), finding.text)
     console.print(table)
     for result in results:
         finding = result.finding

@@ -25,10 +25,10 @@ from core.entry import explain_missing_extras
 
 explain_missing_extras()
 
-from rich.console import Console
 from rich.table import Table
 
 from core.command import command
+from core.console import table_console
 from core.errors import InputError
 from core.files import make_folder, write_json
 from launch.planning.dryrun_config import DryRunConfig
@@ -154,7 +154,7 @@ def compare_collectives(run: DryRunConfig, simulated: "DryRunResult") -> list[di
 
 def show(run: DryRunConfig, result: dict[str, Any]) -> None:
     """Print what a rank holds and sends."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     data_parallel = result["ranks"] // result["tensor_parallel"] // result["context_parallel"]
     table = memory_table(result["shards"])
     table.title = (

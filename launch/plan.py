@@ -19,10 +19,10 @@ from core.entry import explain_missing_extras
 
 explain_missing_extras()
 
-from rich.console import Console
 from rich.table import Table
 
 from core.command import command
+from core.console import table_console
 from core.errors import InputError
 from core.files import make_folder, write_json
 from launch.planning.estimate import (
@@ -136,7 +136,7 @@ def stage_starts(run: PlannedRun, ranks: int) -> list[dict[str, Any]]:
 def main(run: PlannedRun) -> None:
     """Print the plan and write it to the run's folder."""
     result = plan(run)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     console.print(summary_table(run, result))
     console.print(stage_start_table(result))
     console.print(step_time_table(result))

@@ -6,6 +6,7 @@ Mutations are drawn with a fixed seed, so that a failure repeats.
 import gzip
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -252,11 +253,21 @@ def test_whole_file_is_read_without_a_word(
     assert not [text for text in caplog.messages if str(path) in text and "strike" not in text]
 
 
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("no_jobs")
-def test_folder_in_place_of_a_file_is_one_line(tmp_path: Path, name: str) -> None:
+def test_what_is_no_file_is_one_line(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
-    path.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    NO_FILES[kind](path)
     if name == "scores/jobs.json":
         return KINDS[name][1](path)  # a warning: training continues without jobs
     with pytest.raises(InputError, match=name) as refused:

@@ -15,7 +15,6 @@ from core.entry import explain_missing_extras, format_commands
 explain_missing_extras()
 
 from core import log
-from core.errors import InputError
 from train.metrics.scores import collect
 
 logger = logging.getLogger(__name__)
@@ -34,11 +33,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a run's folder")
-    try:
-        if not collect(parser.parse_args().folder):
-            logger.info("no new scores")
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if not collect(parser.parse_args().folder):
+        logger.info("no new scores")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from core.files import sha256_of
+from core.files import read_regular, sha256_of
 from data import tokenizer
 from data.pipeline.accounting import StepCounts
 from data.pipeline.tasks import run_task
@@ -206,9 +206,14 @@ def shard_task(spec: ShardingSpec, rank: int) -> list[dict[str, Any]]:
 def describe_shard(path: Path, eos: int, vocab_size: int) -> ShardFile:
     """Counts and hash of a shard.
 
-    Raises ValueError unless it has one end token per document, and ids of the vocabulary only.
+    Raises ValueError unless its end tokens are where its index ends documents, and all ids are of
+    the vocabulary. Raises OSError if a file cannot be read.
     """
-    index = np.fromfile(path.with_name(path.name + ".index"), dtype="<u8")
+    index_path = path.with_name(path.name + ".index")
+    content = read_regular(index_path)
+    if len(content) % 8:
+        raise ValueError(f"{index_path} has {len(content)} bytes, which are no 64-bit numbers")
+    index = np.frombuffer(content, dtype="<u8")
     tokens = np.memmap(path, dtype=id_dtype(vocab_size), mode="r")
     total = int(index[-1]) if len(index) else 0
     if len(tokens) != total:
@@ -217,12 +222,15 @@ def describe_shard(path: Path, eos: int, vocab_size: int) -> ShardFile:
     ends = 0
     for start in range(0, len(tokens), block):
         ids = tokens[start : start + block]
-        ends += int((ids == eos).sum())
         if ids.max() >= vocab_size:
             place = start + int(np.argmax(ids >= vocab_size))
             raise ValueError(
                 f"{path} has id {tokens[place]} at token {place}, its vocabulary has {vocab_size:,}"
             )
+        found = start + 1 + np.flatnonzero(ids == eos)
+        if not np.array_equal(found, index[ends : ends + len(found)]):
+            raise ValueError(f"{path} has end tokens that are not where {index_path.name} has them")
+        ends += len(found)
     if ends != len(index):
         raise ValueError(f"{path} has {ends} end tokens for {len(index)} documents")
     return ShardFile(path.name, len(tokens), len(index), sha256_of(path))

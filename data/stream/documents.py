@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ def document_ends(folder: Path, file: ShardFile) -> NDArray[np.uint64]:
     Raises InputError if the index is missing or does not match the shard.
     """
     path = folder / (file.name + ".index")
-    ends: NDArray[np.uint64] = (
-        np.memmap(path, dtype="<u8", mode="r")
-        if path.is_file() and file.documents
-        else np.empty(0, np.uint64)
-    )
+    ends: NDArray[np.uint64] = np.empty(0, np.uint64)
+    with suppress(ValueError):  # of an empty file, or one that was cut within a number
+        if path.is_file() and file.documents:
+            ends = np.memmap(path, dtype="<u8", mode="r")
     if len(ends) != file.documents or (file.documents and ends[-1] != file.tokens):
         raise InputError(f"{path} is not the index of {file.name}; prepare the source again")
     return ends

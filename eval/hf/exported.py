@@ -1,6 +1,7 @@
 """The record of an export: what it was made from, and size and SHA-256 of every file."""
 
 import logging
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,11 @@ from core.records import read_typed
 from core.run import MANIFEST, RunFiles
 from model.checkpoint_records import FileRecord
 
+# names that an export writes, of any version and size
+FILES = re.compile(
+    r"(model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json|(generation_)?"
+    r"config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|export\.json)(\..*\.part)?"
+)
 logger = logging.getLogger(__name__)
 
 HASH_BYTES_PER_SECOND = 1.5e9  # of SHA-256 on one core, for the log
@@ -56,6 +62,13 @@ def read_export(folder: Path) -> ExportRecord:
         if sha256_of(folder / name) != expected.sha256:
             raise InputError(f"{folder / name} is damaged: its SHA-256 differs from {path.name}")
     return record
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that are none of an export's: a user has put them there."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name))
 
 
 def require_export(hf_folder: Path, checkpoint: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
+from core.console import table_console
 from core.errors import InputError
 from core.files import make_folder, write_json
 from eval.config import EvaluationConfig, Suite, SuiteRow
@@ -77,7 +77,7 @@ def run_suite(config: EvaluationConfig) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if is_first:
-        Console(width=max(MIN_WIDTH, Console().width)).print(
+        table_console(max(MIN_WIDTH, table_console().width)).print(
             score_table(suite, source.name, results, other_checkpoints(suite, path))
         )
         logger.info(f"scores: {path}" if results else "no row was scored")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.files import append_json_line, append_line, make_folder
+from core.files import append_json_line, append_line, make_folder, read_regular
 from core.records import BLOCKED, Damage, read_typed_lines, shown
 from core.run import RunFiles, iter_committed_checkpoints
 from train.resilience.incidents import (
@@ -119,7 +119,7 @@ def excluded_nodes(bad_nodes: Path, strikes: int) -> list[str]:
     Raises InputError if the file cannot be read.
     """
     try:
-        lines = bad_nodes.read_bytes().split(b"\n")
+        lines = read_regular(bad_nodes).split(b"\n")
     except FileNotFoundError:
         return []
     except BLOCKED as error:

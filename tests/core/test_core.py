@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from core import files
+from core.entry import explain_missing_extras
 from core.errors import InputError
 from core.files import (
     check_folder,
@@ -128,3 +130,14 @@ def test_an_error_of_a_file_system_sync_is_raised(tmp_path: Path) -> None:
     with mock.patch.object(files.ctypes, "CDLL") as library, pytest.raises(OSError):
         library.return_value.syncfs.return_value = -1
         files.sync_filesystem(tmp_path)
+
+
+def test_a_users_error_is_one_line_in_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    explain_missing_extras()
+    for error in (InputError("config.yaml is damaged"), FileNotFoundError(2, "Absent", "x")):
+        with pytest.raises(SystemExit) as ended:
+            sys.excepthook(type(error), error, None)
+        assert ended.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"

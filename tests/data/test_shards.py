@@ -12,6 +12,8 @@ import pytest
 
 from core.errors import InputError
 from data.config import DataConfig
+from data.pipeline.shard import describe_shard
+from data.stream.documents import document_ends
 from data.stream.manifests import (
     MANIFEST,
     NARROW,
@@ -196,3 +198,36 @@ def test_missing_data_names_the_command(config: DataConfig) -> None:
     (source_folder(config, "prose") / MANIFEST).unlink()
     with pytest.raises(InputError, match=r"data/prepare.py"):
         open_manifests(config)
+
+
+def swap_ends(ends: Any) -> bytes:
+    """The index with its first documents longer, and as many documents and tokens."""
+    return bytes(np.array([*ends[1:2], *ends[1:]], "<u8").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "is_seen_at_once"),
+    [
+        (lambda ends: b"", "its index says 0", True),
+        (lambda ends: ends.tobytes()[:-3], "are no 64-bit numbers", True),
+        (lambda ends: ends[:-1].tobytes(), "its index says", True),
+        (swap_ends, "end tokens that are not where", False),
+    ],
+)
+def test_a_damaged_index_is_named(
+    config: DataConfig, damage: Callable[[Any], bytes], message: str, is_seen_at_once: bool
+) -> None:
+    folder = source_folder(config, "prose")
+    manifest = read_manifest(folder)
+    file = manifest.splits["train"][0]
+    shard, index = folder / file.name, folder / f"{file.name}.index"
+    ends = np.flatnonzero(np.fromfile(shard, manifest.dtype) == manifest.eos).astype("<u8") + 1
+    index.write_bytes(ends.tobytes())
+    assert describe_shard(shard, manifest.eos, manifest.vocab_size) == file
+    assert document_ends(folder, file).tolist() == ends.tolist()
+    index.write_bytes(damage(ends))
+    with pytest.raises(ValueError, match=message):
+        describe_shard(shard, manifest.eos, manifest.vocab_size)
+    if is_seen_at_once:
+        with pytest.raises(InputError, match="is not the index of"):
+            document_ends(folder, file)

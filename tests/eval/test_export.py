@@ -338,3 +338,25 @@ def test_a_killed_export_leaves_one_that_is_whole(
     export(other)
     assert read_export(exported).dtype == "bfloat16"
     assert not list(exported.parent.glob("hf.*"))
+
+
+def test_files_of_the_user_are_not_removed(config: EvaluationConfig, exported: Path) -> None:
+    other = replace(config, export=replace(config.export, keep_fp32=["A_log"]))
+    note = exported / "README.md"
+    note.write_text("mine")
+    with pytest.raises(InputError, match=r"hf has README\.md, which no export writes: move it"):
+        export(other)
+    assert note.read_text() == "mine"
+    note.unlink()
+
+
+def test_an_export_folder_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    """The folder that the link names stays as it is."""
+    for name in ("elsewhere", "hf.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    (tmp_path / "hf").symlink_to(tmp_path / "elsewhere")
+    files.publish_folder(tmp_path / "hf.part", tmp_path / "hf")
+    assert (tmp_path / "hf" / "name").read_text() == "hf.part"
+    assert (tmp_path / "elsewhere" / "name").read_text() == "elsewhere"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "hf"]

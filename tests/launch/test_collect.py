@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from launch.collect import sweep_rows
+from launch.collect import show, sweep_rows
 from tests.commands import python
 from tests.train.test_report import write_run
 from train.resilience.incidents import Outcome
@@ -40,6 +40,13 @@ def test_rows_have_swept_values_and_results(folder: Path) -> None:
     assert (a["state"], b["state"], c["state"]) == ("finished", "running or crashed", "not started")
     with pytest.raises(InputError, match=r"has no sweep\.json"):
         sweep_rows(folder / "a")
+
+
+def test_texts_in_a_table_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    row = {"tokens": 1, "state": "set [optim.lr] or [/b] :smile:", "a": "[/red]"}
+    show(tmp_path / "[bold]x", [row], list(row))
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (row["state"], row["a"], "[bold]x"))
 
 
 def test_the_command_writes_a_table_and_a_plot(folder: Path) -> None:

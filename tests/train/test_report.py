@@ -14,8 +14,8 @@ from core.old_keys import read_record
 from core.run import RunFiles
 from tests.commands import TIMEOUT_SECONDS
 from train.metrics.curves import PANELS, actual_mixture, planned_curve
-from train.metrics.page import page, planned_mixture, run_names
-from train.metrics.records import POINTS, curve, read_lines
+from train.metrics.page import page, planned_mixture, run_names, score_tables
+from train.metrics.records import POINTS, curve, read_lines, read_scores
 
 
 def write_run(folder: Path, loss_offset: float) -> Path:
@@ -140,6 +140,15 @@ def test_page_has_no_scripts_and_needs_no_network(tmp_path: Path) -> None:
     text = page([write_run(tmp_path / "one", 0.0)], tmp_path / "report.html").read_text()
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; boom" in text
     assert "<script" not in text and 'src="http' not in text
+
+
+def test_scores_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", 0.0)
+    with RunFiles(run).metrics.open("a") as file:
+        scores = {"v1": {"ARC": 50.0, "MATH": None}}
+        file.write(json.dumps({"step": 1, "tokens": 10, "scores": scores}) + "\n")
+    tables = score_tables(read_scores(RunFiles(run).metrics))
+    assert tables["v1"] == (["", "10 tokens"], [("ARC", "50.00"), ("MATH", "-")])
 
 
 def test_source_names_are_plain_text_in_pictures(tmp_path: Path) -> None:

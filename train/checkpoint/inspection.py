@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from core.console import table_console
 from core.errors import InputError
 from core.run import MANIFEST
 from model.checkpoint import CheckpointReader, read_manifest, read_state
@@ -48,7 +48,7 @@ def print_table(checkpoints: list[Path]) -> int:
             f"{size:.3f}",
             f"{age / 3600:.1f} h",
         )
-    Console().print(table)
+    table_console().print(table)
     return 0
 
 

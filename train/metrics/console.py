@@ -121,7 +121,11 @@ class LiveConsole:
     """A progress bar with the last step below it, for terminals; every row fits 80 columns."""
 
     def __init__(self, total: int, throughput: Throughput) -> None:
-        columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn())
+        columns = (
+            TextColumn("{task.description:>10}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+        )
         self.text = StepText(total, throughput)
         self.progress = Progress(*columns)
         self.task = self.progress.add_task("starting", total=total)

@@ -149,6 +149,11 @@ def checkpoint_rows(folder: Path) -> Rows:
     return rows
 
 
+def format_score(score: float | None) -> str:
+    """A score of a table; a dash for one that is missing or was not finite."""
+    return "-" if score is None else f"{score:.2f}"
+
+
 def score_tables(scores: list[Record]) -> dict[str, tuple[list[str], Rows]]:
     """Column titles and rows of each suite; a column per checkpoint, ordered by tokens."""
     tables = {}
@@ -156,7 +161,7 @@ def score_tables(scores: list[Record]) -> dict[str, tuple[list[str], Rows]]:
         columns = {r["tokens"]: r["scores"][suite] for r in scores if suite in r["scores"]}
         labels = dict.fromkeys(label for rows in columns.values() for label in rows)
         cells = [
-            (label, *(f"{rows[label]:.2f}" if label in rows else "-" for rows in columns.values()))
+            (label, *map(format_score, (rows.get(label) for rows in columns.values())))
             for label in labels
         ]
         tables[suite] = (["", *(f"{tokens:,} tokens" for tokens in columns)], cells)

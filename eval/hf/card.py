@@ -53,14 +53,15 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
     for suite in suites:
         for label, row in suite["rows"].items():
             results.append(EvalResult(TASK, label, label, suite["suite"], row["score"]))
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=["falcon_mamba", "mamba", "state-space-model", "pretrained"],
-        model_name=config.get("run", {}).get("name") if results else None,  # eval_results needs it
-        eval_results=results or None,
-    )
     try:
+        data = ModelCardData(
+            library_name="transformers",
+            pipeline_tag=TASK,
+            tags=["falcon_mamba", "mamba", "state-space-model", "pretrained"],
+            # eval_results needs it
+            model_name=config.get("run", {}).get("name") if results else None,
+            eval_results=results or None,
+        )
         text = render(
             TEMPLATE,
             card_data=data.to_yaml(),
@@ -74,7 +75,7 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
             suites=suites,
             curves=files.curves.is_file(),
         )
-    except (UndefinedError, TypeError, ValueError, AttributeError) as error:
+    except (UndefinedError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{files.config} lacks settings of a run ({error}): restore it") from error
     return str(ModelCard(text))
 

@@ -149,7 +149,7 @@ def append_record(folder: Path, **fields: Any) -> None:
     """Append a line to attempts.jsonl, durably."""
     job = {
         "job": os.environ.get("SLURM_JOB_ID", ""),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     }
     append_json_line(RunFiles(folder).attempts, {"time": utc_now(), **job, **fields}, sync=True)
 

@@ -24,6 +24,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "command",
             "compose",
             "config_errors",
+            "console",
             "entry",
             "errors",
             "files",

@@ -27,7 +27,7 @@ def select_device(requested: Device) -> str:
 
 
 def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
-    """Raise InputError if a requested GPU is missing or the engine does not support a CPU."""
+    """Raise InputError if this rank's GPU is missing or the engine does not support a CPU."""
     if selected == "cpu" and parallel.engine is EngineKind.megatron:
         device = " cluster.device=cpu" if requested is Device.cuda else ""
         raise InputError(
@@ -37,6 +37,12 @@ def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
     if requested is Device.cuda and selected != "cuda":
         raise InputError(
             "cluster.device=cuda, but torch sees no GPU: set cluster.device=auto or cpu"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if selected == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise InputError(
+            f"LOCAL_RANK is {local_rank}, and this node has {count} GPUs, one for a rank: start "
+            f"with --nproc-per-node {count}, cluster.ranks_per_node={count} under submit"
         )
 
 

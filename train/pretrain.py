@@ -45,8 +45,8 @@ def main(config: RunConfig) -> None:
     from train.device import available_bytes, check_device, select_device
 
     device = select_device(config.cluster.device)
-    check_memory(config, world_size, local_world_size, device, available_bytes(device))
     check_device(config.cluster.device, device, config.parallel)
+    check_memory(config, world_size, local_world_size, device, available_bytes(device))
     require_data(config.data)  # before process groups and the model are built
     from train.run_context import start
 

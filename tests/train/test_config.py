@@ -65,9 +65,20 @@ def test_the_7b_needs_gpus_and_names_the_fallback() -> None:
     assert config.parallel.engine is EngineKind.megatron
     with pytest.raises(InputError, match="set parallel.engine=deepspeed cluster.device=cpu$"):
         check_device(config.cluster.device, "cpu", config.parallel)
-    check_device(config.cluster.device, "cuda", config.parallel)
+    with mock.patch("torch.cuda.device_count", return_value=8):
+        check_device(config.cluster.device, "cuda", config.parallel)
     fallback = run_config("7b", "parallel.engine=deepspeed", "cluster.device=cpu")
     check_device(fallback.cluster.device, "cpu", fallback.parallel)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config("7b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    check_device(config.cluster.device, "cuda", config.parallel)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(InputError, match="LOCAL_RANK is 4, and this node has 4 GPUs"):
+        check_device(config.cluster.device, "cuda", config.parallel)
 
 
 def test_token_counts_may_be_floats_that_are_whole() -> None:

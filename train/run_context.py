@@ -153,12 +153,19 @@ def _train(
         outcome = trainer.run()
     watchdog.beat()
     if ranks.is_first and outcome.code == FINISHED:
-        from train.metrics.curves import draw
-
-        logger.info(
-            f"checkpoints: {config.run.files.checkpoints}\ncurves: {draw(config.run.folder)}"
-        )
+        logger.info(f"checkpoints: {config.run.files.checkpoints}")
+        _draw_curves(config.run.folder)
     return outcome
+
+
+def _draw_curves(folder: Path) -> None:
+    """Draw the curves of a finished run; an error, as on a full disk, changes no outcome."""
+    from train.metrics.curves import draw
+
+    try:
+        logger.info(f"curves: {draw(folder)}")
+    except (InputError, OSError) as error:
+        logger.warning(f"no curves ({error}); draw them with: python train/report.py {folder}")
 
 
 def _check_shared(lock: Path) -> None:

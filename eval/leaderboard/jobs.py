@@ -87,14 +87,16 @@ class SuiteJobs:
         if not self.settings.suites or (time.monotonic() < self.next_poll and not now):
             return []
         self.next_poll = time.monotonic() + POLL_SECONDS
-        make_folder(self.scores)
-        started = self._read_started()
-        if started is None:
-            return []
-        for folder, tokens in self._due(started):
-            started[folder.name] = tokens
-            write_json(self.record, {"started": started})
-            self._pin_and_launch(folder)
+        try:
+            make_folder(self.scores)
+            started = self._read_started()
+            if started is None:
+                return []
+            for folder, tokens in self._due(started):
+                self._start(folder, {**started, folder.name: tokens})
+                started[folder.name] = tokens
+        except OSError as error:  # a full disk, or retention was faster: training continues
+            report_once(f"evaluation jobs cannot be started, the next poll tries again: {error}")
         return self.collect()
 
     def _read_started(self) -> dict[str, int] | None:
@@ -125,12 +127,14 @@ class SuiteJobs:
                 last_tokens = tokens
         return due
 
-    def _pin_and_launch(self, folder: Path) -> None:
-        """Hard-link a checkpoint's files and start a job per suite on them."""
+    def _start(self, folder: Path, started: dict[str, int]) -> None:
+        """Hard-link a checkpoint's files, record its jobs, start one per suite. Raises OSError."""
         pinned = self.run.files.pinned_checkpoints / folder.name
+        shutil.rmtree(pinned, ignore_errors=True)  # of a start that failed
         make_folder(pinned.parent)
-        shutil.copytree(folder, pinned, copy_function=os.link, dirs_exist_ok=True)
+        shutil.copytree(folder, pinned, copy_function=os.link)
         sync_folder(pinned)
+        write_json(self.record, {"started": started})
         for suite in self.settings.suites:
             self._launch(suite, pinned)
 

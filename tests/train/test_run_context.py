@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from core import files
+from core import files, log
 from core.errors import InputError
 from core.log import BestEffortStream
 from core.records import read_typed_lines
@@ -22,12 +22,13 @@ from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
 from train.distributed import Ranks, errors_on_all_ranks, init_distributed
+from train.metrics import curves
 from train.metrics.records import JsonLines, read_lines
 from train.record.history import code_version
 from train.resilience.incidents import INTERRUPTED, Incidents, Outcome, Starts, read_outcome
 from train.resilience.run_lock import RunLock, process_start
 from train.resilience.stop_request import StopRequest
-from train.run_context import run_context
+from train.run_context import _draw_curves, run_context
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +338,18 @@ def test_a_full_disk_ends_with_an_outcome(
         with pytest.raises(InputError, match=r"cannot be written \(.*No space left"):
             run_context(run.run, run.health, ranks, lambda *_: pytest.fail("it ran"))
         assert sorted(path.name for path in run.run.folder.iterdir()) == left
+
+
+def test_a_full_disk_after_the_last_save_changes_no_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.init_logger()
+    monkeypatch.setattr(curves, "write_atomic", full)
+    _draw_curves(tmp_path)
+    assert capsys.readouterr().out.startswith("warning: no curves ([Errno 28] No space left on")
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,11 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
     """First after each multiple of every_tokens, last before the decay, last of the run."""
     launched: list[int] = []
     monkeypatch.setattr(
-        SuiteJobs, "_pin_and_launch", lambda self, folder: launched.append(int(folder.name[5:]))
+        SuiteJobs, "_launch", lambda self, suite, pinned: launched.append(int(pinned.name[5:]))
     )
     jobs = SuiteJobs(
         Run("r", str(tmp_path), 0),
-        JobsConfig(SUITES, 1000, Launcher.local, [], []),
+        JobsConfig(SUITES[:1], 1000, Launcher.local, [], []),
         always={1600, 1900},
     )
     for step, tokens in ((1, 500), (2, 1100), (3, 1500)):
@@ -87,6 +87,28 @@ def test_which_checkpoints_are_scored(tmp_path: Path, monkeypatch: pytest.Monkey
     assert jobs.poll(now=True) == [] and launched == [2, 4, 6]
     restarted = SuiteJobs(jobs.run, jobs.settings, always=jobs.always)
     assert restarted.poll() == [] and launched == [2, 4, 6]
+
+
+@pytest.mark.fault("a full disk when evaluation jobs start", "training goes on, they start later")
+def test_a_full_disk_delays_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each write: the checkpoint's links, their sync, and the list of jobs."""
+    launched: list[str] = []
+    monkeypatch.setattr(
+        SuiteJobs, "_launch", lambda self, suite, pinned: launched.append(pinned.name)
+    )
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    module = "eval.leaderboard.jobs."
+    jobs = SuiteJobs(Run("r", str(tmp_path), 0), JobsConfig(["v1"], 9, Launcher.local, [], []))
+    for step, name in enumerate(("make_folder", "shutil.copytree", "sync_folder", "write_json"), 1):
+        write_checkpoint(tmp_path, step, 10 * step)
+        with monkeypatch.context() as patch:
+            patch.setattr(module + name, full)
+            assert jobs.poll(now=True) == [] and len(launched) == step - 1
+        assert jobs.poll(now=True) == [] and launched[-1] == f"step-{step:08d}"
+    assert len(launched) == 4
 
 
 def test_scores_of_each_checkpoint_are_collected_once(tmp_path: Path) -> None:

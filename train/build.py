@@ -37,7 +37,7 @@ from train.phases import Phases
 from train.record.changes import join
 from train.record.history import as_table, to_plain, write_record
 from train.record.origin import Origin, find_origin, load_initial_weights, resume
-from train.resilience.agreement import check_agreement
+from train.resilience.agreement import check_agreement, check_same_checkpoint
 from train.resilience.datacheck import DataCheck
 from train.resilience.failure_policy import FailurePolicy
 from train.resilience.incidents import Incidents, Starts, sync_records
@@ -77,6 +77,8 @@ def build_trainer(
     model.set_context(context)
     checkpoints = build_checkpoints(config, ranks, schedule.stage_ends, watchdog)
     origin = find_origin(config, record, plan, checkpoints, ranks)
+    if origin is not None:
+        check_same_checkpoint(origin.checkpoint)
     initial = load_initial_weights(model, config, ranks) if origin is None else None
     if config.compute.compile:
         model.compile_blocks()

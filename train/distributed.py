@@ -4,6 +4,7 @@ megatron-core's parallel_state owns the groups. The tensor-parallel layers read 
 DeepSpeed through Mpu.
 """
 
+import hashlib
 import os
 import resource
 import time
@@ -261,6 +262,14 @@ def errors_on_all_ranks() -> Iterator[None]:
     except InputError as error:
         message = str(error)
     raise_on_all_ranks(message)
+
+
+def gather_hashes(text: str) -> list[bytes]:
+    """SHA-256 of every rank's text, by rank. A collective."""
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, digest)
+    return [bytes(each.tolist()) for each in digests]
 
 
 def broadcast_text(text: str, source: int = 0) -> str:

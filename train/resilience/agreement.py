@@ -12,15 +12,17 @@ import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from core.files import ROOT
+from core.files import ROOT, sha256_of
+from core.run import MANIFEST
 from core.schema import covers
 from train.config import RunConfig
-from train.distributed import broadcast_text, raise_on_all_ranks
+from train.distributed import broadcast_text, gather_hashes, raise_on_all_ranks
 from train.record.changes import flatten
 from train.record.history import to_plain, versions
 
@@ -51,6 +53,20 @@ def start_facts(config: RunConfig, device: str) -> dict[str, str]:
     return facts
 
 
+def check_same_checkpoint(folder: Path) -> None:
+    """Raise InputError, on every rank, if a rank sees another checkpoint under this path, or none.
+
+    Only the first rank hashes its files. A collective.
+    """
+    try:
+        seen = sha256_of(folder / MANIFEST)
+    except OSError as error:
+        seen = f"unreadable ({error.strerror})"
+    check_agreement(
+        {"the checkpoint's manifest": seen}, f"mount the same {folder.parent} on every node"
+    )
+
+
 def sources_hash() -> str:
     """SHA-256 of the names and contents of all our sources, in 16 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -67,11 +83,7 @@ def check_agreement(facts: Mapping[str, str], fix: str = SAME_START) -> None:
 
     The message names rank, host, key and both values, and ends with `fix`. A collective.
     """
-    text = json.dumps(facts, sort_keys=True)
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, digest)
-    hashes = [bytes(each.tolist()) for each in digests]
+    hashes = gather_hashes(json.dumps(facts, sort_keys=True))
     counts = Counter(hashes)
     if len(counts) == 1:
         return

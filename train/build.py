@@ -58,10 +58,7 @@ def build_trainer(
     watchdog: Watchdog,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Build one rank's trainer; `code` is the version of the code, for the run's record.
-
-    Raises InputError, on every rank, when data, kernels or checkpoints do not fit the config.
-    """
+    """Build a rank's trainer; `code` is its version. InputError on every rank if parts do not fit."""
     record = {"code": code, **to_plain(asdict(config))}
     datacheck = DataCheck(config.data, manifests, ranks)
     datacheck.start(config.health.verify_shards, watchdog.beat)
@@ -77,16 +74,14 @@ def build_trainer(
     model.set_context(context)
     checkpoints = build_checkpoints(config, ranks, schedule.stage_ends, watchdog)
     origin = find_origin(config, record, plan, checkpoints, ranks)
-    if origin is not None:
-        check_same_checkpoint(origin.checkpoint)
     initial = load_initial_weights(model, config, ranks) if origin is None else None
     if config.compute.compile:
         model.compile_blocks()
     engine = build_engine(model, config.optim, config.parallel, config.compute.precision, ranks)
-    state = TrainState(
-        0, 0, 0, plan.hash_at(0), asdict(config.model), config=record, tokenizer=tokenizer_hash
-    )
+    shape = asdict(config.model)
+    state = TrainState(0, 0, 0, plan.hash_at(0), shape, config=record, tokenizer=tokenizer_hash)
     if origin is not None:
+        check_same_checkpoint(origin.checkpoint)
         state = resume(checkpoints, origin, engine, state)
     replica_check = ReplicaCheck(model, engine, config.optim, ranks)
     failure_policy = FailurePolicy(

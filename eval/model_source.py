@@ -10,7 +10,7 @@ import torch
 from core.errors import InputError
 from core.files import sha256_of
 from core.old_keys import load_config
-from core.run import MANIFEST
+from core.run import MANIFEST, iter_checkpoints
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.hf.exported import check_if_export
@@ -44,7 +44,7 @@ def verified_checkpoint(config: EvaluationConfig) -> Path:
         if (error := verify_checkpoint(folder)) is not None:
             raise InputError(f"cannot use checkpoint {folder}: {error}")
         return folder
-    newest, errors = newest_valid(config.run.files.checkpoints)
+    newest, errors = newest_valid(iter_checkpoints(config.run.files.checkpoints))
     for damaged, error in errors.items():
         logger.warning(f"skipping checkpoint {damaged}: {error}")
     if newest is None:

@@ -9,7 +9,7 @@ read costs the bytes it returns; the index grows with tensors x ranks, not with 
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import prod
@@ -25,7 +25,7 @@ from core.errors import InputError
 from core.files import sha256_of
 from core.ranges import Count, Whole
 from core.records import DamagedRecord, parse_typed, read_typed
-from core.run import MANIFEST, STEP_NAME, iter_checkpoints, step_number
+from core.run import MANIFEST, STEP_NAME, step_number
 from model.checkpoint_records import ManifestRecord, SpikeState, StateRecord
 from model.config import ModelConfig
 from model.parameters import shard_spec
@@ -297,10 +297,10 @@ def check_manifest(folder: Path, on_read: Callable[[int], object] | None = None)
             raise DamagedRecord(f"{path} does not hash to its manifest's SHA-256")
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest valid checkpoint, and why each newer one is invalid."""
+def newest_valid(checkpoints: Iterable[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """Return the first valid one of checkpoints, newest first, and why those before are invalid."""
     errors: dict[Path, str] = {}
-    for folder in iter_checkpoints(checkpoints):
+    for folder in checkpoints:
         why = verify_checkpoint(folder)
         if why is None:
             return folder, errors

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from core.run import Run
+from core.run import Run, iter_checkpoints
 from model.checkpoint import CheckpointReader, newest_valid, read_state
 from tests.injector import NUMERIC, Fault, samples
 from tests.start_faults import ON_FIRST_RANK
@@ -163,7 +163,7 @@ def in_folder(run: RunConfig, folder: Path) -> RunConfig:
 def differences(clean: Path, faulty: Path, ranks: int) -> list[str]:
     """Differences of the faulty run from the clean run; empty if there are none."""
     names = []
-    folders = [newest_valid(run / "checkpoints")[0] for run in (clean, faulty)]
+    folders = [newest_valid(iter_checkpoints(run / "checkpoints"))[0] for run in (clean, faulty)]
     if None in folders:
         return ["a run has no checkpoint that verifies"]
     left, right = (CheckpointReader(folder) for folder in folders if folder is not None)

@@ -46,7 +46,7 @@ OLD_NAMES = {
     "rivals": "baselines",
     "scatter_sum": "reduce_scatter",
     "twin": "hf_model, hf_reference",
-    "why_not": "unsupported_reason, invalid_reason",
+    "why_not": "unsupported_reason",
     "wishes": "flags",
 }
 # phrases that say nothing to a reader of another project

@@ -389,7 +389,7 @@ def test_every_flipped_bit_is_detected(tmp_path: Path, ranks: Ranks, measured: A
             flips += 1
         path.write_bytes(data)
     measured(f"{flips} of {flips} flips detected")
-    assert newest_valid(tmp_path)[0] == best
+    assert newest_valid(iter_checkpoints(tmp_path))[0] == best
 
 
 def _loads_wrong_data(folder: Path) -> bool:
@@ -442,7 +442,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint(
         process = CONTEXT.Process(target=_save_and_die, args=(folder, point, offset))
         process.start()
         process.join()
-        best, faults = newest_valid(folder / "checkpoints")
+        best, faults = newest_valid(iter_checkpoints(folder / "checkpoints"))
         assert faults == {} and best is not None
         is_new = best.name.endswith("2")
         expected = StubEngine(count=4 if is_new else 3)

@@ -1,10 +1,9 @@
 """Find checkpoints by the path of a run, of its checkpoints folder, or of one of them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from core.run import STEP_NAME, RunFiles, iter_checkpoints
-from model.checkpoint import newest_valid, verify_checkpoint
+from model.checkpoint import newest_valid
 
 
 def list_checkpoints(path: Path) -> list[Path]:
@@ -28,14 +27,8 @@ def resolve_checkpoint(path: Path) -> Path:
 
     Raises ValueError when none verifies.
     """
-    checkpoints = list_checkpoints(path)
-    best: Path | None
-    reasons: Mapping[Path, str | None]
-    if checkpoints[0] == path:
-        best, reasons = path, {path: verify_checkpoint(path)}
-    else:
-        best, reasons = newest_valid(checkpoints[0].parent)
-    if best is None or reasons.get(best) is not None:
+    best, reasons = newest_valid(list_checkpoints(path))
+    if best is None:
         newest, reason = next(iter(reasons.items()))
         raise ValueError(f"{path} has no checkpoint that verifies: {newest.name}: {reason}")
     return best

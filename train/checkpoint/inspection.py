@@ -9,9 +9,8 @@ from rich.table import Table
 from core.console import table_console
 from core.errors import InputError
 from core.run import MANIFEST
-from model.checkpoint import CheckpointReader, read_manifest, read_state
+from model.checkpoint import CheckpointReader, read_manifest, read_state, verify_checkpoint
 from train.checkpoint.find import list_checkpoints, resolve_checkpoint
-from train.checkpoint.manager import invalid_reason
 from train.costs.memory import GIB
 
 MAX_ROWS = 12  # differing tensors that diff prints, largest difference first
@@ -56,7 +55,10 @@ def verify(checkpoints: list[Path]) -> int:
     """Hash every file and print a line per checkpoint; return the exit code."""
     is_damaged = False
     for folder in checkpoints:
-        reason = invalid_reason(folder)
+        try:
+            reason = verify_checkpoint(folder)
+        except InputError as error:  # of the storage, not of the checkpoint
+            reason = str(error)
         is_damaged |= reason is not None
         print(f"{folder.name}: {reason or 'all files match the manifest'}", flush=True)
     return 1 if is_damaged else 0

@@ -271,14 +271,6 @@ def loading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def invalid_reason(folder: Path) -> str | None:
-    """Read and hash every file of a checkpoint; return why it must not be loaded, or None."""
-    try:
-        return verify_checkpoint(folder)
-    except InputError as error:  # of the storage, not of the checkpoint
-        return str(error)
-
-
 def find_strays(folder: Path) -> list[str]:
     """Names in the folder of the checkpoints that look like ours and are no checkpoints."""
     strays = []

@@ -28,6 +28,7 @@ MAX_LINE_BYTES = 2**24  # of a line that is parsed; a crash may leave a block of
 BLOCKED = (IsADirectoryError, NotADirectoryError, PermissionError)
 UNREADABLE = (FileNotFoundError, *BLOCKED)
 Extra = Literal["allow", "ignore", "forbid"]  # of keys that a schema lacks
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 _reported: set[str] = set()  # texts or keys of damage that this process has reported
 
 
@@ -180,16 +181,6 @@ def report_once(
     if (key or text) not in _reported:
         _reported.add(key or text)
         report(text)
-
-
-def _adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
-    kind: Any = schema  # mypy takes no class as hashable
-    return _cached_adapter(kind)
-
-
-@cache
-def _cached_adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
 
 
 def first_error(error: ValidationError) -> str:

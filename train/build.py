@@ -58,7 +58,7 @@ def build_trainer(
     watchdog: Watchdog,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Build a rank's trainer; `code` is its version. InputError on every rank if parts do not fit."""
+    """Build a rank's trainer; `code` is its version. InputError on every rank if it cannot be."""
     record = {"code": code, **to_plain(asdict(config))}
     datacheck = DataCheck(config.data, manifests, ranks)
     datacheck.start(config.health.verify_shards, watchdog.beat)

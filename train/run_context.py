@@ -77,7 +77,7 @@ def run_context(
         raise
     try:
         check_agreement(facts)
-        _check_shared(run.files.lock)
+        _check_shared(run_lock)
         if (
             previous is not None
             and previous.code != FINISHED
@@ -92,13 +92,7 @@ def run_context(
         stop_request.install()
         logger.info(f"{world_size} ranks connected; building the model")
         outcome = body(watchdog, stop_request)
-        watchdog.beat()
-        if is_first:
-            sync_records(folder)
-            watchdog.beat()
-            outcome.write(folder)
-            watchdog.beat()
-        dist.barrier()  # a rank that hangs here is still watched
+        _end(outcome, folder, watchdog)
         return outcome
     except InputError as error:
         if is_first:
@@ -128,6 +122,17 @@ def run_context(
         run_lock.release()
         if sys.exc_info()[0] is None:
             watchdog.stop()
+
+
+def _end(outcome: Outcome, folder: Path, watchdog: Watchdog) -> None:
+    """Make the run's records durable, then write the outcome; a rank that hangs is still watched."""
+    watchdog.beat()
+    if dist.get_rank() == 0:
+        sync_records(folder)
+        watchdog.beat()
+        outcome.write(folder)
+        watchdog.beat()
+    dist.barrier()
 
 
 def start(config: RunConfig, device: str, launcher: int | None = None) -> Outcome:
@@ -168,32 +173,27 @@ def _draw_curves(folder: Path) -> None:
         logger.warning(f"no curves ({error}); draw them with: python train/report.py {folder}")
 
 
-def _check_shared(lock: Path) -> None:
+def _check_shared(run_lock: RunLock) -> None:
     """Raise InputError, on every rank, if a rank does not see the first rank's lock in run.dir."""
-    content, error = " ", None
-    if dist.get_rank() == 0:
-        try:
-            content = lock.read_text(encoding="utf-8")
-        except OSError as exception:
-            error = f"run.dir {lock.parent} cannot be read ({exception}): choose another"
-    raise_on_all_ranks(error)
-    content = broadcast_text(content)
+    content = broadcast_text(run_lock.content.decode() or " ").encode()
     end = time.monotonic() + SHARED_SECONDS
-    while not _has_content(lock, content):
+    error = None
+    while not _has_content(run_lock.path, content):
         if time.monotonic() > end:
             error = (
                 f"rank {dist.get_rank()} on {socket.gethostname()} does not see the files of rank "
-                f"0 in run.dir {lock.parent.resolve()}: mount the same folder on every node"
+                f"0 in run.dir {run_lock.path.parent.resolve()}: mount the same folder on every "
+                "node"
             )
             break
         time.sleep(0.2)
     raise_on_all_ranks(error)
 
 
-def _has_content(path: Path, content: str) -> bool:
+def _has_content(path: Path, content: bytes) -> bool:
     try:
-        return path.read_text(encoding="utf-8") == content
-    except (OSError, UnicodeDecodeError):
+        return path.read_bytes() == content
+    except OSError:
         return False
 
 

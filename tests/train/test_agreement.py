@@ -24,6 +24,7 @@ from train.resilience.agreement import check_agreement, check_same_checkpoint, s
 from train.resilience.config import VerifyShards
 from train.resilience.datacheck import DataCheck, open_per_node, ranks_of_storage
 from train.resilience.incidents import Outcome, read_outcome
+from train.resilience.run_lock import RunLock
 
 
 def refused(facts: dict[str, str], *words: str) -> None:
@@ -97,18 +98,20 @@ def compare_facts(rank: int, folder: Path) -> None:
 def not_shared(rank: int, folder: Path) -> None:
     """A rank that finds another folder, or none, under the same path of run.dir is named."""
     run_context.SHARED_SECONDS = 0.5
-    own = folder / f"node-{min(rank, 1)}" / "run.lock"
-    own.parent.mkdir(exist_ok=True)
+    own = RunLock(folder / f"node-{min(rank, 1)}")
+    own.content = b"" if rank else b"a lock"
+    own.path.parent.mkdir(exist_ok=True)
     for content in (None, "another job's lock"):
         if rank == 0:
-            own.write_text("a lock")
+            own.path.write_bytes(own.content)
         elif content is not None:
-            own.write_text(content)
+            own.path.write_text(content)
         with pytest.raises(InputError) as error:
             run_context._check_shared(own)
         assert "rank 1 on n1" in str(error.value)
         assert "mount the same folder on every node" in str(error.value)
-    run_context._check_shared(folder / "node-0" / "run.lock")
+    own.path = folder / "node-0" / "run.lock"
+    run_context._check_shared(own)
 
 
 def two_ranks(folder: Path) -> None:

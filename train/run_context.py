@@ -104,10 +104,7 @@ def run_context(
             if is_first:
                 Outcome(USER_ERROR, str(full)).write(folder)
             raise full from error
-        text = f"rank {rank} on {watchdog.own.host}: {type(error).__name__}: {error}"
-        watchdog.incidents.log(
-            "lost a peer" if LOST_PEER.search(str(error)) else "crash", text, rank=rank
-        )
+        text = _log_crash(watchdog, error)
         # the command line would report an OSError as a user's mistake
         if isinstance(error, OSError):
             raise RuntimeError(text) from error
@@ -125,7 +122,7 @@ def run_context(
 
 
 def _end(outcome: Outcome, folder: Path, watchdog: Watchdog) -> None:
-    """Make the run's records durable, then write the outcome; a rank that hangs is still watched."""
+    """Sync the run's records, then write the outcome; a rank that hangs is still watched."""
     watchdog.beat()
     if dist.get_rank() == 0:
         sync_records(folder)
@@ -133,6 +130,14 @@ def _end(outcome: Outcome, folder: Path, watchdog: Watchdog) -> None:
         outcome.write(folder)
         watchdog.beat()
     dist.barrier()
+
+
+def _log_crash(watchdog: Watchdog, error: Exception) -> str:
+    """Log an error that ends this rank; returns the line."""
+    kind = "lost a peer" if LOST_PEER.search(str(error)) else "crash"
+    text = f"rank {watchdog.rank} on {watchdog.own.host}: {type(error).__name__}: {error}"
+    watchdog.incidents.log(kind, text, rank=watchdog.rank)
+    return text
 
 
 def start(config: RunConfig, device: str, launcher: int | None = None) -> Outcome:

@@ -21,7 +21,7 @@ from train.distributed import Ranks, data_parallel_group
 from train.engines.protocol import MOMENTS, Engine, Weights
 
 SAMPLES = 4096  # elements of a rank's update that its neighbour calculates again
-COLUMNS = 6  # gradient, weight before, two moments before, whether it decays, weight after
+COLUMNS = 6  # gradient, weight before, two moments before, decay (1 or 0), weight after
 
 
 class ReplicaCheck:
@@ -80,13 +80,13 @@ class ReplicaCheck:
 
         def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             nonlocal position
-            for parameter, decays in updated(optimizer):
+            for parameter, decay in updated(optimizer):
                 values = torch.arange(position, parameter.numel(), stride, device=parameter.device)
                 position = (position - parameter.numel()) % stride
                 state = optimizer.state[parameter]
                 columns = [parameter.grad, parameter, *(state[kind] for kind in MOMENTS)]
                 picked = [column.detach().reshape(-1)[values].double() for column in columns]
-                rows.append(torch.stack([*picked, torch.full_like(picked[0], decays), picked[1]]))
+                rows.append(torch.stack([*picked, torch.full_like(picked[0], decay), picked[1]]))
                 pending.append((parameter, values, rows[-1]))
 
         def after(*_: Any) -> None:
@@ -144,9 +144,9 @@ class ReplicaCheck:
 
     def _differs(self, sample: Tensor, lr: float, updates: int) -> bool:
         """Whether any weight of a sample is not what AdamW makes of it with this rank's config."""
-        gradient, weight, mean, square, decays, result = sample
+        gradient, weight, mean, square, decay, result = sample
         config = self.config
-        decayed = weight * (1 - lr * config.weight_decay * decays)
+        decayed = weight * (1 - lr * config.weight_decay * decay)
         mean = config.beta1 * mean + (1 - config.beta1) * gradient
         square = config.beta2 * square + (1 - config.beta2) * gradient**2
         rate = lr / (1 - config.beta1**updates)
@@ -158,7 +158,7 @@ class ReplicaCheck:
 
 
 def updated(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, float]]:
-    """Yield the parameters with gradients, and 1.0 where the weight decays."""
+    """Yield the parameters with gradients, and 1.0 where weight decay applies."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

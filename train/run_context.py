@@ -59,9 +59,8 @@ def run_context(
 ) -> Outcome:
     """Run `body` on every rank under the run's lock; return the outcome, and write it to disk.
 
-    A rank stops when the process `launcher` has ended.
     Raises InputError, on every rank, when another job holds the folder, when it cannot be written,
-    and when ranks differ in `facts`.
+    and when ranks differ in `facts`. Ranks do not outlive the process `launcher`.
     """
     folder = run.folder
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -234,7 +234,8 @@ def remove_stale_temp_files(folder: Path) -> None:
 def append_json_line(path: Path, value: dict[str, Any], *, sync: bool = False) -> None:
     """Append an object to a JSON Lines file, as `append_line` does."""
     # texts may hold surrogates, of file names that are no UTF-8; no JSON parser has to take them
-    append_line(path, json.dumps(value, ensure_ascii=False).encode(errors="replace"), sync=sync)
+    text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    append_line(path, json.dumps(json.loads(text)).encode(), sync=sync)  # one line for any reader
 
 
 def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:

@@ -200,7 +200,7 @@ def test_a_start_renames_nothing_that_it_cannot_read(
     save_steps(tmp_path, ranks, steps=2)
     before = sorted(tmp_path.iterdir())
 
-    def fail(path: Path) -> str:
+    def fail(path: Path, *arguments: object) -> str:
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(model.checkpoint, "sha256_of", fail)

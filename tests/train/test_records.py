@@ -212,7 +212,7 @@ def test_folder_in_place_of_the_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
     for tokens in (0, None):
-        with pytest.raises(InputError, match=r"metrics.jsonl cannot be .*directory.*move it away"):
+        with pytest.raises(InputError, match=r"metrics.jsonl cannot be .*: move it away"):
             JsonLines(path, tokens)
 
 

@@ -318,7 +318,7 @@ def test_a_full_disk_ends_with_an_outcome(
         return Outcome(0, "not reached")
 
     with pytest.raises(InputError, match="No space left on device: free space on the disk of"):
-        run_context(run.run, run.health, ranks, body)
+        run_context(run.run, run.health, {}, body)
     outcome = read_outcome(run.run.folder)
     assert outcome is not None and outcome.code == 2 and "free space" in outcome.reason
     monkeypatch.setattr(files, "write_atomic", write_atomic)
@@ -336,7 +336,7 @@ def test_a_full_disk_ends_with_an_outcome(
 
         monkeypatch.setattr(Path, "write_bytes", write)
         with pytest.raises(InputError, match=r"cannot be written \(.*No space left"):
-            run_context(run.run, run.health, ranks, lambda *_: pytest.fail("it ran"))
+            run_context(run.run, run.health, {}, lambda *_: pytest.fail("it ran"))
         assert sorted(path.name for path in run.run.folder.iterdir()) == left
 
 

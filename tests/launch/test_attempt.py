@@ -71,7 +71,7 @@ def test_an_error_of_the_record_is_one_line(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "launch" / "attempt.py")]
     (tmp_path / "attempts.jsonl").mkdir()
     for words, restart, line in (
-        (["end", "--code", "1"], "0", "attempts.jsonl cannot be read (Is a directory)"),
+        (["end", "--code", "1"], "0", "attempts.jsonl cannot be read (it is no regular file)"),
         (["excluded"], "0", "slurm.bad_nodes_file"),
         (["begin"], "x", "SLURM_RESTART_COUNT is 'x' in the environment"),
     ):

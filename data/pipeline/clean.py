@@ -18,7 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.formatters import PIIFormatter
 
 from core.errors import InputError
-from core.files import move_into
+from core.files import move_into, sync_filesystem
 from data import recipes
 from data.config import Assets, Source
 from data.pipeline import minhash, substrings
@@ -202,6 +202,7 @@ def finish(build: Build) -> None:
     """
     logs = build.folder / "logs"
     others = [each.logs for each in passes(build) if each.logs != logs / each.name]
+    sync_filesystem(build.folder)  # tasks close their logs after the sync that completes them
     move_into(logs, [folder for folder in others if folder.is_dir()])
     documents = [each.out for each in passes(build) if each.out is not None][-1]
     move_into(build.folder, sorted(documents.glob("*.jsonl.gz")))

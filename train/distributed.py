@@ -5,8 +5,10 @@ DeepSpeed through Mpu.
 """
 
 import hashlib
+import logging
 import os
 import resource
+import socket
 import time
 import uuid
 import warnings
@@ -34,11 +36,14 @@ warnings.filterwarnings(
     "ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning
 )
 
+logger = logging.getLogger(__name__)
+
 MESSAGE_BYTES = 2048
 POLL_SECONDS = 0.02
 # sockets of a rank to every other rank, counted on 2, 4 and 6; fewer under tensor parallelism
 SOCKETS_PER_RANK = 8
 OTHER_OPEN_FILES = 200
+RESOLVE_SECONDS = 60.0  # of a name service that is busy when many ranks start
 # of a collective; long enough for a rank that verifies a large checkpoint
 TIMEOUT = timedelta(minutes=30)
 
@@ -97,6 +102,7 @@ def connect(device: str) -> Iterator[None]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
+        resolve_master_address()
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
             backend,
@@ -112,6 +118,31 @@ def connect(device: str) -> Iterator[None]:
         dist.barrier()  # no rank exits while another still sends to it
     finally:
         dist.destroy_process_group()
+
+
+def resolve_master_address() -> None:
+    """Connect to this machine where its own name, which torchrun sets, does not resolve.
+
+    Raises InputError if the name of another machine has not resolved within RESOLVE_SECONDS.
+    """
+    address = os.environ.get("MASTER_ADDR", "")
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    end = time.monotonic() + (0.0 if is_alone else RESOLVE_SECONDS)
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if is_alone:
+                os.environ["MASTER_ADDR"] = "localhost"
+                logger.warning(f"the name {address} does not resolve ({error}): using localhost")
+                return
+            if time.monotonic() > end:
+                raise InputError(
+                    f"MASTER_ADDR {address} does not resolve ({error}): mend the name service, or "
+                    "give its address (torchrun: --local-addr ADDRESS on that machine)"
+                ) from error
+        time.sleep(POLL_SECONDS)
 
 
 def raise_open_file_limit(world_size: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from core.errors import InputError
 from core.launcher import check_launcher, check_text
 from tests.commands import ROOT, TIMEOUT_SECONDS
+from train import distributed
 
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
 
@@ -101,6 +102,24 @@ def test_ctrl_c_before_a_command_handles_it_is_one_line() -> None:
     )
     assert result.stderr == "error: stopped by Ctrl-C\n"
     assert result.returncode == -signal.SIGINT
+
+
+def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets the name of its machine, which small networks do not know."""
+    monkeypatch.setattr(distributed, "RESOLVE_SECONDS", 0.0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for address in ("127.0.0.1", "::1", "localhost"):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        distributed.resolve_master_address()
+        assert os.environ["MASTER_ADDR"] == address
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # the first rank is on another machine
+    with pytest.raises(InputError, match="MASTER_ADDR no-such-host.invalid does not resolve"):
+        distributed.resolve_master_address()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    distributed.resolve_master_address()
+    assert os.environ["MASTER_ADDR"] == "localhost"
 
 
 def test_a_wrong_local_rank_does_not_hide_the_error() -> None:

@@ -19,6 +19,8 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 THRESHOLD_BYTES = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
+# address space of threads and of libraries that load later; a tiny run needs 1.3 to 1.8 GiB
+ADDRESSES = 7 * 2**28
 
 
 def select_device(requested: Device) -> str:
@@ -50,6 +52,7 @@ def available_bytes(device: str) -> int:
     """Return this rank's GPU memory, or the free memory that all ranks of a CPU machine share.
 
     Limits count, too: of this process (ulimit -v) and of its control groups, as in a container.
+    Raises InputError where the first leaves no room for what every start loads.
     """
     if device == "cuda":
         return int(
@@ -58,7 +61,12 @@ def available_bytes(device: str) -> int:
     free = [psutil.virtual_memory().available, *free_of_cgroups()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:  # of each process
-        left = max(0, limit - psutil.Process().memory_info().vms)
+        left = limit - psutil.Process().memory_info().vms - ADDRESSES
+        if left < 0:
+            raise InputError(
+                f"ulimit -v leaves a process {(left + ADDRESSES) / 2**30:.2f} GiB of addresses, "
+                f"libraries and threads need {ADDRESSES / 2**30:g}: raise it (ulimit -v unlimited)"
+            )
         free.append(left * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return int(min(free))
 

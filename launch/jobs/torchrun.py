@@ -3,8 +3,9 @@
 torchrun loads the entry points of group `torchrun.handlers` (pyproject.toml names `quiet`) before
 it reads its options.
 
-Training gets defaults of two options, since torchrun's own would lose a run's last save: which
-signals torchrun passes to its ranks, and how long it waits for them.
+Training gets defaults of three options. Which signals torchrun passes to its ranks and how long it
+waits for them, since its own would lose a run's last save; and the address of a machine whose name
+does not resolve.
 
 Two tracebacks are not shown, because the workers have printed the reason on one line:
 ChildFailedError if every failed worker exited with a user error or was interrupted, and
@@ -14,6 +15,7 @@ unchanged.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -46,6 +48,18 @@ def set_defaults_for_training(argv: list[str]) -> None:
     names = [number.name for number in handled_signals()]
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(names))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    is_alone = not any(word.startswith(("--nnodes", "--rdzv")) for word in argv)
+    if is_alone and not is_resolved(socket.getfqdn()):  # torchrun would wait for half an hour
+        os.environ.setdefault("PET_LOCAL_ADDR", "localhost")
+
+
+def is_resolved(name: str) -> bool:
+    """Whether a machine's name has an address here."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return False
+    return True
 
 
 def quiet() -> Callable[..., Any]:

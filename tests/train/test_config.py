@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from core.compose import CONFIGS
 from core.config_errors import format_error
 from core.errors import InputError
-from launch.jobs.torchrun import quiet
+from launch.jobs.torchrun import quiet, set_defaults_for_training
 from model.flops import parameter_count
 from model.kernels import REFERENCE, cuda
 from model.mamba import FalconMamba
@@ -161,10 +161,34 @@ def test_memory_limits_of_process_and_control_groups_count(tmp_path: Path) -> No
         (tmp_path / name).write_text(text)
     assert sorted(free_of_cgroups(tmp_path, tmp_path / "process")) == [1500, 2100]
     assert free_of_cgroups(tmp_path, tmp_path / "none") == []
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40)); "
-    limited += "from train.device import available_bytes; print(available_bytes('cpu'))"
+    limited = (
+        "import resource; from core.errors import InputError; from train import device\n"
+        "for size in (2**40, 2**31):\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size, 2**40))\n"
+        "    try: print(device.available_bytes('cpu'))\n"
+        "    except InputError as error: print(error)\n"
+    )
     result = python("-c", limited)
-    assert 0 < int(result.stdout) < 2**40, result.stderr
+    room, reason = result.stdout.splitlines()
+    assert 0 < int(room) < 2**40 and reason.startswith("ulimit -v leaves a process "), result.stderr
+
+
+def test_torchrun_connects_over_localhost_where_its_name_does_not_resolve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("socket.getfqdn", lambda: "no-such-host.invalid")
+    alone = ["torchrun", "--standalone", "train/pretrain.py", "+experiment=demo"]
+    for argv, address in (
+        (alone, "localhost"),
+        (["torchrun", "--nnodes", "2", *alone[2:]], None),
+        (["torchrun", "other.py"], None),
+    ):
+        monkeypatch.setattr(os, "environ", {})
+        set_defaults_for_training(argv)
+        assert os.environ.get("PET_LOCAL_ADDR") == address, argv
+    monkeypatch.setattr("socket.getfqdn", lambda: "localhost")
+    set_defaults_for_training(alone)
+    assert "PET_LOCAL_ADDR" not in os.environ
 
 
 def test_torchrun_prints_the_error_once_without_a_traceback() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from textwrap import fill
 from typing import Any
 
@@ -155,7 +156,7 @@ def build_checkpoints(
     checkpoints = CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, stage_ends, watchdog.beat
     )
-    checkpoints.writer.before_commit = lambda: sync_records(config.run.folder)
+    checkpoints.writer.before_commit = partial(sync_records, config.run.folder)
     return checkpoints
 
 

@@ -124,8 +124,7 @@ def _end(outcome: Outcome, folder: Path, watchdog: Watchdog) -> None:
     """Sync the run's records, then write the outcome; a rank that hangs is still watched."""
     watchdog.beat()
     if dist.get_rank() == 0:
-        sync_records(folder)
-        watchdog.beat()
+        sync_records(folder, watchdog.beat)
         outcome.write(folder)
         watchdog.beat()
     dist.barrier()

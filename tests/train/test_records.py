@@ -180,7 +180,7 @@ def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -
     part = tmp_path / "step-00000001.part"
     part.mkdir()
     writer: Any = SimpleNamespace(
-        folder=tmp_path, before_commit=lambda: order.append("records"), progress=Progress()
+        folder=tmp_path, before_commit=lambda on_sync: order.append("records"), progress=Progress()
     )
     with (
         mock.patch.object(Path, "rename", lambda path, new: order.append(new.name)),
@@ -193,14 +193,14 @@ def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -
 def test_failed_sync_of_records_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sync_records(tmp_path)  # nothing is written yet
+    sync_records(tmp_path, lambda: None)  # nothing is written yet
     file = JsonLines(tmp_path / "metrics.jsonl", 0)
     synced: list[int] = []
     with mock.patch.object(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino)):
-        sync_records(tmp_path)
+        sync_records(tmp_path, lambda: None)
     assert synced == [path.stat().st_ino for path in (file.path, tmp_path)]
     with mock.patch.object(os, "fsync", side_effect=OSError("gone")):
-        sync_records(tmp_path)
+        sync_records(tmp_path, lambda: None)
         file.close()
     assert caplog.messages == [
         "cannot sync metrics.jsonl and incidents.jsonl: gone",

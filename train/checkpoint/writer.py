@@ -84,8 +84,9 @@ class CheckpointWriter:
         # folder name and time.time() of the last commit
         self.last_commit: tuple[str, float] | None = None
         self.collective_error: Exception | None = None  # raised when a peer is gone
-        # makes durable what a resume from the checkpoint will not write again
-        self.before_commit: Callable[[], None] = lambda: None
+        # syncs what a resume from the checkpoint will not write again; calls its argument after
+        # each sync
+        self.before_commit: Callable[[Callable[[], object]], None] = lambda on_sync: None
 
     @property
     def is_saving(self) -> bool:
@@ -146,6 +147,7 @@ class CheckpointWriter:
                 shutil.rmtree(stale)
         free_name(part)
         part.mkdir()
+        self.progress.add()
 
     def _write(self, part: Path) -> Files:
         """Write and sync this rank's tensors and their index; return sizes and SHA-256."""
@@ -165,7 +167,7 @@ class CheckpointWriter:
         self, part: Path, state: dict[str, Any], files: Files, on_commit: Callable[[], None]
     ) -> None:
         """Write the state and then the manifest, and rename the folder to its final name."""
-        self.before_commit()
+        self.before_commit(self.progress.add)
         write_json(part / STATE, {"format": FORMAT, **state})
         self.progress.add()
         files = {**files, STATE: manifest_entry(part / STATE)}

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,13 +147,18 @@ def describe_state(folder: Path) -> str:
     return f"unknown: {name.name} is damaged" if name.exists() else "running or crashed"
 
 
-def sync_records(folder: Path) -> None:
-    """Make the lines of metrics.jsonl and incidents.jsonl durable; a failure is only logged."""
+def sync_records(folder: Path, on_sync: Callable[[], object]) -> None:
+    """Make the lines of metrics.jsonl and incidents.jsonl durable; a failure is only logged.
+
+    `on_sync` is called after each sync, which may take long.
+    """
     files = RunFiles(folder)
     try:
         for path in filter(Path.is_file, (files.metrics, files.incidents)):
             fsync(path)
+            on_sync()
         fsync(folder)
+        on_sync()
     except OSError as error:
         logger.warning(f"cannot sync metrics.jsonl and incidents.jsonl: {error}")
 

@@ -3,6 +3,8 @@
 import json
 import os
 import tracemalloc
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +190,22 @@ def test_records_are_synced_before_the_checkpoint_is_committed(tmp_path: Path) -
     ):
         CheckpointWriter._commit(writer, part, {}, {}, lambda: order.append("old ones"))
     assert order == ["records", "folder", "step-00000001", "folder", "old ones"]
+
+
+def test_no_more_than_two_syncs_of_a_commit_are_without_progress(tmp_path: Path) -> None:
+    """Syncs of a slow disk add up to the watchdog's limit where no beat is between them."""
+    JsonLines(tmp_path / "metrics.jsonl", 0).close()
+    Incidents(tmp_path).log("note", "of a run")
+    part = tmp_path / "checkpoints" / "step-00000001.part"
+    part.mkdir(parents=True)
+    calls: list[str] = []
+    progress = SimpleNamespace(add=lambda amount=1: calls.append("beat"))
+    records = partial(sync_records, tmp_path)
+    writer: Any = SimpleNamespace(folder=part.parent, before_commit=records, progress=progress)
+    with mock.patch.object(os, "fsync", lambda descriptor: calls.append("sync")):
+        CheckpointWriter._commit(writer, part, {}, {}, lambda: None)
+    runs = [len(list(group)) for call, group in groupby(calls) if call == "sync"]
+    assert sum(runs) == 9 and max(runs) == 2, calls
 
 
 def test_failed_sync_of_records_is_a_warning(

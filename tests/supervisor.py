@@ -165,7 +165,8 @@ def _rank(
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGINT):  # which nohup and `&` of a shell ignore
+        signal.signal(number, signal.SIG_DFL)
     import torch
 
     torch.set_num_threads(1)

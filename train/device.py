@@ -40,6 +40,10 @@ def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
         raise InputError(
             "cluster.device=cuda, but torch sees no GPU: set cluster.device=auto or cpu"
         )
+
+
+def check_local_rank(selected: str) -> None:
+    """Raise InputError if this node has more ranks than GPUs."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if selected == "cuda" and local_rank >= (count := torch.cuda.device_count()):
         raise InputError(

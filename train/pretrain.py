@@ -42,11 +42,13 @@ def main(config: RunConfig) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     logger.info("loading torch, DeepSpeed and megatron-core")
-    from train.device import available_bytes, check_device, select_device
+    from train.device import available_bytes, check_device, check_local_rank, select_device
 
     device = select_device(config.cluster.device)
-    check_device(config.cluster.device, device, config.parallel)
+    check_local_rank(device)
+    # a model of another size first: on a laptop, 7b has no setting that helps
     check_memory(config, world_size, local_world_size, device, available_bytes(device))
+    check_device(config.cluster.device, device, config.parallel)
     require_data(config.data)  # before process groups and the model are built
     from train.run_context import start
 

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests, and the table of faults that `make faults` prints."""
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)
 log.init_logger()
+# tests send these to processes that they start, which inherit what nohup or a shell's & ignores
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files and tests that gate a change but take too long for `make test`; `make test-all` runs them.

@@ -59,7 +59,10 @@ def build_trainer(
     watchdog: Watchdog,
     stop_request: StopRequest,
 ) -> Trainer:
-    """Build a rank's trainer; `code` is its version. InputError on every rank if it cannot be."""
+    """Build one rank's trainer; `code` is the version of the code, for the run's record.
+
+    Raises InputError, on every rank, when data, kernels or checkpoints do not fit the config.
+    """
     record = {"code": code, **to_plain(asdict(config))}
     datacheck = DataCheck(config.data, manifests, ranks)
     datacheck.start(config.health.verify_shards, watchdog.beat)

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Demo:
         self.data = folder / "data"
         self.overrides = [f"run.dir={self.run}", f"data.folder={self.data}", STAGES, *SHORTER_RUN]
         self.outputs: dict[str, str] = {}
-        self.max_silence: dict[str, float] = {}  # processor seconds between two lines
+        self.max_silence: dict[str, float] = {}  # seconds between two lines
 
     def run_all(self) -> None:
         for command in commands():
@@ -69,7 +70,7 @@ class Demo:
         arguments = [str(self.data / "raw")] if makes_corpus else self.overrides
         lines = []
         silence = 0.0
-        last = 0.0
+        last = (0.0, time.monotonic())
         with subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,
@@ -81,8 +82,9 @@ class Demo:
             assert process.stdout is not None
             tree = psutil.Process(process.pid)
             for line in process.stdout:
-                now = max(last, processor_seconds(tree))
-                silence = max(silence, now - last)
+                # of several processes the first is larger, on a busy machine the second
+                now = (max(last[0], processor_seconds(tree)), time.monotonic())
+                silence = max(silence, min(now[0] - last[0], now[1] - last[1]))
                 last = now
                 lines.append(line)
         name = next(word for word in command if word.endswith(".py"))

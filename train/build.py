@@ -1,8 +1,10 @@
 """Build the trainer from the config and resume from the newest checkpoint that verifies."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -30,7 +32,7 @@ from train.distributed import (
 )
 from train.engines.build import build_engine
 from train.metrics.console import LOG_COLUMNS
-from train.metrics.records import read_scores, short
+from train.metrics.records import JsonLines, read_scores, short
 from train.metrics.scores import collect_command
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
@@ -106,6 +108,9 @@ def build_trainer(
         if ranks.is_first and state.tokens < schedule.total:
             metrics = open_metrics(config, record, ranks, state, watchdog.incidents)
             jobs.mark_reported(read_scores(metrics.file.path))
+            checkpoints.writer.before_commit = partial(
+                write_records, config.run.folder, metrics.file
+            )
     return Trainer(
         ranks=ranks,
         schedule=schedule,
@@ -155,12 +160,22 @@ def agree_on_build(kernels: Kernels, device: str, plan_hash: str) -> None:
 def build_checkpoints(
     config: RunConfig, ranks: Ranks, stage_ends: frozenset[int], watchdog: Watchdog
 ) -> CheckpointManager:
-    """Build the checkpoints of the run, whose records are synced before each commit."""
-    checkpoints = CheckpointManager(
+    """Build the checkpoints of the run."""
+    return CheckpointManager(
         config.run.files.checkpoints, config.checkpoint, ranks, stage_ends, watchdog.beat
     )
-    checkpoints.writer.before_commit = partial(sync_records, config.run.folder)
-    return checkpoints
+
+
+def write_records(folder: Path, metrics: JsonLines, on_sync: Callable[[], object]) -> None:
+    """Make all records durable that a resume from a checkpoint will not write again.
+
+    Raises OSError, which fails the save, while the disk has no room for them.
+    """
+    try:
+        metrics.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"{metrics.path.name} cannot be written: {error}") from error
+    sync_records(folder, on_sync)
 
 
 def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:

@@ -214,7 +214,12 @@ MATRIX = [
         [Fault("loader hangs", 0, 17)],
     ),
     ("slow", "named, the run continues", [Fault("slow", 1, 5, 36)]),
-    ("log disk full", "records wait in memory", [Fault("log disk full", 0, 12, 6)]),
+    ("log disk full", "records wait in memory", [Fault("log disk full", 0, 19, 3)]),
+    (
+        "log disk full, then kill",
+        "no checkpoint is saved before its records",
+        [Fault("log disk full", 0, 18, 4), Fault("kill", 1, 21)],
+    ),
     ("clock jumps", "no effect", [Fault("clock jumps", 0, 9, 1), Fault("clock jumps", 1, 9, 2)]),
     ("second job", "refused", [Fault("second job", 0, 14)]),
 ]

@@ -21,6 +21,7 @@ from tests.commands import TIMEOUT_SECONDS
 from tests.distributed import run_ranks
 from tests.small import config
 from tests.supervisor import CONTEXT
+from train.build import write_records
 from train.distributed import Ranks, errors_on_all_ranks, init_distributed
 from train.metrics import curves
 from train.metrics.records import JsonLines, read_lines
@@ -244,7 +245,11 @@ def test_full_disk_loses_and_truncates_no_record(
     for step in range(500):
         sink.write({"step": step, "tokens": step, **figures})
         if step == 400:
+            with pytest.raises(OSError, match=r"metrics.jsonl cannot be written.*No space left"):
+                write_records(tmp_path, sink, lambda: None)  # fails the save
             free_bytes[0] = 10**9
+            write_records(tmp_path, sink, lambda: None)
+            assert len(read_lines(tmp_path / "metrics.jsonl")) == 401
     sink.close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == list(range(500))
     measured("500 of 500 lines, none truncated")

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -85,7 +86,8 @@ LINE: Any = Annotated[
 class JsonLines:
     """A JSON Lines file without duplicates across restarts: a start cuts off later records.
 
-    While the disk is full, up to MAX_WAITING lines wait in memory and are written later.
+    While the disk is full, up to MAX_WAITING lines wait in memory and are written later. A save
+    writes them from its own thread.
     """
 
     MAX_WAITING = 100_000
@@ -112,24 +114,32 @@ class JsonLines:
         self.failed = False
         self.lost = 0  # records that had no room in memory
         self.waiting: deque[bytes] = deque()
+        self.lock = threading.Lock()
 
     def write(self, record: Record) -> None:
         """Append a record; NaN and infinity, which JSON lacks, become null."""
-        if not self.waiting:
-            self.failed = False
-        if len(self.waiting) == self.MAX_WAITING:
-            self.waiting.popleft()
-            self.lost += 1
-        self.waiting.append(json.dumps(finite(record)).encode() + b"\n")
-        try:
-            while self.waiting:
-                self._append(self.prefix + self.waiting[0])
-                self.prefix = b""
+        line = json.dumps(finite(record)).encode() + b"\n"
+        with self.lock:
+            if not self.waiting:
+                self.failed = False
+            if len(self.waiting) == self.MAX_WAITING:
                 self.waiting.popleft()
+                self.lost += 1
+            self.waiting.append(line)
+        try:
+            self.flush()
         except OSError as error:
             if not self.failed:
                 logger.warning(f"cannot write {self.path.name} ({error}); records wait in memory")
             self.failed = True
+
+    def flush(self) -> None:
+        """Write the lines that wait. Raises OSError while there is no room for them."""
+        with self.lock:
+            while self.waiting:
+                self._append(self.prefix + self.waiting[0])
+                self.prefix = b""
+                self.waiting.popleft()
 
     def _append(self, line: bytes) -> None:
         """Write the complete line, or restore the length of the file and raise OSError."""

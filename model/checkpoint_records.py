@@ -59,3 +59,4 @@ class StateRecord:
     health: dict[str, Any] = field(default_factory=dict)  # a SpikeState
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    unwritten: list[str] = field(default_factory=list)  # lines of metrics.jsonl

@@ -32,7 +32,7 @@ from train.distributed import (
 )
 from train.engines.build import build_engine
 from train.metrics.console import LOG_COLUMNS
-from train.metrics.records import JsonLines, read_scores, short
+from train.metrics.records import JsonLines, read_scores, restore, short
 from train.metrics.scores import collect_command
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
@@ -105,11 +105,13 @@ def build_trainer(
         log_run_summary(config, plan, kernels, ranks, state)
     metrics = None
     with errors_on_all_ranks():
+        if ranks.is_first and state.unwritten:
+            restore(config.run.files.metrics, state.unwritten, state.tokens)
         if ranks.is_first and state.tokens < schedule.total:
             metrics = open_metrics(config, record, ranks, state, watchdog.incidents)
             jobs.mark_reported(read_scores(metrics.file.path))
             checkpoints.writer.before_commit = partial(
-                write_records, config.run.folder, metrics.file
+                sync_and_return_unwritten, config.run.folder, metrics.file
             )
     return Trainer(
         ranks=ranks,
@@ -166,16 +168,13 @@ def build_checkpoints(
     )
 
 
-def write_records(folder: Path, metrics: JsonLines, on_sync: Callable[[], object]) -> None:
-    """Make all records durable that a resume from a checkpoint will not write again.
-
-    Raises OSError, which fails the save, while the disk has no room for them.
-    """
-    try:
-        metrics.flush()
-    except OSError as error:
-        raise OSError(error.errno, f"{metrics.path.name} cannot be written: {error}") from error
+def sync_and_return_unwritten(
+    folder: Path, metrics: JsonLines, on_sync: Callable[[], object]
+) -> list[str]:
+    """Sync the run's records; return the lines of metrics.jsonl that have no room on the disk."""
+    unwritten = metrics.unwritten()
     sync_records(folder, on_sync)
+    return unwritten
 
 
 def build_rank_model(config: RunConfig, kernels: Kernels, ranks: Ranks) -> FalconMamba:

@@ -217,7 +217,7 @@ MATRIX = [
     ("log disk full", "records wait in memory", [Fault("log disk full", 0, 19, 3)]),
     (
         "log disk full, then kill",
-        "no checkpoint is saved before its records",
+        "the checkpoint has the records that wait",
         [Fault("log disk full", 0, 18, 4), Fault("kill", 1, 21)],
     ),
     ("clock jumps", "no effect", [Fault("clock jumps", 0, 9, 1), Fault("clock jumps", 1, 9, 2)]),

@@ -59,6 +59,8 @@ class TrainState:
     # every setting of the start that saved it, and its code's version; empty before version 0.3
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = ""  # SHA-256 of the tokenizer.json of the data
+    # lines of metrics.jsonl up to here that the disk had no room for when it was saved
+    unwritten: list[str] = field(default_factory=list)
 
 
 class CheckpointManager:

@@ -84,9 +84,9 @@ class CheckpointWriter:
         # folder name and time.time() of the last commit
         self.last_commit: tuple[str, float] | None = None
         self.collective_error: Exception | None = None  # raised when a peer is gone
-        # syncs what a resume from the checkpoint will not write again; calls its argument after
-        # each sync
-        self.before_commit: Callable[[Callable[[], object]], None] = lambda on_sync: None
+        # syncs the records that a resume from the checkpoint will not write again, and returns
+        # lines of them that have no room; calls its argument after each sync
+        self.before_commit: Callable[[Callable[[], object]], list[str]] = lambda on_sync: []
 
     @property
     def is_saving(self) -> bool:
@@ -167,8 +167,8 @@ class CheckpointWriter:
         self, part: Path, state: dict[str, Any], files: Files, on_commit: Callable[[], None]
     ) -> None:
         """Write the state and then the manifest, and rename the folder to its final name."""
-        self.before_commit(self.progress.add)
-        write_json(part / STATE, {"format": FORMAT, **state})
+        unwritten = self.before_commit(self.progress.add)
+        write_json(part / STATE, {"format": FORMAT, **state, "unwritten": unwritten})
         self.progress.add()
         files = {**files, STATE: manifest_entry(part / STATE)}
         write_json(part / MANIFEST, {"files": files})

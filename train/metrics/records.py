@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NotRequired
@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from core.errors import InputError
 from core.files import ends_line, write_atomic
 from core.ranges import Finite, Whole
-from core.records import BLOCKED, Damage, read_typed_lines, scan_lines
+from core.records import BLOCKED, Damage, parse_typed, read_typed_lines, scan_lines
 from core.run import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ LINE: Any = Annotated[
 class JsonLines:
     """A JSON Lines file without duplicates across restarts: a start cuts off later records.
 
-    While the disk is full, up to MAX_WAITING lines wait in memory and are written later. A save
-    writes them from its own thread.
+    While the disk is full, up to MAX_WAITING lines wait in memory and are written later; a
+    checkpoint takes those that still wait.
     """
 
     MAX_WAITING = 100_000
@@ -118,28 +118,29 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Append a record; NaN and infinity, which JSON lacks, become null."""
-        line = json.dumps(finite(record)).encode() + b"\n"
-        with self.lock:
+        with self.lock:  # a save reads the lines in a thread of its own
             if not self.waiting:
                 self.failed = False
             if len(self.waiting) == self.MAX_WAITING:
                 self.waiting.popleft()
                 self.lost += 1
-            self.waiting.append(line)
-        try:
-            self.flush()
-        except OSError as error:
-            if not self.failed:
-                logger.warning(f"cannot write {self.path.name} ({error}); records wait in memory")
-            self.failed = True
+            self.waiting.append(json.dumps(finite(record)).encode() + b"\n")
+            try:
+                while self.waiting:
+                    self._append(self.prefix + self.waiting[0])
+                    self.prefix = b""
+                    self.waiting.popleft()
+            except OSError as error:
+                if not self.failed:
+                    logger.warning(
+                        f"cannot write {self.path.name} ({error}); records wait in memory"
+                    )
+                self.failed = True
 
-    def flush(self) -> None:
-        """Write the lines that wait. Raises OSError while there is no room for them."""
+    def unwritten(self) -> list[str]:
+        """The lines that wait."""
         with self.lock:
-            while self.waiting:
-                self._append(self.prefix + self.waiting[0])
-                self.prefix = b""
-                self.waiting.popleft()
+            return [line.decode().rstrip("\n") for line in self.waiting]
 
     def _append(self, line: bytes) -> None:
         """Write the complete line, or restore the length of the file and raise OSError."""
@@ -164,8 +165,28 @@ class JsonLines:
             logger.warning(f"cannot sync {self.path.name}: {error}")
         with suppress(OSError):
             self.file.close()
-        if lost := self.lost + len(self.waiting):
-            logger.warning(f"lost {lost} lines of {self.path.name}")
+        if self.waiting:
+            logger.warning(
+                f"{len(self.waiting)} lines of {self.path.name} had no room; those up to a "
+                "checkpoint are in its state.json, and the next start writes them"
+            )
+        if self.lost:
+            logger.warning(f"lost {self.lost} lines of {self.path.name}")
+
+
+def restore(path: Path, lines: Iterable[str], tokens: int) -> None:
+    """Append the lines up to `tokens` that a checkpoint took, unless the file has them now."""
+    missing = {
+        f"{line}\n".encode(): None
+        for line in lines
+        if parse_typed(line, LINE, "unwritten line of a checkpoint", "allow")["tokens"] <= tokens
+    }
+    with path.open("a+b") as file:
+        file.seek(0)
+        for present in file:
+            missing.pop(present, None)
+        if missing:
+            file.writelines([b"" if ends_line(file) else b"\n", *missing])
 
 
 def cut_off(path: Path, tokens: int, report: Callable[[str], None] = logger.warning) -> None:

@@ -185,6 +185,8 @@ def resume(
     """Load a checkpoint into the engine; return its position, with the record of `new`."""
     state = checkpoints.load(origin.checkpoint, engine)
     state.model, state.config, state.tokenizer = new.model, new.config, new.tokenizer
+    if origin.is_branch:
+        state.unwritten = []
     return state
 
 

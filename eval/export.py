@@ -165,7 +165,7 @@ def verify(config: EvaluationConfig, checkpoint: Path, exported: Path) -> None:
     free = psutil.virtual_memory().available
     logger.info("loading the export with transformers and comparing logits")
     if needed <= free:
-        difference = compare(exported, load_model(config, checkpoint), entries(config))
+        difference = compare(exported, load_model(checkpoint), entries(config))
     else:
         logger.info(
             f"  layer by layer: two models need {needed / 2**30:.0f} GiB, "

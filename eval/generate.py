@@ -57,7 +57,7 @@ def stream(
 
 def generate(config: EvaluationConfig) -> None:
     """Print the configured prompt and stream its continuation."""
-    model = load_model(config, find_checkpoint(config), best_device())
+    model = load_model(find_checkpoint(config), best_device())
     path = tokenizer_path(config.data)
     tokenizer = load_tokenizer(path)
     print(config.generate.prompt, end="", flush=True)

@@ -14,12 +14,10 @@ from core.run import MANIFEST, iter_checkpoints
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
 from eval.hf.exported import check_if_export
-from model.checkpoint import CheckpointReader, newest_valid, read_state, verify_checkpoint
-from model.config import Backend, ModelConfig
-from model.flops import parameter_shapes
+from model.checkpoint import newest_valid, read_state, verify_checkpoint
 from model.hf import HfFolder
-from model.kernels import load as load_kernels
 from model.mamba import FalconMamba
+from model.pretrained import checkpoint_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,28 +68,14 @@ def checkpoint_provenance(folder: Path) -> dict[str, Any]:
     }
 
 
-def load_model(config: EvaluationConfig, folder: Path, device: str = "cpu") -> FalconMamba:
-    """Load a checkpoint's fp32 model in eval mode."""
-    return model_from_checkpoint(config.model, folder, torch.device(device))
+def load_model(folder: Path, device: str = "cpu") -> FalconMamba:
+    """Load the fp32 model of a verified checkpoint in eval mode."""
+    return FalconMamba.from_weights(checkpoint_weights(folder), device).eval()
 
 
 def best_device() -> str:
     """Return "cuda" if a GPU is available, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def model_from_checkpoint(config: ModelConfig, folder: Path, device: torch.device) -> FalconMamba:
-    """Load the fp32 model of a checkpoint folder in eval mode."""
-    reader = CheckpointReader(folder)
-    reader.require(parameter_shapes(config), ("param",))
-    kernels = load_kernels(Backend.auto, device.type)
-    with torch.device("meta"):
-        model = FalconMamba(config, kernels)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read_full("param", name))
-    return model.eval()
 
 
 @dataclass(frozen=True)

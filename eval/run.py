@@ -76,7 +76,7 @@ def run_heldout(config: EvaluationConfig) -> None:
         print_result(stored["heldout"], stored["sample"])
         logger.info(f"\nreused: {path}")
         return
-    model = load_model(config, checkpoint, best_device())
+    model = load_model(checkpoint, best_device())
     scores = {}
     results = evaluate(
         model,

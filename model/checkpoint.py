@@ -10,7 +10,7 @@ read costs the bytes it returns; the index grows with tensors x ranks, not with 
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -336,5 +336,9 @@ def read_tokens(folder: Path) -> int | None:
 
 def read_model(folder: Path) -> ModelConfig:
     """Read the model of a checkpoint; raises DamagedRecord if state.json does not describe one."""
-    model = json.dumps(read_state(folder)["model"])
-    return parse_typed(model, ModelConfig, f"{folder / STATE}: model")
+    model = read_state(folder)["model"]
+    # no default stands for what a record lacks
+    for field in fields(ModelConfig):
+        if field.name not in model:
+            raise DamagedRecord(f"{folder / STATE}: model.{field.name} is missing")
+    return parse_typed(json.dumps(model), ModelConfig, f"{folder / STATE}: model")

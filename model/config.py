@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
-from core.ranges import Epsilon, NotNegative, Positive, Range, Seed, Whole
+from core.ranges import Epsilon, NotNegative, Positive, Range, Seed, Whole, range_of
 
 Size = Annotated[int, Range(1, 2**32)]
+DERIVED = 0  # stands for a size that follows from d_model
 
 SCAN_CHUNK = 16  # a fused scan saves its state every SCAN_CHUNK tokens for the backward
 LOSS_CHUNK = 1024  # minimum number of tokens per chunk of logits; see loss_chunk
@@ -43,24 +44,39 @@ def loss_chunk(tokens: int, d_model: int) -> int:
 
 @dataclass
 class ModelConfig:
-    """Sizes named as in Mamba (arXiv 2312.00752) and Falcon Mamba (arXiv 2410.05355, table 1)."""
+    """Sizes named as in Mamba (arXiv 2312.00752) and Falcon Mamba (arXiv 2410.05355, table 1).
 
-    vocab_size: Size
-    d_model: Size
-    n_layer: Size
-    d_inner: Size
-    d_state: Size
-    d_conv: Size
-    dt_rank: Size
-    norm_eps: Epsilon  # block and final RMSNorm
-    mixer_norm_eps: Epsilon  # of the weightless RMSNorms of dt, B and C
-    mixer_norms: bool  # False is plain Mamba-1
-    embedding_std: NotNegative
-    dt_min: Positive  # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
-    dt_max: Positive
-    dt_floor: Positive
+    The defaults are those of Falcon Mamba 7B, for Python; configs/model/7b.yaml has the same, with
+    their sources. Raises ValueError for a number out of its range.
+    """
+
+    vocab_size: Size = 65024
+    d_model: Size = 4096
+    n_layer: Size = 64
+    d_inner: Size = DERIVED  # twice d_model
+    d_state: Size = 16
+    d_conv: Size = 4
+    dt_rank: Size = DERIVED  # a sixteenth of d_model, rounded up
+    norm_eps: Epsilon = 1e-5  # block and final RMSNorm
+    mixer_norm_eps: Epsilon = 1e-6  # of the weightless RMSNorms of dt, B and C
+    mixer_norms: bool = True  # False is plain Mamba-1
+    embedding_std: NotNegative = 0.02
+    # initial time steps are log-uniform in [dt_min, dt_max], at least dt_floor
+    dt_min: Positive = 0.001
+    dt_max: Positive = 0.1
+    dt_floor: Positive = 1e-4
 
     def __post_init__(self) -> None:
+        if self.d_inner == DERIVED:
+            self.d_inner = 2 * self.d_model
+        if self.dt_rank == DERIVED:
+            self.dt_rank = -(-self.d_model // 16)
+        for name, hint in get_type_hints(ModelConfig, include_extras=True).items():
+            limits = range_of(hint)
+            if limits is None:
+                continue
+            if problem := limits.problem(getattr(self, name), hint.__origin__):
+                raise ValueError(f"model.{name} {problem}")
         if not self.dt_floor <= self.dt_min <= self.dt_max:
             raise ValueError(
                 f"model.dt_floor {self.dt_floor:g}, dt_min {self.dt_min:g} and dt_max "

@@ -16,7 +16,7 @@ from model.decode import Decoder, State
 PREFILL_TOKENS = 4096  # per chunk over all rows; bounds the activation memory of a prompt
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 PAD_ID = 0  # left padding; any id works, since the state is reset after it
-Prompts = Sequence[Sequence[int]]
+Prompts = Sequence[Sequence[int]] | Tensor
 
 
 class GenerationMixin:
@@ -35,7 +35,7 @@ class GenerationMixin:
         *,
         stop: int | None = None,
     ) -> Tensor:
-        """Return the next `count` ids [b, count] of prompts of any lengths.
+        """Return the next `count` ids [b, count] of prompts: lists of any lengths, or ids [b, l].
 
         A row that reached the id `stop` is filled up with it; fewer ids if all rows reached it.
         """
@@ -71,6 +71,10 @@ class GenerationMixin:
     def prefill(self, prompts: Prompts) -> tuple[Tensor, State]:
         """Read prompts of any lengths; return last hidden states [b, e] and layers' states."""
         device = self.lm_head.weight.device
+        if isinstance(prompts, Tensor):
+            prompts = prompts.tolist()
+        if not prompts or isinstance(prompts[0], int):
+            raise InputError("prompts are a list of lists of ids, or a tensor [b, l]: [[5, 6, 7]]")
         longest = max(len(prompt) for prompt in prompts)
         if min(len(prompt) for prompt in prompts) < 1:
             raise InputError("a prompt is empty: give it at least the end-of-text token")

@@ -73,11 +73,13 @@ def from_hf(name: str, tensor: Tensor) -> Tensor:
     return tensor.squeeze(1) if name.endswith("conv_weight") else tensor
 
 
-def hf_config(config: ModelConfig, eos: int, dtype: str, pad: int | None = None) -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig, eos: int | None, dtype: str, pad: int | None = None
+) -> dict[str, Any]:
     """Return a model's config.json. Raises ValueError if transformers cannot express the model.
 
     eos is also bos, since training puts no other token before a document, and pad if there is none;
-    the released config has bos 0, which is the token >>TITLE<<.
+    the released config has bos 0, which is the token >>TITLE<<. None says that no id ends a text.
     """
     if not config.mixer_norms:
         raise ValueError(
@@ -145,6 +147,14 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         raise ValueError(text) from error
 
 
+def end_id(raw: dict[str, Any]) -> int | None:
+    """The id of a config.json that ends a document, the first of several; None without one."""
+    eos = raw.get("eos_token_id")
+    if isinstance(eos, list) and eos:
+        eos = eos[0]
+    return eos if isinstance(eos, int) else None
+
+
 def config_differences(folder: ModelConfig, config: ModelConfig) -> list[str]:
     """Return the overrides that turn `config` into a folder's; initial values are ignored."""
     initial = ("embedding_std", "dt_min", "dt_max", "dt_floor")
@@ -165,7 +175,9 @@ class HfFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.config = config_from_hf(read_typed(folder / HF_CONFIG, dict[str, Any]))
+            raw = read_typed(folder / HF_CONFIG, dict[str, Any])
+            self.config = config_from_hf(raw)
+            self.eos = end_id(raw)
             self.files = self._files()
         except KeyError as error:
             raise ValueError(f"{folder / HF_CONFIG}: {error.args[0]} is missing") from error
@@ -231,8 +243,8 @@ def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
 
 
 @torch.no_grad()
-def save_hf(model: Any, folder: Path | str, eos: int) -> None:
-    """Write a whole FalconMamba in fp32 as a Hugging Face folder, which load_hf_weights reads.
+def save_hf(model: Any, folder: Path | str, eos: int | None) -> None:
+    """Write a whole FalconMamba in fp32 as a Hugging Face folder, which HfFolder reads.
 
     Replaces the files of an earlier save; does not write the tokenizer. Raises ValueError for a
     model that transformers cannot express, an `eos` outside the vocabulary, and a tensor-parallel
@@ -240,7 +252,7 @@ def save_hf(model: Any, folder: Path | str, eos: int) -> None:
     """
     folder = Path(folder)
     config = hf_config(model.config, eos, "float32")
-    if not 0 <= eos < model.config.vocab_size:
+    if eos is not None and not 0 <= eos < model.config.vocab_size:
         raise ValueError(f"eos is {eos}; the vocabulary has ids 0 to {model.config.vocab_size - 1}")
     if sum(p.numel() for p in model.parameters()) != parameter_count(model.config):
         raise ValueError("the model is a tensor-parallel shard: use eval/export.py on a checkpoint")

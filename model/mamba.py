@@ -8,19 +8,21 @@ ranks: model/parallel/build.py replaces their linears by sharded ones.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import ModelConfig, Recompute
+from model.config import Backend, ModelConfig, Recompute
 from model.decode import LayerState, State
 from model.generation import GenerationMixin
-from model.kernels import REFERENCE, Kernels
+from model.init import initialize
+from model.kernels import REFERENCE, Kernels, load
 from model.kernels.carry import conv_from_state, final_conv_state
 from model.kernels.cross_entropy import VocabParallelGroup, linear_cross_entropy
 from model.kernels.reference import compute_dtype, matmul_dtype
+from model.pretrained import PretrainedMixin
 
 # compiled variants per block: with or without gradients, batch of one or more, sequence length
 COMPILED_VARIANTS = 32
@@ -48,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
-        return self.kernels.rms_norm(x, self.weight, self.eps, dtype=matmul_dtype(x))
+        return self.kernels.rms_norm(x, self.weight, self.eps, dtype=matmul_dtype(self.weight))
 
 
 class Mixer(nn.Module):
@@ -156,13 +158,22 @@ class Block(nn.Module):
         return h + y, state
 
 
-class FalconMamba(GenerationMixin, nn.Module):
-    """Language model with uninitialised parameters; model/init.py or a checkpoint fills them."""
+class FalconMamba(GenerationMixin, PretrainedMixin, nn.Module):
+    """Language model: ids to logits, loss or more ids.
 
-    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
+    Without `kernels` it takes the fastest ones of its device, also when it moves to another one.
+    Parameters have their initial values of `seed`, unless they are on the meta device.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels | None = None, *, seed: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
+        self.follows_device = kernels is None
+        kernels = kernels or REFERENCE
         self.kernels = kernels
+        self.eos: int | None = None  # id that ends a document; from_pretrained reads it
         self.recompute = False  # blocks save only their input and recompute the rest
         # set if context-parallel ranks hold the other chunks of each sequence
         self.context: ContextGroup | None = None
@@ -172,6 +183,25 @@ class FalconMamba(GenerationMixin, nn.Module):
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, kernels)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.choose_kernels()
+        if not self.lm_head.weight.is_meta:
+            initialize(self, config, seed, lambda name, full: full)
+
+    def choose_kernels(self) -> None:
+        """Take the fastest kernels of the parameters' device, unless some were given."""
+        device = self.lm_head.weight.device.type
+        if not self.follows_device or device == "meta":
+            return
+        kernels = load(Backend.auto, device)
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FalconMamba":
+        """Torch's way to move a module: .to(), .cuda() and .cpu() end here."""
+        super()._apply(fn, recurse)
+        self.choose_kernels()
+        return self
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Choose what the backward recomputes; gradients stay bit-identical."""
@@ -241,13 +271,22 @@ class FalconMamba(GenerationMixin, nn.Module):
         """Logits [b, l, vocab_size] of tokens [b, l]; this rank's columns if lm_head is sharded."""
         return self.lm_head(self.hidden(tokens, doc_starts))
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross entropy in nats and log-sum-exp of the logits, both [b, l], for targets [b, l].
+    def loss(self, tokens: Tensor, targets: Tensor, doc_starts: Tensor | None = None) -> Tensor:
+        """Mean cross entropy in nats; targets [b, l] are the ids that follow tokens [b, l]."""
+        losses: Tensor = self(tokens, targets, doc_starts)[0]
+        return losses.mean()
 
-        A z-loss penalises the square of the second; its gradient costs nothing unless used.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, doc_starts: Tensor | None = None
+    ) -> Any:
+        """Logits [b, l, vocab_size] of tokens [b, l]; with targets [b, l], what a loss needs.
+
+        That is the cross entropy in nats and the log-sum-exp of the logits, both [b, l], which
+        never holds all logits at once. A z-loss penalises the square of the second; its gradient
+        costs nothing unless used.
         """
+        if targets is None:
+            return self.logits(tokens, doc_starts)
         hidden = self.hidden(tokens, doc_starts).flatten(0, 1)
         labels = targets.flatten()
         losses, log_sums = linear_cross_entropy(

@@ -110,7 +110,7 @@ def test_install_without_extras_trains_saves_loads_and_generates(
     result = python(site, user_folder, "-m", "examples.train_by_hand", absent=NOT_IN_BASE)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("after 5 6 7: 8 9 10 11 12 13 14 15\n")
-    assert "cpu kernels" in result.stdout and "reference kernels" in result.stdout
+    assert "cpu kernels" in result.stdout
 
 
 def test_install_without_extras_imports_every_module_of_the_model(

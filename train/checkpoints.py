@@ -17,7 +17,7 @@ from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
-from train.checkpoint.find import list_checkpoints
+from model.find_checkpoint import list_checkpoints
 from train.checkpoint.inspection import diff, print_table, resolve_pair, verify
 
 

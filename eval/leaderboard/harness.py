@@ -30,8 +30,7 @@ from core.ranges import Whole
 from core.records import read_required
 from data.tokenizer import load as load_tokenizer
 from data.vocabulary import end_id
-from eval.model_source import ModelSource, best_device, model_from_checkpoint
-from model.checkpoint import read_model
+from eval.model_source import ModelSource, best_device, load_model
 from model.config import Sampling
 from model.mamba import FalconMamba
 
@@ -263,8 +262,7 @@ def load_language_model(source: ModelSource, max_length: int, batch_tokens: int)
             dtype="float32",
             prefix_token_id=_end_id(source.folder / "config.json"),
         )
-    config = read_model(source.folder)
-    model = model_from_checkpoint(config, source.folder, init_device())
+    model = load_model(source.folder, str(init_device()))
     tokenizer = load_tokenizer(source.tokenizer)
     eos = end_id(source.tokenizer, tokenizer)
     return FalconMambaLM(model, tokenizer, eos, max_length, batch_tokens)

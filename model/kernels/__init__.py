@@ -32,8 +32,8 @@ BACKENDS: dict[str, list[tuple[Backend, Any, Kernels]]] = {
 
 
 def load(backend: Backend, device: str) -> Kernels:
-    """Kernels for device "cpu" or "cuda"; raises MissingBackend, with the fix, if unavailable."""
-    backends = BACKENDS[device]
+    """Kernels for a type of device; raises MissingBackend, with the fix, if unavailable."""
+    backends = BACKENDS.get(device, [])
     if backend is Backend.auto:
         return next(
             (kernels for _, module, kernels in backends if module.unavailable_reason() is None),

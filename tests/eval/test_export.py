@@ -60,10 +60,19 @@ def test_export_has_the_published_layout(exported: Path, config: EvaluationConfi
     assert not list(exported.glob("part-*")) and not (config.run.folder / "hf.part").exists()
 
 
+def test_a_run_a_checkpoint_and_an_export_are_the_same_model(
+    exported: Path, config: EvaluationConfig
+) -> None:
+    tokens = torch.arange(12, 21).view(1, 9)
+    expected = load_model(find_checkpoint(config))(tokens)
+    for folder in (exported, config.run.folder, find_checkpoint(config)):
+        torch.testing.assert_close(FalconMamba.from_pretrained(folder)(tokens), expected)
+
+
 def test_transformers_computes_our_logits_with_and_without_cache(
     exported: Path, config: EvaluationConfig
 ) -> None:
-    model = load_model(config, find_checkpoint(config))
+    model = load_model(find_checkpoint(config))
     hf_model = AutoModelForCausalLM.from_pretrained(exported)
     tokens = torch.randint(12, 280, (1, 9))
     with torch.no_grad():
@@ -122,7 +131,7 @@ def test_plain_mamba_cannot_be_exported() -> None:
 
 def test_bits_per_byte(config: EvaluationConfig) -> None:
     """A uniform model has ln(vocab) nats per token, divided by the bytes of the tokens."""
-    model: FalconMamba = load_model(config, find_checkpoint(config))
+    model: FalconMamba = load_model(find_checkpoint(config))
     with torch.no_grad():
         model.lm_head.weight.zero_()
     manifests = open_manifests(config.data)
@@ -146,7 +155,7 @@ def test_bits_per_byte(config: EvaluationConfig) -> None:
 
 
 def test_the_score_does_not_depend_on_the_batch_size(config: EvaluationConfig) -> None:
-    model = load_model(config, find_checkpoint(config))
+    model = load_model(find_checkpoint(config))
     manifests = open_manifests(config.data)
     single, batched = (
         dict(evaluate(model, config.data, manifests, 16, batch_size, max_tokens=333))
@@ -206,7 +215,7 @@ def test_comparison_by_layers_equals_that_of_full_models(
     reader = CheckpointReader(checkpoint)
     hf_folder = run.run.files.hf
     assert compare_by_layer(hf_folder, reader, MODEL, entries(run)) < 1e-5
-    assert compare(hf_folder, load_model(run, checkpoint), entries(run)) < 1e-5
+    assert compare(hf_folder, load_model(checkpoint), entries(run)) < 1e-5
     read_rows = CheckpointReader.read_rows
     monkeypatch.setattr(
         CheckpointReader,

@@ -114,7 +114,7 @@ def test_leaked_documents_are_found(
 
 def test_initial_weights_load_from_an_export(config: EvaluationConfig) -> None:
     export(config)
-    expected = load_model(config, find_checkpoint(config))
+    expected = load_model(find_checkpoint(config))
     model = model_of(MODEL, seed=9)
     load_hf_weights(model, config.run.files.hf)
     for name, parameter in model.named_parameters():

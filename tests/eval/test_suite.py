@@ -68,7 +68,7 @@ def exported(config: EvaluationConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def falcon_lm(config: EvaluationConfig) -> FalconMambaLM:
-    model = load_model(config, find_checkpoint(config))
+    model = load_model(find_checkpoint(config))
     return FalconMambaLM(model, load_tokenizer(tokenizer_path(config.data)), EOS, 40, 100)
 
 

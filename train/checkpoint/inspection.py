@@ -10,7 +10,7 @@ from core.console import table_console
 from core.errors import InputError
 from core.run import MANIFEST
 from model.checkpoint import CheckpointReader, read_manifest, read_state, verify_checkpoint
-from train.checkpoint.find import list_checkpoints, resolve_checkpoint
+from model.find_checkpoint import list_checkpoints, resolve_checkpoint
 from train.costs.memory import GIB
 
 MAX_ROWS = 12  # differing tensors that diff prints, largest difference first

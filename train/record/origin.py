@@ -18,11 +18,11 @@ from data.stream.manifests import tokenizer_path
 from data.stream.mixture import Plan
 from eval.hf.exported import check_if_export
 from model.checkpoint import CheckpointReader, read_model, read_state
+from model.find_checkpoint import resolve_checkpoint
 from model.flops import parameter_shapes
 from model.hf import config_differences, load_hf_weights
 from model.mamba import FalconMamba
 from model.sharding import shard
-from train.checkpoint.find import resolve_checkpoint
 from train.checkpoint.manager import CheckpointManager, TrainState, read_train_state
 from train.config import RunConfig
 from train.distributed import Ranks, broadcast_text, errors_on_all_ranks, raise_on_all_ranks

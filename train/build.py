@@ -105,14 +105,10 @@ def build_trainer(
         log_run_summary(config, plan, kernels, ranks, state)
     metrics = None
     with errors_on_all_ranks():
-        if ranks.is_first and state.unwritten:
-            restore(config.run.files.metrics, state.unwritten, state.tokens)
-        if ranks.is_first and state.tokens < schedule.total:
-            metrics = open_metrics(config, record, ranks, state, watchdog.incidents)
+        if ranks.is_first:
+            metrics = open_metrics(config, record, ranks, state, checkpoints, watchdog.incidents)
+        if metrics is not None:
             jobs.mark_reported(read_scores(metrics.file.path))
-            checkpoints.writer.before_commit = partial(
-                sync_and_return_unwritten, config.run.folder, metrics.file
-            )
     return Trainer(
         ranks=ranks,
         schedule=schedule,
@@ -261,14 +257,19 @@ def open_metrics(
     record: dict[str, Any],
     ranks: Ranks,
     state: TrainState,
+    checkpoints: CheckpointManager,
     incidents: Incidents,
-) -> Metrics:
-    """The sinks of the run's numbers, which continue from its state."""
+) -> Metrics | None:
+    """The sinks of the run's numbers, which continue from its state; None if it is complete."""
+    if state.unwritten:
+        restore(config.run.files.metrics, state.unwritten, state.tokens)
+    if state.tokens == config.tokens:
+        return None
     peak = peak_flops(config.cluster, config.compute.precision, ranks.device)
     if peak is None and ranks.device.type == "cuda":
         name = torch.cuda.get_device_name(ranks.device)
         logger.info(f"no MFU: the peak of {name} is not known; set cluster.peak_tflops")
-    return Metrics(
+    metrics = Metrics(
         config.run.folder,
         config.run.name,
         config.metrics,
@@ -278,6 +279,10 @@ def open_metrics(
         total=config.tokens,
         report=lambda text: incidents.log("damaged record", text),
     )
+    checkpoints.writer.before_commit = partial(
+        sync_and_return_unwritten, config.run.folder, metrics.file
+    )
+    return metrics
 
 
 def log_run_summary(

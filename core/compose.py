@@ -88,7 +88,8 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
             f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
     names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
-    sections = {name: config[name] for name in names if name in config}
+    # resolved where all sections are: a value may stand for one of a section that is not read
+    sections = {name: resolved(config[name]) for name in names if name in config}
     values = OmegaConf.create(sections)
     floats_to_ints(schema, values)
     check_values(schema, OmegaConf.to_container(values))  # before an int beyond every float
@@ -101,6 +102,12 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
     except ValueError as error:
         raise InputError(str(error)) from error
     return typed
+
+
+def resolved(section: Any) -> Any:
+    """A section as plain dicts and lists with the values of its interpolations."""
+    is_config = OmegaConf.is_config(section)
+    return OmegaConf.to_container(section, resolve=True) if is_config else section
 
 
 @cache  # reading the file takes as long as the rest of a conversion

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 
 from core.errors import InputError
 from core.old_keys import renamed_overrides
+from core.quote import hydra_override
 from core.schema import may_be_absent
 
 # an override without the list of an index: data.stages[0].tokens
@@ -82,6 +83,8 @@ def rewrite_overrides(
         elif prefix is None and value is not None and may_be_absent(schemas, key):
             prefix = "++"
         word = (prefix or "") + key + ("" if value is None else f"={value}")
+        if value is not None and value.startswith("~/"):  # which shells keep after KEY=
+            word = (prefix or "") + hydra_override(key, os.path.expanduser(value))
         parsed = parse_override(word, key, value)
         if parsed.is_sweep_override() and not sweep:
             raise InputError(

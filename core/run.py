@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from core.ranges import Finite, Seed, Whole
+from core.ranges import Finite, Positive, Seed, Whole
 
 NAME_LIMIT = 200  # with its suffixes it is a file name of at most 255 bytes
 NAME = re.compile(rf"\w[\w.+=,@-]{{0,{NAME_LIMIT - 1}}}", re.A)
@@ -125,6 +125,9 @@ class Run:
     # checkpoint (or run's folder) that a new run continues, with its optimizer and its position
     # in the data: another decay, longer or other later stages
     branch_from: str | None = None
+    minutes: Positive | None = None  # time for which experiment=own sizes the run
+    # FLOPs that all ranks together are taken to reach; experiment=own
+    flops_per_second: Positive | None = None
     # settings that may differ from those of the checkpoint: keys or sections
     accept_changes: list[str] = field(default_factory=list)
     # checkpoint that the commands of eval/ read, by default the newest: a step-N folder, or for

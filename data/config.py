@@ -1,9 +1,12 @@
 """Config of a data set: sources, stages, tokenizer. Values are in configs/data."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
+
+from omegaconf import OmegaConf
 
 from core.ranges import (
     Count,
@@ -15,7 +18,9 @@ from core.ranges import (
     Share,
     Whole,
 )
+from data import own
 
+OmegaConf.register_new_resolver("own", own.value)
 Workers = Annotated[int, Range(1, 2**16)]
 
 
@@ -43,6 +48,7 @@ class Source:
     min_yield: Share = 0.5
 
     def __post_init__(self) -> None:
+        self.input = os.path.expanduser(self.input)  # shells keep the ~ of input=~/texts
         if self.near_duplicates is not None and not re.fullmatch(
             r"[1-9]\d{0,2}x[1-9]\d{0,2}", self.near_duplicates
         ):
@@ -153,6 +159,7 @@ class DataConfig:
     stages: list[Stage]
     assets: Assets = field(default_factory=Assets)
     keep_exclusions: bool = False  # write dropped documents with their reasons
+    input: str | None = None  # of experiment=own: a folder of any text, which sizes the run
 
     def __post_init__(self) -> None:
         if invalid := [name for name in self.sources if not re.fullmatch(r"\w[\w.-]*", name)]:

@@ -23,7 +23,7 @@ from core.command import command
 from core.errors import InputError
 from core.files import check_folder, sha256_of, write_json
 from core.records import read_if_present
-from data import recipes, tokenizer, vocabulary
+from data import own, recipes, tokenizer, vocabulary
 from data.config import DataConfig, ExecutorConfig, PrepareConfig
 from data.pipeline import accounting, clean, fingerprints, megatron, shard
 from data.pipeline.adoption import adopt
@@ -70,6 +70,8 @@ def prepare(
         closing(open_executor(executor_config, cfg.workers, folder)) as executor,
     ):
         check_folder(folder, "data.folder")
+        if cfg.input is not None:
+            own.remember(folder, cfg.input)
         executor.log("prepare", f"{', '.join(cfg.sources)} into {folder}, {executor.describe()}")
         inputs = list_inputs(cfg)
         for name, each in inputs.items():
@@ -82,6 +84,9 @@ def prepare(
         manifests = build_shards(cfg, inputs, cleaned, tokenizer_file, executor)
         report(cfg, inputs, cleaned, manifests)
         executor.log("done", str(folder / "shards"))
+        if cfg.input is not None:
+            own.remember_tokens(folder, manifests[own.SOURCE].tokens("train"))
+            executor.log("next", own.next_command(folder))
 
 
 def list_inputs(cfg: DataConfig) -> dict[str, SourceInput]:
@@ -202,7 +207,8 @@ def finish_clean(
     cleaned = read_clean(cfg, name, source_input)
     assert cleaned is not None
     total, kept = steps[0].total, steps[-1].forwarded
-    executor.log("clean", f"{name}: {total:,} in, {total - kept:,} dropped, {kept:,} out")
+    dropped = sum(sum(step.dropped.values()) for step in steps)
+    executor.log("clean", f"{name}: {total:,} in, {dropped:,} dropped, {kept:,} out")
     return cleaned
 
 

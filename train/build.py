@@ -294,6 +294,14 @@ def log_run_summary(
         f"{short(config.tokens)} tokens, {ranks.world_size} ranks on {ranks.device.type} "
         f"(DP {ranks.dp_size}, CP {ranks.cp_size}, TP {ranks.tp_size}), kernels {kernels.name}"
     )
+    if config.run.minutes is not None:
+        batch, seq_len = config.schedule.batch_end_sequences, config.data.stages[0].seq_len
+        logger.info(
+            f"sized for {config.run.minutes:g} minutes at {config.run.flops_per_second:.0e} FLOPS: "
+            f"{config.model.n_layer} layers of {config.model.d_model}, about "
+            f"{config.tokens // (batch * seq_len):,} updates of {batch} x {seq_len} tokens, lr "
+            f"{config.optim.lr:g}"
+        )
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in plan.epochs().items())
     logger.info(fill(f"epochs of each source: {epochs}", LOG_COLUMNS))
     if kernels.name == "reference" and ranks.device.type == "cuda":

@@ -32,6 +32,7 @@ class StepCounts:
     cut: dict[str, Whole] = field(default_factory=dict)
     files: Whole = 0  # that a reader opened
     unchanged: Whole = 0  # forwarded documents that the step does not apply to
+    added: Whole = 0  # parts of split documents beyond the first of each
 
 
 def read_counts(stats: Path, tasks: int, before: Sequence[StepCounts] = ()) -> list[StepCounts]:
@@ -60,6 +61,7 @@ def add_counts(total: StepCounts, step: StepCounts) -> None:
     total.characters += step.characters
     total.files += step.files
     total.unchanged += step.unchanged
+    total.added += step.added
     for sums, counts in ((total.dropped, step.dropped), (total.cut, step.cut)):
         for name, count in counts.items():
             sums[name] = sums.get(name, 0) + count
@@ -105,13 +107,14 @@ def read_step(raw: TaskStep) -> StepCounts:
         cut=cut,
         files=counts.get("input_files", 0),
         unchanged=counts.get("unchanged", 0),
+        added=counts.get("added", 0),
     )
 
 
 def check_conservation(steps: list[StepCounts]) -> None:
-    """Assert in = out + dropped in every step, and that its input is the previous step's output."""
+    """Assert that no step loses a document, and that its input is the previous step's output."""
     for step in steps:
-        assert step.total == step.forwarded + sum(step.dropped.values()), (
+        assert step.total + step.added == step.forwarded + sum(step.dropped.values()), (
             f"documents lost inside a step: {step}"
         )
     for before, after in zip(steps, steps[1:], strict=False):
@@ -155,14 +158,16 @@ def table(steps: dict[str, list[StepCounts]]) -> list[str]:
     lines = [f"{'source':<14}{'step':<22}{'in':>13}{'out':>13}{'dropped':>12}  reasons"]
     for source, source_steps in steps.items():
         for index, step in enumerate(source_steps):
-            if index and not step.dropped and not step.cut:
+            if index and not step.dropped and not step.cut and not step.added:
                 continue
-            dropped = step.total - step.forwarded
+            dropped = sum(step.dropped.values())
             row = f"{source:<14}{step.name:<22}{step.total:>13,}{step.forwarded:>13,}{dropped:>12,}"
             cut = f" (cut: {ranked_reasons(step.cut)})" if step.cut else ""
+            cut += f" (split: {step.added:,} more parts)" if step.added else ""
             lines.append(f"{row}  {ranked_reasons(step.dropped)}{cut}".rstrip())
         total, out = source_steps[0].total, source_steps[-1].forwarded
-        lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{total - out:>12,}")
+        dropped = sum(sum(step.dropped.values()) for step in source_steps)
+        lines.append(f"{source:<14}{'= all':<22}{total:>13,}{out:>13,}{dropped:>12,}")
     return lines
 
 

@@ -5,13 +5,14 @@ Every file of the folder is read or counted as ignored, with the reason and the 
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired
 
 from datatrove.io import DataFolder, get_datafolder
 from typing_extensions import TypedDict
 
 from core.errors import InputError
 from core.files import write_json
+from core.ranges import Whole
 from core.records import read_required
 
 INPUT_LIST = "input.json"
@@ -173,7 +174,8 @@ def file_version(info: dict[str, Any]) -> str:
 
 def pin_files(folder: Path, listing: Listing) -> None:
     """Write the list of a build's input files; files added later belong to the next build."""
-    write_json(folder / INPUT_LIST, {"kind": listing.kind, "files": list(listing.files)})
+    content = {"kind": listing.kind, "files": list(listing.files)}
+    write_json(folder / INPUT_LIST, {**content, "bytes": sum(listing.sizes.values())})
 
 
 class PinnedList(TypedDict):
@@ -181,6 +183,7 @@ class PinnedList(TypedDict):
 
     kind: str
     files: list[str]
+    bytes: NotRequired[Whole]  # of all files; absent before version 0.3
 
 
 def read_pinned_list(folder: Path) -> PinnedList:

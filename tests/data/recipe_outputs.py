@@ -105,6 +105,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"text": LONG},
         {"text": ""},
     ],
+    "documents": [{"text": PROSE}, {"text": STORY}, {"text": "1 2 3 " * 90}, {"text": "Short"}],
     "forums": [
         {
             "thread": "t",

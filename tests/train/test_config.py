@@ -116,7 +116,10 @@ def test_token_counts_may_be_written_with_an_exponent() -> None:
         (["model.d_model=0"], "model.d_model is 0: set a whole number from 1 to"),
         (["+train.profile.ranks=[0,-1]"], "train.profile.ranks.1 is -1"),
         (["parallel.engine=deepspeed", "optim.lr=-1"], "optim.lr is -1"),
-        (["model=9b"], "model has no 9b; it has 130m, 1b, 7b, demo"),
+        (
+            ["model=9b"],
+            "model has no 9b; it has 0.3m, 130m, 16m, 1b, 1m, 370m, 4m, 60m, 7b, demo, own",
+        ),
     ],
 )
 def test_a_mistake_is_named_on_one_line(overrides: list[str], message: str) -> None:

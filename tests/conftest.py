@@ -36,6 +36,7 @@ GATES = (
     "tests/data/test_passes.py",
     "tests/examples",
     "tests/model/test_cuda.py",
+    "tests/test_own_text.py",
     "tests/test_soak.py",
     "tests/test_writes.py::test_prepare_save_and_export_sync_before_they_rename",
     "tests/train/test_costs.py",

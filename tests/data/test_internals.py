@@ -2,8 +2,6 @@
 
 import ast
 import inspect
-import os
-from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +12,7 @@ from core.errors import InputError
 from core.files import ROOT
 from data.config import PrepareConfig
 from data.pipeline import accounting, minhash
-from data.pipeline.executors import SlurmArray, SlurmExecutor, open_executor
+from data.pipeline.executors import SlurmArray, SlurmExecutor
 from data.pipeline.tasks import SingleTaskExecutor, set_exclusion_writers
 from data.readers.archives import read_record
 from data.readers.web import decompress
@@ -118,9 +116,3 @@ def test_a_text_that_datatrove_would_not_quote_is_refused(
     with pytest.raises(InputError, match=f"^{key} is .*: with executor=slurm set one of letters"):
         SlurmExecutor(replace(slurm, **changed), 1, tmp_path / folder)
     assert SlurmExecutor(slurm, 1, tmp_path / "plain").describe().startswith("Slurm partition cpu")
-
-
-def test_workers_use_no_threads_that_a_fork_loses(tmp_path: Path) -> None:
-    with closing(open_executor(None, 1, tmp_path)) as executor:
-        jobs = {"a": [(os.getenv, "TOKENIZERS_PARALLELISM")]}
-        assert dict(executor.run("stage", jobs)) == {"a": ["false"]}

@@ -42,9 +42,6 @@ def die_with_parent() -> None:
 def init_worker(logs: str) -> None:
     """Redirect the output of a worker's libraries to a file; children die with the worker."""
     die_with_parent()
-    # the threads of the tokenizers library are not forked: a program that has used them before it
-    # prepares data would wait for ever. Workers are as many as the cores
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # the extractor's sandbox is forked from here
     os.register_at_fork(after_in_child=die_with_parent)
     log = open(Path(logs) / f"worker-{os.getpid()}.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115

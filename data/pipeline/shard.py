@@ -260,5 +260,4 @@ def tokenizer_task(
     out: Path,
 ) -> None:
     """Train a tokenizer on the train split of the sources and write it to the folder `out`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer.train(train_texts(sources, heldout_percent, max_bytes), vocab_size, out)

@@ -6,6 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 FAULTS ?= 80
+JOBS ?= 2
 ADDRESS ?= 127.0.0.1:8000
 .PHONY: help install constraints demo test test-rest test-all nightly check format bench docs serve soak faults matrix
 
@@ -21,8 +22,8 @@ install: .venv/installed  ## the virtual environment with everything pinned; TOR
 demo: install  ## raw text -> trained and exported model -> scores, in minutes on two cores
 	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
 
-test: install  ## tests of every part, in minutes
-	$(BIN)/python -m pytest -m "not gate"
+test: install  ## tests of every part, in minutes; JOBS=2 processes share the files
+	$(BIN)/python -m pytest -m "not gate" -n $(JOBS) --dist loadfile
 
 test-rest: install  ## what test leaves out of test-all: Slurm, layouts, dry runs at full width, benchmarks run small
 	$(BIN)/python -m pytest -m gate

@@ -22,6 +22,7 @@ from core.errors import InputError
 from core.files import ROOT
 from core.old_keys import rename_keys
 from core.overrides import ADDED_GROUPS, own_config_dir, rewrite_overrides
+from core.quote import uninterpolated
 from core.schema import check_values, floats_to_ints
 
 CONFIGS = str(ROOT / "configs")
@@ -105,9 +106,14 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
 
 
 def resolved(section: Any) -> Any:
-    """A section as plain dicts and lists with the values of its interpolations."""
-    is_config = OmegaConf.is_config(section)
-    return OmegaConf.to_container(section, resolve=True) if is_config else section
+    """A section as plain dicts and lists, with the values of its interpolations as they are."""
+    if OmegaConf.is_config(section):
+        section = OmegaConf.to_container(section, resolve=True)
+    if isinstance(section, dict):
+        return {key: resolved(value) for key, value in section.items()}
+    if isinstance(section, list):
+        return [resolved(value) for value in section]
+    return uninterpolated(section) if isinstance(section, str) else section
 
 
 @cache  # reading the file takes as long as the rest of a conversion

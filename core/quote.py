@@ -17,8 +17,12 @@ PLAIN_OPTION = re.compile(r"[\w./:=,@%+-]+", re.A)
 
 def hydra_override(key: str, text: str) -> str:
     """The override that sets a key to a text, which is neither parsed nor interpolated."""
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    return f"{key}={QuotedString(literal, Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(uninterpolated(text), Quote.single).with_quotes()}"
+
+
+def uninterpolated(text: str) -> str:
+    """A value of a config that stands for the text itself, also where it has `${`."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def sbatch_directive(option: str) -> str:

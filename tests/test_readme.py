@@ -212,9 +212,9 @@ def test_readme_is_short_and_its_links_exist() -> None:
 def test_python_of_the_readme_runs_on_the_export(demo: Demo) -> None:
     text = (ROOT / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert len(code) == 1 and "runs/demo/hf" in code[0]
+    assert len(code) == 1 and "runs/demo" in code[0]
     names: dict[str, Any] = {}
-    exec(code[0].replace("runs/demo/hf", str(demo.run / "hf")), names)
+    exec(code[0].replace("runs/demo", str(demo.run)), names)
     assert len(names["ids"]) == 8
 
 

@@ -42,7 +42,8 @@ def test_the_named_experiments_exist() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_builds_on_meta(experiment: str) -> None:
-    config = run_config(experiment)
+    text = [f"data.input={ROOT / 'docs' / 'pages'}"] if experiment == "own" else []
+    config = run_config(experiment, *text)
     with torch.device("meta"):
         model = FalconMamba(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(

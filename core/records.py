@@ -25,6 +25,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_SHOWN = 60  # characters of a wrong value in a message
 MAX_LINES = 10  # damaged lines that a message numbers
 MAX_LINE_BYTES = 2**24  # of a line that is parsed; a crash may leave a block of zeros
+TAIL_BYTES = 2**18  # of a block that is read from the end of a file
 BLOCKED = (IsADirectoryError, NotADirectoryError, PermissionError)
 UNREADABLE = (FileNotFoundError, *BLOCKED)
 Extra = Literal["allow", "ignore", "forbid"]  # of keys that a schema lacks
@@ -172,6 +173,41 @@ def read_typed_lines(path: Path, schema: type[Schema]) -> Iterator[Schema]:
     for _, _, content in scan_lines(path, schema, damage):
         yield content
     damage.report()
+
+
+def read_newest_lines(
+    path: Path, schema: type[Schema], damage: Damage, max_bytes: int
+) -> Iterator[Schema]:
+    """Yield the fitting lines of the last `max_bytes` of a JSON Lines file, newest first.
+
+    For files of gigabytes: blocks are read as they are asked for. Lines that do not fit are
+    counted in `damage` by their number from the end; an absent file has no lines. Raises
+    DamagedRecord if the path is no readable file.
+    """
+    try:
+        file = open(path, "rb", opener=open_regular)  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    except BLOCKED as error:
+        raise DamagedRecord(f"{path} cannot be read ({error.strerror}): move it away") from error
+    with file:
+        start = file.seek(0, os.SEEK_END)
+        limit = max(0, start - max_bytes)
+        rest = b""  # of a line that begins in the block before
+        number = 0
+        while start > limit:
+            size = min(TAIL_BYTES, start - limit)
+            start = file.seek(start - size)
+            lines = (file.read(size) + rest).split(b"\n")
+            rest = lines.pop(0) if start else b""
+            for line in reversed(lines):
+                number += 1
+                if not line.strip():
+                    continue
+                try:
+                    yield _adapter(schema).validate_json(line, strict=True, extra="allow")
+                except ValidationError as error:
+                    damage.add(number, first_error(error))
 
 
 def report_once(

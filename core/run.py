@@ -96,12 +96,14 @@ class RecordedStage(TypedDict):
 
     name: str
     mixture: dict[str, Annotated[Finite, Field(ge=0)]]
+    tokens: NotRequired[Whole]
 
 
 class RecordedData(TypedDict):
     """What readers take of the data."""
 
     stages: NotRequired[list[RecordedStage]]
+    block_tokens: NotRequired[Annotated[Whole, Field(gt=0)]]
 
 
 class RunRecord(TypedDict):

@@ -83,7 +83,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "trainer",
         },
     ),
-    "launch": ({"attempt", "collect", "doctor", "dryrun", "plan", "submit"}, {"config"}),
+    "launch": ({"attempt", "collect", "doctor", "dryrun", "plan", "status", "submit"}, {"config"}),
 }
 MAX_FILES = {"train": 14, "data": 12, "eval": 12, "launch": 12}
 MOVED = {  # old paths of commands, which print the new path until version 0.3
@@ -152,6 +152,7 @@ TORCH_FREE = (
     "launch/attempt.py",
     "launch/dryrun.py",
     "launch/plan.py",
+    "launch/status.py",
     "launch/planning/estimate.py",
     "launch/planning/layouts.py",
     "launch/submit.py",

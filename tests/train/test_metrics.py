@@ -19,9 +19,9 @@ from core.errors import InputError
 from tests.commands import TIMEOUT_SECONDS
 from train.config import Cluster, Device, MetricsConfig, Precision
 from train.device import peak_flops
-from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole, end_time
+from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole
 from train.metrics.curves import draw
-from train.metrics.records import JsonLines, read_lines, short
+from train.metrics.records import JsonLines, end_time, read_lines, short
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import (

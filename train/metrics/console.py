@@ -8,13 +8,12 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from train.metrics.records import Record, short
+from train.metrics.records import Record, end_time, short
 from train.metrics.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
 LOG_COLUMNS = 118
-WEEK_SECONDS = 7 * 86400
 
 
 class StepText:
@@ -62,12 +61,6 @@ class StepText:
             f"data wait {self.throughput.data_wait:.1%}",
             f"skipped {self.num_skipped}",
         ]
-
-
-def end_time(seconds: float) -> str:
-    """UTC time in `seconds` from now: the date, or within a week month, day and minute."""
-    end = time.gmtime(time.time() + min(seconds, 1e9))  # gmtime fails far in the future
-    return time.strftime("%m-%d %H:%MZ" if seconds < WEEK_SECONDS else "%Y-%m-%d", end)
 
 
 def wrap(texts: list[str], columns: int = LOG_COLUMNS) -> list[str]:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -33,6 +34,7 @@ Record = dict[str, Any]
 Span = tuple[int, int]  # first byte, and the byte after the last
 POINTS = 2000  # of a curve on the page; more points are averaged, which bounds the page size
 COPY_BYTES = 2**20
+WEEK_SECONDS = 7 * 86400
 
 
 class SourceValidation(TypedDict):
@@ -252,6 +254,12 @@ def short(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     raise AssertionError
+
+
+def end_time(seconds: float) -> str:
+    """UTC time in `seconds` from now: the date, or within a week month, day and minute."""
+    end = time.gmtime(time.time() + min(seconds, 1e9))  # gmtime fails far in the future
+    return time.strftime("%m-%d %H:%MZ" if seconds < WEEK_SECONDS else "%Y-%m-%d", end)
 
 
 def curve(

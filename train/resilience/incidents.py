@@ -30,6 +30,7 @@ from core.files import append_json_line, fsync, rename, write_json
 from core.ranges import Whole
 from core.records import read_or_rebuild, read_typed_lines
 from core.run import RunFiles
+from train.resilience.run_lock import LOCK_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,15 @@ def read_outcome(folder: Path) -> Outcome | None:
         RunFiles(folder).outcome, OutcomeRecord, "the run counts as crashed", extra="ignore"
     )
     return None if record is None else Outcome(record["code"], record["reason"])
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock, on any machine: it renews the lock's time."""
+    try:
+        age = time.time() - RunFiles(folder).lock.stat().st_mtime
+    except OSError:
+        return False
+    return age < LOCK_TIMEOUT_SECONDS
 
 
 def describe_state(folder: Path) -> str:

@@ -178,11 +178,15 @@ class Validation:
             self.totals[name] = (count, num_bytes)
 
     def run_if_due(
-        self, previous_tokens: int, tokens: int, model: FalconMamba
+        self, previous_tokens: int, tokens: int, total: int, model: FalconMamba
     ) -> dict[str, dict[str, float]] | None:
-        """Run if (previous_tokens, tokens] has a multiple of every_tokens; call on all ranks."""
+        """Run if (previous_tokens, tokens] has a multiple of every_tokens, or `tokens` is the end.
+
+        Call on all ranks.
+        """
         every = self.settings.every_tokens
-        return self.run(model) if tokens // every > previous_tokens // every else None
+        is_due = tokens // every > previous_tokens // every or tokens == total
+        return self.run(model) if is_due else None
 
     def run(self, model: FalconMamba) -> dict[str, dict[str, float]]:
         """Return loss (nats per token) and bits per byte of each source; call on all ranks."""

@@ -93,7 +93,9 @@ class Trainer:
             seconds = time.perf_counter() - started_at
             self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
             with self.model.without_context_parallel():
-                validation = self.validation.run_if_due(before, self.state.tokens, self.model)
+                validation = self.validation.run_if_due(
+                    before, self.state.tokens, self.schedule.total, self.model
+                )
             self.phases.enter(self.state.step, "log")
             if self.metrics is not None:
                 record = self._record(step_schedule, result, seconds, data_wait_seconds)

@@ -60,10 +60,11 @@ def test_validation_equals_evaluation(config: EvaluationConfig) -> None:
 def test_run_if_due(config: EvaluationConfig) -> None:
     validation = Validation(config.data, open_manifests(config.data), SETTINGS)
     model = model_of(MODEL)
-    assert validation.run_if_due(0, 999, model) is None
-    assert validation.run_if_due(1000, 1999, model) is None
-    assert validation.run_if_due(900, 1000, model) is not None
-    assert validation.run_if_due(1999, 4100, model) is not None
+    assert validation.run_if_due(0, 999, 4500, model) is None
+    assert validation.run_if_due(1000, 1999, 4500, model) is None
+    assert validation.run_if_due(900, 1000, 4500, model) is not None
+    assert validation.run_if_due(1999, 4100, 4500, model) is not None
+    assert validation.run_if_due(4100, 4500, 4500, model) is not None  # the end of the run
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert validation.run(model)["prose"]["loss"] == pytest.approx(math.log(288))

@@ -436,3 +436,16 @@ def test_end_time_has_minutes_only_within_a_week(
     monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)  # 2027-01-15 08:00 UTC
     ends = [end_time(seconds) for seconds in (600, 6 * 86400, 46 * 86400, 1e30)]
     assert ends == ["01-15 08:10Z", "01-21 08:00Z", "2027-03-02", "2058-09-23"]
+
+
+def test_heldout_losses_are_printed_when_measured(tmp_path: Path, capsys: Any) -> None:
+    config = MetricsConfig(None, False, 60.0)
+    metrics = Metrics(tmp_path, "run", config, {}, throughput(), tokens=0, total=6400)
+    scores = {"web": {"loss": 3.25, "bits_per_byte": 1.5}, "code": {"loss": 2, "bits_per_byte": 1}}
+    metrics.log(record(1), "")
+    metrics.log(record(2, validation=scores), "")  # within the seconds between two lines
+    metrics.close()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "held-out at step 2, 128 tokens, nats per token (bits per byte):",
+        "  web 3.250 (1.500)  code 2.000 (1.000)",
+    ]

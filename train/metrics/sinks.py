@@ -58,6 +58,8 @@ class Metrics:
         self.file.write(record)
         with suppress(OSError):  # standard output may go to a full disk
             self.console.show(record, checkpoints)
+            if record.get("validation"):
+                log_validation(record)
         for tracker in self.trackers:
             tracker.log(record)
 
@@ -86,6 +88,20 @@ def make_trackers(
     if config.tensorboard:
         trackers.append(TensorBoard(folder, run_config, tokens))
     return trackers + [Accelerated(other, name, folder, run_config) for other in config.trackers]
+
+
+def log_validation(record: Record) -> None:
+    """Log the held-out loss of each source in a step's record."""
+    title = (
+        f"held-out at step {record['step']:,}, {short(record['tokens'])} tokens, "
+        "nats per token (bits per byte):"
+    )
+    texts = [
+        f"{name} {score['loss']:.3f} ({score['bits_per_byte']:.3f})"
+        for name, score in record["validation"].items()
+    ]
+    first, *lines = [title, *wrap(texts)]
+    logger.info("\n  ".join([first, *lines]))
 
 
 def log_suites(record: Record) -> None:

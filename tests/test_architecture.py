@@ -25,6 +25,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "compose",
             "config_errors",
             "console",
+            "credentials",
             "entry",
             "errors",
             "files",

@@ -161,6 +161,9 @@ class MetricsConfig:
     tensorboard: bool  # into the run's folder; needs the package tensorboard
     console_seconds: Seconds  # minimum time between lines of a plain console
     trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
+    wandb_entity: str | None = None  # None: the default of the user's key
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Checks of a machine by launch/doctor.py: functions from a run's config to a finding."""
 
 import importlib.metadata
-import os
 import re
 import shutil
 import socket
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from core.credentials import has_wandb_key, wandb_host
 from core.files import ROOT
 from train.config import Device, EngineKind, RunConfig
 
@@ -194,12 +194,10 @@ def wandb(config: RunConfig) -> Finding:
     """Check whether metrics reach W&B."""
     if config.metrics.wandb_project is None:
         return Finding("ok", "off (metrics.wandb_project=null)")
-    if not os.environ.get("WANDB_API_KEY"):
-        fix = "export WANDB_API_KEY, or `wandb sync` the run's folder later"
-        return Finding("note", "no WANDB_API_KEY: metrics stay offline in the run's folder", fix)
-    host = re.sub(
-        r"^\w+://([^/:]+).*", r"\1", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    )
+    if not has_wandb_key():
+        fix = "export WANDB_API_KEY or run `wandb login`, or `wandb sync` the run's folder later"
+        return Finding("note", "no key for W&B: metrics stay offline in the run's folder", fix)
+    host = wandb_host()
     try:
         socket.create_connection((host, 443), timeout=5).close()
     except OSError as error:

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import psutil
 import pytest
@@ -15,9 +15,11 @@ import wandb
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.credentials import has_wandb_key
 from core.errors import InputError
 from tests.commands import TIMEOUT_SECONDS
-from train.config import Cluster, Device, MetricsConfig, Precision
+from tests.compose import typed
+from train.config import Cluster, Device, MetricsConfig, Precision, RunConfig
 from train.device import peak_flops
 from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole
 from train.metrics.curves import draw
@@ -122,7 +124,7 @@ def test_unreachable_wandb_keeps_every_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", TIMEOUT_SECONDS)
-    sink = Wandb("project", "a/b:c", tmp_path, {})
+    sink = Wandb(MetricsConfig("project", False, 60.0), "a/b:c", tmp_path, {})
     for step in range(1, 21):
         sink.log(record(step, marker=f"record-{step}"))
     sink.close()
@@ -140,13 +142,18 @@ def test_unreachable_wandb_keeps_every_record(
 
 
 def test_wandb_writes_offline_without_a_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr(Wandb, "CLOSE_SECONDS", TIMEOUT_SECONDS)
     for step in (1, 2):  # a start, and a restart
         sink = Wandb(
-            "project", "run", tmp_path, {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}}
+            MetricsConfig("project", False, 60.0),
+            "run",
+            tmp_path,
+            {"a": 1, "code": {"commit": "c0ffee" * 6, "dirty": True}},
         )
         sink.log(record(step))
         sink.close()
@@ -158,6 +165,38 @@ def test_wandb_writes_offline_without_a_key(
     assert len(paths) == 2 and len({path.name for path in paths}) == 1, (
         "both starts are one run of W&B"
     )
+    assert capsys.readouterr().out.count(f"W&B: logging offline in {tmp_path / 'wandb'}") == 2
+
+
+def test_wandb_takes_its_key_from_netrc_and_says_where_it_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    netrc.write_text("no netrc")
+    assert not has_wandb_key()
+    netrc.write_text(f"machine api.wandb.ai\n  login user\n  password {'0' * 40}\n")
+    given: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> MagicMock:
+        given.update(arguments)
+        return MagicMock(url="https://wandb.ai/team/project/runs/run-1")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    config = MetricsConfig("project", False, 60.0, [], "team", "sweep", ["a", "b"])
+    Wandb(config, "run", tmp_path, {}).close()
+    names = ("mode", "project", "entity", "group", "tags")
+    assert [given[name] for name in names] == ["online", "project", "team", "sweep", ["a", "b"]]
+    assert "W&B: https://wandb.ai/team/project/runs/run-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["demo", "130m", "1b", "7b"])
+def test_a_key_alone_uploads_no_demo(name: str) -> None:
+    project = typed(RunConfig, name).metrics.wandb_project
+    assert project == (None if name == "demo" else "falcon-mamba")
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -289,7 +328,7 @@ def test_failing_wandb_is_disabled(
         raise RuntimeError("no space")
 
     monkeypatch.setattr(Wandb, "_start", fail)
-    sink = Wandb("project", "run", tmp_path, {})
+    sink = Wandb(MetricsConfig("project", False, 60.0), "run", tmp_path, {})
     sink.log(record(1))
     sink.close()
     assert "W&B is disabled (RuntimeError: no space)" in capsys.readouterr().out

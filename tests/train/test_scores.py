@@ -219,7 +219,7 @@ def test_wandb_gets_scores_at_the_tokens_of_their_checkpoint(
     remote = Remote()
     remote.config = type("Config", (), {"update": lambda *a, **b: None})()  # type: ignore[assignment]
     monkeypatch.setattr(Wandb, "_start", lambda self: remote)
-    sink = Wandb("project", "r", tmp_path, {})
+    sink = Wandb(MetricsConfig("project", False, 60.0), "r", tmp_path, {})
     scores = {"step": 4, "tokens": 256, "scores": {"v1": {"ARC": 30.0}}}
     sink.log(scores)  # from a job that ends after the run
     sink.log(record(9))

@@ -84,7 +84,7 @@ def make_trackers(
     """Trackers of the config, for a run that continues at `tokens`."""
     trackers: list[Tracker] = []
     if config.wandb_project is not None:
-        trackers.append(Wandb(config.wandb_project, name, folder, run_config))
+        trackers.append(Wandb(config, name, folder, run_config))
     if config.tensorboard:
         trackers.append(TensorBoard(folder, run_config, tokens))
     return trackers + [Accelerated(other, name, folder, run_config) for other in config.trackers]

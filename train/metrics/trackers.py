@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from core.credentials import has_wandb_key
 from core.entry import install_command
 from core.errors import InputError
 from core.files import ROOT
@@ -78,18 +79,28 @@ class Tracker(ABC):
 
 
 class Wandb(Tracker):
-    """W&B: online if WANDB_API_KEY is set and the server answers, else offline in the run's folder.
+    """W&B: online if there is a key and the server answers, else offline in the run's folder.
 
-    The W&B run id is derived from the folder, so a restart continues the same W&B run.
+    WANDB_MODE chooses another mode. The W&B run id is derived from the folder, so a restart
+    continues the same W&B run.
     """
 
     NAME = "W&B"
     ANSWER_SECONDS = 15.0
 
-    def __init__(self, project: str, name: str, folder: Path, run_config: Record) -> None:
+    def __init__(self, config: MetricsConfig, name: str, folder: Path, run_config: Record) -> None:
         digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         run_id = re.sub(r"[^A-Za-z0-9_-]", "-", f"{name}-{digest}")
-        self.settings = {"project": project, "name": name, "id": run_id, "dir": str(folder)}
+        self.folder = folder
+        self.settings: Record = {
+            "project": config.wandb_project,
+            "entity": config.wandb_entity,
+            "group": config.wandb_group,
+            "tags": config.wandb_tags or None,
+            "name": name,
+            "id": run_id,
+            "dir": str(folder),
+        }
         self.run_config = run_config
         self.last_step: Record = {}  # argument `step` of wandb.log; empty before the first step
         self.defined: set[str] = set()  # metrics with their own axis
@@ -134,16 +145,22 @@ class Wandb(Tracker):
             "resume": "allow",
             "settings": settings,
         }
-        if not os.environ.get("WANDB_API_KEY"):
-            return wandb.init(mode="offline", **arguments)
-        try:
-            return wandb.init(mode="online", **arguments)
-        except Exception as error:  # unreachable, refused or timed out
-            logger.warning(
-                f"W&B does not answer ({type(error).__name__}); logging offline, for `wandb sync`"
-            )
-            wandb.teardown()  # its service still holds the id of the run that failed to start
-            return wandb.init(mode="offline", **arguments)
+        mode: Any = os.environ.get("WANDB_MODE", "online")
+        reason = f"WANDB_MODE={mode}"
+        if mode == "online" and not has_wandb_key():
+            mode, reason = "offline", "no WANDB_API_KEY and no key in ~/.netrc"
+        if mode == "online":
+            try:
+                run = wandb.init(mode="online", **arguments)
+                logger.info(f"W&B: {run.url}")
+                return run
+            except Exception as error:  # unreachable, refused or timed out
+                mode, reason = "offline", f"it does not answer ({type(error).__name__})"
+                wandb.teardown()  # its service still holds the id of the run that failed to start
+        if mode == "offline":
+            folder = self.folder / "wandb"
+            logger.info(f"W&B: logging offline in {folder}, for `wandb sync`: {reason}")
+        return wandb.init(mode=mode, **arguments)
 
 
 class TensorBoard(Tracker):

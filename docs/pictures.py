@@ -36,7 +36,7 @@ from train.metrics.curves import figure
 from train.metrics.records import Record, read_lines
 from train.metrics.throughput import Throughput
 
-STEPS = 5  # a point of a curve is the mean of so many
+STEPS = 5  # a point of the curve of all sources is the mean of so many, as of each source
 COLUMNS = 120  # of the console
 LOG_LINES = 10
 LIVE_AT = 0.6  # of the tokens: what the terminal shows then
@@ -49,25 +49,21 @@ def draw_curves(run: Path, path: Path) -> None:
     style: Any = {"svg.hashsalt": "demo", "svg.fonttype": "path"}
     records = list(averaged(read_lines(RunFiles(run).metrics)))
     with matplotlib.rc_context(style):
-        picture = figure({"all sources": records}, {}, ("loss", "rate"))
+        picture = figure({run.name: records}, {}, ("loss", "rate"))
         picture.set_size_inches(10, 5.6)
-        for name in (text for axis in picture.axes for text in axis.texts):
-            name.set_y(1.03)  # of a stage, clear of the frame of a panel this small
         picture.savefig(path, metadata={"Date": None})
 
 
 def averaged(records: list[Record]) -> Iterator[Record]:
-    """Records with losses averaged over the last STEPS steps of their stage."""
+    """Records with the loss averaged over the last STEPS steps of their stage.
+
+    The figure averages the losses of sources itself.
+    """
     for _, group in groupby(records, key=lambda record: record["stage"]):
         stage = list(group)
         for end, record in enumerate(stage, start=1):
             steps = stage[max(0, end - STEPS) : end]
-            sources = {
-                name: mean([step["source_loss"].get(name) for step in steps])
-                for name in record["source_loss"]
-            }
-            loss = mean([step["loss"] for step in steps])
-            yield record | {"loss": loss, "source_loss": sources}
+            yield record | {"loss": mean([step["loss"] for step in steps])}
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -23,8 +23,9 @@ from core.ranges import Finite
 from core.records import read_or_rebuild
 from core.run import RunFiles
 from core.sweep import SWEEP, read_points
+from core.units import short
 from train.metrics.page import page
-from train.metrics.records import read_lines, short
+from train.metrics.records import read_lines
 from train.resilience.incidents import FINISHED, describe_state, read_outcome
 
 LAST_FRACTION = 0.05  # last part of a run's tokens over which its final loss is averaged

@@ -28,7 +28,8 @@ from core.errors import USER_ERROR, InputError
 from core.old_keys import read_record
 from core.records import Damage, DamagedRecord, read_newest_lines, read_typed
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints, step_number
-from train.metrics.records import LINE, Record, end_time, short
+from core.units import end_time, short
+from train.metrics.records import LINE, Record
 from train.resilience.incidents import (
     FINISHED,
     INTERRUPTED,

@@ -40,6 +40,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "schema",
             "sweep",
             "templates",
+            "units",
         },
     ),
     "model": (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from core.errors import InputError
+from core.units import short
 from data.stream.loader import Loader, compile_plan
 from data.stream.manifests import Manifest
 from data.stream.mixture import Plan
@@ -32,7 +33,7 @@ from train.distributed import (
 )
 from train.engines.build import build_engine
 from train.metrics.console import LOG_COLUMNS
-from train.metrics.records import JsonLines, read_scores, restore, short
+from train.metrics.records import JsonLines, read_scores, restore
 from train.metrics.scores import collect_command
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput

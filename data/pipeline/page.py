@@ -45,13 +45,17 @@ class Report(TypedDict):
 
 
 def lengths(folder: Path, manifest: Manifest) -> dict[int, int]:
-    """Number of train documents with 2^k to 2^(k+1) - 1 tokens, by k from 0."""
+    """Number of train documents with 2^k to 2^(k+1) - 1 tokens, by k.
+
+    From the shortest document to the longest; empty without documents.
+    """
     counts = np.zeros(32, dtype=np.int64)
     for file in manifest.splits["train"]:
         ends = np.asarray(document_ends(folder, file), dtype=np.int64)
         sizes = np.diff(ends, prepend=0)
         counts += np.bincount(np.log2(np.maximum(sizes, 1)).astype(np.int64), minlength=32)[:32]
-    return dict(enumerate(np.trim_zeros(counts, "b").tolist()))
+    filled = np.flatnonzero(counts)
+    return {k: int(counts[k]) for k in range(filled[0], filled[-1] + 1)} if len(filled) else {}
 
 
 def domains(folder: Path, samples: int) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from core.units import short
 from data.stream.documents import document_ends
 from data.stream.manifests import Manifest, source_folder
 from data.stream.mixture import Plan, PlannedStage
@@ -31,13 +32,13 @@ def plan_table(plan: Plan) -> list[str]:
     per_stage = [stage_tokens(plan, stage) for stage in plan.stages]
     epochs = plan.epochs()
     for name in plan.sources:
-        row = "".join(f"{tokens[name] / 1e9:>{width - 1}.2f}G" for tokens in per_stage)
+        row = "".join(f"{short(tokens[name]):>{width}}" for tokens in per_stage)
         limit = plan.config.sources[name].max_epochs
         lines.append(
             f"{name:<14}{row}{sum(tokens[name] for tokens in per_stage):>22,}"
             f"{epochs[name]:>9.3f}{limit:>7g}"
         )
-    row = "".join(f"{stage.tokens / 1e9:>{width - 1}.2f}G" for stage in plan.stages)
+    row = "".join(f"{short(stage.tokens):>{width}}" for stage in plan.stages)
     return [*lines, f"{'all':<14}{row}{plan.tokens:>22,}"]
 
 

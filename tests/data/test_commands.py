@@ -26,10 +26,11 @@ from data.config import (
     VerifySettings,
 )
 from data.download import download_all, fetch
+from data.pipeline import page
 from data.prepare import prepare
 from data.stream.documents import Documents
 from data.stream.loader import Loader, compile_plan
-from data.stream.manifests import Manifest, ShardFile, open_manifests
+from data.stream.manifests import Manifest, ShardFile, open_manifests, source_folder
 from data.stream.packing import measure_packing
 from data.verify import verify
 
@@ -112,6 +113,15 @@ def test_the_page_is_complete_and_has_no_external_resources(
         assert expected in page, expected
     assert re.search(r"web (70|80)\.0%", page), "3/4 of ten blocks"
     assert not re.search(r"<script|src=|href=|url\(", page) and "<rivers>" not in page
+    assert "0.00G" not in page
+
+
+def test_histograms_begin_at_the_shortest_document(built: DataConfig) -> None:
+    for name, manifest in open_manifests(built).items():
+        counts = page.lengths(source_folder(built, name), manifest)
+        first, last = min(counts), max(counts)
+        assert first > 0 and counts[first] and counts[last]
+        assert [*counts] == [*range(first, last + 1)]
 
 
 def test_verify_detects_a_flipped_bit(
@@ -120,7 +130,7 @@ def test_verify_detects_a_flipped_bit(
     verify(built, VerifySettings(3, True))
     out = capsys.readouterr().out
     assert "all shards match their manifests" in out and re.search(
-        r"web +0\.00G +0\.00G +1,\d{3}", out
+        r"web( +\d+| +[\d.]+k){2} +1,\d{3} ", out
     )
     shutil.copytree(built.folder, tmp_path / "data")
     shard = next((tmp_path / "data" / "shards" / "web").glob("train*.ds"))

@@ -17,13 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from core.credentials import has_wandb_key
 from core.errors import InputError
+from core.units import end_time, short
 from tests.commands import TIMEOUT_SECONDS
 from tests.compose import typed
 from train.config import Cluster, Device, MetricsConfig, Precision, RunConfig
 from train.device import peak_flops
 from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole
 from train.metrics.curves import draw
-from train.metrics.records import JsonLines, end_time, read_lines, short
+from train.metrics.records import JsonLines, read_lines
 from train.metrics.sinks import Metrics
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import (

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from matplotlib import image
 
 from core.old_keys import read_record
 from core.run import RunFiles
-from tests.commands import TIMEOUT_SECONDS
-from train.metrics.curves import PANELS, actual_mixture, planned_curve
+from tests.commands import ROOT, TIMEOUT_SECONDS, wait_until
+from train.metrics.curves import PANELS, actual_mixture, planned_curve, points_by_source
 from train.metrics.page import page, planned_mixture, run_names, score_tables
 from train.metrics.records import POINTS, curve, read_lines, read_scores
 
@@ -165,3 +166,41 @@ def test_curves_of_long_runs_are_averaged() -> None:
     x, y = curve(points)
     assert len(x) == POINTS and x[-1] == 10 * POINTS and set(y) == {0.5}
     assert curve([(1, None), (2, 3.0)]) == ([1, 2], [None, 3.0])
+
+
+def test_summary_and_config_come_first_scores_and_sample_last(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", 0.0)
+    row = {"tokens": 1000, "bits_per_byte": 1.5, "unigram_bits_per_byte": 3.0}
+    evaluation = {"checkpoint": "step-00000060", "heldout": {"all": row}, "sample": "<i>text"}
+    RunFiles(folder).evaluation.write_text(json.dumps(evaluation))
+    text = page([folder], tmp_path / "report.html").read_text()
+    parts = ("held-out loss", "<summary>config.yaml", "<svg", "<td>50%</td>", "&lt;i&gt;text")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "code 2.149, web 2.149 at 6k tokens" in text or "web 2.149, code 2.149 at 6k" in text
+    RunFiles(folder).evaluation.write_text("{")
+    assert "held-out text" not in page([folder], tmp_path / "report.html").read_text()
+
+
+def test_watched_page_reloads_itself_until_no_run_is_running(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", 0.0)
+    reload = '<meta http-equiv="refresh" content="1">'
+    assert reload in page([folder], tmp_path / "page.html", 1).read_text()
+    RunFiles(folder).lock.touch()
+    with subprocess.Popen(
+        [sys.executable, "train/report.py", folder, "--watch", "1"], cwd=ROOT
+    ) as process:
+        report = RunFiles(folder).report
+        wait_until(lambda: report.exists() and reload in report.read_text(), lambda: "no page")
+        RunFiles(folder).lock.unlink()
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    assert reload not in report.read_text()
+
+
+def test_losses_of_sources_are_means_within_a_stage() -> None:
+    losses = [4.0, None, 2.0, 6.0]
+    records = [
+        {"tokens": n, "stage": "a" if n < 3 else "b", "source_loss": {"web": loss}}
+        for n, loss in enumerate(losses)
+    ]
+    assert points_by_source("loss", records) == {"web": [(0, 4.0), (1, 4.0), (2, 3.0), (3, 6.0)]}

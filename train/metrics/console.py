@@ -8,7 +8,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from train.metrics.records import Record, end_time, short
+from core.units import end_time, short
+from train.metrics.records import Record
 from train.metrics.throughput import Throughput
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,21 @@
 """Curves of runs over tokens, for curves.png and the HTML page of runs."""
 
-from collections import Counter
+from collections import Counter, deque
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from core.files import write_atomic
 from core.run import RunFiles
+from core.units import short
 from train.metrics.records import POINTS, Record, curve, read_lines
 
 PANELS = {  # panel -> title, and the key of a record for a curve over all sources
-    "loss": ("loss, nats per token", "loss"),
+    "loss": ("loss, nats per token; of sources a running mean", "loss"),
     "validation": ("held-out loss, nats per token", None),
     "mixture": ("share of each source in the stage's tokens so far; dotted: planned", None),
     "rate": ("learning rate", "lr"),
@@ -26,8 +27,10 @@ PANELS = {  # panel -> title, and the key of a record for a curve over all sourc
     "waiting": ("data wait, seconds per step", "data_wait_seconds"),
 }
 IN_PICTURE = ("loss", "rate", "batch", "context")
-STEPPED = ("batch", "context")  # panels drawn as steps
+STEPPED = ("mixture", "batch", "context")  # panels drawn as steps
 DASHES = ("-", ":", "--", "-.", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)))
+SMOOTHED_STEPS = 5  # of the losses of sources, at least; a batch holds few sequences of a source
+SMOOTHED_SHARE = 0.01  # of all steps
 Mixture = dict[str, dict[str, float]]  # stage -> source -> share of the tokens
 Points = list[tuple[int, float | None]]
 
@@ -53,17 +56,18 @@ def figure(
     if not any("mfu" in record for records in runs.values() for record in records):
         panels = tuple(name for name in panels if name != "utilisation")
     heights = [2 if name == "loss" else 1 for name in panels]
-    result = Figure(figsize=(11, 2.2 * sum(heights)), layout="constrained")
+    result = Figure(figsize=(11, 2.4 * sum(heights)), layout="constrained")
     axes = result.subplots(len(panels), sharex=True, height_ratios=heights)
     max_points = max(200, POINTS // len(runs))
     for axis, name in zip(axes, panels, strict=True):
         axis.set_gid(name)
-        axis.set_title(PANELS[name][0], loc="left", y=1.06)
+        axis.set_title(PANELS[name][0], loc="left", y=1.08)
         axis.tick_params(labelbottom=True)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
         axis.grid(alpha=0.3)
         for index, (run, records) in enumerate(runs.items()):
-            colour = f"C{index}" if len(runs) > 1 else "black"
-            _draw_total(axis, name, run, records, max_points, colour)
+            colour, label = (f"C{index}", run) if len(runs) > 1 else ("black", "all sources")
+            _draw_total(axis, name, label, records, max_points, colour)
             if len(runs) == 1 or PANELS[name][1] is None:
                 run_index = index if len(runs) > 1 else None
                 _draw_sources(axis, name, run, records, plans.get(run, {}), max_points, run_index)
@@ -75,13 +79,14 @@ def figure(
 
 
 def _draw_total(
-    axis: Any, name: str, run: str, records: list[Record], max_points: int, colour: str
+    axis: Any, name: str, label: str, records: list[Record], max_points: int, colour: str
 ) -> None:
     """Draw the curve over all sources; mark skipped updates in the panel of gradient norms."""
     key = PANELS[name][1]
     if key is not None:
         x, y = curve([(record["tokens"], record.get(key)) for record in records], max_points)
-        axis.plot(x, y, color=colour, label=run, ds="steps-pre" if name in STEPPED else None)
+        style = "steps-pre" if name in STEPPED else None
+        axis.plot(x, y, color=colour, label=label, ds=style, zorder=3)  # above the sources
     if name == "gradient":
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(LogFormatter())
@@ -108,7 +113,8 @@ def _draw_sources(
             dashes = DASHES[index % len(DASHES)]
             style |= {"color": f"C{run_index}", "label": f"{run}: {source}", "ls": dashes}
         marker = "." if name == "validation" else None
-        axis.plot(*curve(points, max_points), marker=marker, **style)
+        drawn = "steps-pre" if name in STEPPED else None
+        axis.plot(*curve(points, max_points), marker=marker, ds=drawn, **style)
         if name == "mixture" and run_index is None:
             axis.plot(*planned_curve(records, plan, source), color=style["color"], ls=":", lw=0.8)
 
@@ -117,12 +123,12 @@ def _draw_stages(axis: Any, records: list[Record]) -> None:
     """Draw a vertical line where each stage except the first begins."""
     for last, first in pairwise(records):
         if last["stage"] != first["stage"]:
-            axis.axvline(last["tokens"], color="gray", ls=":")
+            axis.axvline(last["tokens"], color="#555", ls="--", lw=1, zorder=1)
             axis.text(
                 last["tokens"],
-                1.01,
+                1.03,
                 first["stage"],
-                color="gray",
+                color="#333",
                 fontsize="small",
                 transform=axis.get_xaxis_transform(),
             )
@@ -133,13 +139,30 @@ def points_by_source(name: str, records: list[Record]) -> dict[str, Points]:
     if name == "mixture":
         return actual_mixture(records)
     points: dict[str, Points] = {}
-    if name in ("loss", "validation"):
+    if name == "validation":
         for record in records:
-            losses = record["source_loss"] if name == "loss" else record.get("validation") or {}
-            for source, value in losses.items():
-                loss = value if name == "loss" else value["loss"]
-                points.setdefault(source, []).append((record["tokens"], loss))
+            for source, value in (record.get("validation") or {}).items():
+                points.setdefault(source, []).append((record["tokens"], value["loss"]))
+    if name == "loss":
+        steps = max(SMOOTHED_STEPS, int(SMOOTHED_SHARE * len(records)))
+        for _, stage in groupby(records, key=lambda record: record["stage"]):
+            for source, losses in smoothed_losses(list(stage), steps).items():
+                points.setdefault(source, []).extend(losses)
     return dict(sorted(points.items()))
+
+
+def smoothed_losses(records: list[Record], steps: int) -> dict[str, Points]:
+    """Mean loss of each source over its last `steps` steps of a stage, without None values."""
+    points: dict[str, Points] = {}
+    windows: dict[str, deque[float]] = {}
+    for record in records:
+        for source, loss in record["source_loss"].items():
+            window = windows.setdefault(source, deque(maxlen=steps))
+            if loss is not None:
+                window.append(loss)
+            mean = sum(window) / len(window) if window else None
+            points.setdefault(source, []).append((record["tokens"], mean))
+    return points
 
 
 def actual_mixture(records: list[Record]) -> dict[str, Points]:

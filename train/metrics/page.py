@@ -7,23 +7,50 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from typing_extensions import TypedDict
 
 from core.files import write_text
 from core.old_keys import read_record
-from core.records import DamagedRecord, read_typed, read_typed_lines
+from core.ranges import Finite, Whole
+from core.records import DamagedRecord, read_or_rebuild, read_typed, read_typed_lines
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints
 from core.templates import render
+from core.units import short
 from model.checkpoint_records import ManifestRecord
 from train.metrics.curves import Mixture, figure
-from train.metrics.records import Record, read_lines, read_scores, short
+from train.metrics.records import Record, read_lines, read_scores
 from train.resilience.incidents import ATTEMPT, Incident, describe_state
 
+SETTINGS = (
+    *("model.d_model", "model.n_layer", "model.vocab_size", "optim.lr", "schedule.min_lr"),
+    *("schedule.warmup_tokens", "schedule.decay_tokens", "schedule.batch_end_sequences"),
+    *("parallel.engine", "compute.precision", "compute.kernels", "run.seed", "run.init_from"),
+)
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 Rows = list[tuple[Any, ...]]
 
 
-def page(folders: list[Path], path: Path) -> Path:
-    """Write one HTML file with the curves and tables of all runs; returns its path."""
+class HeldoutRow(TypedDict):
+    """A source's row of eval.json, or that of all sources."""
+
+    tokens: Whole
+    bits_per_byte: Finite
+    unigram_bits_per_byte: Finite
+
+
+class Evaluation(TypedDict):
+    """What is shown of eval.json."""
+
+    checkpoint: str
+    heldout: dict[str, HeldoutRow]
+    sample: str
+
+
+def page(folders: list[Path], path: Path, refresh_seconds: int | None = None) -> Path:
+    """Write one HTML file with the curves and tables of all runs; returns its path.
+
+    A browser loads it again every `refresh_seconds`; None for a page that is not written again.
+    """
     runs = {
         name: read_lines(RunFiles(folder).metrics)
         for name, folder in zip(run_names(folders), folders, strict=True)
@@ -37,6 +64,10 @@ def page(folders: list[Path], path: Path) -> Path:
         {
             "name": name,
             "facts": fact_rows(folder, config, runs[name]),
+            "settings": setting_rows(config),
+            "config": config_text(folder),
+            "heldout": heldout_rows(evaluation := read_evaluation(folder)),
+            "evaluation": evaluation,
             "mixture": mixture_rows(runs[name], plans[name]),
             "scores": score_tables(read_scores(RunFiles(folder).metrics)),
             "starts": start_rows(config),
@@ -45,7 +76,10 @@ def page(folders: list[Path], path: Path) -> Path:
         }
         for name, folder, config in zip(runs, folders, configs, strict=True)
     ]
-    write_text(path, render(TEMPLATE, picture=Markup(svg[svg.index("<svg") :]), runs=tables))
+    picture_html = Markup(svg[svg.index("<svg") :])
+    write_text(
+        path, render(TEMPLATE, picture=picture_html, runs=tables, refresh_seconds=refresh_seconds)
+    )
     return path
 
 
@@ -98,9 +132,67 @@ def fact_rows(folder: Path, config: dict[str, Any], records: list[Record]) -> Ro
             ("step", last["step"]),
             ("tokens", short(last["tokens"])),
             ("stage", last["stage"]),
+            ("loss", "not finite" if last["loss"] is None else f"{last['loss']:.3f}"),
+            ("held-out loss", heldout_text(records)),
             ("skipped updates", sum(bool(record["skipped"]) for record in records)),
         ]
     return rows
+
+
+def heldout_text(records: list[Record]) -> str:
+    """The newest held-out loss of each source, and the tokens at which it was measured."""
+    newest = next((record for record in reversed(records) if record.get("validation")), None)
+    if newest is None:
+        return "not measured yet"
+    losses = [
+        f"{name} {'-' if score['loss'] is None else format(score['loss'], '.3f')}"
+        for name, score in newest["validation"].items()
+    ]
+    return f"{', '.join(losses)} at {short(newest['tokens'])} tokens"
+
+
+def setting_rows(config: dict[str, Any]) -> Rows:
+    """The settings that a reader of the curves asks for first, as far as the record has them."""
+    rows: Rows = []
+    for key in SETTINGS:
+        section, _, name = key.partition(".")
+        value = (config.get(section) or {}).get(name)
+        if value is not None:
+            rows.append((key, f"{value:,}" if isinstance(value, int) else value))
+    for stage in config.get("data", {}).get("stages", []):
+        if "tokens" in stage and "seq_len" in stage:
+            text = f"{short(stage['tokens'])} tokens, context {stage['seq_len']:,}"
+            rows.append((f"stage {stage['name']}", text))
+    return rows
+
+
+def config_text(folder: Path) -> str:
+    """config.yaml as it is in the folder; empty without one."""
+    path = RunFiles(folder).config
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """Scores and sample of eval.json; None if it is absent or damaged."""
+    return read_or_rebuild(
+        RunFiles(folder).evaluation, Evaluation, "it is left out of the page", extra="ignore"
+    )
+
+
+def heldout_rows(evaluation: Evaluation | None) -> Rows:
+    """Source, tokens, bits per byte, those of the unigram model, and how many fewer they are."""
+    if evaluation is None:
+        return []
+    return [
+        (
+            source,
+            f"{row['tokens']:,}",
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['unigram_bits_per_byte']:.3f}",
+            f"{1 - row['bits_per_byte'] / (row['unigram_bits_per_byte'] or 1):.0%}",
+        )
+        for source, row in evaluation["heldout"].items()
+    ]
 
 
 def start_rows(config: dict[str, Any]) -> Rows:

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -34,7 +33,6 @@ Record = dict[str, Any]
 Span = tuple[int, int]  # first byte, and the byte after the last
 POINTS = 2000  # of a curve on the page; more points are averaged, which bounds the page size
 COPY_BYTES = 2**20
-WEEK_SECONDS = 7 * 86400
 
 
 class SourceValidation(TypedDict):
@@ -245,21 +243,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def short(count: float) -> str:
-    """Format a count with three digits and a unit: 1.8M, 5.8T."""
-    for unit in ("", "k", "M", "B", "T"):
-        if abs(count) < 999.5 or unit == "T":
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def end_time(seconds: float) -> str:
-    """UTC time in `seconds` from now: the date, or within a week month, day and minute."""
-    end = time.gmtime(time.time() + min(seconds, 1e9))  # gmtime fails far in the future
-    return time.strftime("%m-%d %H:%MZ" if seconds < WEEK_SECONDS else "%Y-%m-%d", end)
 
 
 def curve(

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.run import RunFiles
+from core.units import short
 from train.config import MetricsConfig
 from train.metrics.console import LiveConsole, PlainConsole, wrap
-from train.metrics.records import JsonLines, Record, short
+from train.metrics.records import JsonLines, Record
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
 

@@ -153,6 +153,8 @@ def describe_state(folder: Path) -> str:
     outcome = read_outcome(folder)
     if outcome is not None:
         return outcome.reason
+    if is_running(folder):
+        return "running"
     name = RunFiles(folder).outcome
     return f"unknown: {name.name} is damaged" if name.exists() else "running or crashed"
 

@@ -19,7 +19,6 @@ from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
-from rich.live import Live
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -123,7 +122,7 @@ def last_save(folder: Path) -> str:
     """Step and age of the newest committed checkpoint."""
     for checkpoint in iter_committed_checkpoints(RunFiles(folder).checkpoints):
         seconds = time.time() - (checkpoint / MANIFEST).stat().st_mtime
-        return f"step {step_number(checkpoint):,}, {age(seconds)} ago"
+        return f"{step_number(checkpoint):,}, {age(seconds)} ago"
     return "-"
 
 
@@ -261,9 +260,11 @@ def main() -> None:
     if args.watch is None:
         show(status_table(folders))
         return
-    with suppress(KeyboardInterrupt), Live(console=table_console(), auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt):
         while True:
-            live.update(status_table(folders), refresh=True)
+            table = status_table(folders)
+            table_console().clear()  # nothing where the output is no terminal
+            show(table)
             time.sleep(max(0.1, args.watch))
 
 

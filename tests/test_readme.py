@@ -163,7 +163,9 @@ def test_records_have_all_keys(demo: Demo) -> None:
         step["seq_len"] for step in steps
     } == {128, 256}
     validated = [step for step in steps if step.get("validation")]
-    assert validated and all(
+    assert len(validated) == 3 and validated[-1] is steps[-1]  # the end, too
+    assert demo.outputs["train/pretrain.py"].count("held-out at step") == 3
+    assert all(
         set(step["validation"]) == {"web", "code", "technical", "curated", "math"}
         for step in validated
     )

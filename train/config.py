@@ -162,8 +162,8 @@ class MetricsConfig:
     console_seconds: Seconds  # minimum time between lines of a plain console
     trackers: list[str] = field(default_factory=list)  # others: train/metrics/trackers.py
     wandb_entity: str | None = None  # None: the default of the user's key
-    wandb_group: str | None = None
-    wandb_tags: list[str] = field(default_factory=list)
+    wandb_group: str | None = None  # of runs that W&B shows together
+    wandb_tags: list[str] = field(default_factory=list)  # of the W&B run
 
 
 @dataclass

@@ -31,7 +31,7 @@ def test_a_running_run(tmp_path: Path) -> None:
     expected = {
         **{"run": "one", "state": "running", "step": "60", "tokens": "6k of 10k"},
         **{"loss": "2.149", "held-out": "2.149 at 6k", "tok/s": "110", "queue": "train running"},
-        **{"last save": "step 60, 0 s ago", "incidents": "1, last crash"},
+        **{"last save": "60, 0 s ago", "incidents": "1, last crash"},
     }
     assert {key: cells[key] for key in expected} == expected and cells["ends"].endswith("Z")
     past = time.time() - 600  # nobody renews the lock

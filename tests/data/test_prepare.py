@@ -295,7 +295,7 @@ def test_mistakes_name_their_fix(base: DataConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "locks").exists(), "nothing was started"
     with pytest.raises(
         InputError,
-        match="unknown recipe poems: .* one of books, curated, documents, forums, .*, web, megatron",
+        match="unknown recipe poems: .* one of books, curated, documents, .*, web, megatron",
     ):
         prepare(with_left(recipe="poems"))
     with pytest.raises(InputError, match="set data.heldout_percent"):

@@ -132,8 +132,8 @@ class Run:
     flops_per_second: Positive | None = None
     # settings that may differ from those of the checkpoint: keys or sections
     accept_changes: list[str] = field(default_factory=list)
-    # checkpoint that the commands of eval/ read, by default the newest: a step-N folder, or for
-    # leaderboards also a Hugging Face folder
+    # checkpoint that the commands of eval/ read, by default the newest: a step-N folder, a run's
+    # for its newest, or for leaderboards and generation also a Hugging Face folder
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:

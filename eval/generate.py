@@ -1,12 +1,19 @@
-"""Generate text from a run's newest checkpoint and stream it to the terminal.
+"""Generate text from a model and stream it to the terminal.
+
+The model is a run, a checkpoint or a FalconMamba folder of transformers, in each case with its own
+tokenizer; or the newest checkpoint of an experiment's run. prompt= takes a text as it is;
+generate.prompt= is a value of Hydra's, in which brackets and commas need quotation marks.
 
 examples:
+  python eval/generate.py checkpoint=runs/demo prompt="def main():"
+  python eval/generate.py checkpoint=/models/falcon-mamba-7b generate.new_tokens=200
   python eval/generate.py +experiment=demo generate.prompt="import os"
   python eval/generate.py +experiment=demo generate.new_tokens=200 generate.sampling.temperature=0
 """
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -17,11 +24,12 @@ explain_missing_extras()
 from tokenizers import Tokenizer
 
 from core.command import command
-from data.stream.manifests import tokenizer_path
+from core.run import Run
 from data.tokenizer import load as load_tokenizer
 from data.vocabulary import end_id
-from eval.config import EvaluationConfig
-from eval.model_source import best_device, find_checkpoint, load_model
+from eval.config import GenerateConfig
+from eval.model_source import best_device, load_any
+from eval.short_keys import expand_short_keys
 from model.config import Sampling
 from model.mamba import FalconMamba
 
@@ -55,25 +63,30 @@ def stream(
             yielded = tokenizer.decode(ids)
 
 
-def generate(config: EvaluationConfig) -> None:
+@dataclass
+class GenerationConfig:
+    """Config sections of eval/generate.py."""
+
+    run: Run
+    generate: GenerateConfig
+
+
+def generate(config: GenerationConfig) -> None:
     """Print the configured prompt and stream its continuation."""
-    model = load_model(find_checkpoint(config), best_device())
-    path = tokenizer_path(config.data)
+    settings = config.generate
+    model, path = load_any(config.run, best_device())
     tokenizer = load_tokenizer(path)
-    print(config.generate.prompt, end="", flush=True)
+    end = end_id(path, tokenizer)
+    print(settings.prompt, end="", flush=True)
     for text in stream(
-        model,
-        tokenizer,
-        end_id(path, tokenizer),
-        config.generate.prompt,
-        config.generate.new_tokens,
-        config.generate.sampling,
+        model, tokenizer, end, settings.prompt, settings.new_tokens, settings.sampling
     ):
         print(text, end="", flush=True)
     print(flush=True)
 
 
-main = command(EvaluationConfig)(generate)
+main = command(GenerationConfig)(generate)
 
 if __name__ == "__main__":
+    sys.argv[1:] = expand_short_keys(sys.argv[1:])
     main()

@@ -31,9 +31,7 @@ from core.command import command
 from core.console import table_console
 from core.errors import InputError
 from core.files import sha256_of, write_json
-from core.quote import hydra_override
 from core.records import read_or_rebuild
-from core.run import RunFiles
 from data.config import DataConfig
 from data.stream.manifests import MANIFEST, open_manifests, source_folder
 from eval.config import EvaluationConfig, GenerateConfig
@@ -48,6 +46,7 @@ from eval.model_source import (
     find_checkpoint,
     load_model,
 )
+from eval.short_keys import expand_short_keys
 
 logger = logging.getLogger(__name__)
 
@@ -177,33 +176,8 @@ def generate(folder: Path, config: GenerateConfig) -> str:
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def expand_checkpoint(arguments: list[str]) -> list[str]:
-    """Replace `checkpoint=` on the command line by run.checkpoint, run.name and run.dir.
-
-    Hydra would read checkpoint=... as a value of the `checkpoint` section.
-    """
-    pairs = [argument.split("=", 1) for argument in arguments]
-    expanded = [
-        "=".join(["run.checkpoint" if key == "checkpoint" else key, *value])
-        for key, *value in pairs
-    ]
-    overrides = {key: value[0] for key, *value in pairs if value}
-    if "checkpoint" in overrides and not {"+experiment", "run.name"} & overrides.keys():
-        folder = Path(overrides["checkpoint"]).resolve()
-        run_dir = folder.parent.parent
-        if folder.parent != RunFiles(run_dir).checkpoints:
-            run_dir = folder.parent
-        # first, because Hydra accepts no overrides after options
-        expanded = [
-            hydra_override("run.name", run_dir.name),
-            hydra_override("run.dir", str(run_dir)),
-            *expanded,
-        ]
-    return expanded
-
-
 main = command(EvaluationConfig)(run_evaluation)
 
 if __name__ == "__main__":
-    sys.argv[1:] = expand_checkpoint(sys.argv[1:])
+    sys.argv[1:] = expand_short_keys(sys.argv[1:])
     main()

@@ -62,6 +62,8 @@ class GenerationMixin:
         generator = torch.Generator(hidden.device).manual_seed(sampling.seed)
         tokens = sample(self.lm_head(hidden.to(self.lm_head.weight.dtype)), sampling, generator)
         yield tokens
+        if count == 1:
+            return  # the prompt's logits gave it: no graph to capture and nothing to compile
         decoder = Decoder(self, state, compiled=compiled)
         for _ in range(count - 1):
             tokens = sample(decoder(tokens), sampling, generator)

@@ -68,7 +68,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
     ),
     "eval": (
         {"check_leakage", "export", "generate", "push", "run"},
-        {"config", "heldout", "model_source"},
+        {"config", "heldout", "model_source", "short_keys"},
     ),
     "train": (
         {"checkpoints", "collect_scores", "pretrain", "report"},

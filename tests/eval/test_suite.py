@@ -24,7 +24,7 @@ from eval.export import export
 from eval.leaderboard.harness import FalconMambaLM
 from eval.leaderboard.suite import other_checkpoints, run_suite, score_row, score_table
 from eval.model_source import find_checkpoint, find_model, load_model
-from eval.run import expand_checkpoint
+from eval.short_keys import expand_short_keys
 from tests.commands import python
 from tests.compose import run_config
 from tests.eval.test_export_layout import hf_folder
@@ -287,25 +287,26 @@ def test_bbh_floors_equal_guessing() -> None:
 
 
 def test_checkpoint_argument_is_expanded() -> None:
-    assert expand_checkpoint(["suite=leaderboard_v1", "+experiment=demo"]) == [
+    assert expand_short_keys(["suite=leaderboard_v1", "+experiment=demo"]) == [
         "suite=leaderboard_v1",
         "+experiment=demo",
     ]
-    expanded = expand_checkpoint(["checkpoint=/runs/x/checkpoints/step-00000009"])
+    expanded = expand_short_keys(["checkpoint=/runs/x/checkpoints/step-00000009"])
     assert expanded == [
         "run.name='x'",
         "run.dir='/runs/x'",
-        "run.checkpoint=/runs/x/checkpoints/step-00000009",
+        "run.checkpoint='/runs/x/checkpoints/step-00000009'",
     ]
-    assert expand_checkpoint(["checkpoint=/runs/x/hf", "--cfg", "job"]) == [
+    assert expand_short_keys(["checkpoint=/runs/x/hf", "--cfg", "job"]) == [
         "run.name='x'",
         "run.dir='/runs/x'",
-        "run.checkpoint=/runs/x/hf",
+        "run.checkpoint='/runs/x/hf'",
         "--cfg",
         "job",
     ]
-    assert expand_checkpoint(["checkpoint=/a/b", "+experiment=demo"]) == [
-        "run.checkpoint=/a/b",
+    assert expand_short_keys(["prompt=f(x, ${y})='"]) == [r"generate.prompt='f(x, \${y})=\''"]
+    assert expand_short_keys(["checkpoint=/a/b", "+experiment=demo"]) == [
+        "run.checkpoint='/a/b'",
         "+experiment=demo",
     ]
 

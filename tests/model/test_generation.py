@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model import generation
 from model.config import Backend, Sampling
 from model.decode import Decoder
 from model.generation import GREEDY, sample
@@ -154,3 +155,12 @@ def test_a_seed_gives_the_same_text_again() -> None:
         return [int(token) for token in model.stream([[12]], 30, Sampling(1.0, 0, 1.0, seed))]
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_one_token_builds_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CUDA graph, and no compiled step, for a token that the prompt's logits give."""
+    model = model_of(TINY)
+    expected = model.generate([[5, 6, 7]], count=2)[:, :1]
+    monkeypatch.setattr(generation, "Decoder", None)
+    assert torch.equal(model.generate([[5, 6, 7]], count=1), expected)
+    assert len(list(model.stream([[5, 6, 7]], 1, compiled=True))) == 1

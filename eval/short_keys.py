@@ -1,0 +1,45 @@
+"""Short keys of commands that read a model: `checkpoint=FOLDER` and `prompt=TEXT`."""
+
+from pathlib import Path
+
+from core.quote import hydra_override
+from core.run import RunFiles
+
+SHORT_KEYS = {"checkpoint": "run.checkpoint", "prompt": "generate.prompt"}
+NAMES_RUN = {"+experiment", "experiment", "run.name"}
+
+
+def expand_short_keys(arguments: list[str]) -> list[str]:
+    """Replace the short keys of a command line; their values are taken as they are.
+
+    Without an experiment, `checkpoint=` also sets run.name and run.dir to those of the checkpoint's
+    run. Hydra would read the word as a value of the `checkpoint` section.
+    """
+    pairs = [argument.split("=", 1) for argument in arguments]
+    expanded = [
+        hydra_override(SHORT_KEYS[key], value[0])
+        if key in SHORT_KEYS and value
+        else "=".join([key, *value])
+        for key, *value in pairs
+    ]
+    given = {key: value[0] for key, *value in pairs if value}
+    if "checkpoint" in given and not NAMES_RUN & given.keys():
+        run = run_folder(Path(given["checkpoint"]).resolve())
+        # first, because Hydra accepts no overrides after options
+        expanded = [
+            hydra_override("run.name", run.name),
+            hydra_override("run.dir", str(run)),
+            *expanded,
+        ]
+    return expanded
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the run that a run's folder, its checkpoints, one of them or an export is of.
+
+    For a folder of another origin it is the folder around it.
+    """
+    if RunFiles(folder).checkpoints.is_dir():
+        return folder
+    run = folder.parent.parent
+    return run if folder.parent == RunFiles(run).checkpoints else folder.parent

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from core.console import table_console
 from core.errors import InputError
 from core.files import make_folder, write_json
 from eval.config import EvaluationConfig, Suite, SuiteRow
+from eval.leaderboard.hub import use_cache_without_hub
 from eval.leaderboard.stored import read_stored
 from eval.model_source import ModelSource, find_model
 
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]
 MIN_WIDTH = 110  # console columns of a table
 FIX = (
-    "Run once with network access to fill the data set cache (HF_HOME), or set "
+    "run once with network access to fill the data set cache (HF_HOME), or set "
     "leaderboard.suite.include to a folder of task files"
 )
 # above 0 for standard errors; those of means are computed exactly, without bootstrap
@@ -62,12 +64,12 @@ def run_suite(config: EvaluationConfig) -> None:
     run_row = build_runner(config, source) if pending else None
     for row in pending:
         assert run_row is not None
-        if is_first:
-            logger.info(f"{suite.name}: {row.label} ({row.task}, {row.shots} shots)")
         try:
             raw = run_row(row)
         except MissingTaskError as error:
             missing[row.label] = str(error)
+            if is_first:
+                logger.warning(f"{suite.name}: {row.label} is not scored: {error}: {FIX}")
             continue
         if raw is not None:  # on rank 0
             results[row.label] = {"row": asdict(row), **score_row(row, raw)}
@@ -82,10 +84,9 @@ def run_suite(config: EvaluationConfig) -> None:
         )
         logger.info(f"scores: {path}" if results else "no row was scored")
     if missing:
-        reasons = "; ".join(f"{label}: {error}" for label, error in missing.items())
         raise InputError(
-            f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored: "
-            f"{reasons}. {FIX}"
+            f"{len(missing)} of {len(suite.rows)} rows of {suite.name} were not scored "
+            f"({', '.join(missing)}): {FIX}"
         )
 
 
@@ -115,6 +116,7 @@ def build_runner(
     config: EvaluationConfig, source: ModelSource
 ) -> Callable[[SuiteRow], Result | None]:
     """Return a function that runs a row and returns the harness's results on rank 0, else None."""
+    use_cache_without_hub()  # before lm_eval imports huggingface_hub
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -124,7 +126,11 @@ def build_runner(
     assert suite is not None
     # lm_eval warns at every row that shots were set
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = load_language_model(source, suite.max_length_tokens, config.leaderboard.batch_tokens)
+
+    @cache
+    def load_model() -> Any:  # when a row has its data
+        return load_language_model(source, suite.max_length_tokens, config.leaderboard.batch_tokens)
+
     manager = TaskManager(include_path=suite.include, include_defaults=suite.include is None)
     if any(row.task not in manager.all_tasks for row in suite.rows) and suite.include is not None:
         # index lm_eval's own tasks only if needed: reading its 14,000 files takes seconds
@@ -135,8 +141,9 @@ def build_runner(
             tasks = manager.load([row.task])["tasks"]
         except Exception as error:  # datasets, the hub and task modules raise any type
             raise MissingTaskError(format_load_error(row, error)) from error
+        logger.info(f"{suite.name}: {row.label} ({row.task}, {row.shots} shots)")
         evaluated: Any = simple_evaluate(
-            model=model,
+            model=load_model(),
             tasks=list(tasks.values()),
             num_fewshot=row.shots,
             limit=suite.limit_documents,

@@ -17,6 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from core.compose import CONFIGS, compose_config, convert
+from eval.short_keys import expand_short_keys
 from tests.commands import ROOT, TIMEOUT_SECONDS
 from train.config import RunConfig
 
@@ -135,6 +136,7 @@ def test_commands_are_accepted(path: Path) -> None:
             assert f'"{option}"' in source or (hydra and option == "--config-dir"), line
         if "--config-dir" in given:
             continue  # the page's own config, of which a test below makes a run
+        given = expand_short_keys(given) if "expand_short_keys" in source else given
         overrides = [word for word in given if OVERRIDE.match(word)]
         swept = [word for word in overrides if "-m" in given and ("," in word or "+sweep=" in word)]
         assert bool(swept) == ("-m" in given), line

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from core.errors import InputError
+from core.log import init_logger
 from data.stream.manifests import tokenizer_path
 from data.tokenizer import EOS
 from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig, Suite, SuiteRow
 from eval.export import export
+from eval.leaderboard import hub
 from eval.leaderboard.harness import FalconMambaLM
 from eval.leaderboard.suite import other_checkpoints, run_suite, score_row, score_table
 from eval.model_source import find_checkpoint, find_model, load_model
@@ -216,12 +220,34 @@ def test_missing_tasks_are_listed_and_other_rows_are_scored(
     suite = replace(make_suite(tasks, "absent", "arc", "local_answer"), name="partly")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    init_logger()
     with pytest.raises(InputError) as caught:
         run_suite(replace(config, leaderboard=replace(config.leaderboard, suite=suite)))
     message = str(caught.value)
-    assert "2 of 3 rows" in message and "no_such_task" in message and "arc_challenge" in message
+    assert "2 of 3 rows" in message and "(absent, ARC)" in message
     assert "\n" not in message and "HF_HOME" in message
-    assert "answer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "is not scored" in line]
+    assert ["no_such_task" in lines[0], "arc_challenge" in lines[1], len(lines)] == [True, True, 2]
+    assert all("HF_HOME" in line for line in lines) and "answer" in out
+
+
+def test_a_hub_without_an_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init_logger()
+    for name in (*hub.OFFLINE, "HF_ENDPOINT", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts and says nothing
+        silent = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert "within 0.1 s" in (hub.unreachable_reason(silent, 0.1) or "")
+    monkeypatch.setenv("HF_ENDPOINT", silent)  # closed
+    hub.use_cache_without_hub()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    line = capsys.readouterr().out
+    assert "refused" in line and line.count("\n") == 1
+    hub.use_cache_without_hub()
+    assert capsys.readouterr().out == ""
 
 
 def test_scores_are_rescaled_as_on_the_leaderboard() -> None:

@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up (TORCH=cpu: with a torch without CUDA); `make help` lists the rest.
+# RANKS=N sets the ranks of the demo.
 PYTHON ?= python3
 BIN := .venv/bin
-RANKS ?= 2
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help

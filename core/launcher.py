@@ -55,6 +55,18 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def check_gpus(count: int) -> None:
+    """Raise InputError, on all ranks of a node alike, where it has more ranks than `count` GPUs."""
+    last = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), last + 1)
+    if ranks > count:
+        raise InputError(
+            f"this node has {ranks} ranks and {count} GPU{'s' * (count > 1)}, one for a rank: "
+            f"start with --nproc-per-node {count} (make demo: RANKS={count}; submit: "
+            f"cluster.ranks_per_node={count}), or on CPUs with cluster.device=cpu"
+        )
+
+
 def launcher_pid() -> int | None:
     """The parent of a rank, which restarts and stops it; None if the parent is no launcher.
 

@@ -1,6 +1,7 @@
 """Check whether this machine can execute the run, with a fix for each problem.
 
-Without an experiment, check what needs no run: packages, GPUs, kernels, collectives.
+Without an experiment, check what needs no run: packages, GPUs, kernels, the network between ranks,
+compiler, memory and disk.
 
 examples:
   python launch/doctor.py
@@ -27,7 +28,7 @@ from rich.text import Text
 from core.command import command
 from core.console import table_console
 from core.errors import USER_ERROR
-from launch.planning.checks import MACHINE_CHECKS, Finding, usable_ranks
+from launch.planning.checks import HOST_CHECKS, MACHINE_CHECKS, Finding, usable_ranks
 from launch.planning.run_checks import RUN_CHECKS
 from train.config import RunConfig
 
@@ -47,7 +48,7 @@ class CheckResult:
 def run_checks(config: RunConfig, console: Console | None = None) -> list[CheckResult]:
     """Run all checks and show the current one; a check that raises becomes a bad finding."""
     results = []
-    checks = MACHINE_CHECKS if config.run.name == MACHINE else MACHINE_CHECKS | RUN_CHECKS
+    checks = MACHINE_CHECKS | (HOST_CHECKS if config.run.name == MACHINE else RUN_CHECKS)
     for name, check in checks.items():
         try:
             with console.status(name) if console else nullcontext():

@@ -7,7 +7,9 @@ python=${PYTHON:-python3} log=.venv/install.log
 command -v "$python" >/dev/null || { echo "error: no $python: set PYTHON" >&2; exit 2; }
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
     { echo "error: $python is not 3.11, 3.12 or 3.13: set PYTHON, for example PYTHON=python3.12" >&2; exit 2; }
-command -v g++ >/dev/null || { echo 'error: no g++: apt-get install g++' >&2; exit 2; }
+compiler=${CXX:-g++}
+command -v "${compiler%% *}" >/dev/null ||
+    echo "no ${compiler%% *}: the CPU kernels cannot be compiled, and runs on CPUs are three times as slow; at any time: apt-get install g++"
 
 case ${TORCH:-} in
     '' | cpu) ;;

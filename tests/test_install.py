@@ -72,7 +72,7 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 
 
 def install(
-    folder: Path, torch: str = "", pip_exit_code: str = "0"
+    folder: Path, torch: str = "", pip_exit_code: str = "0", **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run launch/install.sh with fake python and pip."""
     (folder / "launch").mkdir()
@@ -83,7 +83,7 @@ def install(
     environment = {**os.environ, "PYTHON": str(folder / "python"), "TORCH": torch}
     return subprocess.run(
         [folder / "launch" / "install.sh"],
-        env={**environment, "PIP_EXIT_CODE": pip_exit_code},
+        env={**environment, "PIP_EXIT_CODE": pip_exit_code, **more},
         capture_output=True,
         text=True,
         timeout=60,
@@ -97,6 +97,11 @@ def test_install_prints_little_and_logs_everything(tmp_path: Path) -> None:
     log = (tmp_path / ".venv" / "install.log").read_text().splitlines()
     assert len(log) == 301
     assert log[-1].endswith("-c constraints.txt -e .[all,dev]")
+
+
+def test_without_a_compiler_it_installs_with_a_word(tmp_path: Path) -> None:
+    result = install(tmp_path, CXX="/none -O2")
+    assert result.returncode == 0 and "no /none: the CPU kernels" in result.stdout
 
 
 def test_failed_install_shows_the_end_of_the_log(tmp_path: Path) -> None:

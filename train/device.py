@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from core.errors import InputError
+from core.launcher import check_gpus
 from train.config import Cluster, Device, EngineKind, Parallel, Precision
 from train.costs.gpus import bf16_peak_flops
 
@@ -44,12 +45,8 @@ def check_device(requested: Device, selected: str, parallel: Parallel) -> None:
 
 def check_local_rank(selected: str) -> None:
     """Raise InputError if this node has more ranks than GPUs."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if selected == "cuda" and local_rank >= (count := torch.cuda.device_count()):
-        raise InputError(
-            f"LOCAL_RANK is {local_rank}, and this node has {count} GPUs, one for a rank: start "
-            f"with --nproc-per-node {count}, cluster.ranks_per_node={count} under submit"
-        )
+    if selected == "cuda":
+        check_gpus(torch.cuda.device_count())
 
 
 def available_bytes(device: str) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from core.launcher import check_gpus
 from core.ranges import Whole
 from core.records import read_required
 from data.tokenizer import load as load_tokenizer
@@ -230,6 +231,8 @@ class FalconMambaLM(TemplateLM):
 def init_device() -> torch.device:
     """Return this process's device; under torchrun also create the process group."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        check_gpus(torch.cuda.device_count())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":

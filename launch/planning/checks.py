@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -9,10 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.credentials import has_wandb_key, wandb_host
 from core.files import ROOT
 from train.config import Device, EngineKind, RunConfig
+from train.costs.memory import GIB
+
+DEMO_GIB = 2.0  # memory of its two ranks; its disk space is less
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,34 @@ def kernels(config: RunConfig) -> Finding:
     return Finding("ok", text)
 
 
+def compiler(config: RunConfig) -> Finding:
+    """Check that the C++ kernels can be compiled."""
+    from model.kernels import cpu_library
+
+    try:
+        words = cpu_library.compiler()
+    except RuntimeError as error:
+        return Finding(
+            "note",
+            str(error),
+            "apt-get install g++: runs on CPUs are three times as slow without",
+        )
+    return Finding("ok", shlex.join(words))
+
+
+def memory_and_disk(config: RunConfig) -> Finding:
+    """Compare free memory and free disk space with what the demo takes."""
+    import psutil
+
+    memory = psutil.virtual_memory().available / GIB
+    folder = Path.cwd()
+    disk = shutil.disk_usage(folder).free / GIB
+    text = f"{memory:.1f} GiB of memory and {disk:.0f} GiB in {folder} are free"
+    if memory < DEMO_GIB or disk < DEMO_GIB:
+        return Finding("note", text, f"the demo takes {DEMO_GIB:g} GiB of memory: free some")
+    return Finding("ok", text)
+
+
 def collectives(config: RunConfig) -> Finding:
     """Run an all-reduce over the ranks of this machine with the run's backend."""
     device = run_device(config)
@@ -256,4 +289,9 @@ MACHINE_CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
     "collectives": collectives,
     "W&B": wandb,
     "Slurm": slurm,
+}
+# in place of a run's own checks
+HOST_CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
+    "compiler": compiler,
+    "memory, disk": memory_and_disk,
 }

@@ -51,7 +51,10 @@ HASH_BYTES = 64  # of SHA-256 in hexadecimal, at the end of a cached file
 def unavailable_reason() -> str | None:
     """Why the CPU kernels cannot be used here, with the fix; None when they can."""
     try:
-        _compiler()
+        compiler()
+    except RuntimeError as error:
+        return f"{error}; a run on CPUs takes three times as long without"
+    try:
         load_library(instruction_set())
     except (RuntimeError, OSError) as error:
         return (
@@ -94,26 +97,26 @@ def load_library(instructions: str) -> ctypes.CDLL:
 def library_key(instructions: str) -> str:
     """SHA-256 of all that decides a library: sources, flags, compiler version, architecture."""
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in HEADERS + SOURCES]
-    compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    command = [*compiler, *FLAGS, *INSTRUCTION_SETS[instructions]]
+    words = compiler()
+    version = _run([*words, "--version"])
+    command = [*words, *FLAGS, *INSTRUCTION_SETS[instructions]]
     return hashlib.sha256(
         "\n".join([*texts, *command, version, platform.machine()]).encode()
     ).hexdigest()
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The words of CXX, or g++; raises RuntimeError if there is no such command."""
     setting = os.environ.get("CXX", "").strip() or "g++"
     try:
-        compiler = shlex.split(setting)
+        words = shlex.split(setting)
     except ValueError as error:
         raise RuntimeError(f"CXX is {setting!r}: {error}") from error
-    if shutil.which(compiler[0]) is None:
+    if shutil.which(words[0]) is None:
         raise RuntimeError(
-            f"no C++ compiler {compiler[0]}: install one (apt-get install g++) or set CXX"
+            f"no C++ compiler {words[0]}: install one (apt-get install g++) or set CXX"
         )
-    return compiler
+    return words
 
 
 def _run(command: list[str]) -> str:
@@ -164,7 +167,7 @@ def _build(instructions: str, folder: Path | None, name: str) -> int:
         output = Path(temp) / name
         sources = [str(FOLDER / source) for source in SOURCES]
         flags = [*FLAGS, *INSTRUCTION_SETS[instructions]]
-        _run([*_compiler(), *flags, *sources, "-o", str(output)])
+        _run([*compiler(), *flags, *sources, "-o", str(output)])
         if folder is not None:
             content = output.read_bytes()
             digest = hashlib.sha256(content).hexdigest().encode()

@@ -47,7 +47,8 @@ def test_without_an_experiment_the_machine_is_checked(
     monkeypatch.setattr(doctor, "RUN_CHECKS", {"data": lambda config: 1 / 0})
     monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "compute.kernels=reference"])
     doctor.check_machine_or_run()
-    assert "this-machine" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "this-machine" in out and "compiler" in out and "memory, disk" in out
     assert checked[0].cluster.ranks_per_node == (torch.cuda.device_count() or 2)
     monkeypatch.setattr(sys, "argv", ["launch/doctor.py", "experiment=demo"])
     with pytest.raises(SystemExit):
@@ -134,3 +135,13 @@ def test_an_engine_without_a_gpu_is_found(
     config.parallel.engine = EngineKind.megatron
     finding = checks.torch_and_driver(config)
     assert finding.state == "bad" and finding.fix == "set parallel.engine=deepspeed"
+
+
+def test_a_machine_without_a_compiler_can_run_slowly(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/none")
+    finding = checks.compiler(config)
+    assert finding.state == "note" and "g++" in finding.fix and "/none" in finding.text
+    monkeypatch.setattr(checks, "DEMO_GIB", 1e9)
+    assert checks.memory_and_disk(config).state == "note"

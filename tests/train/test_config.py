@@ -77,7 +77,12 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     check_local_rank("cuda")
     monkeypatch.setenv("LOCAL_RANK", "4")
     check_local_rank("cpu")
-    with pytest.raises(InputError, match="LOCAL_RANK is 4, and this node has 4 GPUs"):
+    with pytest.raises(InputError, match="this node has 5 ranks and 4 GPUs"):
+        check_local_rank("cuda")
+    # rank 0 too, which then prints at once, and torchrun ends the others before they do
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match=r"8 ranks and 4 GPUs, .*: start with --nproc-per-node 4"):
         check_local_rank("cuda")
 
 

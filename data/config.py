@@ -129,7 +129,8 @@ class TokenizerConfig:
     sha256: str | None  # a file with another hash at path is an error
     vocab_size: Annotated[int, Range(1, 2**32)]
     train_megabytes: Count  # training text at most, alternating between sources
-    # source of data/download.py; hf://<repository>/tokenizer.json for the Hub
+    # source of data/download.py: hf://<repository>/tokenizer.json for the Hub, or the package that
+    # Falcon's is built from (data/pipeline/falcon.py), as a URL or a file
     url: str | None = None
     # special token that ends a document; None: eos_token of tokenizer_config.json beside the file,
     # or the only special token with a known name

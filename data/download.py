@@ -3,8 +3,11 @@
 Each has a path and a URL in the config; a file that exists at its path is only checked. Copy the
 files to the cluster: preparation needs no internet access there.
 
+Falcon's tokenizer.json is built from a package of the Python package index: no hub is needed.
+
 examples:
   python data/download.py +experiment=7b
+  python data/download.py tokenizer=falcon   # only that, to data.tokenizer.path
 """
 
 import shutil
@@ -25,11 +28,13 @@ import fsspec
 from core.command import command
 from core.errors import InputError
 from core.files import make_folder, sha256_of, write_atomic
-from data.config import Asset, DataConfig
+from data.config import Asset, DataConfig, TokenizerConfig
+from data.pipeline import falcon
 from data.recipes import urls
 
 COPY_BYTES = 2**20
 TIMEOUT_SECONDS = 60  # without a byte from the server
+ONLY_TOKENIZER = "tokenizer=falcon"
 
 
 @dataclass
@@ -65,6 +70,28 @@ def fetch(name: str, asset: Asset) -> str:
     return f"{status}, {path.stat().st_size:,} bytes, sha256 {sha256} ({pinned})"
 
 
+def fetch_tokenizer(settings: TokenizerConfig) -> str:
+    """Fetch a tokenizer.json, or build Falcon's if the url is of the package that holds it."""
+    asset = Asset(settings.path, settings.url, settings.sha256)
+    done = ""
+    if asset.path is not None and asset.url is not None and asset.url.endswith(falcon.SDIST):
+        path = Path(asset.path)
+        if not path.is_file():
+            package = path.with_name(falcon.SDIST)
+            try:
+                download("data.tokenizer", asset.url, package)
+                falcon.build(package, path)
+            except InputError as error:
+                raise InputError(
+                    f"{error}; elsewhere `{falcon.FETCH}` fetches the file to give as "
+                    "data.tokenizer.url"
+                ) from error
+            finally:
+                package.unlink(missing_ok=True)
+            done = f"{path} built from {asset.url}: "
+    return done + fetch("data.tokenizer", asset)
+
+
 def download(name: str, url: str, path: Path) -> None:
     """Download a URL to a file, which is complete or absent afterwards."""
     make_folder(path.parent)
@@ -97,8 +124,7 @@ def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
 
 def download_all(cfg: DataConfig) -> None:
     """Download or check everything that a preparation reads besides its input."""
-    vocabulary = Asset(cfg.tokenizer.path, cfg.tokenizer.url, cfg.tokenizer.sha256)
-    print(f"{'tokenizer':<18}{fetch('data.tokenizer', vocabulary)}", flush=True)
+    print(f"{'tokenizer':<18}{fetch_tokenizer(cfg.tokenizer)}", flush=True)
     for name, asset in vars(cfg.assets).items():
         print(f"{name:<18}{fetch(f'data.assets.{name}', asset)}", flush=True)
     if cfg.assets.url_blocklist.path is None and any(
@@ -114,5 +140,22 @@ def main(cfg: DownloadConfig) -> None:
     download_all(cfg.data)
 
 
+@command(DownloadConfig)
+def only_tokenizer(cfg: DownloadConfig) -> None:
+    """Build Falcon's tokenizer.json where it is missing."""
+    settings = cfg.data.tokenizer
+    if settings.path is None or not (settings.url or "").endswith(falcon.SDIST):
+        raise InputError(
+            f"data.tokenizer.path is {settings.path} and data.tokenizer.url {settings.url}: set a "
+            f"path, and the place of {falcon.SDIST} as url"
+        )
+    print(fetch_tokenizer(settings), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    if ONLY_TOKENIZER in sys.argv:
+        # its own word: a run has no name here
+        sys.argv[sys.argv.index(ONLY_TOKENIZER)] = "run.name=falcon"
+        only_tokenizer()
+    else:
+        main()

@@ -47,8 +47,8 @@ def load(path: Path, sha256: str | None = None) -> Tokenizer:
     """
     if not path.is_file():
         raise InputError(
-            f"no tokenizer at {path}: set data.tokenizer.path to a tokenizer.json, or to null to "
-            "train one"
+            f"no tokenizer at {path}: set data.tokenizer.path to a tokenizer.json (`python "
+            "data/download.py tokenizer=falcon` builds Falcon's), or to null to train one"
         )
     actual = sha256_of(path)
     if sha256 is not None and actual != sha256:

@@ -89,6 +89,7 @@ def convert(schema: type[Schema], config: DictConfig, given: Collection[str] = (
             f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         )
     names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    check_given(config, names)
     # resolved where all sections are: a value may stand for one of a section that is not read
     sections = {name: resolved(config[name]) for name in names if name in config}
     values = OmegaConf.create(sections)
@@ -114,6 +115,27 @@ def resolved(section: Any) -> Any:
     if isinstance(section, list):
         return [resolved(value) for value in section]
     return uninterpolated(section) if isinstance(section, str) else section
+
+
+def check_given(config: DictConfig, sections: Collection[str]) -> None:
+    """Raise InputError, with the overrides, if values are missing that an experiment leaves open.
+
+    An experiment leaves them open by `???`, and run.init_from, where null means none, by "".
+    """
+    plain = OmegaConf.to_container(config)
+    missing = ["run.init_from"] if OmegaConf.select(config, "run.init_from") == "" else []
+    for name in sections:
+        missing += missing_keys(plain.get(name), name)  # type: ignore[union-attr]
+    if missing:
+        overrides = " ".join(f"{key}=VALUE" for key in missing)
+        raise InputError(f"the experiment leaves values to you: add {overrides}")
+
+
+def missing_keys(value: object, key: str) -> list[str]:
+    """The keys under `key` with the value ???; interpolations are not read, which may fail."""
+    if isinstance(value, dict):
+        return [inner for name in value for inner in missing_keys(value[name], f"{key}.{name}")]
+    return [key] if value == "???" else []
 
 
 @cache  # reading the file takes as long as the rest of a conversion

@@ -46,6 +46,8 @@ class Source:
     obtained_by: str | None = None
     # error if text is extracted from a smaller share of the pages
     min_yield: Share = 0.5
+    # of the kind that the weights of run.init_from were trained on: reports show what is forgotten
+    old: bool = False
 
     def __post_init__(self) -> None:
         self.input = os.path.expanduser(self.input)  # shells keep the ~ of input=~/texts

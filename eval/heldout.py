@@ -5,6 +5,7 @@ model of the same tokens. `Validation` scores the same first tokens each time, s
 data-parallel ranks.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from data.tokenizer import load as load_tokenizer
 from data.vocabulary import byte_lengths
 from eval.config import ValidationConfig
 from model.mamba import FalconMamba
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -169,6 +172,11 @@ class Validation:
             count = (len(ids) - 1) // seq_len * seq_len
             num_bytes = int(token_bytes[ids[1 : count + 1]].sum())
             if num_bytes < 1:  # less than a window, or ends of empty documents
+                logger.warning(
+                    f"validation leaves out {name}: its {len(ids):,} held-out tokens are no window "
+                    f"of {seq_len:,} and one more: lower validation.seq_len, or raise "
+                    "data.heldout_percent and prepare the data again"
+                )
                 continue
             windows = torch.from_numpy(ids).unfold(0, seq_len + 1, seq_len)
             indices = torch.arange(self.rank, len(windows), self.world_size)

@@ -102,8 +102,7 @@ def build_trainer(
     micro_batch_tokens = config.parallel.micro_batch_tokens
     batches = Batches(loader, schedule, ranks, micro_batch_tokens, engine.needs_equal_micro_batches)
     jobs = build_leaderboard_jobs(config, schedule)
-    if ranks.is_first:
-        log_run_summary(config, plan, kernels, ranks, state)
+    log_run_summary(config, plan, kernels, ranks, state)
     metrics = None
     with errors_on_all_ranks():
         if ranks.is_first:
@@ -129,6 +128,7 @@ def build_trainer(
         phases=phases,
         stop_request=stop_request,
         state=state,
+        has_initial_weights=initial is not None,
     )
 
 
@@ -289,7 +289,9 @@ def open_metrics(
 def log_run_summary(
     config: RunConfig, plan: Plan, kernels: Kernels, ranks: Ranks, state: TrainState
 ) -> None:
-    """Log the run's size, layout and kernels before it starts."""
+    """Log the run's size, layout and kernels on the first rank, before it starts."""
+    if not ranks.is_first:
+        return
     logger.info(
         f"run {config.run.name}: {short(parameter_count(config.model))} parameters, "
         f"{short(config.tokens)} tokens, {ranks.world_size} ranks on {ranks.device.type} "

@@ -227,16 +227,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.run.check_name()
         self._check_accepted_keys()
-        tokens = self.tokens
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(
                 f"schedule.min_lr {self.schedule.min_lr:g} exceeds the peak optim.lr "
                 f"{self.optim.lr:g}: lower schedule.min_lr or raise optim.lr"
             )
+        # not rounded to blocks: a run that is all decay decays over the tokens of its stage
+        tokens = sum(stage.tokens for stage in self.data.stages)
         if self.schedule.decay_tokens > tokens:
             raise ValueError(
                 f"schedule.decay_tokens {self.schedule.decay_tokens} exceeds the stages' "
-                f"{tokens} tokens"
+                f"{tokens} tokens: lower it or make a stage longer"
             )
         if self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from core.console import table_console
 from core.errors import USER_ERROR, InputError
 from core.files import check_folder, make_folder, remove_stale_temp_files
 from core.run import Run
@@ -163,6 +164,7 @@ def _train(
     if ranks.is_first and outcome.code == FINISHED:
         logger.info(f"checkpoints: {config.run.files.checkpoints}")
         _draw_curves(config.run.folder)
+        _show_forgetting(config.run.folder)
     return outcome
 
 
@@ -174,6 +176,20 @@ def _draw_curves(folder: Path) -> None:
         logger.info(f"curves: {draw(folder)}")
     except (InputError, OSError) as error:
         logger.warning(f"no curves ({error}); draw them with: python train/report.py {folder}")
+
+
+def _show_forgetting(folder: Path) -> None:
+    """Print the table of a finished run with initial weights; an error changes no outcome."""
+    from train.metrics.forgetting import forgetting_table
+
+    try:
+        table = forgetting_table(folder)
+    except InputError as error:
+        logger.warning(f"no table of held-out bits per byte ({error})")
+        return
+    if table is not None:
+        with suppress(OSError):  # standard output may go to a full disk
+            table_console().print(table)
 
 
 def _check_shared(run_lock: RunLock) -> None:

@@ -56,11 +56,14 @@ class Trainer:
     phases: Phases
     stop_request: StopRequest
     state: TrainState
+    has_initial_weights: bool  # this start loaded them: their held-out loss is the first record
 
     def run(self) -> Outcome:
         """Train to the end of the last stage, or until a stop is requested."""
         loaded_step = self.state.step
         try:
+            if self.has_initial_weights:
+                self._validate_initial_weights()
             stop_reason = self._steps()
             if self.state.step > loaded_step:
                 self.failure_policy.final_save(self.state)
@@ -109,6 +112,13 @@ class Trainer:
             if result["stats"].stop:
                 return self.stop_request.why or "stopped by a signal to another rank"
         return None
+
+    def _validate_initial_weights(self) -> None:
+        self.phases.enter(self.state.step, "validate", LONG_PATIENCE)
+        with self.model.without_context_parallel():
+            validation = self.validation.run(self.model)
+        if self.metrics is not None and validation:
+            self.metrics.log_initial(validation)
 
     def _step(
         self, step_schedule: StepSchedule, batches: MicroBatches, data_wait_seconds: float

@@ -223,8 +223,8 @@ class Plan:
                 needed = self.blocks_read[name] * self.block_tokens
                 raise InputError(
                     f"the stages read {needed:,} tokens of {name}, which has {available:,} "
-                    f"({epochs:.2f} epochs): lower its share, prepare more of it, or raise "
-                    f"data.sources.{name}.max_epochs above {limit:g}"
+                    f"({epochs:.2f} epochs): lower its share or data.stages.N.tokens, prepare more "
+                    f"of it, or raise data.sources.{name}.max_epochs above {limit:g}"
                 )
 
     def hash_at(self, tokens: int) -> str:

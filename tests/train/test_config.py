@@ -34,6 +34,7 @@ from train.schedule import Schedule
 
 ROOT = Path(CONFIGS).parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+OPEN = ("continue", "decay")  # they leave the weights and the text to the user
 
 
 def test_the_named_experiments_exist() -> None:
@@ -42,8 +43,11 @@ def test_the_named_experiments_exist() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_builds_on_meta(experiment: str) -> None:
-    text = [f"data.input={ROOT / 'docs' / 'pages'}"] if experiment == "own" else []
-    config = run_config(experiment, *text)
+    given = {
+        "own": [f"data.input={ROOT / 'docs' / 'pages'}"],
+        **dict.fromkeys(OPEN, ["run.init_from=x", "data.sources.new.input=y"]),
+    }
+    config = run_config(experiment, *given.get(experiment, []))
     with torch.device("meta"):
         model = FalconMamba(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(

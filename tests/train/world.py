@@ -172,7 +172,9 @@ def run_all(folder: Path) -> None:
 
 
 def records(root: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    """The records of steps."""
+    lines = (root / name / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "initial_validation" not in record]
 
 
 def final_checkpoint(root: Path, name: str) -> CheckpointReader:

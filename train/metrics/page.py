@@ -18,7 +18,8 @@ from core.templates import render
 from core.units import short
 from model.checkpoint_records import ManifestRecord
 from train.metrics.curves import Mixture, figure
-from train.metrics.records import Record, read_lines, read_scores
+from train.metrics.forgetting import TITLES, forgetting_rows
+from train.metrics.records import Record, read_initial, read_lines, read_scores
 from train.resilience.incidents import ATTEMPT, Incident, describe_state
 
 SETTINGS = (
@@ -69,6 +70,9 @@ def page(folders: list[Path], path: Path, refresh_seconds: int | None = None) ->
             "heldout": heldout_rows(evaluation := read_evaluation(folder)),
             "evaluation": evaluation,
             "mixture": mixture_rows(runs[name], plans[name]),
+            "forgetting": forgetting_rows(
+                config, read_initial(RunFiles(folder).metrics), runs[name]
+            ),
             "scores": score_tables(read_scores(RunFiles(folder).metrics)),
             "starts": start_rows(config),
             "events": event_rows(folder),
@@ -76,9 +80,10 @@ def page(folders: list[Path], path: Path, refresh_seconds: int | None = None) ->
         }
         for name, folder, config in zip(runs, folders, configs, strict=True)
     ]
-    picture_html = Markup(svg[svg.index("<svg") :])
+    values = {"picture": Markup(svg[svg.index("<svg") :]), "runs": tables}
     write_text(
-        path, render(TEMPLATE, picture=picture_html, runs=tables, refresh_seconds=refresh_seconds)
+        path,
+        render(TEMPLATE, **values, forgetting_titles=TITLES, refresh_seconds=refresh_seconds),
     )
     return path
 

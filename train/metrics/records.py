@@ -1,7 +1,8 @@
-"""metrics.jsonl: a record per step, and a record per checkpoint with leaderboard scores.
+"""metrics.jsonl: a record per step, per scored checkpoint, and of initial weights.
 
 A record of scores has the step and tokens of its checkpoint and the scores by suite. It is written
-when the scores arrive, after records of later steps. A line that is damaged is reported and stays
+when the scores arrive, after records of later steps. A run that began with loaded weights has a
+record of their held-out losses before the first step. A line that is damaged is reported and stays
 in the file, but no reader takes it.
 """
 
@@ -36,9 +37,10 @@ COPY_BYTES = 2**20
 
 
 class SourceValidation(TypedDict):
-    """Held-out loss of a source."""
+    """Held-out loss of a source, in nats per token."""
 
     loss: Finite | None
+    bits_per_byte: NotRequired[Finite | None]
 
 
 class StepRecord(TypedDict):
@@ -74,12 +76,25 @@ class ScoresRecord(TypedDict):
     scores: dict[str, dict[str, Finite | None]]  # suite -> row
 
 
+class InitialRecord(TypedDict):
+    """The line of weights that were loaded, scored before the first step."""
+
+    step: Whole  # 0, as are the tokens
+    tokens: Whole
+    initial_validation: dict[str, SourceValidation]
+
+
 def _kind(line: Any) -> str:
-    return "scores" if isinstance(line, dict) and "scores" in line else ""
+    """The key that only this kind of line has; a step's has none."""
+    kinds = ("scores", "initial_validation")
+    return next((kind for kind in kinds if isinstance(line, dict) and kind in line), "")
 
 
 LINE: Any = Annotated[
-    Annotated[StepRecord, Tag("")] | Annotated[ScoresRecord, Tag("scores")], Discriminator(_kind)
+    Annotated[StepRecord, Tag("")]
+    | Annotated[ScoresRecord, Tag("scores")]
+    | Annotated[InitialRecord, Tag("initial_validation")],
+    Discriminator(_kind),
 ]
 
 
@@ -192,13 +207,14 @@ def restore(path: Path, lines: Iterable[str], tokens: int) -> None:
 def cut_off(path: Path, tokens: int, report: Callable[[str], None] = logger.warning) -> None:
     """Move the records after `tokens`, which will be written again, to a file beside it.
 
-    All other bytes stay, also damaged lines, which are reported. The cut records are durable before
-    the file is replaced; a start after a crash in between cuts the same bytes to the same name.
+    At 0 tokens that is every record, also that of initial weights. All other bytes stay, also
+    damaged lines, which are reported. The cut records are durable before the file is replaced; a
+    start after a crash in between cuts the same bytes to the same name.
     """
     damage = Damage(path)
     cut: list[Span] = []
     for start, end, record in scan_lines(path, LINE, damage):
-        if record["tokens"] > tokens:
+        if record["tokens"] > tokens or tokens == 0:
             adjacent = bool(cut) and cut[-1][1] == start
             cut[-1:] = [(cut[-1][0], end)] if adjacent else [*cut[-1:], (start, end)]
     damage.report(report)
@@ -227,7 +243,13 @@ def _blocks(file: BinaryIO, spans: list[Span]) -> Iterator[bytes]:
 
 def read_lines(path: Path) -> list[Record]:
     """Records of steps in a metrics file."""
-    return [record for record in read_typed_lines(path, LINE) if "scores" not in record]
+    return [record for record in read_typed_lines(path, LINE) if not _kind(record)]
+
+
+def read_initial(path: Path) -> dict[str, SourceValidation]:
+    """Held-out losses of the weights that a run began with; empty for random weights."""
+    records = (record for record in read_typed_lines(path, LINE))
+    return next((r["initial_validation"] for r in records if "initial_validation" in r), {})
 
 
 def read_scores(path: Path) -> list[Record]:

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill
 
 from core.run import RunFiles
 from core.units import short
 from train.config import MetricsConfig
-from train.metrics.console import LiveConsole, PlainConsole, wrap
+from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole, wrap
+from train.metrics.forgetting import initial_text
 from train.metrics.records import JsonLines, Record
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
@@ -63,6 +65,17 @@ class Metrics:
                 log_validation(record)
         for tracker in self.trackers:
             tracker.log(record)
+
+    def log_initial(self, validation: Record) -> None:
+        """Write the held-out losses of initial weights to the file, the console and the trackers.
+
+        Trackers take them as the first point of the curves of validation.
+        """
+        start = {"step": 0, "tokens": 0}
+        self.file.write({**start, "initial_validation": validation})
+        logger.info(fill(initial_text(validation), LOG_COLUMNS))
+        for tracker in self.trackers:
+            tracker.log({**start, "validation": validation})
 
     def log_scores(self, record: Record) -> None:
         """Write the scores of a checkpoint to the file, the console and the trackers."""

@@ -281,6 +281,17 @@ def test_own_experiment_is_a_run(tmp_path: Path) -> None:
     assert config.model.vocab_size == config.data.tokenizer.vocab_size
 
 
+def test_the_continued_demo_is_a_run(tmp_path: Path) -> None:
+    for title, text in blocks(DOCS / "continue.md", "yaml"):
+        (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / title).write_text(text)
+    searchpath = f"hydra.searchpath=[file://{tmp_path / 'my'}]"
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = convert(RunConfig, compose("config", ["+experiment=perl", searchpath]))
+    old = {name for name, source in config.data.sources.items() if source.old}
+    assert config.run.init_from == "runs/demo" and set(config.data.sources) - old == {"perl"}
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Strict, and everything that a page loads comes from the site itself."""
     pytest.importorskip("mkdocs", reason="make docs installs it")

@@ -17,11 +17,12 @@ from data.stream.manifests import open_manifests, tokenizer_path
 from eval.heldout import evaluate
 from model.hf import hf_config
 from model.mamba import FalconMamba
-from tests.compose import run_config, typed
+from tests.compose import laid_out, run_config, typed
 from tests.corpus import BLOCK, make_corpus
+from tests.distributed import run_ranks
 from tests.small import config
 from tests.tiny import TINY
-from tests.train.world import records, train
+from tests.train.world import records, train, with_megatron, with_zero_stage
 from train.config import RunConfig
 from train.metrics.forgetting import forgetting_rows, forgetting_table
 from train.metrics.page import page
@@ -183,3 +184,29 @@ def test_held_out_text_below_a_window_is_said(root: Path, capsys: Any) -> None:
     train(replace(short, data=replace(run.data, stages=stages), schedule=schedule))
     assert "validation leaves out prose: its 201 held-out tokens" in capsys.readouterr().out
     assert read_initial(run.run.files.metrics) == {}
+
+
+def test_every_engine_scores_the_same_weights(root: Path) -> None:
+    """ZeRO 3 and megatron-core gather and copy weights before the first step."""
+    short = continued(root, "engine")
+    stages = [replace(short.data.stages[0], tokens=2 * BLOCK)]
+    short = replace(
+        short,
+        data=replace(short.data, stages=stages),
+        schedule=replace(short.schedule, warmup_tokens=0, decay_tokens=0),
+    )
+    names = ("zero1", "zero3", "megatron", "tp2", "cp2")
+    runs = {
+        name: replace(short, run=replace(short.run, name=name, dir=str(root / name)))
+        for name in names
+    }
+    runs["zero3"] = with_zero_stage(runs["zero3"], 3)
+    runs["megatron"] = with_megatron(runs["megatron"])
+    runs["tp2"] = laid_out(runs["tp2"], tensor_parallel=2)
+    runs["cp2"] = laid_out(runs["cp2"], context_parallel=2)
+    run_ranks(2, [(train, (run,)) for run in runs.values()])
+    expected = read_initial(runs["zero1"].run.files.metrics)
+    for run in runs.values():
+        initial = read_initial(run.run.files.metrics)
+        for name, score in expected.items():
+            assert initial[name]["loss"] == pytest.approx(score["loss"], rel=1e-5), run.run.name

@@ -22,7 +22,7 @@ from core.overrides import check_config_dir
 from core.schema import config_keys
 from launch.jobs.local import run_jobs
 from launch.jobs.sweep import SCHEMAS, SCRIPTS, Job, compose_job, compose_sweep
-from launch.planning.run_checks import data, file_system, preparation
+from launch.planning.run_checks import data, file_system, preparation, weights
 from launch.slurm.script import dependency_options, render
 from train.costs.memory import GIB, check_memory
 
@@ -90,7 +90,8 @@ def main() -> int:
 
 
 def check(job: Job, stages: list[str]) -> None:
-    """Check that a run fits its devices' memory, its folders, and its data or their preparation.
+    """Check that a run fits its devices' memory, its folders, initial weights, and its data or
+    their preparation.
 
     Raises InputError with the fix.
     """
@@ -105,6 +106,8 @@ def check(job: Job, stages: list[str]) -> None:
         preparation(job.config)
     elif stages != ["export"]:
         findings.append(data(job.config))
+    if "train" in stages:
+        findings.append(weights(job.config))
     for finding in findings:
         if finding.state == "bad":
             raise InputError(f"{job.config.run.name}: {finding.text}: {finding.fix}")

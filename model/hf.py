@@ -221,9 +221,8 @@ class HfFolder:
         return from_hf(name, rows).float()
 
 
-@torch.no_grad()
-def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
-    """Load a Hugging Face folder into a FalconMamba or a tensor-parallel rank's shard of it.
+def open_hf_folder(folder: Path, config: ModelConfig) -> HfFolder:
+    """Open a folder of a model's weights; no weight is read.
 
     Raises InputError if the folder holds no FalconMamba or one of another shape.
     """
@@ -231,8 +230,18 @@ def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1
         source = HfFolder(folder)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if overrides := config_differences(source.config, model.config):
+    if overrides := config_differences(source.config, config):
         raise InputError(f"{source.folder} has another shape: give {' '.join(overrides)}")
+    return source
+
+
+@torch.no_grad()
+def load_hf_weights(model: Any, folder: Path, tp_rank: int = 0, tp_size: int = 1) -> None:
+    """Load a Hugging Face folder into a FalconMamba or a tensor-parallel rank's shard of it.
+
+    Raises InputError if the folder holds no FalconMamba or one of another shape.
+    """
+    source = open_hf_folder(folder, model.config)
     try:
         for name, parameter in model.named_parameters():
             parameter.copy_(shard(name, source.read_full(name), tp_rank, tp_size))

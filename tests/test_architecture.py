@@ -131,10 +131,15 @@ LAUNCH = {
         "train.resilience.incidents",
     ),
 }
-# exceptions: the doctor tries kernels and the loader, the dry run simulates a run
+# exceptions: the doctor tries kernels, the loader and initial weights, the dry run simulates a run
 LAUNCH_EXCEPTIONS = {
     "launch/planning/checks.py": {"model.kernels"},
-    "launch/planning/run_checks.py": {"data.pipeline.settings", "data.stream"},
+    "launch/planning/run_checks.py": {
+        "data.pipeline.settings",
+        "data.stream",
+        "model.find_checkpoint",
+        "model.hf",
+    },
     "launch/simulation": {"data", "model", "train"},
 }
 TORCH_FREE = (

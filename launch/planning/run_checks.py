@@ -1,4 +1,4 @@
-"""Checks of a run by launch/doctor.py and launch/submit.py: its memory, folders and data."""
+"""Checks of a run by launch/doctor.py and launch/submit.py: memory, folders, data and weights."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.errors import InputError
 from core.files import check_folder
+from core.run import iter_committed_checkpoints
 from launch.planning.checks import Finding, run_device
 from model.flops import parameter_count
 from train.config import RunConfig
@@ -122,6 +123,29 @@ def data(config: RunConfig) -> Finding:
     return Finding("ok", f"{len(manifests)} sources, {total:,} tokens in {config.data.folder}")
 
 
+def weights(config: RunConfig) -> Finding:
+    """Check that the weights of run.init_from are there and have the model's shape; reads none."""
+    if config.run.init_from is None:
+        return Finding("ok", "random: run.init_from is not set")
+    if next(iter_committed_checkpoints(config.run.files.checkpoints), None) is not None:
+        return Finding("ok", "of the run's own checkpoints, which count from its second start on")
+    from model.find_checkpoint import list_checkpoints
+    from model.hf import open_hf_folder
+
+    folder = Path(config.run.init_from)
+    try:
+        if (folder / "config.json").is_file():
+            open_hf_folder(folder, config.model)
+        else:
+            list_checkpoints(folder)
+    except OSError as error:
+        text = f"run.init_from: {error}"
+        return Finding("note", text, "they must be there when the run starts")
+    except InputError as error:
+        return Finding("bad", f"run.init_from: {error}", "a run has the model of its weights")
+    return Finding("ok", str(folder))
+
+
 def preparation(config: RunConfig) -> None:
     """Raise InputError for settings with which python data/prepare.py would end at once."""
     from data.pipeline.settings import check_settings
@@ -134,4 +158,5 @@ RUN_CHECKS: dict[str, Callable[[RunConfig], Finding]] = {
     "disk": disk,
     "file system": file_system,
     "data": data,
+    "weights": weights,
 }

@@ -13,8 +13,10 @@ from launch.planning import checks, run_checks
 from launch.planning.checks import MACHINE_CHECKS
 from launch.planning.run_checks import RUN_CHECKS
 from model import kernels
+from model.hf import HfFolder
 from tests.compose import run_config
 from tests.corpus import make_corpus
+from tests.test_fixtures import FIXTURES
 from train.config import EngineKind, RunConfig
 
 OK = checks.Finding("ok", "as it should be")
@@ -35,6 +37,21 @@ def test_a_working_machine_has_no_bad_finding(config: RunConfig) -> None:
     ] == []
     assert all(result.finding.fix for result in results if result.finding.state == "bad")
     assert not list(config.run.folder.parent.glob(".*-*"))
+
+
+def test_weights_of_another_shape_are_found_before_a_job(config: RunConfig, tmp_path: Path) -> None:
+    weights = RUN_CHECKS["weights"]
+    assert weights(config).state == "ok", "random weights"
+    config.run.init_from = str(tmp_path / "none")
+    assert weights(config).state == "note", "a run that is still to come"
+    released = FIXTURES / "runs" / "zero1-dp2" / "hf"
+    config.run.init_from = str(released)
+    finding = weights(config)
+    assert finding.state == "bad" and "has another shape: give model.vocab_size=96" in finding.text
+    config.model = HfFolder(released).config
+    assert weights(config).state == "ok"
+    config.run.init_from = str(released.parent)
+    assert weights(config).state == "ok", "a run"
 
 
 def test_without_an_experiment_the_machine_is_checked(

@@ -26,7 +26,7 @@ from tests.train.world import records, train, with_megatron, with_zero_stage
 from train.config import RunConfig
 from train.metrics.forgetting import forgetting_rows, forgetting_table
 from train.metrics.page import page
-from train.metrics.records import read_initial
+from train.metrics.records import cut_off, read_initial
 from train.run_context import _show_forgetting
 from train.schedule import Schedule
 
@@ -99,7 +99,10 @@ def test_a_start_from_nothing_scores_the_weights_again(root: Path) -> None:
     train(replace(run, data=replace(run.data, stages=stages), schedule=schedule))
     lines = run.run.files.metrics.read_text().splitlines()
     assert [line for line in lines if "initial_validation" in line] == lines[:1]
-    assert read_initial(run.run.files.metrics)["prose"]["loss"] != 9.0
+    initial = read_initial(run.run.files.metrics)
+    assert initial["prose"]["loss"] != 9.0
+    cut_off(run.run.files.metrics, 16)
+    assert read_initial(run.run.files.metrics) == initial, "a resume keeps them"
 
 
 def test_random_weights_have_no_table(root: Path) -> None:

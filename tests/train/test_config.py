@@ -34,7 +34,12 @@ from train.schedule import Schedule
 
 ROOT = Path(CONFIGS).parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
-OPEN = ("continue", "decay")  # they leave the weights and the text to the user
+WEIGHTS_AND_TEXT = ["run.init_from=x", "data.sources.new.input=y"]
+GIVEN = {  # what experiments leave to their user
+    "own": [f"data.input={ROOT / 'docs' / 'pages'}"],
+    "continue": WEIGHTS_AND_TEXT,
+    "decay": WEIGHTS_AND_TEXT,
+}
 
 
 def test_the_named_experiments_exist() -> None:
@@ -43,11 +48,7 @@ def test_the_named_experiments_exist() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_builds_on_meta(experiment: str) -> None:
-    given = {
-        "own": [f"data.input={ROOT / 'docs' / 'pages'}"],
-        **dict.fromkeys(OPEN, ["run.init_from=x", "data.sources.new.input=y"]),
-    }
-    config = run_config(experiment, *given.get(experiment, []))
+    config = run_config(experiment, *GIVEN.get(experiment, []))
     with torch.device("meta"):
         model = FalconMamba(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(

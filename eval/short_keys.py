@@ -27,7 +27,7 @@ def expand_short_keys(arguments: list[str]) -> list[str]:
         run = run_folder(Path(given["checkpoint"]).resolve())
         # first, because Hydra accepts no overrides after options
         expanded = [
-            hydra_override("run.name", run.name),
+            hydra_override("run.name", run.name or "root"),
             hydra_override("run.dir", str(run)),
             *expanded,
         ]

@@ -330,6 +330,7 @@ def test_checkpoint_argument_is_expanded() -> None:
         "--cfg",
         "job",
     ]
+    assert expand_short_keys(["checkpoint=/x"])[0] == "run.name='root'"
     assert expand_short_keys(["prompt=f(x, ${y})='"]) == [r"generate.prompt='f(x, \${y})=\''"]
     assert expand_short_keys(["checkpoint=/a/b", "+experiment=demo"]) == [
         "run.checkpoint='/a/b'",

@@ -28,7 +28,7 @@ from core.old_keys import read_record
 from core.records import Damage, DamagedRecord, read_newest_lines, read_typed
 from core.run import MANIFEST, RunFiles, iter_committed_checkpoints, step_number
 from core.units import end_time, short
-from train.metrics.records import LINE, Record
+from train.metrics.records import LINE, Record, is_step
 from train.resilience.incidents import (
     FINISHED,
     INTERRUPTED,
@@ -71,7 +71,7 @@ def newest_records(folder: Path) -> Newest:
     newest = Newest()
     try:
         for record in read_newest_lines(path, LINE, damage, METRICS_BYTES):
-            if "scores" in record:
+            if not is_step(record):
                 continue
             newest.step = newest.step or record
             if record.get("validation"):

@@ -80,7 +80,7 @@ def test_old_and_new_text_are_scored_before_during_and_after(root: Path, capsys:
     assert "<td>prose</td><td>old</td>" in html and f"<td>{rows['sums'][-1]}</td>" in html
     _show_forgetting(run.run.folder)
     out = capsys.readouterr().out
-    assert "held-out bits per byte before the first step: prose" in out
+    assert "held-out at step 0, 0 tokens" in out
     assert rows["prose"][-1] in out
 
 

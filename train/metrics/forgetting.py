@@ -59,9 +59,3 @@ def forgetting_table(folder: Path) -> Table | None:
     for row in forgetting_rows(read_record(files.config), initial, read_lines(files.metrics)):
         table.add_row(*row)
     return table
-
-
-def initial_text(validation: Record) -> str:
-    """One text of the held-out bits per byte of initial weights."""
-    bits = (f"{name} {_format_bits(s.get('bits_per_byte'))}" for name, s in validation.items())
-    return f"{UNIT} before the first step: {', '.join(bits)}"

@@ -241,9 +241,14 @@ def _blocks(file: BinaryIO, spans: list[Span]) -> Iterator[bytes]:
             yield block
 
 
+def is_step(record: Record) -> bool:
+    """Whether a record is that of a step."""
+    return not _kind(record)
+
+
 def read_lines(path: Path) -> list[Record]:
     """Records of steps in a metrics file."""
-    return [record for record in read_typed_lines(path, LINE) if not _kind(record)]
+    return [record for record in read_typed_lines(path, LINE) if is_step(record)]
 
 
 def read_initial(path: Path) -> dict[str, SourceValidation]:

@@ -8,13 +8,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from textwrap import fill
 
 from core.run import RunFiles
 from core.units import short
 from train.config import MetricsConfig
-from train.metrics.console import LOG_COLUMNS, LiveConsole, PlainConsole, wrap
-from train.metrics.forgetting import initial_text
+from train.metrics.console import LiveConsole, PlainConsole, wrap
 from train.metrics.records import JsonLines, Record
 from train.metrics.throughput import Throughput
 from train.metrics.trackers import Accelerated, TensorBoard, Tracker, Wandb
@@ -73,9 +71,11 @@ class Metrics:
         """
         start = {"step": 0, "tokens": 0}
         self.file.write({**start, "initial_validation": validation})
-        logger.info(fill(initial_text(validation), LOG_COLUMNS))
+        shown = {**start, "validation": validation}
+        with suppress(OSError):  # standard output may go to a full disk
+            log_validation(shown)
         for tracker in self.trackers:
-            tracker.log({**start, "validation": validation})
+            tracker.log(shown)
 
     def log_scores(self, record: Record) -> None:
         """Write the scores of a checkpoint to the file, the console and the trackers."""

@@ -145,7 +145,7 @@ class SuiteJobs:
             sys.executable,
             str(ROOT / "eval" / "run.py"),
             *config_dir_options(own_config_dir()),
-            hydra_override("checkpoint", str(pinned.resolve())),
+            hydra_override("run.checkpoint", str(pinned.resolve())),
             f"suite={suite}",
             hydra_override("run.name", self.run.name),
             hydra_override("run.dir", str(self.run.folder.resolve())),

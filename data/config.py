@@ -170,6 +170,10 @@ class DataConfig:
                 f"data.sources has {', '.join(map(repr, invalid))}: a name is that of a folder, of "
                 "letters, digits, _, . and -"
             )
+        if self.input is not None and own.SOURCE not in self.sources:
+            raise ValueError(
+                "data.input is that of experiment=own: set data.sources.NAME.input of a source"
+            )
         if not self.stages:
             raise ValueError("data.stages is empty: a run needs at least one stage")
         for stage in self.stages:

@@ -185,11 +185,17 @@ def heldout_percent(root: DictConfig) -> float:
 
 def flops_per_second(root: DictConfig) -> float:
     """Of this machine; a run that has started keeps what it was sized for."""
-    recorded = read_record(RunFiles(Path(root.run.dir)).config).get("run") or {}
-    if (flops := recorded.get("flops_per_second")) is not None:
-        return float(flops)
+    if (flops := recorded_flops(Path(root.run.dir).resolve())) is not None:
+        return flops
     gpus = len(list(GPUS.glob("*")))
     return gpus * GPU_FLOPS if gpus else len(os.sched_getaffinity(0)) * CORE_FLOPS
+
+
+@cache  # a config resolves it for each of its sizes
+def recorded_flops(run: Path) -> float | None:
+    """What a run that has started was sized for."""
+    flops = (read_record(RunFiles(run).config).get("run") or {}).get("flops_per_second")
+    return None if flops is None else float(flops)
 
 
 def most_tokens(available: int) -> int:

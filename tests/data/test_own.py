@@ -83,6 +83,23 @@ def test_without_text_the_error_says_what_to_set(tmp_path: Path) -> None:
     assert "set data.input to a folder" in result.stderr, result.stderr
 
 
+def test_the_input_of_another_experiment_is_that_of_a_source() -> None:
+    with pytest.raises(InputError, match="set data.sources.NAME.input of a source"):
+        convert(PrepareConfig, compose_config(["+experiment=demo", "++data.input=x"]))
+
+
+def test_a_started_run_keeps_its_number_on_any_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["+experiment=own", f"run.dir={tmp_path}", f"data.input={mixed(tmp_path / 'texts')}"]
+    (tmp_path / "config.yaml").write_text("run: {flops_per_second: 3.0e9}")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
+    assert convert(RunConfig, compose_config(words)).run.flops_per_second == 3e9
+    (tmp_path / "config.yaml").unlink()
+    own.recorded_flops.cache_clear()
+    assert convert(RunConfig, compose_config(words)).run.flops_per_second == 64 * own.CORE_FLOPS
+
+
 def mixed(folder: Path) -> Path:
     """A folder with a file of every kind."""
     folder.mkdir()

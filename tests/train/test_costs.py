@@ -5,6 +5,7 @@ two ranks is simulated (launch/simulation/dry_run.py), since torch's profiler do
 gloo's threads free.
 """
 
+import gc
 import platform
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def peak_bytes(run: RunConfig, world_size: int, kernels: Kernels) -> int:
     shape = (p.micro_batch_tokens // seq_len, seq_len // p.context_parallel)
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     matmuls = ResultOnlyMatmuls if kernels is RESULT_ONLY else nullcontext
+    gc.collect()  # what earlier tests left, freed meanwhile, would count as this step's
     with (
         fake_distributed(run, world_size) as ranks,
         shim(),

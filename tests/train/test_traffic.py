@@ -29,6 +29,7 @@ from train.config import EngineKind, Precision, RunConfig
 from train.costs.traffic import step_traffic, sum_by_collective
 from train.distributed import init_distributed
 from train.engines.partition import Bucket, FlatGroup, flat_groups, max_gathers, megatron_buckets
+from train.resilience.replicas import COLUMNS, SAMPLES
 from train.resilience.stop_request import StopRequest
 from train.resilience.watchdog import Watchdog
 from train.schedule import Schedule
@@ -122,12 +123,15 @@ def count(root: Path, name: str) -> None:
         trainer = build_trainer(
             run, open_manifests(run.data), ranks, {}, watchdog, StopRequest(None, 0.0)
         )
+        trainer.state.step = 1  # whose replicas are not checked, as in most steps
+        trainer.failure_policy.is_first_step = False
         # steps of one micro-batch each
         for _ in range(ZERO3_WARMUP_MICRO_BATCHES if run.parallel.zero_stage == 3 else 0):
             trainer._step(trainer.schedule.at(0), trainer.batches.read(0), 0.0)
         steps = []
-        for token in STEP_TOKENS:
+        for token in (*STEP_TOKENS, None):
             token = largest_step_start(run) if token is None else token
+            trainer.failure_policy.is_first_step = len(steps) == len(STEP_TOKENS)
             batches = trainer.batches.read(token)
             with CollectiveCounter() as collectives:
                 trainer._step(trainer.schedule.at(token), batches, 0.0)
@@ -148,7 +152,8 @@ def count(root: Path, name: str) -> None:
             for shard, tensor in trainer.engine.state_shards()
             if shard.kind == "param"
         )
-        text = json.dumps({"steps": steps, "owned": owned})
+        checked = steps.pop()["counts"]
+        text = json.dumps({"steps": steps, "checked": checked, "owned": owned})
         (root / f"{name}-{os.environ['RANK']}.json").write_text(text)
 
 
@@ -195,6 +200,17 @@ def test_the_dry_run_sees_what_ranks_do(root: Path, name: str) -> None:
         -1
     ]["counts"]
     assert result.optimizer_elements == real["owned"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_check_of_the_replicas_sends_a_sample(root: Path, name: str) -> None:
+    """400 KB to the next rank, whatever the model, and some numbers to all."""
+    real = read_counts(root, name, 0)
+    usual, checked = real["steps"][-1]["counts"], real["checked"]
+    sizes = {key: size - usual.get(key, [0, 0])[1] for key, (_, size) in checked.items()}
+    sample = 8 * COLUMNS * 2 * SAMPLES
+    assert sizes.pop("world/send") == sizes.pop("world/recv") == sample < 400_000
+    assert 0 < sum(sizes.values()) < 400
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2-megatron", "dp2-megatron-bf16-full", "cp2-megatron"])

@@ -4,7 +4,7 @@ Weights are compared between the backward and the update of a step, when every e
 what the step used. An update with another rate or by a faulty processor leaves no trace in gathered
 weights, since only one rank owns each shard of the optimizer's state: so each rank's next neighbour
 calculates a sample of its update again.
-Cost, each health.check_replicas_every_steps: one pass over the weights, and 200 KB to a neighbour.
+Cost, each health.check_replicas_every_steps: one pass over the weights, and 400 KB to a neighbour.
 """
 
 from collections.abc import Iterator

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from core.errors import exit_with_error
 from core.quote import hydra_override
 from core.run import RunFiles
 
@@ -13,7 +14,8 @@ def expand_short_keys(arguments: list[str]) -> list[str]:
     """Replace the short keys of a command line; their values are taken as they are.
 
     Without an experiment, `checkpoint=` also sets run.name and run.dir to those of the checkpoint's
-    run. Hydra would read the word as a value of the `checkpoint` section.
+    run. Hydra would read the word as a value of the `checkpoint` section. Exits in one line where
+    nothing names a model.
     """
     pairs = [argument.split("=", 1) for argument in arguments]
     expanded = [
@@ -23,7 +25,9 @@ def expand_short_keys(arguments: list[str]) -> list[str]:
         for key, *value in pairs
     ]
     given = {key: value[0] for key, *value in pairs if value}
-    if "checkpoint" in given and not NAMES_RUN & given.keys():
+    if NAMES_RUN & given.keys():
+        return expanded
+    if "checkpoint" in given:
         run = run_folder(Path(given["checkpoint"]).resolve())
         # first, because Hydra accepts no overrides after options
         expanded = [
@@ -31,6 +35,11 @@ def expand_short_keys(arguments: list[str]) -> list[str]:
             hydra_override("run.dir", str(run)),
             *expanded,
         ]
+    elif not any(argument.startswith("-") for argument in arguments):
+        exit_with_error(
+            "no model: add checkpoint=FOLDER (a run, a checkpoint or a folder of transformers) or "
+            "+experiment=NAME"
+        )
     return expanded
 
 

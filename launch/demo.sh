@@ -21,27 +21,4 @@ stage train    torchrun --nproc-per-node "$ranks" train/pretrain.py +experiment=
 stage export   python eval/export.py +experiment=demo
 stage evaluate python eval/run.py +experiment=demo
 
-# loss and scores, what they mean, and what to do next
-python - "$SECONDS" <<'END'
-import json
-import sys
-
-with open("runs/demo/metrics.jsonl") as file:
-    steps = [record for record in map(json.loads, file) if record.get("loss") is not None]
-with open("runs/demo/eval.json") as file:
-    score = json.load(file)["heldout"]["all"]
-bits, unigram = score["bits_per_byte"], score["unigram_bits_per_byte"]
-first, last = steps[0], steps[-1]
-print(f"""
-The demo has finished after {int(sys.argv[1]) / 60:.1f} minutes; everything is in runs/demo.
-  training loss   {first["loss"]:.2f} at step 1, {last["loss"]:.2f} at step {last["step"]:,} (nats per token)
-  held-out text   {bits:.2f} bits per byte; {unigram:.2f} by the unigram model
-The unigram model knows only how frequent each token is. The trained one needs {1 - bits / unigram:.0%} fewer bits for
-text that it has never seen: so much it has learnt about which token follows which.
-
-Next:
-  python train/report.py runs/demo                                            # curves and tables on one page
-  python eval/generate.py +experiment=demo generate.prompt="import os"        # let it write
-  python data/prepare.py +experiment=own data.input=FOLDER                    # then train on your own text
-""")
-END
+python launch/demo_summary.py runs/demo "$SECONDS"

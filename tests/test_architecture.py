@@ -85,7 +85,10 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "trainer",
         },
     ),
-    "launch": ({"attempt", "collect", "doctor", "dryrun", "plan", "status", "submit"}, {"config"}),
+    "launch": (
+        {"attempt", "collect", "demo_summary", "doctor", "dryrun", "plan", "status", "submit"},
+        {"config"},
+    ),
 }
 MAX_FILES = {"train": 14, "data": 12, "eval": 12, "launch": 12}
 MOVED = {  # old paths of commands, which print the new path until version 0.3

@@ -331,11 +331,21 @@ def test_checkpoint_argument_is_expanded() -> None:
         "job",
     ]
     assert expand_short_keys(["checkpoint=/x"])[0] == "run.name='root'"
-    assert expand_short_keys(["prompt=f(x, ${y})='"]) == [r"generate.prompt='f(x, \${y})=\''"]
+    assert expand_short_keys(["+experiment=demo", "prompt=f(x, ${y})='"]) == [
+        "+experiment=demo",
+        r"generate.prompt='f(x, \${y})=\''",
+    ]
     assert expand_short_keys(["checkpoint=/a/b", "+experiment=demo"]) == [
         "run.checkpoint='/a/b'",
         "+experiment=demo",
     ]
+
+
+def test_a_model_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        expand_short_keys(["prompt=x"])
+    assert "no model: add checkpoint=FOLDER" in capsys.readouterr().err
+    assert expand_short_keys(["--help"]) == ["--help"]
 
 
 def test_two_ranks_compute_the_scores_of_one(

@@ -19,15 +19,17 @@ The demo has finished after {minutes:.1f} minutes; everything is in {folder}.
   training loss   {first_loss:.2f} at step {first_step:,}, {last_loss:.2f} at step {last_step:,} \
 (nats per token)
   held-out text   {bits:.2f} bits per byte; {unigram:.2f} by the unigram model
-The unigram model knows only how frequent each token is. The trained one needs {fewer:.0%} fewer \
-bits for
-text that it has never seen: so much it has learnt about which token follows which.
+The unigram model knows only how frequent each token is. The trained one needs {fewer:.0%} fewer
+bits for text that it has never seen: so much it has learnt about which token follows which.
 
 Next:
-  python train/report.py {folder}                              # curves and tables on one page
-  python eval/generate.py checkpoint={folder} prompt="import os"   # let it write
-  python data/prepare.py +experiment=own data.input=FOLDER        # then train on your own text
+{next_commands}
 """
+NEXT = (
+    ("python train/report.py {folder}", "curves and tables on one page"),
+    ('python eval/generate.py checkpoint={folder} prompt="import os"', "let it write"),
+    ("python data/prepare.py +experiment=own data.input=FOLDER", "train on your own text"),
+)
 
 
 def summary(folder: Path, seconds: float) -> str:
@@ -42,6 +44,8 @@ def summary(folder: Path, seconds: float) -> str:
         raise InputError(f"{folder} has no evaluated steps: run `make demo`")
     scores = evaluation["heldout"]["all"]
     bits, unigram = scores["bits_per_byte"], scores["unigram_bits_per_byte"]
+    commands = [(command.format(folder=folder), purpose) for command, purpose in NEXT]
+    width = max(len(command) for command, _ in commands)
     return TEXT.format(
         minutes=seconds / 60,
         folder=folder,
@@ -52,6 +56,7 @@ def summary(folder: Path, seconds: float) -> str:
         bits=bits,
         unigram=unigram,
         fewer=1 - bits / unigram,
+        next_commands="\n".join(f"  {command:{width}}  # {why}" for command, why in commands),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import InputError
 from core.files import make_folder, move_into, sync_folder, write_bytes
@@ -286,3 +286,17 @@ def save_hf(model: Any, folder: Path | str, eos: int | None) -> None:
         old.unlink()
     move_into(folder, list(temporary.iterdir()))
     temporary.rmdir()
+
+
+def accelerate(model: nn.Module, *, loss: bool = False) -> nn.Module:
+    """Put our convolution, norms and scan into a FalconMambaForCausalLM of transformers 5.
+
+    Changes the model and returns it; parameters, config, saving, generate() and adapters of PEFT
+    stay as they are, and a second call only sets `loss`. With `loss` a forward with labels returns
+    our loss and no logits, which it never holds at once. `position_ids` or `seq_idx` [b, l] of the
+    forward then reset the state where documents start. Raises InputError for other models.
+    """
+    from model.hf_accelerate import replace_classes
+
+    replace_classes(model, loss=loss)
+    return model

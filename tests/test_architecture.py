@@ -54,6 +54,7 @@ TOP_LEVEL: dict[str, tuple[set[str], set[str]]] = {
             "flops",
             "generation",
             "hf",
+            "hf_accelerate",
             "hf_writer",
             "init",
             "mamba",

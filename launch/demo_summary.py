@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from core.entry import explain_missing_extras
+from core.entry import explain_missing_extras, format_commands
 
 explain_missing_extras()
 
@@ -30,6 +30,9 @@ NEXT = (
     ('python eval/generate.py checkpoint={folder} prompt="import os"', "let it write"),
     ("python data/prepare.py +experiment=own data.input=FOLDER", "train on your own text"),
 )
+EXAMPLES = """examples:
+  python launch/demo_summary.py runs/demo 200
+"""
 
 
 def summary(folder: Path, seconds: float) -> str:
@@ -62,7 +65,12 @@ def summary(folder: Path, seconds: float) -> str:
 
 def main() -> None:
     """Command-line entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=format_commands("python launch/demo_summary.py"),
+        description=__doc__,
+        epilog=format_commands(EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, metavar="RUN")
     parser.add_argument("seconds", type=float, help="what all its commands took")
     options = parser.parse_args()

@@ -35,7 +35,7 @@ def kernels_of(device: str) -> Kernels:
     return load(Backend.auto, device)
 
 
-def document_starts(
+def packed_doc_starts(
     position_ids: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> Tensor | None:
     """Where documents start [b, l], from positions within them or from their indices, both [b, l].
@@ -132,7 +132,7 @@ class FalconMambaModel(original.FalconMambaModel):
         **kwargs: Any,
     ) -> Any:
         """As transformers' own; position_ids or seq_idx [b, l] say where documents start."""
-        doc_starts = document_starts(position_ids, seq_idx)
+        doc_starts = packed_doc_starts(position_ids, seq_idx)
         if doc_starts is not None:
             if kwargs.get("cache_params") is not None or kwargs.get("use_cache"):
                 raise InputError("several documents in a sequence have no cache: use_cache=False")

@@ -20,6 +20,6 @@ def test_summary_says_what_was_learnt(tmp_path: Path, monkeypatch: pytest.Monkey
     evaluation = {"checkpoint": "step-00000060", "heldout": {"all": row}, "sample": "text"}
     RunFiles(folder).evaluation.write_text(json.dumps(evaluation))
     text = summary(folder, 90.0)
-    assert "after 1.5 minutes" in text and "needs 50% fewer bits" in text
+    assert "after 1.5 minutes" in text and "needs 50% fewer" in text
     assert "1.50 bits per byte; 3.00 by the unigram model" in text
     assert f"checkpoint={folder} prompt=" in text and max(map(len, text.splitlines())) <= 120

@@ -34,12 +34,14 @@ from core.files import (
     sha256_of,
     write_bytes,
     write_json,
+    write_text,
 )
 from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
 from eval.config import EvaluationConfig
+from eval.hf.card import export_card, llama_cpp_limits
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import ExportRecord, foreign_files, read_export
+from eval.hf.exported import CARD, ExportRecord, foreign_files, read_export
 from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
@@ -111,6 +113,7 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     write_tokenizer(tokenizer_path(config.data), temp_folder)
     check_tokenizer(tokenizer_path(config.data), temp_folder, config.model.vocab_size)
     verify(config, checkpoint, temp_folder)
+    write_text(temp_folder / CARD, export_card(config, checkpoint))
     files = {
         path.name: FileRecord(path.stat().st_size, hashes.get(path.name) or sha256_of(path))
         for path in sorted(temp_folder.iterdir())
@@ -118,6 +121,8 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     write_json(RunFiles.export_record(temp_folder), asdict(replace(record, files=files)))
     publish_folder(temp_folder, target)
     logger.info(f"exported to {target}")
+    for limit in llama_cpp_limits(config.model, config.data.tokenizer.path is None):
+        logger.info(limit)
 
 
 def reuse(temp_folder: Path, target: Path, expected: ExportRecord) -> bool:

@@ -11,15 +11,54 @@ from core.old_keys import read_record
 from core.records import read_if_present
 from core.run import RunFiles
 from core.templates import render
+from eval.config import EvaluationConfig
 from eval.heldout import HeldoutRecord
+from eval.hf.exported import CARD_MARK
 from eval.leaderboard.stored import StoredSuite
 from model.checkpoint import read_state
 from model.config import ModelConfig
 from model.flops import parameter_count
 
+USE = Path(__file__).with_name("use.md.jinja")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TASK = "text-generation"
+# of settings that an older config.yaml lacks, or that someone has changed
+CARD_ERRORS = (
+    *(UndefinedError, KeyError, TypeError),
+    *(ValueError, AttributeError, ArithmeticError),
+)
 FIX = "restore it, or remove it and evaluate again"
+
+
+def llama_cpp_limits(model: ModelConfig, trained_here: bool) -> list[str]:
+    """What llama.cpp cannot do with an export, a line each."""
+    limits = []
+    if trained_here:
+        limits.append(
+            "llama.cpp's converter knows vocabularies of released models by their hashes. This one "
+            'was trained here: it stops with "BPE pre-tokenizer was not recognized".'
+        )
+    if model.norm_eps != model.mixer_norm_eps:
+        limits.append(
+            f"llama.cpp has one eps, {model.norm_eps:g}, also for the norms of dt, B and C, which "
+            f"have {model.mixer_norm_eps:g} here: its logits differ by some thousandths of their "
+            "deviation."
+        )
+    return limits
+
+
+def use_section(model: ModelConfig, trained_here: bool) -> str:
+    """The part of a card that says how to load the model."""
+    limits = llama_cpp_limits(model, trained_here)
+    return render(USE, limits=limits, mark=CARD_MARK).strip()
+
+
+def export_card(config: EvaluationConfig, checkpoint: Path) -> str:
+    """The README.md of an export; without its run's config.yaml only how to load it."""
+    if config.run.files.config.is_file():
+        return model_card(config.run.folder, checkpoint, config.model)
+    use = use_section(config.model, config.data.tokenizer.path is None)
+    return f"# {checkpoint.name}\n\n{use}\n"
 
 
 def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
@@ -74,8 +113,9 @@ def model_card(run_dir: Path, checkpoint: Path, model: ModelConfig) -> str:
             heldout=heldout,
             suites=suites,
             curves=files.curves.is_file(),
+            use=use_section(model, config["data"]["tokenizer"]["path"] is None),
         )
-    except (UndefinedError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except CARD_ERRORS as error:
         raise InputError(f"{files.config} lacks settings of a run ({error}): restore it") from error
     return str(ModelCard(text))
 

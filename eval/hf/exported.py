@@ -4,6 +4,7 @@ import logging
 import re
 import stat
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from core.errors import InputError
@@ -17,6 +18,8 @@ FILES = re.compile(
     r"(model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json|(generation_)?"
     r"config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|export\.json)(\..*\.part)?"
 )
+CARD = "README.md"
+CARD_MARK = "<!-- written by eval/export.py -->"
 logger = logging.getLogger(__name__)
 
 HASH_BYTES_PER_SECOND = 1.5e9  # of SHA-256 on one core, for the log
@@ -65,10 +68,27 @@ def read_export(folder: Path) -> ExportRecord:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that are none of an export's: a user has put them there."""
+    """Names in a folder that are none of an export's: a user has put them there.
+
+    A README.md is an export's own as long as it is as recorded.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name))
+    names = {path.name for path in folder.iterdir() if not FILES.fullmatch(path.name)}
+    if CARD in names and is_own_card(folder):
+        names.remove(CARD)
+    return sorted(names)
+
+
+def is_own_card(folder: Path) -> bool:
+    """Whether the README.md has its recorded hash, or without a record the export's mark."""
+    card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
+    try:
+        record = read_typed(RunFiles.export_record(folder), ExportRecord)
+    except (InputError, OSError):
+        return CARD_MARK.encode() in card
+    recorded = record.files.get(CARD)
+    return recorded is not None and recorded.sha256 == sha256(card).hexdigest()
 
 
 def require_export(hf_folder: Path, checkpoint: Path) -> None:

@@ -25,6 +25,7 @@ from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
+from eval.hf.card import llama_cpp_limits
 from eval.hf.compare import compare, compare_by_layer
 from eval.hf.exported import read_export, require_export
 from eval.model_source import find_checkpoint, load_model
@@ -255,7 +256,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "config.json": lambda folder: flip(folder / "config.json"),
     "tokenizer.json": lambda folder: flip(folder / "tokenizer.json"),
     "weights": lambda folder: flip(next(folder.glob("*.safetensors"))),
-    "extra file": lambda folder: (folder / "README.md").touch(),
+    "extra file": lambda folder: (folder / "notes.md").touch(),
     "extra folder": lambda folder: (folder / "more").mkdir(),
     "link": lambda folder: replace_by_link(folder / "config.json"),
     "no record": lambda folder: RunFiles.export_record(folder).unlink(),
@@ -357,6 +358,25 @@ def test_files_of_the_user_are_not_removed(config: EvaluationConfig, exported: P
         export(other)
     assert note.read_text() == "mine"
     note.unlink()
+
+
+def test_every_export_has_a_card_that_says_how_to_serve_it(
+    config: EvaluationConfig, exported: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(exported)
+    model = replace(config.model, mixer_norm_eps=1e-5, norm_eps=1e-5)
+    assert llama_cpp_limits(model, trained_here=False) == []
+    with caplog.at_level("INFO"):
+        export(config)
+    card = (exported / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained(folder" in card and "vLLM (not tested)" in card
+    for limit in llama_cpp_limits(config.model, trained_here=True):
+        assert limit in caplog.messages and limit in card
+    assert "BPE pre-tokenizer was not recognized" in card and "1e-05, also" in card
+    RunFiles.export_record(exported).unlink()
+    export(config)  # a card of its own is no file of the user
+    snippet = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(exported)))
+    exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_an_export_folder_that_is_a_link_is_replaced(tmp_path: Path) -> None:

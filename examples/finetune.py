@@ -119,8 +119,9 @@ def finetune(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Train, write the results and return TRL's log."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     model = accelerate(AutoModelForCausalLM.from_pretrained(arguments.folder))
+    adapted: Any = add_adapter(model, arguments.targets, arguments.rank)
     trainer = SFTTrainer(
-        model=add_adapter(model, arguments.targets, arguments.rank),
+        model=adapted,
         args=training_config(arguments),
         train_dataset=Dataset.from_json(str(arguments.data)),
         processing_class=tokenizer,
@@ -130,7 +131,7 @@ def finetune(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"adapter: {arguments.output}")
     if arguments.merge:
         merged = arguments.output / "merged"
-        trainer.model.merge_and_unload().save_pretrained(merged)
+        adapted.merge_and_unload().save_pretrained(merged)
         tokenizer.save_pretrained(merged)
         print(f"merged: {merged}")
     log: list[dict[str, Any]] = trainer.state.log_history

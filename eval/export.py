@@ -38,10 +38,12 @@ from core.files import (
 )
 from core.run import RunFiles
 from data.stream.manifests import tokenizer_path
+from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
-from eval.hf.card import export_card, llama_cpp_limits
+from eval.hf.card import model_card
 from eval.hf.compare import compare, compare_by_layer
-from eval.hf.exported import CARD, ExportRecord, foreign_files, read_export
+from eval.hf.exported import ExportRecord, foreign_files, read_export
+from eval.hf.llama_cpp import log_lines
 from eval.hf.tokenizer import check_tokenizer, token_ids, write_tokenizer
 from eval.model_source import (
     checkpoint_provenance,
@@ -87,10 +89,12 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
         raise InputError(str(error)) from error
     if foreign := foreign_files(target):
         raise InputError(
-            f"{target} has {', '.join(foreign)}, which no export writes: move it away, since a new "
-            "export replaces the folder"
+            f"{target} has {', '.join(foreign)}, which is not the export's: move it away, since a "
+            "new export replaces the folder"
         )
     shutil.rmtree(temp_folder, ignore_errors=True)
+    tokenizer = load_tokenizer(tokenizer_path(config.data))
+    card = model_card(config.run.folder, checkpoint, config.model, tokenizer)
     layout = plan_files(entries(config), max_bytes)
     if (free := shutil.disk_usage(config.run.folder).free) < layout.size:
         raise InputError(
@@ -113,16 +117,16 @@ def export(config: EvaluationConfig, max_bytes: int = MAX_FILE_BYTES) -> None:
     write_tokenizer(tokenizer_path(config.data), temp_folder)
     check_tokenizer(tokenizer_path(config.data), temp_folder, config.model.vocab_size)
     verify(config, checkpoint, temp_folder)
-    write_text(temp_folder / CARD, export_card(config, checkpoint))
+    write_text(RunFiles(temp_folder).card, card)
     files = {
         path.name: FileRecord(path.stat().st_size, hashes.get(path.name) or sha256_of(path))
         for path in sorted(temp_folder.iterdir())
     }
     write_json(RunFiles.export_record(temp_folder), asdict(replace(record, files=files)))
     publish_folder(temp_folder, target)
+    for line in log_lines(config.model, tokenizer):
+        logger.info(line)
     logger.info(f"exported to {target}")
-    for limit in llama_cpp_limits(config.model, config.data.tokenizer.path is None):
-        logger.info(limit)
 
 
 def reuse(temp_folder: Path, target: Path, expected: ExportRecord) -> bool:

@@ -23,6 +23,8 @@ from core.command import command
 from core.errors import InputError
 from core.files import write_text
 from core.run import RunFiles
+from data.tokenizer import FILE
+from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
 from eval.hf.card import model_card
 from eval.hf.exported import require_export
@@ -38,8 +40,12 @@ def push(config: EvaluationConfig) -> None:
     checkpoint = find_checkpoint(config)
     hf_folder = export_folder(config, checkpoint)
     require_export(hf_folder, checkpoint)
-    card = config.run.files.card
-    write_text(card, model_card(config.run.folder, checkpoint, config.model))
+    files = config.run.files
+    if not files.config.is_file():
+        raise InputError(f"{files.folder} has no config.yaml: train/pretrain.py writes it")
+    tokenizer = load_tokenizer(hf_folder / FILE)
+    curves = files.curves.is_file()
+    write_text(files.card, model_card(files.folder, checkpoint, config.model, tokenizer, curves))
     api = HfApi()
     logger.info(f"uploading {hf_folder} to {config.export.hub}")
     try:
@@ -47,10 +53,11 @@ def push(config: EvaluationConfig) -> None:
         api.upload_folder(
             repo_id=config.export.hub,
             folder_path=hf_folder,
-            ignore_patterns=[RunFiles.export_record(hf_folder).name],
+            # the card of the export is older than this one, which has the scores
+            ignore_patterns=[RunFiles.export_record(hf_folder).name, files.card.name],
             commit_message=f"{checkpoint.name} of {config.run.name}",
         )
-        for path in (card, config.run.files.curves):
+        for path in (files.card, files.curves):
             if path.is_file():
                 api.upload_file(
                     repo_id=config.export.hub, path_or_fileobj=path, path_in_repo=path.name

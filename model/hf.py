@@ -86,6 +86,9 @@ def hf_config(
             "model.mixer_norms is false: that is plain Mamba, which FalconMambaForCausalLM "
             "cannot express"
         )
+    padding: dict[str, Any] = {}
+    if config.vocab_size % 8:  # llama.cpp's converter would add rows that the embedding lacks
+        padding = {"pad_vocab_size_multiple": 1}
     if config.d_inner % config.d_model:
         raise ValueError(
             f"model.d_inner {config.d_inner} is no multiple of d_model {config.d_model}, as "
@@ -95,6 +98,7 @@ def hf_config(
         "architectures": ["FalconMambaForCausalLM"],
         "model_type": "falcon_mamba",
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        **padding,
         # readers take d_inner from either key; the released config's expand 16 contradicts its
         # intermediate_size
         "expand": config.d_inner // config.d_model,

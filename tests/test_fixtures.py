@@ -11,8 +11,10 @@ import torch
 from core.compose import convert
 from core.old_keys import load_config
 from core.run import iter_checkpoints
+from data.tokenizer import load as load_tokenizer
 from eval.export import export
 from eval.hf.card import model_card
+from eval.hf.tokenizer import ADDS_NOTHING
 from eval.hf.transformers_model import load_transformers_model
 from model.checkpoint import CheckpointReader, read_state, verify_checkpoint
 from model.hf import HfFolder
@@ -82,8 +84,11 @@ def test_old_checkpoint_exports_the_same_bytes(tmp_path: Path) -> None:
     run = layout_config(tmp_path, "zero1-dp2")
     export(evaluation(run), max_bytes=20_000)
     files = {path.name: path.read_bytes() for path in run.run.files.hf.iterdir()}
-    assert files.pop("export.json") and files.pop("README.md")  # older exports have no card
-    assert files == {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
+    assert files.pop("export.json") and files.pop("README.md").startswith(b"---")
+    expected = {path.name: path.read_bytes() for path in (old / "hf").iterdir()}
+    tokenizer = json.loads(files.pop("tokenizer_config.json"))
+    assert tokenizer == json.loads(expected.pop("tokenizer_config.json")) | ADDS_NOTHING
+    assert files == expected
 
 
 def test_old_export_is_read_by_us_and_by_transformers() -> None:
@@ -108,7 +113,8 @@ def test_config_of_an_old_run_is_read_and_gives_a_model_card() -> None:
         health=replace(expected.health, hang_seconds=60.0),
     )
     (step,) = iter_checkpoints(folder / "checkpoints")
-    card = model_card(folder, step, run.model)
+    tokenizer = load_tokenizer(folder / "hf" / "tokenizer.json")
+    card = model_card(folder, step, run.model, tokenizer)
     assert "14,952 parameters after 816 tokens" in card and "| prose | curated | CC0-1.0 |" in card
     assert "## Results" not in card and "model-index" not in card  # no benchmark was run
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "finished"

@@ -4,12 +4,11 @@ import logging
 import re
 import stat
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from core.errors import InputError
 from core.files import sha256_of
-from core.records import read_typed
+from core.records import DamagedRecord, read_typed
 from core.run import MANIFEST, RunFiles
 from model.checkpoint_records import FileRecord
 
@@ -18,8 +17,6 @@ FILES = re.compile(
     r"(model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json|(generation_)?"
     r"config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|export\.json)(\..*\.part)?"
 )
-CARD = "README.md"
-CARD_MARK = "<!-- written by eval/export.py -->"
 logger = logging.getLogger(__name__)
 
 HASH_BYTES_PER_SECOND = 1.5e9  # of SHA-256 on one core, for the log
@@ -40,7 +37,7 @@ class ExportRecord:
 
 
 def read_export(folder: Path) -> ExportRecord:
-    """Read the record of an export and compare every file with it, by size and hash.
+    """Read the record of an export and compare every file but its card with it, by size and hash.
 
     A file that the record does not name, a link and a folder are faults too. Raises InputError.
     """
@@ -48,47 +45,44 @@ def read_export(folder: Path) -> ExportRecord:
     if not path.is_file():
         raise InputError(f"{folder} is no complete export: it has no {path.name}")
     record = read_typed(path, ExportRecord)
-    found = {each.name for each in folder.iterdir()} - {path.name}
-    if different := sorted(found ^ record.files.keys()):
+    card = RunFiles(folder).card.name  # a user may edit or remove it
+    expected_files = {name: each for name, each in record.files.items() if name != card}
+    found = {each.name for each in folder.iterdir()} - {path.name, card}
+    if different := sorted(found ^ expected_files.keys()):
         problem = "is not in" if different[0] in found else "is missing, but in"
         raise InputError(f"{folder / different[0]} {problem} {path.name}")
-    for name, expected in record.files.items():
+    for name, expected in expected_files.items():
         status = (folder / name).lstat()
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{folder / name} is a link or a folder, not a file of the export")
         if status.st_size != expected.bytes:
             raise InputError(f"{folder / name} has {status.st_size} bytes, not {expected.bytes}")
-    total = sum(each.bytes for each in record.files.values())
+    total = sum(each.bytes for each in expected_files.values())
     if (seconds := total / HASH_BYTES_PER_SECOND) > LOGGED_SECONDS:
         logger.info(f"hashing {folder}, {total / 1e9:.1f} GB, about {seconds:.0f} s")
-    for name, expected in record.files.items():
+    for name, expected in expected_files.items():
         if sha256_of(folder / name) != expected.sha256:
             raise InputError(f"{folder / name} is damaged: its SHA-256 differs from {path.name}")
     return record
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that are none of an export's: a user has put them there.
-
-    A README.md is an export's own as long as it is as recorded.
-    """
+    """Names in a folder that no export has written: files of a user, and a card that was edited."""
     if not folder.is_dir():
         return []
-    names = {path.name for path in folder.iterdir() if not FILES.fullmatch(path.name)}
-    if CARD in names and is_own_card(folder):
-        names.remove(CARD)
-    return sorted(names)
+    card = RunFiles(folder).card
+    own = {card.name} if card.is_file() and sha256_of(card) == recorded_hash(card) else set()
+    names = {path.name for path in folder.iterdir()} - own
+    return sorted(name for name in names if not FILES.fullmatch(name))
 
 
-def is_own_card(folder: Path) -> bool:
-    """Whether the README.md has its recorded hash, or without a record the export's mark."""
-    card = (folder / CARD).read_bytes() if (folder / CARD).is_file() else b""
+def recorded_hash(path: Path) -> str | None:
+    """The hash of a file in the record of its export; None if the record has none."""
     try:
-        record = read_typed(RunFiles.export_record(folder), ExportRecord)
-    except (InputError, OSError):
-        return CARD_MARK.encode() in card
-    recorded = record.files.get(CARD)
-    return recorded is not None and recorded.sha256 == sha256(card).hexdigest()
+        record = read_typed(RunFiles.export_record(path.parent), ExportRecord)
+    except (OSError, DamagedRecord):
+        return None
+    return record.files[path.name].sha256 if path.name in record.files else None
 
 
 def require_export(hf_folder: Path, checkpoint: Path) -> None:

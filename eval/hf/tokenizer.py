@@ -6,11 +6,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from core.errors import InputError
-from core.files import copy_file, write_text
+from core.files import copy_file, write_json, write_text
 from data.tokenizer import FILE, load
 from data.vocabulary import TOKENIZER_CONFIG, content_of, end_id, read_config
 
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+# unless it is told, llama.cpp puts a begin token before texts of vocabularies such as Llama 3's
+ADDS_NOTHING = {"add_bos_token": False, "add_eos_token": False}
 # spaces, digits, line breaks, composed and decomposed letters, four bytes, control characters
 PROBES = (
     " The 12345 lamps,  not all\n\n\tfoo(bar);\nbaz\n",
@@ -35,11 +37,12 @@ def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def write_tokenizer(path: Path, folder: Path) -> None:
     """Copy a prepared tokenizer.json and its files into an export.
 
-    A tokenizer.json that adds tokens to a text, truncates or pads it is written without that:
-    the model was trained on the plain ids.
+    A tokenizer.json that adds tokens to a text, truncates or pads it is written without that, and
+    tokenizer_config.json says so: the model was trained on the plain ids.
     """
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
-        copy_file(path.with_name(name), folder / name)
+    copy_file(path.with_name(SPECIAL_TOKENS_MAP), folder / SPECIAL_TOKENS_MAP)
+    config = read_config(path.with_name(TOKENIZER_CONFIG))
+    write_json(folder / TOKENIZER_CONFIG, config | ADDS_NOTHING, indent=2)
     content = json.loads(path.read_text(encoding="utf-8"))
     tokenizer = load(path)
     changes = {key: None for key in ("truncation", "padding") if content.get(key) is not None}

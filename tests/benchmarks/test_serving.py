@@ -1,50 +1,79 @@
-"""One export, three readers; needs the package index and a wheel for Python 3.11 on x86_64."""
+"""llama.cpp, its converter, transformers and lm-eval on exports; packages come from the index."""
 
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
-import numpy as np
 import pytest
 
-from benchmarks.serving import WHEEL, Answer, compare, fetch, unavailable_reason
-from core.errors import InputError
-from tests.commands import python
-from tests.compose import run_config
-from tests.eval.test_suite import LAUNCHER_VARIABLES
+from benchmarks import serving
+from data.pipeline.falcon import read_gguf
+from data.tokenizer import EOS, load
+from eval.config import EvaluationConfig
+from eval.export import export
+from eval.hf import llama_cpp
 
 
-def test_every_reader_has_the_same_ids_and_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in LAUNCHER_VARIABLES:  # deepspeed set them in an earlier test; accelerate reads them
-        monkeypatch.delenv(name, raising=False)
-    if reason := unavailable_reason():
-        pytest.skip(reason)
-    url = str(run_config("7b").data.tokenizer.url)
+@pytest.fixture(scope="module")
+def tools() -> Iterator[serving.Packages]:
     try:
-        urlopen(Request(url, method="HEAD"), timeout=20).close()
-    except URLError as error:
-        pytest.skip(f"the Python package index does not answer: {error}")
-    result = python("-m", "benchmarks.serving", "--no-record", "--cache", str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert sum("llama.cpp: ids and likeliest tokens of 36 positions equal" in x for x in lines) == 2
-    assert lines[-1].startswith("largest relative difference: ")
-    with (tmp_path / WHEEL).open("r+b") as file:
-        file.write(b"other")
-    with pytest.raises(InputError, match="has another sha256"):
-        fetch(tmp_path)
+        with serving.packages() as found:
+            yield found
+    except serving.Unavailable as error:
+        pytest.skip(str(error))
 
 
-def test_differences_are_found() -> None:
-    logits = np.random.default_rng(0).normal(size=(5, 7))
-    exact = [Answer([1, 2, 3, 4, 5], logits)]
-    assert compare(exact, exact, "x").largest == 0
-    moved = compare([Answer([1, 2, 3, 4, 5], logits + 0.01)], exact, "x")
-    assert moved.largest == pytest.approx(0.01 / logits.std())
-    assert moved.root_mean_square == pytest.approx(moved.largest)
-    with pytest.raises(InputError, match="ids"):
-        compare([Answer([1, 2, 3, 4, 6], logits)], exact, "x")
-    with pytest.raises(InputError, match="likeliest"):
-        compare([Answer([1, 2, 3, 4, 5], -logits)], exact, "x")
+@pytest.mark.parametrize("case", serving.cases(), ids=lambda case: case.name)
+def test_readers_of_an_export_agree(
+    case: serving.Case, tools: serving.Packages, tmp_path: Path
+) -> None:
+    """Token ids and argmax are equal (asserted inside), and no begin token is added."""
+    found, answer = serving.run_case(case, tools, tmp_path)
+    assert found.transformers <= serving.EXACT and found.lm_eval <= serving.EXACT
+    assert found.llama_cpp <= case.limit
+    assert found.llama_cpp_one_eps <= serving.EXACT
+    if case.limit > serving.EXACT:  # the released pair is told from one eps
+        assert found.llama_cpp > 2 * found.llama_cpp_one_eps
+    assert (answer.bos, answer.eos, answer.add_bos, answer.ends) == (EOS, EOS, False, True)
+    assert answer.logits.shape == (found.tokens, case.model.vocab_size)
+    with (tmp_path / "model.gguf").open("rb") as file:
+        values = read_gguf(file.read(2**23))
+    assert values["tokenizer.ggml.pre"] == "falcon"
+    assert values["tokenizer.ggml.add_bos_token"] is False
+    assert values["tokenizer.ggml.padding_token_id"] == EOS
+    assert len(values["tokenizer.ggml.tokens"]) == case.model.vocab_size
+
+
+def test_the_converter_knows_the_vocabularies_of_our_table(tools: serving.Packages) -> None:
+    source = tools.conversion.read_text(encoding="utf-8")
+    names = dict(re.findall(r'if chkhsh == "(\w{64})":\n(?:\s*#.*\n)*\s*res = "([^"]+)"', source))
+    (probe,) = re.findall(r"chktxt = ('.*')\n", source)
+    assert llama_cpp.table() == {"probe": ast.literal_eval(probe), "pre_tokenizers": names}
+    assert llama_cpp.pre_tokenizer(load(tools.tokenizer)) == "falcon"
+
+
+def test_the_converter_refuses_a_vocabulary_that_was_trained_here(
+    config: EvaluationConfig, tools: serving.Packages, tmp_path: Path
+) -> None:
+    """As export said; the hash of the converter's log is ours."""
+    export(config)
+    assert "does not know this vocabulary" in (config.run.files.hf / "README.md").read_text()
+    result = serving.convert(tools, config.run.files.hf, tmp_path / "model.gguf")
+    assert result.returncode and "BPE pre-tokenizer was not recognized" in result.stderr
+    tokenizer = load(config.run.files.hf / "tokenizer.json")
+    assert f"chkhsh:  {llama_cpp.probe_hash(tokenizer)}" in result.stderr
+
+
+def test_a_changed_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "falcon_mamba" / "serving" / "package"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    assert serving.fetched("", "package", hashlib.sha256(b"x").hexdigest()) == path
+    path.write_bytes(b"y")
+    with pytest.raises(ValueError, match="has sha256"):
+        serving.fetched("", "package", hashlib.sha256(b"x").hexdigest())
+    with pytest.raises(serving.Unavailable, match="does not answer"):
+        serving.fetched("https://index.invalid/x", "other", "")

@@ -40,8 +40,8 @@ from eval.export import export
 from eval.generate import stream
 from eval.heldout import evaluate
 from model.generation import GREEDY
+from tests.checkpoints import save_checkpoint
 from tests.compose import typed
-from tests.eval.conftest import save_checkpoint
 from tests.tiny import TINY, model_of
 from tests.vocabularies import END_IDS, KINDS, TEXTS, neox, write_vocabulary
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -15,7 +14,6 @@ from mambapy.mamba import Mamba, MambaConfig
 from core.errors import InputError
 from eval.config import EvaluationConfig
 from eval.export import export
-from eval.hf.card import model_card
 from eval.model_source import find_checkpoint
 from eval.push import push
 from eval.run import run_evaluation
@@ -100,6 +98,9 @@ def test_push_uploads_the_export_and_a_model_card(
     with pytest.raises(InputError, match="eval/export.py"):
         push(with_hub)
     export(config)
+    assert "Results" not in (config.run.files.hf / "README.md").read_text()
+    with pytest.raises(InputError, match="has no config.yaml"):
+        push(with_hub)
     run_evaluation(config)
     demo = run_config("demo")
     record = {
@@ -124,6 +125,7 @@ def test_push_uploads_the_export_and_a_model_card(
     assert names == ["create_repo", "upload_folder", "upload_file"]
     assert FakeHub.calls[0][1]["private"] is True
     assert FakeHub.calls[1][1]["folder_path"] == config.run.files.hf
+    assert "README.md" in FakeHub.calls[1][1]["ignore_patterns"]
     card = (config.run.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and "PSF-2.0" in card
     assert "| decay | 400,000 | 256 |" in card and "| ARC | 12.35 | 0.50 |" in card
@@ -133,8 +135,3 @@ def test_push_uploads_the_export_and_a_model_card(
     results = ModelCard(card).data.eval_results  # the hub shows these beside the text
     assert [row.metric_value for row in results if row.metric_type == "leaderboard_v1"] == [12.345]
     assert heldout["bits_per_byte"] in [row.metric_value for row in results]
-
-
-def test_a_model_card_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="config.yaml"):
-        model_card(tmp_path, tmp_path, TINY)

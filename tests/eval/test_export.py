@@ -25,7 +25,6 @@ from data.tokenizer import load as load_tokenizer
 from eval.config import EvaluationConfig
 from eval.export import entries, export
 from eval.heldout import evaluate, unigram_bits
-from eval.hf.card import llama_cpp_limits
 from eval.hf.compare import compare, compare_by_layer
 from eval.hf.exported import read_export, require_export
 from eval.model_source import find_checkpoint, load_model
@@ -116,7 +115,7 @@ def test_a_wrong_export_is_refused(
     monkeypatch.setattr(
         "eval.export.to_hf", lambda name, x: x.unsqueeze(1) * 1.01 if "conv_weight" in name else x
     )
-    RunFiles.export_record(config.run.files.hf).unlink()
+    (config.run.files.hf / "tokenizer.json").unlink()
     before = (config.run.files.hf / "config.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="logits differ"):
         export(config)
@@ -230,7 +229,7 @@ def test_comparison_by_layers_equals_that_of_full_models(
 
 def test_nan_logits_are_refused(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.export.compare", lambda *arguments: float("nan"))
-    RunFiles.export_record(config.run.files.hf).unlink(missing_ok=True)
+    (config.run.files.hf / "tokenizer.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match="logits differ"):
         export(config)
 
@@ -353,30 +352,13 @@ def test_a_killed_export_leaves_one_that_is_whole(
 def test_files_of_the_user_are_not_removed(config: EvaluationConfig, exported: Path) -> None:
     other = replace(config, export=replace(config.export, keep_fp32=["A_log"]))
     note = exported / "README.md"
-    note.write_text("mine")
-    with pytest.raises(InputError, match=r"hf has README\.md, which no export writes: move it"):
-        export(other)
-    assert note.read_text() == "mine"
+    for text in ("mine", note.read_text() + "mine"):  # another file, an edited card
+        note.write_text(text)
+        read_export(exported)  # is no fault
+        with pytest.raises(InputError, match=r"README\.md, which is not the export's"):
+            export(other)
+        assert note.read_text() == text
     note.unlink()
-
-
-def test_every_export_has_a_card_that_says_how_to_serve_it(
-    config: EvaluationConfig, exported: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.rmtree(exported)
-    model = replace(config.model, mixer_norm_eps=1e-5, norm_eps=1e-5)
-    assert llama_cpp_limits(model, trained_here=False) == []
-    with caplog.at_level("INFO"):
-        export(config)
-    card = (exported / "README.md").read_text()
-    assert "AutoModelForCausalLM.from_pretrained(folder" in card and "vLLM (not tested)" in card
-    for limit in llama_cpp_limits(config.model, trained_here=True):
-        assert limit in caplog.messages and limit in card
-    assert "BPE pre-tokenizer was not recognized" in card and "1e-05, also" in card
-    RunFiles.export_record(exported).unlink()
-    export(config)  # a card of its own is no file of the user
-    snippet = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(exported)))
-    exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_an_export_folder_that_is_a_link_is_replaced(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models
 
 from core.errors import InputError
 from core.files import sha256_of
@@ -30,6 +31,7 @@ from train.record.history import to_plain
 from train.record.origin import vocabulary
 
 MIDDLE = 20 * BLOCK  # the end of the first stage; the decay begins 32 blocks later
+NO_VOCABULARY = Tokenizer(models.BPE())
 
 
 def with_run(run: RunConfig, **values: Any) -> RunConfig:
@@ -121,10 +123,10 @@ def test_an_accepted_change_is_in_the_record(root: Path) -> None:
     newest, *_, oldest = iter_checkpoints(run.run.files.checkpoints)
     assert read_state(newest)["config"]["optim"]["lr"] == 0.002
     # a card tells what its checkpoint was trained with
-    card = model_card(run.run.folder, newest, run.model)
+    card = model_card(run.run.folder, newest, run.model, NO_VOCABULARY)
     assert "| optim.lr, from 1,280 tokens on | 0.01 -> 0.002 |" in card
     assert "| peak and final rate | 0.002," in card
-    card = model_card(run.run.folder, oldest, run.model)
+    card = model_card(run.run.folder, oldest, run.model, NO_VOCABULARY)
     assert "| peak and final rate | 0.01," in card and "optim.lr" not in card
     assert page([run.run.folder], root / "page.html").read_text().count("0.01 -&gt; 0.002") == 2
 
@@ -140,7 +142,7 @@ def test_a_card_leaves_out_changes_of_starts_that_saved_nothing(root: Path) -> N
     train(run)  # with the settings of the checkpoint
     newest = next(iter_checkpoints(run.run.files.checkpoints))
     assert len(read_record(run.run.files.config)["history"]) == 4
-    assert "optim.lr" not in model_card(run.run.folder, newest, run.model)
+    assert "optim.lr" not in model_card(run.run.folder, newest, run.model, NO_VOCABULARY)
 
 
 def test_a_damaged_record_is_one_line(root: Path) -> None:

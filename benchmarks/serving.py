@@ -311,7 +311,10 @@ def main() -> None:
             difference = getattr(each, reader)
             too_far |= not difference <= limit
             print(f"  {reader:<19}{difference:.1e}, allowed {limit:.0e}")
-    largest = {name: max(d.transformers, d.lm_eval, d.llama_cpp) for name, d in found.items()}
+    largest = {
+        name: max(each.transformers, each.lm_eval, each.llama_cpp, each.llama_cpp_one_eps)
+        for name, each in found.items()
+    }
     print(
         "largest relative difference: "
         + ", ".join(f"{value:.1e} with {name}" for name, value in largest.items())

@@ -220,9 +220,8 @@ class FalconMambaForCausalLM(original.FalconMambaForCausalLM):
 
 def continues(cache_params: Any, layer: int) -> bool:
     """Whether a cache has tokens before these, or must record its states."""
-    return cache_params.get_recurrent_state(
-        layer, state_idx=0
-    ) is not None or cache_params.is_recording_past(layer)
+    has_state = cache_params.get_recurrent_state(layer, state_idx=0) is not None
+    return has_state or bool(cache_params.is_recording_past(layer))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

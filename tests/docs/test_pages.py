@@ -37,7 +37,7 @@ LINK = re.compile(r"\]\(([\w./-]*)(?:#([\w-]+))?\)")
 # on the pages, and neither a name of our code nor a key
 FOREIGN = set(
     """FalconMambaForCausalLM AutoModelForCausalLM afterok tmux MaxArraySize megatron_core tokens[i]
-    CXX selective_scan_cuda""".split()
+    CXX selective_scan_cuda logits_cache mixer_rms_eps""".split()
 )
 # their code names the fields of rows in strings
 ROW_RECIPES = ("forums", "instructions")

@@ -1,6 +1,7 @@
 """What an export says about llama.cpp, and the files from which its readers take it."""
 
 import json
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -60,3 +61,14 @@ def test_an_export_asks_no_reader_for_further_tokens(config: EvaluationConfig) -
     assert "pad_vocab_size_multiple" not in hf_config(MODEL, 11, "float32")
     odd = replace(MODEL, vocab_size=MODEL.vocab_size + 1)
     assert hf_config(odd, 11, "float32")["pad_vocab_size_multiple"] == 1
+
+
+def test_the_snippet_of_a_card_runs(
+    config: EvaluationConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(config)
+    card = (config.run.files.hf / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    capsys.readouterr()
+    exec(compile(snippet.replace("FOLDER", str(config.run.files.hf)), "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("The lamps")

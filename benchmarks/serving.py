@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import patch
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -48,7 +47,6 @@ from eval.config import EvaluationConfig
 from eval.export import export
 from eval.hf.transformers_model import load_transformers_model
 from eval.leaderboard.harness import FalconMambaLM
-from eval.leaderboard.jobs import LAUNCHER_VARIABLES
 from eval.model_source import find_checkpoint, load_model
 from model.config import ModelConfig
 from model.kernels import REFERENCE
@@ -235,18 +233,15 @@ def relative(logits: NDArray[np.float64], expected: NDArray[np.float64]) -> floa
 def harness_difference(config: EvaluationConfig, model: FalconMamba) -> float:
     """Largest relative difference of log-likelihoods of lm-eval's HFLM from our adapter's."""
     ours = FalconMambaLM(model, load(tokenizer_path(config.data)), EOS, 64, 256)
-    with patch.dict(os.environ):
-        for name in LAUNCHER_VARIABLES:  # accelerate would wait for the other ranks of a launcher
-            os.environ.pop(name, None)
-        theirs = HFLM(
-            str(config.run.files.hf),
-            max_length=64,
-            batch_size=2,
-            device="cpu",
-            dtype="float32",
-            prefix_token_id=EOS,
-            logits_cache=False,
-        )
+    theirs = HFLM(
+        str(config.run.files.hf),
+        max_length=64,
+        batch_size=2,
+        device="cpu",
+        dtype="float32",
+        prefix_token_id=EOS,
+        logits_cache=False,
+    )
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(PAIRS)]
     scores, expected = (
         np.array([score for score, _ in reader.loglikelihood(requests, disable_tqdm=True)])

@@ -95,9 +95,9 @@ def connect(device: str) -> Iterator[None]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     raise_open_file_limit(world_size)
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed requires it
+    local_rank = os.environ.get("LOCAL_RANK")
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(local_rank or 0))
     else:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
@@ -113,11 +113,14 @@ def connect(device: str) -> Iterator[None]:
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     try:
         yield
         dist.barrier()  # no rank exits while another still sends to it
     finally:
         dist.destroy_process_group()
+        if local_rank is None:  # with it transformers would wait for a launcher's other ranks
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def resolve_master_address() -> None:

@@ -215,7 +215,6 @@ def test_the_folder_of_own_configs_is_read_from_the_command_line(
 def test_a_sweep_of_a_command_has_the_names_of_submit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # tests of training leave theirs
     words = ["experiment=demo", f"hydra.sweep.dir={tmp_path}", "optim.lr=1e-3,2e-3"]
     words += ["~data.keep_exclusions", "data.sources.web.text_key=a,b"]
     configs = read_configs(RunConfig, parse_arguments(["-m", *words]))

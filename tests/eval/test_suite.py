@@ -34,17 +34,9 @@ from tests.compose import run_config
 from tests.eval.test_export_layout import hf_folder
 from tests.tiny import TINY, model_of
 
-LAUNCHER_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # folders of the harness's tasks
 TASK_FOLDERS = ("arc", "hellaswag", "mmlu", "winogrande", "truthfulqa", "gsm8k", "leaderboard")
 WORDS = ("def f3(x):", "return x + 7", "x = 4", "return", "    return x", "def")
-
-
-@pytest.fixture(autouse=True)
-def _no_launcher(config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delete launcher variables that deepspeed set: accelerate would read them."""
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
 
 
 def make_suite(folder: Path | None, *names: str) -> Suite:
@@ -78,18 +70,15 @@ def falcon_lm(config: EvaluationConfig) -> FalconMambaLM:
 
 @pytest.fixture(scope="module")
 def hflm(exported: Path) -> HFLM:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCHER_VARIABLES:
-            patch.delenv(name, raising=False)
-        return HFLM(
-            str(exported),
-            max_length=40,
-            batch_size=3,
-            device="cpu",
-            dtype="float32",
-            prefix_token_id=EOS,
-            logits_cache=False,
-        )
+    return HFLM(
+        str(exported),
+        max_length=40,
+        batch_size=3,
+        device="cpu",
+        dtype="float32",
+        prefix_token_id=EOS,
+        logits_cache=False,
+    )
 
 
 def make_requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:

@@ -1,6 +1,7 @@
 """Short runs in many layouts have equal losses, norms, gradients and weights, resumed or not."""
 
 import json
+import os
 import resource
 import shutil
 from contextlib import nullcontext
@@ -330,3 +331,18 @@ def damage_checkpoint(folder: Path, damage: str) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"]["../../../metrics.jsonl"] = {"bytes": 1, "sha256": "0" * 64}
         (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_training_without_a_launcher_leaves_no_variables_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With them transformers, in the same process, would wait for other ranks."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    before = dict(os.environ)
+    with init_distributed("cpu", 1):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert dict(os.environ) == before
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with init_distributed("cpu", 1):
+        pass
+    assert os.environ["LOCAL_RANK"] == "0"
